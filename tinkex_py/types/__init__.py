@@ -1,0 +1,44 @@
+"""Values that cross the wire or the public boundary."""
+
+from tinkex_py.types.datum import Datum
+from tinkex_py.types.model_input import EncodedTextChunk, Encoder, ModelInput
+from tinkex_py.types.outputs import (
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    ModelData,
+    OptimStepResponse,
+    PackedTensor,
+    SampledSequence,
+    SampleResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    ServerCapabilities,
+    SupportedModel,
+    WeightsInfo,
+)
+from tinkex_py.types.parameters import AdamParams, LoraConfig, SamplingParams
+from tinkex_py.types.tensors import TensorData, TensorInput
+
+__all__ = [
+    "AdamParams",
+    "Datum",
+    "EncodedTextChunk",
+    "Encoder",
+    "ForwardBackwardOutput",
+    "GetInfoResponse",
+    "LoraConfig",
+    "ModelData",
+    "ModelInput",
+    "OptimStepResponse",
+    "PackedTensor",
+    "SampleResponse",
+    "SampledSequence",
+    "SamplingParams",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsResponse",
+    "ServerCapabilities",
+    "SupportedModel",
+    "TensorData",
+    "TensorInput",
+    "WeightsInfo",
+]

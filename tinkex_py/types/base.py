@@ -1,0 +1,39 @@
+"""What all wire types have in common: frozen, and loud in this package's own words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tinkex_py.errors import InvalidData
+
+
+class WireModel(BaseModel):
+    """A frozen value with the wire's names.
+
+    Raises:
+        InvalidData: on construction, naming the field and, where it is a plain number, the value.
+    """
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InvalidData(f"{type(self).__name__}: {_describe(error)}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        place = _path(item["loc"])
+        value = item["input"]
+        seen = repr(value) if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
+        message = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{place}{message} (got {seen})" if item["type"] != "value_error" else f"{place}{message}")
+    return "; ".join(lines)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    return ".".join(str(part) for part in location) + ": " if location else ""
