@@ -1,0 +1,256 @@
+"""The logprobs that the terms share: one buffer that we own, and one leaf per term over it.
+
+A leaf has the buffer's memory but a version counter and an autograd graph of its own. So terms cost no
+copy, may run in different threads, and an in-place change is traced back to the term that made it.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, SupportsIndex, cast
+
+import numpy as np
+import torch
+
+from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
+from tinkex_py.types import Datum, PackedTensor
+
+LIST_HINT = "packed logprobs: wrap the function in per_datum(...) to see one tensor per datum"
+
+
+class PackedLogprobs(torch.Tensor):
+    """A packed leaf: any tensor operation works and gives plain tensors, but it is not a list of datums.
+
+    Iterating or taking `logprobs[i]` would silently mean token i where datum i was meant.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(LIST_HINT)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if _is_integer(index):
+            raise TypeError(LIST_HINT)
+        return super().__getitem__(index)
+
+
+def _is_integer(index: object) -> bool:
+    if isinstance(index, bool):
+        return False
+    if isinstance(index, torch.Tensor):
+        return index.ndim == 0 and not index.is_floating_point() and index.dtype is not torch.bool
+    try:
+        operator.index(cast("SupportsIndex", index))
+    except TypeError:
+        return False
+    return True
+
+
+class Logprobs:
+    """The logprobs of one step.
+
+    Args:
+        buffer: a tensor nobody else holds: packed `[N]` or `[N, K]`, flat if the datums' shapes are mixed,
+            or any shape if it was given directly.
+        unchanged: compares the buffer with the numbers it was copied from.
+        shapes: shape of every datum's slice, in order; None if there are no known boundaries.
+        packable: False if datums have mixed rank or K.
+        guarded: leaves refuse to be used as a list of datums.
+    """
+
+    def __init__(
+        self,
+        buffer: torch.Tensor,
+        unchanged: Callable[[], bool],
+        *,
+        shapes: Sequence[tuple[int, ...]] | None,
+        packable: bool,
+        guarded: bool,
+    ) -> None:
+        self.buffer = buffer
+        self.shapes = shapes
+        self.packable = packable
+        self._unchanged = unchanged
+        self._guarded = guarded
+        self._leaves: list[tuple[str, torch.Tensor, int]] = []
+
+    @classmethod
+    def from_packed(cls, packed: PackedTensor) -> "Logprobs":
+        """From a service's answer: one copy into memory of our own."""
+        trailing = set(packed.trailing_shapes)
+        shape = (-1, *next(iter(trailing))) if len(trailing) == 1 else (-1,)
+        received = np.ascontiguousarray(packed.values, dtype=np.float32)
+        array = received.copy()
+        with torch.inference_mode(False):
+            return cls(
+                torch.from_numpy(array).reshape(shape),  # pyright: ignore[reportUnknownMemberType]
+                lambda: np.array_equal(array.view(np.int32), received.view(np.int32)),
+                shapes=[packed.shape(index) for index in range(len(packed))],
+                packable=len(trailing) <= 1,
+                guarded=True,
+            )
+
+    @classmethod
+    def from_tensors(cls, logprobs: torch.Tensor | Sequence[torch.Tensor]) -> "Logprobs":
+        """From one tensor of any shape, or from one tensor per datum; the caller's tensors are never changed.
+
+        Raises:
+            PipelineError: not a floating point tensor, or tensors of different dtypes.
+        """
+        if isinstance(logprobs, torch.Tensor):
+            _check_floating(logprobs)
+            with torch.inference_mode(False):
+                source = logprobs.detach()
+                own = source.clone(memory_format=torch.contiguous_format)
+                return cls(own, _comparison(own, source), shapes=None, packable=True, guarded=False)
+        parts = list(logprobs)
+        for part in parts:
+            _check_floating(part)
+        if len({part.dtype for part in parts}) > 1:
+            raise PipelineError(f"logprobs must share one dtype, got {sorted({str(part.dtype) for part in parts})}")
+        shapes = [tuple(part.shape) for part in parts]
+        if any(not shape for shape in shapes):
+            raise PipelineError("a datum's logprobs must be [T] or [T, K], got a 0-d tensor")
+        packable = len({shape[1:] for shape in shapes}) <= 1
+        with torch.inference_mode(False), torch.no_grad():
+            pieces = [part.detach() if packable else part.detach().reshape(-1) for part in parts]
+            source = torch.cat(pieces) if pieces else torch.zeros(0)
+            own = source.clone()
+            return cls(own, _comparison(own, source), shapes=shapes, packable=packable, guarded=True)
+
+    def leaf(self, name: str) -> torch.Tensor:
+        """A new leaf for the term `name`."""
+        with torch.inference_mode(False):
+            leaf = self.buffer.new_empty(0).set_(self.buffer)  # pyright: ignore
+            if self._guarded:
+                leaf = leaf.as_subclass(PackedLogprobs)
+            leaf.requires_grad_()
+        self._leaves.append((name, leaf, leaf._version))  # pyright: ignore
+        return leaf
+
+    def views(self, leaf: torch.Tensor, data: Sequence[Datum]) -> list[torch.Tensor]:
+        """One view of the leaf per datum, in data order.
+
+        Raises:
+            PipelineError: the boundaries are not known.
+        """
+        shapes = self.shapes
+        if shapes is None:
+            if not data:
+                raise PipelineError("per_datum needs to know the datums: pass a list with one tensor per datum")
+            return split(data, leaf)
+        if self.packable:
+            return list(torch.split(leaf, [shape[0] for shape in shapes])) if shapes else []
+        flat = torch.split(leaf, [math.prod(shape) for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(flat, shapes, strict=True)]
+
+    def check_packable(self, name: str) -> None:
+        """Raises PipelineError if the datums' shapes are mixed, so that there is no packed tensor."""
+        if not self.packable:
+            raise PipelineError(
+                f"term {name!r} wants packed logprobs, but the datums' target_tokens have different rank or K: "
+                "wrap the function in per_datum(...)"
+            )
+
+    def check_leaf(self, leaf: torch.Tensor) -> None:
+        """Raises InPlaceMutation if the term that got this leaf wrote into it."""
+        for name, known, version in self._leaves:
+            if known is leaf and leaf._version != version:  # pyright: ignore
+                raise _mutation(name)
+
+    def check_unchanged(self) -> None:
+        """Raises InPlaceMutation if anybody wrote into the shared buffer."""
+        for name, leaf, version in self._leaves:
+            if leaf._version != version:  # pyright: ignore
+                raise _mutation(name)
+        if not self._unchanged():
+            names = ", ".join(repr(name) for name, _, _ in self._leaves)
+            raise InPlaceMutation(
+                f"the shared logprobs were overwritten past autograd (.data or numpy); the writer is unknown, one of "
+                f"{names}. Work on a copy: logprobs.clone()",
+                name="unknown",
+            )
+
+
+def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
+    """Cuts a packed tensor into one view per datum.
+
+    Args:
+        data: the datums; the length of `target_tokens` says how many positions each one owns.
+        logprobs: packed, `[sum(T_i), ...]`.
+
+    Raises:
+        InvalidData: the lengths do not add up.
+    """
+    lengths = [target_shape(datum, index)[0] for index, datum in enumerate(data)]
+    if not logprobs.ndim or sum(lengths) != logprobs.shape[0]:
+        raise InvalidData(
+            f"target_tokens of {len(data)} datums cover {sum(lengths)} positions, "
+            f"but the tensor has shape {tuple(logprobs.shape)}"
+        )
+    return list(torch.split(logprobs, lengths))
+
+
+def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
+    """One `loss_fn_inputs` field of all datums, laid end to end like packed logprobs.
+
+    Args:
+        data: the datums; each must have the field.
+        name: which field.
+
+    Raises:
+        InvalidData: a datum lacks the field, or the trailing shapes differ.
+    """
+    if not data:
+        raise InvalidData(f"no datum to take {name!r} from")
+    arrays: list[Any] = []
+    for index, datum in enumerate(data):
+        if name not in datum.loss_fn_inputs:
+            raise InvalidData(
+                f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
+            )
+        array = datum.loss_fn_inputs[name].to_numpy()
+        if array.shape[1:] != (arrays[0] if arrays else array).shape[1:]:
+            raise InvalidData(
+                f"{name!r} of datum {index} has shape {array.shape}, which does not pack with {arrays[0].shape}"
+            )
+        arrays.append(array)
+    return torch.from_numpy(np.concatenate(arrays))  # pyright: ignore[reportUnknownMemberType]
+
+
+def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
+    """Shape of a datum's `target_tokens`.
+
+    Raises:
+        InvalidData: there are none, or they are neither `[T]` nor `[T, K]`.
+    """
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is None:
+        raise InvalidData(
+            f"datum {index} has no 'target_tokens' in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
+        )
+    if len(targets.shape) not in (1, 2):
+        raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
+    return targets.shape
+
+
+def _mutation(name: str) -> InPlaceMutation:
+    return InPlaceMutation(
+        f"term {name!r} changed the shared logprobs in place. Work on a copy: logprobs.clone()", name=name
+    )
+
+
+def _check_floating(tensor: object) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}")
+
+
+def _comparison(own: torch.Tensor, source: torch.Tensor) -> Callable[[], bool]:
+    return lambda: torch.equal(_bits(own), _bits(source))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

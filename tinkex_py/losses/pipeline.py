@@ -1,0 +1,208 @@
+"""Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tinkex_py import telemetry
+from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, PipelineError
+from tinkex_py.losses import gradients
+from tinkex_py.losses.executor import SMALL_LOGPROBS, Outcome, TermRun, prepare_base_loss, prepare_regularizer
+from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
+from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
+from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.types import Datum
+
+
+@dataclass(frozen=True)
+class CustomLoss:
+    """A composed loss with its gradient.
+
+    Attributes:
+        output: what the user sees.
+        gradient: d(loss_total)/d(logprobs), laid out like the logprobs' buffer.
+        differentiable: False if no term at all depends on the logprobs.
+    """
+
+    output: CustomLossOutput
+    gradient: torch.Tensor
+    differentiable: bool
+
+
+class Pipeline:
+    """A base loss and weighted regularizers, evaluated together. Reusable; calls may overlap.
+
+    Args:
+        base_loss: a term: `(data, logprobs)` -> loss or `(loss, metrics)`; sync, async or an object.
+        regularizers: specs with unique names.
+        track_grad_norms: compute the L2 norm of every term's gradient and of the total.
+        parallel: False runs one term after another, the base loss first, then in spec order.
+        timeout: seconds per term, the base loss included; a spec's own timeout wins. None is no limit.
+        max_concurrency: terms in flight at once.
+        max_threads: sync terms in threads at once; None is the usable CPU count. Live term threads never exceed
+            `min(max_threads, max_concurrency)`, abandoned ones included.
+
+    Raises:
+        InvalidBaseLoss: the base loss cannot be called.
+        InvalidSpec: an element of `regularizers` is no RegularizerSpec.
+        DuplicateRegularizerNames: two enabled or disabled specs share a name.
+        PipelineError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        base_loss: Term,
+        regularizers: Sequence[RegularizerSpec] = (),
+        *,
+        track_grad_norms: bool = False,
+        parallel: bool = True,
+        timeout: float | None = 30.0,
+        max_concurrency: int = 32,
+        max_threads: int | None = None,
+    ) -> None:
+        problem = why_not_a_term(base_loss, {})
+        if problem is not None:
+            raise InvalidBaseLoss(f"base loss: {problem}")
+        self.base_loss = base_loss
+        self.regularizers = checked_specs(regularizers)
+        self.track_grad_norms = track_grad_norms
+        self.parallel = parallel
+        self.timeout = checked_timeout(timeout)
+        self.max_concurrency = checked_count("max_concurrency", max_concurrency)
+        self.max_threads = None if max_threads is None else checked_count("max_threads", max_threads)
+        self._own_threads: TermThreads | None = None
+        self._told_not_differentiable: set[str] = set()
+
+    async def compute(self, data: Sequence[Datum], logprobs: torch.Tensor | Sequence[torch.Tensor]) -> CustomLossOutput:
+        """Evaluates the loss on logprobs that are at hand.
+
+        Args:
+            data: the datums, handed to every term; may be empty.
+            logprobs: one floating point tensor of any shape, or one tensor per datum. Never changed.
+
+        Raises:
+            RegularizerError: a term failed; its `name` says which.
+            PipelineError: the logprobs cannot be used.
+        """
+        return (await self.evaluate(data, Logprobs.from_tensors(logprobs))).output
+
+    async def evaluate(
+        self, data: Sequence[Datum], logprobs: Logprobs, *, threads: TermThreads | None = None
+    ) -> CustomLoss:
+        """The loss and its gradient, as the training client needs them.
+
+        Args:
+            data: the datums, handed to every term.
+            logprobs: the shared buffer.
+            threads: where sync terms run; default are this pipeline's own.
+        """
+        specs = [spec for spec in self.regularizers if spec.enabled]
+        metadata = {"regularizer_count": len(specs), "track_grad_norms": self.track_grad_norms}
+        with telemetry.lifecycle("tinkex.custom_loss", metadata) as measurements:
+            loss = await self._evaluate(data, logprobs, specs, threads or self._threads())
+            measurements["loss_total"] = loss.output.loss_total
+            measurements["regularizer_total"] = loss.output.regularizer_total
+            return loss
+
+    async def _evaluate(
+        self, data: Sequence[Datum], logprobs: Logprobs, specs: Sequence[RegularizerSpec], threads: TermThreads
+    ) -> CustomLoss:
+        run = TermRun(data, logprobs, threads, self.max_concurrency, self.track_grad_norms)
+        terms = [prepare_base_loss(self.base_loss, self.timeout)]
+        terms += [prepare_regularizer(spec, self.timeout) for spec in specs]
+        outcomes = await run.all(terms, parallel=self.parallel)
+        self._tell_not_differentiable(outcomes)
+        if logprobs.buffer.numel() <= SMALL_LOGPROBS:
+            return self._compose(outcomes, logprobs, threads)
+        return await run_released(threads.arithmetic, "sum", lambda: self._compose(outcomes, logprobs, threads))
+
+    def _compose(self, outcomes: Sequence[Outcome], logprobs: Logprobs, threads: TermThreads) -> CustomLoss:
+        logprobs.check_unchanged()
+        base = outcomes[0].evaluation
+        assert base is not None, "a base loss that failed has raised"
+        done = [(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [(1.0 if term.weight is None else term.weight, result.gradient) for term, result in done]
+            gradient = gradients.weighted_sum(parts, logprobs.buffer)
+            gradients.check_finite(gradient, "loss_total")
+            total_norm = gradients.norm(gradient) if self.track_grad_norms else None
+        regularizers = {outcome.term.name: report(outcome) for outcome in outcomes[1:] if outcome.evaluation}
+        contributions = [output.contribution for output in regularizers.values()]
+        output = CustomLossOutput(
+            loss_total=math.fsum([base.value, *contributions]),
+            base_loss=BaseLossOutput(value=base.value, metrics=base.metrics, grad_norm=base.grad_norm),
+            regularizers=regularizers,
+            regularizer_total=math.fsum(contributions),
+            total_grad_norm=total_norm,
+            skipped={outcome.term.name: error_class(outcome.error) for outcome in outcomes if outcome.error},
+            abandoned_threads=len(threads.abandoned()),
+        )
+        return CustomLoss(output, gradient, differentiable=any(result.differentiable for _, result in done))
+
+    def _tell_not_differentiable(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            name = outcome.term.name
+            if outcome.evaluation is None or outcome.evaluation.differentiable or name in self._told_not_differentiable:
+                continue
+            self._told_not_differentiable.add(name)
+            telemetry.emit("tinkex.regularizer.not_differentiable", {}, {"regularizer_name": name})
+
+    def _threads(self) -> TermThreads:
+        if self._own_threads is None:
+            self._own_threads = TermThreads(self.max_threads)
+        return self._own_threads
+
+
+def report(outcome: Outcome) -> RegularizerOutput:
+    """What a regularizer's outcome looks like to the user."""
+    evaluation, weight = outcome.evaluation, outcome.term.weight
+    assert evaluation is not None
+    assert weight is not None
+    return RegularizerOutput(
+        name=outcome.term.name,
+        value=evaluation.value,
+        weight=weight,
+        contribution=weight * evaluation.value,
+        custom_metrics=evaluation.metrics,
+        grad_norm=evaluation.grad_norm,
+        grad_norm_weighted=None if evaluation.grad_norm is None else weight * evaluation.grad_norm,
+        differentiable=evaluation.differentiable,
+    )
+
+
+def error_class(error: BaseException) -> str:
+    """Class name of an error; for a term's own exception that of the exception."""
+    cause = error.__cause__
+    return type(error if cause is None else cause).__name__
+
+
+def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
+    """The specs, if they are specs and have unique names."""
+    specs = tuple(regularizers)
+    for index, spec in enumerate(specs):
+        if not isinstance(spec, RegularizerSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidSpec(f"regularizers[{index}] must be a RegularizerSpec, got a {type(spec).__name__}")
+    names = [spec.name for spec in specs]
+    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if duplicates:
+        raise DuplicateRegularizerNames(duplicates)
+    return specs
+
+
+def checked_timeout(timeout: float | None) -> float | None:
+    """Seconds > 0, or None."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"timeout must be > 0 seconds or None, got {timeout!r}")
+    return timeout
+
+
+def checked_count(name: str, count: int) -> int:
+    """An int >= 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"{name} must be an int >= 1, got {count!r}")
+    return count

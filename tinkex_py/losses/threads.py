@@ -1,0 +1,310 @@
+"""Worker threads for terms: bounded, abandonable, and honest about threads that outlive their term.
+
+Python cannot stop a thread. A term that outlives its timeout is abandoned: its caller goes on, its late
+result is dropped, and it keeps its slot until its function has really returned. So there are never more
+live term threads than slots, however many terms time out.
+"""
+
+import asyncio
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Generic, TypeVar
+
+from tinkex_py.errors import TinkexError
+
+Result = TypeVar("Result")
+
+
+def usable_cpu_count() -> int:
+    """CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class SlotsAbandoned(TinkexError):
+    """Every slot was held by abandoned terms for too long."""
+
+    def __init__(self, holders: Sequence[str]) -> None:
+        super().__init__(f"every thread is held by abandoned terms: {', '.join(holders)}")
+        self.holders = tuple(holders)
+
+
+@dataclass(eq=False)
+class Slot:
+    """One granted unit of `Slots`; released once, from any thread."""
+
+    owner: "Slots"
+    holder: str
+    abandoned: bool = False
+
+    def release(self) -> None:
+        """Gives the unit back; a second call does nothing."""
+        self.owner.release(self)
+
+
+@dataclass(eq=False)
+class _Waiter:
+    holder: str
+    limit: int
+    loop: asyncio.AbstractEventLoop
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    slot: Slot | None = None
+
+
+class Slots:
+    """A semaphore whose units can be released from any thread and know who holds them.
+
+    Args:
+        limit: units in all.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._held: list[Slot] = []
+        self._waiters: list[_Waiter] = []
+
+    async def acquire(self, holder: str, *, limit: int | None = None, patience: float | None = None) -> Slot:
+        """Waits for a unit.
+
+        Args:
+            holder: who asks, for messages.
+            limit: this caller is served only while fewer than `limit` units are held.
+            patience: seconds to wait while every held unit is abandoned; None waits for ever.
+
+        Raises:
+            SlotsAbandoned: patience ran out.
+        """
+        waiter = _Waiter(holder, min(self.limit, limit or self.limit), asyncio.get_running_loop())
+        with self._lock:
+            self._waiters.append(waiter)
+            self._grant()
+        try:
+            while True:
+                with self._lock:
+                    waiter.changed.clear()
+                    if waiter.slot is not None:
+                        return waiter.slot
+                    stalled = all(slot.abandoned for slot in self._held)
+                await self._wait(waiter, patience if stalled else None)
+        except BaseException:
+            with self._lock:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+            if waiter.slot is not None:
+                waiter.slot.release()
+            raise
+
+    async def _wait(self, waiter: _Waiter, patience: float | None) -> None:
+        try:
+            async with asyncio.timeout(patience):
+                await waiter.changed.wait()
+        except TimeoutError:
+            raise SlotsAbandoned(self.holders()) from None
+
+    def release(self, slot: Slot) -> None:
+        """See `Slot.release`."""
+        with self._lock:
+            if slot in self._held:
+                self._held.remove(slot)
+                self._grant()
+                self._tell_waiters()
+
+    def abandon(self, slot: Slot) -> None:
+        """Marks a unit whose holder nobody waits for any more."""
+        with self._lock:
+            slot.abandoned = slot in self._held
+            self._tell_waiters()
+
+    def holders(self) -> list[str]:
+        """Names of all holders."""
+        with self._lock:
+            return [slot.holder for slot in self._held]
+
+    def abandoned(self) -> list[str]:
+        """Names of the holders that were abandoned and still run."""
+        with self._lock:
+            return [slot.holder for slot in self._held if slot.abandoned]
+
+    def _grant(self) -> None:
+        for waiter in list(self._waiters):
+            if len(self._held) >= waiter.limit:
+                continue
+            self._waiters.remove(waiter)
+            waiter.slot = Slot(self, waiter.holder)
+            self._held.append(waiter.slot)
+            if not _wake(waiter):
+                self._held.remove(waiter.slot)
+
+    def _tell_waiters(self) -> None:
+        self._waiters = [waiter for waiter in self._waiters if _wake(waiter)]
+
+
+def _wake(waiter: _Waiter) -> bool:
+    try:
+        waiter.loop.call_soon_threadsafe(waiter.changed.set)
+    except RuntimeError:  # the waiter's loop is closed: nobody waits there any more
+        return False
+    return True
+
+
+class _CallState(Enum):
+    PENDING = auto()
+    RUNNING = auto()
+    DONE = auto()
+    DROPPED = auto()
+    ABANDONED = auto()
+
+
+class _Call(Generic[Result]):
+    """One piece of work. A state under a lock decides who releases what it holds: the caller or the worker."""
+
+    def __init__(self, work: Callable[[], Result], release: Callable[[], None]) -> None:
+        self._work = work
+        self._release = release
+        self._lock = threading.Lock()
+        self._state = _CallState.PENDING
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Result] = self._loop.create_future()
+
+    def run(self) -> None:
+        """Runs in the worker thread."""
+        with self._lock:
+            if self._state is _CallState.DROPPED:
+                return
+            self._state = _CallState.RUNNING
+        result: Result | None = None
+        failure: BaseException | None = None
+        try:
+            result = self._work()
+        except BaseException as error:  # noqa: BLE001  # handed to the waiting caller, whatever it is
+            failure = error
+        with self._lock:
+            abandoned = self._was_left()
+            self._state = _CallState.DONE
+        if abandoned:
+            self._release()
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, result, failure)
+        except RuntimeError:  # the loop closed meanwhile: nobody waits for the result
+            self._release()
+
+    def _was_left(self) -> bool:
+        return self._state is _CallState.ABANDONED
+
+    def leave(self) -> bool:
+        """The caller stops waiting. True if the worker still runs, and will release."""
+        with self._lock:
+            if self._state is _CallState.PENDING:
+                self._state = _CallState.DROPPED
+            if self._state is _CallState.RUNNING:
+                self._state = _CallState.ABANDONED
+                return True
+            return False
+
+    def _deliver(self, result: Result | None, failure: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if failure is None:
+            self.future.set_result(result)  # type: ignore[arg-type]
+        else:
+            self.future.set_exception(_Carried(failure))
+
+
+class _Carried(Exception):
+    """Carries any exception through an asyncio future, which refuses StopIteration and stops the loop for some."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+class WorkerThreads:
+    """Threads that are kept between calls, at most `limit`.
+
+    Args:
+        limit: most threads.
+        name: prefix of the threads' names.
+    """
+
+    def __init__(self, limit: int, name: str) -> None:
+        self.slots = Slots(limit)
+        self._name = name
+        self._pool: ThreadPoolExecutor | None = None
+
+    async def run(self, work: Callable[[], Result], *, slot: Slot, release: Callable[[], None]) -> Result:
+        """Runs `work` in a thread, in a copy of the caller's context.
+
+        Args:
+            work: what to run.
+            slot: a unit of `self.slots` that the caller holds.
+            release: gives back all the caller holds for this work. Called from here only if the caller leaves
+                while the work runs, and then after it has ended; otherwise releasing stays with the caller.
+
+        Raises:
+            CancelledError: the caller was cancelled; `slot.abandoned` tells whether the work still runs.
+        """
+        call = _Call(work, release)
+        context = contextvars.copy_context()
+        self._executor().submit(context.run, call.run)
+        try:
+            return await call.future
+        except _Carried as carried:
+            raise carried.error from None
+        finally:
+            if call.leave():
+                self.slots.abandon(slot)
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.slots.limit, thread_name_prefix=self._name)
+        return self._pool
+
+    def close(self) -> None:
+        """Ends the idle threads; abandoned ones end when their function returns."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=not self.slots.holders())
+            self._pool = None
+
+
+class TermThreads:
+    """All threads that the terms of one service client, or of one pipeline, may use.
+
+    Gradients of coroutine terms have workers of their own: a coroutine that holds its permit must never wait
+    for a slot whose holder waits for a permit. Sums over all terms have one more, which never runs user code.
+
+    Args:
+        max_threads: most live term threads; None is the usable CPU count.
+    """
+
+    def __init__(self, max_threads: int | None = None) -> None:
+        limit = max_threads or usable_cpu_count()
+        self.terms = WorkerThreads(limit, "tinkex-term")
+        self.backward = WorkerThreads(limit, "tinkex-backward")
+        self.arithmetic = WorkerThreads(1, "tinkex-arithmetic")
+
+    def abandoned(self) -> list[str]:
+        """Names of the terms whose threads outlived them."""
+        return self.terms.slots.abandoned() + self.backward.slots.abandoned()
+
+    def close(self) -> None:
+        """Ends all idle threads."""
+        for workers in (self.terms, self.backward, self.arithmetic):
+            workers.close()
+
+
+async def run_released(workers: WorkerThreads, name: str, work: Callable[[], Result]) -> Result:
+    """Runs `work` in one of `workers`, waiting for a slot first and giving it back after."""
+    slot = await workers.slots.acquire(name)
+    try:
+        return await workers.run(work, slot=slot, release=slot.release)
+    finally:
+        if not slot.abandoned:
+            slot.release()
