@@ -1,0 +1,324 @@
+"""The order of one training client's requests.
+
+A request takes its place in the lane before its first suspension. The first place that has not yet happened
+has the turn. Sequence numbers are taken at hand-over to the wire, never ahead, so a request that fails,
+is cancelled or times out before that leaves no gap. A gradient or update that leaves without having happened
+breaks the lane: the places behind it raise PrecedingRequestFailed, because an optim_step must never run on
+the gradients of a step that did not happen. Requests made after a break work normally.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TypeVar
+
+from tinkex_py.errors import (
+    APIStatusError,
+    ClientClosed,
+    PrecedingRequestFailed,
+    RequestInsideStep,
+    SequenceLost,
+    TinkexError,
+    TransportError,
+)
+
+Answer = TypeVar("Answer")
+Send = Callable[[Sequence[int]], Awaitable[Answer]]
+
+# Statuses of a retried request that never got a final answer: whether the number arrived is unknown.
+UNDECIDED_STATUSES = frozenset({408, 425, 429})
+
+
+class Kind(Enum):
+    """What a request does to the model."""
+
+    GRADIENT = auto()
+    UPDATE = auto()
+    READ = auto()
+
+
+@dataclass(eq=False)
+class StepMark:
+    """Marks code that runs inside the terms of a custom step; it dies with the step."""
+
+    place: "Place"
+    alive: bool = True
+
+
+_steps: ContextVar[tuple[StepMark, ...]] = ContextVar("tinkex_steps", default=())
+
+
+class Place:
+    """One request's position in a lane. Leave it exactly once, whatever happened; see `Lane.enter`."""
+
+    def __init__(self, lane: "Lane", kind: Kind, index: int) -> None:
+        self.kind = kind
+        self.index = index
+        self.happened = False
+        self.left = False
+        self.numbers: list[int] = []
+        self._lane = lane
+        self._broken: TinkexError | None = None
+        self._changed = asyncio.Event()
+
+    async def turn(self) -> None:
+        """Waits until every earlier place has happened or left.
+
+        Raises:
+            PrecedingRequestFailed: an earlier gradient or update did not happen.
+            SequenceLost: the lane cannot go on.
+        """
+        while not self._lane.has_turn(self):
+            self._changed.clear()
+            self.check()
+            await self._changed.wait()
+        self.check()
+
+    async def submit(
+        self,
+        count: int,
+        send: Send[Answer],
+        *,
+        last: bool = True,
+        handed_over: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Hands one submission over to the wire and waits until it is answered.
+
+        Args:
+            count: how many consecutive numbers it needs.
+            send: sends it under these numbers until there is a final answer. It is run by the lane: once handed
+                over, it goes on even if the caller is cancelled.
+            last: this is the place's last submission; with it the request has happened.
+            handed_over: called at hand-over, before anything else can run.
+
+        Raises:
+            PrecedingRequestFailed, SequenceLost: as `turn`; nothing was sent.
+        """
+        await self.turn()
+        task = await self._lane.hand_over(self, count, send, last=last, handed_over=handed_over)
+        return await asyncio.shield(task)
+
+    def check(self) -> None:
+        """Raises what broke this place, if anything did."""
+        if self._lane.lost is not None:
+            raise _again(self._lane.lost)
+        if self._broken is not None:
+            raise self._broken
+
+    def fail_on_service(self) -> list[int]:
+        """The service failed this request: breaks what is not handed over yet.
+
+        Returns:
+            Numbers of later requests that had already been handed over.
+        """
+        self._lane.break_behind(self)
+        last = max(self.numbers, default=0)
+        return list(range(last + 1, self._lane.next_number))
+
+    def break_with(self, error: TinkexError) -> None:
+        """Takes this place out of the lane; its owner learns it at its next step."""
+        self._broken = error
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets the owner look again."""
+        self._changed.set()
+
+    def leave(self) -> None:
+        """The request is over. If it should have changed the model and did not happen, the lane breaks."""
+        if not self.left:
+            self.left = True
+            self._lane.remove(self)
+
+    @contextmanager
+    def running_terms(self) -> Generator[None]:
+        """Marks the code inside as part of this step: its forward passes run inside the turn the step holds."""
+        mark = StepMark(self)
+        token = _steps.set((*_steps.get(), mark))
+        try:
+            yield
+        finally:
+            mark.alive = False
+            _steps.reset(token)
+
+
+class GuestPlace(Place):
+    """A forward pass asked for by a term: it runs inside the turn that the step holds."""
+
+    def __init__(self, lane: "Lane", mark: StepMark) -> None:
+        super().__init__(lane, Kind.READ, mark.place.index)
+        self._mark = mark
+
+    async def turn(self) -> None:
+        """The step has the turn already.
+
+        Raises:
+            PrecedingRequestFailed: the step has ended meanwhile.
+        """
+        self.check()
+
+    def check(self) -> None:
+        """Raises if the step has ended, or what broke it."""
+        if not self._mark.alive or self._mark.place.left:
+            raise PrecedingRequestFailed("the step whose term asked for this forward pass has ended; nothing was sent")
+        self._mark.place.check()
+
+    def leave(self) -> None:
+        """A guest is in no line."""
+
+
+class Lane:
+    """The places of one training client, and its sequence numbers.
+
+    Attributes:
+        next_number: the number the next submission gets.
+        lost: set once a number may truly be lost.
+        accumulated: backward passes handed over since the last optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self.next_number = 1
+        self.lost: SequenceLost | ClientClosed | None = None
+        self.accumulated = 0
+        self._places: list[Place] = []
+        self._entered = 0
+        self._wire = asyncio.Lock()
+        self._in_flight: set[asyncio.Task[object]] = set()
+
+    def enter(self, kind: Kind, *, forward_only: bool = False) -> Place:
+        """Takes a place; call it before the first suspension of a request.
+
+        Raises:
+            RequestInsideStep: called from inside a term of this client's running step, and not forward-only.
+            SequenceLost: the lane cannot go on.
+        """
+        if self.lost is not None:
+            raise _again(self.lost)
+        for mark in _steps.get():
+            if mark.alive and mark.place in self._places:
+                if forward_only:
+                    return GuestPlace(self, mark)
+                raise RequestInsideStep(
+                    "a term asked its own training client for something other than a forward pass, which would have "
+                    "to wait for the step the term belongs to; do it after forward_backward_custom has returned"
+                )
+        self._entered += 1
+        place = Place(self, kind, self._entered)
+        self._places.append(place)
+        return place
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no request is in the lane and nothing is in flight."""
+        return not self._places and not self._in_flight
+
+    def has_turn(self, place: Place) -> bool:
+        """True if every earlier place has happened or left."""
+        return all(other.happened or other.index >= place.index for other in self._places)
+
+    async def hand_over(
+        self,
+        place: Place,
+        count: int,
+        send: Send[Answer],
+        *,
+        last: bool,
+        handed_over: Callable[[], None] | None,
+    ) -> asyncio.Task[Answer]:
+        """Gives numbers to a submission and starts it; one submission is on the wire at a time."""
+        await self._wire.acquire()
+        try:
+            place.check()
+        except TinkexError:
+            self._wire.release()
+            raise
+        numbers = list(range(self.next_number, self.next_number + count))
+        self.next_number += count
+        place.numbers += numbers
+        if last:
+            place.happened = True
+        if handed_over is not None:
+            handed_over()
+        task = asyncio.create_task(self._deliver(place, numbers, send), name="tinkex.submission")
+        self._in_flight.add(task)
+        task.add_done_callback(self._landed)
+        self._wake_all()
+        return task
+
+    async def _deliver(self, place: Place, numbers: Sequence[int], send: Send[Answer]) -> Answer:
+        try:
+            return await send(numbers)
+        except APIStatusError as error:
+            if error.status < 500 and error.status not in UNDECIDED_STATUSES:
+                if place.happened and place.kind is not Kind.READ:
+                    self.break_behind(place)
+                raise
+            raise self._lose(numbers, error) from error
+        except TransportError as error:
+            raise self._lose(numbers, error) from error
+
+    def _lose(self, numbers: Sequence[int], error: TinkexError) -> SequenceLost | ClientClosed:
+        numbered = f"request {numbers[0]}" if len(numbers) == 1 else f"requests {numbers[0]} to {numbers[-1]}"
+        self.end(
+            SequenceLost(
+                f"{numbered} got no final answer ({type(error).__name__}: {error}), so the order on the service is no "
+                "longer known. Go on with service.create_training_client_from_state(path, with_optimizer=True)"
+            )
+        )
+        assert self.lost is not None
+        return _again(self.lost)
+
+    def end(self, error: SequenceLost | ClientClosed) -> None:
+        """Nothing can be sent on this lane any more; the first reason stays."""
+        self.lost = self.lost or error
+        self._wake_all()
+
+    def _landed(self, task: asyncio.Task[object]) -> None:
+        self._in_flight.discard(task)
+        self._wire.release()
+        if not task.cancelled():
+            task.exception()  # retrieved here too: the caller may be gone
+
+    def break_behind(self, place: Place) -> None:
+        """Everything behind `place` that has not happened raises PrecedingRequestFailed."""
+        for other in [other for other in self._places if other.index > place.index and not other.happened]:
+            self._places.remove(other)
+            other.break_with(
+                PrecedingRequestFailed(
+                    f"an earlier {place.kind.name.lower()} request of this training client did not take effect, so "
+                    "this one was not sent; it is safe to call it again"
+                )
+            )
+        self._wake_all()
+
+    def remove(self, place: Place) -> None:
+        """See `Place.leave`."""
+        if place not in self._places:
+            return
+        if not place.happened and place.kind is not Kind.READ:
+            self.break_behind(place)
+        self._places.remove(place)
+        self._wake_all()
+
+    async def drain(self, timeout: float) -> None:
+        """Waits for what is in flight, at most `timeout` seconds, then cancels it."""
+        tasks = set(self._in_flight)
+        if not tasks:
+            return
+        _, pending = await asyncio.wait(tasks, timeout=timeout)
+        for task in pending:
+            task.cancel()
+        if pending:
+            await asyncio.wait(pending)
+
+    def _wake_all(self) -> None:
+        for place in self._places:
+            place.wake()
+
+
+def _again(error: SequenceLost | ClientClosed) -> SequenceLost | ClientClosed:
+    """A fresh exception with the same message: one object raised in many tasks would collect their tracebacks."""
+    return type(error)(*error.args)
