@@ -1,25 +1,6 @@
-"""Composing a loss from a base loss and weighted regularizers."""
+"""Composing a loss from a base loss and weighted regularizers; its names are in `__init__.pyi`, loaded when used."""
 
-from tinkex_py.losses.direct import Executor, GradientTracker, execute
-from tinkex_py.losses.logprobs import packed_field, split
-from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
-from tinkex_py.losses.pipeline import Pipeline
-from tinkex_py.losses.spec import Metric, Regularizer, RegularizerSpec, Term, TermResult, per_datum
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+import lazy_loader
 
-__all__ = [
-    "BaseLossOutput",
-    "CustomLossOutput",
-    "Executor",
-    "GradientTracker",
-    "Metric",
-    "Pipeline",
-    "Regularizer",
-    "RegularizerOutput",
-    "RegularizerSpec",
-    "Term",
-    "TermResult",
-    "execute",
-    "packed_field",
-    "per_datum",
-    "split",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -127,6 +127,7 @@ class TermRun:
         threads: where sync terms run.
         max_concurrency: terms in flight at once.
         track_grad_norms: whether norms are computed.
+        max_threads: most live term threads as far as this run is concerned; None leaves it to `threads`.
     """
 
     data: Sequence[Datum]
@@ -134,10 +135,12 @@ class TermRun:
     threads: TermThreads
     max_concurrency: int
     track_grad_norms: bool
+    max_threads: int | None = None
     _permits: Slots = field(init=False)
 
     def __post_init__(self) -> None:
         self._permits = Slots(self.max_concurrency)
+        self._thread_limit = min(self.max_concurrency, self.max_threads or self.max_concurrency)
 
     async def all(self, terms: Sequence[PreparedTerm], *, parallel: bool) -> list[Outcome]:
         """Runs the terms; outcomes in the order of `terms`.
@@ -217,7 +220,7 @@ class TermRun:
     async def _thread_slot(self, term: PreparedTerm) -> Slot:
         patience = DEFAULT_PATIENCE if term.timeout is None else term.timeout
         try:
-            return await self.threads.terms.slots.acquire(term.name, limit=self.max_concurrency, patience=patience)
+            return await self.threads.terms.slots.acquire(term.name, limit=self._thread_limit, patience=patience)
         except SlotsAbandoned as error:
             raise RegularizerTimeout(
                 f"term {term.name!r} got no thread within {patience} s: all are held by abandoned terms "

@@ -110,7 +110,7 @@ class Pipeline:
     async def _evaluate(
         self, data: Sequence[Datum], logprobs: Logprobs, specs: Sequence[RegularizerSpec], threads: TermThreads
     ) -> CustomLoss:
-        run = TermRun(data, logprobs, threads, self.max_concurrency, self.track_grad_norms)
+        run = TermRun(data, logprobs, threads, self.max_concurrency, self.track_grad_norms, self.max_threads)
         terms = [prepare_base_loss(self.base_loss, self.timeout)]
         terms += [prepare_regularizer(spec, self.timeout) for spec in specs]
         outcomes = await run.all(terms, parallel=self.parallel)

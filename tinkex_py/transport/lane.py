@@ -215,6 +215,11 @@ class Lane:
         """True if no request is in the lane and nothing is in flight."""
         return not self._places and not self._in_flight
 
+    @property
+    def is_unused(self) -> bool:
+        """True until the first request enters."""
+        return self._entered == 0
+
     def has_turn(self, place: Place) -> bool:
         """True if every earlier place has happened or left."""
         return all(other.happened or other.index >= place.index for other in self._places)

@@ -67,6 +67,11 @@ class PackedTensor:
         )
 
     @classmethod
+    def empty(cls, num_datums: int) -> "PackedTensor":
+        """A field that none of the datums has."""
+        return cls(np.zeros(0, np.float32), np.zeros(num_datums + 1, np.int64), [()] * num_datums)
+
+    @classmethod
     def from_arrays(cls, arrays: Sequence[Array]) -> "PackedTensor":
         """Packs one array per datum."""
         offsets = np.zeros(len(arrays) + 1, np.int64)

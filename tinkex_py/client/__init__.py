@@ -1,0 +1,7 @@
+"""What a user holds."""
+
+from tinkex_py.client.sampling import AsyncSamplingClient
+from tinkex_py.client.service import AsyncServiceClient
+from tinkex_py.client.training import AsyncTrainingClient
+
+__all__ = ["AsyncSamplingClient", "AsyncServiceClient", "AsyncTrainingClient"]

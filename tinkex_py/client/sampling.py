@@ -1,0 +1,79 @@
+"""Draws from a model."""
+
+import itertools
+from typing import Any
+
+from tinkex_py.client.connection import Connection
+from tinkex_py.errors import ClientClosed, InvalidData
+from tinkex_py.transport.codec import decode_sample
+from tinkex_py.types import ModelInput, SampleResponse, SamplingParams
+
+
+class AsyncSamplingClient:
+    """Draws from one model or checkpoint. Made by a service or training client.
+
+    Args:
+        connection: the service.
+        sampling_session_id: the service's handle of the model.
+    """
+
+    def __init__(self, connection: Connection, sampling_session_id: str) -> None:
+        self.sampling_session_id = sampling_session_id
+        self._connection = connection
+        self._numbers = itertools.count()
+        self._closed = False
+
+    async def sample(
+        self,
+        prompt: ModelInput,
+        *,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+    ) -> SampleResponse:
+        """Draws sequences that continue a prompt.
+
+        Args:
+            prompt: what the model reads.
+            num_samples: how many sequences, >= 1.
+            sampling_params: how to draw; default is temperature 1 up to the service's length limit.
+            include_prompt_logprobs: also tell the log-probability of every prompt token (the first has none).
+
+        Raises:
+            InvalidData: an empty prompt, or num_samples < 1.
+            RequestFailed: the service failed the request.
+        """
+        if self._closed:
+            raise ClientClosed("this sampling client is closed; make a new one")
+        if prompt.length == 0:
+            raise InvalidData("the prompt is empty; it needs at least one token")
+        if num_samples < 1:
+            raise InvalidData(f"num_samples must be >= 1, got {num_samples}")
+        params = sampling_params or SamplingParams()
+        body: dict[str, Any] = {
+            "sampling_session_id": self.sampling_session_id,
+            "seq_id": next(self._numbers),
+            "num_samples": num_samples,
+            "prompt": prompt.model_dump(),
+            "sampling_params": params.model_dump(exclude_none=True),
+            "prompt_logprobs": include_prompt_logprobs,
+            "type": "sample",
+        }
+        request_id = await self._connection.submit("/api/v1/asample", json=body)
+        result = await self._connection.result(request_id, "Sample")
+        return decode_sample(result.body) if result.fields is None else SampleResponse.model_validate(result.fields)
+
+    async def compute_logprobs(self, prompt: ModelInput) -> list[float | None]:
+        """Log-probability of every prompt token given those before it, `[N]`; the first is None."""
+        response = await self.sample(prompt, sampling_params=SamplingParams(max_tokens=1), include_prompt_logprobs=True)
+        return list(response.prompt_logprobs or [])
+
+    async def aclose(self) -> None:
+        """Makes the client unusable; closing twice is fine."""
+        self._closed = True
+
+    async def __aenter__(self) -> "AsyncSamplingClient":
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()

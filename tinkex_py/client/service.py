@@ -1,0 +1,330 @@
+"""The way in: one service, one session."""
+
+import asyncio
+import importlib
+import warnings
+import weakref
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from tinkex_py import telemetry
+from tinkex_py.client.connection import Connection
+from tinkex_py.client.sampling import AsyncSamplingClient
+from tinkex_py.client.training import AsyncTrainingClient, Tokenizer, new_sampling_client
+from tinkex_py.config import TinkexConfig
+from tinkex_py.errors import (
+    APIStatusError,
+    ClientClosed,
+    ConfigError,
+    InvalidResponse,
+    MissingExtra,
+    UnsupportedFeature,
+)
+from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.transport.http import HttpClient
+from tinkex_py.types import LoraConfig, ServerCapabilities, WeightsInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tinkex_py.local import LocalService
+
+EMBEDDED_ADDRESS = "http://embedded"
+
+
+class AsyncServiceClient:
+    """One service, one session. No I/O before `async with` or the first call.
+
+    Args:
+        config: settings; default `TinkexConfig()`, which reads the environment.
+        http_client: a client with httpx's interface to use instead of our own connections; its owner closes it.
+
+    Raises:
+        ConfigError: no key, or a bad setting.
+    """
+
+    def __init__(self, config: TinkexConfig | None = None, *, http_client: object | None = None) -> None:
+        self._prepare(config or TinkexConfig(), http_client=http_client, embedded=None)
+
+    def _prepare(self, config: TinkexConfig, *, http_client: object | None, embedded: "LocalService | None") -> None:
+        self.config = config
+        self._embedded = embedded
+        http = HttpClient(
+            base_url=config.base_url,
+            api_key=config.key,
+            timeout=config.timeout,
+            max_connections=config.max_connections,
+            http_client=http_client,
+            asgi_app=None if embedded is None else embedded.app,
+        )
+        self._connection = Connection(config, http, TermThreads(config.max_threads))
+        self._training_clients: weakref.WeakSet[AsyncTrainingClient] = weakref.WeakSet()
+        self._opening = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
+        self._closed = False
+
+    @classmethod
+    def from_env(cls, **settings: Any) -> "AsyncServiceClient":
+        """A client for the service that the environment names.
+
+        Args:
+            settings: further fields of TinkexConfig.
+        """
+        return cls(TinkexConfig(**settings))
+
+    @classmethod
+    def local(
+        cls,
+        model: str = "tiny",
+        *,
+        checkpoints_dir: "Path | str | None" = None,
+        device: str | None = None,
+        config: TinkexConfig | None = None,
+        **options: Any,
+    ) -> "AsyncServiceClient":
+        """A client with a service of its own inside this process. Entering it, or the first call, loads the model.
+
+        Args:
+            model: "tiny", "smollm2", or a local Hugging Face folder.
+            checkpoints_dir: where checkpoints are kept; None is a temporary folder, removed at the end.
+            device: "cpu", "cuda", "mps"; None chooses.
+            config: timeouts and limits; address and key play no role.
+            options: further options of the embedded service.
+
+        Raises:
+            MissingExtra: the packages it needs are not installed.
+        """
+        from pathlib import Path
+
+        from tinkex_py.local import LocalOptions, LocalService
+
+        folder = None if checkpoints_dir is None else Path(checkpoints_dir)
+        embedded = LocalService(LocalOptions(model=model, checkpoints_dir=folder, device=device, **options))
+        client = cls.__new__(cls)
+        settings = config or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
+        client._prepare(settings, http_client=None, embedded=embedded)
+        return client
+
+    # Models
+
+    async def create_lora_training_client(
+        self,
+        base_model: str,
+        *,
+        rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        lora_config: LoraConfig | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncTrainingClient:
+        """A new model with fresh LoRA adapters.
+
+        Args:
+            base_model: name of the base model; `get_server_capabilities` lists them.
+            rank: inner dimension of the adapters; default 32.
+            seed: of the initial weights; None lets the service choose.
+            train_mlp: adapt the feed-forward layers; default True.
+            train_attn: adapt the attention layers; default True.
+            train_unembed: adapt the output layer; default True.
+            lora_config: all of these in one value, instead of single ones.
+            user_metadata: labels of the model.
+
+        Raises:
+            ConfigError: single settings and `lora_config` were both given.
+            RequestFailed, APIStatusError: the service does not have this model.
+        """
+        single: dict[str, Any] = {
+            "rank": rank,
+            "seed": seed,
+            "train_mlp": train_mlp,
+            "train_attn": train_attn,
+            "train_unembed": train_unembed,
+        }
+        given = {name: value for name, value in single.items() if value is not None}
+        if lora_config is not None and given:
+            raise ConfigError(f"give lora_config or {', '.join(given)}, not both")
+        settings = lora_config or LoraConfig(**given)
+        connection = await self._connected()
+        request_id = await connection.submit(
+            "/api/v1/create_model",
+            json={
+                "session_id": connection.session_id,
+                "model_seq_id": connection.next_model_number(),
+                "base_model": base_model,
+                "lora_config": settings.model_dump(exclude_none=True),
+                "user_metadata": dict(user_metadata or {}),
+                "type": "create_model",
+            },
+        )
+        fields = await connection.fields(request_id, "CreateModel")
+        return self._training_client(_model_id(fields))
+
+    async def create_training_client_from_state(
+        self, path: str, *, with_optimizer: bool = False, user_metadata: Mapping[str, str] | None = None
+    ) -> AsyncTrainingClient:
+        """A new model that starts from a saved one.
+
+        Args:
+            path: what `save_state` gave.
+            with_optimizer: also restore the optimizer's state, so that training goes on as if it had not stopped.
+            user_metadata: labels of the model.
+
+        Raises:
+            RequestFailed, APIStatusError: there is no such checkpoint.
+        """
+        connection = await self._connected()
+        number = connection.next_model_number()
+        body: dict[str, Any] = {
+            "session_id": connection.session_id,
+            "model_seq_id": number,
+            "path": path,
+            "optimizer": with_optimizer,
+            "user_metadata": dict(user_metadata or {}),
+            "type": "load_weights",
+        }
+        try:
+            request_id = await connection.submit("/api/v1/load_weights", json=body)
+        except APIStatusError as error:
+            if error.status != 422:
+                raise
+            return await self._create_then_load(connection, path, with_optimizer=with_optimizer)
+        fields = await connection.fields(request_id, "LoadWeights")
+        return self._training_client(str(fields.get("model_id") or f"{connection.session_id}:train:{number}"))
+
+    async def _create_then_load(
+        self, connection: Connection, path: str, *, with_optimizer: bool
+    ) -> AsyncTrainingClient:
+        """The older way, for services that cannot create a model from a checkpoint: load as its first request."""
+        info = WeightsInfo.model_validate(await connection.post("/api/v1/weights_info", {"tinker_path": path}))
+        wanted: dict[str, Any] = {
+            "rank": info.lora_rank,
+            "train_unembed": info.train_unembed,
+            "train_mlp": info.train_mlp,
+            "train_attn": info.train_attn,
+        }
+        lora_config = LoraConfig(**{name: value for name, value in wanted.items() if value is not None})
+        training = await self.create_lora_training_client(info.base_model, lora_config=lora_config)
+        await training.load_state(path, with_optimizer=with_optimizer)
+        return training
+
+    async def create_sampling_client(
+        self, *, base_model: str | None = None, model_path: str | None = None
+    ) -> AsyncSamplingClient:
+        """A client that draws from a base model, or from a checkpoint saved for sampling.
+
+        Raises:
+            ConfigError: neither or both were given.
+        """
+        if (base_model is None) == (model_path is None):
+            raise ConfigError("give exactly one of base_model and model_path")
+        return await new_sampling_client(await self._connected(), base_model=base_model, model_path=model_path)
+
+    async def get_server_capabilities(self) -> ServerCapabilities:
+        """The models of the service."""
+        connection = await self._connected()
+        return ServerCapabilities.model_validate(await connection.get("/api/v1/get_server_capabilities"))
+
+    def _training_client(self, model_id: str) -> AsyncTrainingClient:
+        client = AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)
+        self._training_clients.add(client)
+        return client
+
+    async def _load_tokenizer(self, name: str) -> Tokenizer:
+        if self._embedded is not None:
+            return self._embedded.tokenizer
+        threads = self._connection.threads
+        return await run_released(threads.arithmetic, "tokenizer", lambda: _tokenizer_by_name(name))
+
+    # Opening and closing
+
+    async def _connected(self) -> Connection:
+        self._check_usable()
+        async with self._opening:
+            if self._finalizer is None:
+                await self._open()
+        return self._connection
+
+    async def _open(self) -> None:
+        with telemetry.lifecycle("tinkex.session", {"base_url": self.config.base_url}):
+            if self._embedded is not None:
+                await self._embedded.start()
+            await self._connection.open_session(self)
+        self._finalizer = weakref.finalize(self, _warn_left_open, self.config.base_url)
+        self._finalizer.atexit = False
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClientClosed("this service client is closed; make a new one")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        if self._loop is not loop:
+            raise ClientClosed(
+                "this service client belongs to another event loop, that of its first call: make one client per loop"
+            )
+
+    async def aclose(self) -> None:
+        """Ends the session and everything that belongs to it. Closing twice is fine.
+
+        Requests in flight get `config.close_timeout` seconds to be answered. Nothing is left behind: no task,
+        thread, socket or file, except threads of abandoned terms, which end when their function returns.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        async with AsyncExitStack() as stack:
+            if self._embedded is not None:
+                stack.push_async_callback(self._embedded.stop)
+            stack.callback(self._connection.threads.close)
+            stack.push_async_callback(self._connection.http.aclose)
+            stack.push_async_callback(self._connection.close_session)
+            for training in list(self._training_clients):
+                stack.push_async_callback(training.aclose)
+
+    async def __aenter__(self) -> "AsyncServiceClient":
+        try:
+            await self._connected()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"AsyncServiceClient(base_url={self.config.base_url!r}, closed={self._closed})"
+
+
+def _model_id(fields: Mapping[str, Any]) -> str:
+    model_id = fields.get("model_id")
+    if not isinstance(model_id, str):
+        raise InvalidResponse("create_model gave no model_id")
+    return model_id
+
+
+def _warn_left_open(base_url: str) -> None:
+    warnings.warn(
+        f"an AsyncServiceClient for {base_url} was left open: use `async with`, or await client.aclose()",
+        ResourceWarning,
+        stacklevel=2,
+    )
+
+
+def _tokenizer_by_name(name: str) -> Any:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise MissingExtra("transformers", "local") from None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UnsupportedFeature(
+            f"no tokenizer {name!r} could be loaded ({type(error).__name__}); pass your own tokenizer"
+        ) from error

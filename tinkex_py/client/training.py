@@ -1,0 +1,475 @@
+"""Trains one model."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tinkex_py import telemetry
+from tinkex_py.client.connection import Connection
+from tinkex_py.client.sampling import AsyncSamplingClient
+from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
+from tinkex_py.client.training_data import check_data, check_name, check_targets
+from tinkex_py.errors import (
+    ClientClosed,
+    InvalidData,
+    InvalidResponse,
+    PipelineError,
+    RequestFailed,
+    TimeoutExceeded,
+    TinkexError,
+    UnsupportedFeature,
+)
+from tinkex_py.transport.codec import EncodedBatch, LossConfig
+from tinkex_py.transport.lane import Kind, Lane, Place
+from tinkex_py.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
+
+if TYPE_CHECKING:
+    from tinkex_py.losses.output import CustomLossOutput
+    from tinkex_py.losses.pipeline import Pipeline
+    from tinkex_py.losses.spec import RegularizerSpec, Term
+
+
+class Tokenizer(Protocol):
+    """What `get_tokenizer` gives: text to token ids and back."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
+        ...
+
+    def encode(self, text: str, /) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], /) -> str:
+        """Text of token ids."""
+        ...
+
+
+class AsyncTrainingClient:
+    """Trains one model on the service. Made by `AsyncServiceClient`.
+
+    Requests take effect in the order in which they are made, which is the order of their first steps: with
+    `asyncio.gather(a, b)` that is a before b. A request whose predecessor did not take effect is not sent.
+
+    Args:
+        connection: the service.
+        model_id: the service's id of the model.
+        load_tokenizer: gives the tokenizer of a model name.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        model_id: str,
+        *,
+        load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]",
+    ) -> None:
+        self.model_id = model_id
+        self._connection = connection
+        self._load_tokenizer = load_tokenizer
+        self._lane = Lane()
+        self._info: GetInfoResponse | None = None
+
+    @property
+    def accumulated(self) -> int:
+        """Backward passes handed over since the last optimizer step; the service cannot take them back."""
+        return self._lane.accumulated
+
+    # Passes over data
+
+    async def forward(
+        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", *, loss_fn_config: LossConfig | None = None
+    ) -> ForwardBackwardOutput:
+        """Logprobs and loss of the datums; nothing is changed.
+
+        A term of a custom step may call this too: it then runs inside that step's turn.
+
+        Args:
+            data: the datums.
+            loss_fn: one of the service's losses.
+            loss_fn_config: its settings.
+
+        Raises:
+            InvalidData: the datums cannot be used.
+            RequestFailed: the service failed the request.
+        """
+        with self._request(Kind.READ, "forward", forward_only=True) as place:
+            chunks = await self._encoded(data, custom=False)
+            return await self._pass(place, chunks, loss_fn, loss_fn_config or {}, forward_only=True)
+
+    async def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", *, loss_fn_config: LossConfig | None = None
+    ) -> ForwardBackwardOutput:
+        """Adds the gradient of one of the service's own losses to what the next optimizer step uses.
+
+        Args:
+            data: the datums.
+            loss_fn: one of the service's losses.
+            loss_fn_config: its settings.
+
+        Raises:
+            InvalidData: the datums cannot be used.
+            PrecedingRequestFailed: an earlier request did not take effect, so this was not sent.
+            RequestFailed: the service failed the request.
+        """
+        with self._request(Kind.GRADIENT, "forward_backward") as place:
+            chunks = await self._encoded(data, custom=False)
+            return await self._pass(place, chunks, loss_fn, loss_fn_config or {}, forward_only=False)
+
+    async def forward_backward_custom(
+        self,
+        data: Sequence[Datum],
+        base_loss: "Term | Pipeline",
+        *,
+        regularizers: "Sequence[RegularizerSpec]" = (),
+        track_grad_norms: bool = False,
+        parallel: bool = True,
+        timeout: float | None = 30.0,
+        max_concurrency: int = 32,
+        max_threads: int | None = None,
+        deadline: float | None = None,
+    ) -> "CustomLossOutput":
+        """Adds the gradient of a composed loss to what the next optimizer step uses.
+
+        The service's forward pass gives logprobs; the terms run here; the gradient of
+        `base_loss + sum(weight_i * regularizer_i)` goes back. Only `target_tokens` and `weights` are sent; all other
+        loss inputs stay here, for the terms.
+
+        Args:
+            data: the datums, each with `target_tokens` of `[T]` or `[T, K]`.
+            base_loss: a term, or a ready Pipeline (then no other option of it may be given).
+            regularizers: specs with unique names.
+            track_grad_norms: compute gradient norms.
+            parallel: False runs the terms one after another.
+            timeout: seconds per term; None is no limit.
+            max_concurrency: terms in flight at once.
+            max_threads: sync terms of this call in threads at once; the service client's threads bound it too.
+            deadline: seconds for everything up to the hand-over of the gradient; after that it never cancels.
+
+        Raises:
+            RegularizerError: a term failed; nothing was sent, and the client stays usable.
+            PipelineError: the loss cannot be composed, or no term depends on the logprobs.
+            InvalidData: the datums cannot be used.
+            TimeoutExceeded: the deadline passed.
+            PrecedingRequestFailed: an earlier request did not take effect, so this was not sent.
+            RequestFailed: the service failed the request.
+        """
+        with self._request(Kind.GRADIENT, "forward_backward_custom") as place:
+            options: dict[str, Any] = {
+                "track_grad_norms": track_grad_norms,
+                "parallel": parallel,
+                "max_concurrency": max_concurrency,
+                "max_threads": max_threads,
+                "timeout": timeout,
+            }
+            pipeline = await self._or_break(lambda: _pipeline(base_loss, regularizers, options))
+            async with _until_handed_over(deadline) as handed_over:
+                chunks = await self._encoded(data, custom=True)
+                logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
+                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
+                service_output = await self._pass(
+                    place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=handed_over
+                )
+            return output.model_copy(update={"service_output": service_output})
+
+    async def _evaluate(
+        self,
+        place: Place,
+        data: Sequence[Datum],
+        forward: ForwardBackwardOutput,
+        pipeline: "Pipeline",
+        chunks: Sequence[EncodedBatch],
+    ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
+        from tinkex_py.losses.logprobs import Logprobs
+
+        packed = forward.packed.get("logprobs")
+        if packed is None or len(packed) != len(data):
+            raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
+        for index, datum in enumerate(data):
+            expected = datum.loss_fn_inputs["target_tokens"].shape
+            if packed.shape(index) != expected:
+                raise InvalidResponse(
+                    f"logprobs of datum {index} have shape {packed.shape(index)}, its target_tokens {expected}"
+                )
+        with place.running_terms():
+            loss = await pipeline.evaluate(data, Logprobs.from_packed(packed), threads=self._connection.threads)
+        if not loss.differentiable:
+            raise PipelineError(
+                "no term depends on the logprobs, so there is nothing to train on; nothing was sent. A loss loses its "
+                "path to the logprobs through detach(), numpy(), torch.no_grad() or torch.tensor(x)"
+            )
+        weights = loss.gradient.neg().reshape(-1).numpy()
+        return loss.output, await replace_weights(chunks, weights, self._connection.threads)
+
+    # Changes of the model
+
+    async def optim_step(self, params: AdamParams | None = None) -> OptimStepResponse:
+        """Applies the accumulated gradient with AdamW, and clears it.
+
+        Args:
+            params: step size and the like; default `AdamParams()`.
+
+        Raises:
+            PrecedingRequestFailed: an earlier gradient did not take effect, so this was not sent.
+            RequestFailed: the service failed the request.
+        """
+        with self._request(Kind.UPDATE, "optim_step") as place:
+            if params is not None and not isinstance(params, AdamParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+                await asyncio.sleep(0)
+                raise InvalidData(f"params must be AdamParams, got a {type(params).__name__}")
+
+            def clear() -> None:
+                self._lane.accumulated = 0
+
+            body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
+            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear)
+            return OptimStepResponse.model_validate(fields)
+
+    async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
+        """Loads a checkpoint; services allow it only as a model's first request.
+
+        Args:
+            path: what `save_state` gave.
+            with_optimizer: also restore the optimizer's state.
+
+        Raises:
+            UnsupportedFeature: the model is in use already; the message names the way out.
+        """
+        if not self._lane.is_unused:
+            raise UnsupportedFeature(
+                f"{path!r} cannot be loaded into a model that is in use: await "
+                "service.create_training_client_from_state(path, with_optimizer=...) makes a new one from it"
+            )
+        with self._request(Kind.UPDATE, "load_state") as place:
+            body = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
+            await self._numbered(place, "load_weights", body, "LoadWeights")
+
+    # Checkpoints and sampling
+
+    async def save_state(
+        self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> SaveWeightsResponse:
+        """Saves weights and optimizer state, as they are after all requests made so far.
+
+        Args:
+            name: of the checkpoint.
+            ttl_seconds: when the service may delete it; None is never.
+            overwrite: replace a checkpoint of this name.
+
+        Returns:
+            The checkpoint's path, for `create_training_client_from_state`.
+        """
+        with self._request(Kind.READ, "save_state") as place:
+            body: dict[str, Any] = {"path": check_name(name), "overwrite": overwrite, "type": "save_weights"}
+            if ttl_seconds is not None:
+                body["ttl_seconds"] = ttl_seconds
+            fields = await self._numbered(place, "save_weights", body, "SaveWeights")
+            return SaveWeightsResponse.model_validate(fields)
+
+    async def save_weights_for_sampler(self, name: str, *, ttl_seconds: int | None = None) -> SaveWeightsResponse:
+        """Saves weights for sampling under a name; the path works with `service.create_sampling_client`."""
+        with self._request(Kind.READ, "save_weights_for_sampler") as place:
+            body: dict[str, Any] = {"path": check_name(name), "kind": "snapshot", "type": "save_weights_for_sampler"}
+            if ttl_seconds is not None:
+                body["ttl_seconds"] = ttl_seconds
+            fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            return SaveWeightsResponse.model_validate(fields)
+
+    async def save_weights_and_get_sampling_client(self, name: str | None = None) -> AsyncSamplingClient:
+        """A sampling client for the weights as they are after all requests made so far.
+
+        Args:
+            name: keep them as a named checkpoint too; None keeps them only for this sampling client.
+        """
+        if name is not None:
+            saved = await self.save_weights_for_sampler(name)
+            return await new_sampling_client(self._connection, model_path=saved.path)
+        with self._request(Kind.READ, "save_weights_for_sampler") as place:
+            body = {
+                "sampling_session_seq_id": self._connection.next_sampler_number(),
+                "kind": "snapshot",
+                "type": "save_weights_for_sampler",
+            }
+            fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            saved_session = SaveWeightsForSamplerResponse.model_validate(fields).sampling_session_id
+            if saved_session is None:
+                raise InvalidResponse("save_weights_for_sampler gave no sampling_session_id")
+            return AsyncSamplingClient(self._connection, saved_session)
+
+    # About the model
+
+    async def get_info(self) -> GetInfoResponse:
+        """What is being trained."""
+        if self._info is None:
+            fields = await self._connection.post("/api/v1/get_info", {"model_id": self.model_id, "type": "get_info"})
+            self._info = GetInfoResponse.model_validate(fields)
+        return self._info
+
+    async def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: the embedded service's own, else loaded by name with transformers.
+
+        Raises:
+            MissingExtra: transformers is not installed.
+            UnsupportedFeature: the service does not tell which tokenizer it is.
+        """
+        info = await self.get_info()
+        name = info.model_data.tokenizer_id or info.model_data.model_name or info.model_name
+        if name is None:
+            raise UnsupportedFeature("the service does not tell the model's name; pass your own tokenizer")
+        return await self._load_tokenizer(name.partition(":")[0])
+
+    # Closing
+
+    async def aclose(self) -> None:
+        """Ends this client; waits a while for what is in flight. Closing twice is fine."""
+        self._lane.end(ClientClosed("this training client is closed; make a new one"))
+        await self._lane.drain(self._connection.config.close_timeout)
+
+    async def __aenter__(self) -> "AsyncTrainingClient":
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.aclose()
+
+    # One request
+
+    @contextmanager
+    def _request(self, kind: Kind, operation: str, *, forward_only: bool = False) -> Generator[Place]:
+        """A place in the lane around one request; its errors tell what the service already holds."""
+        place = self._lane.enter(kind, forward_only=forward_only)
+        try:
+            with telemetry.lifecycle("tinkex.training", {"operation": operation, "model_id": self.model_id}):
+                yield place
+        except TinkexError as error:
+            if kind is not Kind.READ:
+                error.accumulated = self._lane.accumulated
+            if isinstance(error, RequestFailed) and kind is not Kind.READ:
+                error.handed_over = tuple(place.fail_on_service())
+            raise
+        finally:
+            place.leave()
+
+    async def _or_break(self, build: Callable[[], Any]) -> Any:
+        """Runs a check of the input; requests that were started together with a bad one are to see its failure."""
+        try:
+            return build()
+        except TinkexError:
+            await asyncio.sleep(0)
+            raise
+
+    async def _encoded(self, data: Sequence[Datum], *, custom: bool) -> list[EncodedBatch]:
+        def checked() -> Sequence[Datum]:
+            datums = check_data(data)
+            if custom:
+                check_targets(datums)
+            return datums
+
+        datums = await self._or_break(checked)
+        return await encode_chunks(datums, self._connection, custom=custom)
+
+    async def _pass(
+        self,
+        place: Place,
+        chunks: Sequence[EncodedBatch],
+        loss_fn: str,
+        config: LossConfig,
+        *,
+        forward_only: bool,
+        last: bool = True,
+        handed_over: Callable[[], None] | None = None,
+    ) -> ForwardBackwardOutput:
+        chunked = ChunkedPass(
+            self._connection, self.model_id, chunks, loss_fn, config, forward_only=forward_only, keep_graph=not last
+        )
+
+        def on_hand_over() -> None:
+            if not forward_only:
+                self._lane.accumulated += 1
+            if handed_over is not None:
+                handed_over()
+
+        request_ids = await place.submit(len(chunks), chunked.send, last=last, handed_over=on_hand_over)
+        return await chunked.result(request_ids)
+
+    async def _numbered(
+        self,
+        place: Place,
+        endpoint: str,
+        body: Mapping[str, Any],
+        request_type: str,
+        *,
+        handed_over: Callable[[], None] | None = None,
+    ) -> Mapping[str, Any]:
+        async def send(numbers: Sequence[int]) -> str:
+            numbered = {"model_id": self.model_id, "seq_id": numbers[0], **body}
+            return await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+
+        request_id = await place.submit(1, send, handed_over=handed_over)
+        return await self._connection.fields(request_id, request_type)
+
+
+_PIPELINE_DEFAULTS: Mapping[str, Any] = {
+    "track_grad_norms": False,
+    "parallel": True,
+    "max_concurrency": 32,
+    "max_threads": None,
+    "timeout": 30.0,
+}
+
+
+async def new_sampling_client(
+    connection: Connection, *, base_model: str | None = None, model_path: str | None = None
+) -> AsyncSamplingClient:
+    """Opens a sampling session for a base model or a checkpoint."""
+    body: dict[str, Any] = {
+        "session_id": connection.session_id,
+        "sampling_session_seq_id": connection.next_sampler_number(),
+        "type": "create_sampling_session",
+    }
+    if base_model is not None:
+        body["base_model"] = base_model
+    if model_path is not None:
+        body["model_path"] = model_path
+    answer = await connection.post("/api/v1/create_sampling_session", body)
+    sampling_session_id = answer.get("sampling_session_id")
+    if not isinstance(sampling_session_id, str):
+        raise InvalidResponse("create_sampling_session was answered without a sampling_session_id")
+    return AsyncSamplingClient(connection, sampling_session_id)
+
+
+@asynccontextmanager
+async def _until_handed_over(deadline: float | None) -> AsyncGenerator[Callable[[], None]]:
+    """A time limit that ends at the moment the block calls what it yields."""
+    scope = asyncio.timeout(deadline)
+    try:
+        async with scope:
+            yield lambda: scope.reschedule(None)
+    except TimeoutError as error:
+        if not scope.expired() or isinstance(error, TinkexError):
+            raise
+        raise TimeoutExceeded(f"the custom step was not handed over within its deadline of {deadline} s") from None
+
+
+def _pipeline(
+    base_loss: "Term | Pipeline", regularizers: "Sequence[RegularizerSpec]", options: dict[str, Any]
+) -> "Pipeline":
+    from tinkex_py.losses.pipeline import Pipeline
+
+    if not isinstance(base_loss, Pipeline):
+        return Pipeline(base_loss, regularizers, **options)
+    given = [name for name, value in options.items() if value != _PIPELINE_DEFAULTS[name]]
+    if regularizers:
+        given.insert(0, "regularizers")
+    if given:
+        raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(given)} on it instead")
+    return base_loss

@@ -1,0 +1,71 @@
+"""What a training client checks before anything is sent."""
+
+import re
+from collections.abc import Sequence
+
+from tinkex_py.errors import InvalidData
+from tinkex_py.types import Datum, TensorData
+
+_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+def check_data(data: Sequence[Datum]) -> Sequence[Datum]:
+    """The datums, if they are datums and there is at least one.
+
+    Raises:
+        InvalidData: no datum, or something that is none.
+    """
+    if isinstance(data, Datum) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
+    if not data:
+        raise InvalidData("data is empty: a training request needs at least one datum")
+    for index, datum in enumerate(data):
+        if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
+        if datum.model_input.length == 0:
+            raise InvalidData(f"model_input of datum {index} is empty")
+    return list(data)
+
+
+def check_targets(data: Sequence[Datum]) -> None:
+    """Checks that every datum has targets that fit its input, and weights that fit its targets.
+
+    Raises:
+        InvalidData: naming the datum, the field and both shapes.
+    """
+    for index, datum in enumerate(data):
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        if targets is None:
+            raise InvalidData(
+                f"datum {index} has no 'target_tokens' in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
+            )
+        _check_shape(datum, targets, index)
+        weights = datum.loss_fn_inputs.get("weights")
+        if weights is not None and weights.shape != targets.shape:
+            raise InvalidData(
+                f"weights of datum {index} have shape {weights.shape}, its target_tokens {targets.shape}; "
+                "they must be equal"
+            )
+
+
+def _check_shape(datum: Datum, targets: TensorData, index: int) -> None:
+    if len(targets.shape) not in (1, 2):
+        raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
+    if targets.dtype != "int64":
+        raise InvalidData(f"target_tokens of datum {index} must be integers, got {targets.dtype}")
+    if targets.shape[0] != datum.model_input.length:
+        raise InvalidData(
+            f"target_tokens of datum {index} have shape {targets.shape}, but its model_input has "
+            f"{datum.model_input.length} tokens: one target per input position is needed (targets are pre-shifted)"
+        )
+
+
+def check_name(name: str) -> str:
+    """A checkpoint name the service can use as a path segment.
+
+    Raises:
+        InvalidData: it is not one.
+    """
+    if not isinstance(name, str) or not _CHECKPOINT_NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"a checkpoint name has 1 to 128 letters, digits, '_', '.', '-', got {name!r}")
+    return name

@@ -1,0 +1,27 @@
+"""The names that `__init__.py` loads at their first use."""
+
+from .direct import (
+    Executor as Executor,
+    GradientTracker as GradientTracker,
+    execute as execute,
+)
+from .logprobs import (
+    packed_field as packed_field,
+    split as split,
+)
+from .output import (
+    BaseLossOutput as BaseLossOutput,
+    CustomLossOutput as CustomLossOutput,
+    RegularizerOutput as RegularizerOutput,
+)
+from .pipeline import (
+    Pipeline as Pipeline,
+)
+from .spec import (
+    Metric as Metric,
+    Regularizer as Regularizer,
+    RegularizerSpec as RegularizerSpec,
+    Term as Term,
+    TermResult as TermResult,
+    per_datum as per_datum,
+)

@@ -1,0 +1,294 @@
+"""Requests and results of forward and backward as bytes, with the packed buffers untouched.
+
+The protobuf form of a datum is laid out once. A custom step sends the same datums twice, first for the forward
+pass and then with other weights, so `EncodedBatch.with_weights` only overwrites the weights' bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from tinkex_py.errors import InvalidResponse
+from tinkex_py.transport import wire
+from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, SampledSequence, SampleResponse, TensorData
+from tinkex_py.types.tensors import Array
+
+PROTOBUF = "application/x-protobuf"
+LossConfig = Mapping[str, float | str]
+
+# ForwardBackwardRequest.data: field 3, length-delimited.
+_DATA_TAG = bytes([3 << 3 | 2])
+_DTYPES = {
+    wire.DTYPE_FLOAT32: np.dtype("<f4"),
+    wire.DTYPE_INT64: np.dtype("<i8"),
+    wire.DTYPE_INT32: np.dtype("<i4"),
+    wire.DTYPE_BFLOAT16: np.dtype("<u2"),
+}
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Datums as the `data` part of a ForwardBackwardRequest.
+
+    Attributes:
+        data: the datums kept for error messages and JSON servers.
+        body: the bytes.
+        weights_at: start of every datum's dense weights in `body`; empty if they cannot be replaced.
+        weights_bytes: length of every datum's weights.
+    """
+
+    data: Sequence[Datum]
+    body: bytearray
+    weights_at: Sequence[int]
+    weights_bytes: Sequence[int]
+
+    def with_weights(self, packed: Array) -> "EncodedBatch":
+        """The same datums with other weights.
+
+        Args:
+            packed: float32, all datums' weights end to end.
+        """
+        flat = np.ascontiguousarray(packed, dtype="<f4").reshape(-1).view(np.uint8)
+        body = bytearray(self.body)
+        target = np.frombuffer(body, np.uint8)
+        start = 0
+        for position, size in zip(self.weights_at, self.weights_bytes, strict=True):
+            target[position : position + size] = flat[start : start + size]
+            start += size
+        assert start == flat.size, "weights must cover the datums exactly"
+        return EncodedBatch(self.data, body, self.weights_at, self.weights_bytes)
+
+
+def encode_batch(data: Sequence[Datum]) -> EncodedBatch:
+    """Lays out datums with all their loss inputs."""
+    body = bytearray()
+    for datum in data:
+        inputs = {name: _tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()}
+        _append(body, _input_bytes(datum) + wire.Datum(loss_fn_inputs=inputs).SerializeToString())
+    return EncodedBatch(data, body, (), ())
+
+
+def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
+    """Lays out datums for a custom step: only `target_tokens` and `weights`, the latter replaceable.
+
+    Weights that the datum has are sent, else zeros; the forward pass does not depend on them.
+    """
+    body = bytearray()
+    positions: list[int] = []
+    sizes: list[int] = []
+    frames: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+    for datum in data:
+        targets = datum.loss_fn_inputs["target_tokens"]
+        if targets.shape not in frames:
+            frames[targets.shape] = _weights_frame(targets.shape)
+        before, after = frames[targets.shape]
+        values = _weights_of(datum, targets)
+        head = _input_bytes(datum) + wire.Datum(loss_fn_inputs={"target_tokens": _tensor(targets)}).SerializeToString()
+        _append_length(body, len(head) + len(before) + len(values) + len(after))
+        body += head
+        body += before
+        positions.append(len(body))
+        sizes.append(len(values))
+        body += values
+        body += after
+    return EncodedBatch(data, body, positions, sizes)
+
+
+@dataclass(frozen=True)
+class PassRequest:
+    """What a forward or forward_backward request says beside its datums.
+
+    Attributes:
+        model_id: the model.
+        seq_id: the request's number.
+        loss_fn: the service's loss.
+        config: its settings.
+        forward_only: no gradient.
+    """
+
+    model_id: str
+    seq_id: int
+    loss_fn: str
+    config: LossConfig
+    forward_only: bool
+
+
+def encode_request(batch: EncodedBatch, request: PassRequest) -> bytes:
+    """A ForwardBackwardRequest around encoded datums."""
+    head = wire.ForwardBackwardRequest(
+        model_id=request.model_id,
+        seq_id=request.seq_id,
+        loss_fn=request.loss_fn,
+        forward_only=request.forward_only,
+    )
+    for name, value in request.config.items():
+        if isinstance(value, str):
+            head.loss_fn_config_v2[name].text = value
+        else:
+            head.loss_fn_config[name] = value
+            head.loss_fn_config_v2[name].number = value
+    return head.SerializeToString() + batch.body
+
+
+def request_as_json(batch: EncodedBatch, request: PassRequest) -> dict[str, Any]:
+    """The same request for servers that only read JSON; it goes to `/forward` or `/forward_backward`."""
+    body = wire.ForwardBackwardRequest.FromString(bytes(batch.body))
+    data = [
+        {
+            "model_input": datum.model_input.model_dump(),
+            "loss_fn_inputs": {name: _tensor_as_json(tensor) for name, tensor in message.loss_fn_inputs.items()},
+        }
+        for datum, message in zip(batch.data, body.data, strict=True)
+    ]
+    given: dict[str, Any] = {"data": data, "loss_fn": request.loss_fn}
+    if request.config:
+        given["loss_fn_config"] = dict(request.config)
+    return {
+        "model_id": request.model_id,
+        "seq_id": request.seq_id,
+        "forward_input" if request.forward_only else "forward_backward_input": given,
+    }
+
+
+def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
+    """A protobuf ForwardBackwardOutput, its numbers still packed.
+
+    Raises:
+        InvalidResponse: the bytes are no such message, or its parts contradict each other.
+    """
+    try:
+        message = wire.ForwardBackwardOutput.FromString(body)
+    except DecodeError as error:
+        raise InvalidResponse(f"the result is no ForwardBackwardOutput ({len(body)} bytes)") from error
+    records = list(message.loss_fn_outputs)
+    names = list(dict.fromkeys(name for record in records for name in record.fields))
+    return ForwardBackwardOutput(
+        loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
+        num_datums=sum(record.num_datums for record in records),
+        packed={
+            name: PackedTensor.join([_packed(record.fields.get(name), record.num_datums, name) for record in records])
+            for name in names
+        },
+        metrics=dict(message.metrics),
+    )
+
+
+def decode_sample(body: bytes) -> SampleResponse:
+    """A protobuf SampleResponse.
+
+    Raises:
+        InvalidResponse: the bytes are no such message.
+    """
+    try:
+        message = wire.SampleResponse.FromString(body)
+    except DecodeError as error:
+        raise InvalidResponse(f"the result is no SampleResponse ({len(body)} bytes)") from error
+    prompt = np.frombuffer(message.prompt_logprobs, "<f4") if message.HasField("prompt_logprobs") else None
+    return SampleResponse(
+        sequences=[_sequence(sequence) for sequence in message.sequences],
+        prompt_logprobs=None if prompt is None else [None if np.isnan(value) else float(value) for value in prompt],
+        prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
+    )
+
+
+def _sequence(sequence: wire.SampledSequence) -> SampledSequence:
+    logprobs = np.frombuffer(sequence.logprobs, "<f4")
+    return SampledSequence(
+        tokens=np.frombuffer(sequence.tokens, "<i4").tolist(),
+        logprobs=logprobs.tolist() if logprobs.size else None,
+        stop_reason="length" if sequence.stop_reason == wire.STOP_REASON_LENGTH else "stop",
+    )
+
+
+def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> PackedTensor:
+    if field is None:
+        return PackedTensor.empty(num_datums)
+    dtype = _DTYPES.get(field.dtype)
+    if dtype is None:
+        raise InvalidResponse(f"output field {name!r} has the unknown dtype {field.dtype}")
+    offsets = np.frombuffer(field.offsets, "<i8")
+    trailing = tuple(field.trailing_shape)
+    size = dtype.itemsize * max(int(np.prod(trailing)), 1)
+    if (
+        offsets.size != num_datums + 1
+        or offsets[0] != 0
+        or offsets[-1] != len(field.data)
+        or (np.diff(offsets) < 0).any()
+        or (offsets % size).any()
+    ):
+        raise InvalidResponse(f"the offsets of output field {name!r} do not fit its {len(field.data)} bytes")
+    values = np.frombuffer(field.data, dtype)
+    if field.dtype == wire.DTYPE_BFLOAT16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif field.dtype == wire.DTYPE_INT32:
+        values = values.astype(np.int64)
+    return PackedTensor(values, offsets // dtype.itemsize, [trailing] * num_datums)
+
+
+def _append(body: bytearray, message: bytes) -> None:
+    _append_length(body, len(message))
+    body += message
+
+
+def _append_length(body: bytearray, length: int) -> None:
+    """Opens one element of `data`. Lengths are base-128 varints, low bits first (protobuf encoding guide)."""
+    body += _DATA_TAG
+    while length > 0x7F:
+        body.append(length & 0x7F | 0x80)
+        length >>= 7
+    body.append(length)
+
+
+def _input_bytes(datum: Datum) -> bytes:
+    chunks = [
+        wire.Chunk(encoded_text=wire.EncodedTextChunk(tokens=chunk.tokens.tobytes()))
+        for chunk in datum.model_input.chunks
+    ]
+    return wire.Datum(model_input=chunks).SerializeToString()
+
+
+def _tensor(tensor: TensorData) -> wire.Tensor:
+    dtype = wire.DTYPE_INT64 if tensor.dtype == "int64" else wire.DTYPE_FLOAT32
+    crow, col = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    if crow is None or col is None:
+        return wire.Tensor(dense=tensor.data.tobytes(), dtype=dtype, shape=tensor.shape)
+    sparse = wire.SparseCsr(values=tensor.data.tobytes(), crow_indices=crow.tobytes(), col_indices=col.tobytes())
+    return wire.Tensor(sparse_csr=sparse, dtype=dtype, shape=tensor.shape)
+
+
+def _tensor_as_json(tensor: wire.Tensor) -> dict[str, Any]:
+    dtype = "int64" if tensor.dtype == wire.DTYPE_INT64 else "float32"
+    element = _DTYPES[tensor.dtype]
+    if tensor.WhichOneof("encoding") == "sparse_csr":
+        sparse = tensor.sparse_csr
+        return {
+            "data": np.frombuffer(sparse.values, element).tolist(),
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "sparse_crow_indices": np.frombuffer(sparse.crow_indices, "<i8").tolist(),
+            "sparse_col_indices": np.frombuffer(sparse.col_indices, "<i8").tolist(),
+        }
+    return {"data": np.frombuffer(tensor.dense, element).tolist(), "dtype": dtype, "shape": list(tensor.shape)}
+
+
+def _weights_of(datum: Datum, targets: TensorData) -> bytes:
+    weights = datum.loss_fn_inputs.get("weights")
+    if weights is None:
+        return bytes(4 * int(np.prod(targets.shape)))
+    return np.ascontiguousarray(weights.to_numpy(), dtype="<f4").tobytes()
+
+
+def _weights_frame(shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What stands before and after the numbers in a datum's `weights` entry of this shape.
+
+    In the serialized entry the numbers are followed by dtype and shape only, since fields are written in
+    the order of their numbers.
+    """
+    numbers = bytes(4 * int(np.prod(shape)))
+    tensor = wire.Tensor(dense=numbers, dtype=wire.DTYPE_FLOAT32, shape=shape)
+    entry = wire.Datum(loss_fn_inputs={"weights": tensor}).SerializeToString()
+    after = wire.Tensor(dtype=wire.DTYPE_FLOAT32, shape=shape).SerializeToString()
+    return entry[: len(entry) - len(after) - len(numbers)], after

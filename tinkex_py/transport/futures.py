@@ -1,0 +1,187 @@
+"""Waits for what the service has not finished yet: a future is a request id that is asked for until it is done."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from tinkex_py import telemetry
+from tinkex_py.errors import (
+    APIStatusError,
+    InvalidResponse,
+    RequestFailed,
+    RequestFailedCategory,
+    TimeoutExceeded,
+    TinkexError,
+    TransportError,
+)
+from tinkex_py.transport.answer import HttpAnswer, raise_for_status
+from tinkex_py.transport.codec import PROTOBUF
+from tinkex_py.transport.retry import RetryPolicy
+
+ACCEPT: Final = f"{PROTOBUF}, application/json"
+PENDING_STATUSES: Final = frozenset({"pending", "queued", "running"})
+
+_CATEGORIES: Mapping[object, RequestFailedCategory] = {"user": "user", "server": "server"}
+# A poll that is answered "not yet" sooner than this was not held by the service; then we pace it ourselves.
+_HELD_SECONDS = 1.0
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 2.0
+_MOST_BAD_REQUESTS = 2
+
+Poll = Callable[[int], Awaitable[HttpAnswer]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished future: protobuf bytes, or a JSON object."""
+
+    body: bytes
+    fields: Mapping[str, Any] | None
+
+
+async def wait_for_result(poll: Poll, *, request_id: str, request_type: str, retry: RetryPolicy) -> Result:
+    """Polls until the future is done.
+
+    Args:
+        poll: asks once; gets the number of the poll, from 0.
+        request_id: the future.
+        request_type: what was asked for, for events and errors.
+        retry: how long polling goes on while the service cannot be reached or answers with errors.
+
+    Raises:
+        RequestFailed: the service failed the request, or lost it.
+        APIStatusError, TransportError: polling itself was refused or kept failing.
+    """
+    metadata = {"request_id": request_id, "request_type": request_type}
+    with telemetry.lifecycle("tinkex.future", metadata):
+        return await _Waiting(poll, request_id, request_type, retry).result()
+
+
+class _Waiting:
+    """One future that is being waited for."""
+
+    def __init__(self, poll: Poll, request_id: str, request_type: str, retry: RetryPolicy) -> None:
+        self._poll = poll
+        self._request_id = request_id
+        self._request_type = request_type
+        self._retry = retry
+        self._loop = asyncio.get_running_loop()
+        self._pause = _FIRST_PAUSE
+        self._failing_since: float | None = None
+        self._failures = 0
+        self._bad_requests = 0
+        self._queue_state: object = None
+
+    async def result(self) -> Result:
+        iteration = 0
+        while True:
+            started = self._loop.time()
+            try:
+                answer = await self._poll(iteration)
+                result = self._finished(answer)
+            except (TransportError, APIStatusError) as error:
+                await self._after_failure(error)
+            else:
+                if result is not None:
+                    return result
+                self._failing_since, self._failures = None, 0
+                await self._after_pending(self._loop.time() - started)
+            iteration += 1
+
+    def _finished(self, answer: HttpAnswer) -> Result | None:
+        """The result, or None if there is none yet."""
+        if answer.is_success and PROTOBUF in answer.headers.get("content-type", ""):
+            return Result(answer.body, None)
+        if answer.status == 408:
+            self._tell_queue_state(_object_of(answer))
+            return None
+        if answer.status in (400, 410):
+            self._fail_or_ask_again(answer)
+        raise_for_status(answer)
+        fields = _unwrapped(answer.json())
+        if not isinstance(fields, dict):
+            raise InvalidResponse(f"the result of {self._request_type} is no JSON object")
+        given = cast("dict[str, Any]", fields)
+        if given.get("type") == "try_again" or given.get("status") in PENDING_STATUSES:
+            self._tell_queue_state(given)
+            return None
+        if given.get("error") is not None:
+            raise self._failed(str(given["error"]), given.get("category"))
+        return Result(b"", given)
+
+    def _fail_or_ask_again(self, answer: HttpAnswer) -> None:
+        """Some services answer 400 where the request itself failed; a few answer so by mistake, once."""
+        if answer.status == 410:
+            raise self._failed("the service has lost this request's result", "server")
+        self._bad_requests += 1
+        if self._bad_requests >= _MOST_BAD_REQUESTS:
+            fields = _object_of(answer)
+            message = fields.get("detail") or fields.get("error") or answer.body.decode(errors="replace")[:300]
+            raise self._failed(message if isinstance(message, str) else json.dumps(message), fields.get("category"))
+
+    def _failed(self, message: str, category: object) -> RequestFailed:
+        return RequestFailed(
+            f"{self._request_type} failed on the service: {message}",
+            category=_CATEGORIES.get(category, "unknown"),
+            request_id=self._request_id,
+        )
+
+    async def _after_pending(self, took: float) -> None:
+        if took >= _HELD_SECONDS:
+            self._pause = _FIRST_PAUSE
+            return
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    async def _after_failure(self, error: TinkexError) -> None:
+        retryable = isinstance(error, TransportError) or (
+            isinstance(error, APIStatusError) and (error.status >= 500 or error.status in (400, 425, 429))
+        )
+        if not retryable:
+            raise error
+        now = self._loop.time()
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        self._failures += 1
+        attempts_left = self._retry.max_attempts is None or self._failures < self._retry.max_attempts
+        if now - self._failing_since > self._retry.deadline or not attempts_left:
+            raise error
+        if isinstance(error, TimeoutExceeded):  # it has waited long enough
+            return
+        asked = error.retry_after if isinstance(error, APIStatusError) else None
+        growing = min(self._retry.initial_wait * 2 ** min(self._failures, 16), self._retry.max_wait)
+        await asyncio.sleep(growing if asked is None else asked)
+
+    def _tell_queue_state(self, fields: Mapping[str, Any]) -> None:
+        state = fields.get("queue_state")
+        if state is None or state == self._queue_state:
+            return
+        self._queue_state = state
+        telemetry.emit(
+            "tinkex.future.queue_state",
+            {},
+            {
+                "request_id": self._request_id,
+                "request_type": self._request_type,
+                "queue_state": str(state),
+                "queue_state_reason": fields.get("queue_state_reason"),
+            },
+        )
+
+
+def _object_of(answer: HttpAnswer) -> dict[str, Any]:
+    try:
+        fields: object = answer.json()
+    except InvalidResponse:
+        return {}
+    return cast("dict[str, Any]", fields) if isinstance(fields, dict) else {}
+
+
+def _unwrapped(fields: object) -> object:
+    """Some services nest the result as `{"status": "completed", "result": {...}}`."""
+    if isinstance(fields, dict):
+        given = cast("dict[str, Any]", fields)
+        if given.get("status") == "completed" and isinstance(given.get("result"), dict):
+            return given["result"]
+    return cast("object", fields)
