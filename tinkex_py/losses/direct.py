@@ -9,10 +9,11 @@ import torch
 
 from tinkex_py.losses.executor import PreparedTerm, TermRun, prepare_regularizer
 from tinkex_py.losses.grad_mode import with_own_grad_mode
+from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import RegularizerOutput
 from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_specs, checked_timeout, report
-from tinkex_py.losses.spec import RegularizerSpec, Term, TermResult, is_async_term, term_function
+from tinkex_py.losses.spec import RegularizerSpec, Term, TermResult, is_async_term, term_function, term_name
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
 
@@ -44,10 +45,8 @@ async def execute(
             threads.close()
         if inspect.isawaitable(result):
             result = await with_own_grad_mode(cast("Awaitable[TermResult]", result))
-    if isinstance(result, tuple):
-        loss, metrics = cast("tuple[torch.Tensor, dict[str, Any]]", result)
-        return loss, dict(metrics)
-    return result, {}
+    name = term_name(term) or "execute"
+    return loss_and_metrics(result, name)
 
 
 class Executor:
@@ -101,7 +100,7 @@ class Executor:
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         limit = checked_timeout(timeout)
         threads = TermThreads(None if max_threads is None else checked_count("max_threads", max_threads))
-        shared = Logprobs.from_tensors(logprobs)
+        shared = Logprobs.from_tensors(logprobs, datums=len(data))
         run = TermRun(data, shared, threads, checked_count("max_concurrency", max_concurrency), track_grad_norms)
         try:
             outcomes = await run.all([prepare_regularizer(spec, limit) for spec in specs], parallel=parallel)

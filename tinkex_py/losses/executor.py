@@ -100,7 +100,7 @@ class Outcome:
     term: PreparedTerm
     evaluation: Evaluation | None = None
     error: RegularizerError | None = None
-    fatal: BaseException | None = None
+    fatal: BaseException | None = None  # KeyboardInterrupt, SystemExit and the like: raised unchanged
 
     @property
     def fails_step(self) -> bool:
@@ -137,6 +137,7 @@ class TermRun:
     track_grad_norms: bool
     max_threads: int | None = None
     _permits: Slots = field(init=False)
+    _stopping: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._permits = Slots(self.max_concurrency)
@@ -158,6 +159,7 @@ class TermRun:
             outcome = await self._outcome(term)
             if outcome.fails_step:
                 failures.append(outcome)
+                self._stopping = True
                 for task in tasks:
                     if task is not asyncio.current_task():
                         task.cancel()
@@ -169,21 +171,43 @@ class TermRun:
                     task = group.create_task(run(term), name=f"tinkex.regularizer.{term.name}")
                     tasks.append(task)
                     if not parallel:
-                        await asyncio.wait([task])
+                        await self._wait([task])
                         if failures:
                             break
+                await self._wait(tasks)
         except asyncio.CancelledError as cancelled:
             for failure in failures:
                 cancelled.add_note(f"{type(failure.error or failure.fatal).__name__}: {failure.error or failure.fatal}")
             raise
-        _raise_first(failures)
+        if failures:
+            raise self._first_of(failures)
         return [task.result() for task in tasks]
+
+    async def _wait(self, tasks: Sequence[asyncio.Task[Outcome]]) -> None:
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            self._stopping = True
+            raise
+
+    def _first_of(self, failures: Sequence[Outcome]) -> BaseException:
+        errors = [failure.error or failure.fatal for failure in failures]
+        try:
+            # A term that failed may be the victim of another one that wrote into the shared logprobs.
+            self.logprobs.check_unchanged()
+        except InPlaceMutation as mutation:
+            errors.insert(0, mutation)
+        first, *others = [error for error in errors if error is not None]
+        for other in others:
+            if type(other) is not type(first) or str(other) != str(first):
+                first.add_note(f"{type(other).__name__}: {other}")
+        return first
 
     async def _outcome(self, term: PreparedTerm) -> Outcome:
         try:
             return Outcome(term, evaluation=await self._one(term))
         except asyncio.CancelledError as error:
-            if _cancellation_was_asked_for():
+            if self._stopping:
                 raise
             wrapped = RegularizerError(f"term {term.name!r} ended in a cancellation nobody asked for", name=term.name)
             return Outcome(term, error=_caused_by(wrapped, error))
@@ -193,8 +217,8 @@ class TermRun:
             return Outcome(term, error=_wrapped(error, term))
         except Exception as error:  # noqa: BLE001  # a term may raise anything; it is reported under the term's name
             return Outcome(term, error=_wrapped(error, term))
-        except (KeyboardInterrupt, SystemExit) as fatal:
-            # Raised inside a task these would stop the loop before the siblings are cancelled.
+        except BaseException as fatal:  # noqa: BLE001
+            # Raised inside a task, KeyboardInterrupt and its like would stop the loop before the siblings.
             return Outcome(term, fatal=fatal)
 
     async def _one(self, term: PreparedTerm) -> Evaluation:
@@ -202,8 +226,8 @@ class TermRun:
         permit: Slot | None = None
         try:
             if term.is_async is not True:
-                slot = await self._thread_slot(term)
-            permit = await self._permits.acquire(term.name)
+                slot = await self._turn(self.threads.terms.slots, term, limit=self._thread_limit)
+            permit = await self._turn(self._permits, term)
             with _events(term) as measurements:
                 evaluation = await self._within_timeout(term, slot, permit)
                 if term.weight is not None:
@@ -212,18 +236,21 @@ class TermRun:
                     measurements["grad_norm"] = evaluation.grad_norm
                 return evaluation
         finally:
-            if slot is None or not slot.abandoned:
+            if slot is not None and slot.abandoned:
+                if permit is not None:
+                    self._permits.abandon(permit)
+            else:
                 for held in (permit, slot):
                     if held is not None:
                         held.release()
 
-    async def _thread_slot(self, term: PreparedTerm) -> Slot:
+    async def _turn(self, slots: Slots, term: PreparedTerm, *, limit: int | None = None) -> Slot:
         patience = DEFAULT_PATIENCE if term.timeout is None else term.timeout
         try:
-            return await self.threads.terms.slots.acquire(term.name, limit=self._thread_limit, patience=patience)
+            return await slots.acquire(term.name, limit=limit, patience=patience)
         except SlotsAbandoned as error:
             raise RegularizerTimeout(
-                f"term {term.name!r} got no thread within {patience} s: all are held by abandoned terms "
+                f"term {term.name!r} did not get to run within {patience} s: every place is held by abandoned terms "
                 f"({', '.join(error.holders)}), which cannot be stopped. Give them a way to end, or raise max_threads",
                 name=term.name,
                 timeout=patience,
@@ -250,6 +277,16 @@ class TermRun:
 
     async def _evaluate(self, term: PreparedTerm, slot: Slot | None, permit: Slot) -> Evaluation:
         leaf = self.logprobs.leaf(term.name)
+        try:
+            return await self._call_and_differentiate(term, leaf, slot, permit)
+        except Exception:
+            # Torch notices some in-place changes itself, in words that do not name the term.
+            self.logprobs.check_leaf(leaf)
+            raise
+
+    async def _call_and_differentiate(
+        self, term: PreparedTerm, leaf: torch.Tensor, slot: Slot | None, permit: Slot
+    ) -> Evaluation:
         if slot is None:
             result = await with_own_grad_mode(self._awaitable(term, leaf))
             return await self._gradient(term, result, leaf)
@@ -258,7 +295,9 @@ class TermRun:
             permit.release()
             slot.release()
 
-        returned = await self.threads.terms.run(lambda: self._in_thread(term, leaf), slot=slot, release=release)
+        returned = await self.threads.terms.run(
+            lambda: self._in_thread(term, leaf), slot=slot, release=release, discard=_close_coroutine
+        )
         if isinstance(returned, Evaluation):
             return returned
         slot.release()
@@ -276,7 +315,10 @@ class TermRun:
 
     def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | _Returned:
         with torch.inference_mode(False), torch.enable_grad():
-            result = self._call(term, leaf)
+            try:
+                result = self._call(term, leaf)
+            except StopIteration as error:  # it would end the coroutine that waits for this thread
+                raise _wrapped(error, term) from error
             if not inspect.isawaitable(result):
                 return self._arithmetic(term, result, leaf)
             if term.is_async is None:
@@ -324,9 +366,9 @@ def _events(term: PreparedTerm) -> Generator[dict[str, Any]]:
         yield measurements
 
 
-def _cancellation_was_asked_for() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _close_coroutine(returned: Evaluation | _Returned) -> None:
+    if isinstance(returned, _Returned) and inspect.iscoroutine(returned.awaitable):
+        returned.awaitable.close()
 
 
 def _wrapped(error: Exception, term: PreparedTerm) -> RegularizerError:
@@ -337,13 +379,3 @@ def _wrapped(error: Exception, term: PreparedTerm) -> RegularizerError:
 def _caused_by(error: RegularizerError, cause: BaseException) -> RegularizerError:
     error.__cause__ = cause
     return error
-
-
-def _raise_first(failures: Sequence[Outcome]) -> None:
-    if not failures:
-        return
-    first = failures[0].error or failures[0].fatal
-    assert first is not None
-    for other in failures[1:]:
-        first.add_note(f"{type(other.error or other.fatal).__name__}: {other.error or other.fatal}")
-    raise first

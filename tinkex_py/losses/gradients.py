@@ -12,6 +12,8 @@ from tinkex_py.errors import InvalidTermResult, NonFiniteLoss
 from tinkex_py.losses.output import MetricValue
 
 _NORM_BLOCK = 4096
+# Squares of float32 numbers below this lose digits or vanish.
+_SMALL_NORM = 1e-15
 _vector_norm = cast("Callable[..., torch.Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -48,7 +50,10 @@ def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: b
         InvalidTermResult: not a loss, nor `(loss, metrics)`.
         NonFiniteLoss: the loss or its gradient is NaN or infinite.
     """
-    loss, metrics = _loss_and_metrics(result, name)
+    loss, named = loss_and_metrics(result, name)
+    metrics = {key: _metric_value(key, value, name) for key, value in named.items()}
+    if loss.ndim:
+        loss = loss.sum()
     value = float(loss.detach().item())
     if not math.isfinite(value):
         raise NonFiniteLoss(f"the loss of term {name!r} is {value}; nothing was sent", name=name)
@@ -85,10 +90,15 @@ def norm(gradient: torch.Tensor) -> float:
     for millions of elements.
     """
     flat = gradient.detach().reshape(-1)
+    if flat.dtype in (torch.float16, torch.bfloat16):
+        flat = flat.float()
     whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
     blocks = _vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1).double()
     rest = _vector_norm(flat[whole:].double())
-    return math.hypot(_vector_norm(blocks).item(), rest.item())
+    quick = math.hypot(_vector_norm(blocks).item(), rest.item())
+    if math.isfinite(quick) and quick > _SMALL_NORM:
+        return quick
+    return float(_vector_norm(flat.double()).item())
 
 
 def weighted_sum(parts: Sequence[tuple[float, torch.Tensor | None]], like: torch.Tensor) -> torch.Tensor:
@@ -105,7 +115,12 @@ def weighted_sum(parts: Sequence[tuple[float, torch.Tensor | None]], like: torch
     return total
 
 
-def _loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str, MetricValue]]:
+def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str, object]]:
+    """Takes apart what a term returned: `loss` or `(loss, metrics)`.
+
+    Raises:
+        InvalidTermResult: it is neither.
+    """
     loss: object = result
     metrics: object = {}
     if isinstance(result, tuple):
@@ -121,11 +136,8 @@ def _loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str
         raise InvalidTermResult(
             f"term {name!r} returned metrics of type {type(metrics).__name__}, not a mapping", name=name
         )
-    numbers = {
-        _metric_name(key, name): _metric_value(key, value, name)
-        for key, value in cast("Mapping[object, object]", metrics).items()
-    }
-    return (loss if loss.ndim == 0 else loss.sum()), numbers
+    named = {_metric_name(key, name): value for key, value in cast("Mapping[object, object]", metrics).items()}
+    return loss, named
 
 
 def _metric_name(key: object, name: str) -> str:

@@ -29,6 +29,9 @@ class PackedLogprobs(torch.Tensor):
     def __iter__(self) -> NoReturn:
         raise TypeError(LIST_HINT)
 
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"packed {self.detach()!r}"
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         if _is_integer(index):
             raise TypeError(LIST_HINT)
@@ -92,19 +95,27 @@ class Logprobs:
             )
 
     @classmethod
-    def from_tensors(cls, logprobs: torch.Tensor | Sequence[torch.Tensor]) -> "Logprobs":
+    def from_tensors(cls, logprobs: torch.Tensor | Sequence[torch.Tensor], *, datums: int = 0) -> "Logprobs":
         """From one tensor of any shape, or from one tensor per datum; the caller's tensors are never changed.
 
+        Args:
+            logprobs: the numbers.
+            datums: how many tensors a list must have; 0 takes any number.
+
         Raises:
-            PipelineError: not a floating point tensor, or tensors of different dtypes.
+            PipelineError: not a floating point tensor, tensors of different dtypes, or too few or many of them.
         """
         if isinstance(logprobs, torch.Tensor):
             _check_floating(logprobs)
             with torch.inference_mode(False):
                 source = logprobs.detach()
                 own = source.clone(memory_format=torch.contiguous_format)
-                return cls(own, _comparison(own, source), shapes=None, packable=True, guarded=False)
+                return cls(own, _comparison(own), shapes=None, packable=True, guarded=False)
+        if not isinstance(logprobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(logprobs).__name__}")
         parts = list(logprobs)
+        if datums and len(parts) != datums:
+            raise PipelineError(f"{datums} datums need as many logprobs tensors, got {len(parts)}")
         for part in parts:
             _check_floating(part)
         if len({part.dtype for part in parts}) > 1:
@@ -117,7 +128,7 @@ class Logprobs:
             pieces = [part.detach() if packable else part.detach().reshape(-1) for part in parts]
             source = torch.cat(pieces) if pieces else torch.zeros(0)
             own = source.clone()
-            return cls(own, _comparison(own, source), shapes=shapes, packable=packable, guarded=True)
+            return cls(own, _comparison(own), shapes=shapes, packable=packable, guarded=True)
 
     def leaf(self, name: str) -> torch.Tensor:
         """A new leaf for the term `name`."""
@@ -248,8 +259,9 @@ def _check_floating(tensor: object) -> None:
         raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}")
 
 
-def _comparison(own: torch.Tensor, source: torch.Tensor) -> Callable[[], bool]:
-    return lambda: torch.equal(_bits(own), _bits(source))
+def _comparison(own: torch.Tensor) -> Callable[[], bool]:
+    untouched = own.clone()  # not the caller's tensor: the caller may change that
+    return lambda: torch.equal(_bits(own), _bits(untouched))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from tinkex_py import telemetry
-from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, PipelineError
+from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, NonFiniteLoss, PipelineError
 from tinkex_py.losses import gradients
 from tinkex_py.losses.executor import SMALL_LOGPROBS, Outcome, TermRun, prepare_base_loss, prepare_regularizer
+from tinkex_py.losses.grad_mode import with_grad_mode_kept
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
 from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
@@ -87,7 +88,7 @@ class Pipeline:
             RegularizerError: a term failed; its `name` says which.
             PipelineError: the logprobs cannot be used.
         """
-        return (await self.evaluate(data, Logprobs.from_tensors(logprobs))).output
+        return (await self.evaluate(data, Logprobs.from_tensors(logprobs, datums=len(data)))).output
 
     async def evaluate(
         self, data: Sequence[Datum], logprobs: Logprobs, *, threads: TermThreads | None = None
@@ -99,10 +100,13 @@ class Pipeline:
             logprobs: the shared buffer.
             threads: where sync terms run; default are this pipeline's own.
         """
+        return await with_grad_mode_kept(self._observed(data, logprobs, threads or self._threads()))
+
+    async def _observed(self, data: Sequence[Datum], logprobs: Logprobs, threads: TermThreads) -> CustomLoss:
         specs = [spec for spec in self.regularizers if spec.enabled]
         metadata = {"regularizer_count": len(specs), "track_grad_norms": self.track_grad_norms}
         with telemetry.lifecycle("tinkex.custom_loss", metadata) as measurements:
-            loss = await self._evaluate(data, logprobs, specs, threads or self._threads())
+            loss = await self._evaluate(data, logprobs, specs, threads)
             measurements["loss_total"] = loss.output.loss_total
             measurements["regularizer_total"] = loss.output.regularizer_total
             return loss
@@ -132,12 +136,14 @@ class Pipeline:
         regularizers = {outcome.term.name: report(outcome) for outcome in outcomes[1:] if outcome.evaluation}
         contributions = [output.contribution for output in regularizers.values()]
         output = CustomLossOutput(
-            loss_total=math.fsum([base.value, *contributions]),
+            loss_total=total([base.value, *contributions]),
             base_loss=BaseLossOutput(value=base.value, metrics=base.metrics, grad_norm=base.grad_norm),
             regularizers=regularizers,
-            regularizer_total=math.fsum(contributions),
+            regularizer_total=total(contributions),
             total_grad_norm=total_norm,
-            skipped={outcome.term.name: error_class(outcome.error) for outcome in outcomes if outcome.error},
+            skipped={
+                outcome.term.name: telemetry.failure_reason(outcome.error) for outcome in outcomes if outcome.error
+            },
             abandoned_threads=len(threads.abandoned()),
         )
         return CustomLoss(output, gradient, differentiable=any(result.differentiable for _, result in done))
@@ -173,10 +179,19 @@ def report(outcome: Outcome) -> RegularizerOutput:
     )
 
 
-def error_class(error: BaseException) -> str:
-    """Class name of an error; for a term's own exception that of the exception."""
-    cause = error.__cause__
-    return type(error if cause is None else cause).__name__
+def total(values: Sequence[float]) -> float:
+    """The sum in double precision.
+
+    Raises:
+        NonFiniteLoss: it is too large for a float.
+    """
+    try:
+        result = math.fsum(values)
+    except (OverflowError, ValueError):
+        result = math.inf
+    if not math.isfinite(result):
+        raise NonFiniteLoss(f"the total of {list(values)} is not finite; nothing was sent", name="loss_total")
+    return result
 
 
 def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:

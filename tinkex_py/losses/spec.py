@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, runtime_checkable
 
+import numpy as np
+
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.types import Datum
 
@@ -111,8 +113,14 @@ class RegularizerSpec:
             raise InvalidSpec(f"the name {BASE_LOSS_NAME!r} is reserved for the base loss")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "weight", _checked_weight(self.weight, name))
+        options = cast("object", self.options)
+        if not isinstance(options, Mapping):
+            raise InvalidSpec(f"regularizer {name!r}: options must be a mapping, got {options!r}")
         object.__setattr__(self, "options", dict(self.options))
-        _check_timeout(self.timeout, name)
+        object.__setattr__(self, "timeout", _checked_timeout(self.timeout, name))
+        for flag, allowed in (("enabled", (True, False)), ("is_async", (True, False, None))):
+            if not any(getattr(self, flag) is value for value in allowed):
+                raise InvalidSpec(f"regularizer {name!r}: {flag} must be one of {allowed}, got {getattr(self, flag)!r}")
         if self.on_error not in ("raise", "skip"):
             raise InvalidSpec(f"regularizer {name!r}: on_error must be 'raise' or 'skip', got {self.on_error!r}")
         problem = why_not_a_term(self.fn, self.options)
@@ -163,16 +171,22 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
 
 def _checked_weight(weight: object, name: str) -> float:
     try:
-        number = math.nan if isinstance(weight, bool | str | bytes) else float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        refused = isinstance(weight, bool | np.bool_ | str | bytes)
+        number = math.nan if refused else float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(f"regularizer {name!r}: weight must be a finite number >= 0, got {weight!r}")
     return number
 
 
-def _check_timeout(timeout: object, name: str) -> None:
+def _checked_timeout(timeout: object, name: str) -> float | None:
     if timeout is None:
-        return
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        return None
+    try:
+        seconds = math.nan if isinstance(timeout, bool) else float(timeout)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not seconds > 0 or isinstance(timeout, str | bytes):
         raise InvalidSpec(f"regularizer {name!r}: timeout must be > 0 seconds or None, got {timeout!r}")
+    return seconds

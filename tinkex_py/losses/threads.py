@@ -165,9 +165,12 @@ class _CallState(Enum):
 class _Call(Generic[Result]):
     """One piece of work. A state under a lock decides who releases what it holds: the caller or the worker."""
 
-    def __init__(self, work: Callable[[], Result], release: Callable[[], None]) -> None:
+    def __init__(
+        self, work: Callable[[], Result], release: Callable[[], None], discard: Callable[[Result], None]
+    ) -> None:
         self._work = work
         self._release = release
+        self._discard = discard
         self._lock = threading.Lock()
         self._state = _CallState.PENDING
         self._loop = asyncio.get_running_loop()
@@ -188,13 +191,15 @@ class _Call(Generic[Result]):
         with self._lock:
             abandoned = self._was_left()
             self._state = _CallState.DONE
+        if not abandoned:
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, result, failure)
+            except RuntimeError:  # the loop closed meanwhile: nobody waits for the result
+                abandoned = True
         if abandoned:
             self._release()
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, result, failure)
-        except RuntimeError:  # the loop closed meanwhile: nobody waits for the result
-            self._release()
+            if result is not None:
+                self._discard(result)
 
     def _was_left(self) -> bool:
         return self._state is _CallState.ABANDONED
@@ -211,6 +216,8 @@ class _Call(Generic[Result]):
 
     def _deliver(self, result: Result | None, failure: BaseException | None) -> None:
         if self.future.done():
+            if result is not None:
+                self._discard(result)
             return
         if failure is None:
             self.future.set_result(result)  # type: ignore[arg-type]
@@ -239,7 +246,14 @@ class WorkerThreads:
         self._name = name
         self._pool: ThreadPoolExecutor | None = None
 
-    async def run(self, work: Callable[[], Result], *, slot: Slot, release: Callable[[], None]) -> Result:
+    async def run(
+        self,
+        work: Callable[[], Result],
+        *,
+        slot: Slot,
+        release: Callable[[], None],
+        discard: Callable[[Result], None] = lambda _result: None,
+    ) -> Result:
         """Runs `work` in a thread, in a copy of the caller's context.
 
         Args:
@@ -247,11 +261,12 @@ class WorkerThreads:
             slot: a unit of `self.slots` that the caller holds.
             release: gives back all the caller holds for this work. Called from here only if the caller leaves
                 while the work runs, and then after it has ended; otherwise releasing stays with the caller.
+            discard: gets a result that came too late for the caller.
 
         Raises:
             CancelledError: the caller was cancelled; `slot.abandoned` tells whether the work still runs.
         """
-        call = _Call(work, release)
+        call = _Call(work, release, discard)
         context = contextvars.copy_context()
         self._executor().submit(context.run, call.run)
         try:
