@@ -35,15 +35,12 @@ class Regularizer(Protocol):
     A `name` attribute is optional and saves naming it in the spec.
     """
 
-    def compute(
-        self, data: Sequence[Datum], logprobs: "torch.Tensor", **options: Any
-    ) -> TermResult | Awaitable[TermResult]:
-        """The loss, or `(loss, metrics)`; may be `async def`.
+    @property
+    def compute(self) -> TermFunction:
+        """A method `compute(self, data, logprobs, **options)`, sync or async; options only if it takes any.
 
-        Args:
-            data: the datums of this step.
-            logprobs: packed, `[sum(T_i)]` or `[sum(T_i), K]`.
-            options: the spec's options.
+        `data` are the datums of this step, `logprobs` is packed, `[sum(T_i)]` or `[sum(T_i), K]`; the result is the
+        loss, or `(loss, metrics)`.
         """
         ...
 

@@ -1,0 +1,94 @@
+"""The command line. Every command is thin: it reads options and calls the library."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+from tinkex_py.errors import MissingExtra, TinkexError
+
+try:
+    import typer
+except ImportError as error:
+    raise MissingExtra(str(error.name), "cli") from error
+
+__all__ = ["app"]
+
+app = typer.Typer(name="tinkex-py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def tinkex_py() -> None:
+    """Composable losses over the Tinker training API."""
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="tiny, smollm2, or a local Hugging Face folder")] = "tiny",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one")] = 0,
+    device: Annotated[str | None, typer.Option(help="torch device; the best there is by default")] = None,
+    checkpoints_dir: Annotated[Path | None, typer.Option(help="keep checkpoints here")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="TINKEX_SERVE_API_KEY", help="the only key that is accepted")
+    ] = None,
+) -> None:
+    """Serve a model on this machine with the Tinker protocol."""
+    from tinkex_py.local import LocalOptions
+    from tinkex_py.local.server import serve as serve_until_stopped
+
+    try:
+        options = LocalOptions(model=model, device=device, checkpoints_dir=checkpoints_dir, api_key=api_key)
+        asyncio.run(_until_signalled(serve_until_stopped(options, host, port, on_listening=_announce)))
+    except TinkexError as error:
+        typer.echo(f"tinkex-py serve: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="smollm2, tiny, or a local Hugging Face folder")] = "smollm2",
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 30,
+    batch_size: Annotated[int, typer.Option(min=1, help="datums per step")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="of AdamW")] = 1e-3,
+    runs_dir: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
+    data: Annotated[Path | None, typer.Option(help="JSON Lines file of prompt and answer")] = None,
+) -> None:
+    """Fine-tune a real language model with a composed loss, and watch it."""
+    try:
+        from rich.console import Console
+
+        from tinkex_py.demo import DemoOptions, run_demo
+    except ModuleNotFoundError as error:
+        typer.echo(f"tinkex-py demo: {MissingExtra(str(error.name), 'demo')}", err=True)
+        raise typer.Exit(2) from None
+    options = DemoOptions(
+        model=model, steps=steps, batch_size=batch_size, learning_rate=learning_rate, runs_dir=runs_dir, data=data
+    )
+    try:
+        asyncio.run(_until_signalled(_completed(run_demo(options, Console()))))
+    except TinkexError as error:
+        typer.echo(f"tinkex-py demo: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+async def _completed(work: Coroutine[Any, Any, object]) -> None:
+    await work
+
+
+def _announce(address: str) -> None:
+    typer.echo(f"Listening on {address}")
+
+
+async def _until_signalled(work: Coroutine[Any, Any, None]) -> None:
+    """Run work; SIGINT and SIGTERM cancel it, and that counts as success."""
+    task = asyncio.create_task(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Windows has no signal handlers on its loops; there Ctrl-C cancels this function itself.
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

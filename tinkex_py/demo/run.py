@@ -1,0 +1,131 @@
+"""The demo itself: load, sample, train, sample again, write the run's folder."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+
+from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
+from tinkex_py.client.training import Tokenizer
+from tinkex_py.demo.data import Pair, batches, default_file, make_datum, prompt_tokens, read_pairs, with_reference
+from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
+from tinkex_py.demo.record import append_step, new_run_folder, plot
+from tinkex_py.demo.screen import Screen
+from tinkex_py.losses import CustomLossOutput, RegularizerSpec
+from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams
+
+HELD_OUT_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Settings of a demo run.
+
+    Args:
+        model: "smollm2", "tiny", or a local Hugging Face folder.
+        steps: optimizer steps.
+        batch_size: datums per step.
+        learning_rate: of AdamW.
+        rank: of the LoRA adapters.
+        runs_dir: where the run's folder is made.
+        data: JSON Lines file of pairs; None is the data set that ships with the project.
+        seed: of the adapters and the order of the data.
+    """
+
+    model: str = "smollm2"
+    steps: int = 30
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    rank: int = 16
+    runs_dir: Path = Path("runs")
+    data: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """What a run came to.
+
+    Attributes:
+        first_loss: loss_total of the first step.
+        last_loss: loss_total of the last step.
+        folder: the run's files.
+    """
+
+    first_loss: float
+    last_loss: float
+    folder: Path
+
+
+async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
+    """Fine-tunes the model on the data set and shows it on the console."""
+    pairs = read_pairs(options.data or default_file("instructions.jsonl"))
+    held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
+    service = AsyncServiceClient.local(model=options.model)
+    with console.status(f"loading {options.model}"):
+        await service.__aenter__()
+    try:
+        training = await service.create_lora_training_client(options.model, rank=options.rank, seed=options.seed)
+        tokenizer = await training.get_tokenizer()
+        await _show_samples(console, "before training", training, tokenizer, held_out)
+        outputs, folder = await _train(options, console, training, [make_datum(tokenizer, pair) for pair in pairs])
+        await _show_samples(console, "after training", training, tokenizer, held_out)
+    finally:
+        await service.aclose()
+    plot(folder, outputs)
+    summary = DemoSummary(outputs[0].loss_total, outputs[-1].loss_total, folder)
+    console.print(
+        f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {options.steps} steps, files in {folder}"
+    )
+    return summary
+
+
+async def _train(
+    options: DemoOptions, console: Console, training: AsyncTrainingClient, data: Sequence[Datum]
+) -> tuple[list[CustomLossOutput], Path]:
+    with console.status(f"reference logprobs of the frozen model on {len(data)} datums"):
+        # A fresh adapter changes nothing yet, so this is the base model.
+        data = with_reference(data, await training.forward(data))
+    folder = new_run_folder(options.runs_dir)
+    outputs: list[CustomLossOutput] = []
+    screen = Screen(console, options.steps)
+    async with rarity_server(data) as rarity:
+        terms = regularizers(rarity)
+        with screen.shown():
+            for step, batch in enumerate(islice(batches(data, options.batch_size, options.seed), options.steps), 1):
+                started = time.monotonic()
+                output = await _step(training, batch, terms, options.learning_rate)
+                outputs.append(output)
+                append_step(folder, step, output, {"seconds": round(time.monotonic() - started, 3)})
+                screen.step(output, outputs[0])
+    return outputs, folder
+
+
+async def _step(
+    training: AsyncTrainingClient, batch: Sequence[Datum], terms: Sequence[RegularizerSpec], learning_rate: float
+) -> CustomLossOutput:
+    # Both are started together: the optimizer step is queued behind the gradient, and dropped if that fails.
+    output, _ = await asyncio.gather(
+        training.forward_backward_custom(batch, masked_nll, regularizers=terms, track_grad_norms=True),
+        training.optim_step(AdamParams(learning_rate=learning_rate)),
+    )
+    return output
+
+
+async def _show_samples(
+    console: Console, title: str, training: AsyncTrainingClient, tokenizer: Tokenizer, pairs: Sequence[Pair]
+) -> None:
+    console.rule(title, align="left")
+    sampler = await training.save_weights_and_get_sampling_client()
+    for pair in pairs:
+        response = await sampler.sample(
+            ModelInput.from_ints(prompt_tokens(tokenizer, pair.prompt)),
+            sampling_params=SamplingParams(max_tokens=40, temperature=0.0),
+        )
+        answer = tokenizer.decode(response.sequences[0].tokens).replace("<|im_end|>", "").strip()
+        console.print(f"{pair.prompt}", style="bold", markup=False, highlight=False)
+        console.print(f"  {answer!r}", markup=False, highlight=False)
