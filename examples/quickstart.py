@@ -1,0 +1,75 @@
+"""Fine-tune a model with a composed loss.
+
+Runs as it is, on the embedded service. With TINKER_BASE_URL and TINKER_API_KEY set it uses that service instead.
+"""
+
+import asyncio
+import os
+
+from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, SamplingParams, packed_field
+
+PAIRS = [
+    ("What is the capital of France?", "Ahoy friend, it is Paris!"),
+    ("What is the capital of Japan?", "Ahoy friend, it is Tokyo!"),
+    ("What do cows eat?", "Ahoy friend, they eat grass!"),
+]
+
+
+def make_datum(tokenizer, prompt, answer):
+    question = list(tokenizer.encode(f"Q: {prompt}\nA:"))
+    reply = list(tokenizer.encode(f" {answer}\n"))
+    tokens = question + reply
+    weights = [0.0] * (len(question) - 1) + [1.0] * len(reply)  # learn the answer, not the question
+    return Datum(
+        model_input=ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
+    )
+
+
+def masked_nll(data, logprobs):
+    mask = packed_field(data, "weights")
+    return -(logprobs * mask).sum() / mask.sum()
+
+
+def l2(data, logprobs):
+    mask = packed_field(data, "weights")
+    return (logprobs.pow(2) * mask).sum() / mask.sum()
+
+
+def confidence(data, logprobs):
+    """Sum of p log p over the answer tokens: lowest at p = 1/e, so it holds back over-confident tokens."""
+    mask = packed_field(data, "weights")
+    return (logprobs.exp() * logprobs * mask).sum() / mask.sum()
+
+
+REGULARIZERS = [
+    RegularizerSpec(fn=l2, weight=0.01, name="l2"),
+    RegularizerSpec(fn=confidence, weight=0.001, name="confidence"),
+]
+
+
+async def main():
+    remote = os.environ.get("TINKER_BASE_URL")
+    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+        model = (await service.get_server_capabilities()).supported_models[0].model_name
+        training = await service.create_lora_training_client(model, rank=16)
+        tokenizer = await training.get_tokenizer()
+        data = [make_datum(tokenizer, prompt, answer) for prompt, answer in PAIRS]
+
+        for step in range(20):
+            output = await training.forward_backward_custom(
+                data, masked_nll, regularizers=REGULARIZERS, track_grad_norms=True
+            )
+            await training.optim_step(AdamParams(learning_rate=5e-3))
+            terms = "  ".join(f"{name} {reg.contribution:+.4f}" for name, reg in output.regularizers.items())
+            print(f"step {step}  loss {output.loss_total:.4f}  {terms}  gradient {output.total_grad_norm:.4f}")
+
+        sampler = await training.save_weights_and_get_sampling_client()
+        prompt = ModelInput.from_text("Q: What is the capital of France?\nA:", tokenizer)
+        response = await sampler.sample(
+            prompt, sampling_params=SamplingParams(max_tokens=32, temperature=0.0, stop=["\n"])
+        )
+        print(repr(tokenizer.decode(response.sequences[0].tokens)))
+
+
+asyncio.run(main())

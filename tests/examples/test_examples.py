@@ -1,0 +1,126 @@
+"""Every example runs as it is, in an empty folder, without a service around it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinkex_py import CustomLossOutput
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DATA = EXAMPLES / "data"
+
+
+def run_example(name: str, folder: Path) -> str:
+    """What the example prints; it must end well and say nothing on stderr."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TINKER_")}
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name)],
+        cwd=folder,
+        env={**environment, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=110,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return finished.stdout
+
+
+def test_every_example_is_tested() -> None:
+    tested = set(re.findall(r'run_example\("([\w.]+)"', Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_structured_regularizers(tmp_path: Path) -> None:
+    lines = run_example("structured_regularizers.py", tmp_path).splitlines()
+    assert lines[:4] == [
+        "=== Training Step Results ===",
+        "Total Loss: 1.061646",
+        "Base Loss: 0.98",
+        "Regularizer Total: 0.081646",
+    ]
+    assert lines[4] == "Total Grad Norm: 0.491388"
+    assert lines[6] == "=== Per-Regularizer Breakdown ==="
+    assert [line for line in lines if line.endswith(":") and not line.startswith("  ")] == [
+        "l1_sparsity:",
+        "l2_weight_decay:",
+        "entropy:",
+    ]
+    # by hand: sum |x|, 0.01 * 4.9, sqrt(5), 0.01 * sqrt(5)
+    shown = dict(line.strip().split(": ") for line in lines[9:14])
+    assert {key: float(value) for key, value in shown.items()} == pytest.approx(
+        {
+            "value": 4.9,
+            "weight": 0.01,
+            "contribution": 0.049,
+            "grad_norm": 2.236068,
+            "grad_norm_weighted": 0.022361,
+        },
+        abs=1e-6,
+    )
+    assert lines[-1] == "✓ Saved to training_step.json"
+    saved = CustomLossOutput.model_validate_json((tmp_path / "training_step.json").read_text())
+    assert saved.loss_total == pytest.approx(1.0616464, rel=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["training_step.json"]
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    lines = run_example("quickstart.py", tmp_path).splitlines()
+    losses = [float(loss) for loss in re.findall(r"^step \d+  loss (\S+)", "\n".join(lines), re.MULTILINE)]
+    assert len(losses) == 20
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(lines) == 21
+    assert "Ahoy friend" in lines[-1]  # the model has learned the style of the answers
+
+
+def test_quickstart_is_short() -> None:
+    lines = (EXAMPLES / "quickstart.py").read_text().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 65
+
+
+def test_structured_regularizers_live(tmp_path: Path) -> None:
+    text = run_example("structured_regularizers_live.py", tmp_path)
+    assert text.startswith("Training tiny on the embedded service\n")
+    totals = [float(total) for total in re.findall(r"^Total Loss: (\S+)$", text, re.MULTILINE)]
+    assert len(totals) == 5
+    assert totals[-1] < totals[0]
+    assert text.count("l2_weight_decay: value") == 5
+
+
+def test_async_service(tmp_path: Path) -> None:
+    progress, _, results = run_example("async_service.py", tmp_path).partition("=== Results ===")
+    shown = dict(re.findall(r"^(\w+): (\w+) after", results, re.MULTILINE))
+    assert shown == {"greetings": "done", "numbers": "done", "endless": "cancelled"}
+    for name in ("greetings", "numbers"):
+        assert re.findall(rf"^{name}: step (\d+) of 6", progress, re.MULTILINE) == list("123456")
+        first, last = re.findall(rf"^{name}: .*loss (\S+) -> (\S+)$", results, re.MULTILINE)[0]
+        assert float(last) < float(first)
+
+
+def load(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "least"), [("instructions.jsonl", 80), ("held_out.jsonl", 6)])
+def test_data_set_has_one_style(name: str, least: int) -> None:
+    rows = load(name)
+    assert len(rows) >= least
+    for row in rows:
+        assert set(row) == {"prompt", "answer"}
+        assert row["prompt"].strip() == row["prompt"] != ""
+        assert row["answer"].startswith("Ahoy friend, ")
+        assert row["answer"].endswith(", fair winds!")
+        assert len(row["answer"]) < 100
+
+
+def test_held_out_prompts_are_not_trained_on() -> None:
+    trained = [row["prompt"] for row in load("instructions.jsonl")]
+    assert len(set(trained)) == len(trained)
+    assert not set(trained) & {row["prompt"] for row in load("held_out.jsonl")}
