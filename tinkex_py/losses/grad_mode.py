@@ -1,7 +1,9 @@
-"""Keeps torch's grad mode apart for terms that share the event loop's thread.
+"""Keeps torch's grad mode apart for coroutines that share the event loop's thread.
 
 The grad mode belongs to the thread. A coroutine that awaits inside `torch.no_grad()` would silence every
 other coroutine that runs meanwhile, and a caller's `no_grad` would silence the terms.
+
+Entering `torch.inference_mode(False)` switches inference off and grad on; leaving it restores both.
 """
 
 import types
@@ -15,16 +17,12 @@ Result = TypeVar("Result")
 
 async def with_own_grad_mode(awaitable: Awaitable[Result]) -> Result:
     """Awaits with a grad mode of its own, which is on at first and survives every suspension."""
-    return await _drive(_as_coroutine(awaitable), suspended_mode=None)
+    return await _own_mode_while_running(_as_coroutine(awaitable))
 
 
-async def with_grad_mode_kept(awaitable: Awaitable[Result]) -> Result:
-    """Awaits with grad on, also for other tasks while this one is suspended; the caller's own mode comes back after.
-
-    Without it a caller's `torch.no_grad()` around an await would reach every task that runs meanwhile, subtasks
-    of the terms among them.
-    """
-    return await _drive(_as_coroutine(awaitable), suspended_mode=True)
+async def with_grad_on_while_suspended(awaitable: Awaitable[Result]) -> Result:
+    """Awaits so that the caller's `no_grad` or `inference_mode` does not reach the tasks that run meanwhile."""
+    return await _grad_on_while_suspended(_as_coroutine(awaitable))
 
 
 async def _as_coroutine(awaitable: Awaitable[Result]) -> Result:
@@ -32,26 +30,37 @@ async def _as_coroutine(awaitable: Awaitable[Result]) -> Result:
 
 
 @types.coroutine
-def _drive(coroutine: Coroutine[Any, Any, Result], *, suspended_mode: bool | None) -> Generator[Any, Any, Result]:
-    term_mode = True
-    caller_mode = torch.is_grad_enabled()
+def _own_mode_while_running(coroutine: Coroutine[Any, Any, Result]) -> Generator[Any, Any, Result]:
+    own_mode = True
     value: Any = None
     thrown: BaseException | None = None
     while True:
-        loop_mode = torch.is_grad_enabled() if suspended_mode is None else caller_mode
         with torch.inference_mode(False):
-            torch.set_grad_enabled(term_mode)
+            torch.set_grad_enabled(own_mode)
             try:
                 suspended_on = coroutine.send(value) if thrown is None else coroutine.throw(thrown)
             except StopIteration as stop:
                 return stop.value
-            finally:
-                term_mode = torch.is_grad_enabled()
-                torch.set_grad_enabled(loop_mode)
+            own_mode = torch.is_grad_enabled()
         value, thrown = None, None
-        if suspended_mode is not None:
-            torch.set_grad_enabled(suspended_mode)
         try:
             value = yield suspended_on
         except BaseException as error:  # noqa: BLE001  # passed on into the coroutine, as `await` itself does
             thrown = error
+
+
+@types.coroutine
+def _grad_on_while_suspended(coroutine: Coroutine[Any, Any, Result]) -> Generator[Any, Any, Result]:
+    value: Any = None
+    thrown: BaseException | None = None
+    while True:
+        try:
+            suspended_on = coroutine.send(value) if thrown is None else coroutine.throw(thrown)
+        except StopIteration as stop:
+            return stop.value
+        value, thrown = None, None
+        with torch.inference_mode(False):
+            try:
+                value = yield suspended_on
+            except BaseException as error:  # noqa: BLE001  # as above
+                thrown = error

@@ -10,7 +10,7 @@ from tinkex_py import telemetry
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, NonFiniteLoss, PipelineError
 from tinkex_py.losses import gradients
 from tinkex_py.losses.executor import SMALL_LOGPROBS, Outcome, TermRun, prepare_base_loss, prepare_regularizer
-from tinkex_py.losses.grad_mode import with_grad_mode_kept
+from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
 from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
@@ -100,7 +100,7 @@ class Pipeline:
             logprobs: the shared buffer.
             threads: where sync terms run; default are this pipeline's own.
         """
-        return await with_grad_mode_kept(self._observed(data, logprobs, threads or self._threads()))
+        return await with_grad_on_while_suspended(self._observed(data, logprobs, threads or self._threads()))
 
     async def _observed(self, data: Sequence[Datum], logprobs: Logprobs, threads: TermThreads) -> CustomLoss:
         specs = [spec for spec in self.regularizers if spec.enabled]
