@@ -52,7 +52,7 @@ def demo(
     model: Annotated[str, typer.Option(help="smollm2, tiny, or a local Hugging Face folder")] = "smollm2",
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="datums per step")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="of AdamW")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="of AdamW")] = 5e-4,
     runs_dir: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
     data: Annotated[Path | None, typer.Option(help="JSON Lines file of prompt and answer")] = None,
 ) -> None:

@@ -25,7 +25,8 @@ class TinkexConfig:
         timeout: seconds for one HTTP exchange.
         poll_timeout: seconds for one exchange that waits for a result; services hold it for 20 to 40 s.
         retry: how often and how long requests are repeated.
-        max_connections: HTTP connections at once.
+        max_connections: HTTP connections at once for requests that are answered at once.
+        max_polls: HTTP connections at once for waiting for results.
         max_threads: worker threads for sync terms, over all training clients; None is the usable CPU count.
         close_timeout: seconds that closing waits for requests in flight.
         heartbeat_interval: seconds between signs of life of a session.
@@ -44,6 +45,7 @@ class TinkexConfig:
     poll_timeout: float = 75.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_connections: int = 16
+    max_polls: int = 128
     max_threads: int | None = None
     close_timeout: float = 10.0
     heartbeat_interval: float = 10.0
@@ -64,7 +66,7 @@ class TinkexConfig:
                 raise ConfigError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
         if not self.close_timeout >= 0:
             raise ConfigError(f"close_timeout must be >= 0 seconds, got {self.close_timeout!r}")
-        for name in ("max_connections", "max_threads"):
+        for name in ("max_connections", "max_polls", "max_threads"):
             count: int | None = getattr(self, name)
             if count is not None and count < 1:
                 raise ConfigError(f"{name} must be at least 1, got {count!r}")

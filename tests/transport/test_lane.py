@@ -28,12 +28,19 @@ class Wire:
 
     sent: list[tuple[int, str]] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     fail_with: dict[str, TinkexError] = field(default_factory=dict)
+
+    async def until_sent(self, count: int) -> None:
+        while len(self.sent) < count:
+            self.arrived.clear()
+            await self.arrived.wait()
 
     def send(self, label: str):
         async def send(numbers: Sequence[int]) -> str:
             for number in numbers:
                 self.sent.append((number, label))
+            self.arrived.set()
             if self.gate is not None:
                 await self.gate.wait()
             else:
@@ -78,8 +85,7 @@ async def test_the_order_of_gather_is_the_order_on_the_wire():
 async def test_one_submission_is_on_the_wire_at_a_time():
     lane, wire = Lane(), Wire(gate=asyncio.Event())
     tasks = [asyncio.create_task(single(lane, wire, Kind.GRADIENT, name)) for name in "ab"]
-    while not wire.sent:
-        await asyncio.sleep(0)
+    await wire.until_sent(1)
     for _ in range(20):
         await asyncio.sleep(0)
     assert wire.sent == [(1, "a")]
@@ -136,8 +142,7 @@ async def test_a_request_cancelled_while_queued_breaks_what_is_behind():
     first = asyncio.create_task(single(lane, wire, Kind.GRADIENT, "a"))
     second = asyncio.create_task(single(lane, wire, Kind.GRADIENT, "b"))
     third = asyncio.create_task(single(lane, wire, Kind.UPDATE, "step"))
-    while not wire.sent:
-        await asyncio.sleep(0)
+    await wire.until_sent(1)
     second.cancel()
     await asyncio.wait([second])
     wire.gate.set()
@@ -152,8 +157,7 @@ async def test_a_caller_cancelled_after_hand_over_counts_as_happened_and_leaves_
     lane, wire = Lane(), Wire(gate=asyncio.Event())
     first = asyncio.create_task(single(lane, wire, Kind.GRADIENT, "a"))
     second = asyncio.create_task(single(lane, wire, Kind.UPDATE, "step"))
-    while not wire.sent:
-        await asyncio.sleep(0)
+    await wire.until_sent(1)
     first.cancel()
     await asyncio.wait([first])
     assert first.cancelled()
@@ -185,8 +189,7 @@ async def test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists
     wire.gate = asyncio.Event()
     blocked = asyncio.create_task(single(lane, wire, Kind.GRADIENT, "b"))
     queued = asyncio.create_task(single(lane, wire, Kind.UPDATE, "step2"))
-    while len(wire.sent) < 3:
-        await asyncio.sleep(0)
+    await wire.until_sent(3)
     assert place.fail_on_service() == [2, 3]
     place.leave()
     wire.gate.set()
@@ -291,9 +294,18 @@ class FuzzedService:
         self.log: list[tuple[int, int, str]] = []
         self.payloads: dict[int, tuple[int, str]] = {}
         self.running_terms = 0
+        self.sending = False
 
     def send(self, index: int, part: str, refuse: bool):
         async def send(numbers: Sequence[int]) -> str:
+            assert not self.sending, "two submissions on the wire"
+            self.sending = True
+            try:
+                return await deliver(numbers)
+            finally:
+                self.sending = False
+
+        async def deliver(numbers: Sequence[int]) -> str:
             for number in numbers:
                 assert self.payloads.setdefault(number, (index, part)) == (index, part)
                 self.log.append((number, index, part))
@@ -346,9 +358,7 @@ async def fuzzed_terms(service: FuzzedService, place: Place, request: Request) -
 @given(burst=st.lists(requests, min_size=1, max_size=9), seed=st.integers(0, 2**16))
 async def test_invariants_hold_for_random_bursts(burst: list[Request], seed: int):
     lane, service = Lane(), FuzzedService(seed)
-    tasks = [
-        asyncio.create_task(fuzzed_request(lane, service, index, request)) for index, request in enumerate(burst)
-    ]
+    tasks = [asyncio.create_task(fuzzed_request(lane, service, index, request)) for index, request in enumerate(burst)]
 
     async def cancel(task: asyncio.Task[None], after: int) -> None:
         for _ in range(after):

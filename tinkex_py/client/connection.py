@@ -3,18 +3,20 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from tinkex_py import telemetry
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, InvalidResponse, NotFound, TransportError
 from tinkex_py.losses.threads import TermThreads
-from tinkex_py.transport.codec import PROTOBUF
-from tinkex_py.transport.futures import ACCEPT, Result, wait_for_result
+from tinkex_py.transport.codec import PROTOBUF, Result
+from tinkex_py.transport.futures import ACCEPT, wait_for_result
 from tinkex_py.transport.http import HttpClient
 from tinkex_py.transport.retry import RetryPolicy, send_with_retry
 from tinkex_py.version import __version__
+
+Decoded = TypeVar("Decoded")
 
 DEFAULT_MAX_CHUNK_DATUMS = 1024
 DEFAULT_MAX_CHUNK_BYTES = 5_000_000
@@ -27,13 +29,15 @@ class Connection:
 
     Args:
         config: the settings.
-        http: exchanges; closed with the connection.
+        http: exchanges that are answered at once.
+        polls: exchanges that the service holds until a result is there; apart, so that they never keep others waiting.
         threads: worker threads for terms, shared by the training clients.
     """
 
-    def __init__(self, config: TinkexConfig, http: HttpClient, threads: TermThreads) -> None:
+    def __init__(self, config: TinkexConfig, http: HttpClient, polls: HttpClient, threads: TermThreads) -> None:
         self.config = config
         self.http = http
+        self.polls = polls
         self.threads = threads
         self.max_chunk_datums = DEFAULT_MAX_CHUNK_DATUMS
         self.max_chunk_bytes = DEFAULT_MAX_CHUNK_BYTES
@@ -96,15 +100,21 @@ class Connection:
             raise InvalidResponse(f"POST {path} was answered without a request_id")
         return str(request_id)
 
-    async def result(self, request_id: str, request_type: str) -> Result:
+    async def result(self, request_id: str, request_type: str, decode: Callable[[Result], Decoded]) -> Decoded:
         """Waits for a future.
+
+        Args:
+            request_id: the future.
+            request_type: what was asked for.
+            decode: reads the result.
 
         Raises:
             RequestFailed: the service failed the request.
+            InvalidResponse: its result cannot be read, however often it is fetched.
         """
 
         async def poll(iteration: int) -> Any:
-            return await self.http.exchange(
+            return await self.polls.exchange(
                 "POST",
                 "/api/v1/retrieve_future",
                 json={"request_id": request_id, "allow_metadata_only": False},
@@ -113,14 +123,19 @@ class Connection:
                 timeout=self.config.poll_timeout,
             )
 
-        return await wait_for_result(poll, request_id=request_id, request_type=request_type, retry=self.config.retry)
+        return await wait_for_result(
+            poll, decode, request_id=request_id, request_type=request_type, retry=self.config.retry
+        )
 
     async def fields(self, request_id: str, request_type: str) -> Mapping[str, Any]:
         """Waits for a future whose result is a JSON object."""
-        result = await self.result(request_id, request_type)
-        if result.fields is None:
-            raise InvalidResponse(f"the result of {request_type} must be JSON, but came as {PROTOBUF}")
-        return result.fields
+
+        def fields_of(result: Result) -> Mapping[str, Any]:
+            if result.fields is None:
+                raise InvalidResponse(f"the result of {request_type} must be JSON, but came as {PROTOBUF}")
+            return result.fields
+
+        return await self.result(request_id, request_type, fields_of)
 
     async def _request(
         self,

@@ -4,8 +4,8 @@ import itertools
 from typing import Any
 
 from tinkex_py.client.connection import Connection
-from tinkex_py.errors import ClientClosed, InvalidData
-from tinkex_py.transport.codec import decode_sample
+from tinkex_py.errors import ClientClosed, InvalidData, InvalidResponse
+from tinkex_py.transport.codec import read_sample
 from tinkex_py.types import ModelInput, SampleResponse, SamplingParams
 
 
@@ -60,8 +60,7 @@ class AsyncSamplingClient:
             "type": "sample",
         }
         request_id = await self._connection.submit("/api/v1/asample", json=body)
-        result = await self._connection.result(request_id, "Sample")
-        return decode_sample(result.body) if result.fields is None else SampleResponse.model_validate(result.fields)
+        return await self._connection.result(request_id, "Sample", read_sample)
 
     async def compute_logprobs(self, prompt: ModelInput) -> list[float | None]:
         """Log-probability of every prompt token given those before it, `[N]`; the first is None."""
@@ -77,3 +76,23 @@ class AsyncSamplingClient:
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
+
+
+async def new_sampling_client(
+    connection: Connection, *, base_model: str | None = None, model_path: str | None = None
+) -> AsyncSamplingClient:
+    """Opens a sampling session for a base model or a checkpoint."""
+    body: dict[str, Any] = {
+        "session_id": connection.session_id,
+        "sampling_session_seq_id": connection.next_sampler_number(),
+        "type": "create_sampling_session",
+    }
+    if base_model is not None:
+        body["base_model"] = base_model
+    if model_path is not None:
+        body["model_path"] = model_path
+    answer = await connection.post("/api/v1/create_sampling_session", body)
+    sampling_session_id = answer.get("sampling_session_id")
+    if not isinstance(sampling_session_id, str):
+        raise InvalidResponse("create_sampling_session was answered without a sampling_session_id")
+    return AsyncSamplingClient(connection, sampling_session_id)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
-from tinkex_py.client.sampling import AsyncSamplingClient
-from tinkex_py.client.training import AsyncTrainingClient, Tokenizer, new_sampling_client
+from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
+from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import (
     APIStatusError,
@@ -23,7 +23,7 @@ from tinkex_py.errors import (
 )
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.http import HttpClient
-from tinkex_py.types import LoraConfig, ServerCapabilities, WeightsInfo
+from tinkex_py.types import LoraConfig, ServerCapabilities, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,15 +50,18 @@ class AsyncServiceClient:
     def _prepare(self, config: TinkexConfig, *, http_client: object | None, embedded: "LocalService | None") -> None:
         self.config = config
         self._embedded = embedded
-        http = HttpClient(
-            base_url=config.base_url,
-            api_key=config.key,
-            timeout=config.timeout,
-            max_connections=config.max_connections,
-            http_client=http_client,
-            asgi_app=None if embedded is None else embedded.app,
+        http, polls = (
+            HttpClient(
+                base_url=config.base_url,
+                api_key=config.key,
+                timeout=config.timeout,
+                max_connections=connections,
+                http_client=http_client,
+                asgi_app=None if embedded is None else embedded.app,
+            )
+            for connections in (config.max_connections, config.max_polls)
         )
-        self._connection = Connection(config, http, TermThreads(config.max_threads))
+        self._connection = Connection(config, http, polls, TermThreads(config.max_threads))
         self._training_clients: weakref.WeakSet[AsyncTrainingClient] = weakref.WeakSet()
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -199,7 +202,7 @@ class AsyncServiceClient:
         self, connection: Connection, path: str, *, with_optimizer: bool
     ) -> AsyncTrainingClient:
         """The older way, for services that cannot create a model from a checkpoint: load as its first request."""
-        info = WeightsInfo.model_validate(await connection.post("/api/v1/weights_info", {"tinker_path": path}))
+        info = WeightsInfo.read(await connection.post("/api/v1/weights_info", {"tinker_path": path}))
         wanted: dict[str, Any] = {
             "rank": info.lora_rank,
             "train_unembed": info.train_unembed,
@@ -226,7 +229,7 @@ class AsyncServiceClient:
     async def get_server_capabilities(self) -> ServerCapabilities:
         """The models of the service."""
         connection = await self._connected()
-        return ServerCapabilities.model_validate(await connection.get("/api/v1/get_server_capabilities"))
+        return ServerCapabilities.read(await connection.get("/api/v1/get_server_capabilities"))
 
     def _training_client(self, model_id: str) -> AsyncTrainingClient:
         client = AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)
@@ -283,6 +286,7 @@ class AsyncServiceClient:
                 stack.push_async_callback(self._embedded.stop)
             stack.callback(self._connection.threads.close)
             stack.push_async_callback(self._connection.http.aclose)
+            stack.push_async_callback(self._connection.polls.aclose)
             stack.push_async_callback(self._connection.close_session)
             for training in list(self._training_clients):
                 stack.push_async_callback(training.aclose)

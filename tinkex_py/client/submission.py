@@ -12,10 +12,10 @@ from tinkex_py.transport.codec import (
     EncodedBatch,
     LossConfig,
     PassRequest,
-    decode_forward_backward,
     encode_batch,
     encode_custom_batch,
     encode_request,
+    read_forward_backward,
     request_as_json,
 )
 from tinkex_py.transport.lane import UNDECIDED_STATUSES
@@ -109,13 +109,9 @@ class ChunkedPass:
     async def result(self, request_ids: Sequence[str]) -> ForwardBackwardOutput:
         """Waits for all chunks and merges their results."""
         request_type = "Forward" if self.forward_only else "ForwardBackward"
-        outputs: list[ForwardBackwardOutput] = []
-        for request_id in request_ids:
-            result = await self.connection.result(request_id, request_type)
-            if result.fields is None:
-                outputs.append(decode_forward_backward(result.body))
-            else:
-                outputs.append(ForwardBackwardOutput.model_validate(result.fields))
+        outputs = [
+            await self.connection.result(request_id, request_type, read_forward_backward) for request_id in request_ids
+        ]
         return merge_outputs(outputs)
 
     async def _send_one(self, number: int, chunk: EncodedBatch) -> str:

@@ -1,13 +1,14 @@
 """Trains one model."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
-from tinkex_py.client.sampling import AsyncSamplingClient
+from tinkex_py.client.custom_step import logprobs_of, pipeline_of, until_handed_over
+from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
 from tinkex_py.client.training_data import check_data, check_name, check_targets
 from tinkex_py.errors import (
@@ -16,7 +17,6 @@ from tinkex_py.errors import (
     InvalidResponse,
     PipelineError,
     RequestFailed,
-    TimeoutExceeded,
     TinkexError,
     UnsupportedFeature,
 )
@@ -30,29 +30,13 @@ from tinkex_py.types import (
     OptimStepResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
+    Tokenizer,
 )
 
 if TYPE_CHECKING:
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
     from tinkex_py.losses.spec import RegularizerSpec, Term
-
-
-class Tokenizer(Protocol):
-    """What `get_tokenizer` gives: text to token ids and back."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
-        ...
-
-    def encode(self, text: str, /) -> list[int]:
-        """Token ids of a text."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], /) -> str:
-        """Text of token ids."""
-        ...
 
 
 class AsyncTrainingClient:
@@ -172,8 +156,8 @@ class AsyncTrainingClient:
                 "max_threads": max_threads,
                 "timeout": timeout,
             }
-            pipeline = await self._or_break(lambda: _pipeline(base_loss, regularizers, options))
-            async with _until_handed_over(deadline) as handed_over:
+            pipeline = await self._or_break(lambda: pipeline_of(base_loss, regularizers, options))
+            async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
                 output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
@@ -192,17 +176,10 @@ class AsyncTrainingClient:
     ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
         from tinkex_py.losses.logprobs import Logprobs
 
-        packed = forward.packed.get("logprobs")
-        if packed is None or len(packed) != len(data):
-            raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
-        for index, datum in enumerate(data):
-            expected = datum.loss_fn_inputs["target_tokens"].shape
-            if packed.shape(index) != expected:
-                raise InvalidResponse(
-                    f"logprobs of datum {index} have shape {packed.shape(index)}, its target_tokens {expected}"
-                )
         with place.running_terms():
-            loss = await pipeline.evaluate(data, Logprobs.from_packed(packed), threads=self._connection.threads)
+            loss = await pipeline.evaluate(
+                data, Logprobs.from_packed(logprobs_of(forward, data)), threads=self._connection.threads
+            )
         if not loss.differentiable:
             raise PipelineError(
                 "no term depends on the logprobs, so there is nothing to train on; nothing was sent. A loss loses its "
@@ -233,7 +210,7 @@ class AsyncTrainingClient:
 
             body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
             fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear)
-            return OptimStepResponse.model_validate(fields)
+            return OptimStepResponse.read(fields)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
         """Loads a checkpoint; services allow it only as a model's first request.
@@ -274,7 +251,7 @@ class AsyncTrainingClient:
             if ttl_seconds is not None:
                 body["ttl_seconds"] = ttl_seconds
             fields = await self._numbered(place, "save_weights", body, "SaveWeights")
-            return SaveWeightsResponse.model_validate(fields)
+            return SaveWeightsResponse.read(fields)
 
     async def save_weights_for_sampler(self, name: str, *, ttl_seconds: int | None = None) -> SaveWeightsResponse:
         """Saves weights for sampling under a name; the path works with `service.create_sampling_client`."""
@@ -283,7 +260,7 @@ class AsyncTrainingClient:
             if ttl_seconds is not None:
                 body["ttl_seconds"] = ttl_seconds
             fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
-            return SaveWeightsResponse.model_validate(fields)
+            return SaveWeightsResponse.read(fields)
 
     async def save_weights_and_get_sampling_client(self, name: str | None = None) -> AsyncSamplingClient:
         """A sampling client for the weights as they are after all requests made so far.
@@ -301,7 +278,7 @@ class AsyncTrainingClient:
                 "type": "save_weights_for_sampler",
             }
             fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
-            saved_session = SaveWeightsForSamplerResponse.model_validate(fields).sampling_session_id
+            saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
             if saved_session is None:
                 raise InvalidResponse("save_weights_for_sampler gave no sampling_session_id")
             return AsyncSamplingClient(self._connection, saved_session)
@@ -312,7 +289,7 @@ class AsyncTrainingClient:
         """What is being trained."""
         if self._info is None:
             fields = await self._connection.post("/api/v1/get_info", {"model_id": self.model_id, "type": "get_info"})
-            self._info = GetInfoResponse.model_validate(fields)
+            self._info = GetInfoResponse.read(fields)
         return self._info
 
     async def get_tokenizer(self) -> Tokenizer:
@@ -355,6 +332,10 @@ class AsyncTrainingClient:
                 error.accumulated = self._lane.accumulated
             if isinstance(error, RequestFailed) and kind is not Kind.READ:
                 error.handed_over = tuple(place.fail_on_service())
+                if error.handed_over:
+                    error.add_note(
+                        f"requests {list(error.handed_over)} had been handed over already and may be executed"
+                    )
             raise
         finally:
             place.leave()
@@ -416,60 +397,3 @@ class AsyncTrainingClient:
 
         request_id = await place.submit(1, send, handed_over=handed_over)
         return await self._connection.fields(request_id, request_type)
-
-
-_PIPELINE_DEFAULTS: Mapping[str, Any] = {
-    "track_grad_norms": False,
-    "parallel": True,
-    "max_concurrency": 32,
-    "max_threads": None,
-    "timeout": 30.0,
-}
-
-
-async def new_sampling_client(
-    connection: Connection, *, base_model: str | None = None, model_path: str | None = None
-) -> AsyncSamplingClient:
-    """Opens a sampling session for a base model or a checkpoint."""
-    body: dict[str, Any] = {
-        "session_id": connection.session_id,
-        "sampling_session_seq_id": connection.next_sampler_number(),
-        "type": "create_sampling_session",
-    }
-    if base_model is not None:
-        body["base_model"] = base_model
-    if model_path is not None:
-        body["model_path"] = model_path
-    answer = await connection.post("/api/v1/create_sampling_session", body)
-    sampling_session_id = answer.get("sampling_session_id")
-    if not isinstance(sampling_session_id, str):
-        raise InvalidResponse("create_sampling_session was answered without a sampling_session_id")
-    return AsyncSamplingClient(connection, sampling_session_id)
-
-
-@asynccontextmanager
-async def _until_handed_over(deadline: float | None) -> AsyncGenerator[Callable[[], None]]:
-    """A time limit that ends at the moment the block calls what it yields."""
-    scope = asyncio.timeout(deadline)
-    try:
-        async with scope:
-            yield lambda: scope.reschedule(None)
-    except TimeoutError as error:
-        if not scope.expired() or isinstance(error, TinkexError):
-            raise
-        raise TimeoutExceeded(f"the custom step was not handed over within its deadline of {deadline} s") from None
-
-
-def _pipeline(
-    base_loss: "Term | Pipeline", regularizers: "Sequence[RegularizerSpec]", options: dict[str, Any]
-) -> "Pipeline":
-    from tinkex_py.losses.pipeline import Pipeline
-
-    if not isinstance(base_loss, Pipeline):
-        return Pipeline(base_loss, regularizers, **options)
-    given = [name for name, value in options.items() if value != _PIPELINE_DEFAULTS[name]]
-    if regularizers:
-        given.insert(0, "regularizers")
-    if given:
-        raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(given)} on it instead")
-    return base_loss

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.types import Datum, TensorData
+from tinkex_py.types import Datum
+from tinkex_py.types.datum import target_shape
 
 _CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -34,30 +35,20 @@ def check_targets(data: Sequence[Datum]) -> None:
         InvalidData: naming the datum, the field and both shapes.
     """
     for index, datum in enumerate(data):
-        targets = datum.loss_fn_inputs.get("target_tokens")
-        if targets is None:
+        shape = target_shape(datum, index)
+        targets = datum.loss_fn_inputs["target_tokens"]
+        if targets.dtype != "int64":
+            raise InvalidData(f"target_tokens of datum {index} must be integers, got {targets.dtype}")
+        if shape[0] != datum.model_input.length:
             raise InvalidData(
-                f"datum {index} has no 'target_tokens' in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
+                f"target_tokens of datum {index} have shape {shape}, but its model_input has "
+                f"{datum.model_input.length} tokens: one target per input position is needed (targets are pre-shifted)"
             )
-        _check_shape(datum, targets, index)
         weights = datum.loss_fn_inputs.get("weights")
-        if weights is not None and weights.shape != targets.shape:
+        if weights is not None and weights.shape != shape:
             raise InvalidData(
-                f"weights of datum {index} have shape {weights.shape}, its target_tokens {targets.shape}; "
-                "they must be equal"
+                f"weights of datum {index} have shape {weights.shape}, its target_tokens {shape}; they must be equal"
             )
-
-
-def _check_shape(datum: Datum, targets: TensorData, index: int) -> None:
-    if len(targets.shape) not in (1, 2):
-        raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
-    if targets.dtype != "int64":
-        raise InvalidData(f"target_tokens of datum {index} must be integers, got {targets.dtype}")
-    if targets.shape[0] != datum.model_input.length:
-        raise InvalidData(
-            f"target_tokens of datum {index} have shape {targets.shape}, but its model_input has "
-            f"{datum.model_input.length} tokens: one target per input position is needed (targets are pre-shifted)"
-        )
 
 
 def check_name(name: str) -> str:

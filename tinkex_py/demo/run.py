@@ -10,13 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
-from tinkex_py.client.training import Tokenizer
 from tinkex_py.demo.data import Pair, batches, default_file, make_datum, prompt_tokens, read_pairs, with_reference
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
 from tinkex_py.demo.record import append_step, new_run_folder, plot
 from tinkex_py.demo.screen import Screen
 from tinkex_py.losses import CustomLossOutput, RegularizerSpec
-from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams
+from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams, Tokenizer
 
 HELD_OUT_PROMPTS = 2
 
@@ -39,7 +38,7 @@ class DemoOptions:
     model: str = "smollm2"
     steps: int = 30
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     rank: int = 16
     runs_dir: Path = Path("runs")
     data: Path | None = None

@@ -14,6 +14,7 @@ import torch
 
 from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
 from tinkex_py.types import Datum, PackedTensor
+from tinkex_py.types.datum import target_shape
 
 LIST_HINT = "packed logprobs: wrap the function in per_datum(...) to see one tensor per datum"
 
@@ -228,22 +229,6 @@ def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
             )
         arrays.append(array)
     return torch.from_numpy(np.concatenate(arrays))  # pyright: ignore[reportUnknownMemberType]
-
-
-def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
-    """Shape of a datum's `target_tokens`.
-
-    Raises:
-        InvalidData: there are none, or they are neither `[T]` nor `[T, K]`.
-    """
-    targets = datum.loss_fn_inputs.get("target_tokens")
-    if targets is None:
-        raise InvalidData(
-            f"datum {index} has no 'target_tokens' in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
-        )
-    if len(targets.shape) not in (1, 2):
-        raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
-    return targets.shape
 
 
 def _mutation(name: str) -> InPlaceMutation:

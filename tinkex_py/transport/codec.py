@@ -153,6 +153,34 @@ def request_as_json(batch: EncodedBatch, request: PassRequest) -> dict[str, Any]
     }
 
 
+@dataclass(frozen=True)
+class Result:
+    """A finished future: protobuf bytes, or a JSON object."""
+
+    body: bytes
+    fields: Mapping[str, Any] | None
+
+
+def read_forward_backward(result: Result) -> ForwardBackwardOutput:
+    """The result of forward or forward_backward, whichever way it is written.
+
+    Raises:
+        InvalidResponse: it is neither.
+    """
+    if result.fields is None:
+        return decode_forward_backward(result.body)
+    return ForwardBackwardOutput.read(result.fields)
+
+
+def read_sample(result: Result) -> SampleResponse:
+    """The result of a sample, whichever way it is written.
+
+    Raises:
+        InvalidResponse: it is neither.
+    """
+    return decode_sample(result.body) if result.fields is None else SampleResponse.read(result.fields)
+
+
 def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     """A protobuf ForwardBackwardOutput, its numbers still packed.
 

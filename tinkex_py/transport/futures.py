@@ -3,8 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 from tinkex_py import telemetry
 from tinkex_py.errors import (
@@ -17,7 +16,7 @@ from tinkex_py.errors import (
     TransportError,
 )
 from tinkex_py.transport.answer import HttpAnswer, raise_for_status
-from tinkex_py.transport.codec import PROTOBUF
+from tinkex_py.transport.codec import PROTOBUF, Result
 from tinkex_py.transport.retry import RetryPolicy
 
 ACCEPT: Final = f"{PROTOBUF}, application/json"
@@ -30,22 +29,18 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 _MOST_BAD_REQUESTS = 2
 
+Decoded = TypeVar("Decoded")
 Poll = Callable[[int], Awaitable[HttpAnswer]]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished future: protobuf bytes, or a JSON object."""
-
-    body: bytes
-    fields: Mapping[str, Any] | None
-
-
-async def wait_for_result(poll: Poll, *, request_id: str, request_type: str, retry: RetryPolicy) -> Result:
+async def wait_for_result(
+    poll: Poll, decode: Callable[[Result], Decoded], *, request_id: str, request_type: str, retry: RetryPolicy
+) -> Decoded:
     """Polls until the future is done.
 
     Args:
         poll: asks once; gets the number of the poll, from 0.
+        decode: reads the result; if it raises InvalidResponse, the result is fetched again.
         request_id: the future.
         request_type: what was asked for, for events and errors.
         retry: how long polling goes on while the service cannot be reached or answers with errors.
@@ -56,14 +51,22 @@ async def wait_for_result(poll: Poll, *, request_id: str, request_type: str, ret
     """
     metadata = {"request_id": request_id, "request_type": request_type}
     with telemetry.lifecycle("tinkex.future", metadata):
-        return await _Waiting(poll, request_id, request_type, retry).result()
+        return await _Waiting(poll, decode, request_id, request_type, retry).result()
 
 
-class _Waiting:
+class _Waiting(Generic[Decoded]):
     """One future that is being waited for."""
 
-    def __init__(self, poll: Poll, request_id: str, request_type: str, retry: RetryPolicy) -> None:
+    def __init__(
+        self,
+        poll: Poll,
+        decode: Callable[[Result], Decoded],
+        request_id: str,
+        request_type: str,
+        retry: RetryPolicy,
+    ) -> None:
         self._poll = poll
+        self._decode = decode
         self._request_id = request_id
         self._request_type = request_type
         self._retry = retry
@@ -74,18 +77,18 @@ class _Waiting:
         self._bad_requests = 0
         self._queue_state: object = None
 
-    async def result(self) -> Result:
+    async def result(self) -> Decoded:
         iteration = 0
         while True:
             started = self._loop.time()
             try:
                 answer = await self._poll(iteration)
                 result = self._finished(answer)
+                if result is not None:
+                    return self._decode(result)
             except (TransportError, APIStatusError) as error:
                 await self._after_failure(error)
             else:
-                if result is not None:
-                    return result
                 self._failing_since, self._failures = None, 0
                 await self._after_pending(self._loop.time() - started)
             iteration += 1

@@ -1,7 +1,7 @@
 """Values that cross the wire or the public boundary."""
 
 from tinkex_py.types.datum import Datum
-from tinkex_py.types.model_input import EncodedTextChunk, Encoder, ModelInput
+from tinkex_py.types.model_input import EncodedTextChunk, Encoder, ModelInput, Tokenizer
 from tinkex_py.types.outputs import (
     ForwardBackwardOutput,
     GetInfoResponse,
@@ -40,5 +40,6 @@ __all__ = [
     "SupportedModel",
     "TensorData",
     "TensorInput",
+    "Tokenizer",
     "WeightsInfo",
 ]

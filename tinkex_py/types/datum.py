@@ -41,3 +41,19 @@ class Datum(WireModel):
             except InvalidData as error:
                 raise InvalidData(f"loss_fn_inputs[{name!r}]: {error}") from None
         return packed
+
+
+def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
+    """Shape of a datum's `target_tokens`.
+
+    Raises:
+        InvalidData: there are none, or they are neither `[T]` nor `[T, K]`.
+    """
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is None:
+        raise InvalidData(
+            f"datum {index} has no 'target_tokens' in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
+        )
+    if len(targets.shape) not in (1, 2):
+        raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
+    return targets.shape

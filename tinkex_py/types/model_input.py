@@ -19,6 +19,23 @@ class Encoder(Protocol):
         ...
 
 
+class Tokenizer(Protocol):
+    """What `get_tokenizer` gives: text to token ids and back."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
+        ...
+
+    def encode(self, text: str, /) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], /) -> str:
+        """Text of token ids."""
+        ...
+
+
 class EncodedTextChunk(WireModel):
     """Text as token ids.
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
+from tinkex_py.errors import InvalidResponse
 from tinkex_py.types.tensors import Array, TensorData
 
 Metrics = Mapping[str, float]
@@ -19,6 +20,21 @@ class Answer(BaseModel):
     model_config = ConfigDict(
         frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings"
     )
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        """Reads what a service answered.
+
+        Raises:
+            InvalidResponse: naming the fields that do not fit.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            places = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
+            raise InvalidResponse(
+                f"the service's answer is no {cls.__name__}: see {', '.join(sorted(places))}"
+            ) from None
 
 
 class PackedTensor:

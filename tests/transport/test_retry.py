@@ -1,0 +1,261 @@
+"""When a request is sent again, how long it waits, and when it stops."""
+
+import asyncio
+import pickle
+from collections.abc import Callable
+
+import pytest
+import tenacity
+from hypothesis import given, strategies as st
+
+from tinkex_py import errors
+from tinkex_py.transport import retry as retry_module
+from tinkex_py.transport.answer import HttpAnswer
+from tinkex_py.transport.retry import RetryPolicy, is_retryable_status, send_with_retry
+
+AT_ONCE = RetryPolicy(initial_wait=0.0, max_wait=0.0)
+
+
+class Script:
+    """Sends what a list says; the last item is repeated."""
+
+    def __init__(self, *outcomes: HttpAnswer | BaseException) -> None:
+        self.outcomes = list(outcomes)
+        self.attempts: list[int] = []
+
+    async def __call__(self, attempt: int) -> HttpAnswer:
+        self.attempts.append(attempt)
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        await asyncio.sleep(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def status(code: int, **headers: str) -> HttpAnswer:
+    return HttpAnswer(code, {name.replace("_", "-"): value for name, value in headers.items()}, b"")
+
+
+OK = status(200)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        status(408),
+        status(425),
+        status(429),
+        status(500),
+        status(503),
+        status(599),
+        status(404, x_should_retry="true"),
+        status(503, retry_after="0"),
+        status(503, retry_after="nan"),
+        errors.ConnectionFailed("x"),
+        errors.TimeoutExceeded("x"),
+        errors.InvalidResponse("x"),
+    ],
+)
+async def test_what_is_worth_another_attempt(trouble: HttpAnswer | BaseException):
+    send = Script(trouble, trouble, OK)
+    assert await send_with_retry(AT_ONCE, send) is OK
+    assert send.attempts == [1, 2, 3]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("final", "kind"),
+    [
+        (status(400), errors.BadRequest),
+        (status(401), errors.Authentication),
+        (status(404), errors.NotFound),
+        (status(409), errors.Conflict),
+        (status(409, x_should_retry="true"), errors.Conflict),
+        (status(410), errors.APIStatusError),
+        (status(422), errors.Unprocessable),
+        (status(307), errors.APIStatusError),
+        (status(503, x_should_retry="false"), errors.ServerError),
+        (status(429, x_should_retry=" FALSE "), errors.RateLimited),
+        (errors.ClientClosed("x"), errors.ClientClosed),
+        (errors.InvalidData("x"), errors.InvalidData),
+        (ZeroDivisionError(), ZeroDivisionError),
+        (TimeoutError(), TimeoutError),
+        (asyncio.CancelledError(), asyncio.CancelledError),
+        (KeyError("x"), KeyError),
+    ],
+)
+async def test_what_is_final(final: HttpAnswer | BaseException, kind: type[BaseException]):
+    send = Script(final)
+    with pytest.raises(kind) as caught:
+        await send_with_retry(AT_ONCE, send)
+    assert type(caught.value) is kind
+    assert send.attempts == [1]
+
+
+@pytest.mark.asyncio
+async def test_an_unknown_should_retry_says_nothing():
+    send = Script(status(503, x_should_retry="maybe"), OK)
+    assert await send_with_retry(AT_ONCE, send) is OK
+
+
+@pytest.mark.asyncio
+async def test_the_last_error_tells_the_attempts():
+    policy = RetryPolicy(max_attempts=3, initial_wait=0.0)
+    with pytest.raises(errors.ServerError) as caught:
+        await send_with_retry(policy, Script(status(500), status(502), status(503)))
+    assert (caught.value.status, caught.value.attempts) == (503, 3)
+    assert "after 3 attempts" in str(caught.value)
+    last = errors.ConnectionFailed("last")
+    with pytest.raises(errors.ConnectionFailed) as lost:
+        await send_with_retry(policy, Script(status(500), status(500), last))
+    assert lost.value is last
+    assert type(pickle.loads(pickle.dumps(caught.value))) is errors.ServerError
+
+
+@pytest.mark.asyncio
+async def test_none_is_one_attempt():
+    send = Script(status(503))
+    with pytest.raises(errors.ServerError) as caught:
+        await send_with_retry(RetryPolicy.none(), send)
+    assert caught.value.attempts == 1
+    assert send.attempts == [1]
+
+
+@pytest.mark.asyncio
+async def test_a_caller_may_choose_the_statuses():
+    send = Script(status(404), OK)
+    assert await send_with_retry(AT_ONCE, send, retry_statuses=lambda code: code == 404) is OK
+    with pytest.raises(errors.ServerError):
+        await send_with_retry(AT_ONCE, Script(status(503)), retry_statuses=lambda code: False)
+
+
+@pytest.mark.asyncio
+async def test_the_deadline_bounds_an_attempt_that_stalls():
+    async def stalls(attempt: int) -> HttpAnswer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(errors.TimeoutExceeded, match=r"deadline of 0\.02 s \(1 attempt"):
+        await send_with_retry(RetryPolicy(deadline=0.02), stalls)
+
+
+@pytest.mark.asyncio
+async def test_the_deadline_ends_the_retries_with_the_last_error():
+    sent: list[int] = []
+
+    async def answers_at_once(attempt: int) -> HttpAnswer:
+        # Without a suspension the deadline cannot fall into an attempt, only between two.
+        sent.append(attempt)
+        return status(503)
+
+    with pytest.raises(errors.ServerError) as caught:
+        await send_with_retry(RetryPolicy(deadline=0.05, initial_wait=0.001, max_wait=0.001), answers_at_once)
+    assert caught.value.attempts == len(sent) > 1
+
+
+@pytest.mark.asyncio
+async def test_no_wait_that_ends_after_the_deadline_is_begun():
+    send = Script(status(503, retry_after="50"))
+    async with asyncio.timeout(10):
+        with pytest.raises(errors.ServerError) as caught:
+            await send_with_retry(RetryPolicy(deadline=20.0), send)
+    assert caught.value.retry_after == 50.0
+    assert send.attempts == [1]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("where", ["in an attempt", "in a wait"])
+async def test_a_cancellation_ends_it_at_once(where: str):
+    reached = asyncio.Event()
+
+    async def send(attempt: int) -> HttpAnswer:
+        reached.set()
+        if where == "in an attempt":
+            await asyncio.Event().wait()
+        return status(503, retry_after="50")
+
+    task = asyncio.create_task(send_with_retry(RetryPolicy(), send))
+    await reached.wait()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+@pytest.mark.asyncio
+async def test_a_cancellation_that_meets_the_deadline_wins():
+    """The caller's own timeout expires in the same step as the deadline: it must still fire."""
+
+    async def stalls(attempt: int) -> HttpAnswer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def cancel_at_the_deadline() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.01, task.cancel)
+        await send_with_retry(RetryPolicy(deadline=0.01), stalls)
+
+    for _ in range(20):
+        task = asyncio.create_task(cancel_at_the_deadline())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(0.01):
+            await send_with_retry(RetryPolicy(deadline=30.0), stalls)
+    assert type(caught.value) is TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"deadline": 0.0}, "deadline"),
+        ({"deadline": float("nan")}, "deadline"),
+        ({"max_attempts": 0}, "max_attempts"),
+        ({"initial_wait": -1.0}, "initial_wait"),
+        ({"max_wait": float("inf")}, "max_wait"),
+    ],
+)
+def test_a_policy_out_of_range(options: dict[str, float], told: str):
+    with pytest.raises(errors.ConfigError, match=told):
+        RetryPolicy(**options)  # type: ignore[arg-type]
+
+
+@given(st.integers(100, 999))
+def test_retryable_statuses(code: int):
+    assert is_retryable_status(code) == (code in (408, 425, 429) or code >= 500)
+
+
+def state_after(attempt: int, outcome: HttpAnswer) -> tenacity.RetryCallState:
+    state = tenacity.RetryCallState(tenacity.AsyncRetrying(), None, (), {})
+    state.attempt_number = attempt
+    state.set_result(outcome)
+    return state
+
+
+@given(st.integers(1, 200), st.floats(0, 10), st.floats(0, 100))
+def test_the_wait_is_random_below_an_exponential_bound(attempt: int, initial: float, longest: float):
+    wait = retry_module._Wait(RetryPolicy(initial_wait=initial, max_wait=longest))
+    drawn = wait(state_after(attempt, status(503)))
+    assert 0.0 <= drawn <= min(longest, initial * 2.0 ** (attempt - 1)) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [({"retry_after": "7"}, 7.0), ({"retry_after_ms": "20"}, 0.02), ({"retry_after": "1e9"}, 60.0)],
+)
+def test_the_wait_that_the_service_asks_for(headers: dict[str, str], expected: float):
+    wait = retry_module._Wait(RetryPolicy(initial_wait=1000.0, max_wait=1000.0))
+    assert wait(state_after(3, status(503, **headers))) == expected
+
+
+def test_full_jitter_spreads_over_the_whole_range():
+    wait: Callable[[tenacity.RetryCallState], float] = retry_module._Wait(RetryPolicy(initial_wait=1.0, max_wait=1.0))
+    drawn = sorted(wait(state_after(1, status(503))) for _ in range(200))
+    # The chance that 200 uniform draws miss the lower or the upper fifth is 2 * 0.8**200, about 1e-19.
+    assert drawn[0] < 0.2
+    assert drawn[-1] > 0.8

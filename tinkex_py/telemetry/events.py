@@ -1,0 +1,80 @@
+"""The events: their names, their level in logs, and the value a handler receives."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+Measurement = int | float | None
+Measurements = dict[str, Measurement]
+
+LIFECYCLES = (
+    "tinkex.custom_loss",
+    "tinkex.regularizer.compute",
+    "tinkex.http.request",
+    "tinkex.future",
+    "tinkex.session",
+    "tinkex.training",
+)
+
+_LIFECYCLE_LEVELS = {"start": logging.DEBUG, "stop": logging.DEBUG, "exception": logging.WARNING}
+
+EVENT_LEVELS: Mapping[str, int] = {
+    **{f"{prefix}.{phase}": level for prefix in LIFECYCLES for phase, level in _LIFECYCLE_LEVELS.items()},
+    "tinkex.regularizer.not_differentiable": logging.WARNING,
+    "tinkex.regularizer.abandoned": logging.WARNING,
+    "tinkex.future.queue_state": logging.INFO,
+    "tinkex.session.heartbeat_failed": logging.WARNING,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        name: one of `events()`.
+        measurements: numbers. `system_time` is Unix time in seconds, `duration` is in seconds and monotonic;
+            None means "not measured".
+        metadata: what the event is about. Failures carry `reason`, the class name of the error.
+        exception: the error itself, for exception events.
+    """
+
+    name: str
+    measurements: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    exception: BaseException | None = None
+
+
+def events() -> tuple[str, ...]:
+    """The names of all events, each lifecycle in the order start, stop, exception."""
+    return tuple(EVENT_LEVELS)
+
+
+def require_known(name: str) -> None:
+    """Raise ValueError if no event has this name."""
+    if name not in EVENT_LEVELS:
+        raise ValueError(f"unknown event {name!r}; the events are: {', '.join(events())}")
+
+
+def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
+    """The event names that one pattern, several patterns, or None (all) stand for.
+
+    Args:
+        patterns: event names; `*` stands for any characters, dots too.
+
+    Raises:
+        ValueError: a pattern matches no event, or there is no pattern at all.
+    """
+    if patterns is None:
+        return frozenset(EVENT_LEVELS)
+    chosen: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else tuple(patterns):
+        matched = {name for name in EVENT_LEVELS if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ValueError(f"no event matches {pattern!r}; the events are: {', '.join(events())}")
+        chosen |= matched
+    if not chosen:
+        raise ValueError("events is empty: name at least one event, or leave it out to receive all of them")
+    return frozenset(chosen)

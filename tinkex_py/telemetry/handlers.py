@@ -1,0 +1,178 @@
+"""Who listens: the process-wide list of handlers, and `emit`, which calls them."""
+
+import asyncio
+import functools
+import inspect
+import itertools
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from tinkex_py.telemetry.events import EVENT_LEVELS, Event, matching_events, require_known
+from tinkex_py.telemetry.logs import parse_level, write_line
+
+Handler = Callable[[Event], object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    handler_id: str
+    handler: Handler
+    names: frozenset[str]
+    is_logger: bool = False
+
+
+class _Attachments:
+    """The handlers of this process, in the order they were attached.
+
+    Writers swap in a new tuple under the lock, so a reader always sees one whole list.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._current: tuple[_Attachment, ...] = ()
+
+    def snapshot(self) -> tuple[_Attachment, ...]:
+        return self._current
+
+    def add(self, handler: Handler, names: frozenset[str], handler_id: str | None, *, is_logger: bool = False) -> str:
+        with self._lock:
+            taken = {attachment.handler_id for attachment in self._current}
+            if handler_id is None:
+                handler_id = next(name for name in map("handler-{}".format, self._numbers) if name not in taken)
+            elif handler_id in taken:
+                raise ValueError(f"handler id {handler_id!r} is in use; detach it first or choose another id")
+            self._current = (*self._current, _Attachment(handler_id, handler, names, is_logger))
+            return handler_id
+
+    def remove_id(self, handler_id: str) -> bool:
+        return self._keep(lambda attachment: attachment.handler_id != handler_id)
+
+    def remove(self, unwanted: _Attachment) -> bool:
+        return self._keep(lambda attachment: attachment is not unwanted)
+
+    def _keep(self, wanted: Callable[[_Attachment], bool]) -> bool:
+        with self._lock:
+            before = len(self._current)
+            self._current = tuple(filter(wanted, self._current))
+            return len(self._current) < before
+
+
+_ATTACHMENTS = _Attachments()
+
+
+def attach(handler: Handler, *, events: str | Iterable[str] | None = None, handler_id: str | None = None) -> str:
+    """Call a function for every event.
+
+    Args:
+        handler: called with each `Event`, on the thread of the event loop; it should be quick. One that raises
+            is detached with a warning.
+        events: one name, several, patterns such as `"tinkex.regularizer.*"`, or None for all events.
+        handler_id: a name of your own for `detach`; None makes one.
+
+    Returns:
+        The handler's id.
+
+    Raises:
+        TypeError: the handler is not callable, or is a coroutine function.
+        ValueError: no event has that name, or the id is in use.
+    """
+    _require_plain_function(handler)
+    return _ATTACHMENTS.add(handler, matching_events(events), handler_id)
+
+
+def attach_logger(*, level: str = "info", handler_id: str | None = None) -> str:
+    """Log every event as one line, until detached.
+
+    The lines go through structlog if the host configured it, else through the stdlib logger "tinkex_py"; if the
+    host configured no logging at all they appear on stderr.
+
+    Args:
+        level: level of the lines: "debug", "info", "warning", "error" or "critical".
+        handler_id: a name of your own for `detach`; None makes one.
+
+    Returns:
+        The handler's id.
+
+    Raises:
+        ValueError: no such level, or the id is in use.
+    """
+    log = functools.partial(_log_event, level=parse_level(level), asked_for=True)
+    return _ATTACHMENTS.add(log, matching_events(None), handler_id, is_logger=True)
+
+
+def detach(handler_id: str) -> bool:
+    """Stop calling a handler; False if no handler has this id."""
+    return _ATTACHMENTS.remove_id(handler_id)
+
+
+def emit(
+    name: str,
+    measurements: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    exception: BaseException | None = None,
+) -> None:
+    """Tell everyone who listens that something happened. Call it on the thread of the event loop only.
+
+    Args:
+        name: one of `events()`.
+        measurements: numbers, times in seconds.
+        metadata: what the event is about; no keys, tokens or text of prompts.
+        exception: the error, for exception events. It is handed to handlers and never logged.
+
+    Raises:
+        ValueError: no event has this name.
+    """
+    require_known(name)
+    event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception)
+    attachments = _ATTACHMENTS.snapshot()
+    for attachment in attachments:
+        if name in attachment.names:
+            _call(attachment, event)
+    if not any(attachment.is_logger for attachment in attachments):
+        _log_event(event, level=EVENT_LEVELS[name])
+
+
+def _require_plain_function(handler: object) -> None:
+    if not callable(handler):
+        raise TypeError(f"a telemetry handler must be callable, not {type(handler).__name__}")
+    for function in (handler, getattr(handler, "__call__", None)):  # noqa: B004  (an object with async __call__)
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                "a telemetry handler must be a plain function: nobody awaits it. "
+                "Put the event into an asyncio.Queue and await it elsewhere."
+            )
+
+
+def _call(attachment: _Attachment, event: Event) -> None:
+    try:
+        result = attachment.handler(event)
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError("the handler returned a coroutine, which nobody awaits")
+    # A handler that reads a cancelled asyncio.Future raises CancelledError; that is no cancellation of this task.
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (the host's code must not break training)
+        _ATTACHMENTS.remove(attachment)
+        fields = {"handler_id": attachment.handler_id, "on": event.name, "reason": type(error).__name__}
+        # Whoever attached it wants to know that it is gone, so this line is heard in any case.
+        write_line(
+            "telemetry handler failed and was detached",
+            {**fields, "raised_at": _raised_at(error)},
+            logging.WARNING,
+            asked_for=True,
+        )
+
+
+def _raised_at(error: BaseException) -> str:
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(innermost.filename).name}:{innermost.lineno}"
+
+
+def _log_event(event: Event, *, level: int, asked_for: bool = False) -> None:
+    write_line(event.name, {**event.measurements, **event.metadata}, level, asked_for=asked_for)

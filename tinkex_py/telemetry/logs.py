@@ -1,0 +1,123 @@
+"""Log lines: through structlog where the host configured it, else through the stdlib logger "tinkex_py"."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+LOGGER = logging.getLogger("tinkex_py")
+LOGGER.addHandler(logging.NullHandler())
+
+_LEVEL_NAMES = {
+    logging.DEBUG: "debug",
+    logging.INFO: "info",
+    logging.WARNING: "warning",
+    logging.ERROR: "error",
+    logging.CRITICAL: "critical",
+}
+_LEVELS = {name: level for level, name in _LEVEL_NAMES.items()}
+_STDERR_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+_COMPARED = ("wrapper_class", "logger_factory", "context_class")
+_DEFAULTS_IN_STRUCTLOG = {
+    "processors": "_BUILTIN_DEFAULT_PROCESSORS",
+    "wrapper_class": "_BUILTIN_DEFAULT_WRAPPER_CLASS",
+    "logger_factory": "_BUILTIN_DEFAULT_LOGGER_FACTORY",
+    "context_class": "_BUILTIN_DEFAULT_CONTEXT_CLASS",
+}
+
+
+def _default_configuration() -> dict[str, Any] | None:
+    """What structlog does unasked, or None if that cannot be told any more."""
+    configuration: dict[str, Any] = structlog.get_config()
+    if structlog.is_configured():
+        # A host (or an earlier capture_logs) was here before this import; structlog keeps its own copy of the defaults.
+        internals: dict[str, Any] = vars(sys.modules["structlog._config"])
+        try:
+            configuration = {key: internals[name] for key, name in _DEFAULTS_IN_STRUCTLOG.items()}
+        except KeyError:
+            return None
+    return {**configuration, "processors": list(configuration["processors"])}
+
+
+_DEFAULT_CONFIGURATION = _default_configuration()
+
+
+def parse_level(level: str) -> int:
+    """The number of a level name.
+
+    Raises:
+        ValueError: no such level.
+    """
+    number = _LEVELS.get(level.lower())
+    if number is None:
+        raise ValueError(f"unknown log level {level!r}; use one of: {', '.join(_LEVELS)}")
+    return number
+
+
+def structlog_is_configured() -> bool:
+    """Whether the host configured structlog.
+
+    `structlog.is_configured()` alone is not enough: it stays true after `capture_logs()`, and then the default
+    processors would print even debug lines to stdout.
+    """
+    if not structlog.is_configured():
+        return False
+    if _DEFAULT_CONFIGURATION is None:
+        return True
+    now = structlog.get_config()
+    if any(now[key] is not _DEFAULT_CONFIGURATION[key] for key in _COMPARED):
+        return True
+    processors, defaults = list(now["processors"]), _DEFAULT_CONFIGURATION["processors"]
+    return len(processors) != len(defaults) or any(a is not b for a, b in zip(processors, defaults, strict=True))
+
+
+def logging_is_configured() -> bool:
+    """Whether a line of our logger would reach any handler of the host."""
+    logger: logging.Logger | None = LOGGER
+    while logger is not None:
+        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
+def write_line(event: str, fields: Mapping[str, Any], level: int, *, asked_for: bool = False) -> None:
+    """Write one log line: the event and flat key-values.
+
+    Args:
+        event: what happened.
+        fields: what is told about it; never keys, tokens or text of prompts.
+        level: a stdlib log level.
+        asked_for: the host asked for exactly this line. It is then heard even where no logging was configured
+            (on stderr), and where the root logger's level would leave it out.
+    """
+    if structlog_is_configured():
+        _write_to_structlog(event, fields, level)
+    elif asked_for:
+        _write_aloud(event, fields, level)
+    elif LOGGER.isEnabledFor(level):
+        LOGGER.log(level, "%s", _text(event, fields))
+
+
+def _write_to_structlog(event: str, fields: Mapping[str, Any], level: int) -> None:
+    method = _LEVEL_NAMES[level]
+    try:
+        getattr(structlog.get_logger(LOGGER.name), method)(event, **fields)
+    except Exception as error:  # noqa: BLE001  (the host's processors: a broken log must not break training)
+        LOGGER.warning("the structlog configuration failed on %s: %s", event, type(error).__name__)
+
+
+def _write_aloud(event: str, fields: Mapping[str, Any], level: int) -> None:
+    if LOGGER.manager.disable >= level or (LOGGER.level and LOGGER.level > level):
+        return
+    record = LOGGER.makeRecord(LOGGER.name, level, "(tinkex_py)", 0, "%s", (_text(event, fields),), None)
+    if logging_is_configured():
+        LOGGER.handle(record)
+    elif sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]  (None under pythonw)
+        sys.stderr.write(_STDERR_FORMAT.format(record) + "\n")
+
+
+def _text(event: str, fields: Mapping[str, Any]) -> str:
+    return " ".join([event, *(f"{key}={value}" for key, value in fields.items())])

@@ -1,0 +1,1 @@
+"""Bytes: HTTP, retries, codecs, futures and the order of requests."""

@@ -1,0 +1,227 @@
+"""The service's answer to one exchange, and what it means when it is not a success."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from tinkex_py.errors import InvalidResponse, status_error_class
+
+LONGEST_RETRY_AFTER = 60.0
+"""Seconds; a service that asks for more is asked again after this long."""
+
+_LONGEST_DETAIL = 300
+_REQUEST_ID_HEADERS = ("x-request-id", "request-id")
+
+
+class Secret:
+    """A key that shows in no repr, str, format or pickle."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The key itself; only for the header it is sent in."""
+        return self._text
+
+    def redacted_from(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(self._text, "[redacted]") if self._text else text
+
+    def __repr__(self) -> str:
+        return "Secret('**********')"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Secret, ("",)
+
+
+@dataclass(frozen=True, repr=False)
+class HttpAnswer:
+    """What came back from one exchange, of any status.
+
+    Attributes:
+        status: HTTP status code.
+        headers: names in lower case.
+        body: decoded (not compressed) body.
+        request: method, path and host, for messages.
+        secret: the key that was sent, so that messages can leave it out where a service echoes it.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    request: str = "the request"
+    secret: Secret = field(default=Secret(""), compare=False)
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the status is 2xx."""
+        return 200 <= self.status < 300
+
+    @property
+    def media_type(self) -> str:
+        """Media type of the body in lower case, without parameters; empty if not told."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def json(self) -> Any:
+        """The body, parsed.
+
+        Raises:
+            InvalidResponse: the body is not JSON.
+        """
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            kind = self.media_type or "an untold type"
+            raise InvalidResponse(
+                f"{self.request} was answered {self.status} with {len(self.body)} bytes of {kind} that are not JSON. "
+                "Is base_url the address of the service itself, and not of a proxy or a login page?"
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"HttpAnswer(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"
+
+
+def raise_for_status(answer: HttpAnswer, attempts: int = 1) -> None:
+    """Raise the typed error of an answer that is not 2xx.
+
+    Args:
+        answer: the answer.
+        attempts: how often the request was sent; told by the error.
+
+    Raises:
+        APIStatusError: the status is not 2xx; the class fits the status.
+    """
+    if answer.is_success:
+        return
+    body = _parsed_body(answer)
+    raise status_error_class(answer.status)(
+        _message(answer, body, attempts),
+        status=answer.status,
+        code=_code(body),
+        request_id=_request_id(answer, body),
+        body=body,
+        retry_after=retry_after(answer.headers),
+        attempts=attempts,
+    )
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the service asks to wait before the next attempt, at most `LONGEST_RETRY_AFTER`.
+
+    Reads `retry-after-ms`, then `retry-after` as seconds or as an HTTP date. What is not a finite number
+    of seconds from now on counts as not told.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return min(milliseconds / 1000, LONGEST_RETRY_AFTER)
+    told = headers.get("retry-after")
+    seconds = _number(told)
+    if seconds is None and told is not None:
+        seconds = _seconds_until(told)
+    return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text) if text is not None else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
+def _seconds_until(http_date: str) -> float | None:
+    try:
+        seconds = parsedate_to_datetime(http_date).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
+    return seconds if seconds >= 0 else None
+
+
+def _parsed_body(answer: HttpAnswer) -> object:
+    try:
+        return _redacted(json.loads(answer.body), answer.secret)
+    except (ValueError, RecursionError):
+        return answer.secret.redacted_from(answer.body.decode("utf-8", errors="replace"))
+
+
+def _redacted(value: Any, secret: Secret) -> Any:
+    if isinstance(value, str):
+        return secret.redacted_from(value)
+    if isinstance(value, list):
+        return [_redacted(item, secret) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {
+            secret.redacted_from(key): _redacted(item, secret) for key, item in cast("dict[str, Any]", value).items()
+        }
+    return value
+
+
+def _message(answer: HttpAnswer, body: object, attempts: int) -> str:
+    try:
+        phrase = f" {HTTPStatus(answer.status).phrase}"
+    except ValueError:
+        phrase = ""
+    times = f" after {attempts} attempts" if attempts > 1 else ""
+    detail = " ".join(_detail(body).split())
+    if len(detail) > _LONGEST_DETAIL:
+        detail = detail[: _LONGEST_DETAIL - 1] + "…"
+    parts = [f"{answer.request} was answered {answer.status}{phrase}{times}", detail, _way_out(answer)]
+    return ". ".join(part for part in parts if part)
+
+
+def _way_out(answer: HttpAnswer) -> str:
+    if answer.status == HTTPStatus.UNAUTHORIZED:
+        return "Check the key: TINKER_API_KEY, or api_key of the configuration"
+    location = answer.headers.get("location")
+    if 300 <= answer.status < 400 and location:
+        origin = urlsplit(location)
+        where = f"{origin.scheme}://{origin.hostname}" if origin.hostname else "another place of the same host"
+        return f"It points to {where}, which is not followed because the key goes along: set base_url to it"
+    return ""
+
+
+def _detail(body: object) -> str:
+    """What the service says about the error; validation errors without the input they quote."""
+    if isinstance(body, str):
+        return body
+    if isinstance(body, list):
+        return "; ".join(filter(None, (_detail(item) for item in cast("list[object]", body))))
+    if not isinstance(body, dict):
+        return ""
+    fields = cast("dict[str, object]", body)
+    if isinstance(fields.get("msg"), str):
+        location = fields.get("loc")
+        parts = cast("list[object]", location) if isinstance(location, list) else []
+        return ": ".join(filter(None, [".".join(map(str, parts)), str(fields["msg"])]))
+    for name in ("detail", "error", "message", "title"):
+        if text := _detail(fields.get(name)):
+            return text
+    return ""
+
+
+def _code(body: object) -> str | None:
+    return _first_text(body, ("code", "error_code"))
+
+
+def _request_id(answer: HttpAnswer, body: object) -> str | None:
+    told = (answer.headers.get(name) for name in _REQUEST_ID_HEADERS)
+    return next(filter(None, told), None) or _first_text(body, ("request_id",))
+
+
+def _first_text(body: object, names: tuple[str, ...]) -> str | None:
+    if not isinstance(body, dict):
+        return None
+    fields = cast("dict[str, object]", body)
+    for name in names:
+        value = fields.get(name)
+        if isinstance(value, str | int):
+            return str(value)
+    return _first_text(fields.get("error"), names) or _first_text(fields.get("detail"), names)

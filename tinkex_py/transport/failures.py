@@ -1,0 +1,50 @@
+"""What the failure of an HTTP client means, in our errors."""
+
+from tinkex_py.errors import ConnectionFailed, InvalidData, InvalidResponse, TimeoutExceeded, TransportError
+from tinkex_py.transport.answer import HttpAnswer
+from tinkex_py.transport.request import HttpRequest
+
+_BROKEN_CONNECTION = frozenset({"TransportError", "BrokenResourceError", "ClosedResourceError", "OSError"})
+_CANNOT_BE_SENT = frozenset({"InvalidURL", "LocalProtocolError"})
+_SIGNS_OF_BREAKING_OFF = ("disconnected", "peer closed", "peer unexpectedly closed")
+
+
+def typed_failure(error: Exception, request: HttpRequest) -> TransportError | InvalidData | None:
+    """The typed error for a failure of the HTTP client, or None if it is something else.
+
+    Told by class names, because a client given by the user may be httpx's continuation with classes of its own.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    told = f"{request.description}: {type(error).__name__}"
+    if "TimeoutException" in names:
+        return TimeoutExceeded(f"{told}; the service did not respond within {request.timeout:g} s")
+    if "DecodingError" in names:
+        return InvalidResponse(f"{told}; the answer could not be decompressed")
+    if "RemoteProtocolError" in names and not _broke_off(error):
+        return InvalidResponse(f"{told}; the answer is not HTTP. Is base_url the address of the service?")
+    if "ConnectError" in names:
+        return ConnectionFailed(f"{told}; nobody answers there. Is the service running, and base_url right?")
+    if names & _CANNOT_BE_SENT:
+        return InvalidData(f"{told}; the path or a header cannot be sent")
+    if names & _BROKEN_CONNECTION:
+        return ConnectionFailed(f"{told}; the connection broke before the answer was complete")
+    if "AssertionError" in names:
+        return InvalidResponse(f"{told}; the service in this process ended without an answer")
+    return None
+
+
+def require_whole_body(answer: HttpAnswer, request: HttpRequest) -> None:
+    """Raise ConnectionFailed for a cut-off answer.
+
+    A service in this process that fails in the middle of an answer leaves it cut off without telling.
+    """
+    told = answer.headers.get("content-length")
+    if request.method == "HEAD" or "content-encoding" in answer.headers or told is None:
+        return
+    if told != str(len(answer.body)):
+        raise ConnectionFailed(f"{request.description}: the answer has {len(answer.body)} of {told} bytes")
+
+
+def _broke_off(error: Exception) -> bool:
+    # The same class stands for "closed too early" and "not HTTP"; only the text tells them apart.
+    return any(sign in str(error) for sign in _SIGNS_OF_BREAKING_OFF)

@@ -1,0 +1,374 @@
+"""HTTP exchanges with the service. The only file that imports httpx."""
+
+import asyncio
+import contextlib
+import contextvars
+import ssl
+import urllib.request
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from tinkex_py.errors import ClientClosed, ConfigError, InvalidData, TimeoutExceeded, TransportError
+from tinkex_py.telemetry import lifecycle
+from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
+from tinkex_py.transport.connection_pool import ConnectionPool
+from tinkex_py.transport.failures import require_whole_body, typed_failure
+from tinkex_py.transport.request import (
+    USER_AGENT,
+    HttpRequest,
+    SecretText,
+    checked_base_url,
+    checked_key,
+    describe,
+    encoded_json,
+    join_url,
+    merged_headers,
+)
+
+__all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
+
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+_LONGEST_CONNECT = 10.0
+# Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
+_IDLE_CONNECTION_EXPIRY = 4.0
+_MOST_REDIRECTS = 5
+
+
+class _Connection:
+    """An HTTP client, and the socket it opened last.
+
+    httpcore forgets the socket of a TLS handshake that is cancelled, so we remember it and close it ourselves.
+    """
+
+    def __init__(self, client: Any, *, ours: bool) -> None:
+        self.client = client
+        self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
+        self._socket: Any = None
+
+    async def aclose(self) -> None:
+        try:
+            await self.client.aclose()
+        finally:
+            if self._socket is not None:
+                await self._socket.aclose()
+
+    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self._socket = info["return_value"]
+
+
+class HttpClient:
+    """Exchanges with one service, over a bounded number of connections.
+
+    Constructing it does no I/O. It belongs to the event loop of its first exchange; close it there.
+
+    Args:
+        base_url: where the service is; a path in it is kept in front of every path.
+        api_key: sent as `X-API-Key`; never shown.
+        timeout: seconds for one exchange, from having a connection slot to the last byte.
+        max_connections: exchanges at a time; more wait in their order. Neither `http_client` nor `asgi_app` obeys it.
+        headers: sent with every request.
+        http_client: a client with `httpx.AsyncClient`'s interface to use instead of our own connections. It stays
+            its owner's to close. (httpx up to 0.28 loses connections of cancelled requests; httpx2 does not.)
+        asgi_app: a service in this process, called directly.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        api_key: str | SecretText | None,
+        timeout: float = 60.0,
+        max_connections: int = 16,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        http_client: object | None = None,
+        asgi_app: object | None = None,
+    ) -> None:
+        if http_client is not None and asgi_app is not None:
+            raise ConfigError("http_client and asgi_app exclude each other: give one of them")
+        if not timeout > 0:
+            raise ConfigError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        if max_connections < 1:
+            raise ConfigError(f"max_connections must be at least 1, not {max_connections!r}")
+        self._base = checked_base_url(base_url)
+        self._secret = checked_key(api_key)
+        self._timeout = timeout
+        self._headers = merged_headers(headers)
+        self._http_client = http_client
+        self._asgi_app = asgi_app
+        self._pool = ConnectionPool(self._open_connection, max_connections)
+        self._tls_context: asyncio.Future[ssl.SSLContext] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running: set[asyncio.Timeout] = set()
+        self._nothing_runs = asyncio.Event()
+        self._nothing_runs.set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"HttpClient(base_url={self._base.geturl()!r}, closed={self._closed})"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError("an HttpClient holds connections of this process: make a new one instead of pickling it")
+
+    @property
+    def host(self) -> str:
+        """Host (and port) of the service, as messages name it."""
+        return self._base.netloc
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: bytes | bytearray | memoryview | None = None,
+        json: object | None = None,
+        content_type: str | None = None,
+        accept: str = "application/json",
+        headers: Mapping[str, str] = _NO_HEADERS,
+        timeout: float | None = None,
+        attempt: int = 1,
+    ) -> HttpAnswer:
+        """Send one request and read its whole answer; no retry.
+
+        Args:
+            method: HTTP method.
+            path: path below `base_url`, with its query if it has one.
+            content: body; do not change it until this returns.
+            json: a value to send as JSON instead of `content`.
+            content_type: media type of the body; for `json` it is known.
+            accept: media types of the answer.
+            headers: more headers; they win over those of the client.
+            timeout: seconds, instead of the client's.
+            attempt: which attempt of the caller this is, for events.
+
+        Returns:
+            The answer, whatever its status.
+
+        Raises:
+            ConnectionFailed: nobody answered, or the answer broke off.
+            TimeoutExceeded: the answer was not complete in time.
+            InvalidResponse: the answer is not HTTP, or cannot be decompressed.
+            ClientClosed: this client is closed, or belongs to another event loop.
+            InvalidData: the path, a header or the body cannot be sent.
+        """
+        self._require_usable()
+        request = self._request(method, path, content, json, content_type, accept, headers, timeout)
+        metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
+        with self._stoppable():
+            async with self._stop_scope(), self._connection() as connection:
+                with lifecycle("tinkex.http.request", metadata) as measurements:
+                    answer = await self._send(connection, request)
+                    measurements.update(status=answer.status, bytes=len(answer.body))
+                return answer
+
+    async def aclose(self) -> None:
+        """Close all connections; exchanges under way raise ClientClosed. Calling it again does nothing.
+
+        Raises:
+            ClientClosed: the client belongs to another event loop, which must close it.
+        """
+        if self._loop is None:
+            self._closed = True
+            return
+        self._require_own_loop()
+        self._closed = True
+        for scope in self._running:
+            if not scope.expired():
+                scope.reschedule(self._loop.time())
+        await self._nothing_runs.wait()
+        await self._pool.aclose()
+        if self._tls_context is not None:
+            await asyncio.wait([self._tls_context])
+
+    # What may run
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise ClientClosed("this client is closed; make a new one")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._require_own_loop()
+
+    def _require_own_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise ClientClosed(
+                "this client belongs to the event loop of its first request, and this is another one: "
+                "make one client per event loop, and close it there"
+            )
+
+    @asynccontextmanager
+    async def _stop_scope(self) -> AsyncGenerator[None, None]:
+        """Let `aclose` stop the block, wherever it waits."""
+        async with asyncio.timeout(None) as scope:
+            self._running.add(scope)
+            self._nothing_runs.clear()
+            try:
+                yield
+            finally:
+                self._running.discard(scope)
+                if not self._running:
+                    self._nothing_runs.set()
+
+    @contextmanager
+    def _stoppable(self) -> Generator[None, None, None]:
+        try:
+            yield
+        except TimeoutError as error:
+            if isinstance(error, TransportError):
+                raise
+            raise ClientClosed("this client was closed while the request was under way") from None
+
+    # Connections
+
+    def _connection(self) -> AbstractAsyncContextManager[_Connection]:
+        if self._http_client is not None:
+            return contextlib.nullcontext(_Connection(self._http_client, ours=False))
+        if self._asgi_app is not None:
+            transport = httpx.ASGITransport(app=self._asgi_app, raise_app_exceptions=False)  # pyright: ignore[reportArgumentType]
+            return contextlib.aclosing(_Connection(httpx.AsyncClient(transport=transport), ours=False))
+        return self._pool.connection()
+
+    async def _open_connection(self) -> _Connection:
+        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_CONNECTION_EXPIRY)
+        return _Connection(httpx.AsyncClient(verify=await self._shared_tls_context(), limits=limits), ours=True)
+
+    async def _shared_tls_context(self) -> ssl.SSLContext:
+        """The one TLS context of all connections, loaded in a thread because it reads the certificate store."""
+        failed = self._tls_context is not None and self._tls_context.done() and self._tls_context.exception()
+        if self._tls_context is None or failed:
+            self._tls_context = _start_loading_tls_context(needed=self._needs_certificates())
+        try:
+            return await asyncio.shield(self._tls_context)
+        except OSError as error:
+            raise ConfigError(
+                f"the certificate store cannot be loaded ({type(error).__name__}); check SSL_CERT_FILE and SSL_CERT_DIR"
+            ) from error
+
+    def _needs_certificates(self) -> bool:
+        return self._base.scheme == "https" or bool(urllib.request.getproxies())
+
+    # One exchange
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        content: bytes | bytearray | memoryview | None,
+        json: object | None,
+        content_type: str | None,
+        accept: str,
+        headers: Mapping[str, str],
+        timeout: float | None,
+    ) -> HttpRequest:
+        method = method.upper()
+        description = describe(method, path, self.host)
+        if json is not None:
+            if content is not None:
+                raise InvalidData(f"{description}: give content or json, not both")
+            content, content_type = encoded_json(json, description), "application/json"
+        sent = {"User-Agent": USER_AGENT, "Accept": accept}
+        if content is not None:
+            sent["Content-Type"] = content_type or "application/octet-stream"
+            # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
+            sent["Content-Length"] = str(memoryview(content).nbytes)
+        key = {"X-API-Key": self._secret.reveal()} if self._secret.reveal() else {}
+        return HttpRequest(
+            method=method,
+            url=join_url(self._base, path),
+            headers=merged_headers(sent, self._headers, headers, key),
+            content=None if content is None else memoryview(content).cast("B"),
+            timeout=self._timeout if timeout is None else timeout,
+            description=description,
+        )
+
+    async def _send(self, connection: _Connection, request: HttpRequest) -> HttpAnswer:
+        run = _in_fresh_context if self._asgi_app is not None else _here
+        try:
+            async with asyncio.timeout(request.timeout):
+                response = await run(lambda: _send_and_follow(connection, request))
+        except TimeoutError as error:
+            raise TimeoutExceeded(f"{request.description} was not answered within {request.timeout:g} s") from error
+        except Exception as error:
+            failure = typed_failure(error, request)
+            if failure is None:
+                raise
+            raise failure from error
+        answer = HttpAnswer(
+            status=response.status_code,
+            headers={name.lower(): value for name, value in response.headers.items()},
+            body=response.content,
+            request=request.description,
+            secret=self._secret,
+        )
+        if self._asgi_app is not None:
+            require_whole_body(answer, request)
+        return answer
+
+
+async def _here(send: Callable[[], Awaitable[Any]]) -> Any:
+    return await send()
+
+
+async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
+    """Run the service in this process as if it were another one: the caller's contextvars do not reach it."""
+    failures: list[Exception] = []
+
+    async def outcome() -> Any:
+        try:
+            return await send()
+        except Exception as error:  # noqa: BLE001  (raised below, outside of the task group, which would wrap it)
+            failures.append(error)
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(outcome(), context=contextvars.Context(), name="tinkex.http.in_process")
+    if failures:
+        raise failures[0]
+    return task.result()
+
+
+async def _send_and_follow(connection: _Connection, request: HttpRequest) -> Any:
+    url = request.url
+    for _ in range(_MOST_REDIRECTS):
+        response = await _send_once(connection, request, url)
+        target = request.redirected_to(response.status_code, response.headers.get("location"), url)
+        if target is None:
+            return response
+        url = target
+    return await _send_once(connection, request, url)
+
+
+async def _send_once(connection: _Connection, request: HttpRequest, url: str) -> Any:
+    client = connection.client
+    built = client.build_request(
+        request.method,
+        url,
+        headers=dict(request.headers),
+        content=request.body(),
+        # connect, read, write, pool; the whole is bounded outside.
+        timeout=(min(request.timeout, _LONGEST_CONNECT), request.timeout, request.timeout, request.timeout),
+        extensions=dict(connection.extensions),
+    )
+    return await client.send(built, follow_redirects=False)
+
+
+def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:
+    loop = asyncio.get_running_loop()
+    if not needed:
+        ready: asyncio.Future[ssl.SSLContext] = loop.create_future()
+        ready.set_result(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        return ready
+    # A thread that ends with its only work; the loop's default executor would keep one.
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex.tls")
+    try:
+        return loop.run_in_executor(executor, httpx.create_ssl_context)
+    finally:
+        executor.shutdown(wait=False)
