@@ -174,7 +174,8 @@ class TermRun:
                         await self._wait([task])
                         if failures:
                             break
-                await self._wait(tasks)
+                if tasks:
+                    await self._wait(tasks)
         except asyncio.CancelledError as cancelled:
             for failure in failures:
                 cancelled.add_note(f"{type(failure.error or failure.fatal).__name__}: {failure.error or failure.fatal}")

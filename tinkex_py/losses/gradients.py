@@ -92,6 +92,8 @@ def norm(gradient: torch.Tensor) -> float:
     flat = gradient.detach().reshape(-1)
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
+    if flat.numel() <= _NORM_BLOCK:
+        return float(_vector_norm(flat.double()).item())
     whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
     blocks = _vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1).double()
     rest = _vector_norm(flat[whole:].double())

@@ -62,7 +62,7 @@ class Place:
         self.numbers: list[int] = []
         self._lane = lane
         self._broken: TinkexError | None = None
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()
 
     async def turn(self) -> None:
         """Waits until every earlier place has happened or left.
@@ -71,11 +71,10 @@ class Place:
             PrecedingRequestFailed: an earlier gradient or update did not happen.
             SequenceLost: the lane cannot go on.
         """
-        while not self._lane.has_turn(self):
-            self._changed.clear()
-            self.check()
-            await self._changed.wait()
         self.check()
+        while not self._lane.has_turn(self):
+            await self._lane.change(self)
+            self.check()
 
     async def submit(
         self,
@@ -121,11 +120,7 @@ class Place:
     def break_with(self, error: TinkexError) -> None:
         """Takes this place out of the lane; its owner learns it at its next step."""
         self._broken = error
-        self.wake()
-
-    def wake(self) -> None:
-        """Lets the owner look again."""
-        self._changed.set()
+        self.changed.set()
 
     def leave(self) -> None:
         """The request is over. If it should have changed the model and did not happen, the lane breaks."""
@@ -185,7 +180,8 @@ class Lane:
         self.accumulated = 0
         self._places: list[Place] = []
         self._entered = 0
-        self._wire = asyncio.Lock()
+        self._wire_is_taken = False
+        self._waiting: dict[Place, None] = {}  # in the order in which they began to wait
         self._in_flight: set[asyncio.Task[object]] = set()
 
     def enter(self, kind: Kind, *, forward_only: bool = False) -> Place:
@@ -234,12 +230,10 @@ class Lane:
         handed_over: Callable[[], None] | None,
     ) -> asyncio.Task[Answer]:
         """Gives numbers to a submission and starts it; one submission is on the wire at a time."""
-        await self._wire.acquire()
-        try:
+        while self._wire_is_taken:
+            await self.change(place)
             place.check()
-        except TinkexError:
-            self._wire.release()
-            raise
+        self._wire_is_taken = True
         numbers = list(range(self.next_number, self.next_number + count))
         self.next_number += count
         place.numbers += numbers
@@ -283,7 +277,8 @@ class Lane:
 
     def _landed(self, task: asyncio.Task[object]) -> None:
         self._in_flight.discard(task)
-        self._wire.release()
+        self._wire_is_taken = False
+        self._wake_all()
         if not task.cancelled():
             task.exception()  # retrieved here too: the caller may be gone
 
@@ -319,9 +314,18 @@ class Lane:
         if pending:
             await asyncio.wait(pending)
 
+    async def change(self, place: Place) -> None:
+        """Waits until something in the lane has changed."""
+        place.changed.clear()
+        self._waiting[place] = None
+        try:
+            await place.changed.wait()
+        finally:
+            del self._waiting[place]
+
     def _wake_all(self) -> None:
-        for place in self._places:
-            place.wake()
+        for place in self._waiting:
+            place.changed.set()
 
 
 def _again(error: SequenceLost | ClientClosed) -> SequenceLost | ClientClosed:

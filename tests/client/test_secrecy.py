@@ -1,0 +1,146 @@
+"""The key is sent in its header and shows nowhere else."""
+
+import logging
+import pickle
+import traceback
+from typing import Any
+
+import pytest
+import structlog
+
+from tests.client.data import datum, nll
+from tests.support.scripted_server import ScriptedServer, answer, computed, half_a_body, reset
+from tinkex_py import (
+    AsyncServiceClient,
+    ConfigError,
+    RegularizerSpec,
+    RetryPolicy,
+    TinkexConfig,
+    TinkexError,
+    telemetry,
+)
+
+pytestmark = pytest.mark.asyncio
+KEY = "tml-PLANTED-0123456789abcdef"
+RETRY = RetryPolicy(deadline=2, max_attempts=2, initial_wait=0.0, max_wait=0.01)
+
+
+def everything_about(error: BaseException | None) -> str:
+    """All text that a person or a log could see of an error and of its causes."""
+    texts: list[str] = []
+    while error is not None:
+        texts += [str(error), repr(error), repr(error.__dict__), repr(error.args)]
+        texts += traceback.format_exception(error, limit=None, chain=True)
+        if isinstance(error, TinkexError):
+            texts.append(repr(pickle.dumps(error)))
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def echoing(status: int) -> Any:
+    """An error answer that quotes all request headers."""
+    return computed(
+        lambda request: answer(
+            status,
+            json={"detail": f"bad key {request.headers.get('x-api-key')}", "headers": dict(request.headers)},
+            headers={"x-request-id": request.headers.get("x-api-key", "")},
+        )
+    )
+
+
+def echoing_text(status: int) -> Any:
+    return computed(lambda request: answer(status, f"<p>{request.headers.get('x-api-key')}</p>".encode()))
+
+
+TROUBLES = [*(echoing(status) for status in (400, 401, 403, 409, 422, 429, 500)), echoing_text(502), reset()]
+
+
+async def failures(server: ScriptedServer) -> list[BaseException]:
+    caught: list[BaseException] = []
+    for trouble in [*TROUBLES, half_a_body(b"{}"), answer(200, b"not json"), answer(200, json=[1])]:
+        server.script("/api/v1/client/config", trouble)
+        try:
+            async with AsyncServiceClient(TinkexConfig(base_url=server.url, api_key=KEY, retry=RETRY)):
+                pytest.fail("this cannot be entered")
+        except TinkexError as error:
+            caught.append(error)
+    return caught
+
+
+async def test_no_error_log_or_event_has_the_key(caplog):
+    events: list[Any] = []
+    telemetry.attach(events.append)
+    caplog.set_level(logging.DEBUG)
+    async with ScriptedServer() as server:
+        with structlog.testing.capture_logs() as lines:
+            caught = await failures(server)
+        assert all(request.headers["x-api-key"] == KEY for request in server.requests)
+        assert all(KEY not in str(request.target) and KEY.encode() not in request.body for request in server.requests)
+    assert len(caught) == len(TROUBLES) + 3
+    assert events
+    for error in caught:
+        assert KEY not in everything_about(error), type(error)
+    assert KEY not in repr(events)
+    assert KEY not in repr(lines)
+    assert KEY not in caplog.text
+    assert KEY not in repr([record.__dict__ for record in caplog.records])
+
+
+async def test_no_object_shows_the_key():
+    config = TinkexConfig(base_url="http://127.0.0.1:1", api_key=KEY)
+    service = AsyncServiceClient(config)
+    for thing in (config, service, service._connection, service._connection.http, service.__dict__, vars(config)):
+        assert KEY not in repr(thing)
+        assert KEY not in str(thing)
+        assert KEY not in f"{thing}"
+    assert KEY.encode() not in pickle.dumps(config.api_key)
+    await service.aclose()
+
+
+FAILED_WORK = [
+    answer(json={"error": f"refused for {KEY}", "category": "user"}),
+    answer(json={"status": "completed", "result": {"error": f"{KEY}"}}),
+    answer(400, json={"detail": f"no future for {KEY}"}),
+    answer(400, f"no future for {KEY}".encode()),
+    answer(404, json={"detail": f"no future for {KEY}"}),
+    answer(410, json={"detail": f"gone {KEY}"}),
+]
+
+
+@pytest.mark.parametrize("poll", FAILED_WORK)
+async def test_failures_of_work_do_not_quote_the_key(caplog, poll):
+    caplog.set_level(logging.DEBUG)
+    async with ScriptedServer() as server:
+        server.script("/api/v1/client/config", answer(json={}))
+        server.script("/api/v1/create_session", answer(json={"session_id": "s"}))
+        server.script("/api/v1/create_model", answer(json={"request_id": "r1"}))
+        server.script("/api/v1/sessions/s/finish", answer(json={}))
+        server.script("/api/v1/retrieve_future", poll)
+        async with AsyncServiceClient(TinkexConfig(base_url=server.url, api_key=KEY, retry=RETRY)) as service:
+            with pytest.raises(TinkexError) as caught:
+                await service.create_lora_training_client("tiny")
+    assert KEY not in everything_about(caught.value)
+    assert KEY not in caplog.text
+
+
+async def test_events_of_a_custom_step_do_not_hold_the_key(local_bench):
+    events: list[Any] = []
+    telemetry.attach(events.append)
+    bench = local_bench(api_key=KEY)
+    async with bench.service:
+        training = await bench.train()
+        spec = RegularizerSpec(fn=nll, weight=0.5, name="again")
+        await training.forward_backward_custom([datum(3, 1)], nll, regularizers=[spec])
+        await training.optim_step()
+    assert {event.name for event in events} >= {"tinkex.training.stop", "tinkex.custom_loss.stop"}
+    assert KEY not in repr(events)
+    headers = [arrival.headers for arrival in bench.recorder.arrivals]
+    assert all(given["x-api-key"] == KEY for given in headers)
+
+
+async def test_a_key_in_the_address_is_refused_without_showing_it():
+    for url in (f"http://user:{KEY}@127.0.0.1:1", f"http://127.0.0.1:1/?key={KEY}", f"http://127.0.0.1:1/#{KEY}"):
+        with pytest.raises(ConfigError) as caught:
+            AsyncServiceClient(TinkexConfig(base_url=url, api_key="tml-x"))
+        assert KEY not in str(caught.value)
+        assert "base_url" in str(caught.value)

@@ -1,0 +1,158 @@
+"""What every test gets: a clean process before it, and a check that it left nothing behind.
+
+A test that leaves a task, a thread, a socket or a file open fails with their names. Things that live
+longer than one test belong to a fixture of a wider scope, which starts before this check does.
+"""
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, settings
+
+from tinkex_py import telemetry
+from tinkex_py.telemetry import handlers
+
+settings.register_profile("tinkex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tinkex")
+
+# How long threads that are on their way out may take, in seconds.
+PATIENCE = 5.0
+_FAILED = pytest.StashKey[bool]()
+_DESCRIPTORS = Path("/proc/self/fd")
+_NO_LEAK = ("/dev/", "/proc/", "/sys/", "/memfd:", "anon_inode:inotify")
+
+
+class TasksLeft:
+    """Collects the tasks that were still running when their loop was about to close.
+
+    `asyncio.Runner` cancels them in silence, which is how a leaked task goes unnoticed.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.expected = False
+
+    def look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.names += [f"{task.get_name()}: {task.get_coro()!r}" for task in asyncio.all_tasks(loop)]
+
+    def take(self) -> list[str]:
+        names, self.names = self.names, []
+        expected, self.expected = self.expected, False
+        return [] if expected else names
+
+
+_TASKS_LEFT = TasksLeft()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    original: Any = vars(asyncio.runners)["_cancel_all_tasks"]
+
+    def look_then_cancel(loop: asyncio.AbstractEventLoop) -> None:
+        _TASKS_LEFT.look(loop)
+        original(loop)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(asyncio.runners, "_cancel_all_tasks", look_then_cancel)
+    config.add_cleanup(patch.undo)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # torch and its friends: looking through them at every collection costs 0.2 s a time
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def clean_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clean environment, logging and telemetry before the test; nothing left behind after it."""
+    for name in [name for name in os.environ if name.startswith(("TINKER_", "TINKEX_"))]:
+        monkeypatch.delenv(name)
+    _reset_observers()
+    _TASKS_LEFT.take()
+    threads, descriptors = set(threading.enumerate()), _open_descriptors()
+    yield
+    _reset_observers()
+    tasks = _TASKS_LEFT.take()
+    if request.node.stash.get(_FAILED, False):
+        return  # the traceback of a failed test keeps its objects alive: they would be a second, false, alarm
+    left = [f"task {name}" for name in tasks]
+    left += [f"thread {thread.name}" for thread in _threads_left(threads)]
+    left += [f"descriptor {number} -> {target}" for number, target in _descriptors_left(descriptors)]
+    if "torch" in sys.modules and not sys.modules["torch"].is_grad_enabled():
+        sys.modules["torch"].set_grad_enabled(True)
+        left.append("torch's grad mode is off")
+    if left:
+        pytest.fail("the test left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def tasks_may_be_left() -> None:
+    """For a test whose subject is a loop that closes while tasks run."""
+    _TASKS_LEFT.expected = True
+
+
+def _reset_observers() -> None:
+    for attachment in handlers._ATTACHMENTS.snapshot():
+        telemetry.detach(attachment.handler_id)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+def _threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
+    def new() -> list[threading.Thread]:
+        return [
+            thread
+            for thread in threading.enumerate()
+            if thread not in before and thread.is_alive() and not isinstance(thread, threading._DummyThread)
+        ]
+
+    deadline = time.monotonic() + PATIENCE
+    while (alive := new()) and time.monotonic() < deadline:
+        # Idle workers of a pool end when the pool is gone. One that has only just delivered its result may
+        # still hold the pool at the first look.
+        gc.collect()
+        alive[0].join(0.05)
+    return new()
+
+
+def _open_descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    if not _DESCRIPTORS.is_dir():
+        return found
+    for entry in os.listdir(_DESCRIPTORS):  # noqa: PTH208  # a Path per descriptor costs more than the test
+        try:
+            found[int(entry)] = os.readlink(_DESCRIPTORS / entry)  # noqa: PTH115
+        except OSError:  # the descriptor of this listing itself
+            continue
+    return found
+
+
+def _descriptors_left(before: dict[int, str]) -> list[tuple[int, str]]:
+    def new() -> list[tuple[int, str]]:
+        return [
+            (number, target)
+            for number, target in _open_descriptors().items()
+            if before.get(number) != target and not target.startswith(_NO_LEAK)
+        ]
+
+    if not new():
+        return []
+    gc.collect()  # an object in a reference cycle closes late, and a ResourceWarning (an error here) says so
+    return new()

@@ -1,0 +1,169 @@
+"""Checkpoints: whole or not at all, and exact."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinkex_py.errors import InvalidData
+from tinkex_py.local.checkpoints import CheckpointStore
+from tinkex_py.types import AdamParams
+
+
+def steps(bench, model_id: str, kit, count: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + count):
+        losses.append(bench.passed(model_id, [kit.datum(9, step % 3)]).metrics["loss:sum"])
+        bench.engine.optim_step(model_id, AdamParams(learning_rate=0.01))
+    return losses
+
+
+def test_a_restored_run_goes_on_exactly(bench, kit):
+    model_id = bench.create("a")
+    steps(bench, model_id, kit, 3)
+    saved = bench.checkpoint(model_id, "three")
+    expected = steps(bench, model_id, kit, 3, first=3)
+    bench.engine.create_from_checkpoint(bench.run("b"), saved, with_optimizer=True)
+    bench.engine.create_from_checkpoint(bench.run("c"), saved, with_optimizer=False)
+    assert steps(bench, "b", kit, 3, first=3) == expected
+    without = steps(bench, "c", kit, 3, first=3)
+    assert without[0] == expected[0]
+    assert without[1:] != expected[1:]
+
+
+def test_a_restart_finds_runs_and_checkpoints(bench_with, kit, tmp_path):
+    first = bench_with()
+    first.create("a")
+    steps(first, "a", kit, 2)
+    path = first.checkpoint("a", "two").path
+    expected = steps(first, "a", kit, 2, first=2)
+    second = bench_with()
+    assert [run.run_id for run in second.store.runs()] == ["a"]
+    second.engine.create_from_checkpoint(second.run("b"), second.store.find(path), with_optimizer=True)
+    assert steps(second, "b", kit, 2, first=2) == expected
+
+
+def test_load_into_only_as_the_first_request(bench, kit):
+    bench.create("a")
+    steps(bench, "a", kit, 2)
+    saved = bench.checkpoint("a", "two")
+    expected = steps(bench, "a", kit, 1)
+    bench.create("b", seed=9)
+    bench.engine.load_into("b", saved, with_optimizer=True)
+    assert steps(bench, "b", kit, 1) == expected
+    with pytest.raises(InvalidData, match="must be its first request"):
+        bench.engine.load_into("b", saved, with_optimizer=True)
+
+
+def test_the_folder_is_a_peft_adapter(bench, kit, tmp_path):
+    """peft itself reads the files and gives the engine's logprobs."""
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    model_id = bench.create("a", rank=8)
+    steps(bench, model_id, kit, 2)
+    saved = bench.checkpoint(model_id, "x", "sampler_weights")
+    folder = bench.store.file(saved, "adapter_config.json").parent
+    datum = kit.datum(7, 5)
+    expected = bench.passed(model_id, [datum], forward_only=True).logprobs[0]
+    from tinkex_py.local.models import load_model
+
+    fresh = load_model("tiny", "cpu", tmp_path / "other").network
+    fresh.config.name_or_path = ""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 32)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        wrapped = PeftModel.from_pretrained(fresh, str(tmp_path))
+    with torch.no_grad():
+        table = wrapped(input_ids=torch.tensor(datum.tokens)[None]).logits[0].log_softmax(-1)
+    targets = torch.tensor(datum.inputs["target_tokens"])
+    np.testing.assert_allclose(table[torch.arange(7), targets].numpy(), expected, atol=2e-5)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_whole(bench, kit, monkeypatch):
+    model_id = bench.create("a")
+    old = bench.checkpoint(model_id, "x")
+    folder = bench.store.file(old, "").parent
+    before = {file.name for file in folder.iterdir()}
+    weights = load_file(bench.store.file(old, "adapter_model.safetensors"))
+    steps(bench, model_id, kit, 1)
+    shared = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        bench.store.write(old, {"bad.safetensors": {"a": shared, "b": shared}}, {}, overwrite=True)
+    assert {file.name for file in folder.iterdir()} == before
+    found = bench.store.find(old.path)
+    assert found == old
+    again = load_file(bench.store.file(found, "adapter_model.safetensors"))
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+def test_a_half_written_folder_is_not_a_checkpoint(bench, tmp_path):
+    """What a killed process leaves behind: a folder without an index that leads to it."""
+    model_id = bench.create("a")
+    saved = bench.checkpoint(model_id, "x")
+    index_folder = bench.store.file(saved, "").parent.parent
+    (index_folder / ".y-0123").mkdir()
+    (index_folder / ".y-0123" / "adapter_model.safetensors").write_bytes(b"half")
+    (index_folder / ".y.json-0123").write_text("{")
+    assert [info.name for info in CheckpointStore(tmp_path).checkpoints()] == ["x"]
+    with pytest.raises(InvalidData, match="there is no checkpoint"):
+        bench.store.find("tinker://a/weights/y")
+
+
+def test_overwriting_replaces_and_cleans_up(bench, kit):
+    model_id = bench.create("a")
+    old = bench.checkpoint(model_id, "x")
+    steps(bench, model_id, kit, 1)
+    with pytest.raises(InvalidData, match="exists already"):
+        bench.checkpoint(model_id, "x")
+    new = bench.checkpoint(model_id, "x", overwrite=True)
+    folder = bench.store.file(new, "").parent
+    assert sorted(file.name for file in folder.iterdir()) == sorted([new.folder, "x.json"])
+    assert bench.store.find(old.path) == new
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a b", "x" * 129, "é", "-flag"])
+def test_names_cannot_leave_their_folder(bench, name):
+    model_id = bench.create("a")
+    with pytest.raises(InvalidData, match="not a checkpoint name"):
+        bench.checkpoint(model_id, name)
+
+
+@pytest.mark.parametrize(
+    "path", ["x", "tinker://a/weights", "tinker://a/ephemeral/x", "tinker://a/weights/x/y", "tinker://../weights/x"]
+)
+def test_malformed_paths_are_refused(bench, path):
+    with pytest.raises(InvalidData):
+        bench.store.find(path)
+
+
+def test_kinds_expiry_and_deletion(bench):
+    model_id = bench.create("a")
+    training = bench.checkpoint(model_id, "x")
+    sampler = bench.checkpoint(model_id, "x", "sampler_weights")
+    with pytest.raises(InvalidData, match="is of kind 'sampler_weights'; needed here: weights"):
+        bench.store.find(sampler.path, "weights")
+    with pytest.raises(InvalidData, match="no optimizer state"):
+        bench.engine.create_from_checkpoint(bench.run("b"), sampler, with_optimizer=True)
+    assert {info.path for info in bench.store.checkpoints("a")} == {training.path, sampler.path}
+    later = bench.store.set_ttl(training, 3600)
+    assert timedelta(seconds=3500) < later.expires_at - datetime.now(UTC) <= timedelta(seconds=3600)
+    bench.store.set_ttl(training, -1)
+    assert [info.path for info in bench.store.checkpoints()] == [sampler.path]
+    bench.store.delete(sampler)
+    assert bench.store.checkpoints() == []
+
+
+def test_a_damaged_file_is_named(bench):
+    model_id = bench.create("a")
+    saved = bench.checkpoint(model_id, "x")
+    bench.store.file(saved, "adapter_model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InvalidData, match=r"adapter_model.safetensors is damaged"):
+        bench.engine.create_from_checkpoint(bench.run("b"), saved, with_optimizer=False)
+    assert bench.engine.run_info("b") is None

@@ -1,0 +1,216 @@
+"""semantics.md section 2, rule 5; seed_map.md, row 120: cancellation and fatal errors."""
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from tests.losses.failing_terms import SHORT, Cleaning, OwnBaseError, OwnError, for_ever, raising
+from tests.losses.support import LIMIT, Gate, async_l2, async_nll, guide_logprobs, nll, recorded, spec, until
+from tinkex_py import (
+    Pipeline,
+    RegularizerError,
+    TinkexError,
+)
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("fatal", [KeyboardInterrupt, SystemExit, OwnBaseError])
+async def test_row_120_fatal_errors_cancel_the_siblings_and_come_out_unchanged(
+    fatal: type[BaseException], parallel: bool, is_async: bool
+):
+    sibling = Cleaning()
+    error = fatal("now")
+
+    async def after_the_sibling(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        if parallel:
+            await sibling.started.wait()
+        raise error
+
+    specs = [spec(after_the_sibling if is_async else raising(error), "fatal"), spec(sibling, "sibling")]
+    with recorded() as events, pytest.raises((fatal, RegularizerError)) as caught:
+        await Pipeline(async_nll, specs, parallel=parallel).compute([], guide_logprobs())
+    if fatal is not OwnBaseError:
+        assert caught.value is error
+    assert caught.value is error or caught.value.__cause__ is error
+    assert sibling.cleaned == sibling.started.is_set()
+    assert events[-1].name == "tinkex.custom_loss.exception"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+async def test_row_120_a_cancellation_nobody_asked_for(is_async: bool, parallel: bool):
+    specs = [spec(raising(asyncio.CancelledError("odd"), is_async), "odd")]
+    with pytest.raises(RegularizerError) as caught:
+        await Pipeline(async_nll, specs, parallel=parallel).compute([], guide_logprobs())
+    assert caught.value.name == "odd"
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+async def test_row_120_a_cancelled_future_inside_a_term():
+    async def waits_for_a_cancelled_future(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future
+
+    with pytest.raises(RegularizerError) as caught:
+        await Pipeline(async_nll, [spec(waits_for_a_cancelled_future, "odd")]).compute([], guide_logprobs())
+    assert caught.value.name == "odd"
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+async def test_row_120_a_term_that_cancels_its_own_task(parallel: bool):
+    async def cancels_itself(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+        raise AssertionError("unreachable")
+
+    with pytest.raises(RegularizerError) as caught:
+        await Pipeline(async_nll, [spec(cancels_itself, "odd")], parallel=parallel).compute([], guide_logprobs())
+    assert caught.value.name == "odd"
+    output = await Pipeline(async_nll, [spec(cancels_itself, "odd", on_error="skip")]).compute([], guide_logprobs())
+    assert list(output.skipped) == ["odd"]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("term", ["coroutine", "thread"])
+async def test_rule_5_a_timeout_around_compute_fires(term: str, parallel: bool):
+    gate = Gate()
+    with gate.opening():
+        fn = for_ever if term == "coroutine" else gate
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(SHORT):
+                await Pipeline(async_nll, [spec(fn, "slow")], parallel=parallel).compute([], guide_logprobs())
+    assert not isinstance(caught.value, TinkexError)
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+    await until(lambda: gate.running == 0)
+
+
+async def test_rule_5_cancellation_wins_and_failures_become_its_notes():
+    """The term answers the caller's cancellation with an error of its own: that must not swallow the cancellation."""
+
+    async def fails_when_cancelled(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OwnError("while leaving")
+        raise AssertionError("unreachable")
+
+    seen: list[BaseException] = []
+
+    async def step() -> None:
+        try:
+            await Pipeline(async_nll, [spec(fails_when_cancelled, "untidy")]).compute([], guide_logprobs())
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    with recorded() as events, pytest.raises(TimeoutError):
+        async with asyncio.timeout(SHORT):
+            await step()
+    (error,) = seen
+    assert isinstance(error, asyncio.CancelledError)
+    assert any("untidy" in note and "OwnError" in note for note in error.__notes__)
+    assert (events[-1].name, events[-1].metadata["reason"]) == ("tinkex.custom_loss.exception", "CancelledError")
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+async def test_rule_5_a_cancelled_caller_leaves_everything_clean(parallel: bool):
+    term = Cleaning()
+    before = asyncio.all_tasks()
+    computing = asyncio.ensure_future(
+        Pipeline(async_nll, [spec(term, "cleans")], parallel=parallel).compute([], guide_logprobs())
+    )
+    await term.started.wait()
+    computing.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await computing
+    assert computing.cancelled()
+    assert not hasattr(caught.value, "__notes__")  # a term that was merely cancelled has not failed
+    assert term.cleaned
+    assert asyncio.all_tasks() == before
+
+
+async def test_rule_5_a_term_that_swallows_the_callers_cancellation_does_not_hide_it():
+    started = asyncio.Event()
+
+    async def stubborn(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+        return logprobs.sum()
+
+    computing = asyncio.ensure_future(Pipeline(async_nll, [spec(stubborn, "s")]).compute([], guide_logprobs()))
+    await started.wait()
+    computing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await computing
+
+
+async def test_rule_5_a_cancelled_caller_does_not_wait_for_threads():
+    gate = Gate()
+    with gate.opening():
+        computing = asyncio.ensure_future(Pipeline(async_nll, [spec(gate, "slow")]).compute([], guide_logprobs()))
+        await until(lambda: gate.running == 1)
+        computing.cancel()
+        async with asyncio.timeout(LIMIT):
+            with pytest.raises(asyncio.CancelledError):
+                await computing
+        assert gate.running == 1
+    await until(lambda: gate.running == 0)
+
+
+async def test_fatal_errors_are_never_skipped():
+    with pytest.raises(SystemExit):
+        await Pipeline(nll, [spec(raising(SystemExit(3)), "t", on_error="skip")]).compute([], guide_logprobs())
+
+
+async def test_row_120_a_fatal_error_wins_over_ordinary_failures():
+    """Ctrl-C must not end as a note of some other error."""
+    waits = asyncio.Event()
+
+    async def leaves_with_an_interrupt(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        try:
+            waits.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        raise AssertionError("unreachable")
+
+    async def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        await waits.wait()
+        raise OwnError("first")
+
+    with pytest.raises(KeyboardInterrupt):
+        await Pipeline(nll, [spec(leaves_with_an_interrupt, "b"), spec(fails, "a")]).compute([], guide_logprobs())
+
+
+async def test_row_120_a_fatal_error_wins_over_a_write():
+    def writes_and_exits(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        logprobs.data.mul_(2)
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        await Pipeline(async_nll, [spec(writes_and_exits, "writes")]).compute([], guide_logprobs())
+
+
+async def test_row_120_a_term_that_somebody_cancels_before_it_starts():
+    def sibling_task() -> Any:
+        return next(task for task in asyncio.all_tasks() if task.get_name() == "tinkex.regularizer.victim")
+
+    async def cancels_its_sibling(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        sibling_task().cancel()
+        return logprobs.sum()
+
+    with pytest.raises(RegularizerError) as caught:
+        await Pipeline(cancels_its_sibling, [spec(async_l2, "victim")]).compute([], guide_logprobs())
+    assert caught.value.name == "victim"

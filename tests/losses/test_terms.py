@@ -1,0 +1,422 @@
+"""seed_map.md, rows 5-12, 23-35, 78-84: what a term is, and what it may return."""
+
+import asyncio
+import functools
+import math
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import torch
+
+from tests.losses.support import GUIDE_VALUES, async_l2, guide_logprobs, l1, l2, nll, spec
+from tinkex_py import (
+    Datum,
+    Executor,
+    InvalidSpec,
+    InvalidTermResult,
+    Pipeline,
+    Regularizer,
+    RegularizerError,
+    RegularizerSpec,
+    execute,
+    per_datum,
+)
+
+pytestmark = pytest.mark.asyncio
+
+
+class L1Sparsity:
+    """Row 26."""
+
+    name = "l1_sparsity"
+
+    def compute(self, data: Sequence[Datum], logprobs: torch.Tensor, **options: Any) -> tuple[torch.Tensor, dict]:
+        loss = logprobs.abs().sum()
+        return loss, {"l1_value": loss.item()}
+
+
+class AsyncObject:
+    name = "async_object"
+
+    async def compute(self, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+        await asyncio.sleep(0)
+        return logprobs.pow(2).sum()
+
+
+class AsyncCall:
+    async def __call__(self, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+        await asyncio.sleep(0)
+        return logprobs.pow(2).sum()
+
+
+class NamedByProperty:
+    @property
+    def name(self) -> str:
+        return "from_property"
+
+    def compute(self, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.sum()
+
+
+async def one(regularizer: RegularizerSpec, **options: Any) -> Any:
+    return await Executor.execute_one(regularizer, [], guide_logprobs(), **options)
+
+
+async def test_row_5_the_protocol_is_structural():
+    assert isinstance(L1Sparsity(), Regularizer)
+    assert isinstance(AsyncObject(), Regularizer)
+    assert not isinstance(object(), Regularizer)
+
+
+async def test_row_6_compute_without_options_is_fine():
+    assert (await one(RegularizerSpec(fn=AsyncObject(), weight=1.0))).value == pytest.approx(6.83, rel=1e-6)
+
+
+async def test_row_7_a_bare_loss_has_no_metrics():
+    assert (await one(spec(l1, "l1"))).custom_metrics == {}
+
+
+@pytest.mark.parametrize(
+    ("result", "seen"),
+    [
+        (None, "NoneType"),
+        (1.0, "float"),
+        (3, "int"),
+        (1j, "complex"),
+        (torch.tensor(1j), "complex"),
+        ("text", "str"),
+        ((torch.tensor(1.0),), "tuple of 1"),
+        ((torch.tensor(1.0), {}, {}), "tuple of 3"),
+        ((torch.tensor(1.0), [("a", 1)]), "list"),
+        ([torch.tensor(1.0), {}], "list"),
+        (np.float32(1.0), "float32"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_rows_7_and_8_anything_else_is_an_invalid_result(result: Any, seen: str, is_async: bool):
+    async def later(data: Any, logprobs: Any) -> Any:
+        return result
+
+    with pytest.raises(InvalidTermResult, match=seen) as caught:
+        await one(spec(later if is_async else lambda data, logprobs: result, "odd"))
+    assert caught.value.name == "odd"
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 1), (1, 5), (5, 2, 1)])
+async def test_row_8_any_shape_is_summed(shape: tuple[int, ...]):
+    count = math.prod(shape) // 5 or 1
+
+    def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        if not shape:
+            return logprobs.sum()
+        return logprobs.reshape(-1, 1).expand(5, count).reshape(shape)
+
+    output = await one(spec(term, "shaped"), track_grad_norms=True)
+    assert output.value == pytest.approx(-4.9 * count, rel=1e-6)
+    assert output.grad_norm == pytest.approx(count * math.sqrt(5), rel=1e-6)
+
+
+async def test_row_9_metrics_become_plain_numbers():
+    metrics = {
+        "flag": True,
+        "count": 3,
+        "ratio": 0.25,
+        "tensor": torch.tensor(1.5),
+        "whole": torch.tensor(7),
+        "truth": torch.tensor(False),
+        "numpy": np.float64(2.5),
+        "numpy_flag": np.bool_(True),
+        "nan": math.nan,
+        "inf": math.inf,
+    }
+    got = (await one(spec(lambda d, p: (p.sum(), metrics), "m"))).custom_metrics
+    nan = got.pop("nan")
+    assert math.isnan(nan)
+    assert got == {
+        "flag": True,
+        "count": 3,
+        "ratio": 0.25,
+        "tensor": 1.5,
+        "whole": 7,
+        "truth": False,
+        "numpy": 2.5,
+        "numpy_flag": True,
+        "inf": math.inf,
+    }
+    assert {key: type(value) for key, value in got.items()} == {
+        "flag": bool,
+        "count": int,
+        "ratio": float,
+        "tensor": float,
+        "whole": int,
+        "truth": bool,
+        "numpy": float,
+        "numpy_flag": bool,
+        "inf": float,
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["text", {"nested": 1}, [1.0], torch.zeros(1), torch.zeros(2), None, 1j, torch.tensor(1j), np.str_("x")]
+)
+async def test_row_9_other_metrics_are_refused_with_their_key(value: Any):
+    with pytest.raises(InvalidTermResult, match="'strange'") as caught:
+        await one(spec(lambda d, p: (p.sum(), {"strange": value}), "metrics"))
+    assert caught.value.name == "metrics"
+
+
+async def test_row_9_metric_names_are_strings():
+    with pytest.raises(InvalidTermResult, match="1"):
+        await one(spec(lambda d, p: (p.sum(), {1: 1.0}), "metrics"))
+
+
+async def test_rows_10_and_11_the_name_of_the_object():
+    assert RegularizerSpec(fn=NamedByProperty(), weight=1.0).name == "from_property"
+    assert RegularizerSpec(fn=L1Sparsity(), weight=1.0).name == "l1_sparsity"
+    assert RegularizerSpec(fn=per_datum(L1Sparsity()), weight=1.0).name == "l1_sparsity"
+
+
+@pytest.mark.parametrize("fn", [l1, lambda d, p: p.sum(), functools.partial(l1), math])
+async def test_row_11_no_name_anywhere(fn: Any):
+    with pytest.raises(InvalidSpec):
+        RegularizerSpec(fn=fn, weight=1.0)
+
+
+async def test_row_10_a_name_method_is_not_a_name():
+    class Wrong:
+        def name(self) -> str:
+            return "method"
+
+        def compute(self, data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+            return logprobs.sum()
+
+    with pytest.raises(InvalidSpec, match="name"):
+        RegularizerSpec(fn=Wrong(), weight=1.0)
+
+
+async def test_row_12_the_name_is_the_key():
+    output = await Pipeline(nll, [spec(l1, "called_so")]).compute([], guide_logprobs())
+    assert list(output.regularizers) == ["called_so"]
+    assert output.regularizers["called_so"].name == "called_so"
+
+
+@pytest.mark.parametrize(("threshold", "value"), [(None, 4.9), (0.0, 4.9), (1.0, 3.3)])
+async def test_rows_24_and_25_threshold(threshold: float | None, value: float):
+    def thresholded(data: Any, logprobs: torch.Tensor, *, threshold: float = 0.0) -> Any:
+        loss = torch.where(logprobs.abs() > threshold, logprobs, 0.0).abs().sum()
+        return loss, {"threshold": threshold}
+
+    options = {} if threshold is None else {"threshold": threshold}
+    output = await one(spec(thresholded, "threshold", options=options))
+    assert output.value == pytest.approx(value, rel=1e-6)
+    assert output.custom_metrics == {"threshold": threshold or 0.0}
+
+
+async def test_rows_26_and_27_an_object_in_many_pipelines():
+    shared = L1Sparsity()
+    pipelines = [Pipeline(nll, [RegularizerSpec(fn=shared, weight=weight)]) for weight in (0.01, 0.1)]
+    named = Pipeline(nll, [RegularizerSpec(fn=shared, weight=0.01, name=L1Sparsity.name)])
+    outputs = await asyncio.gather(*(pipeline.compute([], guide_logprobs()) for pipeline in [*pipelines, named]))
+    assert [output.regularizers["l1_sparsity"].contribution for output in outputs] == pytest.approx(
+        [0.049, 0.49, 0.049], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("track", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+async def test_rows_28_and_29_item_in_metrics_is_fine(track: bool, as_tensor: bool):
+    def term(data: Any, logprobs: torch.Tensor) -> Any:
+        loss = logprobs.abs().sum()
+        return loss, {"l1_value": loss if as_tensor else loss.item()}
+
+    output = await one(spec(term, "l1"), track_grad_norms=track)
+    assert output.custom_metrics["l1_value"] == output.value
+    assert output.grad_norm == (pytest.approx(math.sqrt(5), rel=1e-6) if track else None)
+    assert output.differentiable
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda d, p: p.detach().sum(),
+        lambda d, p: torch.from_numpy(p.detach().numpy()).sum(),
+        lambda d, p: torch.tensor(p.sum().item()),
+        lambda d, p: torch.tensor(2.5),
+        lambda d, p: torch.tensor(2.5, requires_grad=True),
+    ],
+)
+async def test_rows_29_and_31_a_cut_gradient_is_told(cut: Any):
+    output = await one(spec(cut, "cut"), track_grad_norms=True)
+    assert not output.differentiable
+    assert output.grad_norm == 0.0
+    assert output.value != 0.0
+
+
+# Rows 32-35 by the closed forms: |lp| has gradient sign(lp); lp^2: 2 lp; p log p: e^lp (1 + lp); forward KL to the
+# uniform distribution: -1/5 for each of five.
+CLOSED_FORMS = [
+    ("l1", l1, 0.01, sum(map(abs, GUIDE_VALUES)), math.sqrt(5)),
+    ("l2", l2, 0.005, sum(v * v for v in GUIDE_VALUES), math.sqrt(sum(4 * v * v for v in GUIDE_VALUES))),
+    (
+        "entropy",
+        lambda d, p: (p.exp() * p).sum(),
+        0.001,
+        sum(math.exp(v) * v for v in GUIDE_VALUES),
+        math.sqrt(sum((math.exp(v) * (1 + v)) ** 2 for v in GUIDE_VALUES)),
+    ),
+    (
+        "kl_uniform",
+        lambda d, p: (
+            torch.full_like(p, -math.log(p.numel())).exp() * (torch.full_like(p, -math.log(p.numel())) - p)
+        ).sum(),
+        0.002,
+        sum(0.2 * (-math.log(5) - v) for v in GUIDE_VALUES),
+        math.sqrt(5 * 0.2**2),
+    ),
+]
+FROM_THE_TABLE = {
+    "l1": (4.9, 0.049, 2.2360680, 0.0223607),
+    "l2": (6.83, 0.03415, 5.2268537, 0.0261343),
+    "entropy": (-1.5035655, -0.0015035655, 0.6250894, 0.0006251),
+    "kl_uniform": (-0.6294379, -0.0012588758, 0.4472136, 0.000894427),
+}
+
+
+@pytest.mark.parametrize(("name", "fn", "weight", "value", "norm"), CLOSED_FORMS, ids=[c[0] for c in CLOSED_FORMS])
+async def test_rows_32_to_35_values_and_norms(name: str, fn: Any, weight: float, value: float, norm: float):
+    output = await one(spec(fn, name, weight), track_grad_norms=True)
+    assert output.value == pytest.approx(value, rel=1e-6)
+    assert output.grad_norm == pytest.approx(norm, rel=1e-6)
+    assert output.contribution == pytest.approx(weight * value, rel=1e-6)
+    table = FROM_THE_TABLE[name]
+    assert (output.value, output.contribution, output.grad_norm) == pytest.approx(table[:3], rel=2e-7, abs=1e-7)
+    assert output.grad_norm_weighted == pytest.approx(table[3], abs=5e-8)
+
+
+async def test_row_78_execute_takes_a_function():
+    logprobs = guide_logprobs().requires_grad_()
+    loss, metrics = await execute(l2, [], logprobs)
+    assert metrics == {}
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert torch.equal(gradient, 2 * logprobs.detach())
+
+
+async def test_row_79_options_come_back_as_metrics():
+    loss, metrics = await execute(lambda d, p, **o: (p.sum(), o), [], guide_logprobs(), custom_option="value")
+    assert metrics == {"custom_option": "value"}
+    assert loss.item() == pytest.approx(-4.9, rel=1e-6)
+
+
+async def test_row_79_the_loss_keeps_its_shape():
+    loss, _ = await execute(lambda d, p: p * 2, [], guide_logprobs())
+    assert loss.shape == (5,)
+
+
+async def test_row_79_every_keyword_goes_to_the_term():
+    def term(data: Any, logprobs: Any, *, timeout: float, weight: float, data_: int = 0) -> Any:
+        return logprobs.sum(), {"timeout": timeout, "weight": weight}
+
+    _, metrics = await execute(term, [], guide_logprobs(), timeout=1.0, weight=2.0)
+    assert metrics == {"timeout": 1.0, "weight": 2.0}
+
+
+@pytest.mark.parametrize("term", [L1Sparsity(), AsyncObject(), AsyncCall(), async_l2])
+async def test_row_80_execute_takes_any_form(term: Any):
+    loss, _ = await execute(term, [], guide_logprobs())
+    assert loss.item() == pytest.approx(4.9 if isinstance(term, L1Sparsity) else 6.83, rel=1e-6)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_row_80_the_terms_own_exception_comes_out(is_async: bool):
+    def fails(data: Any, logprobs: Any) -> Any:
+        raise KeyError("mine")
+
+    async def fails_later(data: Any, logprobs: Any) -> Any:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await execute(fails_later if is_async else fails, [], guide_logprobs())
+
+
+@pytest.mark.parametrize("result", [None, 1.0, (torch.tensor(1.0), {}, 3)])
+async def test_row_7_holds_for_execute_too(result: Any):
+    with pytest.raises(InvalidTermResult, match=r"NoneType|float|tuple"):
+        await execute(lambda d, p: result, [], guide_logprobs())
+
+
+ASYNC_FORMS = {
+    "coroutine function": async_l2,
+    "object with async compute": AsyncObject(),
+    "object with async __call__": AsyncCall(),
+    "bound method": AsyncObject().compute,
+    "partial": functools.partial(async_l2),
+    "per_datum": per_datum(async_l2),
+}
+
+
+@pytest.mark.parametrize("form", ASYNC_FORMS)
+async def test_row_83_async_forms_run_on_the_loop(form: str):
+    seen: list[Any] = []
+    fn: Any = ASYNC_FORMS[form]
+    if form == "per_datum":
+
+        async def listed(data: Any, logprobs: Any) -> Any:
+            seen.append(asyncio.get_running_loop())
+            return sum(part.pow(2).sum() for part in logprobs)
+
+        fn = per_datum(listed)
+    output = await Pipeline(nll, [spec(fn, "async")], track_grad_norms=True).compute([], [guide_logprobs()])
+    assert output.regularizers["async"].value == pytest.approx(6.83, rel=1e-6)
+    # Row 87: never 0.0 for want of tracing.
+    assert output.regularizers["async"].grad_norm == pytest.approx(5.2268537, rel=1e-6)
+
+
+async def test_row_83_a_plain_function_that_returns_an_awaitable():
+    def plain(data: Any, logprobs: Any) -> Any:
+        return async_l2(data, logprobs)
+
+    output = await one(spec(plain, "plain"), track_grad_norms=True)
+    assert output.grad_norm == pytest.approx(5.2268537, rel=1e-6)
+
+
+async def test_row_83_is_async_true_for_a_function_that_needs_the_loop():
+    def starts_a_task(data: Any, logprobs: Any) -> Any:
+        return asyncio.create_task(async_l2(data, logprobs))
+
+    output = await one(spec(starts_a_task, "task", is_async=True), track_grad_norms=True)
+    assert output.grad_norm == pytest.approx(5.2268537, rel=1e-6)
+    with pytest.raises(RegularizerError) as caught:  # undetected it runs in a thread, where no loop runs
+        await one(spec(lambda d, p: asyncio.get_running_loop().create_future(), "task"))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+async def test_row_17_is_async_false_refuses_an_awaitable():
+    with pytest.raises(InvalidTermResult, match="is_async"):
+        await one(spec(async_l2, "wrong", is_async=False))
+
+
+async def test_row_17_is_async_true_needs_an_awaitable():
+    with pytest.raises(InvalidTermResult, match="is_async"):
+        await one(spec(l2, "wrong", is_async=True))
+
+
+async def test_rows_82_and_84_the_async_validator():
+    async def check(data: Any, logprobs: torch.Tensor) -> Any:
+        await anyio.sleep(0.01)
+        return logprobs.abs().mean(), {"external_validated": True}
+
+    output = await one(spec(check, "async_validator", 0.02))
+    again = type(output).model_validate_json(output.model_dump_json())
+    assert again.custom_metrics["external_validated"] is True
+    assert output.contribution == pytest.approx(0.02 * 0.98, rel=1e-6)
+
+
+async def test_row_14_a_module_is_a_term():
+    module = types.ModuleType("my_regularizer")
+    module.compute = l1  # type: ignore[attr-defined]
+    assert (await one(spec(module, "module"))).value == pytest.approx(4.9, rel=1e-6)

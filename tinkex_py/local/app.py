@@ -1,0 +1,82 @@
+"""The ASGI app: routes, the key, and errors as JSON."""
+
+import hmac
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tinkex_py.local import routes_models, routes_rest, routes_sampling, routes_service, routes_training
+from tinkex_py.local.core import Refused
+
+if TYPE_CHECKING:
+    from tinkex_py.local.service import LocalService
+
+OPEN_PATHS = frozenset({"/api/v1/healthz"})
+
+
+def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
+    """The app of one service. Its lifespan starts and stops the service, where the server runs one."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+        del app
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = Starlette(
+        routes=[
+            *routes_service.routes,
+            *routes_models.routes,
+            *routes_training.routes,
+            *routes_sampling.routes,
+            *routes_rest.routes,
+        ],
+        exception_handlers={Refused: _refused, HTTPException: _http_error, 500: _server_error},
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    return app if api_key is None else RequireKey(app, api_key)
+
+
+class RequireKey:
+    """Lets only requests with the right `X-API-Key` through."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401 or pass on."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            given = next((value for name, value in scope["headers"] if name.lower() == b"x-api-key"), b"")
+            if not hmac.compare_digest(given, self._key):
+                detail = "the X-API-Key header is missing or wrong"
+                await JSONResponse({"detail": detail}, status_code=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, Refused)
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse({"detail": detail}, status_code=error.status_code, headers=error.headers)
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": f"{request.url.path}: {type(error).__name__}"}, status_code=500)

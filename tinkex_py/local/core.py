@@ -1,0 +1,193 @@
+"""The running service behind the routes: who is known, and how work gets to the engine and back."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
+from tinkex_py.local.checkpoints import CheckpointInfo, SessionInfo
+from tinkex_py.local.lanes import Lane, Receipt
+from tinkex_py.local.options import LocalOptions
+from tinkex_py.local.results import Answer, Failure, PendingResult, ResultBook
+from tinkex_py.local.worker import EngineWorker
+
+if TYPE_CHECKING:
+    from tinkex_py.local.engine import Engine
+
+logger = logging.getLogger("tinkex_py.local")
+logger.addHandler(logging.NullHandler())
+
+
+class Refused(Exception):
+    """A request that is answered with an error status at once."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One sampling session: named weights by path, a nameless snapshot, or neither, which is the base model."""
+
+    sampler_id: str
+    model_path: str | None = None
+    snapshot: CheckpointInfo | None = None
+
+
+class Core:
+    """Everything the routes need; lives on one event loop."""
+
+    def __init__(self, options: LocalOptions, engine: "Engine", worker: EngineWorker) -> None:
+        self.options = options
+        self.engine = engine
+        self.store = engine.store
+        self.results = ResultBook(options.max_results, options.max_result_bytes)
+        self.sessions = {session.session_id: session for session in self.store.sessions()}
+        self.samplers: dict[str, Sampler] = {}
+        self.lanes: dict[str, Lane] = {}
+        self._worker = worker
+        self._receipts: dict[tuple[str, str, int], Receipt] = {}
+        self._loop = asyncio.get_running_loop()
+
+    def session(self, session_id: str) -> SessionInfo:
+        """A session by id.
+
+        Raises:
+            Refused: 404, unknown here.
+        """
+        session = self.sessions.get(session_id)
+        if session is None:
+            raise Refused(404, f"session {session_id!r} is not known here: create one first")
+        return session
+
+    def remember(self, session: SessionInfo) -> None:
+        """Add or change a session, here and on disk."""
+        self.sessions[session.session_id] = session
+        self.store.write_session(session)
+
+    def lane(self, model_id: str) -> Lane:
+        """The lane of a training model.
+
+        Raises:
+            Refused: 404, unknown, or known only from before a restart.
+        """
+        lane = self.lanes.get(model_id)
+        if lane is not None:
+            return lane
+        if any(run.run_id == model_id for run in self.store.runs()):
+            raise Refused(
+                404,
+                f"model {model_id!r} is not loaded any more (it was unloaded or the service restarted): "
+                "unsaved weights and gradients are gone; create a new training client from its last checkpoint",
+            )
+        raise Refused(404, f"model {model_id!r} not found")
+
+    def in_order(self, model_id: str, number: int, digest: bytes, work: Callable[[], Answer]) -> str:
+        """Hand in a training request; returns its request id. Number 0 means now, whatever comes before.
+
+        Raises:
+            Refused: 404 unknown model; 400 the number was used for something else.
+        """
+        lane = self.lane(model_id)
+        if number <= 0:
+            return self.start(self.results.open(), work)
+        known = self._repeated(lane.receipts.get(number), digest, f"seq_id {number} of model {model_id!r}")
+        if known is not None:
+            return known
+        if lane.is_spent(number):
+            raise Refused(
+                400, f"seq_id {number} of model {model_id!r} was refused before and is spent: take the next one"
+            )
+        pending = self.results.open()
+        pending.note = lambda: _gap(lane, number)
+        lane.enter(number, Receipt(digest, pending.request_id), lambda: self._launch(pending, work))
+        return pending.request_id
+
+    def numbered(self, scope: tuple[str, str, int], digest: bytes, work: Callable[[], Answer]) -> str:
+        """Hand in a request that has a number but no order; a repeat gets the request id of the first.
+
+        Raises:
+            Refused: 400, the number was used for something else.
+        """
+        kind, owner, number = scope
+        known = self._repeated(self._receipts.get(scope), digest, f"{kind} number {number} of {owner!r}")
+        if known is not None:
+            return known
+        pending = self.results.open()
+        self._receipts[scope] = Receipt(digest, pending.request_id)
+        return self.start(pending, work)
+
+    def start(self, pending: PendingResult, work: Callable[[], Answer]) -> str:
+        """Queue work for the engine now."""
+        self._launch(pending, work)
+        return pending.request_id
+
+    def finish_session(self, session: SessionInfo) -> None:
+        """Mark a session as over and free what it holds."""
+        self.remember(session.model_copy(update={"finished": True}))
+        prefix = f"{session.session_id}:"
+        for model_id in [model_id for model_id in self.lanes if model_id.startswith(prefix)]:
+            self.unload(model_id)
+        for sampler_id in [sampler_id for sampler_id in self.samplers if sampler_id.startswith(prefix)]:
+            del self.samplers[sampler_id]
+        self._receipts = {
+            scope: receipt for scope, receipt in self._receipts.items() if not _belongs(scope[1], session)
+        }
+
+    def unload(self, model_id: str) -> str:
+        """Free a training model after the work that it still has; returns a request id."""
+        lane = self.lanes.pop(model_id, None)
+
+        def work() -> Answer:
+            self.engine.unload_model(model_id)
+            return Answer(lambda: {"model_id": model_id, "type": "unload_model"})
+
+        request_id = self.start(self.results.open(), work)
+        if lane is not None:
+            # What waited for a missing number now fails, instead of leaving its polls waiting for ever.
+            lane.release()
+        return request_id
+
+    def _repeated(self, receipt: Receipt | None, digest: bytes, name: str) -> str | None:
+        if receipt is None:
+            return None
+        if receipt.digest != digest:
+            raise Refused(400, f"{name} was already used for a request with other content")
+        return receipt.request_id
+
+    def _launch(self, pending: PendingResult, work: Callable[[], Answer]) -> None:
+        pending.note = None
+        self._worker.submit(work).add_done_callback(lambda future: self._hand_over(pending, future))
+
+    def _hand_over(self, pending: PendingResult, future: "Future[Answer]") -> None:
+        try:
+            self._loop.call_soon_threadsafe(_settle, pending, future)
+        except RuntimeError:
+            logger.debug("the event loop was closed before request %s was done", pending.request_id)
+
+
+def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
+    error = CancelledError() if future.cancelled() else future.exception()
+    if error is None:
+        answer = future.result()
+        if answer.then is not None:
+            answer.then()
+        pending.settle(answer)
+    elif isinstance(error, InvalidData | ConfigError | UnsupportedFeature):
+        pending.settle(Failure(str(error), "user"))
+    else:
+        logger.error("request %s failed", pending.request_id, exc_info=error)
+        pending.settle(Failure(f"{type(error).__name__}: {error}", "server"))
+
+
+def _belongs(owner: str, session: SessionInfo) -> bool:
+    return owner.partition(":")[0] == session.session_id
+
+
+def _gap(lane: Lane, number: int) -> str | None:
+    return f"seq_id {number} waits for seq_id {lane.next_number}" if lane.next_number < number else None

@@ -1,0 +1,323 @@
+"""The engine: every operation on models, in plain synchronous calls.
+
+One thread calls it, one operation at a time. Every operation activates the adapter it works on before anything else.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinkex_py.errors import InvalidData
+from tinkex_py.local.checkpoints import CheckpointInfo, CheckpointStore, RunInfo
+from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
+from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
+from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
+from tinkex_py.local.losses import BuiltinLoss, find_loss
+from tinkex_py.local.models import LoadedModel
+from tinkex_py.local.optimizer import AdapterOptimizer
+from tinkex_py.local.options import LocalOptions
+from tinkex_py.local.passes import Example, Microbatch, forward, gradients, microbatch_loss, prepare, split
+from tinkex_py.local.sampling import sample
+from tinkex_py.local.worker import EngineClosing
+from tinkex_py.types import AdamParams, LoraConfig
+
+ADAPTER_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SAMPLER_ADAPTERS = 4
+
+
+@dataclass
+class TrainingModel:
+    """One training client's side of the engine."""
+
+    run: RunInfo
+    adapter: Adapter
+    optimizer: AdapterOptimizer
+    touched: bool = False
+
+
+@dataclass
+class _SamplerAdapter:
+    adapter: Adapter
+    loaded: str | None = None
+
+
+class Engine:
+    """One base network, many adapters.
+
+    Args:
+        model: the base network.
+        store: where checkpoints go.
+        options: budgets and seed.
+        closing: set when the service stops; long operations then end early with EngineClosing.
+    """
+
+    def __init__(
+        self, model: LoadedModel, store: CheckpointStore, options: LocalOptions, closing: threading.Event
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.graphs = GraphKeeper(options.graph_budget_bytes)
+        self.passes_run = 0
+        self._options = options
+        self._closing = closing
+        self._bank = AdapterBank(model)
+        self._models: dict[str, TrainingModel] = {}
+        self._samplers: dict[tuple[int, bool, bool, bool], _SamplerAdapter] = {}
+
+    def create_model(self, run: RunInfo, settings: LoraConfig, seed: int) -> None:
+        """Make a fresh training model.
+
+        Raises:
+            InvalidData: another base model is asked for, or the settings cannot be used.
+        """
+        self._check_base(run.base_model)
+        self._add(run, self._bank.create(settings, seed))
+
+    def create_from_checkpoint(self, run: RunInfo, source: CheckpointInfo, *, with_optimizer: bool) -> None:
+        """Make a training model out of a checkpoint; `run` has the checkpoint's LoRA settings.
+
+        Raises:
+            InvalidData: the checkpoint belongs to another base model, or has no optimizer state although it is wanted.
+        """
+        self._check_base(run.base_model)
+        adapter = self._bank.create(lora_settings(source.run), 0)
+        try:
+            optimizer = self._restore(adapter, source, with_optimizer=with_optimizer)
+        except BaseException:
+            self._bank.delete(adapter)
+            raise
+        self._add(run, adapter, optimizer)
+
+    def load_into(self, model_id: str, source: CheckpointInfo, *, with_optimizer: bool) -> None:
+        """Load a checkpoint into a model on which nothing has been done yet.
+
+        Raises:
+            InvalidData: the model has been used already, or the checkpoint does not fit.
+        """
+        model = self._model(model_id)
+        if model.touched:
+            raise InvalidData(
+                f"load_weights onto {model_id!r} must be its first request: create a new training client from the state"
+            )
+        self._check_base(source.run.base_model)
+        model.optimizer = self._restore(model.adapter, source, with_optimizer=with_optimizer)
+        model.touched = True
+
+    def unload_model(self, model_id: str) -> None:
+        """Free a training model; unknown ids are ignored."""
+        model = self._models.pop(model_id, None)
+        if model is not None:
+            self.graphs.drop(model_id)
+            self._bank.delete(model.adapter)
+            self.store.delete_ephemeral(model_id)
+
+    def run_pass(self, model_id: str, request: PassRequest) -> PassResult:
+        """A forward or forward_backward pass; gradients are added only when the whole pass has succeeded.
+
+        Raises:
+            InvalidData: unknown loss, bad datum or non-finite loss; nothing was added.
+        """
+        model = self._model(model_id)
+        loss, config = find_loss(request.loss_fn, request.config)
+        examples = prepare(request.data(), request.loss_fn, loss, self.model)
+        self._bank.activate(model.adapter)
+        model.touched = True
+        if request.forward_only:
+            microbatches = self._forward_only(model_id, examples, keep=request.keep_graph)
+            total = sum(microbatch_loss(part, examples, loss, config).item() for part in microbatches)
+        else:
+            microbatches, total = self._forward_backward(model_id, model, examples, loss, config)
+        placed = {
+            index: logprobs
+            for part in microbatches
+            for index, logprobs in zip(part.indices, part.logprobs, strict=True)
+        }
+        outputs = [placed[index].detach().cpu().numpy() for index in range(len(examples))]
+        return PassResult(logprobs=outputs, metrics={"loss:sum": float(total)})
+
+    def optim_step(self, model_id: str, settings: AdamParams) -> dict[str, float]:
+        """One AdamW step on the summed gradients, which it consumes.
+
+        Raises:
+            InvalidData: the gradients are not finite.
+        """
+        model = self._model(model_id)
+        self.graphs.drop(model_id)
+        self._bank.activate(model.adapter)
+        model.touched = True
+        return model.optimizer.step(settings)
+
+    def save(self, model_id: str, info: CheckpointInfo, *, overwrite: bool) -> CheckpointInfo:
+        """Write a checkpoint; training checkpoints hold the optimizer's moments too.
+
+        Raises:
+            InvalidData: the name cannot be used.
+        """
+        model = self._model(model_id)
+        model.touched = True
+        files: dict[str, Mapping[str, Any]] = {ADAPTER_FILE: model.adapter.weights()}
+        state = model.optimizer.state() if info.kind == "weights" else {}
+        if info.kind == "weights":
+            files[OPTIMIZER_FILE] = state
+        texts = {"adapter_config.json": self._peft_config(model)}
+        described = info.model_copy(update={"run": model.run, "has_optimizer": info.kind == "weights"})
+        return self.store.write(described, files, texts, overwrite=overwrite)
+
+    def sample(self, source: CheckpointInfo | None, request: SampleRequest) -> SampleResult:
+        """Draw from a checkpoint, or from the base network when there is none.
+
+        Raises:
+            InvalidData: the request cannot be used.
+        """
+        self._bank.activate(None if source is None else self._sampler(source))
+        return sample(self.model, request, self._check)
+
+    def run_info(self, model_id: str) -> RunInfo | None:
+        """What a loaded training model is; may be called from any thread."""
+        model = self._models.get(model_id)
+        return None if model is None else model.run
+
+    def gradient(self, model_id: str) -> dict[str, torch.Tensor]:
+        """A copy of the gradients summed since the last optim_step, by file key."""
+        return {key: value.clone() for key, value in self._model(model_id).adapter.gradients.items()}
+
+    def _forward_only(self, model_id: str, examples: Sequence[Example], *, keep: bool) -> list[Microbatch]:
+        groups = split(examples, self._options.max_tokens_per_microbatch)
+        keep = keep and self.graphs.budget_bytes > 0
+        meter = GraphMeter(weight_storages(self.model.network) if keep else frozenset())
+        microbatches: list[Microbatch] = []
+        for group in groups:
+            if keep:
+                with torch.enable_grad(), meter.measuring():
+                    microbatches.append(self._forward(examples, group))
+                keep = meter.total <= self.graphs.budget_bytes
+                if not keep:
+                    microbatches = [_without_graph(part) for part in microbatches]
+            else:
+                with torch.no_grad():
+                    microbatches.append(self._forward(examples, group))
+        if keep:
+            self.graphs.keep(KeptGraph(model_id, fingerprint(examples), tuple(microbatches), meter.total))
+        return [_without_graph(part) for part in microbatches]
+
+    def _forward_backward(
+        self,
+        model_id: str,
+        model: TrainingModel,
+        examples: Sequence[Example],
+        loss: BuiltinLoss,
+        config: Mapping[str, float],
+    ) -> tuple[list[Microbatch], float]:
+        kept = self.graphs.take(model_id, fingerprint(examples)) if len(self.graphs) else None
+        makers: list[Callable[[], Microbatch]]
+        if kept is not None:
+            makers = [lambda part=part: part for part in kept.microbatches]
+            kept = None
+        else:
+            groups = split(examples, self._options.max_tokens_per_microbatch)
+            makers = [lambda group=group: self._forward(examples, group) for group in groups]
+        summed: dict[str, torch.Tensor] = {}
+        finished: list[Microbatch] = []
+        total = 0.0
+        for make in makers:
+            with torch.enable_grad():
+                part = make()
+                value = microbatch_loss(part, examples, loss, config)
+            for key, gradient in gradients(value, model.adapter):
+                held = summed.get(key)
+                summed[key] = gradient if held is None else held.add_(gradient)
+            total += value.item()
+            finished.append(_without_graph(part))
+        model.adapter.add_gradients(summed)
+        return finished, total
+
+    def _forward(self, examples: Sequence[Example], group: tuple[int, ...]) -> Microbatch:
+        self._check()
+        self.passes_run += 1
+        return forward(self.model, examples, group)
+
+    def _check(self) -> None:
+        if self._closing.is_set():
+            raise EngineClosing("the service is stopping; this request was not finished")
+
+    def _check_base(self, name: str) -> None:
+        if name != self.model.name:
+            raise InvalidData(f"base model {name!r} is not served here. Served: {self.model.name!r}")
+
+    def _model(self, model_id: str) -> TrainingModel:
+        model = self._models.get(model_id)
+        if model is None:
+            raise InvalidData(f"model {model_id!r} is not loaded")
+        return model
+
+    def _add(self, run: RunInfo, adapter: Adapter, optimizer: AdapterOptimizer | None = None) -> None:
+        self.store.write_run(run)
+        self._models[run.run_id] = TrainingModel(run, adapter, optimizer or AdapterOptimizer(adapter))
+
+    def _restore(self, adapter: Adapter, source: CheckpointInfo, *, with_optimizer: bool) -> AdapterOptimizer:
+        if with_optimizer and not source.has_optimizer:
+            raise InvalidData(f"checkpoint {source.path!r} has no optimizer state; load it without")
+        adapter.set_weights(self._read(source, ADAPTER_FILE))
+        optimizer = AdapterOptimizer(adapter)
+        if with_optimizer:
+            optimizer.set_state(self._read(source, OPTIMIZER_FILE))
+        return optimizer
+
+    def _read(self, source: CheckpointInfo, name: str) -> dict[str, torch.Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+        file: Path = self.store.file(source, name)
+        try:
+            return load_file(str(file))
+        except FileNotFoundError as error:
+            raise InvalidData(f"checkpoint {source.path!r} has no {name}") from error
+        except SafetensorError as error:
+            raise InvalidData(f"checkpoint {source.path!r}: {name} is damaged ({error})") from error
+
+    def _sampler(self, source: CheckpointInfo) -> Adapter:
+        settings = lora_settings(source.run)
+        kind = (settings.rank, settings.train_unembed, settings.train_mlp, settings.train_attn)
+        slot = self._samplers.pop(kind, None)
+        if slot is None:
+            if len(self._samplers) >= SAMPLER_ADAPTERS:
+                oldest = next(iter(self._samplers))
+                self._bank.delete(self._samplers.pop(oldest).adapter)
+            slot = _SamplerAdapter(self._bank.create(settings, 0))
+        self._samplers[kind] = slot
+        if slot.loaded != source.folder:
+            slot.loaded = None
+            slot.adapter.set_weights(self._read(source, ADAPTER_FILE))
+            slot.loaded = source.folder
+        return slot.adapter
+
+    def _peft_config(self, model: TrainingModel) -> str:
+        settings = model.adapter.settings
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.model.tokenizer_id or self.model.name,
+            "r": settings.rank,
+            "lora_alpha": LORA_ALPHA,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": self._bank.target_modules(settings),
+        }
+        return json.dumps(config, indent=2)
+
+
+def lora_settings(run: RunInfo) -> LoraConfig:
+    """The LoRA settings that a run was made with."""
+    return LoraConfig(
+        rank=run.rank, train_unembed=run.train_unembed, train_mlp=run.train_mlp, train_attn=run.train_attn
+    )
+
+
+def _without_graph(part: Microbatch) -> Microbatch:
+    return Microbatch(part.indices, tuple(logprobs.detach() for logprobs in part.logprobs))

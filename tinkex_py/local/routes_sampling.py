@@ -1,0 +1,129 @@
+"""Routes for sampling."""
+
+import uuid
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkex_py.errors import InvalidData, UnsupportedFeature
+from tinkex_py.local import wire_format
+from tinkex_py.local.checkpoints import CheckpointInfo
+from tinkex_py.local.core import Core, Refused, Sampler
+from tinkex_py.local.data import SampleRequest
+from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
+from tinkex_py.local.requests import SampleBody, SamplingSessionBody
+from tinkex_py.local.results import Answer
+
+
+async def create_sampling_session(request: Request, core: Core) -> Response:
+    """A sampling session on named weights or on the base model."""
+    body = await read(request, SamplingSessionBody)
+    core.session(body.session_id)
+    sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
+    sampler = _sampler(core, sampler_id, body.base_model, body.model_path)
+    if core.samplers.setdefault(sampler_id, sampler) != sampler:
+        raise Refused(400, f"sampling session number {body.sampling_session_seq_id} was already used for other weights")
+    return answer({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
+
+
+async def get_sampler(request: Request, core: Core) -> Response:
+    """What a sampling session draws from."""
+    sampler = _known(core, request.path_params["sampler_id"])
+    return answer(
+        {"sampler_id": sampler.sampler_id, "base_model": core.engine.model.name, "model_path": sampler.model_path}
+    )
+
+
+async def asample(request: Request, core: Core) -> Response:
+    """Draw sequences; a repeat under the same number gets the first one's answer."""
+    raw = await read_json(request)
+    body = parse(SampleBody, raw)
+    if body.sampling_session_id is not None:
+        sampler = _known(core, body.sampling_session_id)
+    else:
+        sampler = _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
+
+    def work() -> Answer:
+        result = core.engine.sample(_weights(core, sampler), _sample_request(core, body))
+        return Answer(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
+
+    number = body.seq_id if body.seq_id is not None and body.sampling_session_id is not None else None
+    if number is None:
+        request_id = core.start(core.results.open(), work)
+    else:
+        request_id = core.numbered(("seq_id", sampler.sampler_id, number), digest("asample", raw), work)
+    ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
+    return answer({"request_id": request_id, "sample_sequence_ids": ids})
+
+
+def _known(core: Core, sampler_id: str) -> Sampler:
+    sampler = core.samplers.get(sampler_id)
+    if sampler is None:
+        raise Refused(404, f"sampling session {sampler_id!r} is not known here")
+    return sampler
+
+
+def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> Sampler:
+    name = core.engine.model.name
+    if base_model is not None and base_model != name:
+        raise Refused(400, f"base model {base_model!r} is not served here. Served: {name!r}")
+    if model_path is None:
+        if base_model is None:
+            raise Refused(400, f"sampling needs a base_model ({name!r}) or a model_path (tinker://...)")
+        return Sampler(sampler_id)
+    try:
+        source = core.store.find(model_path)
+    except InvalidData as error:
+        raise Refused(404, str(error)) from error
+    if source.run.base_model != name:
+        raise Refused(400, f"{model_path!r} was made from {source.run.base_model!r}, but {name!r} is served here")
+    return Sampler(sampler_id, model_path=model_path)
+
+
+def _weights(core: Core, sampler: Sampler) -> CheckpointInfo | None:
+    if sampler.snapshot is not None:
+        return sampler.snapshot
+    return None if sampler.model_path is None else core.store.find(sampler.model_path)
+
+
+def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
+    if body.prompt_alt_tokens_k:
+        raise UnsupportedFeature("prompt_alt_tokens_k is not offered by the embedded service")
+    if body.prompt_logprobs_last_n is not None and not body.prompt_logprobs:
+        raise InvalidData("prompt_logprobs_last_n needs prompt_logprobs")
+    settings = body.sampling_params
+    stop = settings.stop
+    stop_tokens = core.engine.model.eos_token_ids if stop is None else frozenset[int]()
+    stop_texts: tuple[str, ...] = ()
+    if isinstance(stop, str):
+        stop_texts = (stop,)
+    elif stop:
+        stop_texts = tuple(item for item in stop if isinstance(item, str))
+        stop_tokens = frozenset(item for item in stop if isinstance(item, int))
+    if "" in stop_texts:
+        raise InvalidData("an empty text cannot be a stop")
+    targets = body.target_prompt_logprobs
+    return SampleRequest(
+        prompt=wire_format.tokens_from_json("prompt", body.prompt),
+        num_samples=body.num_samples,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_tokens=stop_tokens,
+        stop_texts=stop_texts,
+        prompt_logprobs=body.prompt_logprobs,
+        prompt_logprobs_last=body.prompt_logprobs_last_n,
+        topk_prompt_logprobs=body.topk_prompt_logprobs,
+        topk_sample_logprobs=body.topk_sample_logprobs,
+        target_logprobs=None if targets is None else wire_format.ids_from_json("target_prompt_logprobs", targets),
+    )
+
+
+routes = [
+    Route("/api/v1/create_sampling_session", with_core(create_sampling_session), methods=["POST"]),
+    Route("/api/v1/samplers/{sampler_id}", with_core(get_sampler), methods=["GET"]),
+    Route("/api/v1/asample", with_core(asample), methods=["POST"]),
+]

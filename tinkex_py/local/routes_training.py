@@ -1,0 +1,194 @@
+"""Routes of one training model's ordered work: passes, optimizer steps, saves."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkex_py.errors import InvalidData, UnsupportedFeature
+from tinkex_py.local import wire_format
+from tinkex_py.local.checkpoints import CheckpointInfo, RunInfo, expiry
+from tinkex_py.local.core import Core, Refused, Sampler
+from tinkex_py.local.data import PassRequest
+from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, read_body, read_json, with_core
+from tinkex_py.local.requests import (
+    ForwardBackwardBody,
+    ForwardBody,
+    OptimStepBody,
+    PassInput,
+    SaveWeightsBody,
+)
+from tinkex_py.local.results import Answer
+from tinkex_py.transport import wire
+from tinkex_py.types import AdamParams
+
+KEEP_GRAPH_HEADER = "x-tinkex-keep-graph"
+
+
+async def forward_backward(request: Request, core: Core) -> Response:
+    """A pass in protobuf (backward, or forward only) or in the JSON form."""
+    keep = request.headers.get(KEEP_GRAPH_HEADER) == "1"
+    if request.headers.get("content-type", "").startswith(PROTOBUF):
+        return await _protobuf_pass(request, core, keep=keep)
+    raw = await read_json(request)
+    body = _parse_numbered(core, ForwardBackwardBody, raw)
+    inner = _json_pass(body.forward_backward_input, forward_only=body.forward_only, keep=keep)
+    return _accept(core, body.model_id, body.seq_id, digest("forward_backward", raw), inner)
+
+
+async def forward(request: Request, core: Core) -> Response:
+    """A forward pass in the JSON form."""
+    raw = await read_json(request)
+    body = _parse_numbered(core, ForwardBody, raw)
+    keep = request.headers.get(KEEP_GRAPH_HEADER) == "1"
+    inner = _json_pass(body.forward_input, forward_only=True, keep=keep)
+    return _accept(core, body.model_id, body.seq_id, digest("forward", raw), inner)
+
+
+async def _protobuf_pass(request: Request, core: Core, *, keep: bool) -> Response:
+    raw = await read_body(request)
+    try:
+        message = wire.ForwardBackwardRequest.FromString(raw)
+    except DecodeError:
+        raise Refused(400, "the body is no ForwardBackwardRequest in protobuf") from None
+    config: dict[str, float | str] = {
+        key: value.text if value.WhichOneof("value") == "text" else value.number
+        for key, value in message.loss_fn_config_v2.items()
+    }
+    work = PassRequest(
+        data=lambda: wire_format.datums_from_protobuf(message.data),
+        loss_fn=message.loss_fn,
+        config=config or dict(message.loss_fn_config),
+        forward_only=message.forward_only,
+        keep_graph=keep,
+    )
+    # Maps have no order on the wire: only the deterministic form is the same for every repeat.
+    content = message.SerializeToString(deterministic=True)
+    return _accept(core, message.model_id, message.seq_id, digest("forward_backward", content), work)
+
+
+def _json_pass(body: PassInput, *, forward_only: bool, keep: bool) -> PassRequest:
+    return PassRequest(
+        data=lambda: wire_format.datums_from_json(body.data),
+        loss_fn=body.loss_fn,
+        config=body.loss_fn_config,
+        forward_only=forward_only,
+        keep_graph=keep,
+    )
+
+
+def _accept(core: Core, model_id: str, number: int, content: bytes, request: PassRequest) -> Response:
+    def work() -> Answer:
+        result = core.engine.run_pass(model_id, request)
+        return Answer(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
+
+    request_id = core.in_order(model_id, number, content, work)
+    return answer({"request_id": request_id, "model_id": model_id})
+
+
+async def optim_step(request: Request, core: Core) -> Response:
+    """One AdamW step."""
+    raw = await read_json(request)
+    body = _parse_numbered(core, OptimStepBody, raw)
+
+    def work() -> Answer:
+        if body.optimizer_params is not None:
+            raise InvalidData(f"optimizer {body.optimizer_params.get('type')!r} is not known here. Known: adam_params")
+        metrics = core.engine.optim_step(body.model_id, AdamParams(**body.adam_params.model_dump()))
+        return Answer(lambda: {"metrics": metrics, "type": "optim_step"})
+
+    request_id = core.in_order(body.model_id, body.seq_id, digest("optim_step", raw), work)
+    return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+async def save_weights(request: Request, core: Core) -> Response:
+    """A training checkpoint: weights and optimizer state."""
+    raw = await read_json(request)
+    body = _parse_numbered(core, SaveWeightsBody, raw)
+
+    def work() -> Answer:
+        if body.path is None:
+            raise InvalidData("save_weights needs a name in `path`")
+        saved = _save(core, body, body.path, "weights")
+        return Answer(lambda: {"path": saved.path, "type": "save_weights"})
+
+    request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights", raw), work)
+    return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+async def save_weights_for_sampler(request: Request, core: Core) -> Response:
+    """Weights to sample from: under a name, or as a sampling session that is ready to use."""
+    raw = await read_json(request)
+    body = _parse_numbered(core, SaveWeightsBody, raw)
+
+    def work() -> Answer:
+        if body.path is not None:
+            saved = _save(core, body, body.path, "sampler_weights")
+            return Answer(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
+        if body.sampling_session_seq_id is None:
+            raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
+        snapshot = _save(core, body, f"sample-{body.sampling_session_seq_id}", "ephemeral")
+        session_id = body.model_id.partition(":")[0]
+        sampler_id = f"{session_id}:sample:{body.sampling_session_seq_id}"
+
+        def register() -> None:
+            core.samplers[sampler_id] = Sampler(sampler_id, snapshot=snapshot)
+
+        return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
+
+    request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_for_sampler", raw), work)
+    return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+async def save_weights_external(request: Request, core: Core) -> Response:
+    """Not something that one machine can offer."""
+    raw = await read_json(request)
+    body = _parse_numbered(core, SaveWeightsBody, raw)
+
+    def work() -> Answer:
+        raise UnsupportedFeature("the embedded service has no external weights: use save_weights and read its folder")
+
+    request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_external", raw), work)
+    return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> CheckpointInfo:
+    run: RunInfo | None = core.engine.run_info(body.model_id)
+    if run is None:
+        raise InvalidData(f"model {body.model_id!r} is not loaded")
+    info = CheckpointInfo(
+        run=run,
+        kind=kind,
+        name=name,
+        folder="",
+        time=datetime.now(UTC),
+        user_metadata=body.user_metadata,
+        expires_at=expiry(body.ttl_seconds),
+    )
+    # Only an explicit `overwrite: false` protects a name: older clients do not know the field.
+    return core.engine.save(body.model_id, info, overwrite=body.overwrite is not False)
+
+
+def _parse_numbered(core: Core, model: type[Body], raw: Mapping[str, Any]) -> Body:
+    try:
+        return parse(model, raw)
+    except Refused:
+        lane = core.lanes.get(str(raw.get("model_id")))
+        number = raw.get("seq_id")
+        if lane is not None and isinstance(number, int):
+            lane.spend(number)
+        raise
+
+
+routes = [
+    Route("/api/v1/forward_backward", with_core(forward_backward), methods=["POST"]),
+    Route("/api/v1/forward", with_core(forward), methods=["POST"]),
+    Route("/api/v1/optim_step", with_core(optim_step), methods=["POST"]),
+    Route("/api/v1/save_weights", with_core(save_weights), methods=["POST"]),
+    Route("/api/v1/save_weights_for_sampler", with_core(save_weights_for_sampler), methods=["POST"]),
+    Route("/api/v1/save_weights_external", with_core(save_weights_external), methods=["POST"]),
+]

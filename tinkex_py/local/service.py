@@ -1,0 +1,141 @@
+"""`LocalService`: the embedded service's life from start to stop."""
+
+import asyncio
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from tinkex_py.errors import ConfigError, MissingExtra
+from tinkex_py.local.options import LocalOptions
+from tinkex_py.local.worker import EngineWorker
+
+if TYPE_CHECKING:
+    from tinkex_py.local.core import Core
+    from tinkex_py.local.engine import Engine
+    from tinkex_py.local.tokenizers import Tokenizer
+
+
+class LocalService:
+    """A torch engine and the ASGI app in front of it. The constructor does no I/O and loads nothing.
+
+    `start` and `stop` may be called again and from several tasks of one event loop; a stopped service can be started
+    anew. Whoever cancels `start` still has to `stop`.
+
+    Args:
+        options: model, device, folders, key and budgets.
+
+    Raises:
+        MissingExtra: starlette is not installed.
+    """
+
+    def __init__(self, options: LocalOptions | None = None) -> None:
+        if find_spec("starlette") is None:
+            raise MissingExtra("starlette", "local")
+        from tinkex_py.local.app import build_app
+
+        self.options = options or LocalOptions()
+        self.core: Core | None = None
+        self._app = build_app(self, self.options.api_key)
+        self._changing = asyncio.Lock()
+        self._worker: EngineWorker | None = None
+        self._loading: asyncio.Future[Engine] | None = None
+        self._folder: TemporaryDirectory[str] | None = None
+
+    @property
+    def app(self) -> Any:
+        """The ASGI app; before `start` and after `stop` it answers 503."""
+        return self._app
+
+    @property
+    def model_name(self) -> str:
+        """The name by which clients ask for the model."""
+        return self.options.model
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: the service is not running.
+        """
+        if self.core is None:
+            raise ConfigError("the embedded service is not running: await service.start() first")
+        return self.core.engine.model.tokenizer
+
+    def tokenizer_for(self, name: str) -> "Tokenizer":
+        """The tokenizer of a model by name.
+
+        Raises:
+            ConfigError: no such model here, or the service is not running.
+        """
+        if name != self.model_name:
+            raise ConfigError(f"model {name!r} is not served here. Served: {self.model_name!r}")
+        return self.tokenizer
+
+    async def start(self) -> None:
+        """Load the model on the engine's thread and begin to serve.
+
+        Raises:
+            ConfigError: there is no such model or device.
+            MissingExtra: a library is missing.
+        """
+        async with self._changing:
+            if self.core is not None:
+                return
+            if self._worker is None or self._loading is None:
+                self._worker = EngineWorker()
+                self._loading = asyncio.wrap_future(self._worker.submit(self._load))
+            await asyncio.wait([self._loading])
+            if self._loading.exception() is not None:
+                failed = self._loading
+                await self._end()
+                failed.result()
+                return
+            from tinkex_py.local.core import Core
+
+            self.core = Core(self.options, self._loading.result(), self._worker)
+
+    async def stop(self) -> None:
+        """End the engine, its thread and its temporary folder; open polls return, unfinished work fails.
+
+        Waits for a `start` that is under way.
+        """
+        async with self._changing:
+            await self._end()
+
+    async def _end(self) -> None:
+        core, self.core = self.core, None
+        if core is not None:
+            core.results.close()
+        if self._worker is not None:
+            await self._worker.stop()
+            self._worker = None
+        if self._loading is not None:
+            # Nobody may be left to look at the failure of a load whose start was cancelled.
+            await asyncio.wait([self._loading])
+            self._loading.exception()
+            self._loading = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def close_polls(self) -> None:
+        """Let every open poll return now; the first step of a server's shutdown."""
+        if self.core is not None:
+            self.core.results.closing.set()
+
+    def _load(self) -> "Engine":
+        from tinkex_py.local.checkpoints import CheckpointStore
+        from tinkex_py.local.engine import Engine
+        from tinkex_py.local.models import load_model, private_folder
+
+        assert self._worker is not None
+        if self.options.checkpoints_dir is None:
+            self._folder = private_folder()
+            root = Path(self._folder.name)
+        else:
+            root = self.options.checkpoints_dir.expanduser().resolve()
+            root.mkdir(parents=True, exist_ok=True)
+        model = load_model(self.options.model, self.options.device, root)
+        return Engine(model, CheckpointStore(root), self.options, self._worker.closing)

@@ -1,0 +1,282 @@
+"""Bytes and JSON of the protocol to the engine's arrays, and back."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinkex_py.errors import InvalidData, UnsupportedFeature
+from tinkex_py.local.data import Array, EncodedDatum, Floats, Ints, PassResult, SampleResult, TopkTable
+from tinkex_py.transport import wire
+
+_PROTOBUF_DTYPES: Mapping[int, str] = {
+    wire.DTYPE_FLOAT32: "<f4",
+    wire.DTYPE_INT64: "<i8",
+    wire.DTYPE_INT32: "<i4",
+}
+_JSON_DTYPES: Mapping[str, str] = {"float32": "<f4", "int64": "<i8"}
+
+
+def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
+    """Decode the datums of a ForwardBackwardRequest.
+
+    Raises:
+        InvalidData: a tensor is malformed.
+        UnsupportedFeature: a chunk is not text.
+    """
+    return [
+        EncodedDatum(
+            tokens=_protobuf_tokens(f"data[{index}]", message),
+            inputs={
+                name: _protobuf_tensor(f"data[{index}]: {name}", tensor)
+                for name, tensor in message.loss_fn_inputs.items()
+            },
+        )
+        for index, message in enumerate(messages)
+    ]
+
+
+def datums_from_json(values: Sequence[Mapping[str, Any]]) -> list[EncodedDatum]:
+    """Decode the datums of a JSON forward or forward_backward.
+
+    Raises:
+        InvalidData: a datum or tensor is malformed.
+        UnsupportedFeature: a chunk is not text.
+    """
+    return [
+        EncodedDatum(
+            tokens=tokens_from_json(f"data[{index}]: model_input", value.get("model_input")),
+            inputs={
+                name: tensor_from_json(f"data[{index}]: {name}", tensor)
+                for name, tensor in _object(f"data[{index}]: loss_fn_inputs", value.get("loss_fn_inputs") or {}).items()
+            },
+        )
+        for index, value in enumerate(values)
+    ]
+
+
+def tokens_from_json(where: str, value: Any) -> Ints:
+    """Token ids of a JSON model input.
+
+    Raises:
+        InvalidData: malformed.
+        UnsupportedFeature: a chunk is not text.
+    """
+    chunks = cast("list[dict[str, Any]]", _object(where, value).get("chunks") or [])
+    parts: list[Any] = []
+    for chunk in chunks:
+        if not isinstance(chunk, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"{where}: a chunk is not an object")
+        if "tokens" not in chunk:
+            raise UnsupportedFeature(
+                f"{where}: this model reads text only, not {chunk.get('type', 'this kind of chunk')!r}"
+            )
+        parts.append(_array(where, chunk["tokens"], "<i8"))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def tensor_from_json(where: str, value: Any) -> Array:
+    """A JSON tensor, dense or CSR, as an array of its dense shape.
+
+    Raises:
+        InvalidData: malformed.
+    """
+    fields = _object(where, value)
+    dtype = fields.get("dtype", "float32")
+    if dtype not in _JSON_DTYPES:
+        raise InvalidData(f"{where}: dtype {dtype!r} is not one of {sorted(_JSON_DTYPES)}")
+    data = _array(where, fields.get("data", []), _JSON_DTYPES[dtype])
+    shape = fields.get("shape")
+    if fields.get("sparse_crow_indices") is not None:
+        rows = _array(where, fields["sparse_crow_indices"], "<i8")
+        columns = _array(where, fields.get("sparse_col_indices") or [], "<i8")
+        return _dense(where, data, rows, columns, shape or [])
+    return _shaped(where, data, [len(data)] if shape is None else shape)
+
+
+def pass_protobuf(result: PassResult) -> bytes:
+    """A PassResult as ForwardBackwardOutput: one packed tensor for each run of datums with equal trailing shape."""
+    records = [_record(list(run)) for _, run in groupby(result.logprobs, key=lambda array: array.shape[1:])]
+    return wire.ForwardBackwardOutput(
+        loss_fn_output_type="ArrayRecord", loss_fn_outputs=records, metrics=dict(result.metrics)
+    ).SerializeToString()
+
+
+def pass_json(result: PassResult) -> dict[str, Any]:
+    """A PassResult in JSON."""
+    outputs = [
+        {"logprobs": {"data": _numbers(array), "dtype": "float32", "shape": list(array.shape)}}
+        for array in result.logprobs
+    ]
+    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": dict(result.metrics)}
+
+
+def sample_protobuf(result: SampleResult) -> bytes:
+    """A SampleResult as SampleResponse."""
+    response = wire.SampleResponse(prompt_cache_hit_tokens=result.cached_tokens)
+    for sequence in result.sequences:
+        response.sequences.append(
+            wire.SampledSequence(
+                stop_reason=wire.STOP_REASON_STOP if sequence.stopped else wire.STOP_REASON_LENGTH,
+                tokens=sequence.tokens.astype("<i4").tobytes(),
+                logprobs=sequence.logprobs.astype("<f4").tobytes(),
+                topk_sampled_logprobs=_topk_message(sequence.topk),
+            )
+        )
+    if result.prompt_logprobs is not None:
+        response.prompt_logprobs = result.prompt_logprobs.astype("<f4").tobytes()
+    if result.topk_prompt is not None:
+        response.topk_prompt_logprobs.CopyFrom(cast("wire.TopkLogprobs", _topk_message(result.topk_prompt)))
+    if result.target_logprobs is not None:
+        response.target_prompt_logprobs.CopyFrom(
+            wire.Tensor(
+                dense=result.target_logprobs.astype("<f4").tobytes(),
+                dtype=wire.DTYPE_FLOAT32,
+                shape=result.target_logprobs.shape,
+            )
+        )
+    return response.SerializeToString()
+
+
+def sample_json(result: SampleResult) -> dict[str, Any]:
+    """A SampleResult in JSON."""
+    sequences = [
+        {
+            "tokens": sequence.tokens.tolist(),
+            "logprobs": _numbers(sequence.logprobs),
+            "stop_reason": "stop" if sequence.stopped else "length",
+        }
+        for sequence in result.sequences
+    ]
+    body: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_cache_hit_tokens": result.cached_tokens}
+    if result.prompt_logprobs is not None:
+        body["prompt_logprobs"] = _numbers(result.prompt_logprobs)
+    if result.topk_prompt is not None:
+        rows = zip(result.topk_prompt.ids.tolist(), _rows(result.topk_prompt.logprobs), strict=True)
+        body["topk_prompt_logprobs"] = [
+            None if index == 0 else [list(pair) for pair in zip(*row, strict=True)] for index, row in enumerate(rows)
+        ]
+    return body
+
+
+def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
+    parts: list[NDArray[np.int32]] = []
+    for chunk in message.model_input:
+        if not chunk.HasField("encoded_text"):
+            raise UnsupportedFeature(f"{where}: this model reads text only, not {chunk.WhichOneof('chunk')!r}")
+        parts.append(_buffer(where, chunk.encoded_text.tokens, "<i4"))
+    if not parts:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _protobuf_tensor(where: str, tensor: wire.Tensor) -> Array:
+    dtype = _PROTOBUF_DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidData(f"{where}: dtype {tensor.dtype} is not one of float32, int64, int32")
+    if tensor.HasField("sparse_csr"):
+        sparse = tensor.sparse_csr
+        rows = _buffer(where, sparse.crow_indices, "<i8")
+        columns = _buffer(where, sparse.col_indices, "<i8")
+        return _dense(where, _buffer(where, sparse.values, dtype), rows, columns, list(tensor.shape))
+    data = _buffer(where, tensor.dense, dtype)
+    return _shaped(where, data, list(tensor.shape) or [len(data)])
+
+
+def _buffer(where: str, data: bytes, dtype: str) -> Any:
+    try:
+        return np.frombuffer(data, dtype=dtype)
+    except ValueError as error:
+        raise InvalidData(f"{where}: {len(data)} bytes are no whole number of {dtype} values") from error
+
+
+def _array(where: str, values: Any, dtype: str) -> Any:
+    try:
+        array: NDArray[Any] = np.asarray(values)
+    except ValueError as error:
+        raise InvalidData(f"{where}: data must be a flat list of numbers") from error
+    if array.ndim != 1:
+        raise InvalidData(f"{where}: data must be a flat list, not one of {array.ndim} dimensions")
+    if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
+        raise InvalidData(f"{where} holds values that are not {'whole ' if dtype == '<i8' else ''}numbers")
+    return array.astype(dtype)
+
+
+def _object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidData(f"{where} is not a JSON object")
+    return cast("dict[str, Any]", value)
+
+
+def _shaped(where: str, data: Any, shape: Sequence[int]) -> Array:
+    if any(size < 0 for size in shape) or math.prod(shape) != len(data):
+        raise InvalidData(f"{where}: {len(data)} values do not fill the shape {list(shape)}")
+    return data.reshape(shape)
+
+
+def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int]) -> Array:
+    if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > 2**31:
+        raise InvalidData(f"{where}: a sparse tensor needs a shape of two dimensions, not {list(shape)}")
+    counts = np.diff(rows)
+    fits = (
+        len(rows) == shape[0] + 1
+        and len(values) == len(columns)
+        and rows[0] == 0
+        and rows[-1] == len(values)
+        and bool((counts >= 0).all())
+        and (len(columns) == 0 or (columns.min() >= 0 and columns.max() < shape[1]))
+    )
+    if not fits:
+        raise InvalidData(f"{where}: the sparse indices do not fit the shape {list(shape)}")
+    dense: Any = np.zeros(shape, dtype=values.dtype)
+    dense[np.repeat(np.arange(shape[0]), counts), columns] = values
+    return dense
+
+
+def _record(arrays: Sequence[Floats]) -> wire.ArrayRecord:
+    flat = np.concatenate([array.reshape(-1) for array in arrays]).astype("<f4")
+    offsets = np.zeros(len(arrays) + 1, dtype="<i8")
+    offsets[1:] = np.cumsum([array.size * 4 for array in arrays])
+    batched = wire.BatchedTensor(
+        data=flat.tobytes(),
+        offsets=offsets.tobytes(),
+        dtype=wire.DTYPE_FLOAT32,
+        trailing_shape=arrays[0].shape[1:],
+    )
+    return wire.ArrayRecord(type_tag="ArrayRecord", fields={"logprobs": batched}, num_datums=len(arrays))
+
+
+def _topk_message(table: TopkTable | None) -> wire.TopkLogprobs | None:
+    if table is None:
+        return None
+    length, k = table.ids.shape
+    return wire.TopkLogprobs(
+        token_ids=table.ids.astype("<i4").tobytes(), logprobs=table.logprobs.astype("<f4").tobytes(), k=k, length=length
+    )
+
+
+def _numbers(array: Floats) -> list[float | None]:
+    # JSON has no NaN or infinity.
+    return [value if math.isfinite(value) else None for value in array.reshape(-1).tolist()]
+
+
+def _rows(array: Floats) -> list[list[float | None]]:
+    return [_numbers(row) for row in array]
+
+
+def ids_from_json(where: str, value: Any) -> Ints:
+    """A JSON tensor of token ids, where an entry that a sparse tensor does not list is -1: not asked.
+
+    Raises:
+        InvalidData: malformed or not int64.
+    """
+    ids = tensor_from_json(where, value)
+    if ids.dtype != np.int64:
+        raise InvalidData(f"{where}: dtype must be int64")
+    if value.get("sparse_crow_indices") is None:
+        return cast("Ints", ids)
+    listed = tensor_from_json(where, {**value, "data": [1] * len(value["data"])})
+    return np.where(listed == 1, ids, -1).astype(np.int64)

@@ -1,0 +1,45 @@
+"""The engine's one thread: work is done one piece at a time, in the order it was handed in."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class EngineClosing(RuntimeError):
+    """The service is stopping; what was asked will not be done."""
+
+
+class EngineWorker:
+    """Owns the thread from the first piece of work until `stop`."""
+
+    def __init__(self) -> None:
+        self.closing = threading.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex-engine")
+
+    def submit(self, work: Callable[[], T]) -> "Future[T]":
+        """Queue work; after `stop` began it fails with EngineClosing instead of running."""
+
+        def unless_closing() -> T:
+            if self.closing.is_set():
+                raise EngineClosing("the service is stopping; this request was not started")
+            return work()
+
+        return self._executor.submit(unless_closing)
+
+    async def stop(self) -> None:
+        """End the work in progress early where it allows it, drop what is queued, and end the thread."""
+        self.closing.set()
+        try:
+            last = self._executor.submit(_nothing)
+        except RuntimeError:
+            return  # the thread has ended already
+        await asyncio.shield(asyncio.wrap_future(last))
+        self._executor.shutdown(wait=True)
+
+
+def _nothing() -> None:
+    return None
