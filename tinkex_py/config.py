@@ -55,21 +55,24 @@ class TinkexConfig:
     wire: str = "protobuf"
 
     def __post_init__(self) -> None:
-        given: str | None = self.base_url
-        base_url = (given or os.environ.get(BASE_URL_VARIABLE) or HOSTED_SERVICE).rstrip("/")
-        object.__setattr__(self, "base_url", base_url)
+        base_url = _checked_text("base_url", self.base_url) or os.environ.get(BASE_URL_VARIABLE) or HOSTED_SERVICE
+        object.__setattr__(self, "base_url", base_url.rstrip("/"))
         object.__setattr__(self, "api_key", _secret(self.api_key))
-        object.__setattr__(self, "project_id", self.project_id or os.environ.get("TINKER_PROJECT_ID") or None)
+        project = _checked_text("project_id", self.project_id) or os.environ.get("TINKER_PROJECT_ID") or None
+        object.__setattr__(self, "project_id", project)
+        if isinstance(self.tags, str):
+            raise ConfigError(f"tags must be a sequence of texts, got the text {self.tags!r}")
         object.__setattr__(self, "tags", tuple(self.tags))
         for name in ("timeout", "poll_timeout", "heartbeat_interval"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
-        if not self.close_timeout >= 0:
-            raise ConfigError(f"close_timeout must be >= 0 seconds, got {self.close_timeout!r}")
+            _check_seconds(name, getattr(self, name), least_excluded=0)
+        _check_seconds("close_timeout", self.close_timeout, least_excluded=None)
         for name in ("max_connections", "max_polls", "max_threads"):
-            count: int | None = getattr(self, name)
-            if count is not None and count < 1:
-                raise ConfigError(f"{name} must be at least 1, got {count!r}")
+            count: object = getattr(self, name)
+            optional = name == "max_threads" and count is None
+            if not optional and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ConfigError(f"{name} must be an int >= 1, got {count!r}")
+        if not isinstance(self.retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"retry must be a RetryPolicy, got {self.retry!r}")
         if self.wire not in ("protobuf", "json"):
             raise ConfigError(f"wire must be 'protobuf' or 'json', got {self.wire!r}")
 
@@ -78,6 +81,12 @@ class TinkexConfig:
         """The key itself, for the header it is sent in."""
         assert isinstance(self.api_key, Secret)
         return self.api_key.reveal()
+
+    def __copy__(self) -> "TinkexConfig":
+        return self
+
+    def __deepcopy__(self, _memo: object) -> "TinkexConfig":
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "api_key"}
@@ -88,9 +97,24 @@ def _restore(fields: dict[str, Any]) -> TinkexConfig:
     return TinkexConfig(**fields)
 
 
+def _checked_text(name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+def _check_seconds(name: str, value: object, *, least_excluded: int | None) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value != least_excluded
+    if not fits:
+        least = "> 0" if least_excluded == 0 else ">= 0"
+        raise ConfigError(f"{name} must be a number of seconds {least}, got {value!r}")
+
+
 def _secret(api_key: str | Secret | None) -> Secret:
     if isinstance(api_key, Secret):
         return api_key
+    if api_key is not None and not isinstance(api_key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"api_key must be a text, got a {type(api_key).__name__}")
     key = api_key or os.environ.get(KEY_VARIABLE) or ""
     if not key.strip():
         raise ConfigError(f"no API key: pass api_key=..., or set the environment variable {KEY_VARIABLE}")

@@ -29,8 +29,12 @@ class Arrival:
     status: int | None = None
 
     @property
+    def is_protobuf(self) -> bool:
+        return self.path == PASS_PATH and self.headers.get("content-type") == "application/x-protobuf"
+
+    @property
     def message(self) -> wire.ForwardBackwardRequest:
-        assert self.path == PASS_PATH
+        assert self.is_protobuf
         return wire.ForwardBackwardRequest.FromString(self.body)
 
     @property
@@ -40,14 +44,15 @@ class Arrival:
     @property
     def kind(self) -> str:
         """F, B, or the endpoint's name."""
-        if self.path == PASS_PATH:
+        if self.is_protobuf:
             return "F" if self.message.forward_only else "B"
-        return self.path.rsplit("/", 1)[-1]
+        endpoint = self.path.rsplit("/", 1)[-1]
+        return {"forward": "F", "forward_backward": "B"}.get(endpoint, endpoint)
 
     @property
     def number(self) -> tuple[str, int] | None:
         """Model and seq_id of a training request."""
-        if self.path == PASS_PATH:
+        if self.is_protobuf:
             return self.message.model_id, self.message.seq_id
         if self.path.startswith("/api/v1/") and self.body.startswith(b"{"):
             fields = self.json
@@ -204,13 +209,19 @@ async def http_recorder(options: LocalOptions | None = None) -> AsyncIterator[tu
     await service.start()
     recorder = Recorder(service.app)
     config = uvicorn.Config(
-        recorder, host="127.0.0.1", port=0, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=2
+        recorder,
+        host="127.0.0.1",
+        port=0,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve())
     try:
         async with asyncio.timeout(30):
-            while not server.started:
+            while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
                 await asyncio.sleep(0.01)
         yield recorder, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

@@ -27,6 +27,7 @@ from tinkex_py import (
     ModelInput,
     Pipeline,
     PipelineError,
+    PrecedingRequestFailed,
     RegularizerSpec,
     RequestFailed,
     RetryPolicy,
@@ -95,7 +96,11 @@ BAD_LOSSES = [
     ({"base_loss": Pipeline(nll), "regularizers": [spec()]}, PipelineError, "regularizers"),
     ({"base_loss": Pipeline(nll), "timeout": 3.0}, PipelineError, "timeout"),
     ({"base_loss": Pipeline(nll), "track_grad_norms": True, "parallel": False}, PipelineError, "track_grad_norms"),
-    ({"base_loss": Pipeline(nll), "max_concurrency": 3, "max_threads": 2}, PipelineError, "max_concurrency.*max_threads"),
+    (
+        {"base_loss": Pipeline(nll), "max_concurrency": 3, "max_threads": 2},
+        PipelineError,
+        "max_concurrency.*max_threads",
+    ),
 ]
 
 
@@ -105,6 +110,69 @@ async def test_bad_losses(bench, options, error_class, message):
     options = {"base_loss": nll, **options}
     with pytest.raises(error_class, match=message):
         await training.forward_backward_custom(DATA, options.pop("base_loss"), **options)
+    assert bench.kinds(training) == []
+
+
+UNSENDABLE = [
+    {"loss_fn": 3},
+    {"loss_fn": None},
+    {"loss_fn_config": {"beta": [1.0]}},
+    {"loss_fn_config": {3: 1.0}},
+    {"loss_fn_config": "beta"},
+]
+
+
+@pytest.mark.parametrize("options", UNSENDABLE, ids=repr)
+@pytest.mark.parametrize("method", ["forward", "forward_backward"])
+async def test_what_cannot_be_encoded_is_a_typed_error_and_takes_no_number(bench, options, method):
+    training = await bench.train()
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  (its type is looked at below)
+        await getattr(training, method)(DATA, **options)
+    assert training._lane.next_number == 1, "the number was taken, but nothing was sent: every later call hangs"
+    async with asyncio.timeout(10):
+        await training.forward_backward(DATA)
+    assert bench.kinds(training) == ["B"]
+    assert isinstance(caught.value, TinkexError), repr(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"ttl_seconds": object()}, {"ttl_seconds": float("nan")}, {"overwrite": object()}])
+async def test_bad_options_of_a_checkpoint_take_no_number(bench, options):
+    training = await bench.train()
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        await training.save_state("s1", **options)
+    assert training._lane.next_number == 1, "the number was taken, but nothing was sent: every later call hangs"
+    assert isinstance(caught.value, TinkexError), repr(caught.value)
+
+
+async def test_values_that_json_cannot_hold_take_no_number(local_bench):
+    bench = local_bench(wire="json")
+    weights = np.array([1.0, np.nan, 1.0], np.float32)
+    async with bench.service:
+        training = await bench.train()
+        with pytest.raises(TinkexError):
+            await training.forward_backward([made(target_tokens=[1, 2, 3], weights=weights)])
+        assert training._lane.next_number == 1, "the number was taken, but nothing was sent: every later call hangs"
+        async with asyncio.timeout(10):
+            await training.forward_backward(DATA)
+
+
+async def test_fields_that_stay_here_may_hold_what_json_cannot(local_bench):
+    """A custom step sends only targets and weights; a reference of -inf is for the terms."""
+    bench = local_bench(wire="json")
+    reference = np.array([-1.0, -np.inf, -2.0], np.float32)
+    async with bench.service:
+        training = await bench.train()
+        await training.forward_backward_custom([made(target_tokens=[1, 2, 3], reference_logprobs=reference)], nll)
+        assert bench.kinds(training) == ["F", "B"]
+
+
+async def test_a_path_that_cannot_be_sent_breaks_what_was_started_with_it(bench):
+    training = await bench.train()
+    results = await asyncio.gather(
+        training.load_state(object()), training.forward_backward(DATA), return_exceptions=True
+    )
+    assert isinstance(results[0], InvalidData)
+    assert isinstance(results[1], PrecedingRequestFailed)
     assert bench.kinds(training) == []
 
 
@@ -143,9 +211,13 @@ async def test_an_unknown_model_is_named(bench):
     with pytest.raises((RequestFailed, APIStatusError), match="'huge'") as caught:
         await bench.service.create_lora_training_client("huge")
     assert "tiny" in str(caught.value)
-    with pytest.raises((RequestFailed, APIStatusError), match="huge"):
+
+    async def sample() -> None:
         sampler = await bench.service.create_sampling_client(base_model="huge")
         await sampler.sample(ModelInput.from_ints([1]))
+
+    with pytest.raises((RequestFailed, APIStatusError), match="huge"):
+        await sample()
 
 
 async def test_lora_settings_are_given_once(bench):
@@ -173,9 +245,13 @@ async def test_a_checkpoint_that_is_not_there(bench):
     for path in ("tinker://nowhere/weights/x", "not a path"):
         with pytest.raises((RequestFailed, APIStatusError)):
             await bench.service.create_training_client_from_state(path)
-    with pytest.raises((RequestFailed, APIStatusError)):
+
+    async def sample() -> None:
         sampler = await bench.service.create_sampling_client(model_path="tinker://nowhere/sampler_weights/x")
         await sampler.sample(ModelInput.from_ints([1]))
+
+    with pytest.raises((RequestFailed, APIStatusError)):
+        await sample()
 
 
 async def test_loading_into_a_used_model_names_the_way_out(bench):
@@ -210,9 +286,8 @@ async def test_an_unreachable_server_is_an_error_within_the_policy():
         port = taken.getsockname()[1]
         config = quick_config(f"http://127.0.0.1:{port}", retry=RetryPolicy(deadline=5, max_attempts=2, max_wait=0.01))
         async with asyncio.timeout(5):
-            with pytest.raises(ConnectionFailed, match=f"127.0.0.1:{port}") as caught:
-                async with AsyncServiceClient(config):
-                    pytest.fail("there is nobody")
+            with pytest.raises(ConnectionFailed, match=str(port)) as caught:
+                await AsyncServiceClient(config).__aenter__()
     assert isinstance(caught.value, ConnectionError)
 
 
@@ -220,8 +295,7 @@ async def test_a_wrong_key_is_told_and_not_shown():
     async with http_recorder(LocalOptions(api_key="tml-right")) as (_, url):
         config = quick_config(url, api_key="tml-wrong")
         with pytest.raises(Authentication, match="TINKER_API_KEY") as caught:
-            async with AsyncServiceClient(config):
-                pytest.fail("the key is wrong")
+            await AsyncServiceClient(config).__aenter__()
         assert caught.value.status == 401
         assert "tml-wrong" not in str(caught.value)
         async with AsyncServiceClient(quick_config(url, api_key="tml-right")) as service:

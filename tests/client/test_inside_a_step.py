@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.client.data import datum, nll
-from tests.client.recorder import sent_weights
-from tinkex_py import RegularizerError, RegularizerSpec, RequestInsideStep
+from tests.client.data import bad_datum, datum, nll
+from tests.client.recorder import after, sent_weights
+from tinkex_py import (
+    PrecedingRequestFailed,
+    RegularizerError,
+    RegularizerSpec,
+    RequestFailed,
+    RequestInsideStep,
+)
 
 pytestmark = pytest.mark.asyncio
 DATA = [datum(4, 1), datum(2, 2)]
@@ -153,3 +159,43 @@ async def test_an_abandoned_terms_forward_after_the_step_sends_nothing_inside_an
     assert not isinstance(result, asyncio.CancelledError)
     await training.forward_backward_custom(DATA, nll)
     assert bench.kinds(training)[-2:] == ["F", "B"]
+
+
+async def test_a_step_cancelled_while_its_term_asks_leaves_the_client_in_order(bench):
+    training = await bench.train()
+    gate = asyncio.Event()
+    bench.recorder.faults["F"] = [None, after(gate)]
+
+    async def asks(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        await training.forward(data)
+        return logprobs.sum()
+
+    step = asyncio.create_task(training.forward_backward_custom(DATA, asks))
+    update = asyncio.create_task(training.optim_step())
+    await bench.recorder.until(lambda: len(bench.recorder.of("F")) == 2)
+    step.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.wait([step])
+    next_step = asyncio.create_task(training.forward_backward_custom(DATA, nll))
+    with pytest.raises(PrecedingRequestFailed):
+        await update
+    assert not next_step.done()  # the wire is still taken by the forward that was asked for
+    gate.set()
+    await next_step
+    assert bench.kinds(training) == ["F", "F", "F", "B"]
+
+
+async def test_a_forward_that_fails_fails_the_term_and_breaks_nothing_else(bench):
+    training = await bench.train()
+
+    async def asks(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        await training.forward([bad_datum()])
+        return logprobs.sum()
+
+    spec = RegularizerSpec(fn=asks, weight=1.0, name="reference", on_error="skip")
+    output = await training.forward_backward_custom(DATA, nll, regularizers=[spec])
+    assert list(output.skipped) == ["reference"]
+    with pytest.raises(RegularizerError) as caught:
+        await training.forward_backward_custom(DATA, asks)
+    assert isinstance(caught.value.__cause__, RequestFailed)
+    assert bench.kinds(training) == ["F", "F", "B", "F", "F"]

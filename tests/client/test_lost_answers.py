@@ -123,9 +123,7 @@ async def test_no_answer_within_the_deadline_loses_this_client_only(local_bench)
         await lost.optim_step()
         saved = await lost.save_state("before")
         bench.recorder.always["B"] = answering(503)
-        step, queued = await asyncio.gather(
-            lost.forward_backward(DATA), lost.optim_step(), return_exceptions=True
-        )
+        step, queued = await asyncio.gather(lost.forward_backward(DATA), lost.optim_step(), return_exceptions=True)
         for result in (step, queued):
             assert isinstance(result, SequenceLost)
             assert "service.create_training_client_from_state(path, with_optimizer=True)" in str(result)
@@ -133,10 +131,10 @@ async def test_no_answer_within_the_deadline_loses_this_client_only(local_bench)
         for later in (
             lambda: lost.forward_backward(DATA),
             lambda: lost.forward_backward_custom(DATA, nll),
-            lambda: lost.optim_step(),
+            lost.optim_step,
             lambda: lost.forward(DATA),
             lambda: lost.save_state("late"),
-            lambda: lost.save_weights_and_get_sampling_client(),
+            lost.save_weights_and_get_sampling_client,
         ):
             with pytest.raises(SequenceLost):
                 await later()

@@ -8,11 +8,12 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py import telemetry
 from tinkex_py.config import TinkexConfig
-from tinkex_py.errors import APIStatusError, InvalidResponse, NotFound, TransportError
+from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError, status_error_class
 from tinkex_py.losses.threads import TermThreads
 from tinkex_py.transport.codec import PROTOBUF, Result
 from tinkex_py.transport.futures import ACCEPT, wait_for_result
 from tinkex_py.transport.http import HttpClient
+from tinkex_py.transport.lane import Lane
 from tinkex_py.transport.retry import RetryPolicy, send_with_retry
 from tinkex_py.version import __version__
 
@@ -41,6 +42,8 @@ class Connection:
         self.threads = threads
         self.max_chunk_datums = DEFAULT_MAX_CHUNK_DATUMS
         self.max_chunk_bytes = DEFAULT_MAX_CHUNK_BYTES
+        # A lane lives as long as its client, or as long as something of it is in flight.
+        self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._session_id: str | None = None
         self._model_counter = 0
         self._sampler_counter = 0
@@ -201,6 +204,15 @@ class Connection:
         self.max_chunk_datums = _positive(flags.get("fwdbwd_max_chunk_len"), DEFAULT_MAX_CHUNK_DATUMS)
         self.max_chunk_bytes = _positive(flags.get("fwdbwd_max_chunk_bytes_count"), DEFAULT_MAX_CHUNK_BYTES)
 
+    async def close_lanes(self) -> None:
+        """Ends all training clients; waits a while for what they have in flight."""
+        lanes = list(self.lanes)
+        for lane in lanes:
+            lane.end(ClientClosed("the service client is closed; make a new one"))
+        async with asyncio.TaskGroup() as group:
+            for lane in lanes:
+                group.create_task(lane.drain(self.config.close_timeout), name="tinkex.closing")
+
     async def close_session(self) -> None:
         """Ends the heartbeat and tells the service that the session is over, if it listens."""
         if self._heartbeat is not None:
@@ -246,6 +258,9 @@ async def send_heartbeats(http: HttpClient, session_id: str, interval: float, ow
             continue
         if answer.status == SESSION_OVER:
             return
+        if not answer.is_success:
+            reason = status_error_class(answer.status).__name__
+            telemetry.emit("tinkex.session.heartbeat_failed", {}, {"session_id": session_id, "reason": reason})
 
 
 def _positive(value: object, default: int) -> int:

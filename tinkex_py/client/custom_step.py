@@ -1,11 +1,12 @@
 """Parts of a custom step that have nothing to do with the order of requests."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from tinkex_py.errors import InvalidResponse, PipelineError, TimeoutExceeded, TinkexError
+from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, TimeoutExceeded, TinkexError
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
 
 if TYPE_CHECKING:
@@ -21,10 +22,22 @@ _PIPELINE_DEFAULTS: Mapping[str, Any] = {
 }
 
 
+def check_deadline(deadline: float | None) -> None:
+    """Checks that a deadline is None or a number of seconds.
+
+    Raises:
+        InvalidData: it is neither.
+    """
+    if deadline is None:
+        return
+    if isinstance(deadline, bool) or not isinstance(deadline, int | float) or not deadline > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"deadline must be > 0 seconds or None, got {deadline!r}")
+
+
 @asynccontextmanager
 async def until_handed_over(deadline: float | None) -> AsyncGenerator[Callable[[], None]]:
     """A time limit that ends at the moment the block calls what it yields."""
-    scope = asyncio.timeout(deadline)
+    scope = asyncio.timeout(None if deadline is None or math.isinf(deadline) else deadline)
     try:
         async with scope:
             yield lambda: scope.reschedule(None)

@@ -62,7 +62,6 @@ class AsyncServiceClient:
             for connections in (config.max_connections, config.max_polls)
         )
         self._connection = Connection(config, http, polls, TermThreads(config.max_threads))
-        self._training_clients: weakref.WeakSet[AsyncTrainingClient] = weakref.WeakSet()
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
@@ -232,9 +231,7 @@ class AsyncServiceClient:
         return ServerCapabilities.read(await connection.get("/api/v1/get_server_capabilities"))
 
     def _training_client(self, model_id: str) -> AsyncTrainingClient:
-        client = AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)
-        self._training_clients.add(client)
-        return client
+        return AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)
 
     async def _load_tokenizer(self, name: str) -> Tokenizer:
         if self._embedded is not None:
@@ -288,8 +285,7 @@ class AsyncServiceClient:
             stack.push_async_callback(self._connection.http.aclose)
             stack.push_async_callback(self._connection.polls.aclose)
             stack.push_async_callback(self._connection.close_session)
-            for training in list(self._training_clients):
-                stack.push_async_callback(training.aclose)
+            stack.push_async_callback(self._connection.close_lanes)
 
     async def __aenter__(self) -> "AsyncServiceClient":
         try:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
-from tinkex_py.client.custom_step import logprobs_of, pipeline_of, until_handed_over
+from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
-from tinkex_py.client.training_data import check_data, check_name, check_targets
+from tinkex_py.client.training_data import check_data, check_finite, check_loss, check_name, check_targets
 from tinkex_py.errors import (
     ClientClosed,
     InvalidData,
@@ -22,6 +22,7 @@ from tinkex_py.errors import (
 )
 from tinkex_py.transport.codec import EncodedBatch, LossConfig
 from tinkex_py.transport.lane import Kind, Lane, Place
+from tinkex_py.transport.request import encoded_json
 from tinkex_py.types import (
     AdamParams,
     Datum,
@@ -62,6 +63,7 @@ class AsyncTrainingClient:
         self._connection = connection
         self._load_tokenizer = load_tokenizer
         self._lane = Lane()
+        connection.lanes.add(self._lane)
         self._info: GetInfoResponse | None = None
 
     @property
@@ -88,8 +90,9 @@ class AsyncTrainingClient:
             RequestFailed: the service failed the request.
         """
         with self._request(Kind.READ, "forward", forward_only=True) as place:
-            chunks = await self._encoded(data, custom=False)
-            return await self._pass(place, chunks, loss_fn, loss_fn_config or {}, forward_only=True)
+            config: LossConfig = {} if loss_fn_config is None else loss_fn_config
+            chunks = await self._encoded(data, loss_fn, config)
+            return await self._pass(place, chunks, loss_fn, config, forward_only=True)
 
     async def forward_backward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", *, loss_fn_config: LossConfig | None = None
@@ -107,8 +110,9 @@ class AsyncTrainingClient:
             RequestFailed: the service failed the request.
         """
         with self._request(Kind.GRADIENT, "forward_backward") as place:
-            chunks = await self._encoded(data, custom=False)
-            return await self._pass(place, chunks, loss_fn, loss_fn_config or {}, forward_only=False)
+            config: LossConfig = {} if loss_fn_config is None else loss_fn_config
+            chunks = await self._encoded(data, loss_fn, config)
+            return await self._pass(place, chunks, loss_fn, config, forward_only=False)
 
     async def forward_backward_custom(
         self,
@@ -156,9 +160,10 @@ class AsyncTrainingClient:
                 "max_threads": max_threads,
                 "timeout": timeout,
             }
+            await self._or_break(lambda: check_deadline(deadline))
             pipeline = await self._or_break(lambda: pipeline_of(base_loss, regularizers, options))
             async with until_handed_over(deadline) as handed_over:
-                chunks = await self._encoded(data, custom=True)
+                chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
                 output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
                 service_output = await self._pass(
@@ -178,7 +183,10 @@ class AsyncTrainingClient:
 
         with place.running_terms():
             loss = await pipeline.evaluate(
-                data, Logprobs.from_packed(logprobs_of(forward, data)), threads=self._connection.threads
+                data,
+                Logprobs.from_packed(logprobs_of(forward, data)),
+                threads=self._connection.threads,
+                thread_group=self,
             )
         if not loss.differentiable:
             raise PipelineError(
@@ -348,9 +356,14 @@ class AsyncTrainingClient:
             await asyncio.sleep(0)
             raise
 
-    async def _encoded(self, data: Sequence[Datum], *, custom: bool) -> list[EncodedBatch]:
+    async def _encoded(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, custom: bool = False
+    ) -> list[EncodedBatch]:
         def checked() -> Sequence[Datum]:
             datums = check_data(data)
+            check_loss(loss_fn, config)
+            if self._connection.config.wire == "json":
+                check_finite(datums, config, fields=("weights",) if custom else None)
             if custom:
                 check_targets(datums)
             return datums
@@ -391,6 +404,9 @@ class AsyncTrainingClient:
         *,
         handed_over: Callable[[], None] | None = None,
     ) -> Mapping[str, Any]:
+        # Before a number is taken: what cannot be sent must not leave a gap.
+        await self._or_break(lambda: encoded_json(body, endpoint))
+
         async def send(numbers: Sequence[int]) -> str:
             numbered = {"model_id": self.model_id, "seq_id": numbers[0], **body}
             return await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)

@@ -1,7 +1,10 @@
 """What a training client checks before anything is sent."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.types import Datum
@@ -49,6 +52,45 @@ def check_targets(data: Sequence[Datum]) -> None:
             raise InvalidData(
                 f"weights of datum {index} have shape {weights.shape}, its target_tokens {shape}; they must be equal"
             )
+
+
+def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
+    """Checks the name and the settings of one of the service's losses.
+
+    Raises:
+        InvalidData: naming what cannot be sent.
+    """
+    if not isinstance(loss_fn, str) or not loss_fn:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"loss_fn must be the name of a loss, got {loss_fn!r}")
+    if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {config!r}")
+    for name, value in config.items():
+        sendable = isinstance(value, str | int | float) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(name, str) or not sendable:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {name!r}: {value!r}")
+
+
+def check_finite(data: Sequence[Datum], config: Mapping[str, float | str], *, fields: Collection[str] | None) -> None:
+    """Checks that JSON, which has neither NaN nor infinity, can hold all numbers.
+
+    Args:
+        data: the datums.
+        config: settings of the loss.
+        fields: the loss inputs that are sent; None is all.
+
+    Raises:
+        InvalidData: naming the datum and the field.
+    """
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidData(f"loss_fn_config[{name!r}] is {value}, which JSON cannot hold: use wire='protobuf'")
+    for index, datum in enumerate(data):
+        for name, tensor in datum.loss_fn_inputs.items():
+            is_sent = fields is None or name in fields
+            if is_sent and tensor.dtype == "float32" and not np.isfinite(tensor.data).all():
+                raise InvalidData(
+                    f"{name!r} of datum {index} is not finite, which JSON cannot hold: use wire='protobuf'"
+                )
 
 
 def check_name(name: str) -> str:

@@ -1,7 +1,6 @@
 """`LocalService`: the embedded service's life from start to stop."""
 
 import asyncio
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,9 +29,10 @@ class LocalService:
     """
 
     def __init__(self, options: LocalOptions | None = None) -> None:
-        if find_spec("starlette") is None:
-            raise MissingExtra("starlette", "local")
-        from tinkex_py.local.app import build_app
+        try:
+            from tinkex_py.local.app import build_app
+        except ModuleNotFoundError as error:
+            raise MissingExtra(str(error.name), "local") from error
 
         self.options = options or LocalOptions()
         self.core: Core | None = None

@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import torch
 
-from tinkex_py.losses.executor import PreparedTerm, TermRun, prepare_regularizer
+from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import RegularizerOutput
 from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_specs, checked_timeout, report
 from tinkex_py.losses.spec import RegularizerSpec, Term, TermResult, is_async_term, term_function, term_name
+from tinkex_py.losses.terms import PreparedTerm, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
 

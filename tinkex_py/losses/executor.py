@@ -2,8 +2,7 @@
 
 import asyncio
 import inspect
-import math
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,15 +14,7 @@ from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerErro
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
-from tinkex_py.losses.spec import (
-    BASE_LOSS_NAME,
-    OnError,
-    PerDatum,
-    RegularizerSpec,
-    Term,
-    is_async_term,
-    term_function,
-)
+from tinkex_py.losses.terms import Outcome, PreparedTerm, described, failed_with
 from tinkex_py.losses.threads import Slot, Slots, SlotsAbandoned, TermThreads, run_released
 from tinkex_py.types import Datum
 
@@ -31,83 +22,6 @@ from tinkex_py.types import Datum
 SMALL_LOGPROBS = 4096
 # How long a term without a timeout waits when abandoned terms hold every thread, in seconds.
 DEFAULT_PATIENCE = 60.0
-
-
-@dataclass(frozen=True)
-class PreparedTerm:
-    """A term, ready to run.
-
-    Attributes:
-        name: in errors, events and task names.
-        function: what is called, as `function(data, logprobs, **options)`.
-        options: its keyword arguments.
-        is_async: True: called on the loop; False: called in a thread, must not return an awaitable; None: called
-            in a thread, an awaitable it returns is awaited on the loop.
-        per_datum: wants a list with one tensor per datum.
-        timeout: seconds, None for no limit.
-        weight: None for the base loss, which has none and emits no events of its own.
-        on_error: whether a failure fails the step.
-        needs_gradient: whether its gradient enters the total.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    options: Mapping[str, Any]
-    is_async: bool | None
-    per_datum: bool
-    timeout: float | None
-    weight: float | None = None
-    on_error: OnError = "raise"
-    needs_gradient: bool = True
-
-
-def prepare_base_loss(base_loss: Term, timeout: float | None) -> PreparedTerm:
-    """The base loss as a term."""
-    return PreparedTerm(
-        name=BASE_LOSS_NAME,
-        function=term_function(base_loss),
-        options={},
-        is_async=True if is_async_term(base_loss) else None,
-        per_datum=isinstance(base_loss, PerDatum),
-        timeout=_limit(timeout),
-    )
-
-
-def prepare_regularizer(spec: RegularizerSpec, timeout: float | None) -> PreparedTerm:
-    """A regularizer as a term; the spec's own timeout wins over `timeout`."""
-    detected = True if is_async_term(spec.fn) else None
-    return PreparedTerm(
-        name=spec.name,
-        function=term_function(spec.fn),
-        options=spec.options,
-        is_async=detected if spec.is_async is None else spec.is_async,
-        per_datum=isinstance(spec.fn, PerDatum),
-        timeout=_limit(timeout if spec.timeout is None else spec.timeout),
-        weight=spec.weight,
-        on_error=spec.on_error,
-        needs_gradient=spec.weight > 0,
-    )
-
-
-def _limit(timeout: float | None) -> float | None:
-    return None if timeout is None or math.isinf(timeout) else timeout
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a term ended: with an evaluation, or with an error."""
-
-    term: PreparedTerm
-    evaluation: Evaluation | None = None
-    error: RegularizerError | None = None
-    fatal: BaseException | None = None  # KeyboardInterrupt, SystemExit and the like: raised unchanged
-
-    @property
-    def fails_step(self) -> bool:
-        """Whether the step cannot go on. A change of the shared logprobs can never be skipped."""
-        if self.error is None:
-            return self.fatal is not None
-        return self.term.on_error == "raise" or isinstance(self.error, InPlaceMutation)
 
 
 @dataclass(frozen=True)
@@ -127,7 +41,8 @@ class TermRun:
         threads: where sync terms run.
         max_concurrency: terms in flight at once.
         track_grad_norms: whether norms are computed.
-        max_threads: most live term threads as far as this run is concerned; None leaves it to `threads`.
+        max_threads: most live term threads of this group; None leaves it to `threads`.
+        thread_group: whose runs share the bounds `max_concurrency` and `max_threads` on live term threads.
     """
 
     data: Sequence[Datum]
@@ -136,6 +51,7 @@ class TermRun:
     max_concurrency: int
     track_grad_norms: bool
     max_threads: int | None = None
+    thread_group: object = None
     _permits: Slots = field(init=False)
     _stopping: bool = field(init=False, default=False)
 
@@ -159,32 +75,39 @@ class TermRun:
             outcome = await self._outcome(term)
             if outcome.fails_step:
                 failures.append(outcome)
-                self._stopping = True
-                for task in tasks:
-                    if task is not asyncio.current_task():
-                        task.cancel()
+                self._stop(task for task in tasks if task is not asyncio.current_task())
             return outcome
 
         try:
             async with asyncio.TaskGroup() as group:
                 for term in terms:
-                    task = group.create_task(run(term), name=f"tinkex.regularizer.{term.name}")
-                    tasks.append(task)
+                    tasks.append(group.create_task(run(term), name=f"tinkex.regularizer.{term.name}"))
                     if not parallel:
-                        await self._wait([task])
+                        await self._wait(tasks)
                         if failures:
                             break
-                if tasks:
-                    await self._wait(tasks)
+                await self._wait(tasks)
         except asyncio.CancelledError as cancelled:
             for failure in failures:
-                cancelled.add_note(f"{type(failure.error or failure.fatal).__name__}: {failure.error or failure.fatal}")
+                cancelled.add_note(described(failure.exception))
             raise
+        if not self._stopping:
+            started = zip(terms, tasks, strict=True)
+            failures += [_cancelled_from_outside(term) for term, task in started if task.cancelled()]
         if failures:
             raise self._first_of(failures)
         return [task.result() for task in tasks]
 
+    def _stop(self, others: Iterable[asyncio.Task[Outcome]]) -> None:
+        if self._stopping:  # a second cancellation would interrupt the clean-up that the first one started
+            return
+        self._stopping = True
+        for task in others:
+            task.cancel()
+
     async def _wait(self, tasks: Sequence[asyncio.Task[Outcome]]) -> None:
+        if not tasks:
+            return
         try:
             await asyncio.wait(tasks)
         except asyncio.CancelledError:
@@ -192,16 +115,18 @@ class TermRun:
             raise
 
     def _first_of(self, failures: Sequence[Outcome]) -> BaseException:
-        errors = [failure.error or failure.fatal for failure in failures]
+        """KeyboardInterrupt and its like win, then a write into the shared logprobs, then the first error."""
+        errors = [failure.exception for failure in failures if failure.fatal is not None]
         try:
             # A term that failed may be the victim of another one that wrote into the shared logprobs.
             self.logprobs.check_unchanged()
         except InPlaceMutation as mutation:
-            errors.insert(0, mutation)
-        first, *others = [error for error in errors if error is not None]
+            errors.append(mutation)
+        errors += [failure.exception for failure in failures if failure.fatal is None]
+        first, *others = errors
         for other in others:
-            if type(other) is not type(first) or str(other) != str(first):
-                first.add_note(f"{type(other).__name__}: {other}")
+            if described(other) != described(first):
+                first.add_note(described(other))
         return first
 
     async def _outcome(self, term: PreparedTerm) -> Outcome:
@@ -210,14 +135,13 @@ class TermRun:
         except asyncio.CancelledError as error:
             if self._stopping:
                 raise
-            wrapped = RegularizerError(f"term {term.name!r} ended in a cancellation nobody asked for", name=term.name)
-            return Outcome(term, error=_caused_by(wrapped, error))
+            return _cancelled_from_outside(term, error)
         except RegularizerError as error:
             if error.name == term.name:
                 return Outcome(term, error=error)
-            return Outcome(term, error=_wrapped(error, term))
+            return Outcome(term, error=failed_with(term, error))
         except Exception as error:  # noqa: BLE001  # a term may raise anything; it is reported under the term's name
-            return Outcome(term, error=_wrapped(error, term))
+            return Outcome(term, error=failed_with(term, error))
         except BaseException as fatal:  # noqa: BLE001
             # Raised inside a task, KeyboardInterrupt and its like would stop the loop before the siblings.
             return Outcome(term, fatal=fatal)
@@ -227,8 +151,8 @@ class TermRun:
         permit: Slot | None = None
         try:
             if term.is_async is not True:
-                slot = await self._turn(self.threads.terms.slots, term, limit=self._thread_limit)
-            permit = await self._turn(self._permits, term)
+                slot = await self._turn(self.threads.terms.slots, term, self._thread_limit)
+            permit = await self._turn(self._permits, term, self.max_concurrency)
             with _events(term) as measurements:
                 evaluation = await self._within_timeout(term, slot, permit)
                 if term.weight is not None:
@@ -245,17 +169,19 @@ class TermRun:
                     if held is not None:
                         held.release()
 
-    async def _turn(self, slots: Slots, term: PreparedTerm, *, limit: int | None = None) -> Slot:
+    async def _turn(self, slots: Slots, term: PreparedTerm, limit: int) -> Slot:
         patience = DEFAULT_PATIENCE if term.timeout is None else term.timeout
         try:
-            return await slots.acquire(term.name, limit=limit, patience=patience)
+            return await slots.acquire(term.name, group=self.thread_group, group_limit=limit, patience=patience)
         except SlotsAbandoned as error:
-            raise RegularizerTimeout(
-                f"term {term.name!r} did not get to run within {patience} s: every place is held by abandoned terms "
-                f"({', '.join(error.holders)}), which cannot be stopped. Give them a way to end, or raise max_threads",
-                name=term.name,
-                timeout=patience,
-            ) from None
+            with _events(term):  # it never ran, but whoever watches the events is to see it fail
+                raise RegularizerTimeout(
+                    f"term {term.name!r} did not get to run within {patience} s: every place is held by abandoned "
+                    f"terms ({', '.join(error.holders)}), which cannot be stopped. Give them a way to end, or raise "
+                    "max_threads",
+                    name=term.name,
+                    timeout=patience,
+                ) from None
 
     async def _within_timeout(self, term: PreparedTerm, slot: Slot | None, permit: Slot) -> Evaluation:
         expired: BaseException | None = None
@@ -319,7 +245,7 @@ class TermRun:
             try:
                 result = self._call(term, leaf)
             except StopIteration as error:  # it would end the coroutine that waits for this thread
-                raise _wrapped(error, term) from error
+                raise failed_with(term, error) from error
             if not inspect.isawaitable(result):
                 return self._arithmetic(term, result, leaf)
             if term.is_async is None:
@@ -372,11 +298,7 @@ def _close_coroutine(returned: Evaluation | _Returned) -> None:
         returned.awaitable.close()
 
 
-def _wrapped(error: Exception, term: PreparedTerm) -> RegularizerError:
-    wrapped = RegularizerError(f"term {term.name!r} failed with {type(error).__name__}: {error}", name=term.name)
-    return _caused_by(wrapped, error)
-
-
-def _caused_by(error: RegularizerError, cause: BaseException) -> RegularizerError:
+def _cancelled_from_outside(term: PreparedTerm, cause: asyncio.CancelledError | None = None) -> Outcome:
+    error = RegularizerError(f"term {term.name!r} ended in a cancellation nobody asked for", name=term.name)
     error.__cause__ = cause
-    return error
+    return Outcome(term, error=error)

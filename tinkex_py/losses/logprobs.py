@@ -242,6 +242,8 @@ def _check_floating(tensor: object) -> None:
         raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise PipelineError(f"logprobs must be dense, got layout {tensor.layout}: pass logprobs.to_dense()")
 
 
 def _comparison(own: torch.Tensor) -> Callable[[], bool]:

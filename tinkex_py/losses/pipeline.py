@@ -9,11 +9,12 @@ import torch
 from tinkex_py import telemetry
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, NonFiniteLoss, PipelineError
 from tinkex_py.losses import gradients
-from tinkex_py.losses.executor import SMALL_LOGPROBS, Outcome, TermRun, prepare_base_loss, prepare_regularizer
+from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
 from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
+from tinkex_py.losses.terms import Outcome, prepare_base_loss, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
 
@@ -91,7 +92,12 @@ class Pipeline:
         return (await self.evaluate(data, Logprobs.from_tensors(logprobs, datums=len(data)))).output
 
     async def evaluate(
-        self, data: Sequence[Datum], logprobs: Logprobs, *, threads: TermThreads | None = None
+        self,
+        data: Sequence[Datum],
+        logprobs: Logprobs,
+        *,
+        threads: TermThreads | None = None,
+        thread_group: object = None,
     ) -> CustomLoss:
         """The loss and its gradient, as the training client needs them.
 
@@ -99,38 +105,45 @@ class Pipeline:
             data: the datums, handed to every term.
             logprobs: the shared buffer.
             threads: where sync terms run; default are this pipeline's own.
+            thread_group: whose live term threads count against this pipeline's bounds; default is the pipeline.
         """
-        return await with_grad_on_while_suspended(self._observed(data, logprobs, threads or self._threads()))
+        run = TermRun(
+            data,
+            logprobs,
+            threads or self._threads(),
+            self.max_concurrency,
+            self.track_grad_norms,
+            max_threads=self.max_threads,
+            thread_group=thread_group or self,
+        )
+        return await with_grad_on_while_suspended(self._observed(run))
 
-    async def _observed(self, data: Sequence[Datum], logprobs: Logprobs, threads: TermThreads) -> CustomLoss:
+    async def _observed(self, run: TermRun) -> CustomLoss:
         specs = [spec for spec in self.regularizers if spec.enabled]
         metadata = {"regularizer_count": len(specs), "track_grad_norms": self.track_grad_norms}
         with telemetry.lifecycle("tinkex.custom_loss", metadata) as measurements:
-            loss = await self._evaluate(data, logprobs, specs, threads)
+            loss = await self._evaluate(run, specs)
             measurements["loss_total"] = loss.output.loss_total
             measurements["regularizer_total"] = loss.output.regularizer_total
             return loss
 
-    async def _evaluate(
-        self, data: Sequence[Datum], logprobs: Logprobs, specs: Sequence[RegularizerSpec], threads: TermThreads
-    ) -> CustomLoss:
-        run = TermRun(data, logprobs, threads, self.max_concurrency, self.track_grad_norms, self.max_threads)
+    async def _evaluate(self, run: TermRun, specs: Sequence[RegularizerSpec]) -> CustomLoss:
         terms = [prepare_base_loss(self.base_loss, self.timeout)]
         terms += [prepare_regularizer(spec, self.timeout) for spec in specs]
         outcomes = await run.all(terms, parallel=self.parallel)
         self._tell_not_differentiable(outcomes)
-        if logprobs.buffer.numel() <= SMALL_LOGPROBS:
-            return self._compose(outcomes, logprobs, threads)
-        return await run_released(threads.arithmetic, "sum", lambda: self._compose(outcomes, logprobs, threads))
+        if run.logprobs.buffer.numel() <= SMALL_LOGPROBS:
+            return self._compose(outcomes, run)
+        return await run_released(run.threads.arithmetic, "sum", lambda: self._compose(outcomes, run))
 
-    def _compose(self, outcomes: Sequence[Outcome], logprobs: Logprobs, threads: TermThreads) -> CustomLoss:
-        logprobs.check_unchanged()
+    def _compose(self, outcomes: Sequence[Outcome], run: TermRun) -> CustomLoss:
+        run.logprobs.check_unchanged()
         base = outcomes[0].evaluation
         assert base is not None, "a base loss that failed has raised"
         done = [(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
         with torch.inference_mode(False), torch.no_grad():
             parts = [(1.0 if term.weight is None else term.weight, result.gradient) for term, result in done]
-            gradient = gradients.weighted_sum(parts, logprobs.buffer)
+            gradient = gradients.weighted_sum(parts, run.logprobs.buffer)
             gradients.check_finite(gradient, "loss_total")
             total_norm = gradients.norm(gradient) if self.track_grad_norms else None
         regularizers = {outcome.term.name: report(outcome) for outcome in outcomes[1:] if outcome.evaluation}
@@ -144,7 +157,7 @@ class Pipeline:
             skipped={
                 outcome.term.name: telemetry.failure_reason(outcome.error) for outcome in outcomes if outcome.error
             },
-            abandoned_threads=len(threads.abandoned()),
+            abandoned_threads=len(run.threads.abandoned()),
         )
         return CustomLoss(output, gradient, differentiable=any(result.differentiable for _, result in done))
 

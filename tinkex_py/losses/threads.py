@@ -41,6 +41,7 @@ class Slot:
 
     owner: "Slots"
     holder: str
+    group: object = None
     abandoned: bool = False
 
     def release(self) -> None:
@@ -51,7 +52,8 @@ class Slot:
 @dataclass(eq=False)
 class _Waiter:
     holder: str
-    limit: int
+    group: object
+    group_limit: int
     loop: asyncio.AbstractEventLoop
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     slot: Slot | None = None
@@ -70,18 +72,21 @@ class Slots:
         self._held: list[Slot] = []
         self._waiters: list[_Waiter] = []
 
-    async def acquire(self, holder: str, *, limit: int | None = None, patience: float | None = None) -> Slot:
+    async def acquire(
+        self, holder: str, *, group: object = None, group_limit: int | None = None, patience: float | None = None
+    ) -> Slot:
         """Waits for a unit.
 
         Args:
             holder: who asks, for messages.
-            limit: this caller is served only while fewer than `limit` units are held.
+            group: whoever the units are for; those of a group count against its own limit too.
+            group_limit: most units that the group may hold; None is the limit of all.
             patience: seconds to wait while every held unit is abandoned; None waits for ever.
 
         Raises:
             SlotsAbandoned: patience ran out.
         """
-        waiter = _Waiter(holder, min(self.limit, limit or self.limit), asyncio.get_running_loop())
+        waiter = _Waiter(holder, group, group_limit or self.limit, asyncio.get_running_loop())
         with self._lock:
             self._waiters.append(waiter)
             self._grant()
@@ -91,7 +96,7 @@ class Slots:
                     waiter.changed.clear()
                     if waiter.slot is not None:
                         return waiter.slot
-                    stalled = all(slot.abandoned for slot in self._held)
+                    stalled = all(slot.abandoned for slot in self._in_the_way_of(waiter))
                 await self._wait(waiter, patience if stalled else None)
         except BaseException:
             with self._lock:
@@ -134,13 +139,20 @@ class Slots:
 
     def _grant(self) -> None:
         for waiter in list(self._waiters):
-            if len(self._held) >= waiter.limit:
+            if self._in_the_way_of(waiter):
                 continue
             self._waiters.remove(waiter)
-            waiter.slot = Slot(self, waiter.holder)
+            waiter.slot = Slot(self, waiter.holder, waiter.group)
             self._held.append(waiter.slot)
             if not _wake(waiter):
                 self._held.remove(waiter.slot)
+
+    def _in_the_way_of(self, waiter: _Waiter) -> list[Slot]:
+        """The held units that keep a waiter waiting; none if it can be served."""
+        own = [slot for slot in self._held if slot.group is waiter.group]
+        if len(self._held) >= self.limit:
+            return self._held
+        return own if len(own) >= waiter.group_limit else []
 
     def _tell_waiters(self) -> None:
         self._waiters = [waiter for waiter in self._waiters if _wake(waiter)]
@@ -272,10 +284,11 @@ class WorkerThreads:
         try:
             return await call.future
         except _Carried as carried:
-            raise carried.error from None
+            failure = carried.error
         finally:
             if call.leave():
                 self.slots.abandon(slot)
+        raise failure
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:

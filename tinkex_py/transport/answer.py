@@ -213,7 +213,8 @@ def _code(body: object) -> str | None:
 
 def _request_id(answer: HttpAnswer, body: object) -> str | None:
     told = (answer.headers.get(name) for name in _REQUEST_ID_HEADERS)
-    return next(filter(None, told), None) or _first_text(body, ("request_id",))
+    header = next(filter(None, told), None)
+    return answer.secret.redacted_from(header) if header else _first_text(body, ("request_id",))
 
 
 def _first_text(body: object, names: tuple[str, ...]) -> str | None:

@@ -1,5 +1,6 @@
 """Long calls go to the service in chunks, and their results come back as one."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
@@ -82,6 +83,8 @@ def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def _hash(values: Sequence[float], _weights: Sequence[int]) -> float:
+    if not all(math.isfinite(value) for value in values):
+        return values[0]
     return float(sum(int(value) % 2**64 for value in values) % 2**64)
 
 

@@ -4,6 +4,7 @@ The protobuf form of a datum is laid out once. A custom step sends the same datu
 pass and then with other weights, so `EncodedBatch.with_weights` only overwrites the weights' bytes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,7 +215,8 @@ def decode_sample(body: bytes) -> SampleResponse:
         message = wire.SampleResponse.FromString(body)
     except DecodeError as error:
         raise InvalidResponse(f"the result is no SampleResponse ({len(body)} bytes)") from error
-    prompt = np.frombuffer(message.prompt_logprobs, "<f4") if message.HasField("prompt_logprobs") else None
+    told = message.HasField("prompt_logprobs")
+    prompt = _numbers(message.prompt_logprobs, "<f4", "prompt_logprobs") if told else None
     return SampleResponse(
         sequences=[_sequence(sequence) for sequence in message.sequences],
         prompt_logprobs=None if prompt is None else [None if np.isnan(value) else float(value) for value in prompt],
@@ -223,12 +225,21 @@ def decode_sample(body: bytes) -> SampleResponse:
 
 
 def _sequence(sequence: wire.SampledSequence) -> SampledSequence:
-    logprobs = np.frombuffer(sequence.logprobs, "<f4")
+    tokens = _numbers(sequence.tokens, "<i4", "the tokens of a sequence")
+    logprobs = _numbers(sequence.logprobs, "<f4", "the logprobs of a sequence")
+    if logprobs.size not in (0, tokens.size):
+        raise InvalidResponse(f"a sequence of {tokens.size} tokens came with {logprobs.size} logprobs")
     return SampledSequence(
-        tokens=np.frombuffer(sequence.tokens, "<i4").tolist(),
+        tokens=tokens.tolist(),
         logprobs=logprobs.tolist() if logprobs.size else None,
         stop_reason="length" if sequence.stop_reason == wire.STOP_REASON_LENGTH else "stop",
     )
+
+
+def _numbers(buffer: bytes, dtype: str, name: str) -> Array:
+    if len(buffer) % np.dtype(dtype).itemsize:
+        raise InvalidResponse(f"{name} have {len(buffer)} bytes, which is no whole number of {dtype}")
+    return np.frombuffer(buffer, dtype)
 
 
 def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> PackedTensor:
@@ -237,9 +248,11 @@ def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> P
     dtype = _DTYPES.get(field.dtype)
     if dtype is None:
         raise InvalidResponse(f"output field {name!r} has the unknown dtype {field.dtype}")
-    offsets = np.frombuffer(field.offsets, "<i8")
     trailing = tuple(field.trailing_shape)
-    size = dtype.itemsize * max(int(np.prod(trailing)), 1)
+    if any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
+        raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
+    size = dtype.itemsize * math.prod(trailing)
+    offsets = _numbers(field.offsets, "<i8", f"the offsets of output field {name!r}")
     if (
         offsets.size != num_datums + 1
         or offsets[0] != 0

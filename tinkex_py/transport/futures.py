@@ -22,7 +22,7 @@ from tinkex_py.transport.retry import RetryPolicy
 ACCEPT: Final = f"{PROTOBUF}, application/json"
 PENDING_STATUSES: Final = frozenset({"pending", "queued", "running"})
 
-_CATEGORIES: Mapping[object, RequestFailedCategory] = {"user": "user", "server": "server"}
+_CATEGORIES: Mapping[str, RequestFailedCategory] = {"user": "user", "server": "server"}
 # A poll that is answered "not yet" sooner than this was not held by the service; then we pace it ourselves.
 _HELD_SECONDS = 1.0
 _FIRST_PAUSE = 0.05
@@ -95,7 +95,7 @@ class _Waiting(Generic[Decoded]):
 
     def _finished(self, answer: HttpAnswer) -> Result | None:
         """The result, or None if there is none yet."""
-        if answer.is_success and PROTOBUF in answer.headers.get("content-type", ""):
+        if answer.is_success and answer.media_type == PROTOBUF:
             return Result(answer.body, None)
         if answer.status == 408:
             self._tell_queue_state(_object_of(answer))
@@ -111,23 +111,24 @@ class _Waiting(Generic[Decoded]):
             self._tell_queue_state(given)
             return None
         if given.get("error") is not None:
-            raise self._failed(str(given["error"]), given.get("category"))
+            raise self._failed(answer, str(given["error"]), given.get("category"))
         return Result(b"", given)
 
     def _fail_or_ask_again(self, answer: HttpAnswer) -> None:
         """Some services answer 400 where the request itself failed; a few answer so by mistake, once."""
         if answer.status == 410:
-            raise self._failed("the service has lost this request's result", "server")
+            raise self._failed(answer, "the service has lost this request's result", "server")
         self._bad_requests += 1
         if self._bad_requests >= _MOST_BAD_REQUESTS:
             fields = _object_of(answer)
             message = fields.get("detail") or fields.get("error") or answer.body.decode(errors="replace")[:300]
-            raise self._failed(message if isinstance(message, str) else json.dumps(message), fields.get("category"))
+            text = message if isinstance(message, str) else json.dumps(message)
+            raise self._failed(answer, text, fields.get("category"))
 
-    def _failed(self, message: str, category: object) -> RequestFailed:
+    def _failed(self, answer: HttpAnswer, message: str, category: object) -> RequestFailed:
         return RequestFailed(
-            f"{self._request_type} failed on the service: {message}",
-            category=_CATEGORIES.get(category, "unknown"),
+            f"{self._request_type} failed on the service: {answer.secret.redacted_from(message)}",
+            category=_CATEGORIES.get(str(category), "unknown"),
             request_id=self._request_id,
         )
 

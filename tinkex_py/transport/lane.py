@@ -22,7 +22,6 @@ from tinkex_py.errors import (
     RequestInsideStep,
     SequenceLost,
     TinkexError,
-    TransportError,
 )
 
 Answer = TypeVar("Answer")
@@ -180,6 +179,7 @@ class Lane:
         self.accumulated = 0
         self._places: list[Place] = []
         self._entered = 0
+        self._loop = asyncio.get_running_loop()
         self._wire_is_taken = False
         self._waiting: dict[Place, None] = {}  # in the order in which they began to wait
         self._in_flight: set[asyncio.Task[object]] = set()
@@ -190,21 +190,28 @@ class Lane:
         Raises:
             RequestInsideStep: called from inside a term of this client's running step, and not forward-only.
             SequenceLost: the lane cannot go on.
+            ClientClosed: the client belongs to another event loop.
         """
         if self.lost is not None:
             raise _again(self.lost)
         for mark in _steps.get():
             if mark.alive and mark.place in self._places:
                 if forward_only:
+                    self._check_loop()
                     return GuestPlace(self, mark)
                 raise RequestInsideStep(
                     "a term asked its own training client for something other than a forward pass, which would have "
                     "to wait for the step the term belongs to; do it after forward_backward_custom has returned"
                 )
+        self._check_loop()
         self._entered += 1
         place = Place(self, kind, self._entered)
         self._places.append(place)
         return place
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise ClientClosed("this training client belongs to another event loop: make one client per loop")
 
     @property
     def is_empty(self) -> bool:
@@ -250,16 +257,21 @@ class Lane:
     async def _deliver(self, place: Place, numbers: Sequence[int], send: Send[Answer]) -> Answer:
         try:
             return await send(numbers)
+        except asyncio.CancelledError:
+            if self.lost is None:
+                raise
+            raise _again(self.lost) from None  # cut off by `drain`: its caller was not cancelled
         except APIStatusError as error:
             if error.status < 500 and error.status not in UNDECIDED_STATUSES:
                 if place.happened and place.kind is not Kind.READ:
                     self.break_behind(place)
                 raise
             raise self._lose(numbers, error) from error
-        except TransportError as error:
+        except Exception as error:
+            # Whatever it was: the number is taken, and nobody can say whether it arrived.
             raise self._lose(numbers, error) from error
 
-    def _lose(self, numbers: Sequence[int], error: TinkexError) -> SequenceLost | ClientClosed:
+    def _lose(self, numbers: Sequence[int], error: Exception) -> SequenceLost | ClientClosed:
         numbered = f"request {numbers[0]}" if len(numbers) == 1 else f"requests {numbers[0]} to {numbers[-1]}"
         self.end(
             SequenceLost(

@@ -15,7 +15,7 @@ class WireModel(BaseModel):
         InvalidData: on construction, naming the field and, where it is a plain number, the value.
     """
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
 
     def __init__(self, **fields: Any) -> None:
         try:

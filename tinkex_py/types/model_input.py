@@ -57,8 +57,9 @@ class EncodedTextChunk(WireModel):
             raise InvalidData(f"tokens must be one flat sequence, got shape {array.shape}")
         if array.size and array.dtype.kind not in "iu":
             raise InvalidData(f"tokens must be integers, got dtype {array.dtype}")
-        if array.size and (int(array.min()) < 0 or int(array.max()) >= 2**31):
-            raise InvalidData(f"token ids must lie in [0, 2**31), got {array.min()} to {array.max()}")
+        wrong = array[(array < 0) | (array >= 2**31)] if array.size else array
+        if wrong.size:
+            raise InvalidData(f"token ids must lie in [0, 2**31), got {wrong[0]}")
         packed = np.array(array, dtype="<i4", order="C", copy=True)
         packed.flags.writeable = False
         return packed

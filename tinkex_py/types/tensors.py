@@ -148,6 +148,8 @@ class TensorData(WireModel):
                 sparse_crow_indices=detached.crow_indices().numpy(),
                 sparse_col_indices=detached.col_indices().numpy(),
             )
+        if str(detached.layout) != "torch.strided":
+            detached = detached.to_dense()
         return cls.from_numpy(_torch_to_numpy(detached))
 
     @property
@@ -220,7 +222,7 @@ def _as_array(value: Any) -> Array:
 
 
 def _torch_to_numpy(tensor: "torch.Tensor") -> Array:
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() and tensor.element_size() < 4:  # numpy has no bfloat16
         tensor = tensor.float()
     return tensor.numpy()
 
@@ -229,9 +231,23 @@ def _dtype_of(array: Array) -> TensorDtype:
     return "float32" if array.dtype.kind == "f" else "int64"
 
 
+def _check_fits(array: Array, packed: Array, dtype: TensorDtype) -> None:
+    if dtype == "float32" and array.dtype.kind == "f" and array.dtype.itemsize > packed.dtype.itemsize:
+        lost = np.isinf(packed) & np.isfinite(array)
+    elif dtype == "int64" and array.dtype.kind in "uf":
+        lost = (array >= 2**63) | (array < -(2**63))
+    else:
+        return
+    if lost.any():
+        raise InvalidData(f"{array[lost][0]} does not fit into {dtype}")
+
+
 def _read_only(array: Array, dtype: TensorDtype) -> Array:
     if dtype == "int64" and array.dtype.kind == "f" and array.size and (array != np.trunc(array)).any():
         raise InvalidData("dtype 'int64' was asked for, but the values are not whole numbers")
-    packed = np.array(array, dtype=np.dtype(dtype).newbyteorder("<"), order="C", copy=True)
+    wire_dtype = np.dtype(dtype).newbyteorder("<")
+    with np.errstate(over="ignore", invalid="ignore"):
+        packed = np.array(array, dtype=wire_dtype, order="C", copy=True)
+    _check_fits(array, packed, dtype)
     packed.flags.writeable = False
     return packed

@@ -1,0 +1,167 @@
+"""Settings: arguments before the environment, checked values, and a key that never shows."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+
+from tinkex_py import AsyncServiceClient, ConfigError, RetryPolicy, TinkexConfig
+
+KEY = "tml-PLANTED-0123456789abcdef"
+
+
+def test_arguments_come_before_the_environment(monkeypatch):
+    monkeypatch.setenv("TINKER_API_KEY", "tml-environment")
+    monkeypatch.setenv("TINKER_BASE_URL", "http://environment:1")
+    monkeypatch.setenv("TINKER_PROJECT_ID", "environment")
+    config = TinkexConfig()
+    assert (config.base_url, config.key, config.project_id) == (
+        "http://environment:1",
+        "tml-environment",
+        "environment",
+    )
+    given = TinkexConfig(base_url="http://given:2/", api_key="tml-given", project_id="given")
+    assert (given.base_url, given.key, given.project_id) == ("http://given:2", "tml-given", "given")
+
+
+def test_the_environment_is_read_once(monkeypatch):
+    monkeypatch.setenv("TINKER_API_KEY", "tml-first")
+    monkeypatch.setenv("TINKER_BASE_URL", "http://first")
+    config = TinkexConfig()
+    monkeypatch.setenv("TINKER_API_KEY", "tml-second")
+    monkeypatch.setenv("TINKER_BASE_URL", "http://second")
+    assert (config.base_url, config.key) == ("http://first", "tml-first")
+
+
+def test_without_an_address_it_is_the_hosted_service():
+    assert TinkexConfig(api_key=KEY).base_url.startswith("https://")
+
+
+@pytest.mark.parametrize("key", [None, "", "  "])
+def test_without_a_key_the_variable_is_named(key):
+    with pytest.raises(ConfigError, match="TINKER_API_KEY") as caught:
+        TinkexConfig(base_url="http://x", api_key=key)
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(ConfigError, match="TINKER_API_KEY"):
+        AsyncServiceClient()
+    with pytest.raises(ConfigError, match="TINKER_API_KEY"):
+        AsyncServiceClient.from_env()
+
+
+@pytest.mark.parametrize("key", [f" {KEY}", f"{KEY}\n", f"{KEY}é", f"{KEY}\x00{KEY}"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key, monkeypatch):
+    for make in (lambda: TinkexConfig(base_url="http://x", api_key=key), TinkexConfig):
+        if "\x00" not in key:
+            monkeypatch.setenv("TINKER_API_KEY", key)
+        elif make is TinkexConfig:
+            continue
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert KEY not in str(caught.value)
+        assert KEY not in repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("timeout", 0),
+        ("timeout", -1.0),
+        ("timeout", float("nan")),
+        ("poll_timeout", 0),
+        ("heartbeat_interval", 0),
+        ("close_timeout", -0.1),
+        ("close_timeout", float("nan")),
+        ("max_connections", 0),
+        ("max_threads", 0),
+        ("wire", "xml"),
+    ],
+)
+def test_values_out_of_range_are_named(field, value):
+    with pytest.raises(ConfigError, match=field) as caught:
+        TinkexConfig(base_url="http://x", api_key=KEY, **{field: value})
+    assert repr(value) in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("timeout", "60"),
+        ("max_connections", "16"),
+        ("max_connections", 1.5),
+        ("base_url", 7),
+        ("api_key", 7),
+        ("retry", 3),
+    ],
+)
+def test_values_of_a_wrong_type_are_named_at_once(field, value):
+    """Not later, as a TypeError from deep inside."""
+    with pytest.raises(ConfigError, match=field):
+        TinkexConfig(**{"base_url": "http://x", "api_key": KEY, field: value})
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://host", "http://", "not an address", "http://ho st", "http://host:99999", "http://[::1"],
+)
+def test_a_bad_address_is_refused_before_any_io(url):
+    with pytest.raises(ConfigError, match="base_url"):
+        AsyncServiceClient(TinkexConfig(base_url=url, api_key=KEY))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"deadline": 0},
+        {"deadline": float("nan")},
+        {"max_attempts": 0},
+        {"initial_wait": -1},
+        {"max_wait": float("inf")},
+    ],
+)
+def test_bad_retry_policies_are_named(fields):
+    (name,) = fields
+    with pytest.raises(ConfigError, match=name):
+        RetryPolicy(**fields)
+
+
+def test_the_key_does_not_show():
+    config = TinkexConfig(base_url="http://x", api_key=KEY)
+    for text in (
+        repr(config),
+        str(config),
+        f"{config!r:>5}",
+        repr(vars(config)),
+        repr(config.api_key),
+        str(config.api_key),
+    ):
+        assert KEY not in text
+    assert KEY.encode() not in pickle.dumps(config)
+    assert KEY.encode() not in pickle.dumps([config.api_key])
+    assert KEY not in repr(dataclasses.asdict(config))
+    assert config.key == KEY
+
+
+def test_an_unpickled_config_reads_the_key_from_the_environment(monkeypatch):
+    config = TinkexConfig(base_url="http://x", api_key=KEY, timeout=3.0, tags=["a"])
+    packed = pickle.dumps(config)
+    with pytest.raises(ConfigError, match="TINKER_API_KEY"):
+        pickle.loads(packed)
+    monkeypatch.setenv("TINKER_API_KEY", "tml-other")
+    again = pickle.loads(packed)
+    assert (again.base_url, again.timeout, again.tags, again.key) == ("http://x", 3.0, ("a",), "tml-other")
+
+
+def test_copies_in_this_process_keep_the_key(monkeypatch):
+    config = TinkexConfig(base_url="http://x", api_key=KEY)
+    assert dataclasses.replace(config, timeout=5.0).key == KEY
+    for made in (copy.copy(config), copy.deepcopy(config)):
+        assert made.key == KEY
+
+
+def test_a_config_is_frozen():
+    config = TinkexConfig(base_url="http://x", api_key=KEY)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.timeout = 1.0
+    assert config == TinkexConfig(base_url="http://x", api_key="tml-other")

@@ -1,0 +1,193 @@
+"""The package as a whole: what importing it loads, and what it offers."""
+
+import importlib
+import inspect
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinkex_py
+from tinkex_py import errors
+
+PUBLIC = """
+APIStatusError AdamParams AsyncSamplingClient AsyncServiceClient AsyncTrainingClient Authentication BadRequest
+BaseLossOutput BillingRequired ClientClosed ConfigError Conflict ConnectionFailed CustomLossOutput Datum
+DuplicateRegularizerNames EncodedTextChunk Executor ForwardBackwardOutput GetInfoResponse GradientTracker
+InPlaceMutation InvalidBaseLoss InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric
+MissingExtra ModelInput NonFiniteLoss NotFound OptimStepResponse PermissionDenied Pipeline PipelineError
+PrecedingRequestFailed RateLimited Regularizer RegularizerError RegularizerOutput RegularizerSpec
+RegularizerTimeout RequestFailed RequestInsideStep RetryPolicy SampleResponse SampledSequence SamplingParams
+SaveWeightsResponse SequenceLost ServerCapabilities ServerError SurrogateMismatch TensorData Term TermResult
+TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature __version__ execute
+packed_field per_datum split telemetry
+"""
+
+
+def run(program: str) -> str:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_loads_neither_torch_nor_an_http_library():
+    heavy = ("torch", "httpx", "httpcore", "transformers", "starlette", "uvicorn", "numpy", "pydantic")
+    assert run(f"import sys, tinkex_py; print([name for name in {heavy!r} if name in sys.modules])") == "[]"
+
+
+def test_talking_to_a_service_loads_no_torch_until_a_loss_is_composed():
+    program = """
+import sys
+from tinkex_py import AsyncServiceClient, Datum, ModelInput, TinkexConfig, AdamParams
+AsyncServiceClient(TinkexConfig(base_url="http://127.0.0.1:1", api_key="x"))
+Datum(model_input=ModelInput.from_ints([1]), loss_fn_inputs={"target_tokens": [1]})
+print("torch" in sys.modules)
+"""
+    assert run(program) == "False"
+
+
+def test_every_public_name_resolves():
+    assert len(set(tinkex_py.__all__)) == len(tinkex_py.__all__)
+    for name in tinkex_py.__all__:
+        assert getattr(tinkex_py, name) is not None
+    assert set(tinkex_py.__all__) <= set(dir(tinkex_py))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = tinkex_py.nonsense
+
+
+def test_the_public_names_are_these():
+    assert sorted(tinkex_py.__all__) == sorted(PUBLIC.split())
+
+
+def test_all_errors_are_public():
+    classes = {
+        name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, errors.TinkexError)
+    }
+    assert classes <= set(tinkex_py.__all__)
+
+
+def test_public_things_have_docstrings():
+    for name in tinkex_py.__all__:
+        value = getattr(tinkex_py, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), name
+
+
+def test_every_error_survives_pickling():
+    made = [
+        errors.APIStatusError("m", status=418, body={"a": 1}, attempts=3),
+        errors.NotFound("m", status=404, request_id="r"),
+        errors.RequestFailed("m", category="user", request_id="r", handed_over=(3, 4)),
+        errors.MissingExtra("peft", "local"),
+        errors.DuplicateRegularizerNames(["a", "b"]),
+        errors.RegularizerTimeout("m", name="kl", timeout=3.0),
+        errors.NonFiniteLoss("m", name="kl"),
+        errors.SequenceLost("m"),
+    ]
+    for error in made:
+        error.accumulated = 2
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert "2 backward pass(es)" in str(again)
+        assert vars(again) == vars(error)
+
+
+def test_the_stdlib_classes_that_fit():
+    pairs = {
+        "ConfigError": ValueError,
+        "InvalidData": ValueError,
+        "MissingExtra": ImportError,
+        "ConnectionFailed": ConnectionError,
+        "TimeoutExceeded": TimeoutError,
+        "PermissionDenied": PermissionError,
+        "NotFound": LookupError,
+        "RegularizerTimeout": TimeoutError,
+        "InvalidSpec": ValueError,
+        "InvalidBaseLoss": TypeError,
+    }
+    for name, base in pairs.items():
+        assert issubclass(getattr(tinkex_py, name), base)
+
+
+def test_the_version_is_the_distributions():
+    from importlib.metadata import version
+
+    assert version("tinkex-py") == tinkex_py.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", tinkex_py.__version__)
+
+
+def test_the_package_is_typed():
+    root = Path(tinkex_py.__file__).parent
+    assert (root / "py.typed").exists()
+    assert (root / "__init__.pyi").exists()
+
+
+def test_both_sdks_live_in_one_process():
+    program = """
+import importlib
+from tinkex_py.transport import wire
+importlib.import_module("tinker.proto.tinker_public_pb2")
+print(wire.ForwardBackwardRequest(model_id="m").model_id)
+"""
+    assert run(program) == "m"
+
+
+def test_the_clients_offer_what_the_design_says():
+    offered = {
+        "AsyncServiceClient": [
+            "aclose",
+            "create_lora_training_client",
+            "create_sampling_client",
+            "create_training_client_from_state",
+            "from_env",
+            "get_server_capabilities",
+            "local",
+        ],
+        "AsyncTrainingClient": [
+            "accumulated",
+            "aclose",
+            "forward",
+            "forward_backward",
+            "forward_backward_custom",
+            "get_info",
+            "get_tokenizer",
+            "load_state",
+            "optim_step",
+            "save_state",
+            "save_weights_and_get_sampling_client",
+        ],
+        "AsyncSamplingClient": ["aclose", "sample"],
+    }
+    for name, members in offered.items():
+        for member in members:
+            assert hasattr(getattr(tinkex_py, name), member), f"{name}.{member}"
+    signature = inspect.signature(tinkex_py.AsyncTrainingClient.forward_backward_custom)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    assert list(defaults)[1:3] == ["data", "base_loss"]
+    expected = {
+        "regularizers": (),
+        "track_grad_norms": False,
+        "parallel": True,
+        "timeout": 30.0,
+        "max_concurrency": 32,
+        "max_threads": None,
+    }
+    assert {name: defaults[name] for name in expected} == expected
+    assert all(signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)
+    created = inspect.signature(tinkex_py.AsyncServiceClient.create_lora_training_client).parameters
+    assert {"base_model", "rank", "seed", "train_mlp", "train_attn", "train_unembed", "lora_config"} <= set(created)
+
+
+def test_one_file_knows_the_http_library():
+    root = Path(tinkex_py.__file__).parent
+    knowing = [
+        path.name
+        for path in root.rglob("*.py")
+        if re.search(r"^\s*(import|from) httpx", path.read_text(), re.MULTILINE)
+    ]
+    assert knowing == ["http.py"]
+    importlib.import_module("tinkex_py.transport.http")
