@@ -119,10 +119,12 @@ UNSENDABLE = [
     {"loss_fn_config": {"beta": [1.0]}},
     {"loss_fn_config": {3: 1.0}},
     {"loss_fn_config": "beta"},
+    {"loss_fn_config": {"beta": 10**400}},
+    {"loss_fn": "\ud800"},
 ]
 
 
-@pytest.mark.parametrize("options", UNSENDABLE, ids=repr)
+@pytest.mark.parametrize("options", UNSENDABLE, ids=lambda options: ascii(options)[:40])
 @pytest.mark.parametrize("method", ["forward", "forward_backward"])
 async def test_what_cannot_be_encoded_is_a_typed_error_and_takes_no_number(bench, options, method):
     training = await bench.train()
@@ -277,6 +279,23 @@ async def test_sampling_input(bench):
         await bench.service.create_sampling_client()
     with pytest.raises(ConfigError, match="exactly one"):
         await bench.service.create_sampling_client(base_model="tiny", model_path="x")
+    assert bench.recorder.of("asample") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["text"], {}),
+        ([[1, 2]], {}),
+        ([None], {}),
+        *(([ModelInput.from_ints([1])], {"num_samples": n}) for n in ("3", 2.5)),
+    ],
+    ids=str,
+)
+async def test_sampling_input_of_a_wrong_type(bench, arguments, options):
+    sampler = await bench.service.create_sampling_client(base_model="tiny")
+    with pytest.raises(InvalidData):
+        await sampler.sample(*arguments, **options)
     assert bench.recorder.of("asample") == []
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.client.data import datum
 from tests.client.recorder import Arrival, chunked, sent_weights
-from tinkex_py import RegularizerSpec, per_datum
+from tinkex_py import Datum, ModelInput, RegularizerSpec, TensorData, per_datum
 from tinkex_py.losses import packed_field
 from tinkex_py.transport import wire
 
@@ -145,6 +145,51 @@ async def test_per_datum_terms_may_see_datums_of_mixed_shapes(local_bench):
     assert relative_error(-sent, reference) > 1.9
 
 
+async def test_many_tokens_go_another_way_to_the_same_gradient(bench):
+    """Above some size encoding and sums leave the loop's thread, and 1,024 datums fill a chunk."""
+    data = [datum(9 + index % 3, index) for index in range(1700)]
+    seen: list[torch.Tensor] = []
+
+    def base(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        seen.append(logprobs.detach().clone())
+        return (logprobs**2 * packed_field(data, "weights")).sum()
+
+    training = await bench.train()
+    await training.forward_backward_custom(data, base, regularizers=[SPECS[0], SPECS[1]])
+    messages = [arrival.message for arrival in bench.recorder.of("B")]
+    assert [len(message.data) for message in messages] == [1024, 676]
+    weights = packed_field(data, "weights").double()
+    assert len(weights) > 16_384
+
+    def total(parts: list[torch.Tensor]) -> torch.Tensor:
+        (flat,) = parts
+        return (flat**2 * weights).sum() + 0.3 * flat.abs().sum() + 0.7 * (flat.exp() * flat).sum()
+
+    reference = gradient_of(total, seen)
+    assert relative_error(-sent_weights(messages), reference) <= TOLERANCE
+    assert relative_error(sent_weights(messages), reference) > 1.9
+
+
+async def test_sparse_targets(bench):
+    """The dense gradient comes back also where the datum's tensors are CSR."""
+    pattern = {"shape": (3, 8), "sparse_crow_indices": [0, 1, 1, 2], "sparse_col_indices": [0, 7]}
+    sparse = Datum(
+        model_input=ModelInput.from_ints([5, 6, 7]),
+        loss_fn_inputs={
+            "target_tokens": TensorData(data=[65, 66], dtype="int64", **pattern),
+            "weights": TensorData(data=[2.0, 3.0], dtype="float32", **pattern),
+        },
+    )
+    training = await bench.train()
+    await training.forward_backward_custom([sparse], masked_nll)
+    (forward,), (backward,) = bench.recorder.of("F"), bench.recorder.of("B")
+    expected = np.zeros((3, 8), np.float32)
+    expected[0, 0], expected[2, 7] = 2.0, 3.0
+    for arrival in (forward, backward):
+        assert np.array_equal(sent_weights([arrival.message]).reshape(3, 8), expected)
+        assert arrival.message.data[0].loss_fn_inputs["target_tokens"].WhichOneof("encoding") == "sparse_csr"
+
+
 def without_what_may_differ(arrival: Arrival) -> bytes:
     message = arrival.message
     message.ClearField("seq_id")
@@ -185,8 +230,6 @@ async def test_forward_and_backward_differ_in_weights_number_and_kind_only(local
 
 
 async def test_datums_without_weights_are_fine_in_a_custom_step(local_bench):
-    from tinkex_py import Datum, ModelInput
-
     plain = Datum(model_input=ModelInput.from_ints([5, 6, 7]), loss_fn_inputs={"target_tokens": [6, 7, 8]})
     bench = local_bench()
     async with bench.service:
