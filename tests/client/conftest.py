@@ -12,7 +12,7 @@ from tinkex_py import AsyncServiceClient, AsyncTrainingClient
 from tinkex_py.local import LocalService
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_torch_thread() -> Iterator[None]:
     """The tiny model's matrices are so small that a second thread only waits: 6 times faster with one."""
     before = torch.get_num_threads()

@@ -270,7 +270,7 @@ async def test_sampling_input(bench):
     sampler = await bench.service.create_sampling_client(base_model="tiny")
     with pytest.raises(InvalidData, match="prompt is empty"):
         await sampler.sample(ModelInput.empty())
-    with pytest.raises(InvalidData, match="num_samples.*0"):
+    with pytest.raises(InvalidData, match=r"num_samples.*0"):
         await sampler.sample(ModelInput.from_ints([1]), num_samples=0)
     for bad in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}, {"top_k": -2}):
         with pytest.raises(InvalidData, match=next(iter(bad))):

@@ -45,10 +45,12 @@ class AsyncSamplingClient:
         """
         if self._closed:
             raise ClientClosed("this sampling client is closed; make a new one")
+        if not isinstance(prompt, ModelInput):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"prompt must be a ModelInput, got a {type(prompt).__name__}: see ModelInput.from_text")
         if prompt.length == 0:
             raise InvalidData("the prompt is empty; it needs at least one token")
-        if num_samples < 1:
-            raise InvalidData(f"num_samples must be >= 1, got {num_samples}")
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"num_samples must be an int >= 1, got {num_samples!r}")
         params = sampling_params or SamplingParams()
         body: dict[str, Any] = {
             "sampling_session_id": self.sampling_session_id,

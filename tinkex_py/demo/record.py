@@ -54,10 +54,13 @@ def plot(folder: Path, outputs: Sequence[CustomLossOutput]) -> Path:
     norms.plot(steps, [output.total_grad_norm for output in outputs], label="total", linewidth=2, color="black")
     norms.set_ylabel("gradient norm")
     norms.set_yscale("log")
+    largest = max(output.total_grad_norm or 0.0 for output in outputs)
+    if largest > 0:  # a norm that starts at zero would squeeze all others into one line
+        norms.set_ylim(bottom=largest * 1e-5)
     norms.set_xlabel("step")
     for axes in (loss, contributions, norms):
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right", fontsize="small")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
     loss.set_title("loss_total = base_loss + sum(weight x regularizer)")
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)

@@ -63,6 +63,9 @@ class EncodedBatch:
         return EncodedBatch(self.data, body, self.weights_at, self.weights_bytes)
 
 
+NO_DATUMS = EncodedBatch((), bytearray(), (), ())
+
+
 def encode_batch(data: Sequence[Datum]) -> EncodedBatch:
     """Lays out datums with all their loss inputs."""
     body = bytearray()

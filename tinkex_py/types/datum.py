@@ -35,7 +35,9 @@ class Datum(WireModel):
         if not isinstance(inputs, Mapping):
             raise InvalidData(f"loss_fn_inputs must map names to tensors, got a {type(inputs).__name__}")
         packed: dict[str, TensorData] = {}
-        for name, value in cast("Mapping[str, Any]", inputs).items():
+        for name, value in cast("Mapping[object, Any]", inputs).items():
+            if not isinstance(name, str) or not name.isprintable():
+                raise InvalidData(f"the names of loss_fn_inputs must be printable texts, got {name!r}")
             try:
                 packed[name] = TensorData.of(value, name=name)
             except InvalidData as error:
