@@ -1,0 +1,136 @@
+"""The demo: `tinkex-py demo` in an empty folder, and its parts."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinkex_py import CustomLossOutput, ForwardBackwardOutput, packed_field
+from tinkex_py.demo.data import Pair, batches, default_file, make_datum, read_pairs, with_reference
+from tinkex_py.demo.losses import kl_to_base, l2, masked_nll, rarity_server
+from tinkex_py.demo.record import new_run_folder
+from tinkex_py.errors import ConfigError, InvalidData
+from tinkex_py.local.tokenizers import ByteTokenizer
+from tinkex_py.types import PackedTensor
+
+TERMS = ("l2", "kl_to_base", "rarity")
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "tinkex_py", "demo", *arguments]
+    environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_short_run_lowers_the_loss_and_writes_its_folder(tmp_path: Path):
+    done = demo(tmp_path, "--model", "tiny", "--steps", "5", "--learning-rate", "0.003")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    last_line = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"loss ([0-9.]+) -> ([0-9.]+) in 5 steps, files in (runs/\S+)", last_line)
+    assert found, last_line
+    assert float(found[2]) < float(found[1])
+    folder = tmp_path / found[3]
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        seconds = row.pop("seconds")
+        row.pop("step")
+        assert seconds > 0
+        output = CustomLossOutput.model_validate(row)
+        assert tuple(output.regularizers) == TERMS
+        weighted = sum(term.weight * term.value for term in output.regularizers.values())
+        assert output.loss_total == pytest.approx(output.base_loss.value + weighted, rel=1e-9)
+        assert all(term.grad_norm is not None for term in output.regularizers.values())
+    assert f"{rows[0]['loss_total']:.4f}" == found[1]
+    assert f"{rows[-1]['loss_total']:.4f}" == found[2]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for word in ("before training", "after training", "gradient norm", *TERMS):
+        assert word in done.stdout
+
+
+def test_bad_data_is_named(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    done = demo(tmp_path, "--model", "tiny", "--data", "bad.jsonl")
+    assert done.returncode == 2
+    assert "bad.jsonl:2" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_model_is_named(tmp_path: Path):
+    done = demo(tmp_path, "--model", "no-such-model", "--steps", "1")
+    assert done.returncode == 2
+    assert "no-such-model" in done.stderr
+
+
+def test_the_data_set_ships_with_a_common_style():
+    pairs = read_pairs(default_file("instructions.jsonl"))
+    assert len(pairs) >= 64
+    assert len({pair.prompt for pair in pairs}) == len(pairs)
+    assert all(pair.answer.startswith("Ahoy friend, ") and pair.answer.endswith(", fair winds!") for pair in pairs)
+    held_out = read_pairs(default_file("held_out.jsonl"))
+    assert not {pair.prompt for pair in pairs} & {pair.prompt for pair in held_out}
+
+
+def test_missing_and_empty_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"none\.jsonl"):
+        read_pairs(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InvalidData, match=r"empty\.jsonl"):
+        read_pairs(tmp_path / "empty.jsonl")
+    with pytest.raises(ConfigError, match="no-such-file"):
+        default_file("no-such-file")
+
+
+def test_only_the_answer_has_weight():
+    datum = make_datum(ByteTokenizer(), Pair(prompt="ab", answer="xyz"))
+    weights = datum.loss_fn_inputs["weights"].to_numpy()
+    targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+    assert bytes(targets[weights == 1.0].tolist()) == b"xyz\n"
+    assert datum.model_input.length == len(targets)
+
+
+def test_batches_cover_every_datum_once_an_epoch():
+    data = [make_datum(ByteTokenizer(), Pair(prompt=str(i), answer=str(i))) for i in range(6)]
+    stream = batches(data, 2, seed=1)
+    epoch = [datum for _ in range(3) for datum in next(stream)]
+    assert sorted(id(datum) for datum in epoch) == sorted(id(datum) for datum in data)
+
+
+@pytest.mark.asyncio
+async def test_the_terms_are_what_their_formulas_say():
+    tokenizer = ByteTokenizer()
+    data = [make_datum(tokenizer, Pair(prompt="a", answer="bb")), make_datum(tokenizer, Pair(prompt="a", answer="c"))]
+    lengths = [datum.model_input.length for datum in data]
+    reference = [torch.full((length,), -1.0).numpy() for length in lengths]
+    answer = ForwardBackwardOutput(num_datums=2, packed={"logprobs": PackedTensor.from_arrays(reference)})
+    data = with_reference(data, answer)
+    logprobs = torch.linspace(-2.0, -0.1, sum(lengths))
+    mask = packed_field(data, "weights").bool()
+    answers = logprobs[mask].double()
+    assert masked_nll(data, logprobs).item() == pytest.approx(-answers.mean().item(), rel=1e-6)
+    assert l2(data, logprobs).item() == pytest.approx(answers.square().mean().item(), rel=1e-6)
+    ratio = -1.0 - answers
+    expected = (ratio.exp() - 1 - ratio).mean().item()
+    assert kl_to_base(data, logprobs).item() == pytest.approx(expected, rel=1e-5)
+    assert kl_to_base(data, torch.full_like(logprobs, -1.0)).item() == 0.0
+    targets = packed_field(data, "target_tokens").tolist()
+    rarity = torch.tensor([1.0 / (1.0 + targets.count(token)) for token in targets], dtype=torch.float64)
+    async with rarity_server(data) as term:
+        loss, metrics = await term.compute(data, logprobs)
+    assert loss.item() == pytest.approx(-(rarity[mask] * answers).mean().item(), rel=1e-6)
+    assert math.isclose(metrics["mean_rarity"], rarity.mean().item(), rel_tol=1e-6)
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path: Path):
+    folders = {new_run_folder(tmp_path) for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_dir() for folder in folders)
