@@ -21,6 +21,9 @@ from hypothesis import HealthCheck, settings
 from tinkex_py import telemetry
 from tinkex_py.telemetry import handlers
 
+# The models of the tests are so small that a second torch thread costs more than it brings, in subprocesses too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("tinkex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tinkex")
 
