@@ -28,7 +28,7 @@ def tinkex_py() -> None:
 def serve(
     model: Annotated[str, typer.Option(help="tiny, smollm2, or a local Hugging Face folder")] = "tiny",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one")] = 0,
     device: Annotated[str | None, typer.Option(help="torch device; the best there is by default")] = None,
     checkpoints_dir: Annotated[Path | None, typer.Option(help="keep checkpoints here")] = None,
     api_key: Annotated[

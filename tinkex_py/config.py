@@ -1,12 +1,13 @@
 """Where the service is, the key, timeouts and limits."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from tinkex_py.errors import ConfigError
 from tinkex_py.transport.answer import Secret
+from tinkex_py.transport.request import checked_base_url
 from tinkex_py.transport.retry import RetryPolicy
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
@@ -50,18 +51,23 @@ class TinkexConfig:
     close_timeout: float = 10.0
     heartbeat_interval: float = 10.0
     tags: tuple[str, ...] = ()
-    user_metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    user_metadata: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
     project_id: str | None = None
     wire: str = "protobuf"
 
     def __post_init__(self) -> None:
         base_url = _checked_text("base_url", self.base_url) or os.environ.get(BASE_URL_VARIABLE) or HOSTED_SERVICE
+        checked_base_url(base_url)
         object.__setattr__(self, "base_url", base_url.rstrip("/"))
         object.__setattr__(self, "api_key", _secret(self.api_key))
         project = _checked_text("project_id", self.project_id) or os.environ.get("TINKER_PROJECT_ID") or None
         object.__setattr__(self, "project_id", project)
-        if isinstance(self.tags, str):
-            raise ConfigError(f"tags must be a sequence of texts, got the text {self.tags!r}")
+        tags = cast("object", self.tags)
+        is_sequence = isinstance(tags, Iterable) and not isinstance(tags, str)
+        if not is_sequence or not all(isinstance(tag, str) for tag in cast("Iterable[object]", tags)):
+            raise ConfigError(f"tags must be a sequence of texts, got {tags!r}")
+        if not isinstance(self.user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"user_metadata must be a mapping, got {self.user_metadata!r}")
         object.__setattr__(self, "tags", tuple(self.tags))
         for name in ("timeout", "poll_timeout", "heartbeat_interval"):
             _check_seconds(name, getattr(self, name), least_excluded=0)

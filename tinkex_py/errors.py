@@ -42,9 +42,9 @@ def _restore(cls: type["TinkexError"], args: tuple[Any, ...], state: dict[str, A
 class TinkexError(Exception):
     """Base of every error of this package.
 
-    `accumulated` is the number of backward passes that the service already holds for the training
-    client that raised it: the wire cannot undo them, so a caller who repeats a failed step must not
-    send those again.
+    `accumulated` is the number of backward passes that the training client has handed over since its last
+    optim_step: the wire cannot undo them, so a caller who repeats a failed step must not send those again
+    that the service took.
     """
 
     accumulated: int = 0
@@ -54,8 +54,9 @@ class TinkexError(Exception):
         if not self.accumulated:
             return message
         return (
-            f"{message} [{self.accumulated} backward pass(es) since the last optim_step are already on the service: "
-            "send only the missing micro-batches again, or make a new client from the last checkpoint]"
+            f"{message} [{self.accumulated} backward pass(es) were handed over since the last optim_step. What the "
+            "service took of them stays there: send only the missing micro-batches again, or make a new client from "
+            "the last checkpoint]"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

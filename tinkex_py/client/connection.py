@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -21,6 +22,8 @@ Decoded = TypeVar("Decoded")
 
 DEFAULT_MAX_CHUNK_DATUMS = 1024
 DEFAULT_MAX_CHUNK_BYTES = 5_000_000
+# Seconds that a service may take to answer for the first time.
+FIRST_CONTACT_DEADLINE = 15.0
 # A session that is over answers 410 to its heartbeat.
 SESSION_OVER = 410
 
@@ -192,9 +195,15 @@ class Connection:
             name="tinkex.heartbeat",
         )
 
+    def _first_contact(self) -> RetryPolicy:
+        """Shorter than the usual policy: a service that never answered is likelier named wrongly than down."""
+        return dataclasses.replace(self.config.retry, deadline=min(self.config.retry.deadline, FIRST_CONTACT_DEADLINE))
+
     async def _read_client_config(self) -> None:
         try:
-            flags = await self.post("/api/v1/client/config", {"sdk_version": __version__})
+            flags = await self._request(
+                "POST", "/api/v1/client/config", json={"sdk_version": __version__}, retry=self._first_contact()
+            )
         except NotFound:  # services older than this endpoint work with the defaults
             return
         except APIStatusError as error:

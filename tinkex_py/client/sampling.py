@@ -51,6 +51,8 @@ class AsyncSamplingClient:
             raise InvalidData("the prompt is empty; it needs at least one token")
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"num_samples must be an int >= 1, got {num_samples!r}")
+        if sampling_params is not None and not isinstance(sampling_params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"sampling_params must be SamplingParams, got a {type(sampling_params).__name__}")
         params = sampling_params or SamplingParams()
         body: dict[str, Any] = {
             "sampling_session_id": self.sampling_session_id,

@@ -17,6 +17,7 @@ from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
     ConfigError,
+    InvalidData,
     InvalidResponse,
     MissingExtra,
     UnsupportedFeature,
@@ -115,11 +116,11 @@ class AsyncServiceClient:
         self,
         base_model: str,
         *,
-        rank: int | None = None,
+        rank: int = 32,
         seed: int | None = None,
-        train_mlp: bool | None = None,
-        train_attn: bool | None = None,
-        train_unembed: bool | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
         lora_config: LoraConfig | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> AsyncTrainingClient:
@@ -127,11 +128,11 @@ class AsyncServiceClient:
 
         Args:
             base_model: name of the base model; `get_server_capabilities` lists them.
-            rank: inner dimension of the adapters; default 32.
+            rank: inner dimension of the adapters.
             seed: of the initial weights; None lets the service choose.
-            train_mlp: adapt the feed-forward layers; default True.
-            train_attn: adapt the attention layers; default True.
-            train_unembed: adapt the output layer; default True.
+            train_mlp: adapt the feed-forward layers.
+            train_attn: adapt the attention layers.
+            train_unembed: adapt the output layer.
             lora_config: all of these in one value, instead of single ones.
             user_metadata: labels of the model.
 
@@ -146,9 +147,13 @@ class AsyncServiceClient:
             "train_attn": train_attn,
             "train_unembed": train_unembed,
         }
-        given = {name: value for name, value in single.items() if value is not None}
+        defaults = LoraConfig().model_dump()
+        given = {name: value for name, value in single.items() if value != defaults[name]}
         if lora_config is not None and given:
             raise ConfigError(f"give lora_config or {', '.join(given)}, not both")
+        if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
+        _check_text("base_model", base_model)
         settings = lora_config or LoraConfig(**given)
         connection = await self._connected()
         request_id = await connection.submit(
@@ -178,6 +183,7 @@ class AsyncServiceClient:
         Raises:
             RequestFailed, APIStatusError: there is no such checkpoint.
         """
+        _check_text("path", path)
         connection = await self._connected()
         number = connection.next_model_number()
         body: dict[str, Any] = {
@@ -259,6 +265,9 @@ class AsyncServiceClient:
     def _check_usable(self) -> None:
         if self._closed:
             raise ClientClosed("this service client is closed; make a new one")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -272,9 +281,13 @@ class AsyncServiceClient:
 
         Requests in flight get `config.close_timeout` seconds to be answered. Nothing is left behind: no task,
         thread, socket or file, except threads of abandoned terms, which end when their function returns.
+
+        Raises:
+            ClientClosed: the client belongs to another event loop; close it there.
         """
         if self._closed:
             return
+        self._check_loop()
         self._closed = True
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -300,6 +313,11 @@ class AsyncServiceClient:
 
     def __repr__(self) -> str:
         return f"AsyncServiceClient(base_url={self.config.base_url!r}, closed={self._closed})"
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidData(f"{name} must be a non-empty text, got {value!r}")
 
 
 def _model_id(fields: Mapping[str, Any]) -> str:

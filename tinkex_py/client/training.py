@@ -230,12 +230,17 @@ class AsyncTrainingClient:
         Raises:
             UnsupportedFeature: the model is in use already; the message names the way out.
         """
-        if not self._lane.is_unused:
-            raise UnsupportedFeature(
-                f"{path!r} cannot be loaded into a model that is in use: await "
-                "service.create_training_client_from_state(path, with_optimizer=...) makes a new one from it"
-            )
+        is_unused = self._lane.is_unused
+
+        def check() -> None:
+            if not is_unused:
+                raise UnsupportedFeature(
+                    f"{path!r} cannot be loaded into a model that is in use: await "
+                    "service.create_training_client_from_state(path, with_optimizer=...) makes a new one from it"
+                )
+
         with self._request(Kind.UPDATE, "load_state") as place:
+            await self._or_break(check)
             body = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
             await self._numbered(place, "load_weights", body, "LoadWeights")
 
@@ -295,6 +300,9 @@ class AsyncTrainingClient:
 
     async def get_info(self) -> GetInfoResponse:
         """What is being trained."""
+        self._lane.check_loop()
+        if isinstance(self._lane.lost, ClientClosed):
+            raise ClientClosed("this training client is closed; make a new one")
         if self._info is None:
             fields = await self._connection.post("/api/v1/get_info", {"model_id": self.model_id, "type": "get_info"})
             self._info = GetInfoResponse.read(fields)
@@ -316,7 +324,12 @@ class AsyncTrainingClient:
     # Closing
 
     async def aclose(self) -> None:
-        """Ends this client; waits a while for what is in flight. Closing twice is fine."""
+        """Ends this client; waits a while for what is in flight. Closing twice is fine.
+
+        Raises:
+            ClientClosed: the client belongs to another event loop; close it there.
+        """
+        self._lane.check_loop()
         self._lane.end(ClientClosed("this training client is closed; make a new one"))
         await self._lane.drain(self._connection.config.close_timeout)
 
@@ -352,7 +365,7 @@ class AsyncTrainingClient:
         """Runs a check of the input; requests that were started together with a bad one are to see its failure."""
         try:
             return build()
-        except TinkexError:
+        except Exception:
             await asyncio.sleep(0)
             raise
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,22 @@ def append_step(folder: Path, step: int, output: CustomLossOutput, extra: Mappin
         file.write(json.dumps(row) + "\n")
 
 
-def plot(folder: Path, outputs: Sequence[CustomLossOutput]) -> Path:
-    """Draws loss and contributions over the steps, and the gradient norms."""
+def require_matplotlib() -> None:
+    """Raises MissingExtra now rather than after the training.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import_module("matplotlib.figure")
     except ImportError as error:
         raise MissingExtra("matplotlib", "demo") from error
+
+
+def plot(folder: Path, outputs: Sequence[CustomLossOutput]) -> Path:
+    """Draws loss and contributions over the steps, and the gradient norms."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)

@@ -12,7 +12,7 @@ from rich.console import Console
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
 from tinkex_py.demo.data import Pair, batches, default_file, make_datum, prompt_tokens, read_pairs, with_reference
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
-from tinkex_py.demo.record import append_step, new_run_folder, plot
+from tinkex_py.demo.record import append_step, new_run_folder, plot, require_matplotlib
 from tinkex_py.demo.screen import Screen
 from tinkex_py.losses import CustomLossOutput, RegularizerSpec
 from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams, Tokenizer
@@ -62,6 +62,7 @@ class DemoSummary:
 
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     """Fine-tunes the model on the data set and shows it on the console."""
+    require_matplotlib()
     pairs = read_pairs(options.data or default_file("instructions.jsonl"))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)

@@ -12,7 +12,7 @@ from tinkex_py.local.checkpoints import CheckpointInfo, SessionInfo
 from tinkex_py.local.lanes import Lane, Receipt
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.results import Answer, Failure, PendingResult, ResultBook
-from tinkex_py.local.worker import EngineWorker
+from tinkex_py.local.worker import EngineClosing, EngineWorker
 
 if TYPE_CHECKING:
     from tinkex_py.local.engine import Engine
@@ -180,6 +180,8 @@ def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
         pending.settle(answer)
     elif isinstance(error, InvalidData | ConfigError | UnsupportedFeature):
         pending.settle(Failure(str(error), "user"))
+    elif isinstance(error, EngineClosing):
+        pending.settle(Failure(str(error), "server"))
     else:
         logger.error("request %s failed", pending.request_id, exc_info=error)
         pending.settle(Failure(f"{type(error).__name__}: {error}", "server"))

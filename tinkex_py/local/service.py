@@ -32,7 +32,7 @@ class LocalService:
         try:
             from tinkex_py.local.app import build_app
         except ModuleNotFoundError as error:
-            raise MissingExtra(str(error.name), "local") from error
+            raise MissingExtra(str(error.name).partition(".")[0], "local") from error
 
         self.options = options or LocalOptions()
         self.core: Core | None = None

@@ -162,6 +162,7 @@ class TermRun:
                 return evaluation
         finally:
             if slot is not None and slot.abandoned:
+                telemetry.emit("tinkex.regularizer.abandoned", {}, {"regularizer_name": term.name})
                 if permit is not None:
                     self._permits.abandon(permit)
             else:
@@ -195,8 +196,6 @@ class TermRun:
             if not scope.expired():
                 raise
             expired = error if not isinstance(error, TimeoutError) else None
-        if slot is not None and slot.abandoned:
-            telemetry.emit("tinkex.regularizer.abandoned", {}, {"regularizer_name": term.name})
         timeout = cast("float", term.timeout)
         raise RegularizerTimeout(
             f"term {term.name!r} did not end within its timeout of {timeout} s", name=term.name, timeout=timeout

@@ -1,8 +1,9 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -209,6 +210,9 @@ def total(values: Sequence[float]) -> float:
 
 def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
     """The specs, if they are specs and have unique names."""
+    given = cast("object", regularizers)
+    if isinstance(given, RegularizerSpec) or not isinstance(given, Iterable):
+        raise InvalidSpec(f"regularizers must be a list of RegularizerSpec, got a {type(given).__name__}")
     specs = tuple(regularizers)
     for index, spec in enumerate(specs):
         if not isinstance(spec, RegularizerSpec):  # pyright: ignore[reportUnnecessaryIsInstance]

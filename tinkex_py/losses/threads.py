@@ -90,6 +90,7 @@ class Slots:
         with self._lock:
             self._waiters.append(waiter)
             self._grant()
+        give_up_at: float | None = None
         try:
             while True:
                 with self._lock:
@@ -97,7 +98,11 @@ class Slots:
                     if waiter.slot is not None:
                         return waiter.slot
                     stalled = all(slot.abandoned for slot in self._in_the_way_of(waiter))
-                await self._wait(waiter, patience if stalled else None)
+                if not stalled or patience is None:
+                    give_up_at = None
+                elif give_up_at is None:
+                    give_up_at = waiter.loop.time() + patience
+                await self._wait(waiter, give_up_at)
         except BaseException:
             with self._lock:
                 if waiter in self._waiters:
@@ -106,9 +111,9 @@ class Slots:
                 waiter.slot.release()
             raise
 
-    async def _wait(self, waiter: _Waiter, patience: float | None) -> None:
+    async def _wait(self, waiter: _Waiter, give_up_at: float | None) -> None:
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout_at(give_up_at):
                 await waiter.changed.wait()
         except TimeoutError:
             raise SlotsAbandoned(self.holders()) from None

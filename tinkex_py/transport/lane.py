@@ -197,19 +197,20 @@ class Lane:
         for mark in _steps.get():
             if mark.alive and mark.place in self._places:
                 if forward_only:
-                    self._check_loop()
+                    self.check_loop()
                     return GuestPlace(self, mark)
                 raise RequestInsideStep(
                     "a term asked its own training client for something other than a forward pass, which would have "
                     "to wait for the step the term belongs to; do it after forward_backward_custom has returned"
                 )
-        self._check_loop()
+        self.check_loop()
         self._entered += 1
         place = Place(self, kind, self._entered)
         self._places.append(place)
         return place
 
-    def _check_loop(self) -> None:
+    def check_loop(self) -> None:
+        """Raises ClientClosed on an event loop that is not the lane's."""
         if asyncio.get_running_loop() is not self._loop:
             raise ClientClosed("this training client belongs to another event loop: make one client per loop")
 
@@ -220,8 +221,8 @@ class Lane:
 
     @property
     def is_unused(self) -> bool:
-        """True until the first request enters."""
-        return self._entered == 0
+        """True until the first number is taken or a request waits for one."""
+        return self.next_number == 1 and not self._places
 
     def has_turn(self, place: Place) -> bool:
         """True if every earlier place has happened or left."""
@@ -316,7 +317,12 @@ class Lane:
         self._wake_all()
 
     async def drain(self, timeout: float) -> None:
-        """Waits for what is in flight, at most `timeout` seconds, then cancels it."""
+        """Waits for what is in flight, at most `timeout` seconds, then cancels it.
+
+        Raises:
+            ClientClosed: called on another event loop.
+        """
+        self.check_loop()
         tasks = set(self._in_flight)
         if not tasks:
             return
