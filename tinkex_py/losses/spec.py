@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, runtime_c
 import numpy as np
 
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.ready_made import ReadyMadeTerm
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ class RegularizerSpec:
         problem = why_not_a_term(self.fn, self.options)
         if problem is not None:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
+        if isinstance(self.fn, ReadyMadeTerm):
+            self.fn.with_options(self.options)
 
 
 def term_name(term: object) -> str | None:
