@@ -57,7 +57,7 @@ def guide_specs() -> list[RegularizerSpec]:
     ]
 
 
-def spec(fn: Any, name: str, weight: float = 1.0, **options: Any) -> RegularizerSpec:
+def spec(fn: Any, name: str, weight: Any = 1.0, **options: Any) -> RegularizerSpec:
     return RegularizerSpec(fn=fn, weight=weight, name=name, **options)
 
 

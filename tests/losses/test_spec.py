@@ -45,6 +45,8 @@ def test_row_13_fields_and_defaults():
         "on_error",
         "enabled",
         "is_async",
+        "retry",
+        "max_grad_norm",
     ]
     assert (made.timeout, made.options, made.on_error, made.enabled, made.is_async) == (None, {}, "raise", True, None)
 

@@ -9,6 +9,7 @@ from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
+from tinkex_py.client.steps import OptimizerSteps
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
 from tinkex_py.client.training_data import check_data, check_finite, check_loss, check_name, check_targets
 from tinkex_py.errors import (
@@ -35,6 +36,7 @@ from tinkex_py.types import (
 )
 
 if TYPE_CHECKING:
+    from tinkex_py.losses.combine import Combine
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
     from tinkex_py.losses.spec import RegularizerSpec, Term
@@ -63,6 +65,7 @@ class AsyncTrainingClient:
         self._connection = connection
         self._load_tokenizer = load_tokenizer
         self._lane = Lane()
+        self._steps = OptimizerSteps()
         connection.lanes.add(self._lane)
         self._info: GetInfoResponse | None = None
 
@@ -70,6 +73,20 @@ class AsyncTrainingClient:
     def accumulated(self) -> int:
         """Backward passes handed over since the last optimizer step; the service cannot take them back."""
         return self._lane.accumulated
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps handed over so far; what a schedule of a regularizer's weight is called with.
+
+        Set it where a run is resumed, to the number of steps that were made before.
+        """
+        return self._steps.made
+
+    @step.setter
+    def step(self, made: int) -> None:
+        if isinstance(made, bool) or not isinstance(made, int) or made < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"step must be an int >= 0, got {made!r}")
+        self._steps.made = made
 
     # Passes over data
 
@@ -125,6 +142,7 @@ class AsyncTrainingClient:
         timeout: float | None = 30.0,
         max_concurrency: int = 32,
         max_threads: int | None = None,
+        combine: "Combine" = "sum",
         deadline: float | None = None,
     ) -> "CustomLossOutput":
         """Adds the gradient of a composed loss to what the next optimizer step uses.
@@ -142,6 +160,7 @@ class AsyncTrainingClient:
             timeout: seconds per term; None is no limit.
             max_concurrency: terms in flight at once.
             max_threads: sync terms of this call in threads at once; the service client's threads bound it too.
+            combine: "sum" or "pcgrad", see `Pipeline`.
             deadline: seconds for everything up to the hand-over of the gradient; after that it never cancels.
 
         Raises:
@@ -159,6 +178,7 @@ class AsyncTrainingClient:
                 "max_concurrency": max_concurrency,
                 "max_threads": max_threads,
                 "timeout": timeout,
+                "combine": combine,
             }
             await self._or_break(lambda: check_deadline(deadline))
             pipeline = await self._or_break(lambda: pipeline_of(base_loss, regularizers, options))
@@ -166,8 +186,13 @@ class AsyncTrainingClient:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
                 output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
+
+                def on_hand_over() -> None:
+                    self._steps.add(pipeline.controllers, output)
+                    handed_over()
+
                 service_output = await self._pass(
-                    place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=handed_over
+                    place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=on_hand_over
                 )
             return output.model_copy(update={"service_output": service_output})
 
@@ -181,10 +206,12 @@ class AsyncTrainingClient:
     ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
         from tinkex_py.losses.logprobs import Logprobs
 
+        self._steps.check()
         with place.running_terms():
             loss = await pipeline.evaluate(
                 data,
                 Logprobs.from_packed(logprobs_of(forward, data)),
+                step=self._steps.made,
                 threads=self._connection.threads,
                 thread_group=self,
             )
@@ -213,11 +240,12 @@ class AsyncTrainingClient:
                 await asyncio.sleep(0)
                 raise InvalidData(f"params must be AdamParams, got a {type(params).__name__}")
 
-            def clear() -> None:
+            def on_hand_over() -> None:
                 self._lane.accumulated = 0
+                self._steps.end_step()
 
             body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
-            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear)
+            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=on_hand_over)
             return OptimStepResponse.read(fields)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:

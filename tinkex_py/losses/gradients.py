@@ -27,6 +27,7 @@ class Evaluation:
         gradient: d(loss)/d(logprobs), shaped like the leaf; None if it is zero or was not needed.
         grad_norm: its L2 norm; None if it was not asked for.
         differentiable: False if the loss has no path to the logprobs.
+        attempts: how often the term was called.
     """
 
     value: float
@@ -34,6 +35,7 @@ class Evaluation:
     gradient: torch.Tensor | None
     grad_norm: float | None
     differentiable: bool
+    attempts: int = 1
 
 
 def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: bool, needs_norm: bool) -> Evaluation:

@@ -24,6 +24,8 @@ EVENT_LEVELS: Mapping[str, int] = {
     **{f"{prefix}.{phase}": level for prefix in LIFECYCLES for phase, level in _LIFECYCLE_LEVELS.items()},
     "tinkex.regularizer.not_differentiable": logging.WARNING,
     "tinkex.regularizer.abandoned": logging.WARNING,
+    "tinkex.regularizer.retry": logging.WARNING,
+    "tinkex.regularizer.controller_failed": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
 }
