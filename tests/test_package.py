@@ -16,14 +16,16 @@ from tinkex_py import errors
 PUBLIC = """
 APIStatusError AdamParams AsyncSamplingClient AsyncServiceClient AsyncTrainingClient Authentication BadRequest
 BaseLossOutput BillingRequired ClientClosed ConfigError Conflict ConnectionFailed CustomLossOutput Datum
-DuplicateRegularizerNames EncodedTextChunk Executor ForwardBackwardOutput GetInfoResponse GradientTracker
+DuplicateRegularizerNames EncodedTextChunk Executor ForwardBackwardOutput GetInfoResponse
+GradientDiagnosis GradientTracker
 InPlaceMutation InvalidBaseLoss InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric
 MissingExtra ModelInput NonFiniteLoss NotFound OptimStepResponse PermissionDenied Pipeline PipelineError
 PrecedingRequestFailed RateLimited Regularizer RegularizerError RegularizerOutput RegularizerSpec
 RegularizerTimeout RequestFailed RequestInsideStep RetryPolicy SampleResponse SampledSequence SamplingParams
 SaveWeightsResponse SequenceLost ServerCapabilities ServerError SurrogateMismatch TensorData Term TermResult
-TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature __version__ execute
-packed_field per_datum split telemetry
+TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature
+WeightController __version__ execute
+controllers packed_field per_datum schedules split telemetry
 """
 
 

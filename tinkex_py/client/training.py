@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tinkex_py.losses.combine import Combine
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
+    from tinkex_py.losses.recording import RecordPath
     from tinkex_py.losses.spec import RegularizerSpec, Term
 
 
@@ -144,6 +145,7 @@ class AsyncTrainingClient:
         max_threads: int | None = None,
         combine: "Combine" = "sum",
         deadline: float | None = None,
+        record: "RecordPath | None" = None,
     ) -> "CustomLossOutput":
         """Adds the gradient of a composed loss to what the next optimizer step uses.
 
@@ -162,6 +164,7 @@ class AsyncTrainingClient:
             max_threads: sync terms of this call in threads at once; the service client's threads bound it too.
             combine: "sum" or "pcgrad", see `Pipeline`.
             deadline: seconds for everything up to the hand-over of the gradient; after that it never cancels.
+            record: a folder to write what the terms see to, for `tinkex_py.losses.replay`.
 
         Raises:
             RegularizerError: a term failed; nothing was sent, and the client stays usable.
@@ -185,7 +188,7 @@ class AsyncTrainingClient:
             async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
-                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
+                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks, record)
 
                 def on_hand_over() -> None:
                     self._steps.add(pipeline.controllers, output)
@@ -203,6 +206,7 @@ class AsyncTrainingClient:
         forward: ForwardBackwardOutput,
         pipeline: "Pipeline",
         chunks: Sequence[EncodedBatch],
+        record: "RecordPath | None",
     ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
         from tinkex_py.losses.logprobs import Logprobs
 
@@ -214,6 +218,7 @@ class AsyncTrainingClient:
                 step=self._steps.made,
                 threads=self._connection.threads,
                 thread_group=self,
+                record=record,
             )
         if not loss.differentiable:
             raise PipelineError(

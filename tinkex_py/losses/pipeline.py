@@ -1,8 +1,8 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -14,12 +14,20 @@ from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput
+from tinkex_py.losses.recording import RecordPath, start_recording
 from tinkex_py.losses.report import diagnosis_measurements, part_of, report, total
 from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
-from tinkex_py.losses.terms import Outcome, prepare_base_loss, prepare_regularizer
+from tinkex_py.losses.terms import Outcome, PreparedTerm, prepare_base_loss, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.losses.weights import WeightController
 from tinkex_py.types import Datum
+
+if TYPE_CHECKING:
+    from tinkex_py.losses.tinker_loss import TinkerLoss
+
+OPTIONS = ("track_grad_norms", "parallel", "timeout", "max_concurrency", "max_threads", "combine")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,12 @@ class Pipeline:
         return [(name, controller) for controller, name in firsts.items()]
 
     async def compute(
-        self, data: Sequence[Datum], logprobs: torch.Tensor | Sequence[torch.Tensor], *, step: int = 0
+        self,
+        data: Sequence[Datum],
+        logprobs: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        step: int = 0,
+        record: RecordPath | None = None,
     ) -> CustomLossOutput:
         """Evaluates the loss on logprobs that are at hand.
 
@@ -134,12 +147,27 @@ class Pipeline:
             data: the datums, handed to every term; may be empty.
             logprobs: one floating point tensor of any shape, or one tensor per datum. Never changed.
             step: optimizer steps made before, for weights that depend on it.
+            record: a folder to write what the terms see to, for `replay`.
 
         Raises:
             RegularizerError: a term failed; its `name` says which.
-            PipelineError: the logprobs cannot be used.
+            PipelineError: the logprobs cannot be used, or the record cannot be written.
         """
-        return (await self.evaluate(data, Logprobs.from_tensors(logprobs, datums=len(data)), step=step)).output
+        own = Logprobs.from_tensors(logprobs, datums=len(data))
+        return (await self.evaluate(data, own, step=step, record=record)).output
+
+    def as_tinker_loss(self, *, step: int = 0) -> "TinkerLoss":
+        """This pipeline as a loss function of the official SDK, with the same gradient.
+
+        `training_client.forward_backward_custom(data, pipeline.as_tinker_loss())` of the `tinker` package trains as
+        `AsyncTrainingClient.forward_backward_custom(data, pipeline)` does.
+
+        Args:
+            step: optimizer steps made before, for weights that depend on it.
+        """
+        from tinkex_py.losses.tinker_loss import TinkerLoss
+
+        return TinkerLoss(self, checked_step(step))
 
     async def evaluate(
         self,
@@ -149,6 +177,7 @@ class Pipeline:
         step: int = 0,
         threads: TermThreads | None = None,
         thread_group: object = None,
+        record: RecordPath | None = None,
     ) -> CustomLoss:
         """The loss and its gradient, as the training client needs them.
 
@@ -158,6 +187,7 @@ class Pipeline:
             step: optimizer steps made before.
             threads: where sync terms run; default are this pipeline's own.
             thread_group: whose live term threads count against this pipeline's bounds; default is the pipeline.
+            record: a folder to write what the terms see to.
         """
         run = TermRun(
             data,
@@ -168,21 +198,46 @@ class Pipeline:
             max_threads=self.max_threads,
             thread_group=thread_group or self,
         )
-        return await with_grad_on_while_suspended(self._observed(run, checked_step(step)))
+        return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
 
-    async def _observed(self, run: TermRun, step: int) -> CustomLoss:
+    async def _observed(self, run: TermRun, step: int, record: RecordPath | None) -> CustomLoss:
         specs = [spec for spec in self.regularizers if spec.enabled]
         metadata = {"regularizer_count": len(specs), "track_grad_norms": self.track_grad_norms}
         with telemetry.lifecycle("tinkex.custom_loss", metadata) as measurements:
-            loss = await self._evaluate(run, specs, step)
+            loss = await self._recorded(run, specs, step, record)
             measurements["loss_total"] = loss.output.loss_total
             measurements["regularizer_total"] = loss.output.regularizer_total
             measurements.update(diagnosis_measurements(loss.output))
             return loss
 
-    async def _evaluate(self, run: TermRun, specs: Sequence[RegularizerSpec], step: int) -> CustomLoss:
-        terms = [prepare_base_loss(self.base_loss, self.timeout)]
-        terms += [prepare_regularizer(spec, self.timeout, step=step) for spec in specs]
+    async def _recorded(
+        self, run: TermRun, specs: Sequence[RegularizerSpec], step: int, record: RecordPath | None
+    ) -> CustomLoss:
+        regularizers = [prepare_regularizer(spec, self.timeout, step=step) for spec in specs]
+        if record is None:
+            return await self._evaluate(run, regularizers, step)
+
+        async def off_the_loop(work: Callable[[], Result]) -> Result:
+            return await run_released(run.threads.arithmetic, "record", work)
+
+        weighted = [(spec, term.weight or 0.0) for spec, term in zip(specs, regularizers, strict=True)]
+        options = {name: getattr(self, name) for name in OPTIONS}
+        recording = await off_the_loop(
+            lambda: start_recording(
+                record, run.data, run.logprobs, self.base_loss, weighted, step=step, options=options
+            )
+        )
+        try:
+            loss = await self._evaluate(run, regularizers, step)
+        except PipelineError as error:
+            failure = error
+            await off_the_loop(lambda: recording.fail(failure))
+            raise
+        await off_the_loop(lambda: recording.end(loss.output))
+        return loss
+
+    async def _evaluate(self, run: TermRun, regularizers: Sequence[PreparedTerm], step: int) -> CustomLoss:
+        terms = [prepare_base_loss(self.base_loss, self.timeout), *regularizers]
         outcomes = await run.all(terms, parallel=self.parallel)
         self._tell_not_differentiable(outcomes)
         if run.logprobs.buffer.numel() <= SMALL_LOGPROBS:
