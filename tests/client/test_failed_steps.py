@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.client.data import bad_datum, datum, nll
-from tests.client.recorder import after
+from tests.client.recorder import after, answering
 from tinkex_py import (
     AdamParams,
     InPlaceMutation,
@@ -22,6 +22,7 @@ from tinkex_py import (
     RegularizerTimeout,
     RequestFailed,
     TinkexError,
+    Unprocessable,
 )
 
 pytestmark = pytest.mark.asyncio
@@ -234,6 +235,27 @@ async def test_errors_tell_what_is_accumulated_and_what_to_do(bench):
         await training.forward_backward_custom(DATA, raising)
     assert caught.value.accumulated == 0
     assert "micro-batches" not in str(caught.value)
+
+
+async def test_what_the_service_refused_does_not_change_what_is_accumulated(local_bench):
+    bench = local_bench()
+    async with bench.service:
+        bench.service._connection.max_chunk_datums = 1
+        training = await bench.train()
+        await training.forward_backward(DATA)
+        bench.recorder.faults["optim_step"] = [answering(422)]
+        with pytest.raises(Unprocessable) as caught:
+            await training.optim_step()
+        assert caught.value.accumulated == 1
+        assert training.accumulated == 1  # the service still holds that gradient
+        bench.recorder.faults["B"] = [answering(422)] * len(DATA)
+        with pytest.raises(Unprocessable):
+            await training.forward_backward(DATA)
+        assert training.accumulated == 1
+        bench.recorder.faults["B"] = [answering(422)]
+        with pytest.raises(Unprocessable):
+            await training.forward_backward(DATA)
+        assert training.accumulated == 2  # a part of it was taken
 
 
 async def test_a_request_that_the_service_fails_breaks_what_is_queued_and_lists_what_was_sent(bench):

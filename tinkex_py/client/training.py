@@ -12,6 +12,7 @@ from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
 from tinkex_py.client.training_data import check_data, check_finite, check_loss, check_name, check_targets
 from tinkex_py.errors import (
+    APIStatusError,
     ClientClosed,
     InvalidData,
     InvalidResponse,
@@ -213,11 +214,17 @@ class AsyncTrainingClient:
                 await asyncio.sleep(0)
                 raise InvalidData(f"params must be AdamParams, got a {type(params).__name__}")
 
+            cleared = 0
+
             def clear() -> None:
-                self._lane.accumulated = 0
+                nonlocal cleared
+                cleared, self._lane.accumulated = self._lane.accumulated, 0
+
+            def keep() -> None:
+                self._lane.accumulated += cleared
 
             body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
-            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear)
+            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear, refused=keep)
             return OptimStepResponse.read(fields)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
@@ -405,7 +412,15 @@ class AsyncTrainingClient:
             if handed_over is not None:
                 handed_over()
 
-        request_ids = await place.submit(len(chunks), chunked.send, last=last, handed_over=on_hand_over)
+        async def send(numbers: Sequence[int]) -> list[str]:
+            try:
+                return await chunked.send(numbers)
+            except APIStatusError:
+                if not forward_only and not chunked.accepted:
+                    self._lane.accumulated -= 1
+                raise
+
+        request_ids = await place.submit(len(chunks), send, last=last, handed_over=on_hand_over)
         return await chunked.result(request_ids)
 
     async def _numbered(
@@ -416,13 +431,19 @@ class AsyncTrainingClient:
         request_type: str,
         *,
         handed_over: Callable[[], None] | None = None,
+        refused: Callable[[], None] | None = None,
     ) -> Mapping[str, Any]:
         # Before a number is taken: what cannot be sent must not leave a gap.
         await self._or_break(lambda: encoded_json(body, endpoint))
 
         async def send(numbers: Sequence[int]) -> str:
             numbered = {"model_id": self.model_id, "seq_id": numbers[0], **body}
-            return await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+            try:
+                return await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+            except APIStatusError:
+                if refused is not None:
+                    refused()
+                raise
 
         request_id = await place.submit(1, send, handed_over=handed_over)
         return await self._connection.fields(request_id, request_type)
