@@ -11,9 +11,11 @@ from tests.client.data import bad_datum, datum, nll
 from tests.client.recorder import after, answering
 from tinkex_py import (
     AdamParams,
+    Datum,
     InPlaceMutation,
     InvalidData,
     InvalidTermResult,
+    ModelInput,
     NonFiniteLoss,
     PipelineError,
     PrecedingRequestFailed,
@@ -183,13 +185,28 @@ async def test_bad_data_beside_an_optim_step_sends_nothing(bench, custom):
     def request(data: Any) -> Any:
         return training.forward_backward_custom(data, nll) if custom else training.forward_backward(data)
 
-    for bad in ([], ["no datum"], None):
+    tokens = ModelInput.from_ints([1, 2, 3])
+    without_targets = Datum(model_input=tokens, loss_fn_inputs={"weights": [1.0, 1.0, 1.0]})
+    short = Datum(model_input=tokens, loss_fn_inputs={"target_tokens": [2, 3]})
+    for bad in ([], ["no datum"], None, [*DATA, without_targets], [*DATA, short]):
         step, update = await asyncio.gather(request(bad), training.optim_step(), return_exceptions=True)
         assert isinstance(step, InvalidData), bad
         assert isinstance(update, PrecedingRequestFailed), (bad, update)
     assert bench.kinds(training) == []
     await asyncio.gather(request(DATA), training.optim_step())
     assert bench.kinds(training)[-2:] == ["B", "optim_step"]
+
+
+@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+async def test_inputs_that_a_known_loss_lacks_send_nothing(bench, loss_fn):
+    training = await bench.train()
+    step, update = await asyncio.gather(
+        training.forward_backward(DATA, loss_fn), training.optim_step(), return_exceptions=True
+    )
+    assert isinstance(step, InvalidData)
+    assert "'advantages'" in str(step)
+    assert isinstance(update, PrecedingRequestFailed)
+    assert bench.kinds(training) == []
 
 
 async def test_a_bad_base_loss_beside_an_optim_step_sends_nothing(bench):

@@ -10,7 +10,7 @@ from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
-from tinkex_py.client.training_data import check_data, check_finite, check_loss, check_name, check_targets
+from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name
 from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
@@ -384,8 +384,7 @@ class AsyncTrainingClient:
             check_loss(loss_fn, config)
             if self._connection.config.wire == "json":
                 check_finite(datums, config, fields=("weights",) if custom else None)
-            if custom:
-                check_targets(datums)
+            check_inputs(datums, loss_fn)
             return datums
 
         datums = await self._or_break(checked)
