@@ -231,6 +231,11 @@ class _Call(Generic[Result]):
                 return True
             return False
 
+    def discard_delivered(self) -> None:
+        """The caller was cancelled in the same moment in which the result came."""
+        if self.future.done() and not self.future.cancelled() and self.future.exception() is None:
+            self._discard(self.future.result())
+
     def _deliver(self, result: Result | None, failure: BaseException | None) -> None:
         if self.future.done():
             if result is not None:
@@ -290,6 +295,9 @@ class WorkerThreads:
             return await call.future
         except _Carried as carried:
             failure = carried.error
+        except asyncio.CancelledError:
+            call.discard_delivered()
+            raise
         finally:
             if call.leave():
                 self.slots.abandon(slot)
