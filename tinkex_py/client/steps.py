@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class OptimizerSteps:
-    """The optimizer steps that one client has handed over.
+    """The optimizer steps of one client that the service took.
 
     Attributes:
         made: how many, those before a resumed run included.
@@ -29,7 +29,7 @@ class OptimizerSteps:
             self._outputs.setdefault(controller, []).append(output)
 
     def end_step(self) -> None:
-        """An optimizer step was handed over. Never raises: a controller that fails is reported by `check`."""
+        """The service took an optimizer step. Never raises: a controller that fails is reported by `check`."""
         self.made += 1
         due, self._outputs = self._outputs, {}
         for controller, outputs in due.items():

@@ -11,8 +11,9 @@ from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_o
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.steps import OptimizerSteps
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
-from tinkex_py.client.training_data import check_data, check_finite, check_loss, check_name, check_targets
+from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name
 from tinkex_py.errors import (
+    APIStatusError,
     ClientClosed,
     InvalidData,
     InvalidResponse,
@@ -77,7 +78,7 @@ class AsyncTrainingClient:
 
     @property
     def step(self) -> int:
-        """Optimizer steps handed over so far; what a schedule of a regularizer's weight is called with.
+        """Optimizer steps that the service took so far; what a schedule of a regularizer's weight is called with.
 
         Set it where a run is resumed, to the number of steps that were made before.
         """
@@ -245,12 +246,25 @@ class AsyncTrainingClient:
                 await asyncio.sleep(0)
                 raise InvalidData(f"params must be AdamParams, got a {type(params).__name__}")
 
-            def on_hand_over() -> None:
-                self._lane.accumulated = 0
-                self._steps.end_step()
+            cleared = 0
+
+            def clear() -> None:
+                nonlocal cleared
+                cleared, self._lane.accumulated = self._lane.accumulated, 0
+
+            def keep() -> None:
+                self._lane.accumulated += cleared
 
             body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
-            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=on_hand_over)
+            fields = await self._numbered(
+                place,
+                "optim_step",
+                body,
+                "OptimStep",
+                handed_over=clear,
+                accepted=self._steps.end_step,
+                refused=keep,
+            )
             return OptimStepResponse.read(fields)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
@@ -410,8 +424,7 @@ class AsyncTrainingClient:
             check_loss(loss_fn, config)
             if self._connection.config.wire == "json":
                 check_finite(datums, config, fields=("weights",) if custom else None)
-            if custom:
-                check_targets(datums)
+            check_inputs(datums, loss_fn)
             return datums
 
         datums = await self._or_break(checked)
@@ -438,7 +451,15 @@ class AsyncTrainingClient:
             if handed_over is not None:
                 handed_over()
 
-        request_ids = await place.submit(len(chunks), chunked.send, last=last, handed_over=on_hand_over)
+        async def send(numbers: Sequence[int]) -> list[str]:
+            try:
+                return await chunked.send(numbers)
+            except APIStatusError:
+                if not forward_only and not chunked.accepted:
+                    self._lane.accumulated -= 1
+                raise
+
+        request_ids = await place.submit(len(chunks), send, last=last, handed_over=on_hand_over)
         return await chunked.result(request_ids)
 
     async def _numbered(
@@ -449,13 +470,23 @@ class AsyncTrainingClient:
         request_type: str,
         *,
         handed_over: Callable[[], None] | None = None,
+        accepted: Callable[[], None] | None = None,
+        refused: Callable[[], None] | None = None,
     ) -> Mapping[str, Any]:
         # Before a number is taken: what cannot be sent must not leave a gap.
         await self._or_break(lambda: encoded_json(body, endpoint))
 
         async def send(numbers: Sequence[int]) -> str:
             numbered = {"model_id": self.model_id, "seq_id": numbers[0], **body}
-            return await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+            try:
+                request_id = await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+            except APIStatusError:
+                if refused is not None:
+                    refused()
+                raise
+            if accepted is not None:
+                accepted()
+            return request_id
 
         request_id = await place.submit(1, send, handed_over=handed_over)
         return await self._connection.fields(request_id, request_type)

@@ -111,11 +111,20 @@ def weighted_sum(parts: Sequence[tuple[float, torch.Tensor | None]], like: torch
     Args:
         parts: weights and gradients.
         like: shape and dtype of the result.
+
+    Raises:
+        NonFiniteLoss: a weight is too large for that dtype.
     """
     total = torch.zeros_like(like, requires_grad=False)
+    largest = torch.finfo(total.dtype).max
     for weight, gradient in parts:
-        if gradient is not None and weight:
-            total.add_(gradient, alpha=weight)
+        if gradient is None or not weight:
+            continue
+        if weight > largest:  # torch would raise in words that name neither weight nor loss
+            raise NonFiniteLoss(
+                f"the weight {weight} is too large for {total.dtype}; nothing was sent", name="loss_total"
+            )
+        total.add_(gradient, alpha=weight)
     return total
 
 

@@ -168,13 +168,13 @@ class Logprobs:
     def check_leaf(self, leaf: torch.Tensor) -> None:
         """Raises InPlaceMutation if the term that got this leaf wrote into it."""
         for name, known, version in self._leaves:
-            if known is leaf and leaf._version != version:  # pyright: ignore
+            if known is leaf and self._was_changed(leaf, version):
                 raise _mutation(name)
 
     def check_unchanged(self) -> None:
         """Raises InPlaceMutation if anybody wrote into the shared buffer."""
         for name, leaf, version in self._leaves:
-            if leaf._version != version:  # pyright: ignore
+            if self._was_changed(leaf, version):
                 raise _mutation(name)
         if not self._unchanged():
             names = ", ".join(repr(name) for name, _, _ in self._leaves)
@@ -183,6 +183,15 @@ class Logprobs:
                 f"{names}. Work on a copy: logprobs.clone()",
                 name="unknown",
             )
+
+    def release_leaves(self) -> None:
+        """Forgets the leaves, once all terms have ended: an abandoned thread must not keep those of other terms."""
+        self._leaves.clear()
+
+    def _was_changed(self, leaf: torch.Tensor, version: int) -> bool:
+        # `leaf.data = other` puts other numbers under the leaf without a new version.
+        was_moved = leaf.shape != self.buffer.shape or leaf.data_ptr() != self.buffer.data_ptr()
+        return was_moved or leaf._version != version  # pyright: ignore
 
 
 def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:

@@ -198,7 +198,10 @@ class Pipeline:
             max_threads=self.max_threads,
             thread_group=thread_group or self,
         )
-        return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
+        try:
+            return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
+        finally:
+            logprobs.release_leaves()
 
     async def _observed(self, run: TermRun, step: int, record: RecordPath | None) -> CustomLoss:
         specs = [spec for spec in self.regularizers if spec.enabled]

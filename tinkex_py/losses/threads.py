@@ -185,11 +185,12 @@ class _Call(Generic[Result]):
     def __init__(
         self, work: Callable[[], Result], release: Callable[[], None], discard: Callable[[Result], None]
     ) -> None:
-        self._work = work
+        self._work: Callable[[], Result] | None = work
         self._release = release
         self._discard = discard
         self._lock = threading.Lock()
         self._state = _CallState.PENDING
+        self._outcome: tuple[Result | None, BaseException | None] = (None, None)
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Result] = self._loop.create_future()
 
@@ -199,24 +200,37 @@ class _Call(Generic[Result]):
             if self._state is _CallState.DROPPED:
                 return
             self._state = _CallState.RUNNING
-        result: Result | None = None
-        failure: BaseException | None = None
-        try:
-            result = self._work()
-        except BaseException as error:  # noqa: BLE001  # handed to the waiting caller, whatever it is
-            failure = error
+        self._outcome = self._attempt()
         with self._lock:
             abandoned = self._was_left()
             self._state = _CallState.DONE
         if not abandoned:
             try:
-                self._loop.call_soon_threadsafe(self._deliver, result, failure)
+                self._loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the loop closed meanwhile: nobody waits for the result
                 abandoned = True
         if abandoned:
             self._release()
-            if result is not None:
-                self._discard(result)
+            self._drop_outcome()
+
+    def _attempt(self) -> tuple[Result | None, BaseException | None]:
+        # The thread must not hold on to the work, or to what it gave: both hold the logprobs, and the thread may be
+        # still on its way out of here when the caller looks whether they are gone.
+        work, self._work = self._work, None
+        assert work is not None, "a call runs once"
+        try:
+            return work(), None
+        except BaseException as error:  # noqa: BLE001  # handed to the waiting caller, whatever it is
+            return None, error
+
+    def _take_outcome(self) -> tuple[Result | None, BaseException | None]:
+        outcome, self._outcome = self._outcome, (None, None)
+        return outcome
+
+    def _drop_outcome(self) -> None:
+        result, _ = self._take_outcome()
+        if result is not None:
+            self._discard(result)
 
     def _was_left(self) -> bool:
         return self._state is _CallState.ABANDONED
@@ -226,16 +240,22 @@ class _Call(Generic[Result]):
         with self._lock:
             if self._state is _CallState.PENDING:
                 self._state = _CallState.DROPPED
+                self._work = None
             if self._state is _CallState.RUNNING:
                 self._state = _CallState.ABANDONED
                 return True
             return False
 
-    def _deliver(self, result: Result | None, failure: BaseException | None) -> None:
+    def discard_delivered(self) -> None:
+        """The caller was cancelled in the same moment in which the result came."""
+        if self.future.done() and not self.future.cancelled() and self.future.exception() is None:
+            self._discard(self.future.result())
+
+    def _deliver(self) -> None:
         if self.future.done():
-            if result is not None:
-                self._discard(result)
+            self._drop_outcome()
             return
+        result, failure = self._take_outcome()
         if failure is None:
             self.future.set_result(result)  # type: ignore[arg-type]
         else:
@@ -290,6 +310,9 @@ class WorkerThreads:
             return await call.future
         except _Carried as carried:
             failure = carried.error
+        except asyncio.CancelledError:
+            call.discard_delivered()
+            raise
         finally:
             if call.leave():
                 self.slots.abandon(slot)
