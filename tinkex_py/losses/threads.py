@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from tinkex_py.errors import TinkexError
 
@@ -192,7 +192,7 @@ class _Call(Generic[Result]):
         self._state = _CallState.PENDING
         self._outcome: tuple[Result | None, BaseException | None] = (None, None)
         self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Result] = self._loop.create_future()
+        self.finished: asyncio.Future[None] = self._loop.create_future()
 
     def run(self) -> None:
         """Runs in the worker thread."""
@@ -211,7 +211,7 @@ class _Call(Generic[Result]):
                 abandoned = True
         if abandoned:
             self._release()
-            self._drop_outcome()
+            self.drop_outcome()
 
     def _attempt(self) -> tuple[Result | None, BaseException | None]:
         # The thread must not hold on to the work, or to what it gave: both hold the logprobs, and the thread may be
@@ -223,12 +223,14 @@ class _Call(Generic[Result]):
         except BaseException as error:  # noqa: BLE001  # handed to the waiting caller, whatever it is
             return None, error
 
-    def _take_outcome(self) -> tuple[Result | None, BaseException | None]:
+    def take_outcome(self) -> tuple[Result | None, BaseException | None]:
+        """The result or the failure, once; it is kept nowhere after."""
         outcome, self._outcome = self._outcome, (None, None)
         return outcome
 
-    def _drop_outcome(self) -> None:
-        result, _ = self._take_outcome()
+    def drop_outcome(self) -> None:
+        """Nobody wants the result any more, if there is one that was not taken."""
+        result, _ = self.take_outcome()
         if result is not None:
             self._discard(result)
 
@@ -246,28 +248,11 @@ class _Call(Generic[Result]):
                 return True
             return False
 
-    def discard_delivered(self) -> None:
-        """The caller was cancelled in the same moment in which the result came."""
-        if self.future.done() and not self.future.cancelled() and self.future.exception() is None:
-            self._discard(self.future.result())
-
     def _deliver(self) -> None:
-        if self.future.done():
-            self._drop_outcome()
-            return
-        result, failure = self._take_outcome()
-        if failure is None:
-            self.future.set_result(result)  # type: ignore[arg-type]
+        if self.finished.done():
+            self.drop_outcome()
         else:
-            self.future.set_exception(_Carried(failure))
-
-
-class _Carried(Exception):
-    """Carries any exception through an asyncio future, which refuses StopIteration and stops the loop for some."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
+            self.finished.set_result(None)
 
 
 class WorkerThreads:
@@ -307,16 +292,16 @@ class WorkerThreads:
         context = contextvars.copy_context()
         self._executor().submit(context.run, call.run)
         try:
-            return await call.future
-        except _Carried as carried:
-            failure = carried.error
-        except asyncio.CancelledError:
-            call.discard_delivered()
-            raise
+            await call.finished
+            result, failure = call.take_outcome()
         finally:
             if call.leave():
                 self.slots.abandon(slot)
-        raise failure
+            else:
+                call.drop_outcome()  # the caller was cancelled in the same moment in which the result came
+        if failure is not None:
+            raise failure
+        return cast("Result", result)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
