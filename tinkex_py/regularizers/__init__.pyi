@@ -1,11 +1,18 @@
 """The names that `__init__.py` loads at their first use."""
 
+from .constraints import (
+    Consistency as Consistency,
+    Orthogonality as Orthogonality,
+)
 from .divergences import (
     JensenShannon as JensenShannon,
     KLDivergence as KLDivergence,
 )
 from .entropy import (
     Entropy as Entropy,
+)
+from .gradient_penalty import (
+    GradientPenalty as GradientPenalty,
 )
 from .norms import (
     L1 as L1,
