@@ -179,15 +179,16 @@ def softmax_entropy(values, temperature):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_temperature_over_tokens_is_per_datum(normalize):
-    logprobs = random_logprobs(8)
-    parts = [part.tolist() for part in torch.split(logprobs, list(LENGTHS))]
-    scale = [math.log(max(2, length)) if normalize else 1.0 for length in LENGTHS]
+@pytest.mark.parametrize("lengths", [LENGTHS, (8,)])
+def test_temperature_over_tokens_is_per_datum(normalize, lengths):
+    logprobs, data = random_logprobs(8), datums(lengths)
+    parts = [part.tolist() for part in torch.split(logprobs, list(lengths))]
+    scale = [math.log(max(2, length)) if normalize else 1.0 for length in lengths]
     wanted = sum(softmax_entropy(part, 0.5) / s for part, s in zip(parts, scale, strict=True))
     term = Entropy(over="tokens", temperature=0.5, normalize=normalize)
-    value, gradient, _ = evaluated(term, datums(), logprobs)
+    value, gradient, _ = evaluated(term, data, logprobs)
     assert value.item() == pytest.approx(wanted)
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, datums()), logprobs), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), logprobs), atol=1e-8, rtol=1e-6)
 
 
 def test_temperature_over_tokens_leaves_out_what_the_mask_does():
