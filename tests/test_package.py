@@ -51,6 +51,22 @@ print("torch" in sys.modules)
     assert run(program) == "False"
 
 
+READY_MADE = {
+    "regularizers": "Consistency ElasticNet Entropy GradientPenalty JensenShannon KLDivergence L1 L2 Orthogonality "
+    "SampledEntropy SampledKL",
+    "base_losses": "CISPO DPO ImportanceSampling NLL PPO",
+}
+
+
+@pytest.mark.parametrize("package", READY_MADE)
+def test_ready_made_terms_are_public_and_loaded_when_used(package: str):
+    module = importlib.import_module(f"tinkex_py.{package}")
+    assert sorted(module.__all__) == READY_MADE[package].split()
+    for name in module.__all__:
+        assert inspect.getdoc(getattr(module, name)), name
+    assert run(f"import sys, tinkex_py.{package}; print('torch' in sys.modules)") == "False"
+
+
 def test_every_public_name_resolves():
     assert len(set(tinkex_py.__all__)) == len(tinkex_py.__all__)
     for name in tinkex_py.__all__:

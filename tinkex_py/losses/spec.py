@@ -167,6 +167,8 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     inner: object = term.fn if isinstance(term, PerDatum) else term
     if isinstance(inner, type):
         return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
+    if isinstance(term, PerDatum) and isinstance(inner, ReadyMadeTerm):
+        return f"{type(inner).__name__} takes packed logprobs: leave per_datum(...) out"
     function: object = term_function(inner)
     if not callable(function):
         return f"fn must be callable or have a compute method, got {inner!r} of type {type(inner).__name__}"
