@@ -1,4 +1,4 @@
-"""Rows 88-105 and 160 of the guide's map, and semantics section 5."""
+"""Rows 88-105 and 160 of the guide: events, handlers, log lines."""
 
 import asyncio
 import functools

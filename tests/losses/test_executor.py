@@ -1,4 +1,4 @@
-"""seed_map.md, rows 76-77: terms without a base loss."""
+"""Rows 76-77 of the guide: terms without a base loss."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""seed_map.md, rows 13-22 and 121-122: what a spec and a pipeline accept."""
+"""Rows 13-22 and 121-122 of the guide: what a spec and a pipeline accept."""
 
 import dataclasses
 import functools
