@@ -46,8 +46,11 @@ async def test_row_4_the_services_own_output_of_a_step_per_datum(bench):
 async def test_row_59_training_clients_of_one_service_share_its_threads(local_bench):
     bench = local_bench(max_threads=1)
     gate = Gate()
+    bases = 0
 
     async def base(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        nonlocal bases
+        bases += 1
         return -logprobs.sum()
 
     async with bench.service:
@@ -58,10 +61,9 @@ async def test_row_59_training_clients_of_one_service_share_its_threads(local_be
                 asyncio.create_task(client.forward_backward_custom(DATA, base, regularizers=specs))
                 for client in clients
             ]
-            await until(lambda: gate.running == 1)
-            await bench.recorder.until(lambda: len(bench.recorder.of("F")) == 2)
+            await until(lambda: gate.running == 1 and bases == 2)  # both steps run their terms
         await asyncio.gather(*steps)
-        assert (gate.peak, gate.calls) == (1, 2)
+        assert (gate.peak, gate.calls, len(gate.threads)) == (1, 2, 1)
 
 
 async def test_rows_128_and_129_a_client_from_the_environment(monkeypatch):
