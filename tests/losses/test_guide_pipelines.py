@@ -2,12 +2,14 @@
 
 import asyncio
 import functools
+import math
 import os
 import time
 from typing import Any
 
 import anyio
 import pytest
+import structlog
 import torch
 
 from tests.losses.failing_terms import SHORT
@@ -38,6 +40,7 @@ from tinkex_py import (
     TinkexError,
     telemetry,
 )
+from tinkex_py.losses.terms import prepare_base_loss, prepare_regularizer
 from tinkex_py.telemetry import Event
 
 pytestmark = pytest.mark.asyncio
@@ -82,6 +85,27 @@ async def test_row_57_waiting_for_a_permit_does_not_count():
     specs = [spec(holds, "holds"), spec(async_l2, "queued", timeout=SHORT)]
     output = await Pipeline(async_nll, specs, max_concurrency=1).compute([], guide_logprobs())
     assert list(output.regularizers) == ["holds", "queued"]
+
+
+@pytest.mark.parametrize(
+    ("pipelines", "specs", "expected"),
+    [
+        (None, None, None),
+        (30.0, None, 30.0),
+        (None, 5.0, 5.0),
+        (30.0, 5.0, 5.0),
+        (5.0, 30.0, 30.0),
+        (5.0, math.inf, None),
+        (math.inf, None, None),
+    ],
+)
+async def test_row_57_none_and_infinity_are_no_limit(
+    pipelines: float | None, specs: float | None, expected: float | None
+):
+    pipeline = Pipeline(nll, [spec(l1, "l1", timeout=specs)], timeout=pipelines)
+    assert prepare_regularizer(pipeline.regularizers[0], pipeline.timeout).timeout == expected
+    base_limit = None if pipelines == math.inf else pipelines
+    assert prepare_base_loss(pipeline.base_loss, pipeline.timeout).timeout == base_limit
 
 
 async def test_row_59_as_many_threads_as_usable_cpus():
@@ -218,6 +242,15 @@ async def test_row_126_every_branch_of_the_guide():
     with pytest.raises(DuplicateRegularizerNames) as caught:
         await handled(nll, [spec(l1, "dup"), spec(l2, "dup")])
     assert isinstance(caught.value, PipelineError)
+
+
+async def test_row_127_a_failure_in_the_hosts_own_log():
+    with structlog.testing.capture_logs() as lines:
+        try:
+            await Pipeline(nll, [spec(failing, "failing")]).compute([], guide_logprobs())
+        except RegularizerError as error:
+            structlog.get_logger().error("regularizer failed", name=error.name)
+    assert lines[-1] == {"event": "regularizer failed", "name": "failing", "log_level": "error"}
 
 
 async def test_row_146_small_weights_leave_small_gradients():
