@@ -232,6 +232,20 @@ async def test_row_78_execute_emits_no_event():
     assert events == []
 
 
+@pytest.mark.parametrize(
+    ("term", "options", "message"),
+    [
+        ("l2", {}, "must be callable"),
+        (Squares, {}, "pass an instance"),
+        (l2, {"threshold": 1.0}, "threshold"),
+        (lambda data: data, {}, r"fn\(data, logprobs\)"),
+    ],
+)
+async def test_row_78_what_cannot_be_executed_is_named(term: Any, options: dict[str, Any], message: str):
+    with pytest.raises(InvalidSpec, match=message):
+        await execute(term, [], guide_logprobs(), **options)
+
+
 async def test_row_83_the_thread_and_the_awaitable_share_one_timeout():
     async def rest(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         await anyio.sleep(0.15)

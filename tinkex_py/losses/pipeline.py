@@ -8,7 +8,14 @@ from typing import cast
 import torch
 
 from tinkex_py import telemetry
-from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, NonFiniteLoss, PipelineError
+from tinkex_py.errors import (
+    DuplicateRegularizerNames,
+    InvalidBaseLoss,
+    InvalidData,
+    InvalidSpec,
+    NonFiniteLoss,
+    PipelineError,
+)
 from tinkex_py.losses import gradients
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
@@ -89,8 +96,10 @@ class Pipeline:
         Raises:
             RegularizerError: a term failed; its `name` says which.
             PipelineError: the logprobs cannot be used.
+            InvalidData: `data` is no list.
         """
-        return (await self.evaluate(data, Logprobs.from_tensors(logprobs, datums=len(data)))).output
+        datums = checked_data(data)
+        return (await self.evaluate(datums, Logprobs.from_tensors(logprobs, datums=len(datums)))).output
 
     async def evaluate(
         self,
@@ -206,6 +215,13 @@ def total(values: Sequence[float]) -> float:
     if not math.isfinite(result):
         raise NonFiniteLoss(f"the total of {list(values)} is not finite; nothing was sent", name="loss_total")
     return result
+
+
+def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:
+    """The datums, if they are a list; it may be empty."""
+    if isinstance(data, Datum | str) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
+    return data
 
 
 def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
