@@ -90,6 +90,12 @@ def test_unknown_events_are_refused(chosen: object):
         telemetry.attach(print, events=chosen)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("chosen", [5, [5], ["tinkex.custom_loss.stop", None]])
+def test_events_that_are_no_texts_are_refused(chosen: object):
+    with pytest.raises(TypeError, match="names of events"):
+        telemetry.attach(print, events=chosen)  # type: ignore[arg-type]
+
+
 def test_emitting_an_unknown_event_is_refused():
     with pytest.raises(ValueError, match=r"'tinkex\.nothing'"):
         telemetry.emit("tinkex.nothing", {}, {})
@@ -467,8 +473,9 @@ def test_attach_logger_respects_an_explicit_level_of_its_logger(caplog: pytest.L
 
 
 def test_attach_logger_refuses_an_unknown_level():
-    with pytest.raises(ValueError, match="'loud'"):
-        telemetry.attach_logger(level="loud")
+    for level in ("loud", 20, None):
+        with pytest.raises(ValueError, match=repr(level)):
+            telemetry.attach_logger(level=level)  # type: ignore[arg-type]
 
 
 EVERY_EVENT = """

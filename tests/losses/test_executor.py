@@ -62,7 +62,7 @@ async def test_row_77_duplicates_and_strangers_are_refused():
             await Executor.execute_all([spec(l1, "dup"), spec(l2, "dup")], [], guide_logprobs())
         with pytest.raises(InvalidSpec):
             await Executor.execute_all([l1], [], guide_logprobs())  # type: ignore[list-item]
-        for option in ({"max_concurrency": 0}, {"max_threads": 0}, {"timeout": -1.0}):
+        for option in ({"max_concurrency": 0}, {"max_threads": 0}, {"timeout": -1.0}, {"parallel": "no"}):
             with pytest.raises(PipelineError):
                 await Executor.execute_all([spec(l1, "l1")], [], guide_logprobs(), **option)  # type: ignore[arg-type]
     assert caught.value.names == ("dup",)

@@ -269,6 +269,14 @@ def test_row_57_timeouts(timeout: Any):
         Pipeline(nll, timeout=timeout)
 
 
+@pytest.mark.parametrize("flag", ["no", 0, 1, None])
+@pytest.mark.parametrize("option", ["track_grad_norms", "parallel"])
+def test_rows_55_and_56_flags_are_flags(option: str, flag: Any):
+    with pytest.raises(PipelineError, match=option) as caught:
+        Pipeline(nll, **{option: flag})
+    assert repr(flag) in str(caught.value)
+
+
 def test_row_46_options_are_keyword_only():
     with pytest.raises(TypeError):
         Pipeline(nll, [], True)  # type: ignore[misc]

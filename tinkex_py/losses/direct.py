@@ -13,7 +13,15 @@ from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import RegularizerOutput
-from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_data, checked_specs, checked_timeout, report
+from tinkex_py.losses.pipeline import (
+    Pipeline,
+    checked_count,
+    checked_data,
+    checked_flag,
+    checked_specs,
+    checked_timeout,
+    report,
+)
 from tinkex_py.losses.spec import (
     RegularizerSpec,
     Term,
@@ -118,11 +126,13 @@ class Executor:
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         limit = checked_timeout(timeout)
         datums = checked_data(data)
+        norms = checked_flag("track_grad_norms", track_grad_norms)
+        at_once = checked_flag("parallel", parallel)
         threads = TermThreads(None if max_threads is None else checked_count("max_threads", max_threads))
         shared = Logprobs.from_tensors(logprobs, datums=len(datums))
-        run = TermRun(datums, shared, threads, checked_count("max_concurrency", max_concurrency), track_grad_norms)
+        run = TermRun(datums, shared, threads, checked_count("max_concurrency", max_concurrency), norms)
         try:
-            outcomes = await run.all([prepare_regularizer(spec, limit) for spec in specs], parallel=parallel)
+            outcomes = await run.all([prepare_regularizer(spec, limit) for spec in specs], parallel=at_once)
             shared.check_unchanged()
         finally:
             threads.close()

@@ -78,8 +78,8 @@ class Pipeline:
             raise InvalidBaseLoss(f"base loss: {problem}")
         self.base_loss = base_loss
         self.regularizers = checked_specs(regularizers)
-        self.track_grad_norms = track_grad_norms
-        self.parallel = parallel
+        self.track_grad_norms = checked_flag("track_grad_norms", track_grad_norms)
+        self.parallel = checked_flag("parallel", parallel)
         self.timeout = checked_timeout(timeout)
         self.max_concurrency = checked_count("max_concurrency", max_concurrency)
         self.max_threads = None if max_threads is None else checked_count("max_threads", max_threads)
@@ -247,6 +247,13 @@ def checked_timeout(timeout: float | None) -> float | None:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PipelineError(f"timeout must be > 0 seconds or None, got {timeout!r}")
     return timeout
+
+
+def checked_flag(name: str, flag: bool) -> bool:
+    """True or False, not something that merely counts as it."""
+    if not isinstance(flag, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"{name} must be True or False, got {flag!r}")
+    return flag
 
 
 def checked_count(name: str, count: int) -> int:
