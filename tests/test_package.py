@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,34 @@ def test_the_version_is_the_distributions():
 
     assert version("tinkex-py") == tinkex_py.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", tinkex_py.__version__)
+
+
+def required(extra: str | None) -> set[str]:
+    """Names of the distributions that the package itself, or one of its extras, asks for."""
+    names: set[str] = set()
+    for line in requires("tinkex-py") or []:
+        requirement, _, marker = line.partition(";")
+        wanted = f"extra == '{extra}'" in marker.replace('"', "'") if extra else "extra" not in marker
+        if wanted:
+            names.add(re.split(r"[\s<>=!~\[]", requirement, maxsplit=1)[0])
+    return names
+
+
+def test_row_154_what_the_package_is_built_on():
+    assert {"anyio", "httpx", "torch", "pydantic", "structlog", "tenacity"} <= required(None)
+
+
+def test_row_155_the_suite_runs_in_strict_mode(request):
+    assert "pytest-asyncio" in required("test")
+    assert request.config.getini("asyncio_mode") == "strict"
+
+
+def test_row_156_the_top_level():
+    root = Path(__file__).parents[1]
+    names = {path.name for path in root.iterdir()}
+    assert {"pyproject.toml", "tinkex_py", "tests", "examples", "docs", "CHANGELOG.md"} <= names
+    assert "src" not in names
+    assert (root / "tinkex_py" / "__init__.py").is_file()
 
 
 def test_the_package_is_typed():

@@ -1,5 +1,6 @@
 """Every example runs as it is, in an empty folder, without a service around it."""
 
+import asyncio
 import json
 import os
 import re
@@ -9,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.client.recorder import KEY, http_recorder
 from tinkex_py import CustomLossOutput
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
 
 
-def run_example(name: str, folder: Path) -> str:
+def run_example(name: str, folder: Path, **variables: str) -> str:
     """What the example prints; it must end well and say nothing on stderr."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TINKER_")}
     finished = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / name)],
         cwd=folder,
-        env={**environment, "PYTHONIOENCODING": "utf-8"},
+        env={**environment, "PYTHONIOENCODING": "utf-8", **variables},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -92,6 +94,19 @@ def test_structured_regularizers_live(tmp_path: Path) -> None:
     assert len(totals) == 5
     assert totals[-1] < totals[0]
     assert text.count("l2_weight_decay: value") == 5
+    for label in ("Base Loss: ", "Regularizer Total: ", "Total Grad Norm: "):
+        assert text.count(f"\n{label}") == 5
+
+
+@pytest.mark.asyncio
+async def test_structured_regularizers_live_on_any_service(tmp_path: Path) -> None:
+    async with http_recorder() as (recorder, url):
+        text = await asyncio.to_thread(
+            run_example, "structured_regularizers_live.py", tmp_path, TINKER_BASE_URL=url, TINKER_API_KEY=KEY
+        )
+        assert text.startswith(f"Training tiny on {url}\n")
+        assert text.count("\nTotal Loss: ") == 5
+        assert [arrival.kind for arrival in recorder.of("F", "B", "optim_step")] == ["F", "B", "optim_step"] * 5
 
 
 def test_async_service(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""seed_map.md, rows 88-98 and 160: the events that a composed loss emits."""
+"""Rows 88-98 and 160 of the guide: the events that a composed loss emits."""
 
 import asyncio
 import math

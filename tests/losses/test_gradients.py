@@ -1,4 +1,4 @@
-"""seed_map.md, rows 1 and 64-74, 87: the total gradient and its norms, against autograd and finite differences."""
+"""Rows 1, 64-74 and 87 of the guide: the total gradient and its norms, against autograd and finite differences."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""semantics.md section 2, rules 1 and 2: one leaf per term over shared memory, and packed means packed."""
+"""Rules 1 and 2 of running terms: one leaf per term over shared memory, and packed means packed."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""seed_map.md, rows 106-114: what comes out, and its way to JSON and back."""
+"""Rows 106-114 of the guide: what comes out, and its way to JSON and back."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""semantics.md section 3: bounded threads that may outlive their term, and nothing hangs or leaks because of it."""
+"""Bounded threads that may outlive their term, and nothing hangs or leaks because of it."""
 
 import asyncio
 import contextvars

@@ -1,4 +1,4 @@
-"""The order of one training client's requests: semantics, section 1."""
+"""The order of one training client's requests."""
 
 import asyncio
 import random

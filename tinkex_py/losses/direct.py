@@ -7,14 +7,31 @@ from typing import Any, cast
 
 import torch
 
+from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.arguments import (
+    checked_count,
+    checked_data,
+    checked_flag,
+    checked_specs,
+    checked_step,
+    checked_timeout,
+)
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import RegularizerOutput
-from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_specs, checked_step, checked_timeout
+from tinkex_py.losses.pipeline import Pipeline
 from tinkex_py.losses.report import report
-from tinkex_py.losses.spec import RegularizerSpec, Term, TermResult, is_async_term, term_function, term_name
+from tinkex_py.losses.spec import (
+    RegularizerSpec,
+    Term,
+    TermResult,
+    is_async_term,
+    term_function,
+    term_name,
+    why_not_a_term,
+)
 from tinkex_py.losses.terms import PreparedTerm, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
@@ -35,7 +52,13 @@ async def execute(
 
     Returns:
         The loss with its graph and shape, and the metrics unchanged (`{}` for a bare loss).
+
+    Raises:
+        InvalidSpec: this is no term, or it cannot take the options. What the term itself raises comes out as it is.
     """
+    problem = why_not_a_term(term, options)
+    if problem is not None:
+        raise InvalidSpec(f"execute: {problem}")
     function = term_function(term)
     if is_async_term(term):
         result = await with_own_grad_mode(function(data, logprobs, **options))
@@ -75,9 +98,11 @@ class Executor:
             step: optimizer steps made before, for a weight that depends on it.
 
         Raises:
+            InvalidSpec: this is no spec.
             RegularizerError: the term failed.
         """
-        loud = dataclasses.replace(spec, on_error="raise", enabled=True)
+        (checked,) = checked_specs([spec])
+        loud = dataclasses.replace(checked, on_error="raise", enabled=True)
         (output,) = await Executor.execute_all(
             [loud], data, logprobs, timeout=timeout, track_grad_norms=track_grad_norms, step=step
         )
@@ -105,11 +130,14 @@ class Executor:
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         limit = checked_timeout(timeout)
         terms = [prepare_regularizer(spec, limit, step=checked_step(step)) for spec in specs]
+        datums = checked_data(data)
+        norms = checked_flag("track_grad_norms", track_grad_norms)
+        at_once = checked_flag("parallel", parallel)
         threads = TermThreads(None if max_threads is None else checked_count("max_threads", max_threads))
-        shared = Logprobs.from_tensors(logprobs, datums=len(data))
-        run = TermRun(data, shared, threads, checked_count("max_concurrency", max_concurrency), track_grad_norms)
+        shared = Logprobs.from_tensors(logprobs, datums=len(datums))
+        run = TermRun(datums, shared, threads, checked_count("max_concurrency", max_concurrency), norms)
         try:
-            outcomes = await run.all(terms, parallel=parallel)
+            outcomes = await run.all(terms, parallel=at_once)
             shared.check_unchanged()
         finally:
             threads.close()

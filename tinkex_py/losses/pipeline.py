@@ -1,14 +1,22 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from tinkex_py import telemetry
-from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, PipelineError
+from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.losses import gradients
+from tinkex_py.losses.arguments import (
+    checked_count,
+    checked_data,
+    checked_flag,
+    checked_specs,
+    checked_step,
+    checked_timeout,
+)
 from tinkex_py.losses.combine import COMBINES, Combine, summed, without_conflicts
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
@@ -84,8 +92,8 @@ class Pipeline:
             raise InvalidBaseLoss(f"base loss: {problem}")
         self.base_loss = base_loss
         self.regularizers = checked_specs(regularizers)
-        self.track_grad_norms = track_grad_norms
-        self.parallel = parallel
+        self.track_grad_norms = checked_flag("track_grad_norms", track_grad_norms)
+        self.parallel = checked_flag("parallel", parallel)
         self.timeout = checked_timeout(timeout)
         self.max_concurrency = checked_count("max_concurrency", max_concurrency)
         self.max_threads = None if max_threads is None else checked_count("max_threads", max_threads)
@@ -152,9 +160,11 @@ class Pipeline:
         Raises:
             RegularizerError: a term failed; its `name` says which.
             PipelineError: the logprobs cannot be used, or the record cannot be written.
+            InvalidData: `data` is no list.
         """
-        own = Logprobs.from_tensors(logprobs, datums=len(data))
-        return (await self.evaluate(data, own, step=step, record=record)).output
+        datums = checked_data(data)
+        own = Logprobs.from_tensors(logprobs, datums=len(datums))
+        return (await self.evaluate(datums, own, step=step, record=record)).output
 
     def as_tinker_loss(self, *, step: int = 0) -> "TinkerLoss":
         """This pipeline as a loss function of the official SDK, with the same gradient.
@@ -289,42 +299,3 @@ class Pipeline:
         if self._own_threads is None:
             self._own_threads = TermThreads(self.max_threads)
         return self._own_threads
-
-
-def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
-    """The specs, if they are specs and have unique names."""
-    given = cast("object", regularizers)
-    if isinstance(given, RegularizerSpec) or not isinstance(given, Iterable):
-        raise InvalidSpec(f"regularizers must be a list of RegularizerSpec, got a {type(given).__name__}")
-    specs = tuple(regularizers)
-    for index, spec in enumerate(specs):
-        if not isinstance(spec, RegularizerSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidSpec(f"regularizers[{index}] must be a RegularizerSpec, got a {type(spec).__name__}")
-    names = [spec.name for spec in specs]
-    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if duplicates:
-        raise DuplicateRegularizerNames(duplicates)
-    return specs
-
-
-def checked_timeout(timeout: float | None) -> float | None:
-    """Seconds > 0, or None."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PipelineError(f"timeout must be > 0 seconds or None, got {timeout!r}")
-    return timeout
-
-
-def checked_count(name: str, count: int) -> int:
-    """An int >= 1."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PipelineError(f"{name} must be an int >= 1, got {count!r}")
-    return count
-
-
-def checked_step(step: int) -> int:
-    """An int >= 0."""
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PipelineError(f"step must be an int >= 0, got {step!r}")
-    return step
