@@ -214,7 +214,7 @@ def test_grad_norm_balance_makes_norms_equal_without_alpha():
 
 
 def test_weights_keep_to_their_bounds():
-    controller = AdaptiveKL(initial=1.0, target=1.0, horizon=0.2, minimum=0.9, maximum=1.5)
+    controller = AdaptiveKL(initial=1.0, target=1.0, horizon=0.25, minimum=0.9, maximum=1.5)
     controller.weight_of("kl")
     controller.update([measured({"kl": 100.0})])
     assert controller.weight_of("kl") == 1.5
@@ -234,7 +234,7 @@ def test_one_controller_weighs_several_names():
     [
         lambda: AdaptiveKL(initial=0.0, target=1.0),
         lambda: AdaptiveKL(initial=0.1, target=0.0),
-        lambda: AdaptiveKL(initial=0.1, target=1.0, horizon=0.1),
+        lambda: AdaptiveKL(initial=0.1, target=1.0, horizon=0.2),
         lambda: AdaptiveKL(initial=0.1, target=math.nan),
         lambda: AdaptiveKL(initial=0.1, target=1.0, minimum=0.2),
         lambda: AdaptiveKL(initial=0.1, target=1.0, maximum=-1.0),

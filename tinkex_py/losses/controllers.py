@@ -27,7 +27,7 @@ class AdaptiveKL(WeightController):
     Args:
         initial: first weight, > 0.
         target: the value to hold, > 0, in the units of the term.
-        horizon: optimizer steps over which an error acts, > 0.
+        horizon: optimizer steps over which an error acts, > 0.2 (at 0.2 a weight would fall to 0 at once, for ever).
         minimum: no weight goes below it.
         maximum: no weight goes above it.
     """
@@ -38,7 +38,7 @@ class AdaptiveKL(WeightController):
         checked_number("AdaptiveKL", "initial", initial, above=0.0)
         super().__init__(initial=initial, minimum=minimum, maximum=maximum)
         self.target = checked_number("AdaptiveKL", "target", target, above=0.0)
-        self.horizon = checked_number("AdaptiveKL", "horizon", horizon, at_least=0.2)
+        self.horizon = checked_number("AdaptiveKL", "horizon", horizon, above=0.2)
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
         """See the class."""

@@ -2,13 +2,13 @@
 
 import dataclasses
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.checks import checked_number
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
@@ -97,15 +97,4 @@ class ReadyMadeTerm(ABC):
         self, setting: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
     ) -> None:
         value = getattr(self, setting)
-        limits = [(f"> {above}", above), (f">= {at_least}", at_least), (f"<= {at_most}", at_most)]
-        bounds = " and ".join(text for text, limit in limits if limit is not None)
-        usable = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and (above is None or value > above)
-            and (at_least is None or value >= at_least)
-            and (at_most is None or value <= at_most)
-        )
-        if not usable:
-            raise self._refuse(setting, f"a finite number {bounds}".rstrip())
+        checked_number(type(self).__name__, setting, value, above=above, at_least=at_least, at_most=at_most)
