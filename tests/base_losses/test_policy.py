@@ -14,7 +14,7 @@ from tinkex_py.local.losses import LOSSES
 
 P = [-1.0, -0.5, -2.0, -1.0, -0.7, -3.0, -0.2, -1.5]
 Q = [-1.5, -0.6, -1.0, -1.0, -0.2, -1.5, -1.7, -1.6]
-A = [1.0, -2.0, 1.5, 0.0, -1.0, -0.5, 2.0, 1.0]
+A = [-1.0, -2.0, 1.5, 0.0, -1.0, -0.5, 2.0, 1.0]
 MASK = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 TERMS = [ImportanceSampling(), PPO(), CISPO(), CISPO(clip_low_threshold=0.5, clip_high_threshold=1.3)]
 

@@ -12,7 +12,7 @@ from tinkex_py import InvalidData, Pipeline
 from tinkex_py.base_losses import DPO
 
 LENGTHS = (3, 1, 2, 2)
-WEIGHTS = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+WEIGHTS = [0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 2.0, 1.0]
 MODEL = random_logprobs(8)
 REFERENCE = random_logprobs(8, seed=1).float().double()
 FIELD = {"reference_field": "reference_logprobs"}

@@ -169,6 +169,8 @@ def test_orthonormal_vectors_cost_nothing_and_parallel_ones_most():
     assert evaluated(Orthogonality(), [], parallel)[0].item() == 2.0
     assert evaluated(Orthogonality(mode="hard"), [], parallel)[0].item() == 2.0
     assert evaluated(Orthogonality(mode="spectral"), [], parallel)[0].item() == pytest.approx(1.0)
+    # more vectors than dimensions: an eigenvalue 0 is 1 away from where it should be
+    assert evaluated(Orthogonality(mode="spectral"), [], torch.eye(3, 2))[0].item() == 1.0
     # length counts for hard and spectral, not for soft
     long = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     assert evaluated(Orthogonality(), [], long)[0].item() == 0.0

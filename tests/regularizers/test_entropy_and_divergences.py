@@ -139,6 +139,9 @@ def test_one_number_per_position_is_refused(term):
     for logprobs in (packed_leaf(random_logprobs(8)), random_logprobs(8)):
         with pytest.raises(InvalidData, match=rf"{type(term).__name__} is .* shape \(8,\): one number per position"):
             term.compute(data, logprobs)
+    # a client's logprobs are what they are, whatever the datums say
+    with pytest.raises(InvalidData, match="one number per position"):
+        Entropy().compute([], packed_leaf(random_logprobs(8)))
     result = term.compute(data, packed_leaf(random_logprobs(8)), over="tokens")
     assert torch.isfinite(result[0])
 
@@ -189,6 +192,12 @@ def test_temperature_over_tokens_is_per_datum(normalize, lengths):
     value, gradient, _ = evaluated(term, data, logprobs)
     assert value.item() == pytest.approx(wanted)
     torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), logprobs), atol=1e-8, rtol=1e-6)
+
+
+def test_a_low_temperature_over_tokens_does_not_overflow():
+    value, gradient, _ = evaluated(Entropy(over="tokens", temperature=1e-3), datums(), random_logprobs(8).float())
+    assert value.item() == pytest.approx(0.0, abs=1e-6)  # each datum's most likely token has all the probability
+    assert torch.isfinite(gradient).all()
 
 
 def test_temperature_over_tokens_leaves_out_what_the_mask_does():
