@@ -1,7 +1,8 @@
 """Preference training (DPO) with a loss that is written for the official SDK and runs here unchanged.
 
-`dpo_loss` takes `(data, logprobs_list)`, one tensor per datum: `tinker.TrainingClient.forward_backward_custom` takes it as
-it is (see official_sdk.py), and under `per_datum` so does this package. Runs on the embedded service, or on TINKER_BASE_URL.
+`dpo_loss` takes `(data, logprobs_list)`, one tensor per datum: `tinker.TrainingClient.forward_backward_custom` takes it
+as it is (see official_sdk.py), and under `per_datum` so does this package. Runs on the embedded service, or on
+TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio

@@ -65,7 +65,7 @@ async def main():
     async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         fixed = await train(service, model, 0.01)
-        held = await train(service, model, AdaptiveKL(initial=0.5, target=TARGET, horizon=0.5))
+        held = await train(service, model, AdaptiveKL(initial=0.5, target=TARGET, horizon=1.0))
 
     print("      fixed weight          adaptive weight")
     print("step  loss    KL            loss    KL      weight")

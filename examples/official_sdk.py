@@ -1,8 +1,8 @@
 """Train with the official SDK (`pip install tinker`) and this package's composed loss.
 
-Three runs from the same start: the official way with a plain loss function, the same loss as a pipeline (the same numbers),
-and that pipeline with regularizers. Runs against `tinkex-py serve --model tiny`, which it starts, or against TINKER_BASE_URL
-with TINKER_API_KEY.
+Three runs from the same start: the official way with a plain loss function, the same loss as a pipeline (the same
+numbers), and that pipeline with regularizers. Runs against `tinkex-py serve --model tiny`, which it starts, or against
+TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import os

@@ -103,7 +103,7 @@ async def test_row_57_none_and_infinity_are_no_limit(
     pipelines: float | None, specs: float | None, expected: float | None
 ):
     pipeline = Pipeline(nll, [spec(l1, "l1", timeout=specs)], timeout=pipelines)
-    assert prepare_regularizer(pipeline.regularizers[0], pipeline.timeout).timeout == expected
+    assert prepare_regularizer(pipeline.regularizers[0], pipeline.timeout, step=0).timeout == expected
     base_limit = None if pipelines == math.inf else pipelines
     assert prepare_base_loss(pipeline.base_loss, pipeline.timeout).timeout == base_limit
 
