@@ -138,7 +138,8 @@ def test_dpo(tmp_path: Path) -> None:
 def test_official_sdk(tmp_path: Path) -> None:
     # The official SDK leaves sockets open at exit, so its warnings are not errors here.
     text = run_example("official_sdk.py", tmp_path, strict=False)
-    runs = {name: [float(loss) for loss in losses.split()] for name, losses in re.findall(r"^(.*?): (.*)$", text, re.M)}
+    lines = re.findall(r"^(.*?): (.*)$", text, re.MULTILINE)
+    runs = {name: [float(loss) for loss in losses.split()] for name, losses in lines}
     assert list(runs) == ["plain function", "pipeline", "with regularizers"]
     assert runs["pipeline"] == pytest.approx(runs["plain function"], abs=1e-4)
     assert runs["pipeline"][-1] < 0.1
