@@ -14,11 +14,13 @@ from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
 from tinkex_py.transport.codec import (
     PassRequest,
+    Result,
     decode_forward_backward,
     decode_sample,
     encode_batch,
     encode_custom_batch,
     encode_request,
+    read_forward_backward,
     request_as_json,
 )
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
@@ -250,6 +252,7 @@ CORRUPT = {
     "negative trailing shape": field(trailing_shape=[-1]),
     "zero trailing shape": field(trailing_shape=[0]),
     "huge trailing shape": field(trailing_shape=[2**62, 2**62]),
+    "endless trailing shape": field(trailing_shape=[1] * 200),
 }
 
 
@@ -267,6 +270,29 @@ def test_a_record_that_says_a_wrong_number_of_datums():
         message.loss_fn_outputs[0].fields["logprobs"].CopyFrom(field())
         with pytest.raises(InvalidResponse):
             _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
+
+
+@pytest.mark.parametrize("count", [-1, -5, 2**31 - 1])
+def test_a_record_without_fields_that_says_an_impossible_number_of_datums(count):
+    first = wire.ArrayRecord(num_datums=2, fields={"logprobs": field()})
+    for records in ([first, wire.ArrayRecord(num_datums=count)], [wire.ArrayRecord(num_datums=count)]):
+        message = wire.ForwardBackwardOutput(loss_fn_outputs=records)
+        with pytest.raises(InvalidResponse):
+            _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    ["x", 1, True, [1], [None], [[1]], [{"logprobs": {}}], [{"logprobs": {"data": [1], "more": 1}}], {"a": 1}],
+)
+def test_json_outputs_that_are_none(outputs):
+    with pytest.raises(InvalidResponse):
+        read_forward_backward(Result(b"", {"loss_fn_outputs": outputs, "metrics": {}}))
+
+
+def test_json_says_how_many_datums_there_are_by_listing_them():
+    output = read_forward_backward(Result(b"", {"metrics": {"loss:sum": 1.0}, "num_datums": 2**31, "packed": {}}))
+    assert (output.num_datums, output.loss_fn_outputs) == (0, [])
 
 
 @settings(max_examples=200)

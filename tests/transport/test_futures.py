@@ -146,6 +146,11 @@ async def test_a_nested_result_is_unwrapped(pauses):
         await waited(Asking(failed))
 
 
+@pytest.mark.parametrize("status", [[], {}, 5, True, "odd"])
+async def test_a_status_of_any_kind_that_says_nothing_is_part_of_the_result(pauses, status):
+    assert (await waited(Asking(told(200, {"status": status, "path": "p"})))).fields == {"status": status, "path": "p"}
+
+
 async def test_an_error_that_is_null_is_none(pauses):
     assert (await waited(Asking(told(200, {"error": None, "path": "p"})))).fields == {"error": None, "path": "p"}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tinkex_py.client.connection import Connection
-from tinkex_py.errors import APIStatusError
+from tinkex_py.errors import APIStatusError, InvalidResponse
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.chunks import merge_outputs, plan_chunks
 from tinkex_py.transport.codec import (
@@ -108,11 +108,20 @@ class ChunkedPass:
         return self.accepted
 
     async def result(self, request_ids: Sequence[str]) -> ForwardBackwardOutput:
-        """Waits for all chunks and merges their results."""
+        """Waits for all chunks and merges their results.
+
+        Raises:
+            InvalidResponse: a result has another number of datums than its chunk.
+        """
         request_type = "Forward" if self.forward_only else "ForwardBackward"
-        outputs = [
-            await self.connection.result(request_id, request_type, read_forward_backward) for request_id in request_ids
-        ]
+        outputs: list[ForwardBackwardOutput] = []
+        for request_id, chunk in zip(request_ids, self.chunks, strict=True):
+            output = await self.connection.result(request_id, request_type, read_forward_backward)
+            if output.num_datums not in (0, len(chunk.data)):  # some services strip the outputs
+                raise InvalidResponse(
+                    f"the result of {request_type} has {output.num_datums} datums, but {len(chunk.data)} were sent"
+                )
+            outputs.append(output)
         return merge_outputs(outputs)
 
     async def _send_one(self, number: int, chunk: EncodedBatch) -> str:

@@ -182,10 +182,17 @@ def _way_out(answer: HttpAnswer) -> str:
         return "Check the key: TINKER_API_KEY, or api_key of the configuration"
     location = answer.headers.get("location")
     if 300 <= answer.status < 400 and location:
-        origin = urlsplit(location)
-        where = f"{origin.scheme}://{origin.hostname}" if origin.hostname else "another place of the same host"
+        where = _origin_of(location)
         return f"It points to {where}, which is not followed because the key goes along: set base_url to it"
     return ""
+
+
+def _origin_of(location: str) -> str:
+    try:
+        origin = urlsplit(location)
+    except ValueError:
+        return "something that is no address"
+    return f"{origin.scheme}://{origin.hostname}" if origin.hostname else "another place of the same host"
 
 
 def _detail(body: object) -> str:

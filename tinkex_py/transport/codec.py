@@ -20,6 +20,11 @@ from tinkex_py.types.tensors import Array
 PROTOBUF = "application/x-protobuf"
 LossConfig = Mapping[str, float | str]
 
+_OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
+# No loss gives tensors of more dimensions than this, and no chunk has more datums.
+_MOST_DIMENSIONS = 8
+_MOST_DATUMS = 2**20
+
 # ForwardBackwardRequest.data: field 3, length-delimited.
 _DATA_TAG = bytes([3 << 3 | 2])
 _DTYPES = {
@@ -173,7 +178,8 @@ def read_forward_backward(result: Result) -> ForwardBackwardOutput:
     """
     if result.fields is None:
         return decode_forward_backward(result.body)
-    return ForwardBackwardOutput.read(result.fields)
+    told = {name: result.fields[name] for name in _OUTPUT_FIELDS if name in result.fields}
+    return ForwardBackwardOutput.read(told)
 
 
 def read_sample(result: Result) -> SampleResponse:
@@ -196,6 +202,9 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     except DecodeError as error:
         raise InvalidResponse(f"the result is no ForwardBackwardOutput ({len(body)} bytes)") from error
     records = list(message.loss_fn_outputs)
+    for record in records:
+        if not 0 <= record.num_datums <= _MOST_DATUMS:
+            raise InvalidResponse(f"a record of the result claims to hold {record.num_datums} datums")
     names = list(dict.fromkeys(name for record in records for name in record.fields))
     return ForwardBackwardOutput(
         loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
@@ -252,7 +261,7 @@ def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> P
     if dtype is None:
         raise InvalidResponse(f"output field {name!r} has the unknown dtype {field.dtype}")
     trailing = tuple(field.trailing_shape)
-    if any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
+    if len(trailing) > _MOST_DIMENSIONS or any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
         raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
     size = dtype.itemsize * math.prod(trailing)
     offsets = _numbers(field.offsets, "<i8", f"the offsets of output field {name!r}")

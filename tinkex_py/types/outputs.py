@@ -121,9 +121,12 @@ class ForwardBackwardOutput(Answer):
         if not isinstance(fields, Mapping) or "packed" in fields or "loss_fn_outputs" not in fields:
             return cast("object", fields)
         given = dict(cast("Mapping[str, Any]", fields))
+        given_rows = cast("Sequence[object]", given.pop("loss_fn_outputs") or [])
+        if not isinstance(given_rows, Sequence) or not all(isinstance(row, Mapping) for row in given_rows):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidResponse("loss_fn_outputs must be a list of objects")
         rows = [
-            {name: TensorData.of(value, name=name) for name, value in cast("Mapping[str, Any]", row).items()}
-            for row in cast("list[object]", given.pop("loss_fn_outputs") or [])
+            {name: TensorData.of(value, name=name) for name, value in row.items()}
+            for row in cast("Sequence[Mapping[str, Any]]", given_rows)
         ]
         names = list(dict.fromkeys(name for row in rows for name in row))
         given["packed"] = {

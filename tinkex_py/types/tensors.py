@@ -128,6 +128,9 @@ class TensorData(WireModel):
         if isinstance(value, np.ndarray):
             return cls.from_numpy(value)
         if isinstance(value, Mapping):
+            unknown = sorted(map(str, value.keys() - cls.model_fields.keys()))
+            if unknown or "data" not in value:
+                raise InvalidData(f"a tensor needs data, and knows no {unknown}" if unknown else "a tensor needs data")
             return cls(**value)
         return cls(data=value, dtype=KNOWN_DTYPES.get(name or ""))
 
