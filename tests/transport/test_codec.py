@@ -15,12 +15,12 @@ from tinkex_py.transport import wire
 from tinkex_py.transport.codec import (
     PassRequest,
     decode_forward_backward,
-    decode_sample,
     encode_batch,
     encode_custom_batch,
     encode_request,
     request_as_json,
 )
+from tinkex_py.transport.sample_codec import decode_sample
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 tinker_types = importlib.import_module("tinker.types")

@@ -10,10 +10,13 @@ import pytest
 from tinkex_py import telemetry
 from tinkex_py.errors import (
     Authentication,
+    BillingRequired,
+    Conflict,
     ConnectionFailed,
     InvalidResponse,
-    NotFound,
+    PermissionDenied,
     RequestFailed,
+    ResultLost,
     ServerError,
     TimeoutExceeded,
     TinkexError,
@@ -133,8 +136,8 @@ async def test_protobuf_and_json_by_content_type(pauses):
     result = await waited(Asking(HttpAnswer(200, {"content-type": PROTOBUF}, b'{"error": "no"}')))
     assert result.fields is None
     # An error status is not a result, whatever its type.
-    with pytest.raises(NotFound):
-        await waited(Asking(HttpAnswer(404, {"content-type": PROTOBUF}, b"\x01")))
+    with pytest.raises(Authentication):
+        await waited(Asking(HttpAnswer(401, {"content-type": PROTOBUF}, b"\x01")))
     assert (await waited(Asking(DONE))).body == b""
 
 
@@ -194,16 +197,19 @@ async def test_a_400_with_any_body_is_a_failed_request(pauses, body):
         await waited(Asking(HttpAnswer(400, {}, body)))
 
 
-async def test_a_result_that_is_gone(pauses):
-    asking = Asking(told(410))
-    with pytest.raises(RequestFailed, match="lost"):
+@pytest.mark.parametrize("status", [404, 410])
+async def test_a_result_that_is_gone(pauses, status):
+    asking = Asking(told(status, {"detail": "which future?"}))
+    with pytest.raises(ResultLost, match="lost") as caught:
         await waited(asking)
     assert asking.iterations == [0]
+    assert caught.value.request_id == "r1"
+    assert "create_training_client_from_state" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("status", "error_class"),
-    [(401, Authentication), (403, TinkexError), (404, NotFound), (409, TinkexError), (422, TinkexError)],
+    [(401, Authentication), (402, BillingRequired), (403, PermissionDenied), (409, Conflict), (422, RequestFailed)],
 )
 async def test_other_refusals_are_final(pauses, status, error_class):
     asking = Asking(told(status, {"detail": "no"}))

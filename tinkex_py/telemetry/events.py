@@ -26,6 +26,8 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.regularizer.abandoned": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
+    "tinkex.billing.paused": logging.WARNING,
+    "tinkex.sampling.turned_away": logging.DEBUG,
 }
 
 
