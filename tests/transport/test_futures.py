@@ -21,8 +21,9 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     TinkexError,
 )
-from tinkex_py.transport import futures
+from tinkex_py.transport import billing, futures
 from tinkex_py.transport.answer import HttpAnswer
+from tinkex_py.transport.billing import BillingPause
 from tinkex_py.transport.futures import Result, wait_for_result
 from tinkex_py.transport.retry import RetryPolicy
 
@@ -80,6 +81,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             await asyncio.sleep(0)
 
     monkeypatch.setattr(futures, "asyncio", Timeless())
+    monkeypatch.setattr(billing, "asyncio", Timeless())
     return made
 
 
@@ -277,3 +279,71 @@ async def test_start_then_stop_or_exception(pauses):
     with pytest.raises(RequestFailed):
         await waited(Asking(told(200, {"error": "x"})))
     assert names == ["tinkex.future.start", "tinkex.future.stop", "tinkex.future.start", "tinkex.future.exception"]
+
+
+async def test_a_poll_that_takes_long_is_no_trouble_where_the_service_answers_otherwise(pauses):
+    """Some services hold a poll for longer than we do, and that for as long as a compilation takes."""
+    retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
+    asked = 0
+
+    async def is_alive() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    asking = Asking(*[TimeoutExceeded("slow")] * 20, DONE)
+    await wait_for_result(
+        asking, lambda result: result, request_id="r1", request_type="OptimStep", retry=retry, is_alive=is_alive
+    )
+    assert asked == 20
+
+
+async def test_a_service_that_answers_nothing_at_all_is_a_trouble(pauses):
+    retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
+
+    async def is_alive() -> bool:
+        return False
+
+    asking = Asking(TimeoutExceeded("slow"))
+    with pytest.raises(TimeoutExceeded):
+        await wait_for_result(
+            asking, lambda result: result, request_id="r1", request_type="OptimStep", retry=retry, is_alive=is_alive
+        )
+    assert len(asking.iterations) == 3
+
+
+async def test_metadata_alone_is_not_the_result(pauses):
+    asking = Asking(told(200, {"status": "complete_metadata", "response_payload_size": 9}), DONE)
+    await waited(asking)
+    assert asking.iterations == [0, 1]
+
+
+@pytest.mark.parametrize("detail", ["bad data", {"loc": ["data"]}])
+async def test_a_422_is_a_failed_request_at_once(pauses, detail):
+    asking = Asking(told(422, {"detail": detail}))
+    with pytest.raises(RequestFailed, match=r"data") as caught:
+        await waited(asking)
+    assert asking.iterations == [0]
+    assert caught.value.request_id == "r1"
+
+
+async def test_payment_is_waited_for_and_then_demanded(pauses):
+    asking = Asking(*[told(402, retry_after="2")] * 3, DONE)
+    waiting = wait_for_result(
+        asking,
+        lambda result: result,
+        request_id="r1",
+        request_type="OptimStep",
+        retry=RETRY,
+        billing=BillingPause(3600.0),
+    )
+    assert (await waiting).fields == {"metrics": {}, "type": "optim_step"}
+    with pytest.raises(BillingRequired):
+        await wait_for_result(
+            Asking(told(402)),
+            lambda result: result,
+            request_id="r1",
+            request_type="OptimStep",
+            retry=RETRY,
+            billing=BillingPause(0.0),
+        )
