@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import json
 import os
@@ -37,17 +36,13 @@ def key_from_file(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read ({type(error).__name__}); set TINKER_API_KEY instead") from None
     unusable = ConfigError(f"{path} is no credentials file: make it anew, or set TINKER_API_KEY")
-    try:
-        content: object = json.loads(text)
-    except (ValueError, RecursionError):
-        raise unusable from None
-    fields = _mapping(content)
+    fields = _mapping(_parsed(content))
     if fields is None:
         raise unusable
     default = fields.get("default")
@@ -58,6 +53,14 @@ def key_from_file(path: Path | None) -> str | None:
     if not isinstance(key, str) or not key:
         raise unusable
     return key
+
+
+def _parsed(content: bytes) -> object:
+    """None for what is no JSON. The parser's own error quotes what it read, so it must not be anybody's context."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
 async def key_from_command(command: Secret, *, timeout: float = COMMAND_TIMEOUT) -> Secret:
@@ -117,10 +120,10 @@ def expiry_of(token: Secret) -> float | None:
     if len(parts) != 3:
         return None
     try:
-        claims: object = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, RecursionError, binascii.Error):
+        claims = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
+    except ValueError:
         return None
-    told = (_mapping(claims) or {}).get("exp")
+    told = (_mapping(_parsed(claims)) or {}).get("exp")
     return float(told) if isinstance(told, int | float) and not isinstance(told, bool) and 0 < told < 1e12 else None
 
 
