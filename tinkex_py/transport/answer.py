@@ -197,10 +197,17 @@ def _way_out(answer: HttpAnswer) -> str:
         return "Check the key: TINKER_API_KEY, or api_key of the configuration"
     location = answer.headers.get("location")
     if 300 <= answer.status < 400 and location:
-        origin = urlsplit(location)
-        where = f"{origin.scheme}://{origin.hostname}" if origin.hostname else "another place of the same host"
+        where = _origin(location) or "another place of the same host"
         return f"It points to {where}, which is not followed because the key goes along: set base_url to it"
     return ""
+
+
+def _origin(location: str) -> str | None:
+    try:
+        parts = urlsplit(location)
+    except ValueError:
+        return "an address that makes no sense"
+    return f"{parts.scheme}://{parts.hostname}" if parts.hostname else None
 
 
 def _detail(body: object) -> str:

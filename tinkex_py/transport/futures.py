@@ -139,7 +139,8 @@ class _Waiting(Generic[Decoded]):
         if not isinstance(fields, dict):
             raise InvalidResponse(f"the result of {self._request_type} is no JSON object")
         given = cast("dict[str, Any]", fields)
-        if given.get("type") == "try_again" or given.get("status") in PENDING_STATUSES:
+        status = given.get("status")
+        if given.get("type") == "try_again" or (isinstance(status, str) and status in PENDING_STATUSES):
             self._tell_queue_state(given)
             return None
         if given.get("error") is not None:

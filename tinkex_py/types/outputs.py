@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from pydantic import Field, model_serializer, model_validator
@@ -83,6 +83,12 @@ class ForwardBackwardOutput(Answer):
     metrics: dict[str, float] = Field(default_factory=dict)
     num_datums: int = 0
     packed: dict[str, PackedTensor] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        """Reads the JSON form, which has no packed fields of its own; raises like `Answer.read`."""
+        told = {name: value for name, value in fields.items() if name not in ("packed", "num_datums")}
+        return super().read({"loss_fn_outputs": [], **told})
 
     @cached_property
     def loss_fn_outputs(self) -> list[dict[str, TensorData]]:
