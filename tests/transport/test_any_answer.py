@@ -107,7 +107,10 @@ def test_any_json_result(fields):
 
 
 def test_a_count_that_nothing_has():
-    assert read_forward_backward(Result(b"", {"num_datums": 2**62, "packed": {}})).loss_fn_outputs == []
+    assert (
+        read_forward_backward(Result(b"", {"num_datums": 2**62, "packed": {}, "loss_fn_outputs": []})).loss_fn_outputs
+        == []
+    )
 
 
 @settings(max_examples=200)

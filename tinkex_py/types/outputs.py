@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import numpy as np
 from pydantic import Field, model_serializer, model_validator
 
+from tinkex_py.errors import InvalidResponse
 from tinkex_py.types.answer import Answer
 from tinkex_py.types.tensors import Array, TensorData, read_tensor
 
@@ -87,8 +88,9 @@ class ForwardBackwardOutput(Answer):
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
         """Reads the JSON form, which has no packed fields of its own; raises like `Answer.read`."""
-        told = {name: value for name, value in fields.items() if name not in ("packed", "num_datums")}
-        return super().read({"loss_fn_outputs": [], **told})
+        if "loss_fn_outputs" not in fields:
+            raise InvalidResponse(f"the service's answer is no {cls.__name__}: it has no loss_fn_outputs")
+        return super().read({name: value for name, value in fields.items() if name not in ("packed", "num_datums")})
 
     @cached_property
     def loss_fn_outputs(self) -> list[dict[str, TensorData]]:
