@@ -62,7 +62,8 @@ class ProtobufDialect:
     """`ForwardBackwardRequest` messages to one endpoint.
 
     Args:
-        compress: with zstd, where `zstandard` is installed. Without it the body goes plain, which every service reads.
+        compress: with zstd, where `zstandard` is installed (the extra `zstd`). Without it the body goes plain, which
+            every service reads.
     """
 
     name: DialectName = "protobuf"
