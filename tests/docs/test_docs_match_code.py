@@ -100,6 +100,8 @@ async def test_the_events_page_tells_what_events_carry() -> None:
         "tinkex.regularizer.abandoned",
         "tinkex.future.queue_state",
         "tinkex.session.heartbeat_failed",
+        "tinkex.billing.paused",
+        "tinkex.sampling.turned_away",
     } | {f"tinkex.{unit}.exception" for unit in ("http.request", "future", "session")}
     assert set(seen) | unlikely == set(telemetry.events())
 

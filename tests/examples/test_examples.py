@@ -146,6 +146,17 @@ def test_official_sdk(tmp_path: Path) -> None:
     assert runs["with regularizers"][-1] < runs["with regularizers"][0]
 
 
+def test_sampling(tmp_path: Path) -> None:
+    text = run_example("sampling.py", tmp_path)
+    assert len(re.findall(r"^sample \d: '.*'  (?:stop|length)  logprob -\d+\.\d+$", text, re.MULTILINE)) == 2
+    assert "the same seed draws the same: True" in text
+    assert text.count(" goes on ") == 3
+    (perplexity,) = re.findall(r"^perplexity (\S+) over \d+ tokens$", text, re.MULTILINE)
+    assert 10 < float(perplexity) < 2000  # 258 tokens, random weights
+    for logprob in re.findall(r"^as the last token: Paris (\S+), Rome (\S+)$", text, re.MULTILINE)[0]:
+        assert -20 < float(logprob) < 0
+
+
 def load(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 

@@ -38,6 +38,7 @@ _LONGEST_CONNECT = 10.0
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
 _MOST_REDIRECTS = 5
+_SHORTEST_KEY = 8
 
 
 class _Connection:
@@ -70,10 +71,10 @@ class HttpClient:
 
     Args:
         base_url: where the service is; a path in it is kept in front of every path.
-        api_key: sent as `X-API-Key`; never shown.
+        api_key: sent as `X-API-Key` by exchanges that are given no key of their own; never shown.
         timeout: seconds for one exchange, from having a connection slot to the last byte.
         max_connections: exchanges at a time; more wait in their order. Neither `http_client` nor `asgi_app` obeys it.
-        headers: sent with every request.
+        headers: sent with every request; their values are left out of messages where they are long enough to be keys.
         http_client: a client with `httpx.AsyncClient`'s interface to use instead of our own connections. It stays
             its owner's to close. (httpx up to 0.28 loses connections of cancelled requests; httpx2 does not.)
         asgi_app: a service in this process, called directly.
@@ -86,7 +87,7 @@ class HttpClient:
         self,
         *,
         base_url: str,
-        api_key: str | SecretText | None,
+        api_key: str | SecretText | None = None,
         timeout: float = 60.0,
         max_connections: int = 16,
         headers: Mapping[str, str] = _NO_HEADERS,
@@ -103,6 +104,7 @@ class HttpClient:
         self._secret = checked_key(api_key)
         self._timeout = timeout
         self._headers = merged_headers(headers)
+        self._secret_headers = [value for value in self._headers.values() if len(value) >= _SHORTEST_KEY]
         self._http_client = http_client
         self._asgi_app = asgi_app
         self._pool = ConnectionPool(self._open_connection, max_connections)
@@ -136,6 +138,7 @@ class HttpClient:
         headers: Mapping[str, str] = _NO_HEADERS,
         timeout: float | None = None,
         attempt: int = 1,
+        key: Secret | None = None,
     ) -> HttpAnswer:
         """Send one request and read its whole answer; no retry.
 
@@ -149,6 +152,7 @@ class HttpClient:
             headers: more headers; they win over those of the client.
             timeout: seconds, instead of the client's.
             attempt: which attempt of the caller this is, for events.
+            key: sent as `X-API-Key` instead of the client's.
 
         Returns:
             The answer, whatever its status.
@@ -161,12 +165,13 @@ class HttpClient:
             InvalidData: the path, a header or the body cannot be sent.
         """
         self._require_usable()
-        request = self._request(method, path, content, json, content_type, accept, headers, timeout)
+        secret = (self._secret if key is None else key).with_others(self._secret_headers)
+        request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         with self._stoppable():
             async with self._stop_scope(), self._connection() as connection:
                 with lifecycle("tinkex.http.request", metadata) as measurements:
-                    answer = await self._send(connection, request)
+                    answer = await self._send(connection, request, secret)
                     measurements.update(status=answer.status, bytes=len(answer.body))
                 return answer
 
@@ -268,6 +273,7 @@ class HttpClient:
         accept: str,
         headers: Mapping[str, str],
         timeout: float | None,
+        secret: Secret,
     ) -> HttpRequest:
         method = method.upper()
         description = describe(method, path, self.host)
@@ -280,7 +286,7 @@ class HttpClient:
             sent["Content-Type"] = content_type or "application/octet-stream"
             # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
             sent["Content-Length"] = str(memoryview(content).nbytes)
-        key = {"X-API-Key": self._secret.reveal()} if self._secret.reveal() else {}
+        key = {"X-API-Key": secret.reveal()} if secret else {}
         return HttpRequest(
             method=method,
             url=join_url(self._base, path),
@@ -290,7 +296,7 @@ class HttpClient:
             description=description,
         )
 
-    async def _send(self, connection: _Connection, request: HttpRequest) -> HttpAnswer:
+    async def _send(self, connection: _Connection, request: HttpRequest, secret: Secret) -> HttpAnswer:
         run = _in_fresh_context if self._asgi_app is not None else _here
         try:
             async with asyncio.timeout(request.timeout):
@@ -307,7 +313,7 @@ class HttpClient:
             headers={name.lower(): value for name, value in response.headers.items()},
             body=response.content,
             request=request.description,
-            secret=self._secret,
+            secret=secret,
         )
         if self._asgi_app is not None:
             require_whole_body(answer, request)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
@@ -53,6 +53,25 @@ class AdamParams(WireModel):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: NonNegative = 1e-12
     weight_decay: NonNegative = 0.0
+    grad_clip_norm: NonNegative = 0.0
+
+
+class OptimizerParams(WireModel):
+    """One step of an optimizer other than AdamW, for a model that was made with it.
+
+    Every family has fields of its own, which are sent as they are: `OptimizerParams(type="dimuon",
+    learning_rate=1e-3, beta1=0.9)`.
+
+    Args:
+        type: name of the family, as in the `optimizer_config` of the model.
+        learning_rate: step size.
+        grad_clip_norm: largest global gradient norm; 0 switches clipping off.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(min_length=1)
+    learning_rate: NonNegative
     grad_clip_norm: NonNegative = 0.0
 
 
