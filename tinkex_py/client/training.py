@@ -237,7 +237,7 @@ class AsyncTrainingClient:
                 self._lane.accumulated = 0
 
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
-            body = {name: (params or AdamParams()).model_dump(), "type": "optim_step"}
+            body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
             fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear)
             return OptimStepResponse.read(fields)
 
