@@ -161,6 +161,25 @@ async def test_all_of_adam_arrives(bench):
     }
 
 
+async def test_what_adam_has_switched_off_is_not_sent(bench):
+    training = await bench.train()
+    await training.forward_backward(DATA)
+    await training.optim_step()
+    sent = bench.recorder.of("optim_step")[0].json["adam_params"]
+    assert sent == {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
+
+
+async def test_a_result_that_is_held_back_because_it_is_large_is_asked_for(bench):
+    training = await bench.train()
+    bench.recorder.faults["retrieve_future"] = [
+        answering(200, {"status": "complete_metadata", "response_payload_size": 10**6})
+    ]
+    before = len(bench.recorder.of("retrieve_future"))
+    assert (await training.forward(DATA)).num_datums == 1
+    polls = [set(arrival.json) for arrival in bench.recorder.of("retrieve_future")[before:]]
+    assert polls == [{"request_id"}, {"request_id", "allow_metadata_only"}]
+
+
 def optimizing_server(server: ScriptedServer) -> AsyncServiceClient:
     """A service with another family of optimizers, which the embedded one does not have."""
     done = answer(json={"request_id": "1"})

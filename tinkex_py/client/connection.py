@@ -17,7 +17,7 @@ from tinkex_py.transport.byte_budget import ByteBudget
 from tinkex_py.transport.codec import PROTOBUF, Result
 from tinkex_py.transport.dialects import Dialect, EncodedRequest, JsonDialect
 from tinkex_py.transport.flags import ClientFlags
-from tinkex_py.transport.futures import ACCEPT, wait_for_result
+from tinkex_py.transport.futures import ACCEPT, tells_metadata_only, wait_for_result
 from tinkex_py.transport.http import HttpClient
 from tinkex_py.transport.keys import Keys, rejects_token
 from tinkex_py.transport.lane import Lane
@@ -30,7 +30,6 @@ Decoded = TypeVar("Decoded")
 # Seconds that a service may take to answer for the first time.
 FIRST_CONTACT_DEADLINE = 15.0
 _LIVENESS_TIMEOUT = 10.0
-_NO_BILLING_PAUSE = BillingPause(0.0)
 
 
 class Connection:
@@ -240,17 +239,21 @@ class Connection:
             RequestFailed: the service failed the request, or lost it.
             InvalidResponse: its result cannot be read, however often it is fetched.
         """
+        body: dict[str, Any] = {"request_id": request_id}
 
         async def poll(iteration: int) -> HttpAnswer:
-            return await self.exchange(
+            answer = await self.exchange(
                 "POST",
                 "/api/v1/retrieve_future",
                 over=self.polls,
-                json={"request_id": request_id, "allow_metadata_only": False},
+                json=body,
                 accept=ACCEPT,
                 headers={"X-Tinker-Request-Type": request_type, "X-Tinker-Request-Iteration": str(iteration)},
                 timeout=self.config.poll_timeout,
             )
+            if tells_metadata_only(answer):  # said only where it matters: strict older services do not know the field
+                body["allow_metadata_only"] = False
+            return answer
 
         return await wait_for_result(
             poll,
@@ -296,7 +299,7 @@ class Connection:
             source=self.flags.credential_default_source,
         )
         path = "/api/v1/create_session"
-        answer = await self.request("POST", path, json=session_request(self.config), billing=_NO_BILLING_PAUSE)
+        answer = await self.request("POST", path, json=session_request(self.config), billing=BillingPause(0.0))
         self._session = Session(text_of(answer, "session_id", path), self.exchange, self.config, owner)
 
     async def _read_flags(self) -> ClientFlags:
@@ -306,7 +309,7 @@ class Connection:
         body = {"sdk_version": __version__}
         try:
             answer = await self.request(
-                "POST", "/api/v1/client/config", json=body, retry=policy, billing=_NO_BILLING_PAUSE
+                "POST", "/api/v1/client/config", json=body, retry=policy, billing=BillingPause(0.0)
             )
         except NotFound:
             return ClientFlags.of_an_old_service()

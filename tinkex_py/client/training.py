@@ -276,7 +276,7 @@ class AsyncTrainingClient:
                 self._lane.accumulated += cleared
 
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
-            body = {name: (params or AdamParams()).model_dump(), "type": "optim_step"}
+            body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
             fields = await self._numbered(
                 place,
                 "optim_step",

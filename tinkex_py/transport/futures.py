@@ -23,8 +23,8 @@ from tinkex_py.transport.codec import PROTOBUF, Result
 from tinkex_py.transport.retry import RetryPolicy
 
 ACCEPT: Final = f"{PROTOBUF}, application/json"
-# `complete_metadata` means "done, ask again for the body", which is what the next poll does.
-PENDING_STATUSES: Final = frozenset({"pending", "queued", "running", "complete_metadata"})
+_METADATA_ONLY: Final = "complete_metadata"
+PENDING_STATUSES: Final = frozenset({"pending", "queued", "running", _METADATA_ONLY})
 
 _CATEGORIES: Mapping[str, RequestFailedCategory] = {"user": "user", "server": "server"}
 # A poll that is answered "not yet" sooner than this was not held by the service; then we pace it ourselves.
@@ -33,6 +33,7 @@ _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 _MOST_BAD_REQUESTS = 2
 _LONGEST_DETAIL = 1000
+_LONGEST_METADATA = 4096
 _LOST_STATUSES = frozenset({404, 410})
 
 Decoded = TypeVar("Decoded")
@@ -221,6 +222,12 @@ class _Waiting(Generic[Decoded]):
                 "queue_state_reason": fields.get("queue_state_reason"),
             },
         )
+
+
+def tells_metadata_only(answer: HttpAnswer) -> bool:
+    """Whether a result is there, but was not sent along because it is large."""
+    may = answer.is_success and answer.media_type != PROTOBUF and len(answer.body) <= _LONGEST_METADATA
+    return may and _object_of(answer).get("status") == _METADATA_ONLY
 
 
 def _object_of(answer: HttpAnswer) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Settings that travel with a request."""
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -10,6 +10,9 @@ from tinkex_py.types.base import WireModel
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+_NEWER_FIELDS = frozenset({"weight_decay", "grad_clip_norm"})
 
 
 class LoraConfig(WireModel):
@@ -55,6 +58,11 @@ class AdamParams(WireModel):
     weight_decay: NonNegative = 0.0
     grad_clip_norm: NonNegative = 0.0
 
+    def on_the_wire(self) -> dict[str, Any]:
+        """As it is sent: what is switched off is left out, since strict older services do not know it."""
+        fields = self.model_dump()
+        return {name: value for name, value in fields.items() if value or name not in _NEWER_FIELDS}
+
 
 class OptimizerParams(WireModel):
     """One step of an optimizer other than AdamW, for a model that was made with it.
@@ -73,6 +81,10 @@ class OptimizerParams(WireModel):
     type: str = Field(min_length=1)
     learning_rate: NonNegative
     grad_clip_norm: NonNegative = 0.0
+
+    def on_the_wire(self) -> dict[str, Any]:
+        """As it is sent."""
+        return self.model_dump()
 
 
 class SamplingParams(WireModel):
