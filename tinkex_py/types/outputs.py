@@ -152,7 +152,7 @@ class ForwardBackwardOutput(Answer):
 def _listed(value: object) -> list[object]:
     if value is not None and not isinstance(value, list | tuple):
         raise ValueError("loss_fn_outputs must be a list")
-    return list(cast("list[object]", value or []))
+    return list(cast("list[object]", value if value is not None else []))
 
 
 def _row(row: object) -> dict[str, TensorData]:
