@@ -82,7 +82,7 @@ class AsyncServiceClient:
         cls,
         model: str = "tiny",
         *,
-        checkpoints_dir: "Path | str | None" = None,
+        state_dir: "Path | str | None" = None,
         device: str | None = None,
         config: TinkexConfig | None = None,
         **options: Any,
@@ -91,7 +91,7 @@ class AsyncServiceClient:
 
         Args:
             model: "tiny", "smollm2", or a local Hugging Face folder.
-            checkpoints_dir: where checkpoints are kept; None is a temporary folder, removed at the end.
+            state_dir: where checkpoints are kept; None is a temporary folder, removed at the end.
             device: "cpu", "cuda", "mps"; None chooses.
             config: timeouts and limits; address and key play no role.
             options: further options of the embedded service.
@@ -103,8 +103,8 @@ class AsyncServiceClient:
 
         from tinkex_py.local import LocalOptions, LocalService
 
-        folder = None if checkpoints_dir is None else Path(checkpoints_dir)
-        embedded = LocalService(LocalOptions(model=model, checkpoints_dir=folder, device=device, **options))
+        folder = None if state_dir is None else Path(state_dir)
+        embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
         settings = config or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
         client._prepare(settings, http_client=None, embedded=embedded)
