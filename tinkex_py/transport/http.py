@@ -5,9 +5,9 @@ import contextlib
 import contextvars
 import ssl
 import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,9 @@ from tinkex_py.transport.request import (
     encoded_json,
     join_url,
     merged_headers,
+    same_origin,
 )
+from tinkex_py.transport.stream import AnswerStream
 
 __all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
 
@@ -109,6 +111,7 @@ class HttpClient:
         self._tls_context: asyncio.Future[ssl.SSLContext] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: set[asyncio.Timeout] = set()
+        self._elsewhere: set[HttpClient] = set()
         self._nothing_runs = asyncio.Event()
         self._nothing_runs.set()
         self._closed = False
@@ -136,6 +139,7 @@ class HttpClient:
         headers: Mapping[str, str] = _NO_HEADERS,
         timeout: float | None = None,
         attempt: int = 1,
+        follow_redirects: bool = True,
     ) -> HttpAnswer:
         """Send one request and read its whole answer; no retry.
 
@@ -149,6 +153,7 @@ class HttpClient:
             headers: more headers; they win over those of the client.
             timeout: seconds, instead of the client's.
             attempt: which attempt of the caller this is, for events.
+            follow_redirects: within the origin of `base_url`, where it does not change the method.
 
         Returns:
             The answer, whatever its status.
@@ -163,12 +168,79 @@ class HttpClient:
         self._require_usable()
         request = self._request(method, path, content, json, content_type, accept, headers, timeout)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
-        with self._stoppable():
-            async with self._stop_scope(), self._connection() as connection:
-                with lifecycle("tinkex.http.request", metadata) as measurements:
-                    answer = await self._send(connection, request)
-                    measurements.update(status=answer.status, bytes=len(answer.body))
-                return answer
+        send = _send_and_follow if follow_redirects else _send_once
+        async with self._stoppable(), self._connection() as connection:
+            with lifecycle("tinkex.http.request", metadata) as measurements:
+                response = await self._send(lambda: send(connection, request), request)
+                answer = self._answer(response, request)
+                measurements.update(status=answer.status, bytes=len(answer.body))
+            return answer
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        *,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        timeout: float | None = None,
+        attempt: int = 1,
+    ) -> AsyncGenerator[AnswerStream, None]:
+        """Ask for something large, and read it piece by piece; no retry, and no redirection is followed.
+
+        A service in this process is the exception: its answer is complete, and in memory, before it can be read.
+
+        Args:
+            path: path below `base_url`, with its query if it has one.
+            headers: more headers; they win over those of the client.
+            timeout: seconds until the answer begins, and then between two pieces, instead of the client's.
+            attempt: which attempt of the caller this is, for events.
+
+        Raises:
+            ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
+        """
+        self._require_usable()
+        sent = {"Accept-Encoding": "identity", **headers}
+        request = self._request("GET", path, None, None, None, "*/*", sent, timeout)
+        metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
+        async with self._stoppable(), self._connection() as connection:
+            with lifecycle("tinkex.http.request", metadata) as measurements:
+                response = await self._send(lambda: _send_once(connection, request, stream=True), request)
+                answer = AnswerStream(response, request, self._secret)
+                try:
+                    yield answer
+                finally:
+                    measurements.update(status=answer.status, bytes=answer.received)
+                    await response.aclose()
+
+    @asynccontextmanager
+    async def towards(self, url: str) -> AsyncGenerator[tuple["HttpClient", str], None]:
+        """A client of its own for an address that the service named, and the path to ask it for.
+
+        The key and the headers of this client go along only within the origin of `base_url`.
+
+        Raises:
+            ConfigError: it is no http(s) address.
+            ClientClosed: this client is closed.
+        """
+        self._require_usable()
+        parts = urlsplit(url)
+        base = checked_base_url(f"{parts.scheme}://{parts.netloc}")
+        at_home = same_origin(base.geturl(), self._base.geturl())
+        client = HttpClient(
+            base_url=base.geturl(),
+            api_key=self._secret.reveal() if at_home else None,
+            timeout=self._timeout,
+            max_connections=1,
+            headers=self._headers if at_home else _NO_HEADERS,
+            http_client=self._http_client,
+            asgi_app=self._asgi_app if at_home else None,
+        )
+        self._elsewhere.add(client)
+        try:
+            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path
+        finally:
+            self._elsewhere.discard(client)
+            await client.aclose()
 
     async def aclose(self) -> None:
         """Close all connections; exchanges under way raise ClientClosed. Calling it again does nothing.
@@ -184,6 +256,8 @@ class HttpClient:
         for scope in self._running:
             if not scope.expired():
                 scope.reschedule(self._loop.time())
+        for client in list(self._elsewhere):
+            await client.aclose()
         await self._nothing_runs.wait()
         await self._pool.aclose()
         if self._tls_context is not None:
@@ -206,24 +280,21 @@ class HttpClient:
             )
 
     @asynccontextmanager
-    async def _stop_scope(self) -> AsyncGenerator[None, None]:
+    async def _stoppable(self) -> AsyncGenerator[None, None]:
         """Let `aclose` stop the block, wherever it waits."""
-        async with asyncio.timeout(None) as scope:
-            self._running.add(scope)
-            self._nothing_runs.clear()
-            try:
-                yield
-            finally:
-                self._running.discard(scope)
-                if not self._running:
-                    self._nothing_runs.set()
-
-    @contextmanager
-    def _stoppable(self) -> Generator[None, None, None]:
+        scope = asyncio.timeout(None)
         try:
-            yield
+            async with scope:
+                self._running.add(scope)
+                self._nothing_runs.clear()
+                try:
+                    yield
+                finally:
+                    self._running.discard(scope)
+                    if not self._running:
+                        self._nothing_runs.set()
         except TimeoutError as error:
-            if isinstance(error, TransportError):
+            if isinstance(error, TransportError) or not scope.expired():
                 raise
             raise ClientClosed("this client was closed while the request was under way") from None
 
@@ -290,11 +361,11 @@ class HttpClient:
             description=description,
         )
 
-    async def _send(self, connection: _Connection, request: HttpRequest) -> HttpAnswer:
+    async def _send(self, send: Callable[[], Awaitable[Any]], request: HttpRequest) -> Any:
         run = _in_fresh_context if self._asgi_app is not None else _here
         try:
             async with asyncio.timeout(request.timeout):
-                response = await run(lambda: _send_and_follow(connection, request))
+                return await run(send)
         except TimeoutError as error:
             raise TimeoutExceeded(f"{request.description} was not answered within {request.timeout:g} s") from error
         except Exception as error:
@@ -302,6 +373,8 @@ class HttpClient:
             if failure is None:
                 raise
             raise failure from error
+
+    def _answer(self, response: Any, request: HttpRequest) -> HttpAnswer:
         answer = HttpAnswer(
             status=response.status_code,
             headers={name.lower(): value for name, value in response.headers.items()},
@@ -338,26 +411,28 @@ async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
 async def _send_and_follow(connection: _Connection, request: HttpRequest) -> Any:
     url = request.url
     for _ in range(_MOST_REDIRECTS):
-        response = await _send_once(connection, request, url)
+        response = await _send_once(connection, request, url=url)
         target = request.redirected_to(response.status_code, response.headers.get("location"), url)
         if target is None:
             return response
         url = target
-    return await _send_once(connection, request, url)
+    return await _send_once(connection, request, url=url)
 
 
-async def _send_once(connection: _Connection, request: HttpRequest, url: str) -> Any:
+async def _send_once(
+    connection: _Connection, request: HttpRequest, *, url: str | None = None, stream: bool = False
+) -> Any:
     client = connection.client
     built = client.build_request(
         request.method,
-        url,
+        url or request.url,
         headers=dict(request.headers),
         content=request.body(),
         # connect, read, write, pool; the whole is bounded outside.
         timeout=(min(request.timeout, _LONGEST_CONNECT), request.timeout, request.timeout, request.timeout),
         extensions=dict(connection.extensions),
     )
-    return await client.send(built, follow_redirects=False)
+    return await client.send(built, follow_redirects=False, stream=stream)
 
 
 def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:
