@@ -6,12 +6,26 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO
+from tarfile import HeaderError, ReadError
+from typing import IO, Self
 
 from tinkex_py.errors import InvalidResponse
 
 _PIECE = 1 << 20
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, UnicodeError)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose damaged header is an error; tarfile takes one for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: "tarfile.TarFile") -> Self:
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the two empty blocks that belong to the end
+                raise
+            raise ReadError(f"{error} at byte {tarfile.offset}") from error
 
 
 def extract(archive: Path, folder: Path, check: Callable[[], None]) -> None:
@@ -29,7 +43,7 @@ def extract(archive: Path, folder: Path, check: Callable[[], None]) -> None:
     folder.mkdir()
     count = 0
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        with tarfile.open(archive, "r:*", tarinfo=_Member) as tar:
             for member in tar:
                 check()
                 target = folder / _inner_path(member)
@@ -41,6 +55,9 @@ def extract(archive: Path, folder: Path, check: Callable[[], None]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write(content, target, member.size, check)
                 count += 1
+            # What stands behind the last file holds the checksum of a compressed archive.
+            while tar.fileobj.read(_PIECE):
+                check()
     except (FileExistsError, NotADirectoryError) as error:
         raise InvalidResponse("the archive of the checkpoint has two files with one name; none was kept") from error
     except _DAMAGED as error:
