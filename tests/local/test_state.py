@@ -6,8 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from tests.client.data import datum
 from tests.client.recorder import QUICK
+from tests.support.served import serving
 from tinkex_py import AsyncServiceClient, NotFound, RequestFailed, TinkexConfig
 from tinkex_py.errors import ConfigError, TinkexError
 from tinkex_py.local import LocalOptions, LocalService
@@ -22,31 +22,16 @@ from tinkex_py.local.checkpoints import STATE_FILE, CheckpointStore
 from tinkex_py.local.database import VERSION, Database
 from tinkex_py.local.records import CheckpointInfo, RunInfo, SessionInfo
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 def private_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob(f"tinkex-py-{os.getpid()}-*"))
-
-
-@contextmanager
-def serving(port: int, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "tinkex_py", "serve", "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("Listening on "), line + process.stderr.read()
-        yield process, line.removeprefix("Listening on ").strip()
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
 
 
 @pytest.mark.asyncio
 async def test_a_client_learns_of_a_restart_and_goes_on_from_its_checkpoint(tmp_path):
     """One client over both lives of a service, whose process is killed in between."""
     state = ("--state-dir", str(tmp_path))
-    with serving(0, *state) as (process, url):
+    with serving(*state) as (process, url):
         client = AsyncServiceClient(TinkexConfig(base_url=url, api_key="tml-x", retry=QUICK))
         training = await client.create_lora_training_client("tiny", rank=4, seed=1)
         await training.forward_backward([datum(4, 1)])
@@ -58,7 +43,7 @@ async def test_a_client_learns_of_a_restart_and_goes_on_from_its_checkpoint(tmp_
         session_id = training.model_id.partition(":")[0]
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
-    with serving(int(url.rpartition(":")[2]), *state):
+    with serving(*state, port=int(url.rpartition(":")[2])):
         for call in (training.optim_step(), training.forward([datum(4, 1)]), training.save_state("lost")):
             with pytest.raises(NotFound, match="restarted.*unsaved weights and gradients are gone"):
                 await call
