@@ -142,6 +142,15 @@ async def test_the_files_arrive_and_nothing_else_stays(storage, mode):
 
 
 @pytest.mark.asyncio
+async def test_an_archive_that_is_marked_as_compressed_is_the_same(storage):
+    body = tar_of(CONTENT, "w:gz")
+    storage.script(serving(body, cut=2000, content_encoding="gzip"), serving(body, content_encoding="gzip"))
+    await storage.download()
+    storage.check()
+    assert storage.starts() == [0, 2000]
+
+
+@pytest.mark.asyncio
 async def test_a_broken_download_goes_on_where_it_broke_off(storage):
     storage.script(serving(cut=1_000_000), serving(cut=700_000), serving())
     seen: list[int] = []

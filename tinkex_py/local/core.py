@@ -87,7 +87,7 @@ class Core:
             return await self._state.run(lambda: work(self.store))
         except InvalidData as error:
             raise Refused(404, str(error)) from error
-        except sqlite3.ProgrammingError as error:
+        except (EngineClosing, sqlite3.ProgrammingError) as error:
             raise Refused(503, "the service is stopping") from error
 
     def session(self, session_id: str) -> SessionInfo:

@@ -52,8 +52,15 @@ class StateThreads:
         self._unfinished: set[Future[Any]] = set()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do work in one of the threads. A cancelled caller leaves at once; work that has begun runs to its end."""
-        future = self._executor.submit(work)
+        """Do work in one of the threads. A cancelled caller leaves at once; work that has begun runs to its end.
+
+        Raises:
+            EngineClosing: the threads have been stopped.
+        """
+        try:
+            future = self._executor.submit(work)
+        except RuntimeError as error:
+            raise EngineClosing("the service is stopping") from error
         self._unfinished.add(future)
         future.add_done_callback(self._unfinished.discard)
         return await asyncio.wrap_future(future)

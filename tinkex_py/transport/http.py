@@ -216,7 +216,8 @@ class HttpClient:
     async def towards(self, url: str) -> AsyncGenerator[tuple["HttpClient", str], None]:
         """A client of its own for an address that the service named, and the path to ask it for.
 
-        The key and the headers of this client go along only within the origin of `base_url`.
+        The key and the headers of this client go along only within the origin of `base_url`. (An `http_client` of the
+        user's own sends whatever headers it has itself.)
 
         Raises:
             ConfigError: it is no http(s) address.

@@ -32,19 +32,18 @@ class AnswerStream:
 
     @property
     def length(self) -> int | None:
-        """Bytes of the whole body, if they are told and count what `pieces` gives."""
+        """Bytes of the whole body, if they are told."""
         told = self.headers.get("content-length", "")
-        return int(told) if told.isdecimal() and "content-encoding" not in self.headers else None
+        return int(told) if told.isdecimal() else None
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The body, decompressed, as it arrives. Can be read once.
+        """The body as it arrives, once. Not decompressed: its bytes are those that `length` and ranges count.
 
         Raises:
             ConnectionFailed: the body broke off.
             TimeoutExceeded: nothing came for the request's timeout.
-            InvalidResponse: the body cannot be decompressed.
         """
-        async with aclosing(self._response.aiter_bytes()) as body:
+        async with aclosing(self._response.aiter_raw()) as body:
             while (piece := await self._next(body)) is not None:
                 self.received += len(piece)
                 yield piece
