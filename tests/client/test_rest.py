@@ -213,6 +213,39 @@ async def test_a_downloaded_checkpoint_has_the_weights(http_bench, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["deep"]
 
 
+def cut_after(count: int) -> Any:
+    """The connection breaks after so many bytes of the body."""
+
+    async def fault(arrival: Any, serve: Any, send: Any) -> None:
+        sent = 0
+
+        async def forward(event: Any) -> None:
+            nonlocal sent
+            if event["type"] == "http.response.start":
+                await send(event)
+            elif sent < count:
+                part = event["body"][: count - sent]
+                sent += len(part)
+                await send({**event, "body": part, "more_body": True})
+
+        await serve(forward)
+
+    return fault
+
+
+async def test_a_broken_download_from_the_embedded_service_goes_on(http_bench, tmp_path):
+    rest = http_bench.service.create_rest_client()
+    path = (await (await http_bench.train(rank=32)).save_state("one")).path
+    http_bench.recorder.faults["archive.tar"] = [cut_after(150_000), cut_after(20_000)]
+    folder = await rest.download_checkpoint(path, tmp_path / "model")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size == (await rest.get_checkpoint(path)).size_bytes
+    load_file(folder / "optimizer.safetensors")
+    starts = [arrival.headers.get("range") for arrival in http_bench.recorder.of("archive.tar")]
+    assert starts == [None, "bytes=150000-", "bytes=170000-"]
+    assert [arrival.status for arrival in http_bench.recorder.of("archive.tar")] == [200, 206, 206]
+
+
 async def test_it_needs_no_session_and_does_no_work_before_the_first_call(http_bench):
     url = http_bench.service.config.base_url
     before = len(http_bench.recorder.arrivals)

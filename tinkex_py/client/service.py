@@ -94,7 +94,8 @@ class AsyncServiceClient:
 
         Args:
             model: "tiny", "smollm2", or a local Hugging Face folder.
-            state_dir: where checkpoints are kept; None is a temporary folder, removed at the end.
+            state_dir: where checkpoints, runs and sessions are kept, over restarts; None is a temporary folder, removed
+                at the end.
             device: "cpu", "cuda", "mps"; None chooses.
             config: timeouts and limits; address and key play no role.
             options: further options of the embedded service.

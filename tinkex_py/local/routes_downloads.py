@@ -42,7 +42,8 @@ async def external_weights_urls(request: Request, core: Core) -> Response:
 async def download(request: Request, core: Core) -> Response:
     """The bytes behind a signed address; ranges are served."""
     query = request.query_params
-    refusal = core.links.refusal(request.url.path, query.get("expires", ""), query.get("signature", ""))
+    path = _path(*(request.path_params[part] for part in ("run", "kind", "name", "file")))
+    refusal = core.links.refusal(path, query.get("expires", ""), query.get("signature", ""))
     if refusal is not None:
         raise Refused(*refusal)
     info = await find_checkpoint(request, core)
@@ -59,8 +60,12 @@ def _file(store: CheckpointStore, info: CheckpointInfo, name: str) -> Path | Non
     return next((file for file in store.files(info) if file.name == name), None)
 
 
+def _path(run_id: str, kind: str, name: str, file: str) -> str:
+    return f"{DOWNLOADS}{run_id}/{kind}/{name}/{file}"
+
+
 def _signed_url(request: Request, core: Core, info: CheckpointInfo, file: str) -> tuple[str, datetime]:
-    path = f"{DOWNLOADS}{info.run.run_id}/{info.kind}/{info.name}/{file}"
+    path = _path(info.run.run_id, info.kind, info.name, file)
     query, expires = core.links.sign(path)
     return f"{str(request.base_url).rstrip('/')}{quote(path, safe='/:')}?{query}", datetime.fromtimestamp(expires, UTC)
 
