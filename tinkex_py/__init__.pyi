@@ -2,6 +2,7 @@
 
 from . import telemetry as telemetry
 from .client import (
+    AsyncRestClient as AsyncRestClient,
     AsyncSamplingClient as AsyncSamplingClient,
     AsyncServiceClient as AsyncServiceClient,
     AsyncTrainingClient as AsyncTrainingClient,
@@ -73,7 +74,10 @@ from .transport.retry import (
 )
 from .types import (
     AdamParams as AdamParams,
+    Checkpoint as Checkpoint,
+    CheckpointPath as CheckpointPath,
     Datum as Datum,
+    DownloadProgress as DownloadProgress,
     EncodedTextChunk as EncodedTextChunk,
     ForwardBackwardOutput as ForwardBackwardOutput,
     GetInfoResponse as GetInfoResponse,
@@ -87,6 +91,9 @@ from .types import (
     SamplingParams as SamplingParams,
     SaveWeightsResponse as SaveWeightsResponse,
     ServerCapabilities as ServerCapabilities,
+    SessionQuery as SessionQuery,
+    SessionSummary as SessionSummary,
     TensorData as TensorData,
+    TrainingRun as TrainingRun,
 )
 from .version import __version__ as __version__

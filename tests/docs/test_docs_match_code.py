@@ -175,7 +175,13 @@ def test_the_api_reference_has_the_true_signatures(name: str, arguments: str) ->
 
 
 @pytest.mark.parametrize(
-    "cls", [tinkex_py.AsyncServiceClient, tinkex_py.AsyncTrainingClient, tinkex_py.AsyncSamplingClient]
+    "cls",
+    [
+        tinkex_py.AsyncServiceClient,
+        tinkex_py.AsyncTrainingClient,
+        tinkex_py.AsyncSamplingClient,
+        tinkex_py.AsyncRestClient,
+    ],
 )
 def test_the_api_reference_has_every_method_of_a_client(cls: type) -> None:
     methods = {

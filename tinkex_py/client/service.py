@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection, text_of
+from tinkex_py.client.rest import AsyncRestClient
+from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.config import TinkexConfig
@@ -68,6 +70,7 @@ class AsyncServiceClient:
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
+        self._has_session = False
         self._closed = False
 
     @classmethod
@@ -84,7 +87,7 @@ class AsyncServiceClient:
         cls,
         model: str = "tiny",
         *,
-        checkpoints_dir: "Path | str | None" = None,
+        state_dir: "Path | str | None" = None,
         device: str | None = None,
         config: TinkexConfig | None = None,
         **options: Any,
@@ -93,7 +96,8 @@ class AsyncServiceClient:
 
         Args:
             model: "tiny", "smollm2", or a local Hugging Face folder.
-            checkpoints_dir: where checkpoints are kept; None is a temporary folder, removed at the end.
+            state_dir: where checkpoints, runs and sessions are kept, over restarts; None is a temporary folder, removed
+                at the end.
             device: "cpu", "cuda", "mps"; None chooses.
             config: timeouts and limits; address and key play no role.
             options: further options of the embedded service.
@@ -105,8 +109,8 @@ class AsyncServiceClient:
 
         from tinkex_py.local import LocalOptions, LocalService
 
-        folder = None if checkpoints_dir is None else Path(checkpoints_dir)
-        embedded = LocalService(LocalOptions(model=model, checkpoints_dir=folder, device=device, **options))
+        folder = None if state_dir is None else Path(state_dir)
+        embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
         settings = config or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
         client._prepare(settings, http_client=None, embedded=embedded)
@@ -258,6 +262,10 @@ class AsyncServiceClient:
             raise ConfigError("give exactly one of base_model and model_path")
         return await new_sampling_client(await self._connected(), base_model=base_model, model_path=model_path)
 
+    def create_rest_client(self) -> AsyncRestClient:
+        """A client for what the service keeps: training runs, checkpoints, sessions. It needs no session itself."""
+        return AsyncRestClient(RestRequests(self._connection, self._reachable))
+
     async def get_server_capabilities(self) -> ServerCapabilities:
         """The models of the service."""
         connection = await self._connected()
@@ -277,17 +285,29 @@ class AsyncServiceClient:
     async def _connected(self) -> Connection:
         self._check_usable()
         async with self._opening:
-            if self._finalizer is None:
+            if not self._has_session:
                 await self._open()
         return self._connection
+
+    async def _reachable(self) -> None:
+        """What requests need that need no session."""
+        self._check_usable()
+        if self._embedded is not None:
+            await self._embedded.start()
+        self._warn_if_left_open()
 
     async def _open(self) -> None:
         with telemetry.lifecycle("tinkex.session", {"base_url": self.config.base_url}):
             if self._embedded is not None:
                 await self._embedded.start()
             await self._connection.open_session(self)
-        self._finalizer = weakref.finalize(self, _warn_left_open, self.config.base_url)
-        self._finalizer.atexit = False
+        self._has_session = True
+        self._warn_if_left_open()
+
+    def _warn_if_left_open(self) -> None:
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _warn_left_open, self.config.base_url)
+            self._finalizer.atexit = False
 
     def _check_usable(self) -> None:
         if self._closed:
