@@ -8,8 +8,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 from urllib.parse import urlencode
 
+from tinkex_py.client.connection import Connection
 from tinkex_py.errors import APIStatusError, InvalidResponse, NotFound, UnsupportedFeature
-from tinkex_py.transport.http import HttpAnswer, HttpClient
+from tinkex_py.transport.answer import HttpAnswer
 from tinkex_py.transport.retry import RetryPolicy, send_with_retry
 
 _REDIRECTIONS = (301, 302, 303, 307, 308)
@@ -23,12 +24,12 @@ class RestRequests:
     """Sends requests to one service.
 
     Args:
-        http: exchanges.
+        connection: the service.
         retry: how often and how long a request is repeated.
         ready: awaited before every request.
     """
 
-    http: HttpClient
+    connection: Connection
     retry: RetryPolicy
     ready: Callable[[], Awaitable[None]]
 
@@ -97,17 +98,18 @@ class RestRequests:
         target = f"{path}?{urlencode(given)}" if given else path
 
         async def send(attempt: int) -> HttpAnswer:
-            answer = await self.http.exchange(
+            answer = await self.connection.exchange(
                 method, target, json=json, headers=headers or {}, attempt=attempt, follow_redirects=follow_redirects
             )
             return read(answer)
 
         try:
-            return await send_with_retry(self.retry, send)
+            return await self.connection.billing.around(lambda: send_with_retry(self.retry, send))
         except APIStatusError as error:
             if _means_no_endpoint(error, names_nothing=names_nothing):
+                host = self.connection.http.host
                 raise UnsupportedFeature(
-                    f"{self.http.host} cannot do this: {feature} ({method} {path} was answered {error.status})"
+                    f"{host} cannot do this: {feature} ({method} {path} was answered {error.status})"
                 ) from error
             raise
 

@@ -1,13 +1,29 @@
 """Bodies of JSON requests, read leniently: unknown fields and explicit nulls are ignored."""
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from tinkex_py.local.records import EndReason
 
-LONGEST_TTL = 10 * 366 * 24 * 3600
-"""Seconds."""
+# A hundred years in seconds; calendars end not much later.
+_LONGEST_TTL = 36_525 * 86_400
+
+
+def _storable(value: Any) -> Any:
+    """Text that goes to disk and into answers. JSON can escape half a character, which has no UTF-8 form."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate)") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    return value
+
+
+Label = Annotated[str, AfterValidator(_storable)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
 class _Body(BaseModel):
@@ -46,9 +62,9 @@ class SessionBody(_Body):
     """create_session."""
 
     tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
-    display_name: str | None = None
-    project_id: str | None = None
+    user_metadata: Metadata | None = None
+    display_name: Label | None = None
+    project_id: Label | None = None
 
 
 class SessionIdBody(_Body):
@@ -65,7 +81,7 @@ class CreateModelBody(_Body):
     base_model: str
     lora_config: LoraBody = LoraBody()
     optimizer_config: dict[str, Any] = {"type": "adamw"}
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class ModelBody(_Body):
@@ -82,7 +98,7 @@ class LoadWeightsBody(_Body):
     session_id: str | None = None
     model_seq_id: int | None = Field(default=None, ge=0)
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     optimizer_config: dict[str, Any] = {"type": "adamw"}
     model_id: str | None = None
     seq_id: int = 0
@@ -129,10 +145,10 @@ class SaveWeightsBody(_Body):
     seq_id: int = 0
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
-    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
     age_encryption_recipients: list[str] = []
     overwrite: bool | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class FutureBody(_Body):
@@ -188,7 +204,7 @@ class TinkerPathBody(_Body):
 class TtlBody(_Body):
     """Change of a checkpoint's time to live, in seconds."""
 
-    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
 class CopyBody(_Body):
@@ -198,7 +214,7 @@ class CopyBody(_Body):
     session_id: str | None = None
     model_seq_id: int | None = Field(default=None, ge=0)
     destination_project_id: str | None = None
-    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
 class FinishReason(_Body):
@@ -211,7 +227,7 @@ class FinishBody(_Body):
     """sessions/{id}/finish."""
 
     reason: FinishReason = FinishReason()
-    detail: str | None = None
+    detail: Label | None = None
 
 
 class StatusQuery(_Body):
@@ -232,7 +248,7 @@ class SearchCursor(_Body):
     """Behind which session the page begins."""
 
     last_created_at: AwareDatetime
-    last_session_id: str
+    last_session_id: Label
 
 
 class SearchBody(_Body):

@@ -65,9 +65,11 @@ def tokens_from_json(where: str, value: Any) -> Ints:
         InvalidData: malformed.
         UnsupportedFeature: a chunk is not text.
     """
-    chunks = cast("list[dict[str, Any]]", _object(where, value).get("chunks") or [])
+    chunks: Any = _object(where, value).get("chunks") or []
+    if not isinstance(chunks, list):
+        raise InvalidData(f"{where}: chunks must be a list")
     parts: list[Any] = []
-    for chunk in chunks:
+    for chunk in cast("list[dict[str, Any]]", chunks):
         if not isinstance(chunk, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"{where}: a chunk is not an object")
         if "tokens" not in chunk:
@@ -86,10 +88,10 @@ def tensor_from_json(where: str, value: Any) -> Array:
     """
     fields = _object(where, value)
     dtype = fields.get("dtype", "float32")
-    if dtype not in _JSON_DTYPES:
+    if not isinstance(dtype, str) or dtype not in _JSON_DTYPES:
         raise InvalidData(f"{where}: dtype {dtype!r} is not one of {sorted(_JSON_DTYPES)}")
     data = _array(where, fields.get("data", []), _JSON_DTYPES[dtype])
-    shape = fields.get("shape")
+    shape = _shape(where, fields.get("shape"))
     if fields.get("sparse_crow_indices") is not None:
         rows = _array(where, fields["sparse_crow_indices"], "<i8")
         columns = _array(where, fields.get("sparse_col_indices") or [], "<i8")
@@ -106,12 +108,13 @@ def pass_protobuf(result: PassResult) -> bytes:
 
 
 def pass_json(result: PassResult) -> dict[str, Any]:
-    """A PassResult in JSON."""
+    """A PassResult in JSON, without the metrics that are NaN or infinite, for which JSON has no form."""
     outputs = [
         {"logprobs": {"data": _numbers(array), "dtype": "float32", "shape": list(array.shape)}}
         for array in result.logprobs
     ]
-    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": dict(result.metrics)}
+    metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
 
 
 def sample_protobuf(result: SampleResult) -> bytes:
@@ -202,7 +205,20 @@ def _array(where: str, values: Any, dtype: str) -> Any:
         raise InvalidData(f"{where}: data must be a flat list, not one of {array.ndim} dimensions")
     if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
         raise InvalidData(f"{where} holds values that are not {'whole ' if dtype == '<i8' else ''}numbers")
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        cast_array = array.astype(dtype)
+    if array.dtype.kind == "f" and (np.isinf(cast_array) & np.isfinite(array)).any():
+        raise InvalidData(f"{where} holds a number that does not fit into float32")
+    return cast_array
+
+
+def _shape(where: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    sizes = cast("list[object]", value) if isinstance(value, list) else [None]
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise InvalidData(f"{where}: shape must be a list of whole numbers")
+    return cast("list[int]", sizes)
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ _LONGEST_CONNECT = 10.0
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
 _MOST_REDIRECTS = 5
+_SHORTEST_KEY = 8
 
 
 class _Connection:
@@ -72,10 +73,10 @@ class HttpClient:
 
     Args:
         base_url: where the service is; a path in it is kept in front of every path.
-        api_key: sent as `X-API-Key`; never shown.
+        api_key: sent as `X-API-Key` by exchanges that are given no key of their own; never shown.
         timeout: seconds for one exchange, from having a connection slot to the last byte.
         max_connections: exchanges at a time; more wait in their order. Neither `http_client` nor `asgi_app` obeys it.
-        headers: sent with every request.
+        headers: sent with every request; their values are left out of messages where they are long enough to be keys.
         http_client: a client with `httpx.AsyncClient`'s interface to use instead of our own connections. It stays
             its owner's to close. (httpx up to 0.28 loses connections of cancelled requests; httpx2 does not.)
         asgi_app: a service in this process, called directly.
@@ -88,7 +89,7 @@ class HttpClient:
         self,
         *,
         base_url: str,
-        api_key: str | SecretText | None,
+        api_key: str | SecretText | None = None,
         timeout: float = 60.0,
         max_connections: int = 16,
         headers: Mapping[str, str] = _NO_HEADERS,
@@ -105,6 +106,7 @@ class HttpClient:
         self._secret = checked_key(api_key)
         self._timeout = timeout
         self._headers = merged_headers(headers)
+        self._secret_headers = [value for value in self._headers.values() if len(value) >= _SHORTEST_KEY]
         self._http_client = http_client
         self._asgi_app = asgi_app
         self._pool = ConnectionPool(self._open_connection, max_connections)
@@ -139,6 +141,7 @@ class HttpClient:
         headers: Mapping[str, str] = _NO_HEADERS,
         timeout: float | None = None,
         attempt: int = 1,
+        key: Secret | None = None,
         follow_redirects: bool = True,
     ) -> HttpAnswer:
         """Send one request and read its whole answer; no retry.
@@ -153,6 +156,7 @@ class HttpClient:
             headers: more headers; they win over those of the client.
             timeout: seconds, instead of the client's.
             attempt: which attempt of the caller this is, for events.
+            key: sent as `X-API-Key` instead of the client's.
             follow_redirects: within the origin of `base_url`, where it does not change the method.
 
         Returns:
@@ -166,13 +170,14 @@ class HttpClient:
             InvalidData: the path, a header or the body cannot be sent.
         """
         self._require_usable()
-        request = self._request(method, path, content, json, content_type, accept, headers, timeout)
+        secret = (self._secret if key is None else key).with_others(self._secret_headers)
+        request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         send = _send_and_follow if follow_redirects else _send_once
         async with self._stoppable(), self._connection() as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
                 response = await self._send(lambda: send(connection, request), request)
-                answer = self._answer(response, request)
+                answer = self._answer(response, request, secret)
                 measurements.update(status=answer.status, bytes=len(answer.body))
             return answer
 
@@ -184,6 +189,7 @@ class HttpClient:
         headers: Mapping[str, str] = _NO_HEADERS,
         timeout: float | None = None,
         attempt: int = 1,
+        key: Secret | None = None,
     ) -> AsyncGenerator[AnswerStream, None]:
         """Ask for something large, and read it piece by piece; no retry, and no redirection is followed.
 
@@ -194,18 +200,20 @@ class HttpClient:
             headers: more headers; they win over those of the client.
             timeout: seconds until the answer begins, and then between two pieces, instead of the client's.
             attempt: which attempt of the caller this is, for events.
+            key: sent as `X-API-Key` instead of the client's.
 
         Raises:
             ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
         """
         self._require_usable()
         sent = {"Accept-Encoding": "identity", **headers}
-        request = self._request("GET", path, None, None, None, "*/*", sent, timeout)
+        secret = (self._secret if key is None else key).with_others(self._secret_headers)
+        request = self._request("GET", path, None, None, None, "*/*", sent, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         async with self._stoppable(), self._connection() as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
                 response = await self._send(lambda: _send_once(connection, request, stream=True), request)
-                answer = AnswerStream(response, request, self._secret)
+                answer = AnswerStream(response, request, secret)
                 try:
                     yield answer
                 finally:
@@ -213,11 +221,15 @@ class HttpClient:
                     await response.aclose()
 
     @asynccontextmanager
-    async def towards(self, url: str) -> AsyncGenerator[tuple["HttpClient", str], None]:
+    async def towards(self, url: str, *, key: Secret | None = None) -> AsyncGenerator[tuple["HttpClient", str], None]:
         """A client of its own for an address that the service named, and the path to ask it for.
 
         The key and the headers of this client go along only within the origin of `base_url`. (An `http_client` of the
         user's own sends whatever headers it has itself.)
+
+        Args:
+            url: the address.
+            key: goes along instead of this client's.
 
         Raises:
             ConfigError: it is no http(s) address.
@@ -229,7 +241,7 @@ class HttpClient:
         at_home = same_origin(base.geturl(), self._base.geturl())
         client = HttpClient(
             base_url=base.geturl(),
-            api_key=self._secret.reveal() if at_home else None,
+            api_key=(self._secret if key is None else key).reveal() if at_home else None,
             timeout=self._timeout,
             max_connections=1,
             headers=self._headers if at_home else _NO_HEADERS,
@@ -340,6 +352,7 @@ class HttpClient:
         accept: str,
         headers: Mapping[str, str],
         timeout: float | None,
+        secret: Secret,
     ) -> HttpRequest:
         method = method.upper()
         description = describe(method, path, self.host)
@@ -352,7 +365,7 @@ class HttpClient:
             sent["Content-Type"] = content_type or "application/octet-stream"
             # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
             sent["Content-Length"] = str(memoryview(content).nbytes)
-        key = {"X-API-Key": self._secret.reveal()} if self._secret.reveal() else {}
+        key = {"X-API-Key": secret.reveal()} if secret else {}
         return HttpRequest(
             method=method,
             url=join_url(self._base, path),
@@ -375,13 +388,13 @@ class HttpClient:
                 raise
             raise failure from error
 
-    def _answer(self, response: Any, request: HttpRequest) -> HttpAnswer:
+    def _answer(self, response: Any, request: HttpRequest, secret: Secret) -> HttpAnswer:
         answer = HttpAnswer(
             status=response.status_code,
             headers={name.lower(): value for name, value in response.headers.items()},
             body=response.content,
             request=request.description,
-            secret=self._secret,
+            secret=secret,
         )
         if self._asgi_app is not None:
             require_whole_body(answer, request)

@@ -9,15 +9,14 @@ from tinkex_py.types.outputs import (
     ModelData,
     OptimStepResponse,
     PackedTensor,
-    SampledSequence,
-    SampleResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     ServerCapabilities,
     SupportedModel,
     WeightsInfo,
 )
-from tinkex_py.types.parameters import AdamParams, LoraConfig, SamplingParams
+from tinkex_py.types.parameters import AdamParams, LoraConfig, OptimizerParams, SamplingParams
+from tinkex_py.types.queue_state import QueueState
 from tinkex_py.types.rest import (
     ArchiveUrl,
     Checkpoint,
@@ -36,6 +35,7 @@ from tinkex_py.types.rest import (
     TrainingRun,
     TrainingRunsPage,
 )
+from tinkex_py.types.samples import PromptAltTokens, SampledSequence, SampleResponse
 from tinkex_py.types.tensors import TensorData, TensorInput
 
 __all__ = [
@@ -56,7 +56,10 @@ __all__ = [
     "ModelData",
     "ModelInput",
     "OptimStepResponse",
+    "OptimizerParams",
     "PackedTensor",
+    "PromptAltTokens",
+    "QueueState",
     "SampleResponse",
     "SampledSequence",
     "Sampler",
