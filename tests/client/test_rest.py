@@ -1,6 +1,9 @@
 """AsyncRestClient against the real embedded service over HTTP, and against services that lack things."""
 
 import asyncio
+import base64
+import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -9,8 +12,8 @@ from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 from tests.client.data import datum
-from tests.client.recorder import after, answering, lose_the_answer, quick_config
-from tests.support.scripted_server import ScriptedServer, answer, computed
+from tests.client.recorder import KEY, after, answering, lose_the_answer, quick_config
+from tests.support.scripted_server import Request, ScriptedServer, answer, computed
 from tinkex_py import (
     APIStatusError,
     AsyncServiceClient,
@@ -29,7 +32,13 @@ from tinkex_py.types import Cursor
 from tinkex_py.types.checkpoint_path import url_segment
 
 pytestmark = pytest.mark.asyncio
+CONFIG = "/api/v1/client/config"
 NOWHERE = "tinker://nowhere/weights/x"
+
+
+def asked(server: ScriptedServer) -> list[Request]:
+    """All requests but the one for the service's settings."""
+    return [request for request in server.requests if request.path != CONFIG]
 
 
 async def collect(items: Any) -> list[Any]:
@@ -256,6 +265,7 @@ async def test_it_needs_no_session_and_does_no_work_before_the_first_call(http_b
     assert model.model_name == "tiny"
     await collect(rest.training_runs())
     assert [arrival.kind for arrival in http_bench.recorder.arrivals[before:]] == [
+        "config",
         "get_server_capabilities",
         "training_runs",
     ]
@@ -313,6 +323,7 @@ MISSING = {
 async def test_a_missing_endpoint_names_the_server_and_the_feature(name):
     async with ScriptedServer() as server:
         server._default = MISSING[name]
+        server.script(CONFIG, answer(json={}))
         service = AsyncServiceClient(quick_config(server.url, retry=quick_config().retry.none()))
         rest = service.create_rest_client()
         path = "tinker://run/weights/x"
@@ -461,7 +472,7 @@ async def test_odd_names_arrive_as_they_are():
         server._default = answer(json={})
         service = AsyncServiceClient(quick_config(server.url))
         await service.create_rest_client().delete_checkpoint("tinker://s1:train:0/weights/a b?c#d%é")
-        (request,) = server.requests
+        (request,) = asked(server)
         assert request.target == ("/api/v1/training_runs/s1:train:0/checkpoints/weights/a%20b%3Fc%23d%25%C3%A9")
         await service.aclose()
 
@@ -474,11 +485,38 @@ async def test_a_copy_has_one_key_over_all_attempts():
         for token in ("secret", None):
             copied = await rest.copy_checkpoint("tinker://r/weights/x", project_id="p", access_token=token)
             assert copied == "tinker://a/weights/b"
-        keys = [request.headers["x-idempotency-key"] for request in server.requests]
+        keys = [request.headers["x-idempotency-key"] for request in asked(server)]
         assert keys[0] == keys[1] != keys[2]
-        tokens = [request.headers.get("x-tinker-weights-access-token") for request in server.requests]
+        tokens = [request.headers.get("x-tinker-weights-access-token") for request in asked(server)]
         assert tokens == ["secret", "secret", None]
-        assert server.requests[0].json() == {"source_path": "tinker://r/weights/x", "destination_project_id": "p"}
+        assert asked(server)[0].json() == {"source_path": "tinker://r/weights/x", "destination_project_id": "p"}
+        await service.aclose()
+
+
+async def test_the_key_is_exchanged_where_the_service_wants_tokens(tmp_path):
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + 3600, "iat": time.time()}).encode()).decode()
+    token = f"eyJhbGciOiJub25lIn0.{claims.rstrip('=')}.x"
+    async with ScriptedServer() as server:
+        server._default = answer(json={"sessions": []})
+        server.script(CONFIG, answer(json={"pjwt_auth_enabled": True}))
+        server.script("/api/v1/auth/token", answer(json={"jwt": token}))
+        location = {"location": f"{server.url}/file"}
+        server.script("/api/v1/training_runs/r/checkpoints/weights/x/archive", answer(302, headers=location))
+        server.script("/file", answer(404, json={"detail": "gone"}))
+        service = AsyncServiceClient(quick_config(server.url))
+        rest = service.create_rest_client()
+        for _ in range(2):
+            await rest.sessions_page()
+        with pytest.raises(NotFound, match="gone"):
+            await rest.download_checkpoint("tinker://r/weights/x", tmp_path / "model")
+        sent = [(request.path.rsplit("/", 1)[-1], request.headers["x-api-key"]) for request in server.requests]
+        assert sent == [
+            ("config", KEY),
+            ("token", KEY),
+            *[("sessions", token)] * 2,
+            ("archive", token),
+            ("file", token),
+        ]
         await service.aclose()
 
 

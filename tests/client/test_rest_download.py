@@ -349,7 +349,7 @@ async def test_the_key_does_not_leave_the_service(storage):
     """Storage on another origin never sees it; the service's own does."""
     storage.script(serving())
     await storage.download()
-    assert [request.headers.get("x-api-key") for request in storage.server.requests] == [KEY, KEY]
+    assert [request.headers.get("x-api-key") for request in storage.server.requests] == [KEY] * 3
     async with ScriptedServer() as elsewhere:
         storage.target = storage.target.with_name("again")
         storage.server.script(ARCHIVE, answer(302, headers={"location": f"{elsewhere.url}{FILE}"}))
@@ -367,6 +367,17 @@ async def test_what_is_not_there_is_said_and_leaves_nothing(storage, tmp_path):
         await storage.download()
     storage.server.script(ARCHIVE, answer(302, headers={"location": "file:///etc/passwd"}))
     with pytest.raises(UnsupportedFeature, match="address begins with 'file'"):
+        await storage.download()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("location", ["http://[", "http://:80/x", "http://u:p@127.0.0.1/x", "https://exa mple/x"])
+@pytest.mark.parametrize("at", [ARCHIVE, FILE])
+async def test_addresses_that_make_no_sense_are_the_services_fault(storage, tmp_path, at, location):
+    storage.script(answer(200))
+    storage.server.script(at, answer(302, headers={"location": location}))
+    with pytest.raises(InvalidResponse, match="makes no sense"):
         await storage.download()
     assert list(tmp_path.iterdir()) == []
 

@@ -119,6 +119,20 @@ def test_async_service(tmp_path: Path) -> None:
         assert float(last) < float(first)
 
 
+def test_checkpoints(tmp_path: Path) -> None:
+    lines = run_example("checkpoints.py", tmp_path).splitlines()
+    listed = [re.fullmatch(r"(weights/\w+): \d+ bytes, expires: 2\d{3}-.*", line) for line in lines[:2]]
+    assert [line and line[1] for line in listed] == ["weights/late", "weights/early"]
+    assert lines[2:4] == ["made from tiny with rank 8", "kept for ever: late"]
+    first, *_, last = [re.fullmatch(r"downloaded (\d+) of (\d+) bytes", line) for line in lines[4:-3]]
+    assert first[1] == "0"
+    assert last[1] == last[2] != "0"
+    files = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"]
+    assert lines[-3:] == [f"files: {', '.join(files)}", "goes on as tiny", "left: ['weights/late']"]
+    assert [path.name for path in tmp_path.iterdir()] == ["downloaded_checkpoint"]
+    assert sorted(path.name for path in (tmp_path / "downloaded_checkpoint").iterdir()) == files
+
+
 def test_kl_controlled_sft(tmp_path: Path) -> None:
     text = run_example("kl_controlled_sft.py", tmp_path)
     (without,) = re.findall(r"^KL without controller: (\S+)$", text, re.MULTILINE)
@@ -155,20 +169,6 @@ def test_sampling(tmp_path: Path) -> None:
     assert 10 < float(perplexity) < 2000  # 258 tokens, random weights
     for logprob in re.findall(r"^as the last token: Paris (\S+), Rome (\S+)$", text, re.MULTILINE)[0]:
         assert -20 < float(logprob) < 0
-
-
-def test_checkpoints(tmp_path: Path) -> None:
-    lines = run_example("checkpoints.py", tmp_path).splitlines()
-    listed = [re.fullmatch(r"(weights/\w+): \d+ bytes, expires: 2\d{3}-.*", line) for line in lines[:2]]
-    assert [line and line[1] for line in listed] == ["weights/late", "weights/early"]
-    assert lines[2:4] == ["made from tiny with rank 8", "kept for ever: late"]
-    first, *_, last = [re.fullmatch(r"downloaded (\d+) of (\d+) bytes", line) for line in lines[4:-3]]
-    assert first[1] == "0"
-    assert last[1] == last[2] != "0"
-    files = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"]
-    assert lines[-3:] == [f"files: {', '.join(files)}", "goes on as tiny", "left: ['weights/late']"]
-    assert [path.name for path in tmp_path.iterdir()] == ["downloaded_checkpoint"]
-    assert sorted(path.name for path in (tmp_path / "downloaded_checkpoint").iterdir()) == files
 
 
 def load(name: str) -> list[dict[str, str]]:

@@ -52,6 +52,7 @@ class Connection:
         self._follow(ClientFlags())
         # A lane lives as long as its client, or as long as something of it is in flight.
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._prepared = False
         self._session: Session | None = None
         self._model_counter = 0
         self._sampler_counter = 0
@@ -287,17 +288,24 @@ class Connection:
 
     # The session
 
+    async def prepare(self) -> None:
+        """Asks for the service's settings, once; every other request needs them."""
+        if self._prepared:
+            return
+        self._follow(await self._read_flags())
+        self.keys.follow(
+            exchange=self._exchange_key if self.flags.pjwt_auth_enabled else None,
+            source=self.flags.credential_default_source,
+        )
+        self._prepared = True
+
     async def open_session(self, owner: object) -> None:
         """Asks for the service's settings and opens the session.
 
         Args:
             owner: the client the session belongs to; heartbeats stop when it is gone.
         """
-        self._follow(await self._read_flags())
-        self.keys.follow(
-            exchange=self._exchange_key if self.flags.pjwt_auth_enabled else None,
-            source=self.flags.credential_default_source,
-        )
+        await self.prepare()
         path = "/api/v1/create_session"
         answer = await self.request("POST", path, json=session_request(self.config), billing=BillingPause(0.0))
         self._session = Session(text_of(answer, "session_id", path), self.exchange, self.config, owner)

@@ -27,6 +27,7 @@ from tinkex_py.errors import (
     UnsupportedFeature,
 )
 from tinkex_py.transport.http import raise_for_status
+from tinkex_py.transport.request import checked_base_url
 from tinkex_py.transport.retry import RetryPolicy, is_retryable_status
 from tinkex_py.transport.stream import AnswerStream
 from tinkex_py.types.checkpoint_path import CheckpointPath
@@ -149,19 +150,17 @@ class Download:
     async def _fetch_once(self, files: FileThread) -> None:
         url = (await self._ask_where()).url
         for _ in range(_MOST_REDIRECTIONS):
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise UnsupportedFeature(
-                    f"{self._requests.host} cannot do this: give checkpoints as archives to download "
-                    f"(their address begins with {urlsplit(url).scheme!r})"
-                )
+            http = self._requests.connection.http
+            _check_address(url, http.host)
+            key = await self._requests.connection.keys.current()
             async with (
-                self._requests.towards(url) as (client, path),
+                http.towards(url, key=key) as (client, path),
                 client.stream(path, headers=self._range()) as answer,
             ):
                 location = answer.headers.get("location") if 300 <= answer.status < 400 else None
                 if location is None:
                     return await self._take(answer, files)
-                url = urljoin(url, location)
+                url = _joined(url, location)
         raise InvalidResponse("the address of a checkpoint's archive leads from one place to the next without end")
 
     def _range(self) -> dict[str, str]:
@@ -261,6 +260,26 @@ def _is_worth_another_attempt(error: BaseException) -> bool:
     if isinstance(error, APIStatusError):
         return is_retryable_status(error.status)
     return isinstance(error, ConnectionFailed | TimeoutExceeded)
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        return location
+
+
+def _check_address(url: str, host: str) -> None:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https"):
+            checked_base_url(f"{parts.scheme}://{parts.netloc}")
+            return
+    except ValueError as error:
+        raise InvalidResponse(f"{host} gave an address for the archive that makes no sense") from error
+    raise UnsupportedFeature(
+        f"{host} cannot do this: give checkpoints as archives to download (their address begins with {parts.scheme!r})"
+    )
 
 
 def _validator(answer: AnswerStream) -> str | None:

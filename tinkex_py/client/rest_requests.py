@@ -2,8 +2,7 @@
 
 import json as json_module
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
@@ -11,7 +10,7 @@ from urllib.parse import urlencode
 
 from tinkex_py.client.connection import Connection
 from tinkex_py.errors import APIStatusError, InvalidResponse, NotFound, UnsupportedFeature
-from tinkex_py.transport.http import HttpAnswer, HttpClient
+from tinkex_py.transport.answer import HttpAnswer
 from tinkex_py.transport.retry import RetryPolicy, send_with_retry
 
 _REDIRECTIONS = (301, 302, 303, 307, 308)
@@ -33,18 +32,6 @@ class RestRequests:
     connection: Connection
     retry: RetryPolicy
     ready: Callable[[], Awaitable[None]]
-
-    @property
-    def host(self) -> str:
-        """The service, as messages name it."""
-        return self.connection.http.host
-
-    @asynccontextmanager
-    async def towards(self, url: str) -> AsyncGenerator[tuple[HttpClient, str], None]:
-        """As `HttpClient.towards`, with the key of the moment."""
-        key = await self.connection.keys.current()
-        async with self.connection.http.towards(url, key=key) as found:
-            yield found
 
     async def ask(
         self,
@@ -117,11 +104,12 @@ class RestRequests:
             return read(answer)
 
         try:
-            return await send_with_retry(self.retry, send)
+            return await self.connection.billing.around(lambda: send_with_retry(self.retry, send))
         except APIStatusError as error:
             if _means_no_endpoint(error, names_nothing=names_nothing):
+                host = self.connection.http.host
                 raise UnsupportedFeature(
-                    f"{self.host} cannot do this: {feature} ({method} {path} was answered {error.status})"
+                    f"{host} cannot do this: {feature} ({method} {path} was answered {error.status})"
                 ) from error
             raise
 

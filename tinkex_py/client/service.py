@@ -292,9 +292,11 @@ class AsyncServiceClient:
     async def _reachable(self) -> None:
         """What requests need that need no session."""
         self._check_usable()
-        if self._embedded is not None:
-            await self._embedded.start()
-        self._warn_if_left_open()
+        async with self._opening:
+            if self._embedded is not None:
+                await self._embedded.start()
+            await self._connection.prepare()
+            self._warn_if_left_open()
 
     async def _open(self) -> None:
         with telemetry.lifecycle("tinkex.session", {"base_url": self.config.base_url}):

@@ -7,8 +7,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from tinkex_py.local.records import EndReason
 
-LONGEST_TTL = 10 * 366 * 24 * 3600
-"""Seconds."""
+# A hundred years in seconds; calendars end not much later.
+_LONGEST_TTL = 36_525 * 86_400
 
 
 def _storable(value: Any) -> Any:
@@ -145,7 +145,7 @@ class SaveWeightsBody(_Body):
     seq_id: int = 0
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
-    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
     age_encryption_recipients: list[str] = []
     overwrite: bool | None = None
     user_metadata: Metadata | None = None
@@ -204,7 +204,7 @@ class TinkerPathBody(_Body):
 class TtlBody(_Body):
     """Change of a checkpoint's time to live, in seconds."""
 
-    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
 class CopyBody(_Body):
@@ -214,7 +214,7 @@ class CopyBody(_Body):
     session_id: str | None = None
     model_seq_id: int | None = Field(default=None, ge=0)
     destination_project_id: str | None = None
-    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
 class FinishReason(_Body):
@@ -227,7 +227,7 @@ class FinishBody(_Body):
     """sessions/{id}/finish."""
 
     reason: FinishReason = FinishReason()
-    detail: str | None = None
+    detail: Label | None = None
 
 
 class StatusQuery(_Body):
@@ -248,7 +248,7 @@ class SearchCursor(_Body):
     """Behind which session the page begins."""
 
     last_created_at: AwareDatetime
-    last_session_id: str
+    last_session_id: Label
 
 
 class SearchBody(_Body):

@@ -170,7 +170,7 @@ class HttpClient:
             InvalidData: the path, a header or the body cannot be sent.
         """
         self._require_usable()
-        secret = self._secret_for(key)
+        secret = (self._secret if key is None else key).with_others(self._secret_headers)
         request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         send = _send_and_follow if follow_redirects else _send_once
@@ -207,7 +207,7 @@ class HttpClient:
         """
         self._require_usable()
         sent = {"Accept-Encoding": "identity", **headers}
-        secret = self._secret_for(key)
+        secret = (self._secret if key is None else key).with_others(self._secret_headers)
         request = self._request("GET", path, None, None, None, "*/*", sent, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         async with self._stoppable(), self._connection() as connection:
@@ -224,8 +224,12 @@ class HttpClient:
     async def towards(self, url: str, *, key: Secret | None = None) -> AsyncGenerator[tuple["HttpClient", str], None]:
         """A client of its own for an address that the service named, and the path to ask it for.
 
-        The key (this client's, or the one given) and the headers of this client go along only within the origin of
-        `base_url`. (An `http_client` of the user's own sends whatever headers it has itself.)
+        The key and the headers of this client go along only within the origin of `base_url`. (An `http_client` of the
+        user's own sends whatever headers it has itself.)
+
+        Args:
+            url: the address.
+            key: goes along instead of this client's.
 
         Raises:
             ConfigError: it is no http(s) address.
@@ -237,7 +241,7 @@ class HttpClient:
         at_home = same_origin(base.geturl(), self._base.geturl())
         client = HttpClient(
             base_url=base.geturl(),
-            api_key=(self._secret if key is None else key).reveal() or None if at_home else None,
+            api_key=(self._secret if key is None else key).reveal() if at_home else None,
             timeout=self._timeout,
             max_connections=1,
             headers=self._headers if at_home else _NO_HEADERS,
@@ -337,9 +341,6 @@ class HttpClient:
         return self._base.scheme == "https" or bool(urllib.request.getproxies())
 
     # One exchange
-
-    def _secret_for(self, key: Secret | None) -> Secret:
-        return (self._secret if key is None else key).with_others(self._secret_headers)
 
     def _request(
         self,
