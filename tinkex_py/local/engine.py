@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.checkpoints import CheckpointInfo, CheckpointStore, RunInfo
+from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
@@ -22,6 +22,7 @@ from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.optimizer import AdapterOptimizer
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.passes import Example, Microbatch, forward, gradients, microbatch_loss, prepare, split
+from tinkex_py.local.records import CheckpointInfo, RunInfo
 from tinkex_py.local.sampling import sample
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams, LoraConfig
