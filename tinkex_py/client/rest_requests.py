@@ -26,21 +26,18 @@ class RestRequests:
 
     Args:
         connection: the service.
+        retry: how often and how long a request is repeated.
         ready: awaited before every request.
     """
 
     connection: Connection
+    retry: RetryPolicy
     ready: Callable[[], Awaitable[None]]
 
     @property
     def host(self) -> str:
         """The service, as messages name it."""
         return self.connection.http.host
-
-    @property
-    def retry(self) -> RetryPolicy:
-        """How often and how long a request is repeated."""
-        return self.connection.config.retry
 
     @asynccontextmanager
     async def towards(self, url: str) -> AsyncGenerator[tuple[HttpClient, str], None]:

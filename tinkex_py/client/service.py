@@ -264,7 +264,7 @@ class AsyncServiceClient:
 
     def create_rest_client(self) -> AsyncRestClient:
         """A client for what the service keeps: training runs, checkpoints, sessions. It needs no session itself."""
-        return AsyncRestClient(RestRequests(self._connection, self._reachable))
+        return AsyncRestClient(RestRequests(self._connection, self.config.retry, self._reachable))
 
     async def get_server_capabilities(self) -> ServerCapabilities:
         """The models of the service."""
