@@ -1,13 +1,22 @@
 """What the pages say about events, errors, names, links and commands is what the code has."""
 
+import ast
+import dataclasses
 import inspect
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tenacity
+import tinker
+import torch
+from pydantic import BaseModel
 
 import tinkex_py
 import tinkex_py.base_losses
@@ -69,17 +78,44 @@ def test_the_events_page_lists_all_events() -> None:
     assert tuple(event_rows(DOCS / "telemetry.md")) == telemetry.events()
 
 
+class BrokenController(tinkex_py.WeightController):
+    """Fails at every update."""
+
+    def next_weights(
+        self, weights: Mapping[str, float], outputs: Sequence[tinkex_py.CustomLossOutput]
+    ) -> Mapping[str, float]:
+        raise ValueError("no weight")
+
+
+def flaky() -> Any:
+    """An async term that fails once."""
+    failures = [OSError("once")]
+
+    async def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return logprobs.sum()
+
+    return term
+
+
 async def steps_on_the_embedded_service() -> None:
-    """One step that works, one that fails."""
+    """One step that works at the second attempt and whose controller fails, one that fails."""
     datum = tinkex_py.Datum(
         model_input=tinkex_py.ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3]}
     )
     failing = tinkex_py.RegularizerSpec(fn=lambda data, logprobs: 1 / 0, weight=0.1, name="failing")
-    constant = tinkex_py.RegularizerSpec(fn=lambda data, logprobs: logprobs.detach().sum(), weight=0.1, name="constant")
+    constant = tinkex_py.RegularizerSpec(
+        fn=lambda data, logprobs: logprobs.detach().sum(), weight=BrokenController(initial=0.1), name="constant"
+    )
+    at_once = tenacity.AsyncRetrying(stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_none())
+    repeated = tinkex_py.RegularizerSpec(fn=flaky(), weight=0.1, name="repeated", retry=at_once)
     async with tinkex_py.AsyncServiceClient.local(model="tiny") as service:
         training = await service.create_lora_training_client("tiny", rank=4)
-        await training.forward_backward_custom([datum], lambda data, p: -p.mean(), regularizers=[constant])
+        await training.forward_backward_custom([datum], lambda data, p: -p.mean(), regularizers=[constant, repeated])
         await training.optim_step()
+        with pytest.raises(errors.PipelineError, match="BrokenController"):
+            await training.forward_backward_custom([datum], lambda data, p: -p.mean())
         with pytest.raises(errors.RegularizerError):
             await training.forward_backward_custom([datum], lambda data, p: -p.mean(), regularizers=[failing])
 
@@ -104,6 +140,24 @@ async def test_the_events_page_tells_what_events_carry() -> None:
         "tinkex.sampling.turned_away",
     } | {f"tinkex.{unit}.exception" for unit in ("http.request", "future", "session")}
     assert set(seen) | unlikely == set(telemetry.events())
+
+
+@pytest.mark.asyncio
+async def test_the_events_page_tells_the_numbers_of_the_diagnosis() -> None:
+    row, _ = event_rows(DOCS / "telemetry.md")["tinkex.custom_loss.stop"]
+    seen: list[telemetry.Event] = []
+    handler_id = telemetry.attach(seen.append, events="tinkex.custom_loss.stop")
+    spec = tinkex_py.RegularizerSpec(fn=lambda data, p: p.pow(2).sum(), weight=0.1, name="l2")
+    try:
+        await tinkex_py.Pipeline(lambda data, p: -p.mean(), [spec], track_grad_norms=True).compute([], torch.ones(3))
+    finally:
+        telemetry.detach(handler_id)
+    more = set(seen[0].measurements) - row
+    fields = tinkex_py.GradientDiagnosis.model_fields
+    assert more == {"total_grad_norm", *(f"{name}.{field}" for name in ("base_loss", "l2") for field in fields)}
+    text = (DOCS / "telemetry.md").read_text()
+    for name in ("total_grad_norm", *fields):
+        assert re.search(rf"`(?:<term>\.)?{name}`", text), name
 
 
 def test_the_regularizers_guide_repeats_the_events_page() -> None:
@@ -164,7 +218,7 @@ def test_the_api_reference_has_the_true_signatures(name: str, arguments: str) ->
         target = getattr(target, part)
     assert callable(target)
     true = [parameter for parameter in inspect.signature(target).parameters.values() if parameter.name != "self"]
-    namespace: dict[str, object] = {"RetryPolicy": tinkex_py.RetryPolicy}
+    namespace: dict[str, object] = {"RetryPolicy": tinkex_py.RetryPolicy, "math": math}
     exec(f"def written({arguments}): ...", namespace)
     written = inspect.signature(namespace["written"]).parameters.values()  # type: ignore[arg-type]
     assert [(p.name, p.kind) for p in written] == [(p.name, p.kind) for p in true]
@@ -192,6 +246,51 @@ def test_the_api_reference_has_every_method_of_a_client(cls: type) -> None:
     assert methods <= {name for name, _ in entries()}
 
 
+def test_the_api_reference_has_every_schedule_and_controller() -> None:
+    written = {name for name, _ in entries()}
+    for module in (tinkex_py.schedules, tinkex_py.controllers):
+        public = [
+            value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        assert public
+        kind = module.__name__.rpartition(".")[2]
+        assert {f"{kind}.{cls.__name__}" for cls in public} <= written
+        page = (DOCS / "guides" / "moving_weights.md").read_text()
+        for cls in public:
+            assert re.search(rf"^(### |\| `){cls.__name__}\b", page, re.MULTILINE), cls.__name__
+
+
+@pytest.mark.parametrize("cls", [tinkex_py.Pipeline, tinkex_py.WeightController])
+def test_the_api_reference_has_every_method_of_a_loss(cls: type) -> None:
+    methods = {f"{cls.__name__}.{name}" for name, value in vars(cls).items() if name[0] != "_" and callable(value)}
+    assert methods - {"Pipeline.evaluate"} <= {name for name, _ in entries()}
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        tinkex_py.CustomLossOutput,
+        tinkex_py.BaseLossOutput,
+        tinkex_py.RegularizerOutput,
+        tinkex_py.GradientDiagnosis,
+    ],
+)
+def test_the_pages_have_every_field_of_a_loss_output(cls: type[BaseModel]) -> None:
+    reference = (DOCS / "guides" / "api_reference.md").read_text()
+    (row,) = re.findall(rf"^\| `{cls.__name__}` \| (.*) \|$", reference, re.MULTILINE)
+    assert names_in(row) == set(cls.model_fields)
+
+
+def test_the_guide_has_every_field_of_a_spec_and_option_of_a_pipeline() -> None:
+    page = (DOCS / "guides" / "regularizers.md").read_text()
+    section = page.split("### RegularizerSpec")[1].split("\n### ")[0]
+    rows = set(re.findall(r"^\| `(\w+)` \|", section.split("## Implementing")[0], re.MULTILINE))
+    assert rows == {field.name for field in dataclasses.fields(tinkex_py.RegularizerSpec)}
+    options = page.split("### Options")[1].split("\n### ")[0]
+    written = re.findall(r"^\| `(\w+)` \|", options, re.MULTILINE)
+    assert {"base_loss", *written} == set(inspect.signature(tinkex_py.Pipeline).parameters)
+
+
 def test_the_options_of_the_embedded_service_exist() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", (DOCS / "embedded_service.md").read_text(), re.MULTILINE)
     fields = LocalOptions.__dataclass_fields__
@@ -214,3 +313,81 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stdout + built.stderr
     assert (tmp_path / "site" / "index.html").is_file()
+
+
+OFFICIAL = {
+    "tinker": tinker,
+    "types": tinker.types,
+    "service": tinker.ServiceClient,
+    "training": tinker.TrainingClient,
+    "sampler": tinker.SamplingClient,
+    "rest": tinker.RestClient,
+}
+OURS = {
+    **{name: getattr(tinkex_py, name) for name in ("AsyncServiceClient", "TinkexConfig", "AdamParams", "per_datum")},
+    "service": tinkex_py.AsyncServiceClient,
+    "training": tinkex_py.AsyncTrainingClient,
+    "sampler": tinkex_py.AsyncSamplingClient,
+    "rest": tinkex_py.AsyncRestClient,
+}
+
+
+def check_calls(text: str, names: Mapping[str, object]) -> int:
+    """Binds every call in the text to the signature of what it calls; gives how many there were."""
+    calls = [
+        node for node in ast.walk(ast.parse(text.removeprefix("await "), mode="eval")) if isinstance(node, ast.Call)
+    ]
+    for call in calls:
+        *owners, last = ast.unparse(call.func).split(".")
+        target: Any = names[owners[0]] if owners else names[last]
+        if owners:
+            target = getattr(target, last)
+        signature = inspect.signature(target)
+        is_method = owners and inspect.isfunction(target) and next(iter(signature.parameters), "") == "self"
+        positional = [None] * (len(call.args) + bool(is_method))
+        signature.bind(*positional, **{keyword.arg: None for keyword in call.keywords if keyword.arg})
+    return len(calls)
+
+
+def test_the_official_sdks_page_names_calls_that_exist_on_both_sides() -> None:
+    page = (DOCS / "guides" / "official_sdk.md").read_text()
+    rows = re.findall(r"^\| `([^`]+\))` \| `([^`]+\))`[^|]*\|$", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| `", page, re.MULTILINE))
+    assert len(rows) > 20
+    for official, own in rows:
+        assert check_calls(official, OFFICIAL), official
+        assert check_calls(own, OURS), own
+
+
+def test_a_call_that_does_not_exist_is_noticed() -> None:
+    with pytest.raises(TypeError):
+        check_calls("training.save_state(name, colour=1)", OFFICIAL)
+    with pytest.raises(AttributeError):
+        check_calls("await training.save_states(name)", OURS)
+
+
+def test_what_the_official_sdk_has_and_this_package_does_not() -> None:
+    page = (DOCS / "guides" / "official_sdk.md").read_text()
+    (sentence,) = re.findall(
+        r"^What the official SDK has and this package does not: (.*?)\n\n", page, re.MULTILINE | re.DOTALL
+    )
+    clients = {name: [OFFICIAL[name], OURS[name]] for name in ("service", "training", "sampler", "rest")}
+    for name in re.findall(r"`(\w+)`", sentence):
+        official, own = ([hasattr(pair[side], name) for pair in clients.values()] for side in (0, 1))
+        assert any(official), name
+        assert not any(own), name
+
+
+def test_both_sdks_have_the_same_fields() -> None:
+    for name in ("AdamParams", "SamplingParams", "LoraConfig"):
+        assert set(getattr(tinker.types, name).model_fields) == set(getattr(tinkex_py, name).model_fields), name
+    official = tinker.types.Datum(
+        model_input=tinker.types.ModelInput.from_ints([1]),
+        loss_fn_inputs={"weights": tinker.types.TensorData(data=[0.5], dtype="float32", shape=[1])},
+    )
+    own = tinkex_py.Datum(
+        model_input=tinkex_py.ModelInput.from_ints([1]),
+        loss_fn_inputs={"weights": tinkex_py.TensorData(data=[0.5], dtype="float32", shape=[1])},
+    )
+    assert official.model_input.to_ints() == own.model_input.to_ints()
+    assert official.loss_fn_inputs["weights"].tolist() == own.loss_fn_inputs["weights"].tolist()
