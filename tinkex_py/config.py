@@ -9,6 +9,7 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.transport.answer import Secret
 from tinkex_py.transport.request import checked_base_url
 from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.types.seconds import is_seconds
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
 KEY_VARIABLE = "TINKER_API_KEY"
@@ -110,8 +111,7 @@ def _checked_text(name: str, value: object) -> str | None:
 
 
 def _check_seconds(name: str, value: object, *, least_excluded: int | None) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value != least_excluded
-    if not fits:
+    if not (is_seconds(value) and value >= 0 and value != least_excluded):
         least = "> 0" if least_excluded == 0 else ">= 0"
         raise ConfigError(f"{name} must be a number of seconds {least}, got {value!r}")
 

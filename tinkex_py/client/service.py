@@ -46,7 +46,10 @@ class AsyncServiceClient:
     """
 
     def __init__(self, config: TinkexConfig | None = None, *, http_client: object | None = None) -> None:
-        self._prepare(config or TinkexConfig(), http_client=http_client, embedded=None)
+        for needed in ("build_request", "send"):
+            if http_client is not None and not callable(getattr(http_client, needed, None)):
+                raise ConfigError(f"http_client has no {needed}(): give a client with httpx's interface, or none")
+        self._prepare(_checked_config(config) or TinkexConfig(), http_client=http_client, embedded=None)
 
     def _prepare(self, config: TinkexConfig, *, http_client: object | None, embedded: "LocalService | None") -> None:
         self.config = config
@@ -103,10 +106,12 @@ class AsyncServiceClient:
 
         from tinkex_py.local import LocalOptions, LocalService
 
+        if checkpoints_dir is not None and not isinstance(checkpoints_dir, Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"checkpoints_dir must be a path, got a {type(checkpoints_dir).__name__}")
         folder = None if checkpoints_dir is None else Path(checkpoints_dir)
         embedded = LocalService(LocalOptions(model=model, checkpoints_dir=folder, device=device, **options))
         client = cls.__new__(cls)
-        settings = config or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
+        settings = _checked_config(config) or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
         client._prepare(settings, http_client=None, embedded=embedded)
         return client
 
@@ -154,6 +159,7 @@ class AsyncServiceClient:
         if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
         _check_text("base_model", base_model)
+        labels = _checked_metadata(user_metadata)
         settings = lora_config or LoraConfig(**given)
         connection = await self._connected()
         request_id = await connection.submit(
@@ -163,7 +169,7 @@ class AsyncServiceClient:
                 "model_seq_id": connection.next_model_number(),
                 "base_model": base_model,
                 "lora_config": settings.model_dump(exclude_none=True),
-                "user_metadata": dict(user_metadata or {}),
+                "user_metadata": labels,
                 "type": "create_model",
             },
         )
@@ -184,6 +190,7 @@ class AsyncServiceClient:
             RequestFailed, APIStatusError: there is no such checkpoint.
         """
         _check_text("path", path)
+        labels = _checked_metadata(user_metadata)
         connection = await self._connected()
         number = connection.next_model_number()
         body: dict[str, Any] = {
@@ -191,7 +198,7 @@ class AsyncServiceClient:
             "model_seq_id": number,
             "path": path,
             "optimizer": with_optimizer,
-            "user_metadata": dict(user_metadata or {}),
+            "user_metadata": labels,
             "type": "load_weights",
         }
         try:
@@ -313,6 +320,18 @@ class AsyncServiceClient:
 
     def __repr__(self) -> str:
         return f"AsyncServiceClient(base_url={self.config.base_url!r}, closed={self._closed})"
+
+
+def _checked_config(config: TinkexConfig | None) -> TinkexConfig | None:
+    if config is not None and not isinstance(config, TinkexConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"config must be a TinkexConfig, got a {type(config).__name__}: TinkexConfig(base_url=...)")
+    return config
+
+
+def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if user_metadata is not None and not isinstance(user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"user_metadata must map names to texts, got a {type(user_metadata).__name__}")
+    return dict(user_metadata or {})
 
 
 def _check_text(name: str, value: object) -> None:

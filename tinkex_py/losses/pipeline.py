@@ -18,6 +18,7 @@ from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
 from tinkex_py.losses.terms import Outcome, prepare_base_loss, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
+from tinkex_py.types.seconds import is_seconds
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def checked_timeout(timeout: float | None) -> float | None:
     """Seconds > 0, or None."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (is_seconds(timeout) and timeout > 0):
         raise PipelineError(f"timeout must be > 0 seconds or None, got {timeout!r}")
     return timeout
 
