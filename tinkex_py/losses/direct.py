@@ -7,13 +7,22 @@ from typing import Any, cast
 
 import torch
 
+from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import RegularizerOutput
-from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_specs, checked_timeout, report
-from tinkex_py.losses.spec import RegularizerSpec, Term, TermResult, is_async_term, term_function, term_name
+from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_specs, checked_timeout, datum_count, report
+from tinkex_py.losses.spec import (
+    RegularizerSpec,
+    Term,
+    TermResult,
+    is_async_term,
+    term_function,
+    term_name,
+    why_not_a_term,
+)
 from tinkex_py.losses.terms import PreparedTerm, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
@@ -34,7 +43,13 @@ async def execute(
 
     Returns:
         The loss with its graph and shape, and the metrics unchanged (`{}` for a bare loss).
+
+    Raises:
+        InvalidSpec: it cannot be called as a term.
     """
+    problem = why_not_a_term(term, options)
+    if problem is not None:
+        raise InvalidSpec(problem)
     function = term_function(term)
     if is_async_term(term):
         result = await with_own_grad_mode(function(data, logprobs, **options))
@@ -74,6 +89,7 @@ class Executor:
         Raises:
             RegularizerError: the term failed.
         """
+        (spec,) = checked_specs([spec])
         loud = dataclasses.replace(spec, on_error="raise", enabled=True)
         (output,) = await Executor.execute_all(
             [loud], data, logprobs, timeout=timeout, track_grad_norms=track_grad_norms
@@ -101,7 +117,7 @@ class Executor:
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         limit = checked_timeout(timeout)
         threads = TermThreads(None if max_threads is None else checked_count("max_threads", max_threads))
-        shared = Logprobs.from_tensors(logprobs, datums=len(data))
+        shared = Logprobs.from_tensors(logprobs, datums=datum_count(data))
         run = TermRun(data, shared, threads, checked_count("max_concurrency", max_concurrency), track_grad_norms)
         try:
             outcomes = await run.all([prepare_regularizer(spec, limit) for spec in specs], parallel=parallel)

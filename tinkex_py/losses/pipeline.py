@@ -91,7 +91,8 @@ class Pipeline:
             RegularizerError: a term failed; its `name` says which.
             PipelineError: the logprobs cannot be used.
         """
-        return (await self.evaluate(data, Logprobs.from_tensors(logprobs, datums=len(data)))).output
+        shared = Logprobs.from_tensors(logprobs, datums=datum_count(data))
+        return (await self.evaluate(data, shared)).output
 
     async def evaluate(
         self,
@@ -223,6 +224,13 @@ def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerS
     if duplicates:
         raise DuplicateRegularizerNames(duplicates)
     return specs
+
+
+def datum_count(data: Sequence[Datum]) -> int:
+    """How many datums there are."""
+    if not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"data must be a list of Datum, got a {type(data).__name__}")
+    return len(data)
 
 
 def checked_timeout(timeout: float | None) -> float | None:
