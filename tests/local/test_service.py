@@ -120,6 +120,13 @@ async def test_an_unusable_device_is_named():
         await service.start()
 
 
+async def test_a_checkpoints_dir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    service = LocalService(LocalOptions(checkpoints_dir=tmp_path / "file" / "inside"))
+    with pytest.raises(ConfigError, match="checkpoints_dir.*inside"):
+        await service.start()
+
+
 async def test_checkpoints_dir_stays(tmp_path):
     service = LocalService(LocalOptions(checkpoints_dir=tmp_path / "deep" / "folder"))
     await service.start()

@@ -136,6 +136,9 @@ class LocalService:
             root = Path(self._folder.name)
         else:
             root = self.options.checkpoints_dir.expanduser().resolve()
-            root.mkdir(parents=True, exist_ok=True)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"checkpoints_dir {str(root)!r} cannot be made: {error.strerror}") from error
         model = load_model(self.options.model, self.options.device, root)
         return Engine(model, CheckpointStore(root), self.options, self._worker.closing)
