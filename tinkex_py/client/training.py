@@ -166,7 +166,7 @@ class AsyncTrainingClient:
             async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
-                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
+                output, surrogate = await self._evaluate(place, logprobs, pipeline, chunks)
                 service_output = await self._pass(
                     place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=handed_over
                 )
@@ -175,13 +175,14 @@ class AsyncTrainingClient:
     async def _evaluate(
         self,
         place: Place,
-        data: Sequence[Datum],
         forward: ForwardBackwardOutput,
         pipeline: "Pipeline",
         chunks: Sequence[EncodedBatch],
     ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
         from tinkex_py.losses.logprobs import Logprobs
 
+        # As they were sent: the caller's list may have changed since.
+        data = [datum for chunk in chunks for datum in chunk.data]
         with place.running_terms():
             loss = await pipeline.evaluate(
                 data,
