@@ -93,6 +93,7 @@ def test_values_out_of_range_are_named(field, value):
         ("base_url", 7),
         ("api_key", 7),
         ("retry", 3),
+        ("timeout", 10**400),
     ],
 )
 def test_values_of_a_wrong_type_are_named_at_once(field, value):
@@ -118,12 +119,58 @@ def test_a_bad_address_is_refused_before_any_io(url):
         {"max_attempts": 0},
         {"initial_wait": -1},
         {"max_wait": float("inf")},
+        {"deadline": None},
+        {"deadline": "5"},
+        {"deadline": True},
+        {"max_attempts": "3"},
+        {"max_attempts": 1.5},
+        {"max_attempts": True},
+        {"initial_wait": None},
+        {"max_wait": 10**400},
     ],
 )
 def test_bad_retry_policies_are_named(fields):
     (name,) = fields
     with pytest.raises(ConfigError, match=name):
         RetryPolicy(**fields)
+
+
+@pytest.mark.parametrize("config", ["http://host", {"base_url": "http://host"}, 5, False])
+def test_what_is_no_config_is_named_at_once(config):
+    with pytest.raises(ConfigError, match="TinkexConfig"):
+        AsyncServiceClient(config)
+    with pytest.raises(ConfigError, match="TinkexConfig"):
+        AsyncServiceClient.local(config=config)
+
+
+def test_what_is_no_http_client_is_named_at_once():
+    with pytest.raises(ConfigError, match="http_client"):
+        AsyncServiceClient(TinkexConfig(base_url="http://host", api_key=KEY), http_client="http://host")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": None},
+        {"model": 5},
+        {"device": 0},
+        {"checkpoints_dir": 5},
+        {"checkpoints_dir": b"folder"},
+        {"api_key": 5},
+        {"api_key": "schlüssel"},
+        {"seed": None},
+        {"seed": "1"},
+        {"max_results": None},
+        {"max_results": 1.5},
+        {"graph_budget_bytes": True},
+        {"hold_seconds": None},
+        {"hold_seconds": "20"},
+    ],
+)
+def test_options_of_the_embedded_service_are_named_at_once(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=name):
+        AsyncServiceClient.local(**options)
 
 
 def test_the_key_does_not_show():

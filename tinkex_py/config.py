@@ -11,6 +11,7 @@ from tinkex_py.transport.credentials import COMMAND_VARIABLE, credentials_file, 
 from tinkex_py.transport.request import checked_base_url, merged_headers
 from tinkex_py.transport.retry import RetryPolicy
 from tinkex_py.types import QueueState
+from tinkex_py.types.seconds import is_seconds
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
 KEY_VARIABLE = "TINKER_API_KEY"
@@ -148,8 +149,7 @@ def _checked_text(name: str, value: object) -> str | None:
 
 
 def _check_seconds(name: str, value: object, *, least_excluded: int | None) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value != least_excluded
-    if not fits:
+    if not (is_seconds(value) and value >= 0 and value != least_excluded):
         least = "> 0" if least_excluded == 0 else ">= 0"
         raise ConfigError(f"{name} must be a number of seconds {least}, got {value!r}")
 

@@ -91,6 +91,7 @@ BAD_LOSSES = [
     ({"regularizers": [nll]}, InvalidSpec, r"regularizers\[0\].*function"),
     ({"timeout": 0}, PipelineError, "timeout.*0"),
     ({"timeout": -1.5}, PipelineError, "timeout.*-1.5"),
+    ({"timeout": 10**400}, PipelineError, "timeout"),
     ({"max_concurrency": 0}, PipelineError, "max_concurrency.*0"),
     ({"max_threads": 0}, PipelineError, "max_threads.*0"),
     ({"base_loss": Pipeline(nll), "regularizers": [spec()]}, PipelineError, "regularizers"),
@@ -184,7 +185,7 @@ async def test_a_ready_pipeline_keeps_its_options(bench):
     assert output.total_grad_norm == pytest.approx(2 * 3**0.5)
 
 
-@pytest.mark.parametrize("deadline", [0, -1.0, float("nan"), "soon"])
+@pytest.mark.parametrize("deadline", [0, -1.0, float("nan"), "soon", 10**400])
 async def test_a_bad_deadline_is_named_and_sends_nothing(bench, deadline):
     training = await bench.train()
     with pytest.raises(TinkexError, match="deadline"):

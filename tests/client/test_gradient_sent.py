@@ -1,5 +1,6 @@
 """What a custom step sends is the gradient of the hand-written total loss, and nothing else."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,6 +228,22 @@ async def test_forward_and_backward_differ_in_weights_number_and_kind_only(local
         for item in arrival.message.data
     ]
     assert tokens == [item.model_input.to_ints() for item in data]
+
+
+async def test_a_list_that_the_caller_changes_meanwhile_does_not_reach_the_terms(bench):
+    training = await bench.train()
+    data = [datum(3, 1), datum(2, 2)]
+    seen: list[int] = []
+
+    def counting(batch: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        seen.append(len(batch))
+        return -logprobs.sum()
+
+    step = asyncio.create_task(training.forward_backward_custom(data, counting))
+    await bench.recorder.until(lambda: len(bench.recorder.of("F")) == 1)
+    data.clear()
+    await step
+    assert seen == [2]
 
 
 async def test_datums_without_weights_are_fine_in_a_custom_step(local_bench):

@@ -93,6 +93,11 @@ async def test_arguments_of_a_wrong_type_are_named(bench):
         await bench.service.create_lora_training_client("tiny", lora_config={"rank": 4})
     with pytest.raises(InvalidData, match="path"):
         await bench.service.create_training_client_from_state(None)
+    for labels in (5, "ab", ["a"]):
+        with pytest.raises(InvalidData, match="user_metadata"):
+            await bench.service.create_lora_training_client("tiny", user_metadata=labels)
+        with pytest.raises(InvalidData, match="user_metadata"):
+            await bench.service.create_training_client_from_state("tinker://a/weights/b", user_metadata=labels)
     training = await bench.train()
     sampler = await training.save_weights_and_get_sampling_client()
     with pytest.raises(InvalidData, match="sampling_params"):

@@ -80,7 +80,20 @@ def test_the_data_set_ships_with_a_common_style():
     assert not {pair.prompt for pair in pairs} & {pair.prompt for pair in held_out}
 
 
+@pytest.mark.parametrize("arguments", [["--learning-rate", "inf"], ["--runs-dir", "file/inside"]])
+def test_what_cannot_be_done_is_named_in_one_line(tmp_path: Path, arguments: list[str]):
+    (tmp_path / "file").touch()
+    done = demo(tmp_path, "--model", "tiny", "--steps", "1", *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tinkex-py demo: ")
+    assert arguments[1].partition("/")[0] in line
+
+
 def test_missing_and_empty_files(tmp_path: Path):
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary\.jsonl is not UTF-8"):
+        read_pairs(tmp_path / "binary.jsonl")
     with pytest.raises(ConfigError, match=r"none\.jsonl"):
         read_pairs(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -126,6 +139,8 @@ async def test_the_terms_are_what_their_formulas_say():
     rarity = torch.tensor([1.0 / (1.0 + targets.count(token)) for token in targets], dtype=torch.float64)
     async with rarity_server(data) as term:
         loss, metrics = await term.compute(data, logprobs)
+        repeated, _ = await term.compute([*data] * 5_000, torch.cat([logprobs] * 5_000))
+    assert repeated.item() == pytest.approx(loss.item(), rel=1e-4)
     assert loss.item() == pytest.approx(-(rarity[mask] * answers).mean().item(), rel=1e-6)
     assert math.isclose(metrics["mean_rarity"], rarity.mean().item(), rel_tol=1e-6)
 

@@ -42,6 +42,12 @@ def test_greedy_is_the_argmax_of_full_forwards_and_reports_their_logprobs(bench)
     assert not result.sequences[0].stopped
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 5e-324])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_the_coldest_temperature_is_greedy(bench, temperature, limits):
+    assert tokens_of(draw(bench, temperature=temperature, **limits)) == tokens_of(draw(bench, temperature=0.0))
+
+
 def test_sampled_logprobs_are_the_models_own_whatever_the_temperature(bench):
     result = draw(bench, temperature=2.5, top_k=50, top_p=0.9, seed=4)
     sequence = result.sequences[0]

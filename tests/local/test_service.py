@@ -121,6 +121,13 @@ async def test_an_unusable_device_is_named():
         await service.start()
 
 
+async def test_a_state_dir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    service = LocalService(LocalOptions(state_dir=tmp_path / "file" / "inside"))
+    with pytest.raises(ConfigError, match="state_dir.*inside"):
+        await service.start()
+
+
 async def test_state_dir_stays(tmp_path):
     service = LocalService(LocalOptions(state_dir=tmp_path / "deep" / "folder"))
     await service.start()

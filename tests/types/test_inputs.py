@@ -217,3 +217,15 @@ def test_unknown_parameters_are_refused():
     """A typo in an optional parameter must not train with the default in silence."""
     with pytest.raises((InvalidData, TypeError), match="learning_rat"):
         AdamParams(learning_rat=0.1)  # type: ignore[call-arg]
+
+
+def test_tokens_from_tensors_of_any_kind():
+    assert ModelInput.from_ints(torch.tensor([1, 2])).to_ints() == [1, 2]
+    for tokens in (torch.tensor([1.0], requires_grad=True), torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")):
+        with pytest.raises(InvalidData):
+            ModelInput.from_ints(tokens)
+
+
+def test_a_models_name_is_no_tokenizer():
+    with pytest.raises(InvalidData, match="tokenizer must have an encode method"):
+        ModelInput.from_text("some text", "utf-8")

@@ -231,3 +231,23 @@ def test_frozen():
 def test_a_mapping_that_is_no_tensor(fields: dict[Any, Any]):
     with pytest.raises(InvalidData):
         TensorData.of(fields)
+
+
+NOT_NUMBERS = [None, [1], 5, "x", object()]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_what_is_no_array_or_tensor_is_named(value: Any):
+    for make in (TensorData.from_numpy, TensorData.from_torch):
+        with pytest.raises(InvalidData, match=type(value).__name__):
+            make(value)
+
+
+def test_tensors_of_every_layout_and_device():
+    sparse = torch.tensor([[0.0, 2.0], [3.0, 0.0]]).to_sparse()
+    for packed in (TensorData(data=sparse), TensorData.of(sparse), TensorData.from_torch(sparse)):
+        assert packed.tolist() == [[0.0, 2.0], [3.0, 0.0]]
+    nowhere = torch.ones(2, device="meta")
+    for make in (lambda value: TensorData(data=value), TensorData.of, TensorData.from_torch):
+        with pytest.raises(InvalidData, match="meta"):
+            make(nowhere)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, TimeoutExceeded, TinkexError
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
+from tinkex_py.types.seconds import is_seconds
 
 if TYPE_CHECKING:
     from tinkex_py.losses.pipeline import Pipeline
@@ -31,7 +32,7 @@ def check_deadline(deadline: float | None) -> None:
     """
     if deadline is None:
         return
-    if isinstance(deadline, bool) or not isinstance(deadline, int | float) or not deadline > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (is_seconds(deadline) and deadline > 0):
         raise InvalidData(f"deadline must be > 0 seconds or None, got {deadline!r}")
 
 

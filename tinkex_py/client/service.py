@@ -50,7 +50,10 @@ class AsyncServiceClient:
     """
 
     def __init__(self, config: TinkexConfig | None = None, *, http_client: object | None = None) -> None:
-        self._prepare(config or TinkexConfig(), http_client=http_client, embedded=None)
+        for needed in ("build_request", "send"):
+            if http_client is not None and not callable(getattr(http_client, needed, None)):
+                raise ConfigError(f"http_client has no {needed}(): give a client with httpx's interface, or none")
+        self._prepare(_checked_config(config) or TinkexConfig(), http_client=http_client, embedded=None)
 
     def _prepare(self, config: TinkexConfig, *, http_client: object | None, embedded: "LocalService | None") -> None:
         self.config = config
@@ -109,10 +112,12 @@ class AsyncServiceClient:
 
         from tinkex_py.local import LocalOptions, LocalService
 
+        if state_dir is not None and not isinstance(state_dir, Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"state_dir must be a path, got a {type(state_dir).__name__}")
         folder = None if state_dir is None else Path(state_dir)
         embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
-        settings = config or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
+        settings = _checked_config(config) or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
         client._prepare(settings, http_client=None, embedded=embedded)
         return client
 
@@ -162,6 +167,7 @@ class AsyncServiceClient:
         if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
         _check_text("base_model", base_model)
+        labels = _checked_metadata(user_metadata)
         settings = lora_config or LoraConfig(**given)
         connection = await self._connected()
         body: dict[str, Any] = {
@@ -170,7 +176,7 @@ class AsyncServiceClient:
             "base_model": base_model,
             "lora_config": settings.model_dump(exclude_none=True),
             "type": "create_model",
-            **_labels(user_metadata, optimizer_config),
+            **_labels(labels or None, optimizer_config),
         }
         request_id = await connection.submit("/api/v1/create_model", body)
         fields = await connection.fields(request_id, "CreateModel")
@@ -201,6 +207,7 @@ class AsyncServiceClient:
         _check_text("path", path)
         if with_optimizer and optimizer_config is not None:
             raise ConfigError("with_optimizer brings the checkpoint's optimizer along: leave out optimizer_config")
+        labels = _checked_metadata(user_metadata)
         connection = await self._connected()
         number = connection.next_model_number()
         token = {} if weights_access_token is None else {"weights_access_token": weights_access_token}
@@ -211,7 +218,7 @@ class AsyncServiceClient:
             "optimizer": with_optimizer,
             "type": "load_weights",
             **token,
-            **_labels(user_metadata, optimizer_config),
+            **_labels(labels or None, optimizer_config),
         }
         try:
             request_id = await connection.submit("/api/v1/load_weights", body)
@@ -362,6 +369,18 @@ class AsyncServiceClient:
 
     def __repr__(self) -> str:
         return f"AsyncServiceClient(base_url={self.config.base_url!r}, closed={self._closed})"
+
+
+def _checked_config(config: TinkexConfig | None) -> TinkexConfig | None:
+    if config is not None and not isinstance(config, TinkexConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"config must be a TinkexConfig, got a {type(config).__name__}: TinkexConfig(base_url=...)")
+    return config
+
+
+def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if user_metadata is not None and not isinstance(user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"user_metadata must map names to texts, got a {type(user_metadata).__name__}")
+    return dict(user_metadata or {})
 
 
 def _check_text(name: str, value: object) -> None:

@@ -208,7 +208,7 @@ class AsyncTrainingClient:
             async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
-                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks, record)
+                output, surrogate = await self._evaluate(place, logprobs, pipeline, chunks, record)
 
                 def on_hand_over() -> None:
                     self._steps.add(pipeline.controllers, output)
@@ -222,7 +222,6 @@ class AsyncTrainingClient:
     async def _evaluate(
         self,
         place: Place,
-        data: Sequence[Datum],
         forward: ForwardBackwardOutput,
         pipeline: "Pipeline",
         chunks: Sequence[EncodedBatch],
@@ -231,6 +230,8 @@ class AsyncTrainingClient:
         from tinkex_py.losses.logprobs import Logprobs
 
         self._steps.check()
+        # As they were sent: the caller's list may have changed since.
+        data = [datum for chunk in chunks for datum in chunk.data]
         with place.running_terms():
             loss = await pipeline.evaluate(
                 data,

@@ -14,6 +14,9 @@ from tinkex_py.types import Datum
 if TYPE_CHECKING:
     import torch
 
+# A batch's tokens go as one line, and so do the answers.
+_LONGEST_LINE = 2**24
+
 
 def masked_nll(data: Sequence[Datum], logprobs: "torch.Tensor") -> "torch.Tensor":
     """Negative log-likelihood of the answers."""
@@ -52,7 +55,7 @@ class RarityTerm:
         return -_answer_mean(data, logprobs * rarity), {"mean_rarity": float(rarity.mean())}
 
     async def _ask(self, tokens: list[int]) -> list[float]:
-        reader, writer = await asyncio.open_connection(self.host, self.port)
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=_LONGEST_LINE)
         try:
             writer.write(json.dumps(tokens).encode() + b"\n")
             await writer.drain()
@@ -78,7 +81,7 @@ async def rarity_server(data: Sequence[Datum]) -> AsyncGenerator[RarityTerm]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0, limit=2**24)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, limit=_LONGEST_LINE)
     async with server:
         host, port = server.sockets[0].getsockname()[:2]
         yield RarityTerm(host, port)

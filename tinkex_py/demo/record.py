@@ -7,12 +7,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tinkex_py.errors import MissingExtra
+from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.losses import CustomLossOutput
 
 
 def new_run_folder(runs_dir: Path) -> Path:
-    """A fresh folder named after the time; a second run in the same second gets a number."""
+    """A fresh folder named after the time; a second run in the same second gets a number.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
         folder = runs_dir / (stamp if attempt == 1 else f"{stamp}_{attempt}")
@@ -20,8 +24,10 @@ def new_run_folder(runs_dir: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"the run's folder {folder} cannot be made: {error.strerror}") from error
         return folder
-    raise FileExistsError(f"{runs_dir / stamp} and 998 siblings exist already")
+    raise ConfigError(f"{runs_dir / stamp} and 998 siblings exist already")
 
 
 def append_step(folder: Path, step: int, output: CustomLossOutput, extra: Mapping[str, Any]) -> None:

@@ -63,6 +63,7 @@ class DemoSummary:
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     """Fine-tunes the model on the data set and shows it on the console."""
     require_matplotlib()
+    adam = AdamParams(learning_rate=options.learning_rate)
     pairs = read_pairs(options.data or default_file("instructions.jsonl"))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)
@@ -72,7 +73,9 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
         training = await service.create_lora_training_client(options.model, rank=options.rank, seed=options.seed)
         tokenizer = await training.get_tokenizer()
         await _show_samples(console, "before training", training, tokenizer, held_out)
-        outputs, folder = await _train(options, console, training, [make_datum(tokenizer, pair) for pair in pairs])
+        outputs, folder = await _train(
+            options, console, training, [make_datum(tokenizer, pair) for pair in pairs], adam
+        )
         await _show_samples(console, "after training", training, tokenizer, held_out)
     finally:
         await service.aclose()
@@ -85,7 +88,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
 
 
 async def _train(
-    options: DemoOptions, console: Console, training: AsyncTrainingClient, data: Sequence[Datum]
+    options: DemoOptions, console: Console, training: AsyncTrainingClient, data: Sequence[Datum], adam: AdamParams
 ) -> tuple[list[CustomLossOutput], Path]:
     with console.status(f"reference logprobs of the frozen model on {len(data)} datums"):
         # A fresh adapter changes nothing yet, so this is the base model.
@@ -98,7 +101,7 @@ async def _train(
         with screen.shown():
             for step, batch in enumerate(islice(batches(data, options.batch_size, options.seed), options.steps), 1):
                 started = time.monotonic()
-                output = await _step(training, batch, terms, options.learning_rate)
+                output = await _step(training, batch, terms, adam)
                 outputs.append(output)
                 append_step(folder, step, output, {"seconds": round(time.monotonic() - started, 3)})
                 screen.step(output, outputs[0])
@@ -106,12 +109,12 @@ async def _train(
 
 
 async def _step(
-    training: AsyncTrainingClient, batch: Sequence[Datum], terms: Sequence[RegularizerSpec], learning_rate: float
+    training: AsyncTrainingClient, batch: Sequence[Datum], terms: Sequence[RegularizerSpec], adam: AdamParams
 ) -> CustomLossOutput:
     # Both are started together: the optimizer step is queued behind the gradient, and dropped if that fails.
     output, _ = await asyncio.gather(
         training.forward_backward_custom(batch, masked_nll, regularizers=terms, track_grad_norms=True),
-        training.optim_step(AdamParams(learning_rate=learning_rate)),
+        training.optim_step(adam),
     )
     return output
 

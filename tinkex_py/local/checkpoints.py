@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tinkex_py.errors import InvalidData
+from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.local.archives import write_archive
 from tinkex_py.local.database import Database
 from tinkex_py.local.records import CheckpointInfo, Kind, RunInfo
@@ -43,7 +43,10 @@ class CheckpointStore:
         self._archives = root / "archives"
         self._archiving = threading.Lock()
         self.on_expiry: Callable[[], None] = _nothing
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"state_dir {str(root)!r} cannot be made: {error.strerror}") from error
         self.records = Database(root / STATE_FILE)
         try:
             self._clean_up()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinkex_py.errors import ConfigError
+from tinkex_py.types.seconds import is_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +41,25 @@ class LocalOptions:
     max_result_bytes: int = 256 * 1024**2
 
     def __post_init__(self) -> None:
+        for name, kind in (("model", str), ("device", str), ("api_key", str), ("checkpoints_dir", Path)):
+            given: object = getattr(self, name)
+            if not isinstance(given, kind) and (given is not None or name == "model"):
+                raise ConfigError(f"{name} must be a {kind.__name__}, got a {type(given).__name__}")
         for name, least in (
+            ("seed", None),
             ("max_tokens_per_microbatch", 1),
             ("graph_budget_bytes", 0),
             ("max_results", 1),
             ("max_result_bytes", 0),
         ):
-            value = getattr(self, name)
-            if value < least:
+            value: object = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} must be an int, got {value!r}")
+            if least is not None and value < least:
                 raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
-        if not 0 < self.hold_seconds < 45:
-            raise ConfigError(f"hold_seconds={self.hold_seconds} must be between 0 and 45, the timeout of clients")
+        if not (is_seconds(self.hold_seconds) and 0 < self.hold_seconds < 45):
+            raise ConfigError(f"hold_seconds={self.hold_seconds!r} must be between 0 and 45, the timeout of clients")
         if self.api_key == "":
             raise ConfigError("api_key is empty: leave it out to accept any key")
+        if self.api_key is not None and not self.api_key.isascii():
+            raise ConfigError("api_key has characters that no header can carry")

@@ -19,6 +19,7 @@ from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.passes import check_tokens
 
 UNUSED_LOGPROB = -99999.0
+_COLDEST = torch.finfo(torch.float32).tiny
 
 
 class _Draft:
@@ -137,7 +138,10 @@ def _choose(logits: Tensor, request: SampleRequest, drafts: Sequence[_Draft]) ->
     if request.temperature == 0:
         chosen = [int(token) for token in logits.argmax(-1)]
     else:
-        probabilities = allowed(logits / request.temperature, request.top_k, request.top_p).softmax(-1)
+        # The likeliest token at 0: however small the temperature, nothing becomes infinite but the far ones.
+        below = logits - logits.amax(-1, keepdim=True)
+        scaled = below / max(request.temperature, _COLDEST)
+        probabilities = allowed(scaled, request.top_k, request.top_p).softmax(-1)
         chosen = [
             int(torch.multinomial(row, 1, generator=draft.generator).item())
             for row, draft in zip(probabilities, drafts, strict=True)

@@ -6,6 +6,7 @@ from typing import cast
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidData, InvalidSpec, PipelineError
 from tinkex_py.losses.spec import RegularizerSpec
 from tinkex_py.types import Datum
+from tinkex_py.types.seconds import is_seconds
 
 
 def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:
@@ -35,7 +36,7 @@ def checked_timeout(timeout: float | None) -> float | None:
     """Seconds > 0, or None."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (is_seconds(timeout) and timeout > 0):
         raise PipelineError(f"timeout must be > 0 seconds or None, got {timeout!r}")
     return timeout
 

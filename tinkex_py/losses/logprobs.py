@@ -204,6 +204,8 @@ def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
     Raises:
         InvalidData: the lengths do not add up.
     """
+    if not isinstance(logprobs, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"split needs a packed tensor, got a {type(logprobs).__name__}")
     lengths = [target_shape(datum, index)[0] for index, datum in enumerate(data)]
     if not logprobs.ndim or sum(lengths) != logprobs.shape[0]:
         raise InvalidData(
@@ -227,6 +229,8 @@ def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
         raise InvalidData(f"no datum to take {name!r} from")
     arrays: list[Any] = []
     for index, datum in enumerate(data):
+        if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
         if name not in datum.loss_fn_inputs:
             raise InvalidData(
                 f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"

@@ -10,6 +10,7 @@ import tenacity
 
 from tinkex_py.errors import ConfigError, ConnectionFailed, InvalidResponse, TimeoutExceeded, TransportError
 from tinkex_py.transport.answer import HttpAnswer, raise_for_status, retry_after
+from tinkex_py.types.seconds import is_seconds
 
 __all__ = ["RetryPolicy", "is_retryable_status", "retry_after", "send_with_retry"]
 
@@ -38,13 +39,14 @@ class RetryPolicy:
     max_wait: float = 30.0
 
     def __post_init__(self) -> None:
-        if not self.deadline > 0:
+        if not (is_seconds(self.deadline) and self.deadline > 0):
             raise ConfigError(f"deadline must be a positive number of seconds, not {self.deadline!r}")
-        if self.max_attempts is not None and self.max_attempts < 1:
-            raise ConfigError(f"max_attempts must be at least 1 or None, not {self.max_attempts!r}")
+        attempts = self.max_attempts
+        if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {attempts!r}")
         for name in ("initial_wait", "max_wait"):
             value: float = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
+            if not (is_seconds(value) and value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {value!r}")
 
     @classmethod

@@ -51,6 +51,8 @@ def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
     Raises:
         InvalidData: there are none, or they are neither `[T]` nor `[T, K]`.
     """
+    if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is None:
         raise InvalidData(

@@ -8,7 +8,7 @@ from pydantic import field_serializer, field_validator
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
-from tinkex_py.types.tensors import Array
+from tinkex_py.types.tensors import Array, without_torch
 
 
 class Encoder(Protocol):
@@ -52,7 +52,7 @@ class EncodedTextChunk(WireModel):
     @field_validator("tokens", mode="before")
     @classmethod
     def _pack(cls, tokens: Any) -> Array:
-        array = np.asarray(tokens)
+        array = np.asarray(without_torch(tokens))
         if array.ndim != 1:
             raise InvalidData(f"tokens must be one flat sequence, got shape {array.shape}")
         if array.size and array.dtype.kind not in "iu":
@@ -106,8 +106,9 @@ class ModelInput(WireModel):
     @classmethod
     def from_text(cls, text: str, tokenizer: Encoder) -> "ModelInput":
         """One text chunk; `tokenizer` is any object with `encode`, for one `await training.get_tokenizer()`."""
-        if not callable(getattr(tokenizer, "encode", None)):
-            raise InvalidData(f"tokenizer must have an encode method, got a {type(tokenizer).__name__}")
+        # A str has an `encode` too, and a model's name is what is easily given instead of its tokenizer.
+        if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
+            raise InvalidData(f"tokenizer must have an encode method for texts, got a {type(tokenizer).__name__}")
         return cls.from_ints(list(tokenizer.encode(text)))
 
     def append(self, chunk: EncodedTextChunk) -> "ModelInput":

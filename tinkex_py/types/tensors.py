@@ -140,12 +140,17 @@ class TensorData(WireModel):
     @classmethod
     def from_numpy(cls, array: Array) -> "TensorData":
         """Packs a numpy array; its shape is kept."""
+        if not isinstance(array, np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"from_numpy needs a numpy array, got a {type(array).__name__}")
         return cls(data=array, dtype=_dtype_of(array))
 
     @classmethod
     def from_torch(cls, tensor: "torch.Tensor") -> "TensorData":
         """Packs a torch tensor of any float or integer dtype, dense or CSR, from any device."""
-        detached = tensor.detach().cpu()
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(tensor, torch.Tensor):
+            raise InvalidData(f"from_torch needs a torch tensor, got a {type(tensor).__name__}")
+        detached = _on_cpu(tensor)
         if str(detached.layout) == "torch.sparse_csr":
             return cls(
                 data=_torch_to_numpy(detached.values()),
@@ -154,8 +159,6 @@ class TensorData(WireModel):
                 sparse_crow_indices=detached.crow_indices().numpy(),
                 sparse_col_indices=detached.col_indices().numpy(),
             )
-        if str(detached.layout) != "torch.strided":
-            detached = detached.to_dense()
         return cls.from_numpy(_torch_to_numpy(detached))
 
     @property
@@ -229,10 +232,16 @@ def read_tensor(value: object, *, name: str | None = None) -> TensorData:
     return tensor
 
 
-def _as_array(value: Any) -> Array:
+def without_torch(value: Any) -> Any:
+    """A torch tensor as a dense numpy array; anything else as it is."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        value = _torch_to_numpy(cast("torch.Tensor", value).detach().cpu())
+        return _torch_to_numpy(_on_cpu(cast("torch.Tensor", value)))
+    return value
+
+
+def _as_array(value: Any) -> Array:
+    value = without_torch(value)
     try:
         array = np.asarray(value)
     except ValueError:
@@ -244,7 +253,15 @@ def _as_array(value: Any) -> Array:
     return array
 
 
+def _on_cpu(tensor: "torch.Tensor") -> "torch.Tensor":
+    if tensor.is_meta:
+        raise InvalidData("a tensor on the meta device has no numbers")
+    return tensor.detach().cpu()
+
+
 def _torch_to_numpy(tensor: "torch.Tensor") -> Array:
+    if str(tensor.layout) != "torch.strided":
+        tensor = tensor.to_dense()
     if tensor.is_floating_point() and tensor.element_size() < 4:  # numpy has no bfloat16
         tensor = tensor.float()
     return tensor.numpy()
