@@ -50,10 +50,12 @@ class PassResult:
     Args:
         logprobs: per datum, float32, shaped like its target_tokens.
         metrics: names with a merge suffix, such as "loss:sum".
+        elementwise_loss: the loss of each position, laid out like logprobs; None where the loss does not tell it.
     """
 
     logprobs: Sequence[Floats]
     metrics: Mapping[str, float]
+    elementwise_loss: Sequence[Floats] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ One thread calls it, one operation at a time. Every operation activates the adap
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,21 @@ from tinkex_py.local.checkpoints import CheckpointInfo, CheckpointStore, RunInfo
 from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
-from tinkex_py.local.losses import BuiltinLoss, find_loss
+from tinkex_py.local.losses import DatumLoss, Loss, find_loss
 from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.optimizer import AdapterOptimizer
 from tinkex_py.local.options import LocalOptions
-from tinkex_py.local.passes import Example, Microbatch, forward, gradients, microbatch_loss, prepare, split
+from tinkex_py.local.passes import (
+    Example,
+    Microbatch,
+    forward,
+    gradients,
+    in_order,
+    merged_metrics,
+    microbatch_losses,
+    prepare,
+    split,
+)
 from tinkex_py.local.sampling import sample
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams, LoraConfig
@@ -124,22 +134,16 @@ class Engine:
             InvalidData: unknown loss, bad datum or non-finite loss; nothing was added.
         """
         model = self._model(model_id)
-        loss, config = find_loss(request.loss_fn, request.config)
-        examples = prepare(request.data(), request.loss_fn, loss, self.model)
+        loss = find_loss(request.loss_fn, request.config)
+        examples = prepare(request.data(), loss, self.model)
         self._bank.activate(model.adapter)
         model.touched = True
         if request.forward_only:
             microbatches = self._forward_only(model_id, examples, keep=request.keep_graph)
-            total = sum(microbatch_loss(part, examples, loss, config).item() for part in microbatches)
+            losses = [microbatch_losses(part, examples, loss) for part in microbatches]
         else:
-            microbatches, total = self._forward_backward(model_id, model, examples, loss, config)
-        placed = {
-            index: logprobs
-            for part in microbatches
-            for index, logprobs in zip(part.indices, part.logprobs, strict=True)
-        }
-        outputs = [placed[index].detach().cpu().numpy() for index in range(len(examples))]
-        return PassResult(logprobs=outputs, metrics={"loss:sum": float(total)})
+            microbatches, losses = self._forward_backward(model_id, model, examples, loss)
+        return _pass_result(microbatches, losses, len(examples))
 
     def optim_step(self, model_id: str, settings: AdamParams) -> dict[str, float]:
         """One AdamW step on the summed gradients, which it consumes.
@@ -211,9 +215,8 @@ class Engine:
         model_id: str,
         model: TrainingModel,
         examples: Sequence[Example],
-        loss: BuiltinLoss,
-        config: Mapping[str, float],
-    ) -> tuple[list[Microbatch], float]:
+        loss: Loss,
+    ) -> tuple[list[Microbatch], list[list[DatumLoss]]]:
         kept = self.graphs.take(model_id, fingerprint(examples)) if len(self.graphs) else None
         makers: list[Callable[[], Microbatch]]
         if kept is not None:
@@ -224,18 +227,19 @@ class Engine:
             makers = [lambda group=group: self._forward(examples, group) for group in groups]
         summed: dict[str, torch.Tensor] = {}
         finished: list[Microbatch] = []
-        total = 0.0
+        losses: list[list[DatumLoss]] = []
         for make in makers:
             with torch.enable_grad():
                 part = make()
-                value = microbatch_loss(part, examples, loss, config)
-            for key, gradient in gradients(value, model.adapter):
+                given = microbatch_losses(part, examples, loss)
+                total = torch.stack([datum_loss.value for datum_loss in given]).sum()
+            for key, gradient in gradients(total, model.adapter):
                 held = summed.get(key)
                 summed[key] = gradient if held is None else held.add_(gradient)
-            total += value.item()
             finished.append(_without_graph(part))
+            losses.append([replace(datum_loss, value=datum_loss.value.detach()) for datum_loss in given])
         model.adapter.add_gradients(summed)
-        return finished, total
+        return finished, losses
 
     def _forward(self, examples: Sequence[Example], group: tuple[int, ...]) -> Microbatch:
         self._check()
@@ -316,6 +320,17 @@ def lora_settings(run: RunInfo) -> LoraConfig:
     """The LoRA settings that a run was made with."""
     return LoraConfig(
         rank=run.rank, train_unembed=run.train_unembed, train_mlp=run.train_mlp, train_attn=run.train_attn
+    )
+
+
+def _pass_result(microbatches: Sequence[Microbatch], losses: Sequence[Sequence[DatumLoss]], count: int) -> PassResult:
+    logprobs = in_order(microbatches, [part.logprobs for part in microbatches], count)
+    ordered: list[DatumLoss] = in_order(microbatches, losses, count)
+    elementwise = [loss.elementwise for loss in ordered if loss.elementwise is not None]
+    return PassResult(
+        logprobs=[tensor.detach().cpu().numpy() for tensor in logprobs],
+        metrics=merged_metrics(ordered),
+        elementwise_loss=[tensor.cpu().numpy() for tensor in elementwise] if len(elementwise) == count else None,
     )
 
 

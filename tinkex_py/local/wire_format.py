@@ -99,7 +99,7 @@ def tensor_from_json(where: str, value: Any) -> Array:
 
 def pass_protobuf(result: PassResult) -> bytes:
     """A PassResult as ForwardBackwardOutput: one packed tensor for each run of datums with equal trailing shape."""
-    records = [_record(list(run)) for _, run in groupby(result.logprobs, key=lambda array: array.shape[1:])]
+    records = [_record(list(run)) for _, run in groupby(_outputs(result), key=_trailing)]
     return wire.ForwardBackwardOutput(
         loss_fn_output_type="ArrayRecord", loss_fn_outputs=records, metrics=dict(result.metrics)
     ).SerializeToString()
@@ -108,10 +108,27 @@ def pass_protobuf(result: PassResult) -> bytes:
 def pass_json(result: PassResult) -> dict[str, Any]:
     """A PassResult in JSON."""
     outputs = [
-        {"logprobs": {"data": _numbers(array), "dtype": "float32", "shape": list(array.shape)}}
-        for array in result.logprobs
+        {
+            name: {"data": _numbers(array), "dtype": "float32", "shape": list(array.shape)}
+            for name, array in output.items()
+        }
+        for output in _outputs(result)
     ]
     return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": dict(result.metrics)}
+
+
+def _outputs(result: PassResult) -> list[dict[str, Floats]]:
+    """Each datum's named outputs; all of a datum have one shape."""
+    if result.elementwise_loss is None:
+        return [{"logprobs": logprobs} for logprobs in result.logprobs]
+    return [
+        {"logprobs": logprobs, "elementwise_loss": losses}
+        for logprobs, losses in zip(result.logprobs, result.elementwise_loss, strict=True)
+    ]
+
+
+def _trailing(output: Mapping[str, Floats]) -> tuple[int, ...]:
+    return output["logprobs"].shape[1:]
 
 
 def sample_protobuf(result: SampleResult) -> bytes:
@@ -236,17 +253,21 @@ def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int
     return dense
 
 
-def _record(arrays: Sequence[Floats]) -> wire.ArrayRecord:
+def _record(outputs: Sequence[Mapping[str, Floats]]) -> wire.ArrayRecord:
+    fields = {name: _batched([output[name] for output in outputs]) for name in outputs[0]}
+    return wire.ArrayRecord(type_tag="ArrayRecord", fields=fields, num_datums=len(outputs))
+
+
+def _batched(arrays: Sequence[Floats]) -> wire.BatchedTensor:
     flat = np.concatenate([array.reshape(-1) for array in arrays]).astype("<f4")
     offsets = np.zeros(len(arrays) + 1, dtype="<i8")
     offsets[1:] = np.cumsum([array.size * 4 for array in arrays])
-    batched = wire.BatchedTensor(
+    return wire.BatchedTensor(
         data=flat.tobytes(),
         offsets=offsets.tobytes(),
         dtype=wire.DTYPE_FLOAT32,
         trailing_shape=arrays[0].shape[1:],
     )
-    return wire.ArrayRecord(type_tag="ArrayRecord", fields={"logprobs": batched}, num_datums=len(arrays))
 
 
 def _topk_message(table: TopkTable | None) -> wire.TopkLogprobs | None:
