@@ -18,6 +18,14 @@ _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_INT32: "<i4",
 }
 _JSON_DTYPES: Mapping[str, str] = {"float32": "<f4", "int64": "<i8"}
+# A chunk without a type is told by the one field that only its kind has.
+_CHUNK_FIELDS: Mapping[str, str] = {
+    "tokens": "encoded_text",
+    "data": "image",
+    "location": "image_asset_pointer",
+    "dmel": "dmel",
+}
+MAX_DENSE = 2**27
 
 
 def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
@@ -50,8 +58,11 @@ def datums_from_json(values: Sequence[Mapping[str, Any]]) -> list[EncodedDatum]:
         EncodedDatum(
             tokens=tokens_from_json(f"data[{index}]: model_input", value.get("model_input")),
             inputs={
-                name: tensor_from_json(f"data[{index}]: {name}", tensor)
+                name: tensor_from_json(
+                    f"data[{index}]: {name}", tensor, "int64" if name == "target_tokens" else "float32"
+                )
                 for name, tensor in _object(f"data[{index}]: loss_fn_inputs", value.get("loss_fn_inputs") or {}).items()
+                if tensor is not None
             },
         )
         for index, value in enumerate(values)
@@ -65,36 +76,59 @@ def tokens_from_json(where: str, value: Any) -> Ints:
         InvalidData: malformed.
         UnsupportedFeature: a chunk is not text.
     """
-    chunks = cast("list[dict[str, Any]]", _object(where, value).get("chunks") or [])
-    parts: list[Any] = []
-    for chunk in chunks:
-        if not isinstance(chunk, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"{where}: a chunk is not an object")
-        if "tokens" not in chunk:
-            raise UnsupportedFeature(
-                f"{where}: this model reads text only, not {chunk.get('type', 'this kind of chunk')!r}"
-            )
-        parts.append(_array(where, chunk["tokens"], "<i8"))
+    chunks: object = _object(where, value).get("chunks") or []
+    if not isinstance(chunks, list):
+        raise InvalidData(f"{where}: chunks is not a list")
+    parts = [_json_chunk_tokens(where, chunk) for chunk in cast("list[Any]", chunks)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def tensor_from_json(where: str, value: Any) -> Array:
+def _json_chunk_tokens(where: str, chunk: Any) -> Ints:
+    if not isinstance(chunk, dict):
+        raise InvalidData(f"{where}: a chunk is not an object")
+    given = {key: value for key, value in cast("dict[str, Any]", chunk).items() if value is not None}
+    kind = given.get("type") or next((kind for key, kind in _CHUNK_FIELDS.items() if key in given), None)
+    if kind is None:
+        raise InvalidData(f"{where}: a chunk has none of the fields {', '.join(_CHUNK_FIELDS)}")
+    if kind != "encoded_text":
+        raise _text_only(where, kind)
+    return _array(where, given.get("tokens", []), "<i8")
+
+
+def _text_only(where: str, kind: object) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{where}: this model reads text only, not {kind!r} chunks")
+
+
+def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> Array:
     """A JSON tensor, dense or CSR, as an array of its dense shape.
+
+    Args:
+        where: its name, for errors.
+        value: the tensor.
+        default_dtype: what the numbers are if it does not say.
 
     Raises:
         InvalidData: malformed.
     """
     fields = _object(where, value)
-    dtype = fields.get("dtype", "float32")
+    dtype = fields.get("dtype") or default_dtype
     if dtype not in _JSON_DTYPES:
         raise InvalidData(f"{where}: dtype {dtype!r} is not one of {sorted(_JSON_DTYPES)}")
-    data = _array(where, fields.get("data", []), _JSON_DTYPES[dtype])
-    shape = fields.get("shape")
+    data = _array(where, fields.get("data") or [], _JSON_DTYPES[dtype])
+    shape = _shape(where, fields.get("shape"))
     if fields.get("sparse_crow_indices") is not None:
         rows = _array(where, fields["sparse_crow_indices"], "<i8")
         columns = _array(where, fields.get("sparse_col_indices") or [], "<i8")
         return _dense(where, data, rows, columns, shape or [])
     return _shaped(where, data, [len(data)] if shape is None else shape)
+
+
+def _shape(where: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(size) is int for size in cast("list[Any]", value)):
+        raise InvalidData(f"{where}: the shape must be a list of whole numbers, not {value!r}")
+    return cast("list[int]", value)
 
 
 def pass_protobuf(result: PassResult) -> bytes:
@@ -183,7 +217,7 @@ def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
     parts: list[NDArray[np.int32]] = []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
-            raise UnsupportedFeature(f"{where}: this model reads text only, not {chunk.WhichOneof('chunk')!r}")
+            raise _text_only(where, chunk.WhichOneof("chunk"))
         parts.append(_buffer(where, chunk.encoded_text.tokens, "<i4"))
     if not parts:
         return np.zeros(0, dtype=np.int64)
@@ -235,8 +269,10 @@ def _shaped(where: str, data: Any, shape: Sequence[int]) -> Array:
 
 
 def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int]) -> Array:
-    if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > 2**31:
+    if len(shape) != 2 or min(shape) < 0:
         raise InvalidData(f"{where}: a sparse tensor needs a shape of two dimensions, not {list(shape)}")
+    if math.prod(shape) > MAX_DENSE:
+        raise InvalidData(f"{where}: a sparse tensor of shape {list(shape)} has more than {MAX_DENSE} cells")
     counts = np.diff(rows)
     fits = (
         len(rows) == shape[0] + 1
