@@ -127,7 +127,7 @@ async def test_numbers_decide_the_order_not_arrival(client, kit):
     last = (await client.send_pass(kit.message(model_id, 4, [first], forward_only=True))).json()
     await client.send_pass(kit.message(model_id, 2, [second]))
     core = client.service.core
-    assert core.results.find(step["request_id"]).note() == "seq_id 3 waits for seq_id 1"
+    assert core.results.find(step["request_id"]).note() == "seq_id 3 waits for seq_id 1, not received yet"
     assert core.results.find(last["request_id"]).outcome is None
     await client.send_pass(kit.message(model_id, 1, [first]))
     answer = await client.final(last["request_id"], accept=PROTOBUF)
@@ -143,8 +143,17 @@ async def test_a_poll_without_a_result_says_why(run_service, kit):
         assert poll.json() == {
             "type": "try_again",
             "queue_state": "paused_capacity",
-            "queue_state_reason": "seq_id 2 waits for seq_id 1",
+            "queue_state_reason": "seq_id 2 waits for seq_id 1, not received yet",
         }
+        # What has come is not named, and a far number does not name a thousand.
+        await client.ask("optim_step", {"model_id": model_id, "seq_id": 4, "adam_params": {}})
+        far = await client.ask("optim_step", {"model_id": model_id, "seq_id": 2**60, "adam_params": {}})
+        reason = (await client.result(far["request_id"])).json()["queue_state_reason"]
+        assert reason == f"seq_id {2**60} waits for seq_id 1, 3, 5 and later ones, not received yet"
+        await client.ask("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}})
+        assert (await client.final(later)).status_code == 200
+        reason = (await client.result(far["request_id"])).json()["queue_state_reason"]
+        assert "waits for seq_id 3, 5, 6 and later ones" in reason
 
 
 async def test_a_repeat_gets_the_first_answer_and_is_done_once(client, kit):
@@ -446,7 +455,7 @@ async def test_results_that_were_fetched_are_kept_by_bytes(run_service, kit):
         ({"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": [1]}, "loss_fn_inputs is not a JSON object"),
         (
             {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"target_tokens": {"data": [None]}}},
-            "target_tokens holds values that are not numbers",
+            "target_tokens holds values that are not whole numbers",
         ),
         (
             {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"x": {"data": [1], "dtype": "int8"}}},

@@ -104,7 +104,7 @@ class Core:
                 400, f"seq_id {number} of model {model_id!r} was refused before and is spent: take the next one"
             )
         pending = self.results.open()
-        pending.note = lambda: _gap(lane, number)
+        pending.note = lambda: lane.gap(number)
         lane.enter(number, Receipt(digest, pending.request_id), lambda: self._launch(pending, work))
         return pending.request_id
 
@@ -189,7 +189,3 @@ def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
 
 def _belongs(owner: str, session: SessionInfo) -> bool:
     return owner.partition(":")[0] == session.session_id
-
-
-def _gap(lane: Lane, number: int) -> str | None:
-    return f"seq_id {number} waits for seq_id {lane.next_number}" if lane.next_number < number else None

@@ -83,7 +83,7 @@ class LoadWeightsBody(_Body):
 
 
 class PassInput(_Body):
-    """The inner object of the JSON form of forward and forward_backward."""
+    """The inner object of the JSON form of forward and forward_backward: read when its turn has come."""
 
     data: list[dict[str, Any]]
     loss_fn: str
@@ -91,11 +91,11 @@ class PassInput(_Body):
 
 
 class ForwardBackwardBody(_Body):
-    """forward_backward in JSON."""
+    """forward_backward in JSON; a bad input must fail the future, never the submission (protocol, "Chunking")."""
 
     model_id: str
     seq_id: int = 0
-    forward_backward_input: PassInput
+    forward_backward_input: Any = None
     forward_only: bool = False
 
 
@@ -104,7 +104,7 @@ class ForwardBody(_Body):
 
     model_id: str
     seq_id: int = 0
-    forward_input: PassInput
+    forward_input: Any = None
 
 
 class OptimStepBody(_Body):
