@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tinkex_py.local import routes_models, routes_rest, routes_sampling, routes_service, routes_training
+from tinkex_py.local import routes_losses, routes_models, routes_rest, routes_sampling, routes_service, routes_training
 from tinkex_py.local.core import Refused
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
             *routes_service.routes,
             *routes_models.routes,
             *routes_training.routes,
+            *routes_losses.routes,
             *routes_sampling.routes,
             *routes_rest.routes,
         ],

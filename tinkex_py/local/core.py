@@ -130,6 +130,7 @@ class Core:
     def finish_session(self, session: SessionInfo) -> None:
         """Mark a session as over and free what it holds."""
         self.remember(session.model_copy(update={"finished": True}))
+        self._worker.submit(lambda: self.engine.custom_losses.forget(session.session_id))
         prefix = f"{session.session_id}:"
         for model_id in [model_id for model_id in self.lanes if model_id.startswith(prefix)]:
             self.unload(model_id)

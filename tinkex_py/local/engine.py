@@ -14,6 +14,7 @@ import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.checkpoints import CheckpointInfo, CheckpointStore, RunInfo
+from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses, session_of
 from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
@@ -73,6 +74,7 @@ class Engine:
         self.model = model
         self.store = store
         self.graphs = GraphKeeper(options.graph_budget_bytes)
+        self.custom_losses = CustomLosses()
         self.passes_run = 0
         self._options = options
         self._closing = closing
@@ -134,7 +136,7 @@ class Engine:
             InvalidData: unknown loss, bad datum or non-finite loss; nothing was added.
         """
         model = self._model(model_id)
-        loss = find_loss(request.loss_fn, request.config)
+        loss = self._loss(model_id, request)
         examples = prepare(request.data(), loss, self.model)
         self._bank.activate(model.adapter)
         model.touched = True
@@ -190,6 +192,11 @@ class Engine:
     def gradient(self, model_id: str) -> dict[str, torch.Tensor]:
         """A copy of the gradients summed since the last optim_step, by file key."""
         return {key: value.clone() for key, value in self._model(model_id).adapter.gradients.items()}
+
+    def _loss(self, model_id: str, request: PassRequest) -> Loss:
+        if request.loss_fn == CUSTOM_LOSS:
+            return self.custom_losses.find(session_of(model_id), request.config)
+        return find_loss(request.loss_fn, request.config)
 
     def _forward_only(self, model_id: str, examples: Sequence[Example], *, keep: bool) -> list[Microbatch]:
         groups = split(examples, self._options.max_tokens_per_microbatch)

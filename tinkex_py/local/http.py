@@ -68,6 +68,8 @@ async def read_json(request: Request) -> dict[str, Any]:
         value = json.loads(raw or b"{}")
     except ValueError as error:
         raise Refused(400, f"the body is no valid JSON: {error}") from None
+    except RecursionError:
+        raise Refused(400, "the body is JSON that is nested too deep") from None
     if not isinstance(value, dict):
         raise Refused(400, "the body must be a JSON object")
     return value  # pyright: ignore[reportUnknownVariableType]

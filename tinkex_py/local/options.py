@@ -22,6 +22,7 @@ class LocalOptions:
         hold_seconds: how long a poll waits for a result before it is answered "not yet", in seconds.
         max_results: how many finished results stay retrievable.
         max_result_bytes: how many bytes of results that were fetched already stay retrievable.
+        custom_losses: whether clients may upload losses, as graphs of allowed torch operations.
 
     Raises:
         ConfigError: a value is out of range.
@@ -37,6 +38,7 @@ class LocalOptions:
     hold_seconds: float = 20.0
     max_results: int = 4096
     max_result_bytes: int = 256 * 1024**2
+    custom_losses: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (

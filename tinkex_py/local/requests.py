@@ -107,6 +107,13 @@ class ForwardBody(_Body):
     forward_input: Any = None
 
 
+class CustomLossBody(_Body):
+    """create_custom_loss; what it holds is checked by the engine, so that a bad loss fails its future."""
+
+    session_id: str
+    custom_loss_seq_id: int = Field(ge=0)
+
+
 class OptimStepBody(_Body):
     """optim_step."""
 
