@@ -106,6 +106,63 @@ def uploaded_losses(service: tinker.ServiceClient, seen: dict[str, object]) -> N
         seen["not_allowed"] = [str(error.category), "torch._C._fft.fft_fft" in str(error)]
 
 
+def samplers(service: tinker.ServiceClient, seen: dict[str, object]) -> None:
+    training = service.create_lora_training_client(base_model="tiny", rank=8, seed=7).result()
+    sampler = training.save_weights_and_get_sampling_client().result()
+    prompt = types.ModelInput.from_ints(TOKENS)
+    count = len(TOKENS)
+    targets = torch.full((count - 1, 2), -1, dtype=torch.int64)
+    targets[:, 0] = torch.tensor(TOKENS[1:])
+    result = sampler.sample(
+        prompt,
+        num_samples=2,
+        sampling_params=types.SamplingParams(max_tokens=4, temperature=0.7, seed=3, stop=[]),
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+        target_prompt_logprobs=types.TensorData.from_torch(targets),
+        prompt_alt_tokens_k=4,
+        topk_sample_logprobs=2,
+    ).result()
+    own = result.prompt_logprobs[1:]
+    targeted = result.target_prompt_logprobs.to_torch()
+    seen["targets"] = torch.allclose(targeted[:, 0], torch.tensor(own), atol=1e-5) and bool((targeted[:, 1] == 0).all())
+    seen["alternatives"] = [list(result.prompt_alt_tokens.tokens.shape), list(result.prompt_alt_tokens.logprobs.shape)]
+    seen["topk"] = [row and len(row) for row in result.topk_prompt_logprobs[:2]]
+    seen["topk_sampled"] = [[len(row) for row in sequence.topk_logprobs] for sequence in result.sequences]
+    last = sampler.sample(
+        prompt,
+        num_samples=1,
+        sampling_params=types.SamplingParams(max_tokens=1),
+        include_prompt_logprobs=True,
+        prompt_logprobs_last_n=3,
+    ).result()
+    seen["last_n"] = [value is None for value in last.prompt_logprobs] == [True] * (count - 3) + [False] * 3
+    futures = [
+        sampler.sample(prompt, num_samples=2, sampling_params=types.SamplingParams(max_tokens=8, seed=seed, stop=[]))
+        for seed in range(24)
+    ]
+    seen["many"] = sum(len(sequence.tokens) for future in futures for sequence in future.result().sequences)
+    greedy = types.SamplingParams(max_tokens=12, temperature=0.0, stop=[])
+    free = sampler.sample(prompt, 1, greedy).result().sequences[0].tokens
+    stops = []
+    for stop in ([free[3]], None):
+        params = types.SamplingParams(max_tokens=12, temperature=0.0, stop=stop)
+        stops.append(sampler.sample(prompt, 1, params).result().sequences[0].tokens)
+    seen["stops"] = stops[0] == free[: free.index(free[3]) + 1] and free[: len(stops[1])] == stops[1]
+    first = training.save_weights_and_get_sampling_client(kind="inflight").result()
+    start = first.compute_logprobs(prompt).result()
+    training.forward_backward([datum(TOKENS)], "cross_entropy").result()
+    training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    unmoved = first.compute_logprobs(prompt).result()
+    second = training.save_weights_and_get_sampling_client(kind="inflight").result()
+    moved = [client.compute_logprobs(prompt).result() for client in (first, second)]
+    seen["inflight"] = [unmoved == start, moved[0] == moved[1], moved[0] != start]
+    seen["snapshot"] = sampler.compute_logprobs(prompt).result() == start
+    concurrent = [training.save_weights_and_get_sampling_client().result() for _ in range(3)]
+    scores = [client.compute_logprobs(prompt) for client in concurrent]
+    seen["concurrent"] = len({tuple(score.result()[1:]) for score in scores}) == 1
+
+
 def main() -> None:
     seen: dict[str, object] = {}
     service = tinker.ServiceClient(base_url=sys.argv[1], api_key="tml-local")
@@ -113,6 +170,7 @@ def main() -> None:
     builtin_losses(training, seen)
     sparse_and_pictures(training, seen)
     uploaded_losses(service, seen)
+    samplers(service, seen)
     service.close("success")
     sys.stdout.write(json.dumps(seen, default=list) + "\n")
 

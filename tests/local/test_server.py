@@ -73,7 +73,7 @@ def official_sdk(program: Path, address: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_the_official_sdk_with_every_loss_and_an_uploaded_one():
+def test_the_official_sdk_with_every_loss_an_uploaded_one_and_all_of_sampling():
     with serving("--custom-losses") as (_, address):
         seen = official_sdk(OFFICIAL_SDK_ENGINE_PROGRAM, address)
     assert seen == {
@@ -91,6 +91,16 @@ def test_the_official_sdk_with_every_loss_and_an_uploaded_one():
         "uploaded": True,
         "server_equals_client": True,
         "not_allowed": ["user", True],
+        "targets": True,
+        "alternatives": [[11, 4], [11, 4]],
+        "topk": [None, 3],
+        "topk_sampled": [[2, 2, 2, 2], [2, 2, 2, 2]],
+        "last_n": True,
+        "many": 24 * 2 * 8,
+        "stops": True,
+        "inflight": [True, True, True],
+        "snapshot": True,
+        "concurrent": True,
     }
 
 

@@ -69,7 +69,7 @@ class RequireKey:
 async def _refused(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, Refused)
-    headers = {"Retry-After": "1"} if error.status == 503 else None
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
 
 

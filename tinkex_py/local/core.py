@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from tinkex_py.local.checkpoints import CheckpointInfo, SessionInfo
 from tinkex_py.local.lanes import Lane, Receipt
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.results import Answer, Failure, PendingResult, ResultBook
+from tinkex_py.local.sample_queue import SampleQueue
 from tinkex_py.local.worker import EngineClosing, EngineWorker
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tinkex_py.local")
 logger.addHandler(logging.NullHandler())
+
+
+# Name of the nameless checkpoint that all inflight samplers of a model share.
+INFLIGHT = "inflight"
 
 
 class Refused(Exception):
@@ -32,11 +37,19 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Sampler:
-    """One sampling session: named weights by path, a nameless snapshot, or neither, which is the base model."""
+    """One sampling session: on one kind of weights, or on the base model if it names none.
+
+    Args:
+        sampler_id: its id.
+        model_path: named weights.
+        snapshot: nameless weights that stay as they are.
+        inflight_of: the training model whose latest inflight weights it follows.
+    """
 
     sampler_id: str
     model_path: str | None = None
     snapshot: CheckpointInfo | None = None
+    inflight_of: str | None = None
 
 
 class Core:
@@ -49,7 +62,14 @@ class Core:
         self.results = ResultBook(options.max_results, options.max_result_bytes)
         self.sessions = {session.session_id: session for session in self.store.sessions()}
         self.samplers: dict[str, Sampler] = {}
+        self.sampler_clients: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
+        self.samples = SampleQueue(
+            engine,
+            worker,
+            max_waiting=options.max_waiting_samples,
+            max_prompt_tokens=options.max_tokens_per_microbatch,
+        )
         self._worker = worker
         self._receipts: dict[tuple[str, str, int], Receipt] = {}
         self._loop = asyncio.get_running_loop()
@@ -108,19 +128,31 @@ class Core:
         lane.enter(number, Receipt(digest, pending.request_id), lambda: self._launch(pending, work))
         return pending.request_id
 
-    def numbered(self, scope: tuple[str, str, int], digest: bytes, work: Callable[[], Answer]) -> str:
+    def numbered(self, scope: tuple[str, str, int], digest: bytes, submit: Callable[[], "Future[Answer]"]) -> str:
         """Hand in a request that has a number but no order; a repeat gets the request id of the first.
 
         Raises:
-            Refused: 400, the number was used for something else.
+            Refused: 400, the number was used for something else; or what `submit` refuses with, and then the number
+                is still free.
         """
         kind, owner, number = scope
         known = self._repeated(self._receipts.get(scope), digest, f"{kind} number {number} of {owner!r}")
         if known is not None:
             return known
+        request_id = self.follow(submit())
+        self._receipts[scope] = Receipt(digest, request_id)
+        return request_id
+
+    def submit(self, work: Callable[[], Answer]) -> "Future[Answer]":
+        """Queue work for the engine."""
+        return self._worker.submit(work)
+
+    def follow(self, future: "Future[Answer]") -> str:
+        """Make what somebody computes a result that clients can ask for; returns its request id."""
         pending = self.results.open()
-        self._receipts[scope] = Receipt(digest, pending.request_id)
-        return self.start(pending, work)
+        pending.cancel = future.cancel
+        self._follow(pending, future)
+        return pending.request_id
 
     def start(self, pending: PendingResult, work: Callable[[], Answer]) -> str:
         """Queue work for the engine now."""
@@ -136,6 +168,7 @@ class Core:
             self.unload(model_id)
         for sampler_id in [sampler_id for sampler_id in self.samplers if sampler_id.startswith(prefix)]:
             del self.samplers[sampler_id]
+            self.sampler_clients.pop(sampler_id, None)
         self._receipts = {
             scope: receipt for scope, receipt in self._receipts.items() if not _belongs(scope[1], session)
         }
@@ -163,7 +196,10 @@ class Core:
 
     def _launch(self, pending: PendingResult, work: Callable[[], Answer]) -> None:
         pending.note = None
-        self._worker.submit(work).add_done_callback(lambda future: self._hand_over(pending, future))
+        self._follow(pending, self._worker.submit(work))
+
+    def _follow(self, pending: PendingResult, future: "Future[Answer]") -> None:
+        future.add_done_callback(lambda done: self._hand_over(pending, done))
 
     def _hand_over(self, pending: PendingResult, future: "Future[Answer]") -> None:
         try:
@@ -173,7 +209,10 @@ class Core:
 
 
 def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
-    error = CancelledError() if future.cancelled() else future.exception()
+    if future.cancelled():
+        pending.settle(Failure("the request was cancelled before it was started", "user"))
+        return
+    error = future.exception()
     if error is None:
         answer = future.result()
         if answer.then is not None:

@@ -33,7 +33,7 @@ from tinkex_py.local.passes import (
     prepare,
     split,
 )
-from tinkex_py.local.sampling import sample
+from tinkex_py.local.sampling import SampleBatch, can_pad, room_for
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams, LoraConfig
 
@@ -50,12 +50,6 @@ class TrainingModel:
     adapter: Adapter
     optimizer: AdapterOptimizer
     touched: bool = False
-
-
-@dataclass
-class _SamplerAdapter:
-    adapter: Adapter
-    loaded: str | None = None
 
 
 class Engine:
@@ -80,7 +74,7 @@ class Engine:
         self._closing = closing
         self._bank = AdapterBank(model)
         self._models: dict[str, TrainingModel] = {}
-        self._samplers: dict[tuple[int, bool, bool, bool], _SamplerAdapter] = {}
+        self._samplers: dict[str, Adapter] = {}
 
     def create_model(self, run: RunInfo, settings: LoraConfig, seed: int) -> None:
         """Make a fresh training model.
@@ -176,13 +170,45 @@ class Engine:
         return self.store.write(described, files, texts, overwrite=overwrite)
 
     def sample(self, source: CheckpointInfo | None, request: SampleRequest) -> SampleResult:
-        """Draw from a checkpoint, or from the base network when there is none.
+        """Draw one request from a checkpoint, or from the base network when there is none, to its end.
 
         Raises:
             InvalidData: the request cannot be used.
         """
+        batch = self.sample_batch([request])
+        while not self.draw(source, batch, request.max_tokens or 1):
+            pass
+        return batch.results()[0]
+
+    @property
+    def pads_prompts(self) -> bool:
+        """Whether prompts of different lengths can be drawn together."""
+        return can_pad(self.model)
+
+    def check_sample(self, request: SampleRequest) -> None:
+        """May be called from any thread.
+
+        Raises:
+            InvalidData: the request cannot be used.
+        """
+        room_for(self.model, request)
+
+    def sample_batch(self, requests: Sequence[SampleRequest]) -> SampleBatch:
+        """Requests to draw together.
+
+        Raises:
+            InvalidData: one of them cannot be used.
+        """
+        return SampleBatch(self.model, requests, self._check)
+
+    def draw(self, source: CheckpointInfo | None, batch: SampleBatch, tokens: int) -> bool:
+        """Draw up to so many more tokens of each sequence of a batch; True when it is done.
+
+        Raises:
+            InvalidData: the checkpoint is gone or damaged.
+        """
         self._bank.activate(None if source is None else self._sampler(source))
-        return sample(self.model, request, self._check)
+        return batch.advance(tokens)
 
     def run_info(self, model_id: str) -> RunInfo | None:
         """What a loaded training model is; may be called from any thread."""
@@ -293,20 +319,26 @@ class Engine:
             raise InvalidData(f"checkpoint {source.path!r}: {name} is damaged ({error})") from error
 
     def _sampler(self, source: CheckpointInfo) -> Adapter:
-        settings = lora_settings(source.run)
-        kind = (settings.rank, settings.train_unembed, settings.train_mlp, settings.train_attn)
-        slot = self._samplers.pop(kind, None)
-        if slot is None:
-            if len(self._samplers) >= SAMPLER_ADAPTERS:
-                oldest = next(iter(self._samplers))
-                self._bank.delete(self._samplers.pop(oldest).adapter)
-            slot = _SamplerAdapter(self._bank.create(settings, 0))
-        self._samplers[kind] = slot
-        if slot.loaded != source.folder:
-            slot.loaded = None
-            slot.adapter.set_weights(self._read(source, ADAPTER_FILE))
-            slot.loaded = source.folder
-        return slot.adapter
+        """The sampling adapter that holds a checkpoint; loads it in the place of the least recently used one."""
+        held = self._samplers.pop(source.folder, None)
+        if held is None:
+            weights = self._read(source, ADAPTER_FILE)
+            held = self._spare_sampler(lora_settings(source.run))
+            try:
+                held.set_weights(weights)
+            except InvalidData:
+                self._bank.delete(held)
+                raise
+        self._samplers[source.folder] = held
+        return held
+
+    def _spare_sampler(self, settings: LoraConfig) -> Adapter:
+        if len(self._samplers) >= SAMPLER_ADAPTERS:
+            oldest = self._samplers.pop(next(iter(self._samplers)))
+            if oldest.settings == settings:
+                return oldest
+            self._bank.delete(oldest)
+        return self._bank.create(settings, 0)
 
     def _peft_config(self, model: TrainingModel) -> str:
         settings = model.adapter.settings

@@ -22,6 +22,7 @@ class LocalOptions:
         hold_seconds: how long a poll waits for a result before it is answered "not yet", in seconds.
         max_results: how many finished results stay retrievable.
         max_result_bytes: how many bytes of results that were fetched already stay retrievable.
+        max_waiting_samples: how many sampling requests may wait to be started; more are told to come back later.
         custom_losses: whether clients may upload losses, as graphs of allowed torch operations.
 
     Raises:
@@ -38,6 +39,7 @@ class LocalOptions:
     hold_seconds: float = 20.0
     max_results: int = 4096
     max_result_bytes: int = 256 * 1024**2
+    max_waiting_samples: int = 1024
     custom_losses: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class LocalOptions:
             ("graph_budget_bytes", 0),
             ("max_results", 1),
             ("max_result_bytes", 0),
+            ("max_waiting_samples", 1),
         ):
             value = getattr(self, name)
             if value < least:

@@ -130,6 +130,7 @@ class SaveWeightsBody(_Body):
     seq_id: int = 0
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
+    kind: str = "snapshot"
     ttl_seconds: int | None = Field(default=None, gt=0)
     overwrite: bool | None = None
     user_metadata: dict[str, Any] | None = None
@@ -148,6 +149,12 @@ class SamplingSessionBody(_Body):
     sampling_session_seq_id: int = Field(ge=0)
     base_model: str | None = None
     model_path: str | None = None
+
+
+class SamplerIdBody(_Body):
+    """join_sampling_session."""
+
+    sampling_session_id: str
 
 
 class SamplingParamsBody(_Body):

@@ -25,7 +25,7 @@ async def create_custom_loss(request: Request, core: Core) -> Response:
         return Answer(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
 
     scope = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id)
-    return answer({"request_id": core.numbered(scope, digest("create_custom_loss", raw), work)})
+    return answer({"request_id": core.numbered(scope, digest("create_custom_loss", raw), lambda: core.submit(work))})
 
 
 routes = [Route("/api/v1/create_custom_loss", with_core(create_custom_loss), methods=["POST"])]

@@ -120,6 +120,8 @@ async def cancel_future(request: Request, core: Core) -> Response:
     """Nobody will ask for this result again."""
     body = await read(request, FutureBody)
     pending = core.results.find(body.request_id)
+    if pending is not None and pending.outcome is None and pending.cancel is not None:
+        pending.cancel()
     if pending is not None and pending.outcome is not None:
         core.results.forget(body.request_id)
     return answer({})

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
 from tinkex_py.local.checkpoints import CheckpointInfo, RunInfo, expiry
-from tinkex_py.local.core import Core, Refused, Sampler
+from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import PassRequest
 from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, read_body, read_json, with_core
 from tinkex_py.local.requests import (
@@ -156,17 +156,25 @@ async def save_weights_for_sampler(request: Request, core: Core) -> Response:
             return Answer(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
         if body.sampling_session_seq_id is None:
             raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
-        snapshot = _save(core, body, f"sample-{body.sampling_session_seq_id}", "ephemeral")
-        session_id = body.model_id.partition(":")[0]
-        sampler_id = f"{session_id}:sample:{body.sampling_session_seq_id}"
-
-        def register() -> None:
-            core.samplers[sampler_id] = Sampler(sampler_id, snapshot=snapshot)
-
-        return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
+        return _nameless_sampler(core, body, body.sampling_session_seq_id)
 
     request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_for_sampler", raw), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
+    """A sampling session on the weights as they are; inflight ones share one checkpoint that later saves replace."""
+    if body.kind not in ("snapshot", "inflight"):
+        raise InvalidData(f"kind={body.kind!r} is not known here. Known: 'snapshot', 'inflight'")
+    inflight = body.kind == "inflight"
+    saved = _save(core, body, INFLIGHT if inflight else f"sample-{number}", "ephemeral")
+    sampler_id = f"{body.model_id.partition(':')[0]}:sample:{number}"
+    sampler = Sampler(sampler_id, inflight_of=body.model_id) if inflight else Sampler(sampler_id, snapshot=saved)
+
+    def register() -> None:
+        core.samplers[sampler_id] = sampler
+
+    return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
 
 
 async def save_weights_external(request: Request, core: Core) -> Response:
@@ -195,7 +203,7 @@ def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> Checkpoint
         expires_at=expiry(body.ttl_seconds),
     )
     # Only an explicit `overwrite: false` protects a name: older clients do not know the field.
-    return core.engine.save(body.model_id, info, overwrite=body.overwrite is not False)
+    return core.engine.save(body.model_id, info, overwrite=kind == "ephemeral" or body.overwrite is not False)
 
 
 def _parse_numbered(core: Core, model: type[Body], raw: Mapping[str, Any]) -> Body:

@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
-from tinkex_py.local.data import Array, EncodedDatum, Floats, Ints, PassResult, SampleResult, TopkTable
+from tinkex_py.local.data import (
+    UNUSED_LOGPROB,
+    AltTokens,
+    Array,
+    DrawnSequence,
+    EncodedDatum,
+    Floats,
+    Ints,
+    PassResult,
+    SampleResult,
+    TopkTable,
+)
 from tinkex_py.transport import wire
 
 _PROTOBUF_DTYPES: Mapping[int, str] = {
@@ -141,13 +152,7 @@ def pass_protobuf(result: PassResult) -> bytes:
 
 def pass_json(result: PassResult) -> dict[str, Any]:
     """A PassResult in JSON."""
-    outputs = [
-        {
-            name: {"data": _numbers(array), "dtype": "float32", "shape": list(array.shape)}
-            for name, array in output.items()
-        }
-        for output in _outputs(result)
-    ]
+    outputs = [{name: _tensor_json(array, "float32") for name, array in output.items()} for output in _outputs(result)]
     return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": dict(result.metrics)}
 
 
@@ -189,28 +194,51 @@ def sample_protobuf(result: SampleResult) -> bytes:
                 shape=result.target_logprobs.shape,
             )
         )
+    if result.alt_tokens is not None:
+        response.prompt_alt_tokens.CopyFrom(_alt_tokens_message(result.alt_tokens))
     return response.SerializeToString()
 
 
 def sample_json(result: SampleResult) -> dict[str, Any]:
     """A SampleResult in JSON."""
-    sequences = [
-        {
-            "tokens": sequence.tokens.tolist(),
-            "logprobs": _numbers(sequence.logprobs),
-            "stop_reason": "stop" if sequence.stopped else "length",
-        }
-        for sequence in result.sequences
-    ]
+    sequences = [_sequence_json(sequence) for sequence in result.sequences]
     body: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_cache_hit_tokens": result.cached_tokens}
     if result.prompt_logprobs is not None:
         body["prompt_logprobs"] = _numbers(result.prompt_logprobs)
     if result.topk_prompt is not None:
-        rows = zip(result.topk_prompt.ids.tolist(), _rows(result.topk_prompt.logprobs), strict=True)
-        body["topk_prompt_logprobs"] = [
-            None if index == 0 else [list(pair) for pair in zip(*row, strict=True)] for index, row in enumerate(rows)
-        ]
+        body["topk_prompt_logprobs"] = _topk_json(result.topk_prompt)
+    if result.target_logprobs is not None:
+        body["target_prompt_logprobs"] = _tensor_json(result.target_logprobs, "float32")
+    if result.alt_tokens is not None:
+        body["prompt_alt_tokens"] = {
+            "tokens": _tensor_json(result.alt_tokens.ids, "int64"),
+            "logprobs": _tensor_json(result.alt_tokens.logprobs, "float32"),
+        }
     return body
+
+
+def _sequence_json(sequence: DrawnSequence) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "tokens": sequence.tokens.tolist(),
+        "logprobs": _numbers(sequence.logprobs),
+        "stop_reason": "stop" if sequence.stopped else "length",
+    }
+    if sequence.topk is not None:
+        body["topk_sampled_logprobs"] = _topk_json(sequence.topk)
+    return body
+
+
+def _topk_json(table: TopkTable) -> list[list[list[Any]] | None]:
+    """Rows of [id, logprob]; None where a row is unused."""
+    return [
+        None if values and values[0] == UNUSED_LOGPROB else [list(pair) for pair in zip(ids, values, strict=True)]
+        for ids, values in zip(table.ids.tolist(), _rows(table.logprobs), strict=True)
+    ]
+
+
+def _tensor_json(array: NDArray[Any], dtype: str) -> dict[str, Any]:
+    data = array.reshape(-1).tolist() if dtype == "int64" else _numbers(array)
+    return {"data": data, "dtype": dtype, "shape": list(array.shape)}
 
 
 def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
@@ -312,6 +340,15 @@ def _topk_message(table: TopkTable | None) -> wire.TopkLogprobs | None:
     length, k = table.ids.shape
     return wire.TopkLogprobs(
         token_ids=table.ids.astype("<i4").tobytes(), logprobs=table.logprobs.astype("<f4").tobytes(), k=k, length=length
+    )
+
+
+def _alt_tokens_message(drawn: AltTokens) -> wire.PromptAltTokens:
+    return wire.PromptAltTokens(
+        tokens=wire.Tensor(dense=drawn.ids.astype("<i4").tobytes(), dtype=wire.DTYPE_INT32, shape=drawn.ids.shape),
+        logprobs=wire.Tensor(
+            dense=drawn.logprobs.astype("<f4").tobytes(), dtype=wire.DTYPE_FLOAT32, shape=drawn.logprobs.shape
+        ),
     )
 
 
