@@ -1,4 +1,4 @@
-"""design.md section 7, seed_map.md row 115: one tree of errors that pickle with their fields."""
+"""Row 115 of the guide: one tree of errors that pickle with their fields."""
 
 import builtins
 import copy

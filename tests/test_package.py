@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,16 @@ from tinkex_py import errors
 PUBLIC = """
 APIStatusError AdamParams AsyncSamplingClient AsyncServiceClient AsyncTrainingClient Authentication BadRequest
 BaseLossOutput BillingRequired ClientClosed ConfigError Conflict ConnectionFailed CustomLossOutput Datum
-DuplicateRegularizerNames EncodedTextChunk Executor ForwardBackwardOutput GetInfoResponse GradientTracker
+DuplicateRegularizerNames EncodedTextChunk Executor ForwardBackwardOutput GetInfoResponse
+GradientDiagnosis GradientTracker
 InPlaceMutation InvalidBaseLoss InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric
 MissingExtra ModelInput NonFiniteLoss NotFound OptimStepResponse PermissionDenied Pipeline PipelineError
 PrecedingRequestFailed RateLimited Regularizer RegularizerError RegularizerOutput RegularizerSpec
 RegularizerTimeout RequestFailed RequestInsideStep RetryPolicy SampleResponse SampledSequence SamplingParams
 SaveWeightsResponse SequenceLost ServerCapabilities ServerError SurrogateMismatch TensorData Term TermResult
-TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature __version__ execute
-packed_field per_datum split telemetry
+TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature
+WeightController __version__ execute
+controllers packed_field per_datum schedules split telemetry
 """
 
 
@@ -47,6 +50,22 @@ Datum(model_input=ModelInput.from_ints([1]), loss_fn_inputs={"target_tokens": [1
 print("torch" in sys.modules)
 """
     assert run(program) == "False"
+
+
+READY_MADE = {
+    "regularizers": "Consistency ElasticNet Entropy GradientPenalty JensenShannon KLDivergence L1 L2 Orthogonality "
+    "SampledEntropy SampledKL",
+    "base_losses": "CISPO DPO ImportanceSampling NLL PPO",
+}
+
+
+@pytest.mark.parametrize("package", READY_MADE)
+def test_ready_made_terms_are_public_and_loaded_when_used(package: str):
+    module = importlib.import_module(f"tinkex_py.{package}")
+    assert sorted(module.__all__) == READY_MADE[package].split()
+    for name in module.__all__:
+        assert inspect.getdoc(getattr(module, name)), name
+    assert run(f"import sys, tinkex_py.{package}; print('torch' in sys.modules)") == "False"
 
 
 def test_every_public_name_resolves():
@@ -118,6 +137,34 @@ def test_the_version_is_the_distributions():
 
     assert version("tinkex-py") == tinkex_py.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", tinkex_py.__version__)
+
+
+def required(extra: str | None) -> set[str]:
+    """Names of the distributions that the package itself, or one of its extras, asks for."""
+    names: set[str] = set()
+    for line in requires("tinkex-py") or []:
+        requirement, _, marker = line.partition(";")
+        wanted = f"extra == '{extra}'" in marker.replace('"', "'") if extra else "extra" not in marker
+        if wanted:
+            names.add(re.split(r"[\s<>=!~\[]", requirement, maxsplit=1)[0])
+    return names
+
+
+def test_row_154_what_the_package_is_built_on():
+    assert {"anyio", "httpx", "torch", "pydantic", "structlog", "tenacity"} <= required(None)
+
+
+def test_row_155_the_suite_runs_in_strict_mode(request):
+    assert "pytest-asyncio" in required("test")
+    assert request.config.getini("asyncio_mode") == "strict"
+
+
+def test_row_156_the_top_level():
+    root = Path(__file__).parents[1]
+    names = {path.name for path in root.iterdir()}
+    assert {"pyproject.toml", "tinkex_py", "tests", "examples", "docs", "CHANGELOG.md"} <= names
+    assert "src" not in names
+    assert (root / "tinkex_py" / "__init__.py").is_file()
 
 
 def test_the_package_is_typed():

@@ -1,4 +1,4 @@
-"""Rows 88-105 and 160 of the guide's map, and semantics section 5."""
+"""Rows 88-105 and 160 of the guide: events, handlers, log lines."""
 
 import asyncio
 import functools
@@ -40,7 +40,7 @@ def test_the_events_of_the_table():
     lifecycles = ["custom_loss", "regularizer.compute", "http.request", "future", "session", "training"]
     expected = {f"tinkex.{name}.{phase}" for name in lifecycles for phase in ("start", "stop", "exception")}
     expected |= {"tinkex.regularizer.not_differentiable", "tinkex.regularizer.abandoned", "tinkex.future.queue_state"}
-    expected |= {"tinkex.session.heartbeat_failed"}
+    expected |= {"tinkex.session.heartbeat_failed", "tinkex.regularizer.retry", "tinkex.regularizer.controller_failed"}
     assert set(telemetry.events()) == expected
     assert len(telemetry.events()) == len(expected)
 
@@ -87,6 +87,12 @@ def test_a_handler_hears_what_it_chose(chosen: object, expected: set[str]):
 @pytest.mark.parametrize("chosen", ["tinkex.custom_loss.stopp", ["tinkex.custom_loss.stop", "nope.*"], [], "Tinkex.*"])
 def test_unknown_events_are_refused(chosen: object):
     with pytest.raises(ValueError, match="event"):
+        telemetry.attach(print, events=chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chosen", [5, [5], ["tinkex.custom_loss.stop", None]])
+def test_events_that_are_no_texts_are_refused(chosen: object):
+    with pytest.raises(TypeError, match="names of events"):
         telemetry.attach(print, events=chosen)  # type: ignore[arg-type]
 
 
@@ -467,8 +473,9 @@ def test_attach_logger_respects_an_explicit_level_of_its_logger(caplog: pytest.L
 
 
 def test_attach_logger_refuses_an_unknown_level():
-    with pytest.raises(ValueError, match="'loud'"):
-        telemetry.attach_logger(level="loud")
+    for level in ("loud", 20, None):
+        with pytest.raises(ValueError, match=repr(level)):
+            telemetry.attach_logger(level=level)  # type: ignore[arg-type]
 
 
 EVERY_EVENT = """

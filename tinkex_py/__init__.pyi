@@ -49,6 +49,7 @@ from .losses import (
     BaseLossOutput as BaseLossOutput,
     CustomLossOutput as CustomLossOutput,
     Executor as Executor,
+    GradientDiagnosis as GradientDiagnosis,
     GradientTracker as GradientTracker,
     Metric as Metric,
     Pipeline as Pipeline,
@@ -57,9 +58,12 @@ from .losses import (
     RegularizerSpec as RegularizerSpec,
     Term as Term,
     TermResult as TermResult,
+    WeightController as WeightController,
+    controllers as controllers,
     execute as execute,
     packed_field as packed_field,
     per_datum as per_datum,
+    schedules as schedules,
     split as split,
 )
 from .transport.retry import (

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
-from tinkex_py.errors import MissingExtra, TinkexError
+from tinkex_py.errors import MissingExtra, RegularizerError, TinkexError
 
 try:
     import typer
@@ -79,6 +79,33 @@ def demo(
     except TinkexError as error:
         typer.echo(f"tinkex-py demo: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+@app.command()
+def replay(
+    record: Annotated[Path, typer.Argument(help="folder that record= wrote")],
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="MODULE:NAME of the Pipeline, or of a function that makes it; needed for terms of your own"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run a recorded step again, offline, and compare."""
+    try:
+        from tinkex_py.replay_command import loaded_pipeline, replayed, show
+
+        made = None if pipeline is None else loaded_pipeline(pipeline)
+        result = asyncio.run(replayed(record, made))
+    except RegularizerError as error:
+        typer.echo(f"tinkex-py replay: the step fails: {error}", err=True)
+        raise typer.Exit(1) from None
+    except TinkexError as error:
+        typer.echo(f"tinkex-py replay: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        show(result)
 
 
 async def _completed(work: Coroutine[Any, Any, object]) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from tests.client.data import bad_datum, datum, nll
-from tests.client.recorder import after
+from tests.client.recorder import after, answering
 from tinkex_py import (
     AdamParams,
+    Datum,
     InPlaceMutation,
     InvalidData,
     InvalidTermResult,
+    ModelInput,
     NonFiniteLoss,
     PipelineError,
     PrecedingRequestFailed,
@@ -22,6 +24,7 @@ from tinkex_py import (
     RegularizerTimeout,
     RequestFailed,
     TinkexError,
+    Unprocessable,
 )
 
 pytestmark = pytest.mark.asyncio
@@ -182,13 +185,28 @@ async def test_bad_data_beside_an_optim_step_sends_nothing(bench, custom):
     def request(data: Any) -> Any:
         return training.forward_backward_custom(data, nll) if custom else training.forward_backward(data)
 
-    for bad in ([], ["no datum"], None):
+    tokens = ModelInput.from_ints([1, 2, 3])
+    without_targets = Datum(model_input=tokens, loss_fn_inputs={"weights": [1.0, 1.0, 1.0]})
+    short = Datum(model_input=tokens, loss_fn_inputs={"target_tokens": [2, 3]})
+    for bad in ([], ["no datum"], None, [*DATA, without_targets], [*DATA, short]):
         step, update = await asyncio.gather(request(bad), training.optim_step(), return_exceptions=True)
         assert isinstance(step, InvalidData), bad
         assert isinstance(update, PrecedingRequestFailed), (bad, update)
     assert bench.kinds(training) == []
     await asyncio.gather(request(DATA), training.optim_step())
     assert bench.kinds(training)[-2:] == ["B", "optim_step"]
+
+
+@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+async def test_inputs_that_a_known_loss_lacks_send_nothing(bench, loss_fn):
+    training = await bench.train()
+    step, update = await asyncio.gather(
+        training.forward_backward(DATA, loss_fn), training.optim_step(), return_exceptions=True
+    )
+    assert isinstance(step, InvalidData)
+    assert "'advantages'" in str(step)
+    assert isinstance(update, PrecedingRequestFailed)
+    assert bench.kinds(training) == []
 
 
 async def test_a_bad_base_loss_beside_an_optim_step_sends_nothing(bench):
@@ -234,6 +252,27 @@ async def test_errors_tell_what_is_accumulated_and_what_to_do(bench):
         await training.forward_backward_custom(DATA, raising)
     assert caught.value.accumulated == 0
     assert "micro-batches" not in str(caught.value)
+
+
+async def test_what_the_service_refused_does_not_change_what_is_accumulated(local_bench):
+    bench = local_bench()
+    async with bench.service:
+        bench.service._connection.max_chunk_datums = 1
+        training = await bench.train()
+        await training.forward_backward(DATA)
+        bench.recorder.faults["optim_step"] = [answering(422)]
+        with pytest.raises(Unprocessable) as caught:
+            await training.optim_step()
+        assert caught.value.accumulated == 1
+        assert training.accumulated == 1  # the service still holds that gradient
+        bench.recorder.faults["B"] = [answering(422)] * len(DATA)
+        with pytest.raises(Unprocessable):
+            await training.forward_backward(DATA)
+        assert training.accumulated == 1
+        bench.recorder.faults["B"] = [answering(422)]
+        with pytest.raises(Unprocessable):
+            await training.forward_backward(DATA)
+        assert training.accumulated == 2  # a part of it was taken
 
 
 async def test_a_request_that_the_service_fails_breaks_what_is_queued_and_lists_what_was_sent(bench):

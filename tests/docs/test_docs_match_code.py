@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import tinkex_py
+import tinkex_py.base_losses
+import tinkex_py.regularizers
 from tinkex_py import errors, telemetry
 from tinkex_py.local import LocalOptions
 
@@ -136,6 +138,15 @@ def test_the_api_reference_has_every_public_name() -> None:
     text = (DOCS / "guides" / "api_reference.md").read_text() + (DOCS / "errors.md").read_text()
     missing = [name for name in tinkex_py.__all__ if not re.search(rf"`(?:await )?{name}\b", text)]
     assert missing == []
+
+
+def test_the_ready_made_terms_are_all_described() -> None:
+    reference = {name for name, _ in entries()}
+    page = (DOCS / "guides" / "ready_made_terms.md").read_text()
+    for package in (tinkex_py.regularizers, tinkex_py.base_losses):
+        for name in package.__all__:
+            assert f"{package.__name__.removeprefix('tinkex_py.')}.{name}" in reference
+            assert re.search(rf"^\| `{name}`", page, re.MULTILINE), name
 
 
 def entries() -> list[tuple[str, str]]:

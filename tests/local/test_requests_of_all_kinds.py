@@ -81,8 +81,8 @@ async def test_sparse_targets_and_weights_are_dense_with_zeros(client, kit):
         ({"sparse_col_indices": [0, 9]}, "sparse indices do not fit"),
         ({"shape": [3]}, "needs a shape of two dimensions"),
         ({"shape": [3, 2**40]}, "has more than"),
-        ({"shape": "3"}, "must be a list of whole numbers"),
-        ({"shape": [3, 2.0]}, "must be a list of whole numbers"),
+        ({"shape": "3"}, "shape must be a list of whole numbers"),
+        ({"shape": [3, 2.0]}, "shape must be a list of whole numbers"),
     ],
 )
 async def test_broken_sparse_tensors_fail_the_future(client, change, message):
@@ -150,7 +150,7 @@ async def test_protobuf_chunks_that_are_no_text(client, kit, kind):
         ({"data": 3, "loss_fn": "cross_entropy"}, "data: "),
         ({"data": []}, "loss_fn: Field required"),
         ({"data": [], "loss_fn": "cross_entropy"}, "has no data"),
-        ({"data": [{"model_input": {"chunks": 3}}], "loss_fn": "cross_entropy"}, "chunks is not a list"),
+        ({"data": [{"model_input": {"chunks": 3}}], "loss_fn": "cross_entropy"}, "chunks must be a list"),
         ({"data": [{"model_input": {"chunks": [{}]}}], "loss_fn": "cross_entropy"}, "none of the fields tokens"),
     ],
 )

@@ -15,7 +15,7 @@ from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.telemetry import Event
 from tinkex_py.types import PackedTensor
 
-# seed_map.md: the numbers of the guide, all derived by hand from these five logprobs.
+# All numbers of the guide are derived by hand from these five logprobs.
 GUIDE_VALUES = (-0.5, -1.2, -0.8, -2.1, -0.3)
 LIMIT = 5.0  # seconds after which a test calls a wait a hang
 
@@ -57,7 +57,7 @@ def guide_specs() -> list[RegularizerSpec]:
     ]
 
 
-def spec(fn: Any, name: str, weight: float = 1.0, **options: Any) -> RegularizerSpec:
+def spec(fn: Any, name: str, weight: Any = 1.0, **options: Any) -> RegularizerSpec:
     return RegularizerSpec(fn=fn, weight=weight, name=name, **options)
 
 

@@ -1,4 +1,4 @@
-"""semantics.md section 2, rule 5; seed_map.md, row 120: cancellation and fatal errors."""
+"""Rule 5 of running terms, row 120 of the guide: cancellation and fatal errors."""
 
 import asyncio
 from typing import Any

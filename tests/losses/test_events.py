@@ -1,4 +1,4 @@
-"""seed_map.md, rows 88-98 and 160: the events that a composed loss emits."""
+"""Rows 88-98 and 160 of the guide: the events that a composed loss emits."""
 
 import asyncio
 import math
@@ -32,12 +32,24 @@ async def test_rows_88_and_89_start_and_stop_of_the_whole():
     assert isinstance(start.measurements["system_time"], float)
     assert stop.name == "tinkex.custom_loss.stop"
     assert stop.metadata == {"regularizer_count": 3}
-    assert set(stop.measurements) == {"duration", "loss_total", "regularizer_total"}
+    assert set(stop.measurements) > {"duration", "loss_total", "regularizer_total"}
+    assert stop.measurements["total_grad_norm"] == output.total_grad_norm
+    assert set(output.diagnosis) == {"base_loss", *output.regularizers}
+    for name, diagnosis in output.diagnosis.items():
+        for field, value in diagnosis:
+            assert stop.measurements[f"{name}.{field}"] == value
     assert stop.measurements["loss_total"] == output.loss_total
     assert stop.measurements["regularizer_total"] == output.regularizer_total
     assert 0 <= stop.measurements["duration"] < 60
     assert isinstance(stop.measurements["duration"], float)
     assert start.exception is stop.exception is None
+
+
+@pytest.mark.asyncio
+async def test_row_89_without_norms_the_stop_has_what_the_guide_has():
+    with recorded("tinkex.custom_loss.stop") as events:
+        await Pipeline(nll, guide_specs()).compute([], guide_logprobs())
+    assert set(events[0].measurements) == {"duration", "loss_total", "regularizer_total"}
 
 
 @pytest.mark.asyncio

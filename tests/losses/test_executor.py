@@ -1,4 +1,4 @@
-"""seed_map.md, rows 76-77: terms without a base loss."""
+"""Rows 76-77 of the guide: terms without a base loss."""
 
 import asyncio
 from typing import Any
@@ -23,7 +23,9 @@ from tinkex_py import (
     DuplicateRegularizerNames,
     Executor,
     InPlaceMutation,
+    InvalidData,
     InvalidSpec,
+    Pipeline,
     PipelineError,
     RegularizerError,
     RegularizerOutput,
@@ -60,7 +62,7 @@ async def test_row_77_duplicates_and_strangers_are_refused():
             await Executor.execute_all([spec(l1, "dup"), spec(l2, "dup")], [], guide_logprobs())
         with pytest.raises(InvalidSpec):
             await Executor.execute_all([l1], [], guide_logprobs())  # type: ignore[list-item]
-        for option in ({"max_concurrency": 0}, {"max_threads": 0}, {"timeout": -1.0}):
+        for option in ({"max_concurrency": 0}, {"max_threads": 0}, {"timeout": -1.0}, {"parallel": "no"}):
             with pytest.raises(PipelineError):
                 await Executor.execute_all([spec(l1, "l1")], [], guide_logprobs(), **option)  # type: ignore[arg-type]
     assert caught.value.names == ("dup",)
@@ -95,6 +97,25 @@ async def test_row_77_skipped_and_disabled_terms_are_left_out():
 
     specs = [spec(fails, "skipped", on_error="skip"), spec(l1, "off", enabled=False), spec(async_l2, "l2")]
     assert [output.name for output in await Executor.execute_all(specs, [], guide_logprobs())] == ["l2"]
+
+
+@pytest.mark.parametrize("stranger", [l1, "l1", None])
+async def test_row_76_what_is_no_spec_is_named(stranger: Any):
+    with pytest.raises(InvalidSpec, match=f"RegularizerSpec, got a {type(stranger).__name__}"):
+        await Executor.execute_one(stranger, [], guide_logprobs())
+
+
+@pytest.mark.parametrize("data", [None, datum(5), "text", 5])
+async def test_row_63_what_is_no_list_of_datums_is_named(data: Any):
+    with recorded() as events:
+        for call in (
+            Executor.execute_one(spec(l1, "l1"), data, guide_logprobs()),
+            Executor.execute_all([spec(l1, "l1")], data, guide_logprobs()),
+            Pipeline(l1).compute(data, guide_logprobs()),
+        ):
+            with pytest.raises(InvalidData, match=f"list of Datum, got a {type(data).__name__}"):
+                await call
+    assert events == []
 
 
 async def test_timeouts_abandon_and_raise():

@@ -1,4 +1,4 @@
-"""semantics.md section 2, rule 3: the grad mode belongs to the thread, and every term has its own."""
+"""Rule 3 of running terms: the grad mode belongs to the thread, and every term has its own."""
 
 import asyncio
 from collections.abc import Callable

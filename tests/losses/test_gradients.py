@@ -1,4 +1,4 @@
-"""seed_map.md, rows 1 and 64-74, 87: the total gradient and its norms, against autograd and finite differences."""
+"""Rows 1, 64-74 and 87 of the guide: the total gradient and its norms, against autograd and finite differences."""
 
 import asyncio
 import math
@@ -329,6 +329,8 @@ async def test_rule_4_a_total_that_overflows_is_typed():
         await Pipeline(nll, two).compute([], guide_logprobs())
     with pytest.raises(NonFiniteLoss):
         await Pipeline(nll, [spec(lambda d, p: (p * 1e30).sum(), "steep", 1e20)]).compute([], guide_logprobs())
+    with pytest.raises(NonFiniteLoss, match="weight 1e\\+300"):
+        await Pipeline(nll, [spec(lambda d, p: p.sum(), "heavy", 1e300)]).compute([], guide_logprobs())
 
 
 @pytest.mark.asyncio

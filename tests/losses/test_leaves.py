@@ -1,4 +1,4 @@
-"""semantics.md section 2, rules 1 and 2: one leaf per term over shared memory, and packed means packed."""
+"""Rules 1 and 2 of running terms: one leaf per term over shared memory, and packed means packed."""
 
 import asyncio
 import math
@@ -101,6 +101,18 @@ async def test_rule_1_holds_for_views_per_datum(write: Any):
         await Pipeline(nll, [spec(per_datum(term), "writer")]).evaluate([], packed(ARRAYS))
     refused_by_torch = isinstance(caught.value.__cause__, RuntimeError)  # views of a split are read-only to it
     assert isinstance(caught.value, InPlaceMutation) or refused_by_torch
+
+
+@pytest.mark.parametrize("other", [torch.zeros(5), torch.zeros(7)])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+async def test_rule_1_other_numbers_put_under_a_leaf_are_a_change(other: torch.Tensor, weight: float):
+    def replaces(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        logprobs.data = other
+        return logprobs.pow(2).sum()
+
+    with pytest.raises(InPlaceMutation) as caught:
+        await Pipeline(nll, [spec(replaces, "writer", weight)]).evaluate([], packed(ARRAYS))
+    assert caught.value.name == "writer"
 
 
 async def test_rule_1_a_write_that_breaks_the_backward_is_still_a_write():

@@ -1,4 +1,4 @@
-"""semantics.md section 2, rules 5 and 6; seed_map.md, rows 57, 85-86, 115-127: how terms fail, what the caller sees."""
+"""Rules 5 and 6 of running terms, rows 57, 85-86 and 115-127 of the guide: how terms fail, what the caller sees."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""seed_map.md, rows 106-114: what comes out, and its way to JSON and back."""
+"""Rows 106-114 of the guide: what comes out, and its way to JSON and back."""
 
 import json
 import math
@@ -66,6 +66,7 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "regularizers",
         "regularizer_total",
         "total_grad_norm",
+        "diagnosis",
         "skipped",
         "abandoned_threads",
         "service_output",
@@ -80,6 +81,8 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "grad_norm",
         "grad_norm_weighted",
         "differentiable",
+        "clip_scale",
+        "attempts",
     }
     assert plain["service_output"] is None
     assert plain["regularizers"]["l1_sparsity"]["value"] == pytest.approx(4.9, rel=1e-6)

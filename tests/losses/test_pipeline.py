@@ -1,4 +1,4 @@
-"""seed_map.md, rows 46-63 and 61-62: composing, order, limits, what goes in."""
+"""Rows 46-63 of the guide: composing, order, limits, what goes in."""
 
 import asyncio
 import threading

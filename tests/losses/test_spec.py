@@ -1,4 +1,4 @@
-"""seed_map.md, rows 13-22 and 121-122: what a spec and a pipeline accept."""
+"""Rows 13-22 and 121-122 of the guide: what a spec and a pipeline accept."""
 
 import dataclasses
 import functools
@@ -45,6 +45,8 @@ def test_row_13_fields_and_defaults():
         "on_error",
         "enabled",
         "is_async",
+        "retry",
+        "max_grad_norm",
     ]
     assert (made.timeout, made.options, made.on_error, made.enabled, made.is_async) == (None, {}, "raise", True, None)
 
@@ -267,6 +269,14 @@ def test_rows_58_and_59_counts(option: str, count: Any):
 def test_row_57_timeouts(timeout: Any):
     with pytest.raises(PipelineError, match="timeout"):
         Pipeline(nll, timeout=timeout)
+
+
+@pytest.mark.parametrize("flag", ["no", 0, 1, None])
+@pytest.mark.parametrize("option", ["track_grad_norms", "parallel"])
+def test_rows_55_and_56_flags_are_flags(option: str, flag: Any):
+    with pytest.raises(PipelineError, match=option) as caught:
+        Pipeline(nll, **{option: flag})
+    assert repr(flag) in str(caught.value)
 
 
 def test_row_46_options_are_keyword_only():

@@ -1,4 +1,4 @@
-"""seed_map.md, rows 5-12, 23-35, 78-84: what a term is, and what it may return."""
+"""Rows 5-12, 23-35 and 78-84 of the guide: what a term is, and what it may return."""
 
 import asyncio
 import functools

@@ -1,4 +1,4 @@
-"""semantics.md section 3: bounded threads that may outlive their term, and nothing hangs or leaks because of it."""
+"""Bounded threads that may outlive their term, and nothing hangs or leaks because of it."""
 
 import asyncio
 import contextvars
@@ -23,7 +23,7 @@ from tests.losses.support import (
     until,
 )
 from tinkex_py import Pipeline, RegularizerTimeout
-from tinkex_py.losses.threads import TermThreads
+from tinkex_py.losses.threads import TermThreads, WorkerThreads
 
 pytestmark = pytest.mark.asyncio
 
@@ -239,6 +239,29 @@ async def test_a_late_coroutine_is_closed():
         gc.collect()
         await asyncio.to_thread(thread.join, LIMIT)
     gc.collect()
+
+
+async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed(monkeypatch: pytest.MonkeyPatch):
+    async def later() -> None:
+        raise AssertionError("nobody awaits this")
+
+    class RunsAtOnce:
+        def submit(self, function: Any, *arguments: Any) -> None:
+            function(*arguments)
+
+    workers = WorkerThreads(1, "test")
+    monkeypatch.setattr(workers, "_executor", RunsAtOnce)
+    slot = await workers.slots.acquire("term")
+    returned = later()
+    closed: list[Any] = []
+    task = asyncio.create_task(workers.run(lambda: returned, slot=slot, release=slot.release, discard=closed.append))
+    for _ in range(2):  # the work is done; its result is delivered, and the task has not run since
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    returned.close()
+    assert closed == [returned]
 
 
 async def test_a_cancelled_queue_runs_nothing():

@@ -1,4 +1,4 @@
-"""semantics.md section 3, design.md D6: how long worker threads live, and that the loop stays free."""
+"""How long worker threads live, and that the loop stays free."""
 
 import asyncio
 import contextvars

@@ -1,4 +1,4 @@
-"""Cancelled, broken and closed exchanges leave the client working and nothing behind (semantics section 4)."""
+"""Cancelled, broken and closed exchanges leave the client working and nothing behind."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""The order of one training client's requests: semantics, section 1."""
+"""The order of one training client's requests."""
 
 import asyncio
 import random
@@ -196,6 +196,42 @@ async def test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists
     assert await blocked == "b"
     with pytest.raises(PrecedingRequestFailed):
         await queued
+
+
+async def test_a_step_broken_while_its_terms_run_does_not_overlap_with_the_next():
+    lane, wire = Lane(), Wire()
+    events: list[str] = []
+    running, go_on = asyncio.Event(), asyncio.Event()
+
+    async def old_terms() -> None:
+        running.set()
+        await go_on.wait()
+        with pytest.raises(RequestInsideStep):
+            lane.enter(Kind.UPDATE)
+        guest = lane.enter(Kind.READ, forward_only=True)
+        with pytest.raises(PrecedingRequestFailed):
+            await guest.submit(1, wire.send("old reference"))
+        events.append("old step ended")
+
+    async def new_terms() -> None:
+        events.append("new step began")
+
+    first = lane.enter(Kind.GRADIENT)
+    await first.submit(1, wire.send("first"))
+    old = asyncio.create_task(custom(lane, wire, "old", old_terms))
+    await running.wait()
+    first.fail_on_service()
+    first.leave()
+    new = asyncio.create_task(custom(lane, wire, "new", new_terms))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(PrecedingRequestFailed):
+        await old
+    await new
+    assert events == ["old step ended", "new step began"]
+    assert wire.sent == [(1, "first"), (2, "old.F"), (3, "new.F"), (4, "new.B")]
+    assert lane.is_empty
 
 
 async def test_a_forward_pass_asked_for_by_a_term_runs_inside_the_step():

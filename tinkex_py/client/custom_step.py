@@ -19,6 +19,7 @@ _PIPELINE_DEFAULTS: Mapping[str, Any] = {
     "max_concurrency": 32,
     "max_threads": None,
     "timeout": 30.0,
+    "combine": "sum",
 }
 
 

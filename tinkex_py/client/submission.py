@@ -1,7 +1,7 @@
 """Sends passes over data, in chunks where they are long."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tinkex_py.client.connection import Connection
@@ -73,6 +73,7 @@ class ChunkedPass:
         config: its settings.
         forward_only: no gradient.
         keep_graph: a backward pass over the same datums will follow.
+        accepted: request ids of the chunks that the service took so far.
     """
 
     connection: Connection
@@ -82,6 +83,7 @@ class ChunkedPass:
     config: LossConfig
     forward_only: bool
     keep_graph: bool
+    accepted: list[str] = field(default_factory=list[str], init=False)
 
     async def send(self, numbers: Sequence[int]) -> list[str]:
         """Submits every chunk under its number, in order.
@@ -91,20 +93,19 @@ class ChunkedPass:
         Returns:
             The futures' request ids.
         """
-        request_ids: list[str] = []
         refusal: APIStatusError | None = None
         for number, chunk in zip(numbers, self.chunks, strict=True):
             try:
-                request_ids.append(await self._send_one(number, chunk))
+                self.accepted.append(await self._send_one(number, chunk))
             except APIStatusError as error:
                 if error.status >= 500 or error.status in UNDECIDED_STATUSES:
                     raise
                 refusal = refusal or error
         if refusal is not None:
-            if request_ids and not self.forward_only:
-                refusal.add_note(f"{len(request_ids)} of {len(self.chunks)} chunks of this call were accepted")
+            if self.accepted and not self.forward_only:
+                refusal.add_note(f"{len(self.accepted)} of {len(self.chunks)} chunks of this call were accepted")
             raise refusal
-        return request_ids
+        return self.accepted
 
     async def result(self, request_ids: Sequence[str]) -> ForwardBackwardOutput:
         """Waits for all chunks and merges their results."""

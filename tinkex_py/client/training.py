@@ -9,9 +9,11 @@ from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
+from tinkex_py.client.steps import OptimizerSteps
 from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
-from tinkex_py.client.training_data import check_data, check_finite, check_loss, check_name, check_targets
+from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name
 from tinkex_py.errors import (
+    APIStatusError,
     ClientClosed,
     InvalidData,
     InvalidResponse,
@@ -35,8 +37,10 @@ from tinkex_py.types import (
 )
 
 if TYPE_CHECKING:
+    from tinkex_py.losses.combine import Combine
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
+    from tinkex_py.losses.recording import RecordPath
     from tinkex_py.losses.spec import RegularizerSpec, Term
 
 
@@ -63,6 +67,7 @@ class AsyncTrainingClient:
         self._connection = connection
         self._load_tokenizer = load_tokenizer
         self._lane = Lane()
+        self._steps = OptimizerSteps()
         connection.lanes.add(self._lane)
         self._info: GetInfoResponse | None = None
 
@@ -70,6 +75,20 @@ class AsyncTrainingClient:
     def accumulated(self) -> int:
         """Backward passes handed over since the last optimizer step; the service cannot take them back."""
         return self._lane.accumulated
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the service took so far; what a schedule of a regularizer's weight is called with.
+
+        Set it where a run is resumed, to the number of steps that were made before.
+        """
+        return self._steps.made
+
+    @step.setter
+    def step(self, made: int) -> None:
+        if isinstance(made, bool) or not isinstance(made, int) or made < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"step must be an int >= 0, got {made!r}")
+        self._steps.made = made
 
     # Passes over data
 
@@ -125,7 +144,9 @@ class AsyncTrainingClient:
         timeout: float | None = 30.0,
         max_concurrency: int = 32,
         max_threads: int | None = None,
+        combine: "Combine" = "sum",
         deadline: float | None = None,
+        record: "RecordPath | None" = None,
     ) -> "CustomLossOutput":
         """Adds the gradient of a composed loss to what the next optimizer step uses.
 
@@ -142,7 +163,9 @@ class AsyncTrainingClient:
             timeout: seconds per term; None is no limit.
             max_concurrency: terms in flight at once.
             max_threads: sync terms of this call in threads at once; the service client's threads bound it too.
+            combine: "sum" or "pcgrad", see `Pipeline`.
             deadline: seconds for everything up to the hand-over of the gradient; after that it never cancels.
+            record: a folder to write what the terms see to, for `tinkex_py.losses.replay`.
 
         Raises:
             RegularizerError: a term failed; nothing was sent, and the client stays usable.
@@ -159,15 +182,21 @@ class AsyncTrainingClient:
                 "max_concurrency": max_concurrency,
                 "max_threads": max_threads,
                 "timeout": timeout,
+                "combine": combine,
             }
             await self._or_break(lambda: check_deadline(deadline))
             pipeline = await self._or_break(lambda: pipeline_of(base_loss, regularizers, options))
             async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
-                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks)
+                output, surrogate = await self._evaluate(place, data, logprobs, pipeline, chunks, record)
+
+                def on_hand_over() -> None:
+                    self._steps.add(pipeline.controllers, output)
+                    handed_over()
+
                 service_output = await self._pass(
-                    place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=handed_over
+                    place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=on_hand_over
                 )
             return output.model_copy(update={"service_output": service_output})
 
@@ -178,15 +207,19 @@ class AsyncTrainingClient:
         forward: ForwardBackwardOutput,
         pipeline: "Pipeline",
         chunks: Sequence[EncodedBatch],
+        record: "RecordPath | None",
     ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
         from tinkex_py.losses.logprobs import Logprobs
 
+        self._steps.check()
         with place.running_terms():
             loss = await pipeline.evaluate(
                 data,
                 Logprobs.from_packed(logprobs_of(forward, data)),
+                step=self._steps.made,
                 threads=self._connection.threads,
                 thread_group=self,
+                record=record,
             )
         if not loss.differentiable:
             raise PipelineError(
@@ -213,11 +246,25 @@ class AsyncTrainingClient:
                 await asyncio.sleep(0)
                 raise InvalidData(f"params must be AdamParams, got a {type(params).__name__}")
 
+            cleared = 0
+
             def clear() -> None:
-                self._lane.accumulated = 0
+                nonlocal cleared
+                cleared, self._lane.accumulated = self._lane.accumulated, 0
+
+            def keep() -> None:
+                self._lane.accumulated += cleared
 
             body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
-            fields = await self._numbered(place, "optim_step", body, "OptimStep", handed_over=clear)
+            fields = await self._numbered(
+                place,
+                "optim_step",
+                body,
+                "OptimStep",
+                handed_over=clear,
+                accepted=self._steps.end_step,
+                refused=keep,
+            )
             return OptimStepResponse.read(fields)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
@@ -377,8 +424,7 @@ class AsyncTrainingClient:
             check_loss(loss_fn, config)
             if self._connection.config.wire == "json":
                 check_finite(datums, config, fields=("weights",) if custom else None)
-            if custom:
-                check_targets(datums)
+            check_inputs(datums, loss_fn)
             return datums
 
         datums = await self._or_break(checked)
@@ -405,7 +451,15 @@ class AsyncTrainingClient:
             if handed_over is not None:
                 handed_over()
 
-        request_ids = await place.submit(len(chunks), chunked.send, last=last, handed_over=on_hand_over)
+        async def send(numbers: Sequence[int]) -> list[str]:
+            try:
+                return await chunked.send(numbers)
+            except APIStatusError:
+                if not forward_only and not chunked.accepted:
+                    self._lane.accumulated -= 1
+                raise
+
+        request_ids = await place.submit(len(chunks), send, last=last, handed_over=on_hand_over)
         return await chunked.result(request_ids)
 
     async def _numbered(
@@ -416,13 +470,23 @@ class AsyncTrainingClient:
         request_type: str,
         *,
         handed_over: Callable[[], None] | None = None,
+        accepted: Callable[[], None] | None = None,
+        refused: Callable[[], None] | None = None,
     ) -> Mapping[str, Any]:
         # Before a number is taken: what cannot be sent must not leave a gap.
         await self._or_break(lambda: encoded_json(body, endpoint))
 
         async def send(numbers: Sequence[int]) -> str:
             numbered = {"model_id": self.model_id, "seq_id": numbers[0], **body}
-            return await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+            try:
+                request_id = await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+            except APIStatusError:
+                if refused is not None:
+                    refused()
+                raise
+            if accepted is not None:
+                accepted()
+            return request_id
 
         request_id = await place.submit(1, send, handed_over=handed_over)
         return await self._connection.fields(request_id, request_type)

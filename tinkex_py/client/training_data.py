@@ -11,6 +11,17 @@ from tinkex_py.transport.codec import NO_DATUMS, PassRequest, encode_request
 from tinkex_py.types import Datum
 from tinkex_py.types.datum import target_shape
 
+# The protocol's own losses, and what they need beside target_tokens. Other names are a service's own affair.
+_SAMPLED = ("logprobs", "advantages")
+_NEEDED: Mapping[str, Sequence[str]] = {
+    "cross_entropy": (),
+    "importance_sampling": _SAMPLED,
+    "ppo": _SAMPLED,
+    "cispo": _SAMPLED,
+    "dro": _SAMPLED,
+    "gspo": (*_SAMPLED, "sequence_ratio_mask"),
+}
+
 _CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -52,6 +63,25 @@ def check_targets(data: Sequence[Datum]) -> None:
         if weights is not None and weights.shape != shape:
             raise InvalidData(
                 f"weights of datum {index} have shape {weights.shape}, its target_tokens {shape}; they must be equal"
+            )
+
+
+def check_inputs(data: Sequence[Datum], loss_fn: str) -> None:
+    """Checks that every datum has what one of the protocol's losses needs; other losses are not checked.
+
+    Raises:
+        InvalidData: as `check_targets`, or naming the datum and the missing field.
+    """
+    needed = _NEEDED.get(loss_fn)
+    if needed is None:
+        return
+    check_targets(data)
+    for index, datum in enumerate(data):
+        missing = [name for name in needed if name not in datum.loss_fn_inputs]
+        if missing:
+            raise InvalidData(
+                f"datum {index} has no {', '.join(map(repr, missing))} in loss_fn_inputs, which loss_fn {loss_fn!r} "
+                f"needs (it has {sorted(datum.loss_fn_inputs)})"
             )
 
 

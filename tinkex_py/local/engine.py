@@ -131,7 +131,7 @@ class Engine:
         """
         model = self._model(model_id)
         loss = self._loss(model_id, request)
-        examples = prepare(request.data(), loss, self.model)
+        examples = prepare(request.data(), loss, self.model, finite=not request.forward_only)
         self._bank.activate(model.adapter)
         model.touched = True
         if request.forward_only:

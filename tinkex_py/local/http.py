@@ -69,7 +69,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     except ValueError as error:
         raise Refused(400, f"the body is no valid JSON: {error}") from None
     except RecursionError:
-        raise Refused(400, "the body is JSON that is nested too deep") from None
+        raise Refused(400, "the body is nested too deeply") from None
     if not isinstance(value, dict):
         raise Refused(400, "the body must be a JSON object")
     return value  # pyright: ignore[reportUnknownVariableType]

@@ -38,18 +38,24 @@ class Microbatch:
     logprobs: tuple[Tensor, ...]
 
 
-def prepare(data: Sequence[EncodedDatum], loss: Loss, model: LoadedModel) -> list[Example]:
+def prepare(data: Sequence[EncodedDatum], loss: Loss, model: LoadedModel, *, finite: bool = True) -> list[Example]:
     """Check every datum before any work is done, so that bad input never leaves half a gradient behind.
+
+    Args:
+        data: the datums.
+        loss: what will be computed on them.
+        model: the network.
+        finite: refuse loss inputs that are NaN or infinite; without a gradient they do no harm.
 
     Raises:
         InvalidData: naming the datum, the field and the value.
     """
     if not data:
         raise InvalidData("the request has no data: send at least one datum")
-    return [_prepare_one(f"data[{index}]", datum, loss, model) for index, datum in enumerate(data)]
+    return [_prepare_one(f"data[{index}]", datum, loss, model, finite=finite) for index, datum in enumerate(data)]
 
 
-def _prepare_one(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel) -> Example:
+def _prepare_one(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel, *, finite: bool) -> Example:
     targets = _checked_targets(where, datum, loss, model)
     return Example(
         tokens=torch.as_tensor(np.array(datum.tokens, dtype=np.int64), device=model.device),
@@ -57,7 +63,7 @@ def _prepare_one(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel
         shape=tuple(targets.shape),
         inputs={
             name: torch.as_tensor(value, device=model.device)
-            for name, value in _checked_inputs(where, datum, loss, targets.shape).items()
+            for name, value in _checked_inputs(where, datum, loss, targets.shape, finite=finite).items()
         },
     )
 
@@ -83,7 +89,9 @@ def _checked_targets(where: str, datum: EncodedDatum, loss: Loss, model: LoadedM
     return targets
 
 
-def _checked_inputs(where: str, datum: EncodedDatum, loss: Loss, shape: tuple[int, ...]) -> dict[str, Array]:
+def _checked_inputs(
+    where: str, datum: EncodedDatum, loss: Loss, shape: tuple[int, ...], *, finite: bool
+) -> dict[str, Array]:
     for name in loss.refused:
         if name in datum.inputs:
             raise InvalidData(f"{where}: loss_fn {loss.name!r} takes {name} as one number in loss_fn_config only")
@@ -94,7 +102,7 @@ def _checked_inputs(where: str, datum: EncodedDatum, loss: Loss, shape: tuple[in
             continue
         if value is None:
             raise InvalidData(f"{where}: loss_fn {loss.name!r} needs {name}; got {sorted(datum.inputs)}")
-        if not np.isfinite(value).all():
+        if finite and not np.isfinite(value).all():
             raise InvalidData(f"{where}: {name} has a value that is not finite")
         inputs[name] = _fitted(f"{where}: {name}", value, loss, name, shape)
     return inputs
@@ -157,7 +165,7 @@ def microbatch_losses(microbatch: Microbatch, examples: Sequence[Example], loss:
     """The loss of each example of a microbatch, in the microbatch's order.
 
     Raises:
-        InvalidData: the loss cannot be computed for an example, or is not finite.
+        InvalidData: the loss cannot be computed for an example, or is not finite although a gradient is wanted.
     """
     return [
         _datum_loss(index, logprobs, examples[index], loss)
@@ -170,7 +178,7 @@ def _datum_loss(index: int, logprobs: Tensor, example: Example, loss: Loss) -> D
         result = loss.compute(logprobs, example.inputs)
     except InvalidData as error:
         raise InvalidData(f"data[{index}]: {error}") from error
-    if not math.isfinite(result.value.item()):
+    if logprobs.requires_grad and not math.isfinite(result.value.item()):
         raise InvalidData(f"data[{index}]: the loss is {result.value.item()}; nothing was added to the gradients")
     return result
 
@@ -181,9 +189,7 @@ def merged_metrics(losses: Sequence[DatumLoss]) -> dict[str, float]:
     for loss in losses:
         for name, value in loss.metrics.items():
             columns.setdefault(name, []).append(float(value))
-    return {
-        name: math.fsum(values) / (len(values) if name.endswith(":mean") else 1) for name, values in columns.items()
-    }
+    return {name: sum(values) / (len(values) if name.endswith(":mean") else 1) for name, values in columns.items()}
 
 
 def in_order(microbatches: Sequence[Microbatch], values: Sequence[Sequence[Any]], count: int) -> list[Any]:

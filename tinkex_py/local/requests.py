@@ -1,8 +1,27 @@
 """Bodies of JSON requests, read leniently: unknown fields and explicit nulls are ignored."""
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# A hundred years in seconds; calendars end not much later.
+_LONGEST_TTL = 36_525 * 86_400
+
+
+def _storable(value: Any) -> Any:
+    """Text that goes to disk and into answers. JSON can escape half a character, which has no UTF-8 form."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character (a lone surrogate)") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    return value
+
+
+Label = Annotated[str, AfterValidator(_storable)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
 class _Body(BaseModel):
@@ -41,8 +60,8 @@ class SessionBody(_Body):
     """create_session."""
 
     tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
-    display_name: str | None = None
+    user_metadata: Metadata | None = None
+    display_name: Label | None = None
 
 
 class SessionIdBody(_Body):
@@ -59,7 +78,7 @@ class CreateModelBody(_Body):
     base_model: str
     lora_config: LoraBody = LoraBody()
     optimizer_config: dict[str, Any] = {"type": "adamw"}
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class ModelBody(_Body):
@@ -76,7 +95,7 @@ class LoadWeightsBody(_Body):
     session_id: str | None = None
     model_seq_id: int | None = Field(default=None, ge=0)
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     optimizer_config: dict[str, Any] = {"type": "adamw"}
     model_id: str | None = None
     seq_id: int = 0
@@ -131,9 +150,9 @@ class SaveWeightsBody(_Body):
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
     kind: str = "snapshot"
-    ttl_seconds: int | None = Field(default=None, gt=0)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
     overwrite: bool | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
 
 
 class FutureBody(_Body):
@@ -195,7 +214,7 @@ class TinkerPathBody(_Body):
 class TtlBody(_Body):
     """Change of a checkpoint's time to live, in seconds."""
 
-    ttl_seconds: int | None = Field(default=None, gt=0)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
 class FinishBody(_Body):

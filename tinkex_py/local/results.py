@@ -92,7 +92,8 @@ class ResultBook:
     def was_given(self, request_id: str) -> bool:
         """Whether this run gave out the id and has forgotten the result since."""
         mark, _, number = request_id.partition("-")
-        return mark == self._mark and number.isdecimal() and 0 < int(number) <= self._count
+        is_number = number.isdecimal() and len(number) <= len(str(self._count))
+        return mark == self._mark and is_number and 0 < int(number) <= self._count
 
     def forget(self, request_id: str) -> None:
         """Drop a result."""

@@ -89,7 +89,7 @@ def tokens_from_json(where: str, value: Any) -> Ints:
     """
     chunks: object = _object(where, value).get("chunks") or []
     if not isinstance(chunks, list):
-        raise InvalidData(f"{where}: chunks is not a list")
+        raise InvalidData(f"{where}: chunks must be a list")
     parts = [_json_chunk_tokens(where, chunk) for chunk in cast("list[Any]", chunks)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
@@ -122,8 +122,8 @@ def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> 
         InvalidData: malformed.
     """
     fields = _object(where, value)
-    dtype = fields.get("dtype") or default_dtype
-    if dtype not in _JSON_DTYPES:
+    dtype = default_dtype if fields.get("dtype") is None else fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in _JSON_DTYPES:
         raise InvalidData(f"{where}: dtype {dtype!r} is not one of {sorted(_JSON_DTYPES)}")
     data = _array(where, fields.get("data") or [], _JSON_DTYPES[dtype])
     shape = _shape(where, fields.get("shape"))
@@ -132,14 +132,6 @@ def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> 
         columns = _array(where, fields.get("sparse_col_indices") or [], "<i8")
         return _dense(where, data, rows, columns, shape or [])
     return _shaped(where, data, [len(data)] if shape is None else shape)
-
-
-def _shape(where: str, value: Any) -> list[int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(size) is int for size in cast("list[Any]", value)):
-        raise InvalidData(f"{where}: the shape must be a list of whole numbers, not {value!r}")
-    return cast("list[int]", value)
 
 
 def pass_protobuf(result: PassResult) -> bytes:
@@ -151,9 +143,10 @@ def pass_protobuf(result: PassResult) -> bytes:
 
 
 def pass_json(result: PassResult) -> dict[str, Any]:
-    """A PassResult in JSON."""
+    """A PassResult in JSON, without the metrics that are NaN or infinite, for which JSON has no form."""
     outputs = [{name: _tensor_json(array, "float32") for name, array in output.items()} for output in _outputs(result)]
-    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": dict(result.metrics)}
+    metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
 
 
 def _outputs(result: PassResult) -> list[dict[str, Floats]]:
@@ -281,7 +274,20 @@ def _array(where: str, values: Any, dtype: str) -> Any:
         raise InvalidData(f"{where}: data must be a flat list, not one of {array.ndim} dimensions")
     if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
         raise InvalidData(f"{where} holds values that are not {'whole ' if dtype == '<i8' else ''}numbers")
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        cast_array = array.astype(dtype)
+    if array.dtype.kind == "f" and (np.isinf(cast_array) & np.isfinite(array)).any():
+        raise InvalidData(f"{where} holds a number that does not fit into float32")
+    return cast_array
+
+
+def _shape(where: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    sizes = cast("list[object]", value) if isinstance(value, list) else [None]
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise InvalidData(f"{where}: shape must be a list of whole numbers")
+    return cast("list[int]", sizes)
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """The names that `__init__.py` loads at their first use."""
 
+from . import (
+    controllers as controllers,
+    schedules as schedules,
+)
 from .direct import (
     Executor as Executor,
     GradientTracker as GradientTracker,
@@ -12,10 +16,14 @@ from .logprobs import (
 from .output import (
     BaseLossOutput as BaseLossOutput,
     CustomLossOutput as CustomLossOutput,
+    GradientDiagnosis as GradientDiagnosis,
     RegularizerOutput as RegularizerOutput,
 )
 from .pipeline import (
     Pipeline as Pipeline,
+)
+from .replaying import (
+    replay as replay,
 )
 from .spec import (
     Metric as Metric,
@@ -24,4 +32,7 @@ from .spec import (
     Term as Term,
     TermResult as TermResult,
     per_datum as per_datum,
+)
+from .weights import (
+    WeightController as WeightController,
 )

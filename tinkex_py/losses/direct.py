@@ -7,13 +7,31 @@ from typing import Any, cast
 
 import torch
 
+from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.arguments import (
+    checked_count,
+    checked_data,
+    checked_flag,
+    checked_specs,
+    checked_step,
+    checked_timeout,
+)
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.output import RegularizerOutput
-from tinkex_py.losses.pipeline import Pipeline, checked_count, checked_specs, checked_timeout, report
-from tinkex_py.losses.spec import RegularizerSpec, Term, TermResult, is_async_term, term_function, term_name
+from tinkex_py.losses.pipeline import Pipeline
+from tinkex_py.losses.report import report
+from tinkex_py.losses.spec import (
+    RegularizerSpec,
+    Term,
+    TermResult,
+    is_async_term,
+    term_function,
+    term_name,
+    why_not_a_term,
+)
 from tinkex_py.losses.terms import PreparedTerm, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
@@ -34,7 +52,13 @@ async def execute(
 
     Returns:
         The loss with its graph and shape, and the metrics unchanged (`{}` for a bare loss).
+
+    Raises:
+        InvalidSpec: this is no term, or it cannot take the options. What the term itself raises comes out as it is.
     """
+    problem = why_not_a_term(term, options)
+    if problem is not None:
+        raise InvalidSpec(f"execute: {problem}")
     function = term_function(term)
     if is_async_term(term):
         result = await with_own_grad_mode(function(data, logprobs, **options))
@@ -61,6 +85,7 @@ class Executor:
         *,
         timeout: float | None = 30.0,
         track_grad_norms: bool = False,
+        step: int = 0,
     ) -> RegularizerOutput:
         """Runs one regularizer.
 
@@ -70,13 +95,16 @@ class Executor:
             logprobs: a tensor of any shape, or one tensor per datum.
             timeout: seconds, or None.
             track_grad_norms: compute the norm.
+            step: optimizer steps made before, for a weight that depends on it.
 
         Raises:
+            InvalidSpec: this is no spec.
             RegularizerError: the term failed.
         """
-        loud = dataclasses.replace(spec, on_error="raise", enabled=True)
+        (checked,) = checked_specs([spec])
+        loud = dataclasses.replace(checked, on_error="raise", enabled=True)
         (output,) = await Executor.execute_all(
-            [loud], data, logprobs, timeout=timeout, track_grad_norms=track_grad_norms
+            [loud], data, logprobs, timeout=timeout, track_grad_norms=track_grad_norms, step=step
         )
         return output
 
@@ -91,6 +119,7 @@ class Executor:
         track_grad_norms: bool = False,
         max_concurrency: int = 32,
         max_threads: int | None = None,
+        step: int = 0,
     ) -> list[RegularizerOutput]:
         """Runs regularizers; outputs in spec order, without skipped and disabled ones. Options as in `Pipeline`.
 
@@ -100,15 +129,19 @@ class Executor:
         """
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         limit = checked_timeout(timeout)
+        terms = [prepare_regularizer(spec, limit, step=checked_step(step)) for spec in specs]
+        datums = checked_data(data)
+        norms = checked_flag("track_grad_norms", track_grad_norms)
+        at_once = checked_flag("parallel", parallel)
         threads = TermThreads(None if max_threads is None else checked_count("max_threads", max_threads))
-        shared = Logprobs.from_tensors(logprobs, datums=len(data))
-        run = TermRun(data, shared, threads, checked_count("max_concurrency", max_concurrency), track_grad_norms)
+        shared = Logprobs.from_tensors(logprobs, datums=len(datums))
+        run = TermRun(datums, shared, threads, checked_count("max_concurrency", max_concurrency), norms)
         try:
-            outcomes = await run.all([prepare_regularizer(spec, limit) for spec in specs], parallel=parallel)
+            outcomes = await run.all(terms, parallel=at_once)
             shared.check_unchanged()
         finally:
             threads.close()
-        return [report(outcome) for outcome in outcomes if outcome.evaluation is not None]
+        return [report(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
 
 
 class GradientTracker:

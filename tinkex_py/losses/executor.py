@@ -4,16 +4,18 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+from tenacity import RetryError
 
 from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.repetition import repeated
 from tinkex_py.losses.terms import Outcome, PreparedTerm, described, failed_with
 from tinkex_py.losses.threads import Slot, Slots, SlotsAbandoned, TermThreads, run_released
 from tinkex_py.types import Datum
@@ -214,8 +216,8 @@ class TermRun:
         self, term: PreparedTerm, leaf: torch.Tensor, slot: Slot | None, permit: Slot
     ) -> Evaluation:
         if slot is None:
-            result = await with_own_grad_mode(self._awaitable(term, leaf))
-            return await self._gradient(term, result, leaf)
+            result, attempts = await with_own_grad_mode(self._attempts(term, leaf))
+            return replace(await self._gradient(term, result, leaf), attempts=attempts)
 
         def release() -> None:
             permit.release()
@@ -229,6 +231,30 @@ class TermRun:
         slot.release()
         result = await with_own_grad_mode(returned.awaitable)
         return await self._gradient(term, result, leaf)
+
+    async def _attempts(self, term: PreparedTerm, leaf: torch.Tensor) -> tuple[object, int]:
+        """The term's result, and how often it was called for it."""
+        attempts = 0
+
+        async def call() -> object:
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1:
+                telemetry.emit("tinkex.regularizer.retry", {"attempt": attempts}, {"regularizer_name": term.name})
+            try:
+                return await self._awaitable(term, leaf)
+            except Exception:
+                self.logprobs.check_leaf(leaf)
+                raise
+
+        if term.retry is None:
+            return await call(), attempts
+        try:
+            return await repeated(term.retry, call), attempts
+        except RetryError as error:
+            failure = error.last_attempt.exception() or error
+            failure.add_note(f"attempts: {attempts}")
+            raise failure from None
 
     async def _awaitable(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
         result = self._call(term, leaf)
@@ -276,7 +302,7 @@ class TermRun:
                 leaf,
                 name=term.name,
                 needs_gradient=term.needs_gradient,
-                needs_norm=self.track_grad_norms,
+                needs_norm=self.track_grad_norms or term.max_grad_norm is not None,
             )
         self.logprobs.check_leaf(leaf)
         return evaluation

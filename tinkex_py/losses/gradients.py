@@ -27,6 +27,7 @@ class Evaluation:
         gradient: d(loss)/d(logprobs), shaped like the leaf; None if it is zero or was not needed.
         grad_norm: its L2 norm; None if it was not asked for.
         differentiable: False if the loss has no path to the logprobs.
+        attempts: how often the term was called.
     """
 
     value: float
@@ -34,6 +35,7 @@ class Evaluation:
     gradient: torch.Tensor | None
     grad_norm: float | None
     differentiable: bool
+    attempts: int = 1
 
 
 def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: bool, needs_norm: bool) -> Evaluation:
@@ -109,11 +111,20 @@ def weighted_sum(parts: Sequence[tuple[float, torch.Tensor | None]], like: torch
     Args:
         parts: weights and gradients.
         like: shape and dtype of the result.
+
+    Raises:
+        NonFiniteLoss: a weight is too large for that dtype.
     """
     total = torch.zeros_like(like, requires_grad=False)
+    largest = torch.finfo(total.dtype).max
     for weight, gradient in parts:
-        if gradient is not None and weight:
-            total.add_(gradient, alpha=weight)
+        if gradient is None or not weight:
+            continue
+        if weight > largest:  # torch would raise in words that name neither weight nor loss
+            raise NonFiniteLoss(
+                f"the weight {weight} is too large for {total.dtype}; nothing was sent", name="loss_total"
+            )
+        total.add_(gradient, alpha=weight)
     return total
 
 

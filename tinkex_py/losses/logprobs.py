@@ -77,7 +77,7 @@ class Logprobs:
         self.packable = packable
         self._unchanged = unchanged
         self._guarded = guarded
-        self._leaves: list[tuple[str, torch.Tensor, int]] = []
+        self._leaves: dict[int, tuple[str, torch.Tensor, int]] = {}  # by the id of the leaf
 
     @classmethod
     def from_packed(cls, packed: PackedTensor) -> "Logprobs":
@@ -138,7 +138,7 @@ class Logprobs:
             if self._guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)
             leaf.requires_grad_()
-        self._leaves.append((name, leaf, leaf._version))  # pyright: ignore
+        self._leaves[id(leaf)] = (name, leaf, leaf._version)  # pyright: ignore
         return leaf
 
     def views(self, leaf: torch.Tensor, data: Sequence[Datum]) -> list[torch.Tensor]:
@@ -167,22 +167,31 @@ class Logprobs:
 
     def check_leaf(self, leaf: torch.Tensor) -> None:
         """Raises InPlaceMutation if the term that got this leaf wrote into it."""
-        for name, known, version in self._leaves:
-            if known is leaf and leaf._version != version:  # pyright: ignore
-                raise _mutation(name)
+        known = self._leaves.get(id(leaf))
+        if known is not None and self._was_changed(leaf, known[2]):
+            raise _mutation(known[0])
 
     def check_unchanged(self) -> None:
         """Raises InPlaceMutation if anybody wrote into the shared buffer."""
-        for name, leaf, version in self._leaves:
-            if leaf._version != version:  # pyright: ignore
+        for name, leaf, version in self._leaves.values():
+            if self._was_changed(leaf, version):
                 raise _mutation(name)
         if not self._unchanged():
-            names = ", ".join(repr(name) for name, _, _ in self._leaves)
+            names = ", ".join(repr(name) for name, _, _ in self._leaves.values())
             raise InPlaceMutation(
                 f"the shared logprobs were overwritten past autograd (.data or numpy); the writer is unknown, one of "
                 f"{names}. Work on a copy: logprobs.clone()",
                 name="unknown",
             )
+
+    def release_leaves(self) -> None:
+        """Forgets the leaves, once all terms have ended: an abandoned thread must not keep those of other terms."""
+        self._leaves.clear()
+
+    def _was_changed(self, leaf: torch.Tensor, version: int) -> bool:
+        # `leaf.data = other` puts other numbers under the leaf without a new version.
+        was_moved = leaf.shape != self.buffer.shape or leaf.data_ptr() != self.buffer.data_ptr()
+        return was_moved or leaf._version != version  # pyright: ignore
 
 
 def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:

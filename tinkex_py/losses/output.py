@@ -36,9 +36,11 @@ class RegularizerOutput(LossReport):
         weight: the weight that was used.
         contribution: `weight * value`, what it adds to the total; signed.
         custom_metrics: what the term reported beside its loss.
-        grad_norm: L2 norm of d(term)/d(logprobs), unweighted; None unless norms are tracked.
+        grad_norm: L2 norm of d(term)/d(logprobs), unweighted and before any clipping; None unless norms are tracked.
         grad_norm_weighted: `weight * grad_norm`.
         differentiable: False if the loss does not depend on the logprobs: it counts, but trains nothing.
+        clip_scale: what its gradient was multiplied by to keep to `RegularizerSpec.max_grad_norm`; 1.0 is unclipped.
+        attempts: how often the term was called; more than once only with `RegularizerSpec.retry`.
     """
 
     name: str
@@ -49,6 +51,25 @@ class RegularizerOutput(LossReport):
     grad_norm: float | None = None
     grad_norm_weighted: float | None = None
     differentiable: bool = True
+    clip_scale: float = 1.0
+    attempts: int = 1
+
+
+class GradientDiagnosis(LossReport):
+    """How one term's gradient lies to the others; None where it, or what it is compared with, is zero.
+
+    Attributes:
+        cosine_with_base: with the gradient of the base loss, in [-1, 1].
+        cosine_with_total: with the gradient that is sent, in [-1, 1].
+        share_of_total: the part of the sent gradient that this term makes up, `<own, total> / <total, total>`; the
+            shares of all terms add up to 1, and a term that pulls the other way has a negative one.
+        conflicts: True if the term pulls against the base loss: `cosine_with_base < 0`.
+    """
+
+    cosine_with_base: float | None = None
+    cosine_with_total: float | None = None
+    share_of_total: float | None = None
+    conflicts: bool | None = None
 
 
 class CustomLossOutput(LossReport):
@@ -60,6 +81,7 @@ class CustomLossOutput(LossReport):
         regularizers: by name, in spec order; skipped and disabled ones are not in it.
         regularizer_total: sum of all contributions.
         total_grad_norm: L2 norm of the whole gradient (not the sum of norms); None unless norms are tracked.
+        diagnosis: how the gradients get along, by term, "base_loss" first; empty unless norms are tracked.
         skipped: name -> class of the error, for terms with `on_error="skip"` that failed.
         abandoned_threads: worker threads of this pipeline's terms that still run although their timeout is over.
         service_output: the service's own result of the backward pass; None when computed offline.
@@ -70,6 +92,7 @@ class CustomLossOutput(LossReport):
     regularizers: dict[str, RegularizerOutput] = Field(default_factory=dict)
     regularizer_total: float = 0.0
     total_grad_norm: float | None = None
+    diagnosis: dict[str, GradientDiagnosis] = Field(default_factory=dict)
     skipped: dict[str, str] = Field(default_factory=dict)
     abandoned_threads: int = 0
     service_output: ForwardBackwardOutput | None = None

@@ -1,23 +1,41 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from tinkex_py import telemetry
-from tinkex_py.errors import DuplicateRegularizerNames, InvalidBaseLoss, InvalidSpec, NonFiniteLoss, PipelineError
+from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.losses import gradients
+from tinkex_py.losses.arguments import (
+    checked_count,
+    checked_data,
+    checked_flag,
+    checked_specs,
+    checked_step,
+    checked_timeout,
+)
+from tinkex_py.losses.combine import COMBINES, Combine, summed, without_conflicts
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
 from tinkex_py.losses.logprobs import Logprobs
-from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, RegularizerOutput
+from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput
+from tinkex_py.losses.recording import RecordPath, start_recording
+from tinkex_py.losses.report import diagnosis_measurements, part_of, report, total
 from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
-from tinkex_py.losses.terms import Outcome, prepare_base_loss, prepare_regularizer
+from tinkex_py.losses.terms import Outcome, PreparedTerm, prepare_base_loss, prepare_regularizer
 from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.losses.weights import WeightController
 from tinkex_py.types import Datum
+
+if TYPE_CHECKING:
+    from tinkex_py.losses.tinker_loss import TinkerLoss
+
+OPTIONS = ("track_grad_norms", "parallel", "timeout", "max_concurrency", "max_threads", "combine")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,8 @@ class Pipeline:
         max_concurrency: terms in flight at once.
         max_threads: sync terms in threads at once; None is the usable CPU count. Live term threads never exceed
             `min(max_threads, max_concurrency)`, abandoned ones included.
+        combine: "sum" sends the gradient of `loss_total`; "pcgrad" first frees every term's weighted gradient of what
+            points against another term's (Yu et al. 2020), so that what is sent is the gradient of no single loss.
 
     Raises:
         InvalidBaseLoss: the base loss cannot be called.
@@ -65,89 +85,193 @@ class Pipeline:
         timeout: float | None = 30.0,
         max_concurrency: int = 32,
         max_threads: int | None = None,
+        combine: Combine = "sum",
     ) -> None:
         problem = why_not_a_term(base_loss, {})
         if problem is not None:
             raise InvalidBaseLoss(f"base loss: {problem}")
         self.base_loss = base_loss
         self.regularizers = checked_specs(regularizers)
-        self.track_grad_norms = track_grad_norms
-        self.parallel = parallel
+        self.track_grad_norms = checked_flag("track_grad_norms", track_grad_norms)
+        self.parallel = checked_flag("parallel", parallel)
         self.timeout = checked_timeout(timeout)
         self.max_concurrency = checked_count("max_concurrency", max_concurrency)
         self.max_threads = None if max_threads is None else checked_count("max_threads", max_threads)
+        if combine not in COMBINES:
+            raise PipelineError(f"combine must be one of {', '.join(map(repr, COMBINES))}, got {combine!r}")
+        self.combine: Combine = combine
         self._own_threads: TermThreads | None = None
         self._told_not_differentiable: set[str] = set()
 
-    async def compute(self, data: Sequence[Datum], logprobs: torch.Tensor | Sequence[torch.Tensor]) -> CustomLossOutput:
+    @property
+    def controllers(self) -> list[WeightController]:
+        """The controllers among the weights, each once, in spec order."""
+        return [controller for _, controller in self._named_controllers()]
+
+    def update_controllers(self, outputs: Sequence[CustomLossOutput]) -> None:
+        """Tells the controllers among the weights that an optimizer step was made. A training client does it itself.
+
+        Args:
+            outputs: what this pipeline gave since the optimizer step before.
+        """
+        for controller in self.controllers:
+            controller.update(outputs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the controllers among the weights, as plain JSON values, by the first regularizer of each."""
+        return {"controllers": {name: controller.state_dict() for name, controller in self._named_controllers()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` of a pipeline with the same specs was taken.
+
+        Raises:
+            InvalidSpec: the state belongs to other specs, or to none.
+        """
+        states = state.get("controllers") if isinstance(state, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+        named = dict(self._named_controllers())
+        if not isinstance(states, Mapping) or set(cast("Mapping[str, Any]", states)) != set(named):
+            raise InvalidSpec(f"this pipeline has controllers for {sorted(named)}, the saved state is {state!r}")
+        for name, controller in named.items():
+            controller.load_state_dict(cast("Mapping[str, Any]", states)[name])
+
+    def _named_controllers(self) -> list[tuple[str, WeightController]]:
+        firsts: dict[WeightController, str] = {}
+        for spec in self.regularizers:
+            if isinstance(spec.weight, WeightController):
+                firsts.setdefault(spec.weight, spec.name)
+        return [(name, controller) for controller, name in firsts.items()]
+
+    async def compute(
+        self,
+        data: Sequence[Datum],
+        logprobs: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        step: int = 0,
+        record: RecordPath | None = None,
+    ) -> CustomLossOutput:
         """Evaluates the loss on logprobs that are at hand.
 
         Args:
             data: the datums, handed to every term; may be empty.
             logprobs: one floating point tensor of any shape, or one tensor per datum. Never changed.
+            step: optimizer steps made before, for weights that depend on it.
+            record: a folder to write what the terms see to, for `replay`.
 
         Raises:
             RegularizerError: a term failed; its `name` says which.
-            PipelineError: the logprobs cannot be used.
+            PipelineError: the logprobs cannot be used, or the record cannot be written.
+            InvalidData: `data` is no list.
         """
-        return (await self.evaluate(data, Logprobs.from_tensors(logprobs, datums=len(data)))).output
+        datums = checked_data(data)
+        own = Logprobs.from_tensors(logprobs, datums=len(datums))
+        return (await self.evaluate(datums, own, step=step, record=record)).output
+
+    def as_tinker_loss(self, *, step: int = 0) -> "TinkerLoss":
+        """This pipeline as a loss function of the official SDK, with the same gradient.
+
+        `training_client.forward_backward_custom(data, pipeline.as_tinker_loss())` of the `tinker` package trains as
+        `AsyncTrainingClient.forward_backward_custom(data, pipeline)` does.
+
+        Args:
+            step: optimizer steps made before, for weights that depend on it.
+        """
+        from tinkex_py.losses.tinker_loss import TinkerLoss
+
+        return TinkerLoss(self, checked_step(step))
 
     async def evaluate(
         self,
         data: Sequence[Datum],
         logprobs: Logprobs,
         *,
+        step: int = 0,
         threads: TermThreads | None = None,
         thread_group: object = None,
+        record: RecordPath | None = None,
     ) -> CustomLoss:
         """The loss and its gradient, as the training client needs them.
 
         Args:
             data: the datums, handed to every term.
             logprobs: the shared buffer.
+            step: optimizer steps made before.
             threads: where sync terms run; default are this pipeline's own.
             thread_group: whose live term threads count against this pipeline's bounds; default is the pipeline.
+            record: a folder to write what the terms see to.
         """
         run = TermRun(
             data,
             logprobs,
             threads or self._threads(),
             self.max_concurrency,
-            self.track_grad_norms,
+            self.track_grad_norms or any(controller.needs_grad_norms for controller in self.controllers),
             max_threads=self.max_threads,
             thread_group=thread_group or self,
         )
-        return await with_grad_on_while_suspended(self._observed(run))
+        try:
+            return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
+        finally:
+            logprobs.release_leaves()
 
-    async def _observed(self, run: TermRun) -> CustomLoss:
+    async def _observed(self, run: TermRun, step: int, record: RecordPath | None) -> CustomLoss:
         specs = [spec for spec in self.regularizers if spec.enabled]
         metadata = {"regularizer_count": len(specs), "track_grad_norms": self.track_grad_norms}
         with telemetry.lifecycle("tinkex.custom_loss", metadata) as measurements:
-            loss = await self._evaluate(run, specs)
+            loss = await self._recorded(run, specs, step, record)
             measurements["loss_total"] = loss.output.loss_total
             measurements["regularizer_total"] = loss.output.regularizer_total
+            measurements.update(diagnosis_measurements(loss.output))
             return loss
 
-    async def _evaluate(self, run: TermRun, specs: Sequence[RegularizerSpec]) -> CustomLoss:
-        terms = [prepare_base_loss(self.base_loss, self.timeout)]
-        terms += [prepare_regularizer(spec, self.timeout) for spec in specs]
+    async def _recorded(
+        self, run: TermRun, specs: Sequence[RegularizerSpec], step: int, record: RecordPath | None
+    ) -> CustomLoss:
+        regularizers = [prepare_regularizer(spec, self.timeout, step=step) for spec in specs]
+        if record is None:
+            return await self._evaluate(run, regularizers, step)
+
+        async def off_the_loop(work: Callable[[], Result]) -> Result:
+            return await run_released(run.threads.arithmetic, "record", work)
+
+        weighted = [(spec, term.weight or 0.0) for spec, term in zip(specs, regularizers, strict=True)]
+        options = {name: getattr(self, name) for name in OPTIONS}
+        recording = await off_the_loop(
+            lambda: start_recording(
+                record, run.data, run.logprobs, self.base_loss, weighted, step=step, options=options
+            )
+        )
+        try:
+            loss = await self._evaluate(run, regularizers, step)
+        except PipelineError as error:
+            failure = error
+            await off_the_loop(lambda: recording.fail(failure))
+            raise
+        await off_the_loop(lambda: recording.end(loss.output))
+        return loss
+
+    async def _evaluate(self, run: TermRun, regularizers: Sequence[PreparedTerm], step: int) -> CustomLoss:
+        terms = [prepare_base_loss(self.base_loss, self.timeout), *regularizers]
         outcomes = await run.all(terms, parallel=self.parallel)
         self._tell_not_differentiable(outcomes)
         if run.logprobs.buffer.numel() <= SMALL_LOGPROBS:
-            return self._compose(outcomes, run)
-        return await run_released(run.threads.arithmetic, "sum", lambda: self._compose(outcomes, run))
+            return self._compose(outcomes, run, step)
+        return await run_released(run.threads.arithmetic, "sum", lambda: self._compose(outcomes, run, step))
 
-    def _compose(self, outcomes: Sequence[Outcome], run: TermRun) -> CustomLoss:
+    def _compose(self, outcomes: Sequence[Outcome], run: TermRun, step: int) -> CustomLoss:
         run.logprobs.check_unchanged()
         base = outcomes[0].evaluation
         assert base is not None, "a base loss that failed has raised"
         done = [(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
+        parts = [part_of(term, evaluation) for term, evaluation in done]
         with torch.inference_mode(False), torch.no_grad():
-            parts = [(1.0 if term.weight is None else term.weight, result.gradient) for term, result in done]
-            gradient = gradients.weighted_sum(parts, run.logprobs.buffer)
+            if self.combine == "pcgrad":
+                gradient, diagnosis = without_conflicts(parts, run.logprobs.buffer, step=step)
+                diagnosis = diagnosis if run.track_grad_norms else {}
+            else:
+                gradient, diagnosis = summed(parts, run.logprobs.buffer, diagnose=run.track_grad_norms)
             gradients.check_finite(gradient, "loss_total")
-            total_norm = gradients.norm(gradient) if self.track_grad_norms else None
-        regularizers = {outcome.term.name: report(outcome) for outcome in outcomes[1:] if outcome.evaluation}
+            total_norm = gradients.norm(gradient) if run.track_grad_norms else None
+        regularizers = {term.name: report(term, result) for term, result in done[1:]}
         contributions = [output.contribution for output in regularizers.values()]
         output = CustomLossOutput(
             loss_total=total([base.value, *contributions]),
@@ -155,6 +279,7 @@ class Pipeline:
             regularizers=regularizers,
             regularizer_total=total(contributions),
             total_grad_norm=total_norm,
+            diagnosis=diagnosis,
             skipped={
                 outcome.term.name: telemetry.failure_reason(outcome.error) for outcome in outcomes if outcome.error
             },
@@ -174,67 +299,3 @@ class Pipeline:
         if self._own_threads is None:
             self._own_threads = TermThreads(self.max_threads)
         return self._own_threads
-
-
-def report(outcome: Outcome) -> RegularizerOutput:
-    """What a regularizer's outcome looks like to the user."""
-    evaluation, weight = outcome.evaluation, outcome.term.weight
-    assert evaluation is not None
-    assert weight is not None
-    return RegularizerOutput(
-        name=outcome.term.name,
-        value=evaluation.value,
-        weight=weight,
-        contribution=weight * evaluation.value,
-        custom_metrics=evaluation.metrics,
-        grad_norm=evaluation.grad_norm,
-        grad_norm_weighted=None if evaluation.grad_norm is None else weight * evaluation.grad_norm,
-        differentiable=evaluation.differentiable,
-    )
-
-
-def total(values: Sequence[float]) -> float:
-    """The sum in double precision.
-
-    Raises:
-        NonFiniteLoss: it is too large for a float.
-    """
-    try:
-        result = math.fsum(values)
-    except (OverflowError, ValueError):
-        result = math.inf
-    if not math.isfinite(result):
-        raise NonFiniteLoss(f"the total of {list(values)} is not finite; nothing was sent", name="loss_total")
-    return result
-
-
-def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
-    """The specs, if they are specs and have unique names."""
-    given = cast("object", regularizers)
-    if isinstance(given, RegularizerSpec) or not isinstance(given, Iterable):
-        raise InvalidSpec(f"regularizers must be a list of RegularizerSpec, got a {type(given).__name__}")
-    specs = tuple(regularizers)
-    for index, spec in enumerate(specs):
-        if not isinstance(spec, RegularizerSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidSpec(f"regularizers[{index}] must be a RegularizerSpec, got a {type(spec).__name__}")
-    names = [spec.name for spec in specs]
-    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if duplicates:
-        raise DuplicateRegularizerNames(duplicates)
-    return specs
-
-
-def checked_timeout(timeout: float | None) -> float | None:
-    """Seconds > 0, or None."""
-    if timeout is None:
-        return None
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PipelineError(f"timeout must be > 0 seconds or None, got {timeout!r}")
-    return timeout
-
-
-def checked_count(name: str, count: int) -> int:
-    """An int >= 1."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PipelineError(f"{name} must be an int >= 1, got {count!r}")
-    return count

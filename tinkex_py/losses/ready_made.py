@@ -2,13 +2,13 @@
 
 import dataclasses
 import inspect
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.checks import checked_number
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
@@ -31,23 +31,26 @@ class ReadyMadeTerm(ABC):
     name: str
 
     def __post_init__(self) -> None:
+        self._check_text("name")
         self.check()
 
     def check(self) -> None:  # noqa: B027  # most terms have something to check, none must
         """Raises InvalidSpec if a setting cannot be used."""
 
     @abstractmethod
-    def loss(self, data: Sequence[Datum], logprobs: "torch.Tensor") -> "TermResult":
+    def loss(self, data: Sequence[Datum], logprobs: "torch.Tensor") -> "TermResult | Awaitable[TermResult]":
         """The formula."""
 
     @property
     def compute(self) -> "TermFunction":
         """`compute(data, logprobs, **settings)`: the formula; settings given here override those of the object."""
 
-        def compute(data: Sequence[Datum], logprobs: "torch.Tensor", **settings: Any) -> "TermResult":
+        def compute(
+            data: Sequence[Datum], logprobs: "torch.Tensor", **settings: Any
+        ) -> "TermResult | Awaitable[TermResult]":
             return self.with_options(settings).loss(data, logprobs)
 
-        return self.with_settings_in_signature(compute)
+        return self._with_settings_in_signature(compute)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """The same term with some settings replaced.
@@ -56,45 +59,42 @@ class ReadyMadeTerm(ABC):
             InvalidSpec: a value cannot be used.
             TypeError: there is no such setting.
         """
+        if "name" in options:
+            raise TypeError(f"{type(self).__name__}: the name is not an option; give it to the spec")
         return dataclasses.replace(self, **options) if options else self
 
-    def with_settings_in_signature(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_settings_in_signature(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """Lists the settings in the function's signature, so that a spec refuses one that does not exist."""
         keyword = inspect.Parameter.KEYWORD_ONLY
         positional = list(inspect.signature(compute).parameters.values())[:2]
-        settings = [inspect.Parameter(name, keyword, default=getattr(self, name)) for name in self._settings()]
+        names = [field.name for field in dataclasses.fields(self) if field.name != "name"]
+        settings = [inspect.Parameter(name, keyword, default=getattr(self, name)) for name in names]
         cast("Any", compute).__signature__ = inspect.Signature([*positional, *settings])
         return compute
 
-    def _settings(self) -> list[str]:
-        return [field.name for field in dataclasses.fields(self) if field.name != "name"]
+    def _refuse(self, setting: str, wanted: str) -> InvalidSpec:
+        return InvalidSpec(f"{type(self).__name__}: {setting} must be {wanted}, got {getattr(self, setting)!r}")
 
+    def _check_choice(self, setting: str, allowed: Sequence[object]) -> None:
+        value = getattr(self, setting)
+        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+            raise self._refuse(setting, f"one of {', '.join(map(repr, allowed))}")
 
-def check_choice(term: str, setting: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises InvalidSpec unless the value is one of those allowed."""
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
-        raise InvalidSpec(f"{term}: {setting} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    def _check_flag(self, setting: str) -> None:
+        self._check_choice(setting, (True, False))
 
+    def _check_text(self, setting: str, *, optional: bool = False) -> None:
+        value = getattr(self, setting)
+        if not (isinstance(value, str) and value) and not (optional and value is None):
+            raise self._refuse(setting, "a non-empty str" + (" or None" if optional else ""))
 
-def check_number(
-    term: str,
-    setting: str,
-    value: object,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> None:
-    """Raises InvalidSpec unless the value is a finite number within the bounds."""
-    limits = [(f"> {above}", above), (f">= {at_least}", at_least), (f"<= {at_most}", at_most)]
-    wanted = " and ".join(text for text, limit in limits if limit is not None)
-    usable = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (above is None or value > above)
-        and (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-    )
-    if not usable:
-        raise InvalidSpec(f"{term}: {setting} must be a finite number {wanted}".rstrip() + f", got {value!r}")
+    def _check_int(self, setting: str, *, optional: bool = False) -> None:
+        value = getattr(self, setting)
+        if (isinstance(value, bool) or not isinstance(value, int)) and not (optional and value is None):
+            raise self._refuse(setting, "an int" + (" or None" if optional else ""))
+
+    def _check_number(
+        self, setting: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+    ) -> None:
+        value = getattr(self, setting)
+        checked_number(type(self).__name__, setting, value, above=above, at_least=at_least, at_most=at_most)

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, runtime_checkable
 
-import numpy as np
+from tenacity import AsyncRetrying
 
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.checks import checked_number
 from tinkex_py.losses.ready_made import ReadyMadeTerm
+from tinkex_py.losses.weights import Weight, checked_weight
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
@@ -80,26 +82,32 @@ class RegularizerSpec:
     Args:
         fn: a function, coroutine function, partial, callable object, object or module with `compute`, or one
             of these under `per_datum`. Called as `fn(data, logprobs, **options)`.
-        weight: finite and >= 0; multiplies the value and the gradient.
+        weight: finite and >= 0; multiplies the value and the gradient. Or a schedule, any callable `step -> weight`
+            (see `tinkex_py.losses.schedules`), or a controller (see `tinkex_py.losses.controllers`).
         name: unique within a pipeline; default is `fn.name`.
         timeout: seconds for this term; None takes the pipeline's, `math.inf` is no limit.
         options: keyword arguments for `fn`.
         on_error: "skip" leaves a failing term out of the step instead of failing it.
         enabled: False leaves the term out altogether.
         is_async: True calls `fn` on the event loop and awaits it, False runs it in a worker thread, None detects.
+        retry: for async terms: how often to call, or a `tenacity.AsyncRetrying` that says when to call again after
+            a failure. Its timeout covers all attempts.
+        max_grad_norm: scales the term's gradient down to this L2 norm, before the weight multiplies it. None does not.
 
     Raises:
         InvalidSpec: a value cannot be used; the message names it.
     """
 
     fn: Term
-    weight: float
+    weight: Weight
     name: str = None  # type: ignore[assignment]  # None asks for fn.name; after construction it is a str
     timeout: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     on_error: OnError = "raise"
     enabled: bool = True
     is_async: bool | None = None
+    retry: int | AsyncRetrying | None = None
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
@@ -110,7 +118,7 @@ class RegularizerSpec:
         if name == BASE_LOSS_NAME:
             raise InvalidSpec(f"the name {BASE_LOSS_NAME!r} is reserved for the base loss")
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "weight", _checked_weight(self.weight, name))
+        object.__setattr__(self, "weight", checked_weight(self.weight, name))
         options = cast("object", self.options)
         if not isinstance(options, Mapping):
             raise InvalidSpec(f"regularizer {name!r}: options must be a mapping, got {options!r}")
@@ -126,6 +134,11 @@ class RegularizerSpec:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
         if isinstance(self.fn, ReadyMadeTerm):
             self.fn.with_options(self.options)
+        if self.retry is not None:
+            _check_retry(self.retry, name, can_await=is_async_term(self.fn) or self.is_async is True)
+        if self.max_grad_norm is not None:
+            bound = checked_number(f"regularizer {name!r}", "max_grad_norm", self.max_grad_norm, above=0.0)
+            object.__setattr__(self, "max_grad_norm", bound)
 
 
 def term_name(term: object) -> str | None:
@@ -154,6 +167,8 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     inner: object = term.fn if isinstance(term, PerDatum) else term
     if isinstance(inner, type):
         return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
+    if isinstance(term, PerDatum) and isinstance(inner, ReadyMadeTerm):
+        return f"{type(inner).__name__} takes packed logprobs: leave per_datum(...) out"
     function: object = term_function(inner)
     if not callable(function):
         return f"fn must be callable or have a compute method, got {inner!r} of type {type(inner).__name__}"
@@ -169,15 +184,17 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _checked_weight(weight: object, name: str) -> float:
-    try:
-        refused = isinstance(weight, bool | np.bool_ | str | bytes)
-        number = math.nan if refused else float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise InvalidSpec(f"regularizer {name!r}: weight must be a finite number >= 0, got {weight!r}")
-    return number
+def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
+    usable = isinstance(retry, AsyncRetrying) or (isinstance(retry, int) and not isinstance(retry, bool) and retry >= 1)
+    if not usable:
+        raise InvalidSpec(
+            f"regularizer {name!r}: retry must be a number of calls >= 1 or a tenacity.AsyncRetrying, got {retry!r}"
+        )
+    if not can_await:
+        raise InvalidSpec(
+            f"regularizer {name!r}: retry is for async terms; make fn a coroutine function, or pass is_async=True if "
+            "it returns an awaitable"
+        )
 
 
 def _checked_timeout(timeout: object, name: str) -> float | None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tenacity import AsyncRetrying, stop_after_attempt, wait_random_exponential
+
 from tinkex_py.errors import InPlaceMutation, RegularizerError
 from tinkex_py.losses.gradients import Evaluation
 from tinkex_py.losses.spec import (
@@ -16,6 +18,11 @@ from tinkex_py.losses.spec import (
     is_async_term,
     term_function,
 )
+from tinkex_py.losses.weights import weight_at
+
+# Upper bounds of the random waits between the attempts of `retry=<number>`, in seconds.
+_FIRST_WAIT = 0.1
+_LONGEST_WAIT = 5.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class PreparedTerm:
         weight: None for the base loss, which has none and emits no events of its own.
         on_error: whether a failure fails the step.
         needs_gradient: whether its gradient enters the total.
+        max_grad_norm: its gradient is scaled down to this norm; None leaves it.
+        retry: says when to call again after a failure; None never does.
     """
 
     name: str
@@ -44,6 +53,8 @@ class PreparedTerm:
     weight: float | None = None
     on_error: OnError = "raise"
     needs_gradient: bool = True
+    max_grad_norm: float | None = None
+    retry: AsyncRetrying | None = None
 
 
 def prepare_base_loss(base_loss: Term, timeout: float | None) -> PreparedTerm:
@@ -58,9 +69,19 @@ def prepare_base_loss(base_loss: Term, timeout: float | None) -> PreparedTerm:
     )
 
 
-def prepare_regularizer(spec: RegularizerSpec, timeout: float | None) -> PreparedTerm:
-    """A regularizer as a term; the spec's own timeout wins over `timeout`."""
+def prepare_regularizer(spec: RegularizerSpec, timeout: float | None, *, step: int) -> PreparedTerm:
+    """A regularizer as a term.
+
+    Args:
+        spec: the regularizer; its own timeout wins.
+        timeout: seconds, or None.
+        step: optimizer steps made before; the weight may depend on it.
+
+    Raises:
+        InvalidSpec: the schedule of the weight gave no finite number >= 0.
+    """
     detected = True if is_async_term(spec.fn) else None
+    weight = weight_at(spec.weight, spec.name, step)
     return PreparedTerm(
         name=spec.name,
         function=term_function(spec.fn),
@@ -68,9 +89,19 @@ def prepare_regularizer(spec: RegularizerSpec, timeout: float | None) -> Prepare
         is_async=detected if spec.is_async is None else spec.is_async,
         per_datum=isinstance(spec.fn, PerDatum),
         timeout=_limit(timeout if spec.timeout is None else spec.timeout),
-        weight=spec.weight,
+        weight=weight,
         on_error=spec.on_error,
-        needs_gradient=spec.weight > 0,
+        needs_gradient=weight > 0,
+        max_grad_norm=spec.max_grad_norm,
+        retry=_retrying(spec.retry),
+    )
+
+
+def _retrying(retry: int | AsyncRetrying | None) -> AsyncRetrying | None:
+    if not isinstance(retry, int):
+        return retry
+    return AsyncRetrying(
+        stop=stop_after_attempt(retry), wait=wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT)
     )
 
 

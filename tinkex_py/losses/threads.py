@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from tinkex_py.errors import TinkexError
 
@@ -185,13 +185,14 @@ class _Call(Generic[Result]):
     def __init__(
         self, work: Callable[[], Result], release: Callable[[], None], discard: Callable[[Result], None]
     ) -> None:
-        self._work = work
+        self._work: Callable[[], Result] | None = work
         self._release = release
         self._discard = discard
         self._lock = threading.Lock()
         self._state = _CallState.PENDING
+        self._outcome: tuple[Result | None, BaseException | None] = (None, None)
         self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Result] = self._loop.create_future()
+        self.finished: asyncio.Future[None] = self._loop.create_future()
 
     def run(self) -> None:
         """Runs in the worker thread."""
@@ -199,24 +200,39 @@ class _Call(Generic[Result]):
             if self._state is _CallState.DROPPED:
                 return
             self._state = _CallState.RUNNING
-        result: Result | None = None
-        failure: BaseException | None = None
-        try:
-            result = self._work()
-        except BaseException as error:  # noqa: BLE001  # handed to the waiting caller, whatever it is
-            failure = error
+        self._outcome = self._attempt()
         with self._lock:
             abandoned = self._was_left()
             self._state = _CallState.DONE
         if not abandoned:
             try:
-                self._loop.call_soon_threadsafe(self._deliver, result, failure)
+                self._loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # the loop closed meanwhile: nobody waits for the result
                 abandoned = True
         if abandoned:
             self._release()
-            if result is not None:
-                self._discard(result)
+            self.drop_outcome()
+
+    def _attempt(self) -> tuple[Result | None, BaseException | None]:
+        # The thread must not hold on to the work, or to what it gave: both hold the logprobs, and the thread may be
+        # still on its way out of here when the caller looks whether they are gone.
+        work, self._work = self._work, None
+        assert work is not None, "a call runs once"
+        try:
+            return work(), None
+        except BaseException as error:  # noqa: BLE001  # handed to the waiting caller, whatever it is
+            return None, error
+
+    def take_outcome(self) -> tuple[Result | None, BaseException | None]:
+        """The result or the failure, once; it is kept nowhere after."""
+        outcome, self._outcome = self._outcome, (None, None)
+        return outcome
+
+    def drop_outcome(self) -> None:
+        """Nobody wants the result any more, if there is one that was not taken."""
+        result, _ = self.take_outcome()
+        if result is not None:
+            self._discard(result)
 
     def _was_left(self) -> bool:
         return self._state is _CallState.ABANDONED
@@ -226,28 +242,17 @@ class _Call(Generic[Result]):
         with self._lock:
             if self._state is _CallState.PENDING:
                 self._state = _CallState.DROPPED
+                self._work = None
             if self._state is _CallState.RUNNING:
                 self._state = _CallState.ABANDONED
                 return True
             return False
 
-    def _deliver(self, result: Result | None, failure: BaseException | None) -> None:
-        if self.future.done():
-            if result is not None:
-                self._discard(result)
-            return
-        if failure is None:
-            self.future.set_result(result)  # type: ignore[arg-type]
+    def _deliver(self) -> None:
+        if self.finished.done():
+            self.drop_outcome()
         else:
-            self.future.set_exception(_Carried(failure))
-
-
-class _Carried(Exception):
-    """Carries any exception through an asyncio future, which refuses StopIteration and stops the loop for some."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
+            self.finished.set_result(None)
 
 
 class WorkerThreads:
@@ -287,13 +292,16 @@ class WorkerThreads:
         context = contextvars.copy_context()
         self._executor().submit(context.run, call.run)
         try:
-            return await call.future
-        except _Carried as carried:
-            failure = carried.error
+            await call.finished
+            result, failure = call.take_outcome()
         finally:
             if call.leave():
                 self.slots.abandon(slot)
-        raise failure
+            else:
+                call.drop_outcome()  # the caller was cancelled in the same moment in which the result came
+        if failure is not None:
+            raise failure
+        return cast("Result", result)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:

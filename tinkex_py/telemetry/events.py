@@ -24,6 +24,8 @@ EVENT_LEVELS: Mapping[str, int] = {
     **{f"{prefix}.{phase}": level for prefix in LIFECYCLES for phase, level in _LIFECYCLE_LEVELS.items()},
     "tinkex.regularizer.not_differentiable": logging.WARNING,
     "tinkex.regularizer.abandoned": logging.WARNING,
+    "tinkex.regularizer.retry": logging.WARNING,
+    "tinkex.regularizer.controller_failed": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
 }
@@ -65,12 +67,16 @@ def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
         patterns: event names; `*` stands for any characters, dots too.
 
     Raises:
+        TypeError: a pattern is no text.
         ValueError: a pattern matches no event, or there is no pattern at all.
     """
     if patterns is None:
         return frozenset(EVENT_LEVELS)
     chosen: set[str] = set()
-    for pattern in (patterns,) if isinstance(patterns, str) else tuple(patterns):
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+    for pattern in patterns if several else (patterns,):
+        if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"events must be names of events, got {pattern!r}")
         matched = {name for name in EVENT_LEVELS if fnmatchcase(name, pattern)}
         if not matched:
             raise ValueError(f"no event matches {pattern!r}; the events are: {', '.join(events())}")

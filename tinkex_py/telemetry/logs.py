@@ -50,7 +50,7 @@ def parse_level(level: str) -> int:
     Raises:
         ValueError: no such level.
     """
-    number = _LEVELS.get(level.lower())
+    number = _LEVELS.get(level.lower()) if isinstance(level, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if number is None:
         raise ValueError(f"unknown log level {level!r}; use one of: {', '.join(_LEVELS)}")
     return number

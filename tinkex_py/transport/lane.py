@@ -116,8 +116,13 @@ class Place:
         last = max(self.numbers, default=0)
         return list(range(last + 1, self._lane.next_number))
 
+    @property
+    def is_broken(self) -> bool:
+        """True once an earlier request did not happen: nothing more of this one is sent."""
+        return self._broken is not None
+
     def break_with(self, error: TinkexError) -> None:
-        """Takes this place out of the lane; its owner learns it at its next step."""
+        """Ends this place; its owner learns it at its next step, and leaves."""
         self._broken = error
         self.changed.set()
 
@@ -296,9 +301,13 @@ class Lane:
             task.exception()  # retrieved here too: the caller may be gone
 
     def break_behind(self, place: Place) -> None:
-        """Everything behind `place` that has not happened raises PrecedingRequestFailed."""
-        for other in [other for other in self._places if other.index > place.index and not other.happened]:
-            self._places.remove(other)
+        """Everything behind `place` that has not happened raises PrecedingRequestFailed.
+
+        A broken place stays in the lane until it leaves: a step whose terms still run must not overlap with the next.
+        """
+        for other in self._places:
+            if other.index <= place.index or other.happened or other.is_broken:
+                continue
             other.break_with(
                 PrecedingRequestFailed(
                     f"an earlier {place.kind.name.lower()} request of this training client did not take effect, so "
@@ -311,7 +320,7 @@ class Lane:
         """See `Place.leave`."""
         if place not in self._places:
             return
-        if not place.happened and place.kind is not Kind.READ:
+        if not (place.happened or place.is_broken or place.kind is Kind.READ):
             self.break_behind(place)
         self._places.remove(place)
         self._wake_all()

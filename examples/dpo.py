@@ -1,0 +1,79 @@
+"""Preference training (DPO) with a loss that is written for the official SDK and runs here unchanged.
+
+`dpo_loss` takes `(data, logprobs_list)`, one tensor per datum: `tinker.TrainingClient.forward_backward_custom` takes it
+as it is (see official_sdk.py), and under `per_datum` so does this package. Runs on the embedded service, or on
+TINKER_BASE_URL with TINKER_API_KEY.
+"""
+
+import asyncio
+import os
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, per_datum
+from tinkex_py.regularizers import SampledKL
+
+STEPS = 12
+BETA = 0.1
+PREFERENCES = [  # prompt, chosen, rejected
+    ("Say hello.", "Hello, dear friend!", "Go away."),
+    ("May I sit here?", "Yes, please do!", "No."),
+    ("Is it raining?", "I fear it is, friend.", "Look outside."),
+]
+
+
+def dpo_loss(data, logprobs_list):
+    """Datums in pairs, chosen before rejected. Rafailov et al., "Direct Preference Optimization" (2023), equation 7."""
+    rewards = []
+    for datum, logprobs in zip(data, logprobs_list, strict=True):
+        mask = datum.loss_fn_inputs["weights"].to_torch()
+        reference = datum.loss_fn_inputs["reference_logprobs"].to_torch()
+        rewards.append(BETA * ((logprobs - reference) * mask).sum())
+    margins = torch.stack(rewards[0::2]) - torch.stack(rewards[1::2])
+    return -logsigmoid(margins).mean(), {"accuracy": (margins > 0).float().mean().item()}
+
+
+def texts():
+    return [(prompt, answer) for prompt, *answers in PREFERENCES for answer in answers]
+
+
+def tokens_and_mask(tokenizer, prompt, answer):
+    question = list(tokenizer.encode(f"{prompt}\n"))
+    reply = list(tokenizer.encode(answer))
+    return question + reply, [0.0] * (len(question) - 1) + [1.0] * len(reply)
+
+
+def make_datum(tokenizer, prompt, answer, **inputs):
+    tokens, mask = tokens_and_mask(tokenizer, prompt, answer)
+    return Datum(
+        model_input=ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": mask, **inputs},
+    )
+
+
+async def main():
+    remote = os.environ.get("TINKER_BASE_URL")
+    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+        model = (await service.get_server_capabilities()).supported_models[0].model_name
+        training = await service.create_lora_training_client(model, rank=16, seed=0)
+        tokenizer = await training.get_tokenizer()
+        untouched = await training.forward([make_datum(tokenizer, *text) for text in texts()])
+        data = [
+            make_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
+            for text, output in zip(texts(), untouched.loss_fn_outputs, strict=True)
+        ]
+        drift = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
+        regularizers = [RegularizerSpec(fn=drift, weight=0.01, name="drift")]
+        losses = []
+        for step in range(STEPS):
+            output = await training.forward_backward_custom(data, per_datum(dpo_loss), regularizers=regularizers)
+            await training.optim_step(AdamParams(learning_rate=2e-3))
+            losses.append(output.base_loss.value)
+            accuracy, moved = output.base_loss.metrics["accuracy"], output.regularizers["drift"].value
+            print(f"step {step}  DPO loss {losses[-1]:.4f}  accuracy {accuracy:.2f}  drift {moved:.4f}")
+        print(f"DPO loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,78 @@
+"""Fine-tune on answers while an adaptive controller holds the distance to the untouched model.
+
+Trains twice from the same start: once with a weight that stays, once with one that follows the measured KL. Runs on the
+embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
+"""
+
+import asyncio
+import os
+
+from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec
+from tinkex_py.base_losses import NLL
+from tinkex_py.losses.controllers import AdaptiveKL
+from tinkex_py.regularizers import SampledKL
+
+STEPS = 30
+TARGET = 0.5  # nats per answer token
+PAIRS = [
+    ("What is the capital of France?", "Ahoy friend, it is Paris!"),
+    ("What is the capital of Japan?", "Ahoy friend, it is Tokyo!"),
+    ("What do cows eat?", "Ahoy friend, they eat grass!"),
+]
+
+
+def make_datum(tokenizer, prompt, answer, **inputs):
+    question = list(tokenizer.encode(f"Q: {prompt}\nA:"))
+    reply = list(tokenizer.encode(f" {answer}\n"))
+    tokens = question + reply
+    weights = [0.0] * (len(question) - 1) + [1.0] * len(reply)
+    return Datum(
+        model_input=ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights, **inputs},
+    )
+
+
+async def train(service, model, weight):
+    """Trains with one weight of the KL term; gives (loss, KL, weight) of each step."""
+    training = await service.create_lora_training_client(model, rank=16, seed=0)
+    tokenizer = await training.get_tokenizer()
+    data = [make_datum(tokenizer, *pair) for pair in PAIRS]
+
+    # A fresh adapter changes nothing yet, so this forward pass is the reference.
+    reference = await training.forward(data)
+    data = [
+        make_datum(tokenizer, *pair, reference_logprobs=output["logprobs"])
+        for pair, output in zip(PAIRS, reference.loss_fn_outputs, strict=True)
+    ]
+    # These are the data's tokens, not the model's own samples, so the value is a distance on them, not the true KL.
+    kl = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
+    regularizers = [RegularizerSpec(fn=kl, weight=weight, name="kl")]
+    nll = NLL(mask="weights", reduction="token-mean")
+
+    steps = []
+    for _ in range(STEPS):
+        output, _ = await asyncio.gather(
+            training.forward_backward_custom(data, nll, regularizers=regularizers),
+            training.optim_step(AdamParams(learning_rate=3e-3)),
+        )
+        term = output.regularizers["kl"]
+        steps.append((output.base_loss.value, term.value, term.weight))
+    return steps
+
+
+async def main():
+    remote = os.environ.get("TINKER_BASE_URL")
+    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+        model = (await service.get_server_capabilities()).supported_models[0].model_name
+        fixed = await train(service, model, 0.01)
+        held = await train(service, model, AdaptiveKL(initial=0.5, target=TARGET, horizon=1.0))
+
+    print("      fixed weight          adaptive weight")
+    print("step  loss    KL            loss    KL      weight")
+    for step, (one, other) in enumerate(zip(fixed, held, strict=True)):
+        print(f"{step:4}  {one[0]:.3f}  {one[1]:6.3f}        {other[0]:.3f}  {other[1]:6.3f}  {other[2]:.4f}")
+    print(f"KL without controller: {fixed[-1][1]:.3f}")
+    print(f"KL with controller: {held[-1][1]:.3f}, target {TARGET}")
+
+
+asyncio.run(main())

@@ -1,0 +1,87 @@
+"""Train with the official SDK (`pip install tinker`) and this package's composed loss.
+
+Three runs from the same start: the official way with a plain loss function, the same loss as a pipeline (the same
+numbers), and that pipeline with regularizers. Runs against `tinkex-py serve --model tiny`, which it starts, or against
+TINKER_BASE_URL with TINKER_API_KEY.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import tinker
+from dpo import dpo_loss, texts, tokens_and_mask
+from tinker import types
+
+from tinkex_py import Pipeline, RegularizerSpec, per_datum
+from tinkex_py.regularizers import L2, SampledKL
+
+STEPS = 6
+
+
+@contextmanager
+def some_service():
+    """The address of a service and a key for it."""
+    if "TINKER_BASE_URL" in os.environ:
+        yield os.environ["TINKER_BASE_URL"], os.environ["TINKER_API_KEY"]
+        return
+    command = [sys.executable, "-m", "tinkex_py", "serve", "--model", "tiny", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield server.stdout.readline().removeprefix("Listening on ").strip(), "tml-local"
+        finally:
+            server.terminate()
+
+
+def make_datum(tokenizer, prompt, answer, **inputs):
+    tokens, mask = tokens_and_mask(tokenizer, prompt, answer)
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": mask, **inputs},
+    )
+
+
+def train(service, model, loss_of_step):
+    """Trains a fresh model; gives the loss of every step."""
+    training = service.create_lora_training_client(base_model=model, rank=16, seed=0).result()
+    tokenizer = training.get_tokenizer()
+    untouched = training.forward([make_datum(tokenizer, *text) for text in texts()], "cross_entropy").result()
+    data = [
+        make_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
+        for text, output in zip(texts(), untouched.loss_fn_outputs, strict=True)
+    ]
+    losses = []
+    for step in range(STEPS):
+        result = training.forward_backward_custom(data, loss_of_step(step)).result()
+        training.optim_step(types.AdamParams(learning_rate=2e-3)).result()
+        losses.append(result.metrics["loss:sum"])
+    return losses
+
+
+def main():
+    drift = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
+    alone = Pipeline(per_datum(dpo_loss))
+    composed = Pipeline(
+        per_datum(dpo_loss),
+        [
+            RegularizerSpec(fn=drift, weight=0.05, name="drift"),
+            RegularizerSpec(fn=L2(reduction="token-mean"), weight=0.001, name="l2"),
+        ],
+    )
+    with some_service() as (address, key):
+        service = tinker.ServiceClient(base_url=address, api_key=key)
+        rest = tinker.RestClient(base_url=address, api_key=key)
+        model = rest.get_server_capabilities().result().supported_models[0].model_name
+        runs = {
+            "plain function": train(service, model, lambda step: dpo_loss),
+            "pipeline": train(service, model, lambda step: alone.as_tinker_loss(step=step)),
+            "with regularizers": train(service, model, lambda step: composed.as_tinker_loss(step=step)),
+        }
+        service.close("success")
+    for name, losses in runs.items():
+        print(f"{name}: " + " ".join(f"{loss:.4f}" for loss in losses))
+
+
+if __name__ == "__main__":
+    main()

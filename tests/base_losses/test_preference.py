@@ -1,0 +1,116 @@
+"""DPO, against the formula written out pair by pair."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from tests.regularizers.support import datums, evaluated, finite_differences, loss_of, random_logprobs
+from tinkex_py import InvalidData, Pipeline
+from tinkex_py.base_losses import DPO
+
+LENGTHS = (3, 1, 2, 2)
+WEIGHTS = [0.0, 1.0, 0.5, 1.0, 0.0, 1.0, 2.0, 1.0]
+MODEL = random_logprobs(8)
+REFERENCE = random_logprobs(8, seed=1).float().double()
+FIELD = {"reference_field": "reference_logprobs"}
+
+
+def data_of(weights=WEIGHTS):
+    fields = {} if weights is None else {"weights": weights}
+    return datums(LENGTHS, reference_logprobs=REFERENCE, **fields)
+
+
+def rewards_by_hand(beta, weights=WEIGHTS):
+    numbers = zip(weights, (MODEL - REFERENCE).tolist(), strict=True)
+    products = torch.tensor([w * d for w, d in numbers], dtype=torch.float64)
+    return [beta * part.sum().item() for part in torch.split(products, list(LENGTHS))]
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_formula(reduction, smoothing):
+    beta = 0.7
+    term = DPO(**FIELD, beta=beta, reduction=reduction, label_smoothing=smoothing)
+    value, gradient, metrics = evaluated(term, data_of(), MODEL)
+    rewards = rewards_by_hand(beta)
+    margins = [rewards[0] - rewards[1], rewards[2] - rewards[3]]
+    losses = [-(1 - smoothing) * math.log(sigmoid(z)) - smoothing * math.log(sigmoid(-z)) for z in margins]
+    share = 0.5 if reduction == "mean" else 1.0
+    assert value.item() == pytest.approx(share * sum(losses))
+    pulls = [share * beta * (sigmoid(-z) - smoothing) for z in margins]
+    per_datum = [-pulls[0], pulls[0], -pulls[1], pulls[1]]
+    wanted = torch.repeat_interleave(torch.tensor(per_datum, dtype=torch.float64), torch.tensor(LENGTHS))
+    torch.testing.assert_close(gradient, wanted * torch.tensor(WEIGHTS).double())
+    assert metrics == {
+        "accuracy": pytest.approx(sum(z > 0 for z in margins) / 2),
+        "margin": pytest.approx(sum(margins) / 2),
+        "chosen_reward": pytest.approx((rewards[0] + rewards[2]) / 2),
+        "rejected_reward": pytest.approx((rewards[1] + rewards[3]) / 2),
+        "pairs": 2.0,
+    }
+
+
+@pytest.mark.parametrize("term", [DPO(**FIELD), DPO(**FIELD, beta=2.0, label_smoothing=0.2, reduction="sum")])
+def test_gradients(term):
+    assert gradcheck(loss_of(term, data_of()), MODEL.clone().requires_grad_())
+    assert gradgradcheck(loss_of(term, data_of()), MODEL.clone().requires_grad_())
+    _, gradient, _ = evaluated(term, data_of(), MODEL)
+    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data_of()), MODEL), rtol=1e-5, atol=1e-8)
+
+
+def test_a_model_that_is_the_reference_loses_log_2():
+    value, _, metrics = evaluated(DPO(**FIELD), data_of(), REFERENCE)
+    assert value.item() == pytest.approx(math.log(2))
+    assert metrics["margin"] == 0
+
+
+def test_data_without_weights_counts_fully():
+    value, _, _ = evaluated(DPO(**FIELD, beta=1.0), data_of(weights=None), MODEL)
+    rewards = rewards_by_hand(1.0, [1.0] * 8)
+    wanted = [-math.log(sigmoid(rewards[0] - rewards[1])), -math.log(sigmoid(rewards[2] - rewards[3]))]
+    assert value.item() == pytest.approx(sum(wanted) / 2)
+
+
+@given(scale=st.floats(1.0, 1e6))
+def test_huge_margins_stay_finite(scale):
+    for sign in (1.0, -1.0):
+        model = REFERENCE + sign * scale * torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+        value, gradient, _ = evaluated(DPO(**FIELD, beta=10.0), data_of(), model.float())
+        assert torch.isfinite(value)
+        assert torch.isfinite(gradient).all()
+
+
+def test_pairs_may_come_in_any_order():
+    value, gradient, _ = evaluated(DPO(**FIELD), data_of(), MODEL)
+    data = data_of()
+    swapped, _, _ = evaluated(DPO(**FIELD), [*data[2:], *data[:2]], torch.cat([MODEL[4:], MODEL[:4]]))
+    assert swapped.item() == pytest.approx(value.item())
+    assert gradient[4] == 0  # the prompt
+
+
+@pytest.mark.asyncio
+async def test_as_the_base_loss_with_an_async_reference():
+    async def frozen(data):
+        return [part.float() for part in torch.split(REFERENCE, list(LENGTHS))]
+
+    tensors = list(torch.split(MODEL.float(), list(LENGTHS)))
+    output = await Pipeline(DPO(reference=frozen)).compute(data_of(), tensors)
+    wanted, _, _ = evaluated(DPO(**FIELD), data_of(), MODEL)
+    assert output.loss_total == pytest.approx(wanted.item(), rel=1e-6)
+    assert output.base_loss.metrics["pairs"] == 2.0
+
+
+def test_errors():
+    with pytest.raises(InvalidData, match=r"DPO needs datums in pairs \(chosen, rejected, .*\), got 3"):
+        DPO(reference=MODEL[:6]).compute(datums(LENGTHS[:3]), MODEL[:6])
+    with pytest.raises(InvalidData, match="got 0"):
+        DPO(reference=MODEL).compute([], MODEL)
+    with pytest.raises(InvalidData, match="DPO is for sampled tokens"):
+        DPO(reference=random_logprobs(8, 3)).compute(datums(LENGTHS, 3), random_logprobs(8, 3))

@@ -1,0 +1,58 @@
+"""Arithmetic that stays finite, and sums over the datums of a packed tensor."""
+
+import math
+
+import torch
+
+# Up to here the exponential is exact; e**20 is 5e8, far beyond any ratio of probabilities worth its exact value.
+EXACT_UP_TO = 20.0
+_SLOPE = math.exp(EXACT_UP_TO)
+
+
+def safe_exp(exponent: torch.Tensor) -> torch.Tensor:
+    """`exp(x)`, continued by its tangent for x > 20.
+
+    Neither the value nor the gradient overflows, and the gradient keeps its sign.
+    """
+    return exponent.clamp(max=EXACT_UP_TO).exp() + _SLOPE * torch.relu(exponent - EXACT_UP_TO)
+
+
+def safe_expm1(exponent: torch.Tensor) -> torch.Tensor:
+    """`exp(x) - 1` without loss of digits near 0, continued by its tangent for x > 20."""
+    return exponent.clamp(max=EXACT_UP_TO).expm1() + _SLOPE * torch.relu(exponent - EXACT_UP_TO)
+
+
+def safe_sqrt(square: torch.Tensor) -> torch.Tensor:
+    """`sqrt(x)` for x >= 0, with gradient 0 at 0."""
+    positive = square > 0
+    return torch.where(positive, square, 1.0).sqrt() * positive
+
+
+def valued_as(value: torch.Tensor, gradient_of: torch.Tensor) -> torch.Tensor:
+    """The value of one tensor with the gradient of another."""
+    return gradient_of - gradient_of.detach() + value.detach()
+
+
+def segment_sum(values: torch.Tensor, segments: torch.Tensor | None, count: int) -> torch.Tensor:
+    """Sum over each segment.
+
+    Args:
+        values: `[M]`.
+        segments: segment of each value, `[M]`; None if there is only one.
+        count: number of segments.
+
+    Returns:
+        `[count]`.
+    """
+    if segments is None:
+        return values.sum().reshape(1)
+    return values.new_zeros(count).index_add(0, segments, values)
+
+
+def segment_log_softmax(values: torch.Tensor, segments: torch.Tensor | None, count: int) -> torch.Tensor:
+    """`log_softmax` over each segment; arguments as in `segment_sum`."""
+    if segments is None:
+        return values.log_softmax(0)
+    largest = values.detach().new_full((count,), -torch.inf).scatter_reduce(0, segments, values.detach(), "amax")
+    shifted = values - largest.clamp(min=torch.finfo(values.dtype).min)[segments]
+    return shifted - segment_sum(shifted.exp(), segments, count).log()[segments]

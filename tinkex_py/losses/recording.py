@@ -1,0 +1,323 @@
+"""Writes down what a pipeline sees in one step, so that the step can be run again elsewhere.
+
+A record is a folder: `tensors.safetensors` holds the logprobs, the tokens and the loss inputs, `record.json` the rest.
+The inputs are written before the first term runs, so that a step that hangs or kills its process leaves them too.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from tinkex_py.errors import MissingExtra, PipelineError
+from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.output import CustomLossOutput
+from tinkex_py.losses.ready_made import ReadyMadeTerm
+from tinkex_py.losses.spec import PerDatum, RegularizerSpec, Term, term_function
+from tinkex_py.losses.terms import described
+from tinkex_py.types import Datum
+from tinkex_py.types.tensors import Array
+from tinkex_py.version import __version__
+
+JSON_NAME = "record.json"
+TENSORS_NAME = "tensors.safetensors"
+
+RecordPath = str | os.PathLike[str]
+
+
+class RecordPart(BaseModel):
+    """Common to all parts of a record: frozen, and strict about what it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class RecordedField(RecordPart):
+    """One loss input of one datum; its numbers are in the tensors' file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stored: int
+    sparse: bool = False
+
+
+class RecordedDatum(RecordPart):
+    """One datum: how long its chunks of tokens are, and its loss inputs."""
+
+    chunks: tuple[int, ...]
+    fields: dict[str, RecordedField]
+
+
+class RecordedTerm(RecordPart):
+    """One term.
+
+    Attributes:
+        name: of the term.
+        source: where its code is, as `module:name`; for the reader.
+        ready_made: its settings, if it is one of this package's own terms and they are plain values.
+        per_datum: whether it sees one tensor per datum.
+    """
+
+    name: str
+    source: str
+    ready_made: dict[str, Any] | None = None
+    per_datum: bool = False
+
+
+class RecordedRegularizer(RecordedTerm):
+    """One regularizer, with the weight that it had in this step."""
+
+    weight: float
+    options: dict[str, Any] = {}
+    timeout: float | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    is_async: bool | None = None
+    max_grad_norm: float | None = None
+
+
+class RecordedFailure(RecordPart):
+    """How a step failed: class and text of the error, and the term it names."""
+
+    error: str
+    message: str
+    term: str | None = None
+
+
+class StepRecord(RecordPart):
+    """What `record.json` holds.
+
+    Attributes:
+        step: optimizer steps made before.
+        logprob_shapes: shape of every datum's logprobs; None if one tensor was given directly.
+        options: of the pipeline.
+        output: what the step gave; None if it failed or never ended.
+        failure: how it failed; None if it did not, or never ended.
+        versions: of this package, torch and Python.
+    """
+
+    format: Literal[1] = 1
+    step: int
+    datums: tuple[RecordedDatum, ...]
+    logprob_shapes: tuple[tuple[int, ...], ...] | None
+    base_loss: RecordedTerm
+    regularizers: tuple[RecordedRegularizer, ...]
+    options: dict[str, Any]
+    output: CustomLossOutput | None = None
+    failure: RecordedFailure | None = None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A record that is being written.
+
+    Attributes:
+        folder: the record.
+        record: what is known so far.
+    """
+
+    folder: Path
+    record: StepRecord
+
+    def end(self, output: CustomLossOutput) -> None:
+        """Adds what the step gave."""
+        _write_json(self.folder, self.record.model_copy(update={"output": output}))
+
+    def fail(self, error: Exception) -> None:
+        """Adds how the step failed."""
+        failure = RecordedFailure(
+            error=type(error).__name__, message=described(error), term=getattr(error, "name", None)
+        )
+        _write_json(self.folder, self.record.model_copy(update={"failure": failure}))
+
+
+def start_recording(
+    path: RecordPath,
+    data: Sequence[Datum],
+    logprobs: Logprobs,
+    base_loss: Term,
+    regularizers: Sequence[tuple[RegularizerSpec, float]],
+    *,
+    step: int,
+    options: Mapping[str, Any],
+) -> Recording:
+    """Writes the inputs of a step; the folder appears complete, or not at all. An earlier record there is replaced.
+
+    Args:
+        path: the folder to make.
+        data: the datums.
+        logprobs: the numbers.
+        base_loss: the base loss.
+        regularizers: the specs, each with its weight in this step.
+        step: optimizer steps made before.
+        options: of the pipeline.
+
+    Raises:
+        MissingExtra: safetensors is not installed.
+        PipelineError: the folder cannot be written, or holds something else.
+    """
+    folder = Path(path)
+    tensors = _Tensors()
+    tensors.add("logprobs", logprobs.buffer)
+    record = StepRecord(
+        step=step,
+        datums=tuple(_datum(datum, tensors) for datum in data),
+        logprob_shapes=None if logprobs.shapes is None else tuple(logprobs.shapes),
+        base_loss=RecordedTerm(name="base_loss", **_term(base_loss)),
+        regularizers=tuple(_regularizer(spec, weight) for spec, weight in regularizers),
+        options=_plain(options),
+        versions={
+            "tinkex_py": __version__,
+            "torch": importlib.metadata.version("torch"),
+            "python": platform.python_version(),
+        },
+    )
+    try:
+        _write_folder(folder, record, tensors)
+    except OSError as error:
+        raise PipelineError(f"the record {str(folder)!r} cannot be written: {error}") from error
+    return Recording(folder, record)
+
+
+def safetensors_library() -> Any:
+    """The library that reads and writes the tensors.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        importlib.import_module("safetensors.torch")
+        return importlib.import_module("safetensors")
+    except ModuleNotFoundError:
+        raise MissingExtra("safetensors", "replay") from None
+
+
+class _Tensors:
+    """Collects arrays by key, laid end to end in the file."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, key: str, values: torch.Tensor | Array) -> None:
+        tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))  # pyright: ignore[reportUnknownMemberType]
+        self._parts.setdefault(key, []).append(tensor.detach())
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        return {key: parts[0].clone() if len(parts) == 1 else torch.cat(parts) for key, parts in self._parts.items()}
+
+
+def field_key(name: str, dtype: str, part: str = "values") -> str:
+    """The tensor in which a loss input's numbers of one dtype are."""
+    return f"field {part} {dtype} {name}"
+
+
+def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
+    for chunk in datum.model_input.chunks:
+        tensors.add("tokens", chunk.tokens)
+    fields: dict[str, RecordedField] = {}
+    for name, tensor in datum.loss_fn_inputs.items():
+        tensors.add(field_key(name, tensor.dtype), tensor.data)
+        if tensor.sparse_crow_indices is not None and tensor.sparse_col_indices is not None:
+            tensors.add(field_key(name, tensor.dtype, "rows"), tensor.sparse_crow_indices)
+            tensors.add(field_key(name, tensor.dtype, "columns"), tensor.sparse_col_indices)
+        fields[name] = RecordedField(
+            dtype=tensor.dtype, shape=tensor.shape, stored=int(tensor.data.size), sparse=tensor.is_sparse
+        )
+    return RecordedDatum(chunks=tuple(chunk.length for chunk in datum.model_input.chunks), fields=fields)
+
+
+def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
+    return RecordedRegularizer(
+        name=spec.name,
+        weight=weight,
+        options=_plain(spec.options),
+        timeout=None if spec.timeout is None or math.isinf(spec.timeout) else spec.timeout,
+        on_error=spec.on_error,
+        is_async=spec.is_async,
+        max_grad_norm=spec.max_grad_norm,
+        **_term(spec.fn),
+    )
+
+
+def _term(term: Term) -> dict[str, Any]:
+    inner: Any = term.fn if isinstance(term, PerDatum) else term
+    code: Any = cast("object", type(inner)) if isinstance(inner, ReadyMadeTerm) else term_function(inner)
+    name = getattr(code, "__qualname__", type(code).__qualname__)
+    return {
+        "source": f"{getattr(code, '__module__', type(code).__module__)}:{name}",
+        "ready_made": _settings(inner) if isinstance(inner, ReadyMadeTerm) else None,
+        "per_datum": isinstance(term, PerDatum),
+    }
+
+
+def _settings(term: ReadyMadeTerm) -> dict[str, Any] | None:
+    settings = {field.name: getattr(term, field.name) for field in dataclasses.fields(term)}
+    return settings if _is_plain(settings) else None
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, those that are no JSON as their repr."""
+    return {name: value if _is_plain(value) else repr(value) for name, value in values.items()}
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _write_folder(folder: Path, record: StepRecord, tensors: _Tensors) -> None:
+    library = safetensors_library()
+    if folder.exists() and not (folder / JSON_NAME).is_file():
+        raise PipelineError(f"{str(folder)!r} exists and is no record; name a folder that may be made")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        library.torch.save_file(tensors.packed(), made / TENSORS_NAME)
+        _write_json(made, record)
+        made.chmod(0o755)
+        if folder.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            folder.rename(replaced / "old")
+            made.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            made.rename(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write_json(folder: Path, record: StepRecord) -> None:
+    partial = folder / f".{JSON_NAME}"
+    partial.write_text(record.model_dump_json(indent=1), encoding="utf-8")
+    partial.replace(folder / JSON_NAME)
+
+
+def read_record(path: RecordPath) -> tuple[StepRecord, dict[str, torch.Tensor]]:
+    """A record and its tensors.
+
+    Raises:
+        MissingExtra: safetensors is not installed.
+        PipelineError: there is no record, or it is damaged.
+    """
+    folder = Path(path)
+    library = safetensors_library()
+    try:
+        record = StepRecord.model_validate_json((folder / JSON_NAME).read_text(encoding="utf-8"))
+        tensors = cast("dict[str, torch.Tensor]", library.torch.load_file(folder / TENSORS_NAME))
+    except (OSError, ValueError, library.SafetensorError) as error:
+        raise PipelineError(f"{str(folder)!r} is no readable record: {described(error)}") from error
+    return record, tensors

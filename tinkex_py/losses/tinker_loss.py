@@ -1,0 +1,121 @@
+"""A pipeline as a loss function of the official SDK, `(data, logprobs_list) -> (loss, metrics)`, with its gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from anyio.from_thread import start_blocking_portal
+
+from tinkex_py.errors import InvalidData, PipelineError
+from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.output import CustomLossOutput
+from tinkex_py.types import Datum, ModelInput, TensorData
+
+if TYPE_CHECKING:
+    from tinkex_py.losses.pipeline import CustomLoss, Pipeline
+
+
+class TinkerLoss:
+    """What `Pipeline.as_tinker_loss` gives. Call it from any thread, also from one that runs an event loop.
+
+    The terms get this package's own `Datum`, made from the official ones.
+
+    Args:
+        pipeline: what is evaluated.
+        step: optimizer steps made before, for weights that depend on it.
+
+    Attributes:
+        output: what the pipeline gave at the last call; None before the first.
+    """
+
+    def __init__(self, pipeline: "Pipeline", step: int) -> None:
+        self.output: CustomLossOutput | None = None
+        self._pipeline = pipeline
+        self._step = step
+
+    def __call__(
+        self, data: Sequence[Any], logprobs_list: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Evaluates the pipeline.
+
+        Args:
+            data: datums of the official SDK, or of this package.
+            logprobs_list: one tensor per datum, `[T]` or `[T, K]`.
+
+        Returns:
+            The loss, 0-d, whose `backward()` gives the pipeline's gradient, and the output's numbers by flat names.
+
+        Raises:
+            RegularizerError: a term failed.
+            PipelineError: the loss cannot be evaluated, or no term depends on the logprobs.
+            InvalidData: a datum holds something other than text tokens and tensors.
+        """
+        datums = [_own_datum(datum, index) for index, datum in enumerate(data)]
+        logprobs = Logprobs.from_tensors(logprobs_list, datums=len(datums))
+
+        async def evaluate() -> "CustomLoss":
+            return await self._pipeline.evaluate(datums, logprobs, step=self._step)
+
+        with start_blocking_portal("asyncio") as portal:
+            custom = portal.call(evaluate)
+        if not custom.differentiable:
+            raise PipelineError("no term depends on the logprobs, so there is nothing to train on")
+        self.output = custom.output
+        gradients = logprobs.views(custom.gradient, datums)
+        loss = _with_gradient(custom.output.loss_total, gradients, *logprobs_list)
+        return loss, flat_metrics(custom.output)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A known value with a known gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: float, gradients: list[torch.Tensor], *_logprobs: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return torch.tensor(value, dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [gradient * outer[0].to(gradient.dtype) for gradient in ctx.gradients]
+        return None, None, *scaled
+
+
+_with_gradient = cast("Callable[..., torch.Tensor]", _WithGradient.apply)  # pyright: ignore[reportUnknownMemberType]
+
+
+def flat_metrics(output: CustomLossOutput) -> dict[str, float]:
+    """The numbers of an output under flat names such as `l1.value` or `base_loss.grad_norm`; None is left out."""
+    flat: dict[str, float | None] = {
+        "loss_total": output.loss_total,
+        "regularizer_total": output.regularizer_total,
+        "total_grad_norm": output.total_grad_norm,
+        "base_loss.value": output.base_loss.value,
+        "base_loss.grad_norm": output.base_loss.grad_norm,
+    }
+    flat |= {f"base_loss.{name}": value for name, value in output.base_loss.metrics.items()}
+    for name, own in output.regularizers.items():
+        flat |= {f"{name}.{metric}": value for metric, value in own.custom_metrics.items()}
+        flat |= {f"{name}.{field}": getattr(own, field) for field in ("value", "weight", "contribution", "grad_norm")}
+    return {name: float(value) for name, value in flat.items() if value is not None}
+
+
+def _own_datum(datum: Any, index: int) -> Datum:
+    if isinstance(datum, Datum):
+        return datum
+    try:
+        return Datum(
+            model_input=ModelInput.from_ints(datum.model_input.to_ints()),
+            loss_fn_inputs={name: _own_tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()},
+        )
+    except (AttributeError, ValueError, TypeError) as error:
+        raise InvalidData(f"datum {index} does not hold text tokens and tensors: {error}") from error
+
+
+def _own_tensor(tensor: Any) -> TensorData:
+    return TensorData(
+        data=tensor.data,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        sparse_crow_indices=tensor.sparse_crow_indices,
+        sparse_col_indices=tensor.sparse_col_indices,
+    )

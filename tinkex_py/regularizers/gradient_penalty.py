@@ -1,0 +1,105 @@
+"""A penalty on the gradient of another term."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+
+from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.fields import aligned_field
+from tinkex_py.losses.gradients import loss_and_metrics
+from tinkex_py.losses.logprobs import split
+from tinkex_py.losses.numerics import safe_sqrt
+from tinkex_py.losses.ready_made import ReadyMadeTerm
+from tinkex_py.losses.reduction import Positions
+from tinkex_py.losses.spec import PerDatum, Term, TermResult, is_async_term, term_function, why_not_a_term
+from tinkex_py.types import Datum
+
+Mode = Literal["output", "interpolated"]
+MODES: tuple[Mode, ...] = ("output", "interpolated")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GradientPenalty(ReadyMadeTerm):
+    """Holds the length of another term's gradient at a target: `(||g|| - target_norm)**2` for each datum.
+
+    With f the other term, x the logprobs, and g the slice of `df/dx` that belongs to one datum:
+
+    - formula: the mean or sum over datums of `(||g|| - target_norm)**2`; without datums, the whole tensor is one.
+      `output` takes g at x itself; `interpolated` at `u * x + (1 - u) * y`, with y a reference field and u drawn
+      uniformly from [0, 1) for each datum
+    - gradient: `2 * (||g|| - target_norm) * H g / ||g||` with H the second derivative of f; `u` times that where
+      interpolated; 0 where g is 0
+    - shapes: whatever f takes: `[N]`, `[N, K]`, or any shape with `data=[]`
+    - units: those of f per nat, squared
+
+    The second derivative is the true one, from a graph of the first. It is 0 for an f that is linear in the logprobs,
+    such as NLL: then nothing is pulled, and the output says `differentiable=False`.
+
+    Source: I. Gulrajani et al., "Improved Training of Wasserstein GANs" (equation 3); the NxPenalties library,
+    "gradient_penalty".
+
+    Args:
+        name: the regularizer's name, if its spec gives none.
+        fn: the term f; anything a RegularizerSpec takes, but not async.
+        mode: "output" or "interpolated".
+        target_norm: the length to hold, >= 0.
+        reference_field: for "interpolated": a `loss_fn_inputs` field of every datum, in the shape of its logprobs.
+        reduction: "mean" or "sum" over datums.
+        seed: for "interpolated": makes the draw the same every time; None draws from torch's global generator.
+    """
+
+    name: str = "gradient_penalty"
+    fn: Term = field(repr=False)
+    mode: Mode = "output"
+    target_norm: float = 1.0
+    reference_field: str | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raises InvalidSpec if a setting cannot be used."""
+        super().check()
+        problem = why_not_a_term(self.fn, {})
+        if problem is None and is_async_term(self.fn):
+            problem = "fn must not be async: its gradient is taken inside this term"
+        if problem is not None:
+            raise InvalidSpec(f"GradientPenalty: {problem}")
+        self._check_choice("mode", MODES)
+        self._check_number("target_norm", at_least=0)
+        self._check_choice("reduction", ("mean", "sum"))
+        self._check_text("reference_field", optional=True)
+        if (self.mode == "interpolated") != (self.reference_field is not None):
+            raise self._refuse("reference_field", "given with mode='interpolated', and only then")
+        self._check_int("seed", optional=True)
+
+    def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
+        """The formula; the mean length of the gradients and the number of datums are its metrics."""
+        positions = Positions.of(data, logprobs, by_datum=True)
+        with torch.enable_grad():
+            point = logprobs if self.mode == "output" else self._between(data, logprobs, positions)
+            gradient = self._gradient(data, point if point.requires_grad else point.detach().requires_grad_())
+        lengths = safe_sqrt(positions.sums(positions.select(gradient).square()))
+        penalties = (lengths - self.target_norm).square()
+        loss = penalties.mean() if self.reduction == "mean" else penalties.sum()
+        return loss, {"gradient_norm": lengths.detach().mean(), "sequences": float(lengths.numel())}
+
+    def _between(self, data: Sequence[Datum], logprobs: torch.Tensor, positions: Positions) -> torch.Tensor:
+        reference = aligned_field(data, cast("str", self.reference_field), logprobs)
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        shares = torch.rand(positions.sequence_count, generator=generator, dtype=logprobs.dtype)
+        share = shares if positions.sequences is None else shares[positions.sequences].reshape(logprobs.shape)
+        return share * logprobs + (1.0 - share) * reference
+
+    def _gradient(self, data: Sequence[Datum], point: torch.Tensor) -> torch.Tensor:
+        function = term_function(self.fn)
+        result = function(data, split(data, point) if isinstance(self.fn, PerDatum) else point)
+        value, _ = loss_and_metrics(result, self.name)
+        if not value.requires_grad:
+            return torch.zeros_like(point, requires_grad=False)
+        (gradient,) = cast(
+            "tuple[torch.Tensor | None]",
+            torch.autograd.grad(value.sum(), point, create_graph=True, allow_unused=True),
+        )
+        return torch.zeros_like(point, requires_grad=False) if gradient is None else gradient
