@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from tinkex_py import telemetry
+from tinkex_py.client.server_execution import UploadedLosses
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError, status_error_class
 from tinkex_py.losses.threads import TermThreads
@@ -45,6 +46,7 @@ class Connection:
         self.threads = threads
         self.max_chunk_datums = DEFAULT_MAX_CHUNK_DATUMS
         self.max_chunk_bytes = DEFAULT_MAX_CHUNK_BYTES
+        self.uploaded_losses = UploadedLosses()
         # A lane lives as long as its client, or as long as something of it is in flight.
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._session_id: str | None = None
@@ -210,6 +212,7 @@ class Connection:
             if error.status != 405:
                 raise
             return
+        self.uploaded_losses.offered = flags.get("custom_loss_server_side") is True
         self.max_chunk_datums = _positive(flags.get("fwdbwd_max_chunk_len"), DEFAULT_MAX_CHUNK_DATUMS)
         self.max_chunk_bytes = _positive(flags.get("fwdbwd_max_chunk_bytes_count"), DEFAULT_MAX_CHUNK_BYTES)
 
