@@ -26,7 +26,7 @@ RegularizerTimeout RequestFailed RequestInsideStep RetryPolicy SampleResponse Sa
 SaveWeightsResponse SequenceLost ServerCapabilities ServerError SurrogateMismatch TensorData Term TermResult
 TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature
 WeightController __version__ execute
-controllers packed_field per_datum schedules split telemetry
+controllers packed_field per_datum schedules split sum_over_datums telemetry
 """
 
 

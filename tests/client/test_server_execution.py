@@ -124,7 +124,7 @@ async def test_auto_runs_on_the_service_where_it_can_and_tells_why_not(uploading
     made = uploading()
     told = []
     handler = telemetry.attach(
-        lambda event: told.append(event.metadata["reason"]), events="tinkex.custom_loss.not_on_service"
+        lambda event: told.append(event.metadata["explanation"]), events="tinkex.custom_loss.not_on_service"
     )
     async with made.service:
         training = await made.train()

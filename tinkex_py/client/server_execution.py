@@ -56,7 +56,7 @@ class UploadedLosses:
         """One event for each reason why steps do not run on the service."""
         if reason not in self._told:
             self._told.add(reason)
-            telemetry.emit("tinkex.custom_loss.not_on_service", {}, {"reason": reason})
+            telemetry.emit("tinkex.custom_loss.not_on_service", {}, {"explanation": reason})
 
     async def _upload(self, connection: "Connection", traced: "TracedPipeline") -> str:
         number, self._numbers = self._numbers, self._numbers + 1
