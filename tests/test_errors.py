@@ -25,6 +25,10 @@ STATUS_FIELDS = {
 ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "MissingExtra": (("rich", "cli"), {}),
     "RequestFailed": (("no",), {"category": "user", "request_id": "f-1", "handed_over": (3, 4)}),
+    "PartialFailure": (
+        ("part",),
+        {"applied": [(0, 2)], "missing": [(2, 3)], "category": "server", "request_id": "f-2"},
+    ),
     "DuplicateRegularizerNames": ((["a", "b"],), {}),
     "RegularizerTimeout": (("slow",), {"name": "kl", "timeout": 0.5}),
     **{

@@ -15,18 +15,18 @@ import tinkex_py
 from tinkex_py import errors
 
 PUBLIC = """
-APIStatusError AdamParams AsyncSamplingClient AsyncServiceClient AsyncTrainingClient Authentication BadRequest
-BaseLossOutput BillingRequired ClientClosed ConfigError Conflict ConnectionFailed CustomLossOutput Datum
-DuplicateRegularizerNames EncodedTextChunk Executor ForwardBackwardOutput GetInfoResponse
-GradientDiagnosis GradientTracker
-InPlaceMutation InvalidBaseLoss InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric
-MissingExtra ModelInput NonFiniteLoss NotFound OptimStepResponse PermissionDenied Pipeline PipelineError
-PrecedingRequestFailed RateLimited Regularizer RegularizerError RegularizerOutput RegularizerSpec
-RegularizerTimeout RequestFailed RequestInsideStep RetryPolicy SampleResponse SampledSequence SamplingParams
-SaveWeightsResponse SequenceLost ServerCapabilities ServerError SurrogateMismatch TensorData Term TermResult
-TimeoutExceeded TinkexConfig TinkexError TransportError Unprocessable UnsupportedFeature
-WeightController __version__ execute
-controllers packed_field per_datum schedules split sum_over_datums telemetry
+APIStatusError AdamParams AsyncRestClient AsyncSamplingClient AsyncServiceClient AsyncTrainingClient
+Authentication BadRequest BaseLossOutput BillingRequired Checkpoint CheckpointPath ClientClosed ConfigError
+Conflict ConnectionFailed CustomLossOutput Datum DownloadProgress DuplicateRegularizerNames EncodedTextChunk
+Executor ForwardBackwardOutput GetInfoResponse GradientDiagnosis GradientTracker InPlaceMutation InvalidBaseLoss
+InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric MissingExtra ModelInput
+NonFiniteLoss NotFound OptimStepResponse OptimizerParams PartialFailure PermissionDenied Pipeline PipelineError
+PrecedingRequestFailed QueueState RateLimited Regularizer RegularizerError RegularizerOutput RegularizerSpec
+RegularizerTimeout RequestFailed RequestInsideStep ResultLost RetryPolicy SampleResponse SampledSequence
+SamplingParams SaveWeightsResponse SequenceLost ServerCapabilities ServerError SessionQuery SessionSummary
+SurrogateMismatch TensorData Term TermResult TimeoutExceeded TinkexConfig TinkexError TrainingRun TransportError
+Unprocessable UnsupportedFeature WeightController __version__ controllers execute packed_field per_datum
+schedules split sum_over_datums telemetry
 """
 
 
@@ -100,6 +100,8 @@ def test_every_error_survives_pickling():
         errors.APIStatusError("m", status=418, body={"a": 1}, attempts=3),
         errors.NotFound("m", status=404, request_id="r"),
         errors.RequestFailed("m", category="user", request_id="r", handed_over=(3, 4)),
+        errors.PartialFailure("m", applied=[(0, 2)], missing=[(2, 3)], category="user", request_id="r"),
+        errors.ResultLost("m", request_id="r"),
         errors.MissingExtra("peft", "local"),
         errors.DuplicateRegularizerNames(["a", "b"]),
         errors.RegularizerTimeout("m", name="kl", timeout=3.0),

@@ -2,6 +2,7 @@
 
 from . import telemetry as telemetry
 from .client import (
+    AsyncRestClient as AsyncRestClient,
     AsyncSamplingClient as AsyncSamplingClient,
     AsyncServiceClient as AsyncServiceClient,
     AsyncTrainingClient as AsyncTrainingClient,
@@ -28,6 +29,7 @@ from .errors import (
     MissingExtra as MissingExtra,
     NonFiniteLoss as NonFiniteLoss,
     NotFound as NotFound,
+    PartialFailure as PartialFailure,
     PermissionDenied as PermissionDenied,
     PipelineError as PipelineError,
     PrecedingRequestFailed as PrecedingRequestFailed,
@@ -36,6 +38,7 @@ from .errors import (
     RegularizerTimeout as RegularizerTimeout,
     RequestFailed as RequestFailed,
     RequestInsideStep as RequestInsideStep,
+    ResultLost as ResultLost,
     SequenceLost as SequenceLost,
     ServerError as ServerError,
     SurrogateMismatch as SurrogateMismatch,
@@ -72,18 +75,26 @@ from .transport.retry import (
 )
 from .types import (
     AdamParams as AdamParams,
+    Checkpoint as Checkpoint,
+    CheckpointPath as CheckpointPath,
     Datum as Datum,
+    DownloadProgress as DownloadProgress,
     EncodedTextChunk as EncodedTextChunk,
     ForwardBackwardOutput as ForwardBackwardOutput,
     GetInfoResponse as GetInfoResponse,
     LoraConfig as LoraConfig,
     ModelInput as ModelInput,
+    OptimizerParams as OptimizerParams,
     OptimStepResponse as OptimStepResponse,
+    QueueState as QueueState,
     SampledSequence as SampledSequence,
     SampleResponse as SampleResponse,
     SamplingParams as SamplingParams,
     SaveWeightsResponse as SaveWeightsResponse,
     ServerCapabilities as ServerCapabilities,
+    SessionQuery as SessionQuery,
+    SessionSummary as SessionSummary,
     TensorData as TensorData,
+    TrainingRun as TrainingRun,
 )
 from .version import __version__ as __version__

@@ -30,7 +30,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one")] = 0,
     device: Annotated[str | None, typer.Option(help="torch device; the best there is by default")] = None,
-    checkpoints_dir: Annotated[Path | None, typer.Option(help="keep checkpoints here")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="keep checkpoints, runs and sessions in this folder")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="TINKEX_SERVE_API_KEY", help="the only key that is accepted")
     ] = None,
@@ -42,11 +42,7 @@ def serve(
 
     try:
         options = LocalOptions(
-            model=model,
-            device=device,
-            checkpoints_dir=checkpoints_dir,
-            api_key=api_key,
-            custom_losses=custom_losses,
+            model=model, device=device, state_dir=state_dir, api_key=api_key, custom_losses=custom_losses
         )
         asyncio.run(_until_signalled(serve_until_stopped(options, host, port, on_listening=_announce)))
     except TinkexError as error:

@@ -1,17 +1,25 @@
 """Where the service is, the key, timeouts and limits."""
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.transport.answer import Secret
-from tinkex_py.transport.request import checked_base_url
+from tinkex_py.transport.credentials import COMMAND_VARIABLE, credentials_file, key_from_file
+from tinkex_py.transport.request import checked_base_url, merged_headers
 from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.types import QueueState
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
 KEY_VARIABLE = "TINKER_API_KEY"
+PROJECT_VARIABLE = "TINKER_PROJECT_ID"
+TAGS_VARIABLE = "TINKER_TAGS"
+ACCESS_VARIABLES: Mapping[str, str] = {
+    "cf-access-client-id": "CLOUDFLARE_ACCESS_CLIENT_ID",
+    "cf-access-client-secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
+}
 HOSTED_SERVICE = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
 
@@ -21,20 +29,29 @@ class TinkexConfig:
 
     Args:
         base_url: where the service is; else `TINKER_BASE_URL`, else the hosted service.
-        api_key: else `TINKER_API_KEY`. It never shows in a repr, log, error or pickle; an unpickled config reads
-            it from the environment again.
+        api_key: else `TINKER_API_KEY`, else what the command in `TINKER_CREDENTIAL_CMD` prints, else the default
+            entry of `~/.tinker/credentials.json`. It never shows in a repr, log, error or pickle; an unpickled
+            config looks for it again.
         timeout: seconds for one HTTP exchange.
-        poll_timeout: seconds for one exchange that waits for a result; services hold it for 20 to 40 s.
+        poll_timeout: seconds for one exchange that waits for a result; services hold it for 20 to 40 s. If it
+            passes and the service still answers other requests, the result is simply asked for again.
         retry: how often and how long requests are repeated.
         max_connections: HTTP connections at once for requests that are answered at once.
         max_polls: HTTP connections at once for waiting for results.
         max_threads: worker threads for sync terms, over all training clients; None is the usable CPU count.
         close_timeout: seconds that closing waits for requests in flight.
         heartbeat_interval: seconds between signs of life of a session.
-        tags: labels of the session.
+        tags: labels of the session; else `TINKER_TAGS`, split at its commas.
         user_metadata: more labels of the session.
         project_id: project of the session; else `TINKER_PROJECT_ID`.
-        wire: "protobuf" keeps numbers packed; "json" is for services that read nothing else.
+        default_headers: sent with every request, for one to a proxy in front of the service. They show in no repr.
+        wire: "auto" finds out what the service reads; "protobuf" keeps numbers packed; "json" is for services that
+            read nothing else.
+        billing_pause: seconds that requests wait while the service asks for payment (402); None is what the service
+            says, usually an hour; 0 raises BillingRequired at once.
+        sampling_patience: seconds without any progress after which samples that the service turns away (429) fail.
+        on_queue_state: called with a QueueState whenever it changes, on the event loop; it should be quick. One that
+            raises is not called again.
 
     Raises:
         ConfigError: no key, or a value out of range.
@@ -43,7 +60,7 @@ class TinkexConfig:
     base_url: str = None  # type: ignore[assignment]  # None asks the environment; a str afterwards
     api_key: str | Secret | None = field(default=None, repr=False, compare=False)
     timeout: float = 60.0
-    poll_timeout: float = 75.0
+    poll_timeout: float = 45.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_connections: int = 16
     max_polls: int = 128
@@ -53,25 +70,40 @@ class TinkexConfig:
     tags: tuple[str, ...] = ()
     user_metadata: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
     project_id: str | None = None
-    wire: str = "protobuf"
+    default_headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False, hash=False)
+    wire: str = "auto"
+    billing_pause: float | None = None
+    sampling_patience: float = 7200.0
+    on_queue_state: Callable[[QueueState], object] | None = None
+    credential_command: Secret = field(default=Secret(""), init=False, repr=False, compare=False)
+    access_headers: Mapping[str, str] = field(default_factory=dict[str, str], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         base_url = _checked_text("base_url", self.base_url) or os.environ.get(BASE_URL_VARIABLE) or HOSTED_SERVICE
         checked_base_url(base_url)
         object.__setattr__(self, "base_url", base_url.rstrip("/"))
-        object.__setattr__(self, "api_key", _secret(self.api_key))
-        project = _checked_text("project_id", self.project_id) or os.environ.get("TINKER_PROJECT_ID") or None
+        object.__setattr__(self, "credential_command", Secret(os.environ.get(COMMAND_VARIABLE, "").strip()))
+        object.__setattr__(self, "api_key", _secret(self.api_key, self.credential_command))
+        project = _checked_text("project_id", self.project_id) or os.environ.get(PROJECT_VARIABLE) or None
         object.__setattr__(self, "project_id", project)
-        tags = cast("object", self.tags)
+        object.__setattr__(self, "default_headers", _checked_headers("default_headers", self.default_headers))
+        access = {name: os.environ.get(variable, "") for name, variable in ACCESS_VARIABLES.items()}
+        told = {name: value for name, value in access.items() if value}
+        object.__setattr__(self, "access_headers", _checked_headers("CLOUDFLARE_ACCESS_CLIENT_*", told))
+        tags = cast("object", self.tags or _tags_of_environment())
         is_sequence = isinstance(tags, Iterable) and not isinstance(tags, str)
         if not is_sequence or not all(isinstance(tag, str) for tag in cast("Iterable[object]", tags)):
             raise ConfigError(f"tags must be a sequence of texts, got {tags!r}")
         if not isinstance(self.user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"user_metadata must be a mapping, got {self.user_metadata!r}")
-        object.__setattr__(self, "tags", tuple(self.tags))
-        for name in ("timeout", "poll_timeout", "heartbeat_interval"):
+        object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)))
+        for name in ("timeout", "poll_timeout", "heartbeat_interval", "sampling_patience"):
             _check_seconds(name, getattr(self, name), least_excluded=0)
         _check_seconds("close_timeout", self.close_timeout, least_excluded=None)
+        if self.billing_pause is not None:
+            _check_seconds("billing_pause", self.billing_pause, least_excluded=None)
+        if self.on_queue_state is not None and not callable(self.on_queue_state):
+            raise ConfigError(f"on_queue_state must be a function, got {self.on_queue_state!r}")
         for name in ("max_connections", "max_polls", "max_threads"):
             count: object = getattr(self, name)
             optional = name == "max_threads" and count is None
@@ -79,14 +111,19 @@ class TinkexConfig:
                 raise ConfigError(f"{name} must be an int >= 1, got {count!r}")
         if not isinstance(self.retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"retry must be a RetryPolicy, got {self.retry!r}")
-        if self.wire not in ("protobuf", "json"):
-            raise ConfigError(f"wire must be 'protobuf' or 'json', got {self.wire!r}")
+        if self.wire not in ("auto", "protobuf", "json"):
+            raise ConfigError(f"wire must be 'auto', 'protobuf' or 'json', got {self.wire!r}")
 
     @property
     def key(self) -> str:
-        """The key itself, for the header it is sent in."""
+        """The key itself, for the header it is sent in; empty if a command prints it."""
+        return self.secret_key.reveal()
+
+    @property
+    def secret_key(self) -> Secret:
+        """The key, wrapped so that it does not show."""
         assert isinstance(self.api_key, Secret)
-        return self.api_key.reveal()
+        return self.api_key
 
     def __copy__(self) -> "TinkexConfig":
         return self
@@ -95,12 +132,13 @@ class TinkexConfig:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kept = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "api_key"}
+        given = [field.name for field in fields(self) if field.init and field.name != "api_key"]
+        kept = {name: getattr(self, name) for name in given}
         return _restore, (kept,)
 
 
-def _restore(fields: dict[str, Any]) -> TinkexConfig:
-    return TinkexConfig(**fields)
+def _restore(settings: dict[str, Any]) -> TinkexConfig:
+    return TinkexConfig(**settings)
 
 
 def _checked_text(name: str, value: object) -> str | None:
@@ -116,14 +154,37 @@ def _check_seconds(name: str, value: object, *, least_excluded: int | None) -> N
         raise ConfigError(f"{name} must be a number of seconds {least}, got {value!r}")
 
 
-def _secret(api_key: str | Secret | None) -> Secret:
-    if isinstance(api_key, Secret):
+def _tags_of_environment() -> tuple[str, ...]:
+    return tuple(tag.strip() for tag in os.environ.get(TAGS_VARIABLE, "").split(",") if tag.strip())
+
+
+def _checked_headers(name: str, headers: object) -> Mapping[str, str]:
+    if not isinstance(headers, Mapping):
+        raise ConfigError(f"{name} must map names to texts, got a {type(headers).__name__}")
+    given = cast("Mapping[object, object]", headers)
+    if not all(isinstance(key, str) and isinstance(value, str) for key, value in given.items()):
+        raise ConfigError(f"{name} must map names to texts")
+    try:
+        return merged_headers(cast("Mapping[str, str]", headers))
+    except InvalidData as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _secret(api_key: str | Secret | None, command: Secret) -> Secret:
+    if isinstance(api_key, Secret) and api_key:
         return api_key
-    if api_key is not None and not isinstance(api_key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if api_key is not None and not isinstance(api_key, str | Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"api_key must be a text, got a {type(api_key).__name__}")
-    key = api_key or os.environ.get(KEY_VARIABLE) or ""
+    given = api_key if isinstance(api_key, str) else ""
+    key = given or os.environ.get(KEY_VARIABLE) or ""
+    if not key and command:
+        return Secret("")
+    key = key or key_from_file(credentials_file()) or ""
     if not key.strip():
-        raise ConfigError(f"no API key: pass api_key=..., or set the environment variable {KEY_VARIABLE}")
+        raise ConfigError(
+            f"no API key: pass api_key=..., set the environment variable {KEY_VARIABLE} or {COMMAND_VARIABLE}, "
+            "or log in with the official command line"
+        )
     if not (key.isascii() and key.isprintable()) or key != key.strip():
         raise ConfigError(
             "the API key has spaces around it or characters that no header can carry; was it copied completely?"

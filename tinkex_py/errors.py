@@ -12,6 +12,8 @@
         BadRequest Authentication BillingRequired PermissionDenied NotFound Conflict
         Unprocessable RateLimited ServerError
       RequestFailed                        the service accepted the work and then failed it
+        ResultLost                         the service does not know the request any more
+        PartialFailure                     some chunks of a long call took effect and others did not
       ClientClosed                         the client was closed, or belongs to another event loop
       UnsupportedFeature                   this service cannot do it
       PrecedingRequestFailed               an earlier request of the same client failed; nothing was sent
@@ -81,7 +83,12 @@ class MissingExtra(TinkexError, ImportError):
 
 
 class TransportError(TinkexError):
-    """A request did not get a usable answer."""
+    """A request did not get a usable answer.
+
+    `attempts` is how often it was sent.
+    """
+
+    attempts: int = 1
 
 
 class ConnectionFailed(TransportError, ConnectionError):
@@ -187,6 +194,39 @@ class RequestFailed(TinkexError):
         self.handed_over = tuple(handed_over)
 
 
+class ResultLost(RequestFailed):
+    """The service does not know the request any more (404 or 410 when asked for its result).
+
+    Whether it took effect is not known. A sample can be asked for again. A training client has an unknown state; way
+    out: `service.create_training_client_from_state(path, with_optimizer=True)`.
+    """
+
+
+class PartialFailure(RequestFailed):
+    """Some chunks of one gradient call took effect, and others did not.
+
+    The service holds the gradients of the datums in `applied` until the next optim_step. Ways out: send the datums in
+    `missing` again, then step; or make a new client from the last checkpoint. `__cause__` is the first failure.
+
+    Attributes:
+        applied: datums `[start, stop)` of the call whose gradients the service holds.
+        missing: datums `[start, stop)` whose gradients it does not hold.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        applied: Sequence[tuple[int, int]],
+        missing: Sequence[tuple[int, int]],
+        category: RequestFailedCategory = "unknown",
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message, category=category, request_id=request_id)
+        self.applied = tuple(applied)
+        self.missing = tuple(missing)
+
+
 class ClientClosed(TinkexError, RuntimeError):
     """The client was closed, or is used on an event loop that it does not belong to."""
 
@@ -207,7 +247,7 @@ class RequestInsideStep(TinkexError, RuntimeError):
 
 
 class SequenceLost(TinkexError):
-    """A numbered request stayed without an answer, so the order on the service is no longer known.
+    """A numbered request stayed without an answer, or never reached the service, which now waits for it.
 
     Way out: `service.create_training_client_from_state(path, with_optimizer=True)`.
     """

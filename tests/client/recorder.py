@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import uvicorn
+import zstandard
 
 from tinkex_py import AsyncServiceClient, RetryPolicy, TinkexConfig
 from tinkex_py.local import LocalOptions, LocalService
@@ -35,7 +36,9 @@ class Arrival:
     @property
     def message(self) -> wire.ForwardBackwardRequest:
         assert self.is_protobuf
-        return wire.ForwardBackwardRequest.FromString(self.body)
+        is_packed = self.headers.get("content-encoding") == "zstd"
+        body = zstandard.ZstdDecompressor().decompress(self.body) if is_packed else self.body
+        return wire.ForwardBackwardRequest.FromString(body)
 
     @property
     def json(self) -> dict[str, Any]:
@@ -199,7 +202,8 @@ def quick_config(base_url: str = "http://embedded", **settings: Any) -> TinkexCo
 
 def chunked(datums: int) -> Fault:
     """Answers client/config so that a chunk holds so many datums."""
-    return answering(200, {"fwdbwd_max_chunk_len": datums})
+    flags = {"fwdbwd_max_chunk_len": datums, "proto_write_fwdbwd": True, "parallel_fwdbwd_chunks": False}
+    return answering(200, flags)
 
 
 @asynccontextmanager

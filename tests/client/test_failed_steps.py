@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.client.data import bad_datum, datum, nll
-from tests.client.recorder import after, answering
+from tests.client.recorder import after, answering, chunked
 from tinkex_py import (
     AdamParams,
     Datum,
@@ -17,6 +17,7 @@ from tinkex_py import (
     InvalidTermResult,
     ModelInput,
     NonFiniteLoss,
+    PartialFailure,
     PipelineError,
     PrecedingRequestFailed,
     RegularizerError,
@@ -256,8 +257,8 @@ async def test_errors_tell_what_is_accumulated_and_what_to_do(bench):
 
 async def test_what_the_service_refused_does_not_change_what_is_accumulated(local_bench):
     bench = local_bench()
+    bench.recorder.always["config"] = chunked(1)
     async with bench.service:
-        bench.service._connection.max_chunk_datums = 1
         training = await bench.train()
         await training.forward_backward(DATA)
         bench.recorder.faults["optim_step"] = [answering(422)]
@@ -269,8 +270,8 @@ async def test_what_the_service_refused_does_not_change_what_is_accumulated(loca
         with pytest.raises(Unprocessable):
             await training.forward_backward(DATA)
         assert training.accumulated == 1
-        bench.recorder.faults["B"] = [answering(422)]
-        with pytest.raises(Unprocessable):
+        bench.recorder.faults["B"] = [None, answering(422)]  # the last: others would wait for its number
+        with pytest.raises(PartialFailure):
             await training.forward_backward(DATA)
         assert training.accumulated == 2  # a part of it was taken
 

@@ -147,7 +147,7 @@ async def test_a_client_left_open_warns_and_its_heartbeat_ends():
         await service.__aenter__()
         await server.until(lambda: len(server.requests_to(HEARTBEAT)) >= 2)
         http = service._connection.http
-        heartbeat = service._connection._heartbeat
+        heartbeat = service._connection._session.heartbeat
         gone = weakref.ref(service)
         holder = [service]
         del service
@@ -190,7 +190,7 @@ async def test_the_heartbeat_survives_failures_and_tells_them():
 async def test_the_heartbeat_ends_when_the_session_is_over():
     async with ScriptedServer() as server, scripted(server, answer(json={}), answer(410)) as service:
         async with asyncio.timeout(5):
-            await asyncio.wait([service._connection._heartbeat])
+            await asyncio.wait([service._connection._session.heartbeat])
         assert len(server.requests_to(HEARTBEAT)) == 2
 
 

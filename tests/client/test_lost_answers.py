@@ -213,18 +213,3 @@ async def test_closing_over_http_with_requests_under_way():
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [ClientClosed] * 3, results
         gate.set()
-
-
-async def test_chunks_after_a_refused_one_are_still_sent(local_bench):
-    from tests.client.recorder import chunked
-
-    bench = local_bench()
-    bench.recorder.always["config"] = chunked(1)
-    async with bench.service:
-        training = await bench.train()
-        bench.recorder.faults["B"] = [answering(400), None]
-        results = await asyncio.gather(training.forward_backward(DATA), training.optim_step(), return_exceptions=True)
-        assert isinstance(results[0], BadRequest)
-        assert isinstance(results[1], PrecedingRequestFailed)
-        assert bench.kinds(training) == ["B", "B"]
-        assert "1 of 2 chunks" in " ".join(results[0].__notes__)

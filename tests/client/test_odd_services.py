@@ -18,11 +18,11 @@ pytestmark = pytest.mark.asyncio
 DATA = [datum(3, 1), datum(2, 2)]
 
 
-def result_of(*arrays: np.ndarray, name: str = "logprobs") -> Any:
+def result_of(*arrays: np.ndarray, name: str = "logprobs", dtype: int = wire.DTYPE_FLOAT32) -> Any:
     """A future that is done with these arrays."""
     offsets = np.concatenate([[0], np.cumsum([array.nbytes for array in arrays])]).astype("<i8")
     field = wire.BatchedTensor(
-        data=b"".join(array.astype("<f4").tobytes() for array in arrays), offsets=offsets.tobytes(), dtype=1
+        data=b"".join(array.astype("<f4").tobytes() for array in arrays), offsets=offsets.tobytes(), dtype=dtype
     )
     record = wire.ArrayRecord(num_datums=len(arrays), fields={name: field})
     body = wire.ForwardBackwardOutput(loss_fn_outputs=[record]).SerializeToString()
@@ -46,6 +46,7 @@ ODD_FORWARDS = {
     "boundaries moved": result_of(floats(-1, -1), floats(-1, -1, -1)),
     "no logprobs": result_of(floats(-1, -1, -1), floats(-1, -1), name="losses"),
     "no record": result_of(),
+    "whole numbers": result_of(floats(-1, -1, -1), floats(-1, -1), dtype=wire.DTYPE_INT32),
 }
 
 
@@ -63,6 +64,16 @@ async def test_a_forward_that_does_not_fit_sends_nothing(local_bench, name):
         assert isinstance(update, PrecedingRequestFailed)
         await training.forward_backward_custom(DATA, nll)
         assert bench.kinds(training) == ["F", "F", "B"]
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_backward"])
+@pytest.mark.parametrize("name", ["one datum too few", "one datum too many"])
+async def test_a_result_of_other_datums_is_refused(bench, method, name):
+    training = await bench.train()
+    bench.recorder.faults["retrieve_future"] = [ODD_FORWARDS[name]]
+    with pytest.raises(InvalidResponse, match="datums, but 2 were sent"):
+        await getattr(training, method)(DATA)
+    assert (await getattr(training, method)(DATA)).num_datums == 2
 
 
 async def test_logprobs_that_are_not_finite_send_nothing(bench):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.client.data import datum, nll
+from tests.client.recorder import answering
 from tinkex_py import (
     AdamParams,
     InvalidData,
@@ -88,15 +89,18 @@ async def test_a_step_is_one_round_trip_with_the_same_numbers(uploading, setting
 
 
 async def test_chunks_add_up(uploading):
-    made = uploading()
-    async with made.service:
-        one, many = await made.train(), await made.train()
-        want = await one.forward_backward_custom(rows(), policy, execution="server")
-        made.service._connection.max_chunk_datums = 1
-        got = await many.forward_backward_custom(rows(), policy, execution="server")
-        assert made.kinds(many) == ["B", "B", "B"]
-        assert got.loss_total == pytest.approx(want.loss_total, rel=1e-5)
-        assert got.base_loss.metrics["ratio:mean"] == pytest.approx(want.base_loss.metrics["ratio:mean"], rel=1e-5)
+    flags = {"proto_write_fwdbwd": True, "custom_loss_server_side": True}
+    outputs = []
+    for told in ({}, {"fwdbwd_max_chunk_len": 1}):
+        made = uploading()
+        made.recorder.always["config"] = answering(200, {**flags, **told})
+        async with made.service:
+            training = await made.train()
+            outputs.append(await training.forward_backward_custom(rows(), policy, execution="server"))
+            assert made.kinds(training) == ["B"] * (3 if told else 1)
+    want, got = outputs
+    assert got.loss_total == pytest.approx(want.loss_total, rel=1e-5)
+    assert got.base_loss.metrics["ratio:mean"] == pytest.approx(want.base_loss.metrics["ratio:mean"], rel=1e-5)
 
 
 async def test_weights_follow_the_steps_before_even_when_all_is_sent_at_once(uploading):

@@ -102,6 +102,8 @@ async def test_the_events_page_tells_what_events_carry() -> None:
         "tinkex.regularizer.abandoned",
         "tinkex.future.queue_state",
         "tinkex.session.heartbeat_failed",
+        "tinkex.billing.paused",
+        "tinkex.sampling.turned_away",
     } | {f"tinkex.{unit}.exception" for unit in ("http.request", "future", "session")}
     assert set(seen) | unlikely == set(telemetry.events())
 
@@ -175,7 +177,13 @@ def test_the_api_reference_has_the_true_signatures(name: str, arguments: str) ->
 
 
 @pytest.mark.parametrize(
-    "cls", [tinkex_py.AsyncServiceClient, tinkex_py.AsyncTrainingClient, tinkex_py.AsyncSamplingClient]
+    "cls",
+    [
+        tinkex_py.AsyncServiceClient,
+        tinkex_py.AsyncTrainingClient,
+        tinkex_py.AsyncSamplingClient,
+        tinkex_py.AsyncRestClient,
+    ],
 )
 def test_the_api_reference_has_every_method_of_a_client(cls: type) -> None:
     methods = {

@@ -146,6 +146,31 @@ def test_official_sdk(tmp_path: Path) -> None:
     assert runs["with regularizers"][-1] < runs["with regularizers"][0]
 
 
+def test_sampling(tmp_path: Path) -> None:
+    text = run_example("sampling.py", tmp_path)
+    assert len(re.findall(r"^sample \d: '.*'  (?:stop|length)  logprob -\d+\.\d+$", text, re.MULTILINE)) == 2
+    assert "the same seed draws the same: True" in text
+    assert text.count(" goes on ") == 3
+    (perplexity,) = re.findall(r"^perplexity (\S+) over \d+ tokens$", text, re.MULTILINE)
+    assert 10 < float(perplexity) < 2000  # 258 tokens, random weights
+    for logprob in re.findall(r"^as the last token: Paris (\S+), Rome (\S+)$", text, re.MULTILINE)[0]:
+        assert -20 < float(logprob) < 0
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    lines = run_example("checkpoints.py", tmp_path).splitlines()
+    listed = [re.fullmatch(r"(weights/\w+): \d+ bytes, expires: 2\d{3}-.*", line) for line in lines[:2]]
+    assert [line and line[1] for line in listed] == ["weights/late", "weights/early"]
+    assert lines[2:4] == ["made from tiny with rank 8", "kept for ever: late"]
+    first, *_, last = [re.fullmatch(r"downloaded (\d+) of (\d+) bytes", line) for line in lines[4:-3]]
+    assert first[1] == "0"
+    assert last[1] == last[2] != "0"
+    files = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"]
+    assert lines[-3:] == [f"files: {', '.join(files)}", "goes on as tiny", "left: ['weights/late']"]
+    assert [path.name for path in tmp_path.iterdir()] == ["downloaded_checkpoint"]
+    assert sorted(path.name for path in (tmp_path / "downloaded_checkpoint").iterdir()) == files
+
+
 def load(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 

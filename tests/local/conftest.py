@@ -15,10 +15,11 @@ import pytest_asyncio
 import torch
 
 from tinkex_py.local import LocalOptions, LocalService
-from tinkex_py.local.checkpoints import CheckpointInfo, CheckpointStore, RunInfo
+from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.data import EncodedDatum, PassRequest, PassResult
 from tinkex_py.local.engine import Engine
 from tinkex_py.local.models import LoadedModel, load_model
+from tinkex_py.local.records import CheckpointInfo, RunInfo
 from tinkex_py.transport import wire
 from tinkex_py.types import LoraConfig
 
@@ -50,6 +51,9 @@ class EngineBench:
         self.closing = threading.Event()
         self.engine = Engine(self.model, self.store, LocalOptions(**options), self.closing)
 
+    def close(self) -> None:
+        self.store.close()
+
     def run(self, model_id: str, rank: int = 8, **kinds: bool) -> RunInfo:
         which = {"train_unembed": True, "train_mlp": True, "train_attn": True, **kinds}
         return RunInfo(run_id=model_id, base_model="tiny", rank=rank, created=datetime.now(UTC), **which)
@@ -76,13 +80,21 @@ class EngineBench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> EngineBench:
-    return EngineBench(tmp_path)
+def bench_with(tmp_path: Path) -> Iterator[Callable[..., EngineBench]]:
+    made: list[EngineBench] = []
+
+    def make(**options: Any) -> EngineBench:
+        made.append(EngineBench(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.close()
 
 
 @pytest.fixture
-def bench_with(tmp_path: Path) -> Callable[..., EngineBench]:
-    return lambda **options: EngineBench(tmp_path, **options)
+def bench(bench_with: Callable[..., EngineBench]) -> EngineBench:
+    return bench_with()
 
 
 class RawClient:

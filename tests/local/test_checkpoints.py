@@ -1,7 +1,6 @@
 """Checkpoints: whole or not at all, and exact."""
 
 import json
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.checkpoints import CheckpointStore
+from tinkex_py.local.records import expiry
 from tinkex_py.types import AdamParams
 
 
@@ -40,8 +39,9 @@ def test_a_restart_finds_runs_and_checkpoints(bench_with, kit, tmp_path):
     steps(first, "a", kit, 2)
     path = first.checkpoint("a", "two").path
     expected = steps(first, "a", kit, 2, first=2)
+    first.close()
     second = bench_with()
-    assert [run.run_id for run in second.store.runs()] == ["a"]
+    assert second.store.records.run_ids() == ["a"]
     second.engine.create_from_checkpoint(second.run("b"), second.store.find(path), with_optimizer=True)
     assert steps(second, "b", kit, 2, first=2) == expected
 
@@ -103,17 +103,21 @@ def test_a_failed_write_leaves_the_old_checkpoint_whole(bench, kit, monkeypatch)
     assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
-def test_a_half_written_folder_is_not_a_checkpoint(bench, tmp_path):
-    """What a killed process leaves behind: a folder without an index that leads to it."""
+def test_a_half_written_folder_is_not_a_checkpoint_and_is_removed_at_the_next_start(bench, bench_with):
+    """What a killed process leaves behind: a folder that is not in the state file."""
     model_id = bench.create("a")
     saved = bench.checkpoint(model_id, "x")
-    index_folder = bench.store.file(saved, "").parent.parent
-    (index_folder / ".y-0123").mkdir()
-    (index_folder / ".y-0123" / "adapter_model.safetensors").write_bytes(b"half")
-    (index_folder / ".y.json-0123").write_text("{")
-    assert [info.name for info in CheckpointStore(tmp_path).checkpoints()] == ["x"]
+    folder = bench.store.file(saved, "").parent
+    for half in (f".y.{'0' * 32}", f"y.{'1' * 32}"):
+        (folder / half).mkdir()
+        (folder / half / "adapter_model.safetensors").write_bytes(b"half")
+    (folder / "of the user").mkdir()
     with pytest.raises(InvalidData, match="there is no checkpoint"):
         bench.store.find("tinker://a/weights/y")
+    bench.close()
+    again = bench_with()
+    assert [info.name for info in again.store.records.checkpoints()[0]] == ["x"]
+    assert {entry.name for entry in folder.iterdir()} == {saved.folder, "of the user"}
 
 
 def test_overwriting_replaces_and_cleans_up(bench, kit):
@@ -124,7 +128,7 @@ def test_overwriting_replaces_and_cleans_up(bench, kit):
         bench.checkpoint(model_id, "x")
     new = bench.checkpoint(model_id, "x", overwrite=True)
     folder = bench.store.file(new, "").parent
-    assert sorted(file.name for file in folder.iterdir()) == sorted([new.folder, "x.json"])
+    assert [file.name for file in folder.iterdir()] == [new.folder]
     assert bench.store.find(old.path) == new
 
 
@@ -151,13 +155,20 @@ def test_kinds_expiry_and_deletion(bench):
         bench.store.find(sampler.path, "weights")
     with pytest.raises(InvalidData, match="no optimizer state"):
         bench.engine.create_from_checkpoint(bench.run("b"), sampler, with_optimizer=True)
-    assert {info.path for info in bench.store.checkpoints("a")} == {training.path, sampler.path}
-    later = bench.store.set_ttl(training, 3600)
-    assert timedelta(seconds=3500) < later.expires_at - datetime.now(UTC) <= timedelta(seconds=3600)
-    bench.store.set_ttl(training, -1)
-    assert [info.path for info in bench.store.checkpoints()] == [sampler.path]
+    listed = bench.store.records.checkpoints
+    assert {info.path for info in listed("a")[0]} == {training.path, sampler.path}
+    hour = expiry(3600)
+    assert bench.store.set_expiry(training, hour).expires_at == hour
+    assert len(listed()[0]) == 2
+    bench.store.set_expiry(training, expiry(-1))
+    assert [info.path for info in listed()[0]] == [sampler.path]
+    with pytest.raises(InvalidData, match="there is no checkpoint"):
+        bench.store.find(training.path)
+    assert bench.store.file(training, "").exists()
+    assert bench.store.delete_expired() is None
+    assert not bench.store.file(training, "").exists()
     bench.store.delete(sampler)
-    assert bench.store.checkpoints() == []
+    assert listed() == ([], 0)
 
 
 def test_a_damaged_file_is_named(bench):

@@ -1,5 +1,7 @@
 """Loading base models from this machine."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,8 @@ def test_smollm2_knows_the_capital_of_france(tmp_path, capfd):
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
     worker = EngineWorker()
-    engine = Engine(model, CheckpointStore(tmp_path), LocalOptions(), worker.closing)
-    prompt = np.array(model.tokenizer.encode("The capital of France is"))
-    drawn = engine.sample(None, SampleRequest(prompt, max_tokens=3, temperature=0.0))
+    with closing(CheckpointStore(tmp_path)) as store:
+        engine = Engine(model, store, LocalOptions(), worker.closing)
+        prompt = np.array(model.tokenizer.encode("The capital of France is"))
+        drawn = engine.sample(None, SampleRequest(prompt, max_tokens=3, temperature=0.0))
     assert model.tokenizer.decode(drawn.sequences[0].tokens.tolist()).startswith(" Paris")

@@ -364,8 +364,10 @@ async def test_unloading_fails_what_still_waits_for_a_missing_number(client, kit
 
 async def test_what_the_embedded_service_does_not_offer_is_said(client):
     model_id = await client.model()
-    external = await client.done("save_weights_external", {"model_id": model_id, "seq_id": 1, "path": "x"})
-    assert "no external weights" in external["error"]
+    external = await client.done(
+        "save_weights_external", {"model_id": model_id, "seq_id": 1, "path": "x", "age_encryption_recipients": ["age1"]}
+    )
+    assert "cannot encrypt" in external["error"]
     muon = {"type": "dimuon", "learning_rate": 0.1}
     step = await client.done("optim_step", {"model_id": model_id, "seq_id": 2, "optimizer_params": muon})
     assert "'dimuon' is not known here" in step["error"]
@@ -402,7 +404,7 @@ async def test_a_finished_session_frees_its_models_and_ends_heartbeats(client, k
 
 
 async def test_a_restart_tells_clients_what_is_gone(run_service, kit, tmp_path):
-    options = LocalOptions(checkpoints_dir=tmp_path)
+    options = LocalOptions(state_dir=tmp_path)
     async with run_service(options) as client:
         model_id = await client.model()
         path = (await client.done("save_weights", {"model_id": model_id, "seq_id": 1, "path": "x"}))["path"]

@@ -2,38 +2,22 @@
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.served import ENVIRONMENT, serving
 from tinkex_py.errors import ConfigError
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.server import serve
 
-ENVIRONMENT = {**os.environ, "TINKER_TELEMETRY": "0", "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
 OFFICIAL_SDK_ENGINE_PROGRAM = Path(__file__).with_name("official_sdk_engine_program.py")
 OFFICIAL_SDK_PROGRAM = Path(__file__).with_name("official_sdk_program.py")
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "tinkex_py", "serve", "--model", "tiny", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("Listening on http://127.0.0.1:"), line + process.stderr.read()
-        yield process, line.removeprefix("Listening on ").strip()
-    finally:
-        process.terminate()  # a killed server would leave its private folder behind
-        process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -120,8 +121,8 @@ async def test_an_unusable_device_is_named():
         await service.start()
 
 
-async def test_checkpoints_dir_stays(tmp_path):
-    service = LocalService(LocalOptions(checkpoints_dir=tmp_path / "deep" / "folder"))
+async def test_state_dir_stays(tmp_path):
+    service = LocalService(LocalOptions(state_dir=tmp_path / "deep" / "folder"))
     await service.start()
     await service.stop()
     assert (tmp_path / "deep" / "folder").is_dir()
@@ -225,5 +226,5 @@ async def test_a_missing_extra_is_named(monkeypatch):
 async def test_deleting_what_is_not_there_is_an_error_not_a_crash(tmp_path):
     from tinkex_py.local.checkpoints import CheckpointStore
 
-    with pytest.raises(InvalidData, match="not the id of a training run"):
-        CheckpointStore(tmp_path).find("tinker://a..b/weights/x")
+    with closing(CheckpointStore(tmp_path)) as store, pytest.raises(InvalidData, match="not the id of a training run"):
+        store.find("tinker://a..b/weights/x")

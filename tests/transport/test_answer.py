@@ -99,6 +99,7 @@ def test_ways_out():
     assert "https://elsewhere.example" in redirect
     assert "base_url" in redirect
     assert "token" not in redirect
+    assert "an address that makes no sense" in str(error_of(make_answer(302, b"", {"location": "http://[::"})))
 
 
 @pytest.mark.parametrize(

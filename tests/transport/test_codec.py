@@ -14,11 +14,12 @@ from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
 from tinkex_py.transport.codec import (
     PassRequest,
+    Result,
     decode_forward_backward,
-    decode_sample,
     encode_batch,
     encode_custom_batch,
     encode_request,
+    read_forward_backward,
     request_as_json,
 )
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
@@ -250,6 +251,7 @@ CORRUPT = {
     "negative trailing shape": field(trailing_shape=[-1]),
     "zero trailing shape": field(trailing_shape=[0]),
     "huge trailing shape": field(trailing_shape=[2**62, 2**62]),
+    "endless trailing shape": field(trailing_shape=[1] * 200),
 }
 
 
@@ -269,6 +271,31 @@ def test_a_record_that_says_a_wrong_number_of_datums():
             _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
 
 
+@pytest.mark.parametrize("count", [-1, -5, 2**31 - 1])
+def test_a_record_without_fields_that_says_an_impossible_number_of_datums(count):
+    first = wire.ArrayRecord(num_datums=2, fields={"logprobs": field()})
+    for records in ([first, wire.ArrayRecord(num_datums=count)], [wire.ArrayRecord(num_datums=count)]):
+        message = wire.ForwardBackwardOutput(loss_fn_outputs=records)
+        with pytest.raises(InvalidResponse):
+            _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    ["x", 1, True, [1], [None], [[1]], [{"logprobs": {}}], {"a": 1}],
+)
+def test_json_outputs_that_are_none(outputs):
+    with pytest.raises(InvalidResponse):
+        read_forward_backward(Result(b"", {"loss_fn_outputs": outputs, "metrics": {}}))
+
+
+def test_json_says_how_many_datums_there_are_by_listing_them():
+    output = read_forward_backward(
+        Result(b"", {"metrics": {"loss:sum": 1.0}, "loss_fn_outputs": [], "num_datums": 2**31, "packed": {}})
+    )
+    assert (output.num_datums, output.loss_fn_outputs) == (0, [])
+
+
 @settings(max_examples=200)
 @given(st.one_of(st.binary(max_size=60), outputs().map(lambda m: m.SerializeToString())), st.data())
 def test_damaged_bytes_never_raise_anything_else(body, drawn):
@@ -277,62 +304,13 @@ def test_damaged_bytes_never_raise_anything_else(body, drawn):
         for _ in range(drawn.draw(st.integers(0, 3))):
             damaged[drawn.draw(st.integers(0, len(damaged) - 1))] = drawn.draw(st.integers(0, 255))
         damaged = damaged[: drawn.draw(st.integers(0, len(damaged)))]
-    for decode in (decode_forward_backward, decode_sample):
-        with contextlib.suppress(InvalidResponse):
-            _ = getattr(decode(bytes(damaged)), "loss_fn_outputs", None)
-
-
-@st.composite
-def samples(draw: Any) -> wire.SampleResponse:
-    message = wire.SampleResponse(prompt_cache_hit_tokens=draw(st.integers(0, 9)))
-    for _ in range(draw(st.integers(0, 3))):
-        tokens = draw(st.lists(st.integers(0, 2**31 - 1), max_size=5))
-        logprobs = draw(st.lists(finite, min_size=len(tokens), max_size=len(tokens)))
-        message.sequences.add(
-            stop_reason=draw(st.sampled_from([wire.STOP_REASON_STOP, wire.STOP_REASON_LENGTH])),
-            tokens=np.array(tokens, "<i4").tobytes(),
-            logprobs=np.array(logprobs, "<f4").tobytes() if draw(st.booleans()) else b"",
-        )
-    if draw(st.booleans()):
-        values = [np.nan, *draw(st.lists(finite, max_size=4))]
-        message.prompt_logprobs = np.array(values, "<f4").tobytes()
-    return message
-
-
-@settings(max_examples=150)
-@given(samples())
-def test_a_sample_is_read_as_the_official_sdk_reads_it(message):
-    body = message.SerializeToString()
-    expected = response_conv.deserialize_sample_response(body)
-    result = decode_sample(body)
-    assert result.prompt_logprobs == expected.prompt_logprobs
-    assert result.prompt_cache_hit_tokens == expected.prompt_cache_hit_tokens
-    assert len(result.sequences) == len(expected.sequences)
-    for ours_one, official in zip(result.sequences, expected.sequences, strict=True):
-        assert ours_one.tokens == official.tokens
-        assert ours_one.logprobs == official.logprobs
-        assert ours_one.stop_reason == official.stop_reason
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        wire.SampleResponse(sequences=[wire.SampledSequence(tokens=b"\x01\x02")]),
-        wire.SampleResponse(sequences=[wire.SampledSequence(tokens=bytes(8), logprobs=bytes(3))]),
-        wire.SampleResponse(sequences=[wire.SampledSequence(tokens=bytes(8), logprobs=bytes(4))]),
-        wire.SampleResponse(prompt_logprobs=b"\x01"),
-    ],
-    ids=["tokens cut", "logprobs cut", "fewer logprobs than tokens", "prompt logprobs cut"],
-)
-def test_a_corrupt_sample_is_an_invalid_response(message):
-    with pytest.raises(InvalidResponse):
-        decode_sample(message.SerializeToString())
+    with contextlib.suppress(InvalidResponse):
+        _ = decode_forward_backward(bytes(damaged)).loss_fn_outputs
 
 
 def test_bytes_that_are_no_message():
-    for decode in (decode_forward_backward, decode_sample):
-        with pytest.raises(InvalidResponse):
-            decode(b"\xff\xff\xff\xff")
+    with pytest.raises(InvalidResponse):
+        decode_forward_backward(b"\xff\xff\xff\xff")
 
 
 # The schema

@@ -10,16 +10,20 @@ import pytest
 from tinkex_py import telemetry
 from tinkex_py.errors import (
     Authentication,
+    BillingRequired,
+    Conflict,
     ConnectionFailed,
     InvalidResponse,
-    NotFound,
+    PermissionDenied,
     RequestFailed,
+    ResultLost,
     ServerError,
     TimeoutExceeded,
     TinkexError,
 )
-from tinkex_py.transport import futures
+from tinkex_py.transport import billing, futures
 from tinkex_py.transport.answer import HttpAnswer
+from tinkex_py.transport.billing import BillingPause
 from tinkex_py.transport.futures import Result, wait_for_result
 from tinkex_py.transport.retry import RetryPolicy
 
@@ -77,6 +81,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             await asyncio.sleep(0)
 
     monkeypatch.setattr(futures, "asyncio", Timeless())
+    monkeypatch.setattr(billing, "asyncio", Timeless())
     return made
 
 
@@ -133,8 +138,8 @@ async def test_protobuf_and_json_by_content_type(pauses):
     result = await waited(Asking(HttpAnswer(200, {"content-type": PROTOBUF}, b'{"error": "no"}')))
     assert result.fields is None
     # An error status is not a result, whatever its type.
-    with pytest.raises(NotFound):
-        await waited(Asking(HttpAnswer(404, {"content-type": PROTOBUF}, b"\x01")))
+    with pytest.raises(Authentication):
+        await waited(Asking(HttpAnswer(401, {"content-type": PROTOBUF}, b"\x01")))
     assert (await waited(Asking(DONE))).body == b""
 
 
@@ -144,6 +149,11 @@ async def test_a_nested_result_is_unwrapped(pauses):
     failed = told(200, {"status": "completed", "result": {"error": "inside", "category": "user"}})
     with pytest.raises(RequestFailed, match="inside"):
         await waited(Asking(failed))
+
+
+@pytest.mark.parametrize("status", [[], {}, 5, True, "odd"])
+async def test_a_status_of_any_kind_that_says_nothing_is_part_of_the_result(pauses, status):
+    assert (await waited(Asking(told(200, {"status": status, "path": "p"})))).fields == {"status": status, "path": "p"}
 
 
 async def test_an_error_that_is_null_is_none(pauses):
@@ -194,16 +204,19 @@ async def test_a_400_with_any_body_is_a_failed_request(pauses, body):
         await waited(Asking(HttpAnswer(400, {}, body)))
 
 
-async def test_a_result_that_is_gone(pauses):
-    asking = Asking(told(410))
-    with pytest.raises(RequestFailed, match="lost"):
+@pytest.mark.parametrize("status", [404, 410])
+async def test_a_result_that_is_gone(pauses, status):
+    asking = Asking(told(status, {"detail": "which future?"}))
+    with pytest.raises(ResultLost, match="lost") as caught:
         await waited(asking)
     assert asking.iterations == [0]
+    assert caught.value.request_id == "r1"
+    assert "create_training_client_from_state" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("status", "error_class"),
-    [(401, Authentication), (403, TinkexError), (404, NotFound), (409, TinkexError), (422, TinkexError)],
+    [(401, Authentication), (402, BillingRequired), (403, PermissionDenied), (409, Conflict), (422, RequestFailed)],
 )
 async def test_other_refusals_are_final(pauses, status, error_class):
     asking = Asking(told(status, {"detail": "no"}))
@@ -271,3 +284,71 @@ async def test_start_then_stop_or_exception(pauses):
     with pytest.raises(RequestFailed):
         await waited(Asking(told(200, {"error": "x"})))
     assert names == ["tinkex.future.start", "tinkex.future.stop", "tinkex.future.start", "tinkex.future.exception"]
+
+
+async def test_a_poll_that_takes_long_is_no_trouble_where_the_service_answers_otherwise(pauses):
+    """Some services hold a poll for longer than we do, and that for as long as a compilation takes."""
+    retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
+    asked = 0
+
+    async def is_alive() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    asking = Asking(*[TimeoutExceeded("slow")] * 20, DONE)
+    await wait_for_result(
+        asking, lambda result: result, request_id="r1", request_type="OptimStep", retry=retry, is_alive=is_alive
+    )
+    assert asked == 20
+
+
+async def test_a_service_that_answers_nothing_at_all_is_a_trouble(pauses):
+    retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
+
+    async def is_alive() -> bool:
+        return False
+
+    asking = Asking(TimeoutExceeded("slow"))
+    with pytest.raises(TimeoutExceeded):
+        await wait_for_result(
+            asking, lambda result: result, request_id="r1", request_type="OptimStep", retry=retry, is_alive=is_alive
+        )
+    assert len(asking.iterations) == 3
+
+
+async def test_metadata_alone_is_not_the_result(pauses):
+    asking = Asking(told(200, {"status": "complete_metadata", "response_payload_size": 9}), DONE)
+    await waited(asking)
+    assert asking.iterations == [0, 1]
+
+
+@pytest.mark.parametrize("detail", ["bad data", {"loc": ["data"]}])
+async def test_a_422_is_a_failed_request_at_once(pauses, detail):
+    asking = Asking(told(422, {"detail": detail}))
+    with pytest.raises(RequestFailed, match=r"data") as caught:
+        await waited(asking)
+    assert asking.iterations == [0]
+    assert caught.value.request_id == "r1"
+
+
+async def test_payment_is_waited_for_and_then_demanded(pauses):
+    asking = Asking(*[told(402, retry_after="2")] * 3, DONE)
+    waiting = wait_for_result(
+        asking,
+        lambda result: result,
+        request_id="r1",
+        request_type="OptimStep",
+        retry=RETRY,
+        billing=BillingPause(3600.0),
+    )
+    assert (await waiting).fields == {"metrics": {}, "type": "optim_step"}
+    with pytest.raises(BillingRequired):
+        await wait_for_result(
+            Asking(told(402)),
+            lambda result: result,
+            request_id="r1",
+            request_type="OptimStep",
+            retry=RETRY,
+            billing=BillingPause(0.0),
+        )

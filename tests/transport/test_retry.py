@@ -110,6 +110,7 @@ async def test_the_last_error_tells_the_attempts():
     with pytest.raises(errors.ConnectionFailed) as lost:
         await send_with_retry(policy, Script(status(500), status(500), last))
     assert lost.value is last
+    assert lost.value.attempts == 3
     assert type(pickle.loads(pickle.dumps(caught.value))) is errors.ServerError
 
 
@@ -251,6 +252,14 @@ def test_the_wait_is_random_below_an_exponential_bound(attempt: int, initial: fl
 def test_the_wait_that_the_service_asks_for(headers: dict[str, str], expected: float):
     wait = retry_module._Wait(RetryPolicy(initial_wait=1000.0, max_wait=1000.0))
     assert wait(state_after(3, status(503, **headers))) == expected
+
+
+@pytest.mark.parametrize("told", ["0", "-1", "nan", "inf", "garbage", "", "Thu, 01 Jan 1970 00:00:00 GMT"])
+def test_a_service_cannot_ask_to_be_asked_at_network_speed(told: str):
+    wait = retry_module._Wait(RetryPolicy(initial_wait=1000.0, max_wait=1000.0))
+    for headers in ({"retry_after": told}, {"retry_after_ms": told}):
+        # Drawn from 0 to 1000 s: to be below a microsecond by chance has the odds of 1e-9.
+        assert wait(state_after(1, status(503, **headers))) > 1e-6
 
 
 def test_full_jitter_spreads_over_the_whole_range():

@@ -225,3 +225,9 @@ def test_values_never_show():
 def test_frozen():
     with pytest.raises(Exception, match="frozen"):
         TensorData.of([1]).shape = (2,)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("fields", [{}, {"shape": [1]}, {"data": [1], "more": 2}, {"data": [1], 3: 4}])
+def test_a_mapping_that_is_no_tensor(fields: dict[Any, Any]):
+    with pytest.raises(InvalidData):
+        TensorData.of(fields)

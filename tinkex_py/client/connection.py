@@ -1,32 +1,36 @@
 """What all clients of one service share: requests with retries, futures, and the session."""
 
 import asyncio
-import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from tinkex_py import telemetry
+from tinkex_py.client.queue import QueueWatch
 from tinkex_py.client.server_execution import UploadedLosses
+from tinkex_py.client.session import Session, session_request
 from tinkex_py.config import TinkexConfig
-from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError, status_error_class
+from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError
 from tinkex_py.losses.threads import TermThreads
+from tinkex_py.transport.answer import HttpAnswer, Secret
+from tinkex_py.transport.billing import BillingPause
+from tinkex_py.transport.byte_budget import ByteBudget
 from tinkex_py.transport.codec import PROTOBUF, Result
-from tinkex_py.transport.futures import ACCEPT, wait_for_result
+from tinkex_py.transport.dialects import Dialect, EncodedRequest, JsonDialect
+from tinkex_py.transport.flags import ClientFlags
+from tinkex_py.transport.futures import ACCEPT, tells_metadata_only, wait_for_result
 from tinkex_py.transport.http import HttpClient
+from tinkex_py.transport.keys import Keys, rejects_token
 from tinkex_py.transport.lane import Lane
-from tinkex_py.transport.retry import RetryPolicy, send_with_retry
+from tinkex_py.transport.negotiation import choose_dialect, refuses_protobuf
+from tinkex_py.transport.retry import RetryPolicy, is_retryable_status, send_with_retry
 from tinkex_py.version import __version__
 
 Decoded = TypeVar("Decoded")
 
-DEFAULT_MAX_CHUNK_DATUMS = 1024
-DEFAULT_MAX_CHUNK_BYTES = 5_000_000
 # Seconds that a service may take to answer for the first time.
 FIRST_CONTACT_DEADLINE = 15.0
-# A session that is over answers 410 to its heartbeat.
-SESSION_OVER = 410
+_LIVENESS_TIMEOUT = 10.0
 
 
 class Connection:
@@ -44,21 +48,30 @@ class Connection:
         self.http = http
         self.polls = polls
         self.threads = threads
-        self.max_chunk_datums = DEFAULT_MAX_CHUNK_DATUMS
-        self.max_chunk_bytes = DEFAULT_MAX_CHUNK_BYTES
         self.uploaded_losses = UploadedLosses()
+        self.keys = Keys(config.secret_key, config.credential_command)
+        self.billing = BillingPause(0.0)
+        self._follow(ClientFlags())
         # A lane lives as long as its client, or as long as something of it is in flight.
         self.lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-        self._session_id: str | None = None
+        self._session: Session | None = None
         self._model_counter = 0
         self._sampler_counter = 0
-        self._heartbeat: asyncio.Task[None] | None = None
+        self._dialect: Dialect | None = None
+        self._choosing = asyncio.Lock()
+
+    def _follow(self, flags: ClientFlags) -> None:
+        self.flags = flags
+        self.pass_bytes = ByteBudget(flags.fwdbwd_dispatch_bytes_semaphore_size)
+        self.sample_bytes = ByteBudget(flags.sample_dispatch_bytes_semaphore_size)
+        wanted = self.config.billing_pause
+        self.billing.longest = flags.billing_exception_max_pause_duration_sec if wanted is None else wanted
 
     @property
     def session_id(self) -> str:
         """The service's id of this session."""
-        assert self._session_id is not None, "open the session first"
-        return self._session_id
+        assert self._session is not None, "open the session first"
+        return self._session.session_id
 
     def next_model_number(self) -> int:
         """Number of the next model of this session, from 0."""
@@ -70,72 +83,193 @@ class Connection:
         self._sampler_counter += 1
         return self._sampler_counter - 1
 
+    # Requests that are answered at once
+
+    async def exchange(self, method: str, path: str, *, over: HttpClient | None = None, **options: Any) -> HttpAnswer:
+        """One exchange with the key of the moment; sent once more where the service rejects a token that has ended.
+
+        Args:
+            method: HTTP method.
+            path: endpoint.
+            over: the HTTP client; default is the one for requests that are answered at once.
+            options: as `HttpClient.exchange` takes them.
+
+        Raises:
+            TransportError: there is no usable answer.
+            APIStatusError: no token could be got for the key.
+            ConfigError: the key has ended.
+        """
+        http = over or self.http
+        key = await self.keys.current()
+        answer = await http.exchange(method, path, key=key, **options)
+        if rejects_token(answer):
+            renewed = await self.keys.renewed(key)
+            if renewed is not None:
+                answer = await http.exchange(method, path, key=renewed, **options)
+        return answer
+
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Sends JSON until there is a final answer, and returns it.
 
         Raises:
             APIStatusError, TransportError: it was refused, or nobody answered within the retry policy.
         """
-        return await self._request("POST", path, json=body)
+        return await self.request("POST", path, json=body)
 
     async def get(self, path: str) -> dict[str, Any]:
         """Reads one resource; raises like `post`."""
-        return await self._request("GET", path)
+        return await self.request("GET", path)
 
-    async def submit(
-        self,
-        path: str,
-        *,
-        json: Mapping[str, Any] | None = None,
-        protobuf: bytes | None = None,
-        keep_graph: bool = False,
-    ) -> str:
-        """Sends work, the same bytes until there is a final answer.
+    async def submit(self, path: str, body: Mapping[str, Any]) -> str:
+        """Sends work as JSON until there is a final answer.
+
+        Returns:
+            The future's request id.
+        """
+        return request_id_of(await self.post(path, body), path)
+
+    async def submit_pass(self, encoded: EncodedRequest, *, keep_graph: bool = False) -> str:
+        """Sends a pass over data, the same bytes until there is a final answer.
 
         Args:
-            path: endpoint.
-            json: the request as JSON, or
-            protobuf: as protobuf bytes.
+            encoded: the request.
             keep_graph: tells the embedded service that a backward pass over the same datums will follow.
 
         Returns:
             The future's request id.
         """
         headers = {"X-Tinkex-Keep-Graph": "1"} if keep_graph else {}
-        answer = await self._request("POST", path, json=json, protobuf=protobuf, headers=headers)
-        request_id = answer.get("request_id")
-        if not isinstance(request_id, str | int):
-            raise InvalidResponse(f"POST {path} was answered without a request_id")
-        return str(request_id)
+        async with self.pass_bytes.hold(len(encoded.body)):
+            return request_id_of(await self._send_encoded(encoded, headers=headers), encoded.path)
 
-    async def result(self, request_id: str, request_type: str, decode: Callable[[Result], Decoded]) -> Decoded:
+    async def _send_encoded(self, encoded: EncodedRequest, **options: Any) -> dict[str, Any]:
+        headers = dict(options.pop("headers", {}))
+        if encoded.content_encoding is not None:
+            headers["Content-Encoding"] = encoded.content_encoding
+        return await self.request(
+            "POST",
+            encoded.path,
+            content=encoded.body,
+            content_type=encoded.content_type,
+            headers=headers,
+            **options,
+        )
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        retry: RetryPolicy | None = None,
+        retry_statuses: Callable[[int], bool] = is_retryable_status,
+        billing: BillingPause | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Sends one request until there is a final answer.
+
+        Args:
+            method: HTTP method.
+            path: endpoint.
+            retry: how long to keep trying; default is the configuration's policy.
+            retry_statuses: which statuses are worth another attempt.
+            billing: how long the service may ask for payment; default is the connection's.
+            options: as `HttpClient.exchange` takes them.
+
+        Returns:
+            The answer, which must be a JSON object; an empty body is an empty one.
+
+        Raises:
+            APIStatusError, TransportError: it was refused, or nobody answered within the retry policy.
+        """
+
+        async def send(attempt: int) -> HttpAnswer:
+            return await self.exchange(method, path, attempt=attempt, **options)
+
+        answer = await (billing or self.billing).around(
+            lambda: send_with_retry(retry or self.config.retry, send, retry_statuses=retry_statuses)
+        )
+        fields: object = answer.json() if answer.body.strip() else {}
+        if not isinstance(fields, dict):
+            raise InvalidResponse(f"{method} {path} was answered with JSON that is no object")
+        return cast("dict[str, Any]", fields)
+
+    # How passes are written
+
+    async def dialect(self) -> Dialect:
+        """How this service reads passes over data; found out at the first use.
+
+        Raises:
+            APIStatusError, TransportError: the service could not be asked.
+        """
+        if self._dialect is None:
+            async with self._choosing:
+                if self._dialect is None:
+                    self._dialect = await choose_dialect(self.config.wire, self.flags, self._probe)
+        return self._dialect
+
+    def falls_back_to_json(self, error: APIStatusError) -> bool:
+        """Whether a refused pass is to be written in JSON instead, and all later ones too.
+
+        The answer says that the body could not be read, so the number was not used and goes with the other form.
+        """
+        if self.config.wire != "auto" or not refuses_protobuf(error):
+            return False
+        self._dialect = JsonDialect()
+        return True
+
+    async def _probe(self, encoded: EncodedRequest) -> object:
+        return await self._send_encoded(encoded, retry_statuses=_is_passing_trouble_of_a_probe)
+
+    # Futures
+
+    async def result(
+        self,
+        request_id: str,
+        request_type: str,
+        decode: Callable[[Result], Decoded],
+        queue: QueueWatch | None = None,
+    ) -> Decoded:
         """Waits for a future.
 
         Args:
             request_id: the future.
             request_type: what was asked for.
             decode: reads the result.
+            queue: hears what the service says about requests that it has not begun.
 
         Raises:
-            RequestFailed: the service failed the request.
+            RequestFailed: the service failed the request, or lost it.
             InvalidResponse: its result cannot be read, however often it is fetched.
         """
+        body: dict[str, Any] = {"request_id": request_id}
 
-        async def poll(iteration: int) -> Any:
-            return await self.polls.exchange(
+        async def poll(iteration: int) -> HttpAnswer:
+            answer = await self.exchange(
                 "POST",
                 "/api/v1/retrieve_future",
-                json={"request_id": request_id, "allow_metadata_only": False},
+                over=self.polls,
+                json=body,
                 accept=ACCEPT,
                 headers={"X-Tinker-Request-Type": request_type, "X-Tinker-Request-Iteration": str(iteration)},
                 timeout=self.config.poll_timeout,
             )
+            if tells_metadata_only(answer):  # said only where it matters: strict older services do not know the field
+                body["allow_metadata_only"] = False
+            return answer
 
         return await wait_for_result(
-            poll, decode, request_id=request_id, request_type=request_type, retry=self.config.retry
+            poll,
+            decode,
+            request_id=request_id,
+            request_type=request_type,
+            retry=self.config.retry,
+            is_alive=self.is_alive,
+            billing=self.billing,
+            on_queue_state=None if queue is None else queue.hear,
+            on_done=None if queue is None else queue.hear_done,
         )
 
-    async def fields(self, request_id: str, request_type: str) -> Mapping[str, Any]:
+    async def fields(self, request_id: str, request_type: str, queue: QueueWatch | None = None) -> Mapping[str, Any]:
         """Waits for a future whose result is a JSON object."""
 
         def fields_of(result: Result) -> Mapping[str, Any]:
@@ -143,34 +277,17 @@ class Connection:
                 raise InvalidResponse(f"the result of {request_type} must be JSON, but came as {PROTOBUF}")
             return result.fields
 
-        return await self.result(request_id, request_type, fields_of)
+        return await self.result(request_id, request_type, fields_of, queue)
 
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        json: Mapping[str, Any] | None = None,
-        protobuf: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        retry: RetryPolicy | None = None,
-    ) -> dict[str, Any]:
-        async def send(attempt: int) -> Any:
-            return await self.http.exchange(
-                method,
-                path,
-                json=json,
-                content=protobuf,
-                content_type=PROTOBUF if protobuf is not None else None,
-                headers=headers or {},
-                attempt=attempt,
-            )
+    async def is_alive(self) -> bool:
+        """Whether the service answers anything at all."""
+        try:
+            await self.http.exchange("GET", "/api/v1/healthz", timeout=_LIVENESS_TIMEOUT)
+        except TransportError:
+            return False
+        return True
 
-        answer = await send_with_retry(retry or self.config.retry, send)
-        fields: object = answer.json() if answer.body.strip() else {}
-        if not isinstance(fields, dict):
-            raise InvalidResponse(f"{method} {path} was answered with JSON that is no object")
-        return cast("dict[str, Any]", fields)
+    # The session
 
     async def open_session(self, owner: object) -> None:
         """Asks for the service's settings and opens the session.
@@ -178,43 +295,37 @@ class Connection:
         Args:
             owner: the client the session belongs to; heartbeats stop when it is gone.
         """
-        await self._read_client_config()
-        body: dict[str, Any] = {
-            "tags": list(self.config.tags),
-            "user_metadata": dict(self.config.user_metadata),
-            "sdk_version": __version__,
-            "type": "create_session",
-        }
-        if self.config.project_id:
-            body["project_id"] = self.config.project_id
-        answer = await self.post("/api/v1/create_session", body)
-        session_id = answer.get("session_id")
-        if not isinstance(session_id, str):
-            raise InvalidResponse("create_session was answered without a session_id")
-        self._session_id = session_id
-        self._heartbeat = asyncio.create_task(
-            send_heartbeats(self.http, session_id, self.config.heartbeat_interval, weakref.ref(owner)),
-            name="tinkex.heartbeat",
+        self._follow(await self._read_flags())
+        self.keys.follow(
+            exchange=self._exchange_key if self.flags.pjwt_auth_enabled else None,
+            source=self.flags.credential_default_source,
         )
+        path = "/api/v1/create_session"
+        answer = await self.request("POST", path, json=session_request(self.config), billing=BillingPause(0.0))
+        self._session = Session(text_of(answer, "session_id", path), self.exchange, self.config, owner)
 
-    def _first_contact(self) -> RetryPolicy:
-        """Shorter than the usual policy: a service that never answered is likelier named wrongly than down."""
-        return dataclasses.replace(self.config.retry, deadline=min(self.config.retry.deadline, FIRST_CONTACT_DEADLINE))
-
-    async def _read_client_config(self) -> None:
+    async def _read_flags(self) -> ClientFlags:
+        # Shorter than the usual policy: a service that never answered is likelier named wrongly than down.
+        policy = self.config.retry
+        policy = dataclasses.replace(policy, deadline=min(policy.deadline, FIRST_CONTACT_DEADLINE))
+        body = {"sdk_version": __version__}
         try:
-            flags = await self._request(
-                "POST", "/api/v1/client/config", json={"sdk_version": __version__}, retry=self._first_contact()
+            answer = await self.request(
+                "POST", "/api/v1/client/config", json=body, retry=policy, billing=BillingPause(0.0)
             )
-        except NotFound:  # services older than this endpoint work with the defaults
-            return
+        except NotFound:
+            return ClientFlags.of_an_old_service()
         except APIStatusError as error:
             if error.status != 405:
                 raise
-            return
-        self.uploaded_losses.offered = flags.get("custom_loss_server_side") is True
-        self.max_chunk_datums = _positive(flags.get("fwdbwd_max_chunk_len"), DEFAULT_MAX_CHUNK_DATUMS)
-        self.max_chunk_bytes = _positive(flags.get("fwdbwd_max_chunk_bytes_count"), DEFAULT_MAX_CHUNK_BYTES)
+            return ClientFlags.of_an_old_service()
+        return ClientFlags.read(answer)
+
+    async def _exchange_key(self, key: Secret) -> HttpAnswer:
+        async def send(attempt: int) -> HttpAnswer:
+            return await self.http.exchange("POST", "/api/v1/auth/token", json={}, key=key, attempt=attempt)
+
+        return await send_with_retry(self.config.retry, send)
 
     async def close_lanes(self) -> None:
         """Ends all training clients; waits a while for what they have in flight."""
@@ -226,54 +337,38 @@ class Connection:
                 group.create_task(lane.drain(self.config.close_timeout), name="tinkex.closing")
 
     async def close_session(self) -> None:
-        """Ends the heartbeat and tells the service that the session is over, if it listens."""
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            await asyncio.wait([self._heartbeat])
-            self._heartbeat = None
-        if self._session_id is not None:
-            session_id, self._session_id = self._session_id, None
-            # Courtesy only: a service that does not know the call, or is gone, will expire the session by itself.
-            with contextlib.suppress(APIStatusError, TransportError):
-                await self._request(
-                    "POST",
-                    f"/api/v1/sessions/{session_id}/finish",
-                    json={"reason": {"type": "success"}, "detail": None},
-                    retry=RetryPolicy(deadline=min(5.0, self.config.timeout), max_attempts=1),
-                )
+        """Ends the session, if one was opened."""
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
 
 
-async def send_heartbeats(http: HttpClient, session_id: str, interval: float, owner: "weakref.ref[Any]") -> None:
-    """Tells the service every `interval` seconds that the session lives, as long as its owner does.
+def _is_passing_trouble_of_a_probe(status: int) -> bool:
+    # 500 is what some services answer to every protobuf body: an answer, and no passing trouble.
+    return status != 500 and is_retryable_status(status)
 
-    A failed heartbeat is reported as an event and tried again at the next beat. The service ends the session
-    itself by answering 410.
+
+def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
+    """A text that a service must tell, and that goes into later requests.
+
+    Raises:
+        InvalidResponse: there is none, or it cannot be sent.
     """
-    while True:
-        await asyncio.sleep(interval)
-        if owner() is None:
-            return
-        try:
-            answer = await http.exchange(
-                "POST",
-                "/api/v1/session_heartbeat",
-                json={"session_id": session_id, "type": "session_heartbeat"},
-                timeout=10.0,
-            )
-        except TransportError as error:
-            telemetry.emit(
-                "tinkex.session.heartbeat_failed",
-                {},
-                {"session_id": session_id, "reason": type(error).__name__},
-                error,
-            )
-            continue
-        if answer.status == SESSION_OVER:
-            return
-        if not answer.is_success:
-            reason = status_error_class(answer.status).__name__
-            telemetry.emit("tinkex.session.heartbeat_failed", {}, {"session_id": session_id, "reason": reason})
+    value = fields.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidResponse(f"{path} was answered without a {name}")
+    if not value.isprintable():  # lone surrogates are not printable either
+        raise InvalidResponse(f"{path} was answered with a {name} that holds characters which cannot be sent")
+    return value
 
 
-def _positive(value: object, default: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
+def request_id_of(fields: Mapping[str, Any], path: str) -> str:
+    """The future that a submission made.
+
+    Raises:
+        InvalidResponse: none was told.
+    """
+    told = fields.get("request_id")
+    if isinstance(told, int) and not isinstance(told, bool):
+        return str(told)
+    return text_of(fields, "request_id", path)

@@ -77,6 +77,8 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> Packed
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
         raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
+    if packed.values.dtype.kind != "f":
+        raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.values.dtype}, not float32")
     for index, datum in enumerate(data):
         expected = datum.loss_fn_inputs["target_tokens"].shape
         if packed.shape(index) != expected:

@@ -23,13 +23,8 @@ REMEMBERED = 64
 
 @dataclass
 class UploadedLosses:
-    """What one session has uploaded.
+    """What one session has uploaded, by the digest of the traced loss."""
 
-    Attributes:
-        offered: whether the service takes uploads.
-    """
-
-    offered: bool = False
     _ids: "OrderedDict[str, str]" = field(default_factory=OrderedDict[str, str])
     _refusals: dict[str, str] = field(default_factory=dict[str, str])
     _told: set[str] = field(default_factory=set[str])
@@ -68,7 +63,7 @@ class UploadedLosses:
             "graph": traced.graph,
             "type": "create_custom_loss",
         }
-        request_id = await connection.submit("/api/v1/create_custom_loss", json=body)
+        request_id = await connection.submit("/api/v1/create_custom_loss", body)
         try:
             fields = await connection.fields(request_id, "CreateCustomLoss")
         except RequestFailed as error:
@@ -129,7 +124,7 @@ async def _prepared(
 ) -> ServerStep:
     from tinkex_py.losses.tracing import trace_pipeline
 
-    if not connection.uploaded_losses.offered:
+    if not connection.flags.custom_loss_server_side:
         raise UnsupportedFeature(
             "the service takes no uploaded losses; the embedded one does with custom_losses=True or --custom-losses"
         )

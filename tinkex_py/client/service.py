@@ -9,7 +9,9 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
-from tinkex_py.client.connection import Connection
+from tinkex_py.client.connection import Connection, text_of
+from tinkex_py.client.rest import AsyncRestClient
+from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.config import TinkexConfig
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from tinkex_py.local import LocalService
 
 EMBEDDED_ADDRESS = "http://embedded"
+# How services answer that only know loading into a model that is there already.
+_NO_CREATE_BY_LOADING = frozenset({400, 404, 405, 422})
 
 
 class AsyncServiceClient:
@@ -54,9 +58,9 @@ class AsyncServiceClient:
         http, polls = (
             HttpClient(
                 base_url=config.base_url,
-                api_key=config.key,
                 timeout=config.timeout,
                 max_connections=connections,
+                headers={**config.access_headers, **config.default_headers},
                 http_client=http_client,
                 asgi_app=None if embedded is None else embedded.app,
             )
@@ -66,6 +70,7 @@ class AsyncServiceClient:
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
+        self._has_session = False
         self._closed = False
 
     @classmethod
@@ -82,7 +87,7 @@ class AsyncServiceClient:
         cls,
         model: str = "tiny",
         *,
-        checkpoints_dir: "Path | str | None" = None,
+        state_dir: "Path | str | None" = None,
         device: str | None = None,
         config: TinkexConfig | None = None,
         **options: Any,
@@ -91,7 +96,8 @@ class AsyncServiceClient:
 
         Args:
             model: "tiny", "smollm2", or a local Hugging Face folder.
-            checkpoints_dir: where checkpoints are kept; None is a temporary folder, removed at the end.
+            state_dir: where checkpoints, runs and sessions are kept, over restarts; None is a temporary folder, removed
+                at the end.
             device: "cpu", "cuda", "mps"; None chooses.
             config: timeouts and limits; address and key play no role.
             options: further options of the embedded service.
@@ -103,8 +109,8 @@ class AsyncServiceClient:
 
         from tinkex_py.local import LocalOptions, LocalService
 
-        folder = None if checkpoints_dir is None else Path(checkpoints_dir)
-        embedded = LocalService(LocalOptions(model=model, checkpoints_dir=folder, device=device, **options))
+        folder = None if state_dir is None else Path(state_dir)
+        embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
         settings = config or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
         client._prepare(settings, http_client=None, embedded=embedded)
@@ -123,6 +129,7 @@ class AsyncServiceClient:
         train_unembed: bool = True,
         lora_config: LoraConfig | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
     ) -> AsyncTrainingClient:
         """A new model with fresh LoRA adapters.
 
@@ -135,6 +142,7 @@ class AsyncServiceClient:
             train_unembed: adapt the output layer.
             lora_config: all of these in one value, instead of single ones.
             user_metadata: labels of the model.
+            optimizer_config: family of the optimizer, such as `{"type": "dimuon", "version": 1}`; None is AdamW.
 
         Raises:
             ConfigError: single settings and `lora_config` were both given.
@@ -156,22 +164,26 @@ class AsyncServiceClient:
         _check_text("base_model", base_model)
         settings = lora_config or LoraConfig(**given)
         connection = await self._connected()
-        request_id = await connection.submit(
-            "/api/v1/create_model",
-            json={
-                "session_id": connection.session_id,
-                "model_seq_id": connection.next_model_number(),
-                "base_model": base_model,
-                "lora_config": settings.model_dump(exclude_none=True),
-                "user_metadata": dict(user_metadata or {}),
-                "type": "create_model",
-            },
-        )
+        body: dict[str, Any] = {
+            "session_id": connection.session_id,
+            "model_seq_id": connection.next_model_number(),
+            "base_model": base_model,
+            "lora_config": settings.model_dump(exclude_none=True),
+            "type": "create_model",
+            **_labels(user_metadata, optimizer_config),
+        }
+        request_id = await connection.submit("/api/v1/create_model", body)
         fields = await connection.fields(request_id, "CreateModel")
-        return self._training_client(_model_id(fields))
+        return self._training_client(text_of(fields, "model_id", "create_model"))
 
     async def create_training_client_from_state(
-        self, path: str, *, with_optimizer: bool = False, user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        with_optimizer: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
+        weights_access_token: str | None = None,
     ) -> AsyncTrainingClient:
         """A new model that starts from a saved one.
 
@@ -179,45 +191,64 @@ class AsyncServiceClient:
             path: what `save_state` gave.
             with_optimizer: also restore the optimizer's state, so that training goes on as if it had not stopped.
             user_metadata: labels of the model.
+            optimizer_config: family of the optimizer; only without the old one's state. None is AdamW.
+            weights_access_token: lets one load a checkpoint of somebody else.
 
         Raises:
+            ConfigError: `optimizer_config` and `with_optimizer` were both given.
             RequestFailed, APIStatusError: there is no such checkpoint.
         """
         _check_text("path", path)
+        if with_optimizer and optimizer_config is not None:
+            raise ConfigError("with_optimizer brings the checkpoint's optimizer along: leave out optimizer_config")
         connection = await self._connected()
         number = connection.next_model_number()
+        token = {} if weights_access_token is None else {"weights_access_token": weights_access_token}
         body: dict[str, Any] = {
             "session_id": connection.session_id,
             "model_seq_id": number,
             "path": path,
             "optimizer": with_optimizer,
-            "user_metadata": dict(user_metadata or {}),
             "type": "load_weights",
+            **token,
+            **_labels(user_metadata, optimizer_config),
         }
         try:
-            request_id = await connection.submit("/api/v1/load_weights", json=body)
+            request_id = await connection.submit("/api/v1/load_weights", body)
         except APIStatusError as error:
-            if error.status != 422:
+            if error.status not in _NO_CREATE_BY_LOADING:
                 raise
-            return await self._create_then_load(connection, path, with_optimizer=with_optimizer)
+            training = await self._create_for(connection, path, token, user_metadata, optimizer_config)
+            await training.load_state(path, with_optimizer=with_optimizer, weights_access_token=weights_access_token)
+            return training
         fields = await connection.fields(request_id, "LoadWeights")
-        return self._training_client(str(fields.get("model_id") or f"{connection.session_id}:train:{number}"))
+        told = fields.get("model_id")
+        model_id = text_of(fields, "model_id", "load_weights") if told else f"{connection.session_id}:train:{number}"
+        return self._training_client(model_id)
 
-    async def _create_then_load(
-        self, connection: Connection, path: str, *, with_optimizer: bool
+    async def _create_for(
+        self,
+        connection: Connection,
+        path: str,
+        token: Mapping[str, str],
+        user_metadata: Mapping[str, str] | None,
+        optimizer_config: Mapping[str, Any] | None,
     ) -> AsyncTrainingClient:
-        """The older way, for services that cannot create a model from a checkpoint: load as its first request."""
-        info = WeightsInfo.read(await connection.post("/api/v1/weights_info", {"tinker_path": path}))
+        """A fresh model that fits a checkpoint, for services that cannot create one from it."""
+        info = WeightsInfo.read(await connection.post("/api/v1/weights_info", {"tinker_path": path, **token}))
         wanted: dict[str, Any] = {
             "rank": info.lora_rank,
             "train_unembed": info.train_unembed,
             "train_mlp": info.train_mlp,
             "train_attn": info.train_attn,
         }
-        lora_config = LoraConfig(**{name: value for name, value in wanted.items() if value is not None})
-        training = await self.create_lora_training_client(info.base_model, lora_config=lora_config)
-        await training.load_state(path, with_optimizer=with_optimizer)
-        return training
+        told = {name: value for name, value in wanted.items() if value is not None}
+        return await self.create_lora_training_client(
+            info.base_model,
+            lora_config=_lora_config_of(told),
+            user_metadata=user_metadata,
+            optimizer_config=optimizer_config,
+        )
 
     async def create_sampling_client(
         self, *, base_model: str | None = None, model_path: str | None = None
@@ -230,6 +261,10 @@ class AsyncServiceClient:
         if (base_model is None) == (model_path is None):
             raise ConfigError("give exactly one of base_model and model_path")
         return await new_sampling_client(await self._connected(), base_model=base_model, model_path=model_path)
+
+    def create_rest_client(self) -> AsyncRestClient:
+        """A client for what the service keeps: training runs, checkpoints, sessions. It needs no session itself."""
+        return AsyncRestClient(RestRequests(self._connection, self.config.retry, self._reachable))
 
     async def get_server_capabilities(self) -> ServerCapabilities:
         """The models of the service."""
@@ -250,17 +285,29 @@ class AsyncServiceClient:
     async def _connected(self) -> Connection:
         self._check_usable()
         async with self._opening:
-            if self._finalizer is None:
+            if not self._has_session:
                 await self._open()
         return self._connection
+
+    async def _reachable(self) -> None:
+        """What requests need that need no session."""
+        self._check_usable()
+        if self._embedded is not None:
+            await self._embedded.start()
+        self._warn_if_left_open()
 
     async def _open(self) -> None:
         with telemetry.lifecycle("tinkex.session", {"base_url": self.config.base_url}):
             if self._embedded is not None:
                 await self._embedded.start()
             await self._connection.open_session(self)
-        self._finalizer = weakref.finalize(self, _warn_left_open, self.config.base_url)
-        self._finalizer.atexit = False
+        self._has_session = True
+        self._warn_if_left_open()
+
+    def _warn_if_left_open(self) -> None:
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _warn_left_open, self.config.base_url)
+            self._finalizer.atexit = False
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -320,11 +367,21 @@ def _check_text(name: str, value: object) -> None:
         raise InvalidData(f"{name} must be a non-empty text, got {value!r}")
 
 
-def _model_id(fields: Mapping[str, Any]) -> str:
-    model_id = fields.get("model_id")
-    if not isinstance(model_id, str):
-        raise InvalidResponse("create_model gave no model_id")
-    return model_id
+def _labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Optional fields, only where they are wanted: strict services refuse what they do not know."""
+    given: dict[str, Any] = {}
+    if user_metadata:
+        given["user_metadata"] = dict(user_metadata)
+    if optimizer_config is not None:
+        given["optimizer_config"] = dict(optimizer_config)
+    return given
+
+
+def _lora_config_of(told: Mapping[str, Any]) -> LoraConfig:
+    try:
+        return LoraConfig(**told)
+    except InvalidData as error:
+        raise InvalidResponse(f"weights_info describes adapters that cannot be: {error}") from None
 
 
 def _warn_left_open(base_url: str) -> None:

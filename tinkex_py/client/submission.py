@@ -1,11 +1,13 @@
 """Sends passes over data, in chunks where they are long."""
 
+import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tinkex_py.client.connection import Connection
-from tinkex_py.errors import APIStatusError
+from tinkex_py.client.queue import QueueWatch
+from tinkex_py.errors import APIStatusError, InvalidResponse, PartialFailure, RequestFailed, TinkexError, TransportError
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.chunks import merge_outputs, plan_chunks
 from tinkex_py.transport.codec import (
@@ -14,24 +16,30 @@ from tinkex_py.transport.codec import (
     PassRequest,
     encode_batch,
     encode_custom_batch,
-    encode_request,
     read_forward_backward,
-    request_as_json,
 )
-from tinkex_py.transport.lane import UNDECIDED_STATUSES
+from tinkex_py.transport.dialects import Dialect
+from tinkex_py.transport.lane import is_undecided
 from tinkex_py.types import Datum, ForwardBackwardOutput
 from tinkex_py.types.tensors import Array
 
-# Work on more tokens than this leaves the event loop's thread.
+# Work on more tokens, or more bytes, than this leaves the event loop's thread.
 SMALL_TOKENS = 16_384
+SMALL_BYTES = 1 << 18
 
 Value = TypeVar("Value")
+Sent = str | APIStatusError
+"""What became of one chunk: its future, or a final refusal."""
 
 
 async def encode_chunks(data: Sequence[Datum], connection: Connection, *, custom: bool) -> list[EncodedBatch]:
     """Lays out datums in the chunks that the service takes."""
     encode = encode_custom_batch if custom else encode_batch
-    parts = plan_chunks(data, max_datums=connection.max_chunk_datums, max_bytes=connection.max_chunk_bytes)
+    parts = plan_chunks(
+        data,
+        max_datums=connection.flags.fwdbwd_max_chunk_len,
+        max_bytes=connection.flags.fwdbwd_max_chunk_bytes_count,
+    )
     tokens = sum(datum.model_input.length for datum in data)
     return await _off_loop_if(tokens > SMALL_TOKENS, connection.threads, lambda: [encode(part) for part in parts])
 
@@ -69,57 +77,146 @@ class ChunkedPass:
         connection: the service.
         model_id: the model.
         chunks: encoded datums, one request each.
+        dialect: how they are written.
         loss_fn: the service's loss.
         config: its settings.
         forward_only: no gradient.
         keep_graph: a backward pass over the same datums will follow.
-        accepted: request ids of the chunks that the service took so far.
+        refused: told which numbers were refused where others of the call were taken.
+        queue: hears about the queue in front of the service.
     """
 
     connection: Connection
     model_id: str
     chunks: Sequence[EncodedBatch]
+    dialect: Dialect
     loss_fn: str
     config: LossConfig
     forward_only: bool
     keep_graph: bool
-    accepted: list[str] = field(default_factory=list[str], init=False)
+    refused: Callable[[Sequence[int]], None]
+    queue: QueueWatch
 
-    async def send(self, numbers: Sequence[int]) -> list[str]:
-        """Submits every chunk under its number, in order.
+    async def send(self, numbers: Sequence[int]) -> list[Sent]:
+        """Submits every chunk under its number: at the same time where the service likes it, else in order.
 
-        If one is refused the others are still sent, since their numbers are taken; then the refusal is raised.
+        A refused chunk keeps none of the others back, since their numbers are taken.
 
         Returns:
-            The futures' request ids.
-        """
-        refusal: APIStatusError | None = None
-        for number, chunk in zip(numbers, self.chunks, strict=True):
-            try:
-                self.accepted.append(await self._send_one(number, chunk))
-            except APIStatusError as error:
-                if error.status >= 500 or error.status in UNDECIDED_STATUSES:
-                    raise
-                refusal = refusal or error
-        if refusal is not None:
-            if self.accepted and not self.forward_only:
-                refusal.add_note(f"{len(self.accepted)} of {len(self.chunks)} chunks of this call were accepted")
-            raise refusal
-        return self.accepted
+            For every chunk its future, or the refusal.
 
-    async def result(self, request_ids: Sequence[str]) -> ForwardBackwardOutput:
-        """Waits for all chunks and merges their results."""
-        request_type = "Forward" if self.forward_only else "ForwardBackward"
-        outputs = [
-            await self.connection.result(request_id, request_type, read_forward_backward) for request_id in request_ids
-        ]
-        return merge_outputs(outputs)
+        Raises:
+            APIStatusError: every chunk was refused, or it is open whether one arrived.
+            TransportError: it is open whether a chunk arrived.
+        """
+        if self.connection.flags.parallel_fwdbwd_chunks and len(self.chunks) > 1:
+            sent = await self._send_at_once(numbers)
+        else:
+            sent = [await self._outcome(number, chunk) for number, chunk in zip(numbers, self.chunks, strict=True)]
+        refusals = [outcome for outcome in sent if isinstance(outcome, APIStatusError)]
+        if len(refusals) == len(sent):
+            raise refusals[0]
+        if refusals:
+            self.refused([number for number, outcome in zip(numbers, sent, strict=True) if outcome in refusals])
+        return sent
+
+    async def result(self, sent: Sequence[Sent]) -> ForwardBackwardOutput:
+        """Waits for all chunks and merges their results.
+
+        Raises:
+            PartialFailure: the service holds the gradients of some chunks and not of others.
+            RequestFailed, APIStatusError: no chunk has left a gradient.
+            InvalidResponse: a result has another number of datums than its chunk.
+        """
+        outcomes = [await self._result_of(outcome, chunk) for outcome, chunk in zip(sent, self.chunks, strict=True)]
+        failures = [outcome for outcome in outcomes if not isinstance(outcome, ForwardBackwardOutput)]
+        if not failures:
+            return merge_outputs([outcome for outcome in outcomes if isinstance(outcome, ForwardBackwardOutput)])
+        if self.forward_only or len(failures) == len(outcomes):
+            raise failures[0]
+        raise self._partial_failure(outcomes) from failures[0]
+
+    async def _send_at_once(self, numbers: Sequence[int]) -> list[Sent]:
+        """Every chunk is posted to its end, whatever becomes of the others."""
+        undecided: list[TinkexError] = []
+
+        async def outcome(number: int, chunk: EncodedBatch) -> Sent | None:
+            try:
+                return await self._outcome(number, chunk)
+            except (APIStatusError, TransportError) as error:
+                undecided.append(error)
+                return None
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(outcome(number, chunk), name="tinkex.chunk")
+                for number, chunk in zip(numbers, self.chunks, strict=True)
+            ]
+        if undecided:
+            raise undecided[0]
+        return [sent for task in tasks if (sent := task.result()) is not None]
+
+    async def _outcome(self, number: int, chunk: EncodedBatch) -> Sent:
+        try:
+            return await self._send_one(number, chunk)
+        except APIStatusError as error:
+            if is_undecided(error):
+                raise
+            return error
 
     async def _send_one(self, number: int, chunk: EncodedBatch) -> str:
         request = PassRequest(self.model_id, number, self.loss_fn, self.config, forward_only=self.forward_only)
-        if self.connection.config.wire == "json":
-            endpoint = "forward" if self.forward_only else "forward_backward"
-            return await self.connection.submit(f"/api/v1/{endpoint}", json=request_as_json(chunk, request))
-        return await self.connection.submit(
-            "/api/v1/forward_backward", protobuf=encode_request(chunk, request), keep_graph=self.keep_graph
+        try:
+            return await self._post(self.dialect, chunk, request)
+        except APIStatusError as error:
+            if self.dialect.name != "protobuf" or not self.connection.falls_back_to_json(error):
+                raise
+            return await self._post(await self.connection.dialect(), chunk, request)
+
+    async def _post(self, dialect: Dialect, chunk: EncodedBatch, request: PassRequest) -> str:
+        large = len(chunk.body) > SMALL_BYTES and dialect.is_slow
+        encoded = await _off_loop_if(large, self.connection.threads, lambda: dialect.encode(chunk, request))
+        return await self.connection.submit_pass(encoded, keep_graph=self.keep_graph)
+
+    async def _result_of(
+        self, sent: Sent, chunk: EncodedBatch
+    ) -> ForwardBackwardOutput | RequestFailed | APIStatusError:
+        if isinstance(sent, APIStatusError):
+            return sent
+        request_type = "Forward" if self.forward_only else "ForwardBackward"
+        try:
+            output = await self.connection.result(sent, request_type, read_forward_backward, self.queue)
+        except RequestFailed as error:
+            return error
+        if output.num_datums not in (0, len(chunk.data)):  # some services strip the outputs
+            raise InvalidResponse(
+                f"the result of {request_type} has {output.num_datums} datums, but {len(chunk.data)} were sent"
+            )
+        return output
+
+    def _partial_failure(self, outcomes: Sequence[object]) -> PartialFailure:
+        applied: list[tuple[int, int]] = []
+        missing: list[tuple[int, int]] = []
+        start = 0
+        first: RequestFailed | APIStatusError | None = None
+        for chunk, outcome in zip(self.chunks, outcomes, strict=True):
+            stop = start + len(chunk.data)
+            failed = isinstance(outcome, RequestFailed | APIStatusError)
+            (missing if failed else applied).append((start, stop))
+            first = first or (outcome if isinstance(outcome, RequestFailed | APIStatusError) else None)
+            start = stop
+        assert first is not None
+        return PartialFailure(
+            f"{len(missing)} of {len(outcomes)} chunks of this call failed ({type(first).__name__}: {first}). "
+            f"The service holds the gradients of datums {_ranges(applied)} and, as far as is known, not those of "
+            f"{_ranges(missing)}: send the latter again before the next optim_step, or make a new client from the last "
+            "checkpoint",
+            applied=applied,
+            missing=missing,
+            category=first.category if isinstance(first, RequestFailed) else "unknown",
+            request_id=first.request_id,
         )
+
+
+def _ranges(parts: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start} to {stop - 1}" if stop - start > 1 else str(start) for start, stop in parts)

@@ -1,6 +1,7 @@
 """Trains one model."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
+from tinkex_py.client.queue import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import Execution, check_execution, server_step
 from tinkex_py.client.steps import OptimizerSteps
-from tinkex_py.client.submission import ChunkedPass, encode_chunks, replace_weights
+from tinkex_py.client.submission import ChunkedPass, Sent, encode_chunks, replace_weights
 from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name, check_targets
 from tinkex_py.errors import (
     APIStatusError,
@@ -24,14 +26,16 @@ from tinkex_py.errors import (
     UnsupportedFeature,
 )
 from tinkex_py.transport.codec import EncodedBatch, LossConfig
-from tinkex_py.transport.lane import Kind, Lane, Place
+from tinkex_py.transport.lane import Kind, Lane, Place, is_undecided
 from tinkex_py.transport.request import encoded_json
 from tinkex_py.types import (
     AdamParams,
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
+    OptimizerParams,
     OptimStepResponse,
+    QueueState,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     Tokenizer,
@@ -43,6 +47,10 @@ if TYPE_CHECKING:
     from tinkex_py.losses.pipeline import Pipeline
     from tinkex_py.losses.recording import RecordPath
     from tinkex_py.losses.spec import RegularizerSpec, Term
+
+
+# How the embedded service says that a number never came.
+_GAP = re.compile(r"seq_id \d{1,18} waits for seq_id (\d{1,18})")
 
 
 class AsyncTrainingClient:
@@ -70,6 +78,7 @@ class AsyncTrainingClient:
         self._lane = Lane()
         self._steps = OptimizerSteps()
         connection.lanes.add(self._lane)
+        self._queue = QueueWatch(model_id, connection.config.on_queue_state, self._check_gap)
         self._info: GetInfoResponse | None = None
 
     @property
@@ -90,6 +99,16 @@ class AsyncTrainingClient:
         if isinstance(made, bool) or not isinstance(made, int) or made < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"step must be an int >= 0, got {made!r}")
         self._steps.made = made
+
+    @property
+    def queue_state(self) -> QueueState:
+        """Whether the service works on this client's requests, as it said last."""
+        return self._queue.state
+
+    def _check_gap(self, reason: str) -> None:
+        gap = _GAP.search(reason)
+        if gap is not None:
+            self._lane.check_gap(int(gap[1]))
 
     # Passes over data
 
@@ -273,20 +292,21 @@ class AsyncTrainingClient:
 
     # Changes of the model
 
-    async def optim_step(self, params: AdamParams | None = None) -> OptimStepResponse:
-        """Applies the accumulated gradient with AdamW, and clears it.
+    async def optim_step(self, params: AdamParams | OptimizerParams | None = None) -> OptimStepResponse:
+        """Applies the accumulated gradient, and clears it.
 
         Args:
-            params: step size and the like; default `AdamParams()`.
+            params: step size and the like of AdamW, or of the optimizer that the model was made with; default
+                `AdamParams()`.
 
         Raises:
             PrecedingRequestFailed: an earlier gradient did not take effect, so this was not sent.
             RequestFailed: the service failed the request.
         """
         with self._request(Kind.UPDATE, "optim_step") as place:
-            if params is not None and not isinstance(params, AdamParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if params is not None and not isinstance(params, AdamParams | OptimizerParams):  # pyright: ignore[reportUnnecessaryIsInstance]
                 await asyncio.sleep(0)
-                raise InvalidData(f"params must be AdamParams, got a {type(params).__name__}")
+                raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
 
             cleared = 0
 
@@ -297,7 +317,8 @@ class AsyncTrainingClient:
             def keep() -> None:
                 self._lane.accumulated += cleared
 
-            body = {"adam_params": (params or AdamParams()).model_dump(), "type": "optim_step"}
+            name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
+            body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
             fields = await self._numbered(
                 place,
                 "optim_step",
@@ -309,12 +330,15 @@ class AsyncTrainingClient:
             )
             return OptimStepResponse.read(fields)
 
-    async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
+    async def load_state(
+        self, path: str, *, with_optimizer: bool = False, weights_access_token: str | None = None
+    ) -> None:
         """Loads a checkpoint; services allow it only as a model's first request.
 
         Args:
             path: what `save_state` gave.
             with_optimizer: also restore the optimizer's state.
+            weights_access_token: lets one load a checkpoint of somebody else.
 
         Raises:
             UnsupportedFeature: the model is in use already; the message names the way out.
@@ -330,13 +354,20 @@ class AsyncTrainingClient:
 
         with self._request(Kind.UPDATE, "load_state") as place:
             await self._or_break(check)
-            body = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
+            body: dict[str, Any] = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
+            if weights_access_token is not None:
+                body["weights_access_token"] = weights_access_token
             await self._numbered(place, "load_weights", body, "LoadWeights")
 
     # Checkpoints and sampling
 
     async def save_state(
-        self, name: str, *, ttl_seconds: int | None = None, overwrite: bool = False
+        self,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> SaveWeightsResponse:
         """Saves weights and optimizer state, as they are after all requests made so far.
 
@@ -344,41 +375,50 @@ class AsyncTrainingClient:
             name: of the checkpoint.
             ttl_seconds: when the service may delete it; None is never.
             overwrite: replace a checkpoint of this name.
+            user_metadata: labels of the checkpoint.
 
         Returns:
             The checkpoint's path, for `create_training_client_from_state`.
         """
         with self._request(Kind.READ, "save_state") as place:
-            body: dict[str, Any] = {"path": check_name(name), "overwrite": overwrite, "type": "save_weights"}
-            if ttl_seconds is not None:
-                body["ttl_seconds"] = ttl_seconds
+            body = _named_save("save_weights", name, ttl_seconds, user_metadata)
+            # Asked for only where it is wanted: services that are strict and older do not know the field.
+            body.update({} if overwrite is False else {"overwrite": overwrite})
             fields = await self._numbered(place, "save_weights", body, "SaveWeights")
             return SaveWeightsResponse.read(fields)
 
-    async def save_weights_for_sampler(self, name: str, *, ttl_seconds: int | None = None) -> SaveWeightsResponse:
+    async def save_weights_for_sampler(
+        self, name: str, *, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> SaveWeightsResponse:
         """Saves weights for sampling under a name; the path works with `service.create_sampling_client`."""
         with self._request(Kind.READ, "save_weights_for_sampler") as place:
-            body: dict[str, Any] = {"path": check_name(name), "kind": "snapshot", "type": "save_weights_for_sampler"}
-            if ttl_seconds is not None:
-                body["ttl_seconds"] = ttl_seconds
+            body = _named_save("save_weights_for_sampler", name, ttl_seconds, user_metadata)
             fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
             return SaveWeightsResponse.read(fields)
 
-    async def save_weights_and_get_sampling_client(self, name: str | None = None) -> AsyncSamplingClient:
+    async def save_weights_and_get_sampling_client(
+        self, name: str | None = None, *, inflight: bool = False
+    ) -> AsyncSamplingClient:
         """A sampling client for the weights as they are after all requests made so far.
 
         Args:
             name: keep them as a named checkpoint too; None keeps them only for this sampling client.
+            inflight: the sampling client follows later saves of this kind, instead of staying with these weights.
+
+        Raises:
+            InvalidData: a name and `inflight` were both given.
         """
         if name is not None:
+            if inflight:
+                raise InvalidData("inflight weights have no name: leave out one of name and inflight")
             saved = await self.save_weights_for_sampler(name)
             return await new_sampling_client(self._connection, model_path=saved.path)
         with self._request(Kind.READ, "save_weights_for_sampler") as place:
-            body = {
+            body: dict[str, Any] = {
                 "sampling_session_seq_id": self._connection.next_sampler_number(),
-                "kind": "snapshot",
                 "type": "save_weights_for_sampler",
             }
+            body.update({"kind": "inflight"} if inflight else {})
             fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
             saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
             if saved_session is None:
@@ -464,12 +504,14 @@ class AsyncTrainingClient:
         def checked() -> Sequence[Datum]:
             datums = check_data(data)
             check_loss(loss_fn, config)
-            if self._connection.config.wire == "json":
-                check_finite(datums, config, fields=("weights",) if custom else None)
             check_inputs(datums, loss_fn)
             return datums
 
         datums = await self._or_break(checked)
+        dialect = await self._connection.dialect()
+        if not dialect.holds_any_number:
+            fields = ("weights",) if custom else None
+            await self._or_break(lambda: check_finite(datums, config, fields=fields))
         return await encode_chunks(datums, self._connection, custom=custom)
 
     async def _pass(
@@ -484,8 +526,19 @@ class AsyncTrainingClient:
         handed_over: Callable[[], None] | None = None,
     ) -> ForwardBackwardOutput:
         chunked = ChunkedPass(
-            self._connection, self.model_id, chunks, loss_fn, config, forward_only=forward_only, keep_graph=not last
+            connection=self._connection,
+            model_id=self.model_id,
+            chunks=chunks,
+            dialect=await self._connection.dialect(),
+            loss_fn=loss_fn,
+            config=config,
+            forward_only=forward_only,
+            keep_graph=not last,
+            refused=place.refused,
+            queue=self._queue,
         )
+        # Before a number is taken: a key that has ended must not leave a gap.
+        await self._connection.keys.current()
 
         def on_hand_over() -> None:
             if not forward_only:
@@ -493,16 +546,16 @@ class AsyncTrainingClient:
             if handed_over is not None:
                 handed_over()
 
-        async def send(numbers: Sequence[int]) -> list[str]:
+        async def send(numbers: Sequence[int]) -> list[Sent]:
             try:
                 return await chunked.send(numbers)
-            except APIStatusError:
-                if not forward_only and not chunked.accepted:
+            except APIStatusError as error:
+                if not forward_only and not is_undecided(error):
                     self._lane.accumulated -= 1
                 raise
 
-        request_ids = await place.submit(len(chunks), send, last=last, handed_over=on_hand_over)
-        return await chunked.result(request_ids)
+        sent = await place.submit(len(chunks), send, last=last, handed_over=on_hand_over)
+        return await chunked.result(sent)
 
     async def _numbered(
         self,
@@ -517,11 +570,12 @@ class AsyncTrainingClient:
     ) -> Mapping[str, Any]:
         # Before a number is taken: what cannot be sent must not leave a gap.
         await self._or_break(lambda: encoded_json(body, endpoint))
+        await self._connection.keys.current()
 
         async def send(numbers: Sequence[int]) -> str:
             numbered = {"model_id": self.model_id, "seq_id": numbers[0], **body}
             try:
-                request_id = await self._connection.submit(f"/api/v1/{endpoint}", json=numbered)
+                request_id = await self._connection.submit(f"/api/v1/{endpoint}", numbered)
             except APIStatusError:
                 if refused is not None:
                     refused()
@@ -531,4 +585,15 @@ class AsyncTrainingClient:
             return request_id
 
         request_id = await place.submit(1, send, handed_over=handed_over)
-        return await self._connection.fields(request_id, request_type)
+        return await self._connection.fields(request_id, request_type, self._queue)
+
+
+def _named_save(
+    kind: str, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None
+) -> dict[str, Any]:
+    body: dict[str, Any] = {"path": check_name(name), "type": kind}
+    if ttl_seconds is not None:
+        body["ttl_seconds"] = ttl_seconds
+    if user_metadata is not None:
+        body["user_metadata"] = dict(user_metadata)
+    return body

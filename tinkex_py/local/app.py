@@ -11,13 +11,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tinkex_py.local import routes_losses, routes_models, routes_rest, routes_sampling, routes_service, routes_training
+from tinkex_py.local import (
+    routes_checkpoints,
+    routes_downloads,
+    routes_losses,
+    routes_models,
+    routes_rest,
+    routes_sampling,
+    routes_service,
+    routes_training,
+)
 from tinkex_py.local.core import Refused
+from tinkex_py.local.routes_downloads import DOWNLOADS
 
 if TYPE_CHECKING:
     from tinkex_py.local.service import LocalService
 
-OPEN_PATHS = frozenset({"/api/v1/healthz"})
+OPEN_PATHS = ("/api/v1/healthz", DOWNLOADS)
+"""What these paths begin with needs no key; downloads have signed addresses instead."""
 
 
 def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
@@ -40,6 +51,8 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
             *routes_losses.routes,
             *routes_sampling.routes,
             *routes_rest.routes,
+            *routes_checkpoints.routes,
+            *routes_downloads.routes,
         ],
         exception_handlers={Refused: _refused, HTTPException: _http_error, 500: _server_error},
         lifespan=lifespan,
@@ -57,7 +70,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or pass on."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not scope["path"].startswith(OPEN_PATHS):
             given = next((value for name, value in scope["headers"] if name.lower() == b"x-api-key"), b"")
             if not hmac.compare_digest(given, self._key):
                 detail = "the X-API-Key header is missing or wrong"
@@ -70,7 +83,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, Refused)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return JSONResponse({"detail": error.detail}, status_code=error.status, headers=headers)
+    code = {} if error.code is None else {"code": error.code}
+    return JSONResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -1,80 +1,59 @@
-"""Checkpoints on disk: safetensors files in a folder of their own, found through a small index file.
+"""Checkpoints on disk: safetensors files in a folder of their own, found through the state file.
 
-The index file `{name}.json` is replaced in one step after the folder is complete and flushed, so a name always leads
-to a whole checkpoint, the old one or the new one, whenever the process dies.
+A checkpoint's folder is filled and flushed under a hidden name, gets its own name in one step, and only then enters
+the state file. So a name always leads to a whole checkpoint, the old one or the new one, whenever the process dies;
+what a dead process left half-done is removed when the folder is opened again.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Any
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.local.archives import write_archive
+from tinkex_py.local.database import Database
+from tinkex_py.local.records import CheckpointInfo, Kind, RunInfo
 
-Kind = Literal["weights", "sampler_weights", "ephemeral"]
+STATE_FILE = "state.sqlite3"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}(:train:\d{1,9})?")
-_PATH = re.compile(r"tinker://([^/]+)/(weights|sampler_weights)/([^/]+)")
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
-
-
-class RunInfo(_Record):
-    """One training run, which is one training model."""
-
-    run_id: str
-    base_model: str
-    rank: int
-    train_unembed: bool
-    train_mlp: bool
-    train_attn: bool
-    created: datetime
-    user_metadata: dict[str, Any] | None = None
-
-
-class SessionInfo(_Record):
-    """One client's session."""
-
-    session_id: str
-    created: datetime
-    user_metadata: dict[str, Any] | None = None
-    display_name: str | None = None
-    finished: bool = False
-
-
-class CheckpointInfo(_Record):
-    """What an index file says."""
-
-    run: RunInfo
-    kind: Kind
-    name: str
-    folder: str
-    time: datetime
-    size_bytes: int = 0
-    has_optimizer: bool = False
-    user_metadata: dict[str, Any] | None = None
-    expires_at: datetime | None = None
-
-    @property
-    def path(self) -> str:
-        """The checkpoint's address for clients."""
-        return f"tinker://{self.run.run_id}/{self.kind}/{self.name}"
+_FOLDER = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.[0-9a-f]{32}")
+_PATH = re.compile(r"tinker://([^/]+)/(weights|sampler_weights|external_weights)/([^/]+)")
 
 
 class CheckpointStore:
-    """All checkpoints under one root folder."""
+    """All that the service keeps, under one root folder. Its methods may be called from any thread.
+
+    Args:
+        root: the folder; made if it is not there. What a service that died left half-done is removed.
+
+    Raises:
+        ConfigError: another service uses the folder, or its state file cannot be read.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root / "runs"
-        self._session_folder = root / "sessions"
+        self._archives = root / "archives"
+        self._archiving = threading.Lock()
+        self.on_expiry: Callable[[], None] = _nothing
+        root.mkdir(parents=True, exist_ok=True)
+        self.records = Database(root / STATE_FILE)
+        try:
+            self._clean_up()
+        except BaseException:
+            self.records.close()
+            raise
+
+    def close(self) -> None:
+        """Close the state file."""
+        self.records.close()
 
     def write(
         self,
@@ -95,23 +74,24 @@ class CheckpointStore:
         Raises:
             InvalidData: the name cannot be used or is taken.
         """
-        index = self._index(info.run.run_id, info.kind, info.name)
-        old = _read(index)
-        if old is not None and not overwrite:
+        if self.get(info.run.run_id, info.kind, info.name) is not None and not overwrite:
             raise InvalidData(f"checkpoint {info.path!r} exists already: choose another name or pass overwrite")
-        index.parent.mkdir(parents=True, exist_ok=True)
-        folder = index.parent / f".{info.name}-{uuid.uuid4().hex}"
-        folder.mkdir()
-        try:
-            size = _fill(folder, files, texts)
-            written = info.model_copy(update={"folder": folder.name, "size_bytes": size})
-            _replace(index, written.model_dump_json())
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if old is not None:
-            shutil.rmtree(index.parent / old.folder, ignore_errors=True)
-        return written
+        return self._place(info, lambda folder: _save(folder, files, texts))
+
+    def copy(self, source: CheckpointInfo, target: CheckpointInfo) -> CheckpointInfo:
+        """Copy a checkpoint's files under another name; `target` describes the copy.
+
+        Raises:
+            InvalidData: the source was deleted meanwhile.
+        """
+
+        def fill(folder: Path) -> None:
+            try:
+                shutil.copytree(self.file(source, ""), folder, dirs_exist_ok=True)
+            except FileNotFoundError as error:
+                raise InvalidData(f"there is no checkpoint {source.path!r}") from error
+
+        return self._place(target, fill)
 
     def find(self, path: str, *kinds: Kind) -> CheckpointInfo:
         """The checkpoint behind a `tinker://` path.
@@ -121,140 +101,165 @@ class CheckpointStore:
         """
         match = _PATH.fullmatch(path)
         if match is None:
-            raise InvalidData(f"{path!r} is not a checkpoint path: tinker://<run>/<weights|sampler_weights>/<name>")
+            raise InvalidData(
+                f"{path!r} is not a checkpoint path: tinker://<run>/<weights|sampler_weights|external_weights>/<name>"
+            )
         run, kind, name = match.groups()
         if kinds and kind not in kinds:
             raise InvalidData(f"{path!r} is of kind {kind!r}; needed here: {' or '.join(kinds)}")
-        info = _read(self._index(run, kind, name))
+        _check_run(run)
+        _check_name(name)
+        info = self.get(run, kind, name)
         if info is None:
             raise InvalidData(f"there is no checkpoint {path!r}")
         return info
 
     def get(self, run_id: str, kind: str, name: str) -> CheckpointInfo | None:
-        """A checkpoint by its parts, None if there is none."""
-        try:
-            return _read(self._index(run_id, kind, name))
-        except InvalidData:
-            return None
+        """A checkpoint by its parts, None if there is none or its time is over."""
+        info = self.records.checkpoint(run_id, kind, name)
+        expired = info is not None and info.expires_at is not None and info.expires_at <= datetime.now(UTC)
+        return None if expired else info
 
     def file(self, info: CheckpointInfo, name: str) -> Path:
         """Where one file of a checkpoint is."""
-        return self._index(info.run.run_id, info.kind, info.name).parent / info.folder / name
+        return self._kind_folder(info) / info.folder / name
+
+    def files(self, info: CheckpointInfo) -> list[Path]:
+        """All files of a checkpoint, by name; none if it was deleted meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(self.file(info, "").iterdir())
+        return []
 
     def delete(self, info: CheckpointInfo) -> None:
         """Remove a checkpoint: its name first."""
-        index = self._index(info.run.run_id, info.kind, info.name)
-        index.unlink(missing_ok=True)
-        shutil.rmtree(index.parent / info.folder, ignore_errors=True)
+        self.records.drop_checkpoint(info)
+        self._remove_files(info)
 
-    def set_ttl(self, info: CheckpointInfo, ttl_seconds: int | None) -> CheckpointInfo:
-        """Set when a checkpoint expires, counted from now in seconds; None is never."""
-        changed = info.model_copy(update={"expires_at": expiry(ttl_seconds)})
-        _replace(self._index(info.run.run_id, info.kind, info.name), changed.model_dump_json())
-        return changed
-
-    def write_run(self, run: RunInfo) -> None:
-        """Remember a run, with or without checkpoints."""
-        folder = self._run_folder(run.run_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "run.json", run.model_dump_json())
-
-    def runs(self) -> list[RunInfo]:
-        """All runs, newest first."""
-        found: list[RunInfo] = []
-        for file in self._root.glob("*/run.json"):
-            try:
-                found.append(RunInfo.model_validate_json(file.read_bytes()))
-            except (ValidationError, FileNotFoundError):
-                continue
-        return sorted(found, key=lambda run: run.created, reverse=True)
-
-    def write_session(self, session: SessionInfo) -> None:
-        """Remember a session."""
-        self._session_folder.mkdir(parents=True, exist_ok=True)
-        _replace(self._session_folder / f"{session.session_id}.json", session.model_dump_json())
-
-    def sessions(self) -> list[SessionInfo]:
-        """All sessions, oldest first."""
-        found: list[SessionInfo] = []
-        for file in self._session_folder.glob("*.json"):
-            try:
-                found.append(SessionInfo.model_validate_json(file.read_bytes()))
-            except (ValidationError, FileNotFoundError):
-                continue
-        return sorted(found, key=lambda session: session.created)
-
-    def checkpoints(self, run_id: str | None = None) -> list[CheckpointInfo]:
-        """Checkpoints of one run or of all, newest first; sampling snapshots without a name are left out."""
-        try:
-            folders = [self._run_folder(run_id)] if run_id is not None else [*self._root.glob("*")]
-        except InvalidData:
-            return []
-        found = [info for folder in folders for info in _listed(folder)]
-        return sorted(found, key=lambda info: info.time, reverse=True)
+    def delete_expired(self) -> datetime | None:
+        """Remove what has expired; returns when the next checkpoint will."""
+        for info in self.records.expired():
+            self.delete(info)
+        return self.records.next_expiry()
 
     def delete_ephemeral(self, run_id: str) -> None:
         """Remove a run's sampling snapshots without a name."""
-        shutil.rmtree(self._run_folder(run_id) / "ephemeral", ignore_errors=True)
+        for info in self.records.ephemeral(run_id):
+            self.delete(info)
 
-    def _run_folder(self, run_id: str) -> Path:
-        if _RUN.fullmatch(run_id) is None:
-            raise InvalidData(f"{run_id!r} is not the id of a training run")
-        return self._root / run_id.replace(":", "~")
+    def set_expiry(self, info: CheckpointInfo, expires_at: datetime | None) -> CheckpointInfo | None:
+        """Set when a checkpoint expires; None is never. Gives None if it was deleted meanwhile."""
+        changed = self.records.change_checkpoint(info, expires_at=expires_at)
+        self.on_expiry()
+        return changed
 
-    def _index(self, run_id: str, kind: str, name: str) -> Path:
-        if _NAME.fullmatch(name) is None:
-            raise InvalidData(f"{name!r} is not a checkpoint name: letters, digits, '_', '-', '.', at most 128")
-        if kind not in ("weights", "sampler_weights", "ephemeral"):
-            raise InvalidData(f"{kind!r} is not a kind of checkpoint")
-        return self._run_folder(run_id) / kind / f"{name}.json"
+    def archive(self, info: CheckpointInfo) -> Path:
+        """A tar file of a checkpoint, made at the first call and kept until the checkpoint is deleted.
+
+        Raises:
+            InvalidData: the checkpoint was deleted meanwhile.
+        """
+        file = self._archive_file(info)
+        with self._archiving:
+            if file.exists():
+                return file
+            self._archives.mkdir(exist_ok=True)
+            draft = file.with_suffix(".draft")
+            try:
+                write_archive(draft, self.files(info), info.time)
+                draft.replace(file)
+            except FileNotFoundError as error:
+                raise InvalidData(f"there is no checkpoint {info.path!r}") from error
+            finally:
+                draft.unlink(missing_ok=True)
+        return file
+
+    def write_run(self, run: RunInfo) -> None:
+        """Remember a run, with or without checkpoints.
+
+        Raises:
+            InvalidData: its id cannot be used.
+        """
+        _check_run(run.run_id)
+        self.records.put_run(run)
+
+    def _place(self, info: CheckpointInfo, fill: Callable[[Path], None]) -> CheckpointInfo:
+        _check_run(info.run.run_id)
+        _check_name(info.name)
+        old = self.records.checkpoint(info.run.run_id, info.kind, info.name)
+        folder = self._kind_folder(info) / f"{info.name}.{uuid.uuid4().hex}"
+        draft = folder.with_name(f".{folder.name}")
+        draft.mkdir(parents=True)
+        try:
+            fill(draft)
+            size = _flush_all(draft)
+            draft.rename(folder)
+            _flush(folder.parent)
+            written = info.model_copy(update={"folder": folder.name, "size_bytes": size})
+            self.records.put_checkpoint(written)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if old is not None:
+            self._remove_files(old)
+        if written.expires_at is not None:
+            self.on_expiry()
+        return written
+
+    def _remove_files(self, info: CheckpointInfo) -> None:
+        with self._archiving:
+            shutil.rmtree(self.file(info, ""), ignore_errors=True)
+            self._archive_file(info).unlink(missing_ok=True)
+
+    def _clean_up(self) -> None:
+        """Remove half-written folders, and snapshots of sampling sessions that no longer exist."""
+        for info in self.records.ephemeral():
+            self.delete(info)
+        self.delete_expired()
+        known = self.records.folders()
+        # Only what has the form of our own names: the folder may hold other things.
+        for folder in self._root.glob("*/*/*"):
+            if _FOLDER.fullmatch(folder.name) and folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+        for archive in self._archives.glob("*"):
+            if _FOLDER.fullmatch(archive.stem):
+                archive.unlink(missing_ok=True)
+
+    def _kind_folder(self, info: CheckpointInfo) -> Path:
+        # A colon cannot be in a file name everywhere.
+        return self._root / info.run.run_id.replace(":", "~") / info.kind
+
+    def _archive_file(self, info: CheckpointInfo) -> Path:
+        return self._archives / f"{info.folder}.tar"
 
 
-def expiry(ttl_seconds: int | None) -> datetime | None:
-    """When something with this time to live (seconds) expires."""
-    return None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
+def _check_run(run_id: str) -> None:
+    if _RUN.fullmatch(run_id) is None:
+        raise InvalidData(f"{run_id!r} is not the id of a training run")
 
 
-def _listed(folder: Path) -> Iterator[CheckpointInfo]:
-    for kind in ("weights", "sampler_weights"):
-        for index in (folder / kind).glob("*.json"):
-            info = _read(index)
-            if info is not None:
-                yield info
+def _check_name(name: str) -> None:
+    if _NAME.fullmatch(name) is None:
+        raise InvalidData(f"{name!r} is not a checkpoint name: letters, digits, '_', '-', '.', at most 128")
 
 
-def _read(index: Path) -> CheckpointInfo | None:
-    try:
-        info = CheckpointInfo.model_validate_json(index.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise InvalidData(f"the checkpoint index {index.name} is damaged: {error.error_count()} error(s)") from error
-    expired = info.expires_at is not None and info.expires_at <= datetime.now(UTC)
-    return None if expired else info
-
-
-def _fill(folder: Path, files: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]) -> int:
+def _save(folder: Path, files: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]) -> None:
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     for name, tensors in files.items():
         save_file(dict(tensors), str(folder / name), metadata={"format": "pt"})
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _flush_all(folder: Path) -> int:
+    """Bring a folder to the disk; returns the bytes of its files."""
     size = 0
     for file in folder.iterdir():
         size += file.stat().st_size
         _flush(file)
     _flush(folder)
     return size
-
-
-def _replace(target: Path, text: str) -> None:
-    draft = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    draft.write_text(text, encoding="utf-8")
-    _flush(draft)
-    draft.replace(target)
-    _flush(target.parent)
 
 
 def _flush(path: Path) -> None:
@@ -265,3 +270,7 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _nothing() -> None:
+    return None

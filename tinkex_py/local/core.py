@@ -2,21 +2,27 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeVar
 
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
-from tinkex_py.local.checkpoints import CheckpointInfo, SessionInfo
+from tinkex_py.local.archives import DownloadLinks
+from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.lanes import Lane, Receipt
 from tinkex_py.local.options import LocalOptions
+from tinkex_py.local.records import CheckpointInfo, SessionEnd, SessionInfo
 from tinkex_py.local.results import Answer, Failure, PendingResult, ResultBook
 from tinkex_py.local.sample_queue import SampleQueue
-from tinkex_py.local.worker import EngineClosing, EngineWorker
+from tinkex_py.local.worker import EngineClosing, EngineWorker, StateThreads
 
 if TYPE_CHECKING:
     from tinkex_py.local.engine import Engine
+
+T = TypeVar("T")
 
 logger = logging.getLogger("tinkex_py.local")
 logger.addHandler(logging.NullHandler())
@@ -27,12 +33,13 @@ INFLIGHT = "inflight"
 
 
 class Refused(Exception):
-    """A request that is answered with an error status at once."""
+    """A request that is answered with an error status at once; `code` tells programs what the status does not."""
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status: int, detail: str, code: str | None = None) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -52,27 +59,56 @@ class Sampler:
     inflight_of: str | None = None
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What starting brought: the engine, and what earlier runs of the service left."""
+
+    engine: "Engine"
+    sessions: Iterable[SessionInfo]
+    run_ids: Iterable[str]
+
+
 class Core:
     """Everything the routes need; lives on one event loop."""
 
-    def __init__(self, options: LocalOptions, engine: "Engine", worker: EngineWorker) -> None:
+    def __init__(self, options: LocalOptions, loaded: Loaded, worker: EngineWorker, state: StateThreads) -> None:
         self.options = options
-        self.engine = engine
-        self.store = engine.store
+        self.engine = loaded.engine
+        self.store = loaded.engine.store
         self.results = ResultBook(options.max_results, options.max_result_bytes)
-        self.sessions = {session.session_id: session for session in self.store.sessions()}
+        self.sessions = {session.session_id: session for session in loaded.sessions}
         self.samplers: dict[str, Sampler] = {}
         self.sampler_clients: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
         self.samples = SampleQueue(
-            engine,
+            loaded.engine,
             worker,
             max_waiting=options.max_waiting_samples,
             max_prompt_tokens=options.max_tokens_per_microbatch,
         )
+        self.last_requests: dict[str, datetime] = {}
+        self.links = DownloadLinks()
+        self.expiry_changed = asyncio.Event()
+        # Runs without a model: unloaded, or from before the service was started.
+        self._gone = set(loaded.run_ids)
         self._worker = worker
+        self._state = state
         self._receipts: dict[tuple[str, str, int], Receipt] = {}
         self._loop = asyncio.get_running_loop()
+        self.store.on_expiry = self._wake_expiry
+
+    async def stored(self, work: Callable[[CheckpointStore], T]) -> T:
+        """Ask the store for something, off the event loop.
+
+        Raises:
+            Refused: 404, the store says that it has no such thing; 503, the service is stopping.
+        """
+        try:
+            return await self._state.run(lambda: work(self.store))
+        except InvalidData as error:
+            raise Refused(404, str(error)) from error
+        except (EngineClosing, sqlite3.ProgrammingError) as error:
+            raise Refused(503, "the service is stopping") from error
 
     def session(self, session_id: str) -> SessionInfo:
         """A session by id.
@@ -85,10 +121,10 @@ class Core:
             raise Refused(404, f"session {session_id!r} is not known here: create one first")
         return session
 
-    def remember(self, session: SessionInfo) -> None:
+    async def remember(self, session: SessionInfo) -> None:
         """Add or change a session, here and on disk."""
         self.sessions[session.session_id] = session
-        self.store.write_session(session)
+        await self.stored(lambda store: store.records.put_session(session))
 
     def lane(self, model_id: str) -> Lane:
         """The lane of a training model.
@@ -99,7 +135,7 @@ class Core:
         lane = self.lanes.get(model_id)
         if lane is not None:
             return lane
-        if any(run.run_id == model_id for run in self.store.runs()):
+        if model_id in self._gone:
             raise Refused(
                 404,
                 f"model {model_id!r} is not loaded any more (it was unloaded or the service restarted): "
@@ -114,6 +150,7 @@ class Core:
             Refused: 404 unknown model; 400 the number was used for something else.
         """
         lane = self.lane(model_id)
+        self.last_requests[model_id] = datetime.now(UTC)
         if number <= 0:
             return self.start(self.results.open(), work)
         known = self._repeated(lane.receipts.get(number), digest, f"seq_id {number} of model {model_id!r}")
@@ -159,9 +196,14 @@ class Core:
         self._launch(pending, work)
         return pending.request_id
 
-    def finish_session(self, session: SessionInfo) -> None:
+    async def finish_session(self, session: SessionInfo, end: SessionEnd) -> None:
         """Mark a session as over and free what it holds."""
-        self.remember(session.model_copy(update={"finished": True}))
+        ended = session.model_copy(update={"end": end})
+        self.sessions[session.session_id] = ended
+        self._free(session)
+        await self.remember(ended)
+
+    def _free(self, session: SessionInfo) -> None:
         self._worker.submit(lambda: self.engine.custom_losses.forget(session.session_id))
         prefix = f"{session.session_id}:"
         for model_id in [model_id for model_id in self.lanes if model_id.startswith(prefix)]:
@@ -176,6 +218,7 @@ class Core:
     def unload(self, model_id: str) -> str:
         """Free a training model after the work that it still has; returns a request id."""
         lane = self.lanes.pop(model_id, None)
+        self._gone.add(model_id)
 
         def work() -> Answer:
             self.engine.unload_model(model_id)
@@ -186,6 +229,12 @@ class Core:
             # What waited for a missing number now fails, instead of leaving its polls waiting for ever.
             lane.release()
         return request_id
+
+    def _wake_expiry(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.expiry_changed.set)
+        except RuntimeError:
+            logger.debug("the event loop was closed before a checkpoint's expiry was noted")
 
     def _repeated(self, receipt: Receipt | None, digest: bytes, name: str) -> str | None:
         if receipt is None:

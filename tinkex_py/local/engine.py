@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.checkpoints import CheckpointInfo, CheckpointStore, RunInfo
+from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses, session_of
 from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
@@ -33,6 +33,7 @@ from tinkex_py.local.passes import (
     prepare,
     split,
 )
+from tinkex_py.local.records import CheckpointInfo, RunInfo
 from tinkex_py.local.sampling import SampleBatch, can_pad, room_for
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams, LoraConfig

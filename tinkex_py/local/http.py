@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -99,6 +100,35 @@ async def read(request: Request, model: type[Body]) -> Body:
         Refused: see `read_json` and `parse`.
     """
     return parse(model, await read_json(request))
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a listing is wanted; a limit below 0 is all of it."""
+
+    limit: int
+    offset: int
+
+    def cursor(self, count: int) -> dict[str, int]:
+        """The page's place among `count` entries."""
+        return {"offset": self.offset, "limit": self.limit, "total_count": count}
+
+
+def page_of(request: Request, limit: int) -> Page:
+    """The page that a query asks for.
+
+    Args:
+        request: has `limit` and `offset` in its query, or not.
+        limit: what holds if it does not.
+
+    Raises:
+        Refused: 422.
+    """
+    values = {"limit": request.query_params.get("limit"), "offset": request.query_params.get("offset")}
+    for name, value in values.items():
+        if value is not None and not (value.isdecimal() and len(value) <= 9):
+            raise Refused(422, f"{name} must be a whole number from 0 to 999999999")
+    return Page(int(values["limit"] or limit), int(values["offset"] or 0))
 
 
 def digest(name: str, value: Mapping[str, Any] | bytes) -> bytes:

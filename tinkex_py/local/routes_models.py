@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.checkpoints import CheckpointInfo, RunInfo
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
 from tinkex_py.local.lanes import Lane
+from tinkex_py.local.records import CheckpointInfo, RunInfo
 from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody
 from tinkex_py.local.results import Answer
 from tinkex_py.types import LoraConfig

@@ -9,10 +9,10 @@ from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.checkpoints import CheckpointInfo
 from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
+from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
 from tinkex_py.local.results import Answer
 from tinkex_py.local.sample_queue import Weights
@@ -23,7 +23,7 @@ async def create_sampling_session(request: Request, core: Core) -> Response:
     body = await read(request, SamplingSessionBody)
     core.session(body.session_id)
     sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
-    sampler = _sampler(core, sampler_id, body.base_model, body.model_path)
+    sampler = await _sampler(core, sampler_id, body.base_model, body.model_path)
     if core.samplers.setdefault(sampler_id, sampler) != sampler:
         raise Refused(400, f"sampling session number {body.sampling_session_seq_id} was already used for other weights")
     return answer({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
@@ -44,7 +44,7 @@ async def asample(request: Request, core: Core) -> Response:
     if body.sampling_session_id is not None:
         sampler = _known(core, body.sampling_session_id)
     else:
-        sampler = _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
+        sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
 
     def submit() -> "Future[Answer]":
         return _submit(core, sampler, body)
@@ -90,7 +90,7 @@ def _known(core: Core, sampler_id: str) -> Sampler:
     return sampler
 
 
-def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> Sampler:
+async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> Sampler:
     name = core.engine.model.name
     if base_model is not None and base_model != name:
         raise Refused(400, f"base model {base_model!r} is not served here. Served: {name!r}")
@@ -98,10 +98,7 @@ def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: st
         if base_model is None:
             raise Refused(400, f"sampling needs a base_model ({name!r}) or a model_path (tinker://...)")
         return Sampler(sampler_id)
-    try:
-        source = core.store.find(model_path)
-    except InvalidData as error:
-        raise Refused(404, str(error)) from error
+    source = await core.stored(lambda store: store.find(model_path, "weights", "sampler_weights"))
     if source.run.base_model != name:
         raise Refused(400, f"{model_path!r} was made from {source.run.base_model!r}, but {name!r} is served here")
     return Sampler(sampler_id, model_path=model_path)

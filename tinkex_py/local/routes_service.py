@@ -7,10 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinkex_py.local.checkpoints import SessionInfo
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import PROTOBUF, answer, read, read_json, with_core
 from tinkex_py.local.options import LocalOptions
+from tinkex_py.local.records import SessionEnd, SessionInfo
 from tinkex_py.local.requests import FinishBody, FutureBody, SessionBody, SessionIdBody
 from tinkex_py.local.results import Failure
 
@@ -69,8 +69,9 @@ async def create_session(request: Request, core: Core) -> Response:
         created=datetime.now(UTC),
         user_metadata=body.user_metadata,
         display_name=body.display_name,
+        project_id=body.project_id,
     )
-    core.remember(session)
+    await core.remember(session)
     return answer({"session_id": session.session_id, "type": "create_session"})
 
 
@@ -85,10 +86,10 @@ async def session_heartbeat(request: Request, core: Core) -> Response:
 
 async def finish_session(request: Request, core: Core) -> Response:
     """Free what the session holds; the first reason wins."""
-    await read(request, FinishBody)
+    body = await read(request, FinishBody)
     session = core.session(request.path_params["session_id"])
     if not session.finished:
-        core.finish_session(session)
+        await core.finish_session(session, SessionEnd(reason=body.reason.type, detail=body.detail))
     return answer({"session_id": session.session_id})
 
 

@@ -12,10 +12,10 @@ from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.checkpoints import CheckpointInfo, RunInfo, expiry
 from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import PassRequest
 from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, read_body, read_json, with_core
+from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
 from tinkex_py.local.requests import (
     ForwardBackwardBody,
     ForwardBody,
@@ -178,12 +178,19 @@ def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
 
 
 async def save_weights_external(request: Request, core: Core) -> Response:
-    """Not something that one machine can offer."""
+    """Weights whose files can be downloaded one by one."""
     raw = await read_json(request)
     body = _parse_numbered(core, SaveWeightsBody, raw)
 
     def work() -> Answer:
-        raise UnsupportedFeature("the embedded service has no external weights: use save_weights and read its folder")
+        if body.age_encryption_recipients:
+            raise UnsupportedFeature("the embedded service cannot encrypt: leave age_encryption_recipients out")
+        if body.path is None:
+            raise InvalidData("save_weights_external needs a name in `path`")
+        saved = _save(core, body, body.path, "external_weights")
+        return Answer(
+            lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"},
+        )
 
     request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_external", raw), work)
     return answer({"request_id": request_id, "model_id": body.model_id})

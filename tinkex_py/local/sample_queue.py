@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.checkpoints import CheckpointInfo
 from tinkex_py.local.data import SampleRequest, SampleResult
+from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.results import Answer
 from tinkex_py.local.worker import EngineWorker
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.options import LocalOptions
-from tinkex_py.local.worker import EngineWorker
+from tinkex_py.local.worker import EngineWorker, StateThreads
 
 if TYPE_CHECKING:
-    from tinkex_py.local.core import Core
-    from tinkex_py.local.engine import Engine
+    from tinkex_py.local.core import Core, Loaded
     from tinkex_py.local.tokenizers import Tokenizer
 
 
@@ -39,7 +38,9 @@ class LocalService:
         self._app = build_app(self, self.options.api_key)
         self._changing = asyncio.Lock()
         self._worker: EngineWorker | None = None
-        self._loading: asyncio.Future[Engine] | None = None
+        self._loading: asyncio.Future[Loaded] | None = None
+        self._state: StateThreads | None = None
+        self._expiry: asyncio.Task[None] | None = None
         self._folder: TemporaryDirectory[str] | None = None
 
     @property
@@ -93,8 +94,11 @@ class LocalService:
                 failed.result()
                 return
             from tinkex_py.local.core import Core
+            from tinkex_py.local.expiry import delete_expired
 
-            self.core = Core(self.options, self._loading.result(), self._worker)
+            self._state = StateThreads()
+            self.core = Core(self.options, self._loading.result(), self._worker, self._state)
+            self._expiry = asyncio.create_task(delete_expired(self.core), name="tinkex.local.expiry")
 
     async def stop(self) -> None:
         """End the engine, its thread and its temporary folder; open polls return, unfinished work fails.
@@ -108,13 +112,21 @@ class LocalService:
         core, self.core = self.core, None
         if core is not None:
             core.results.close()
+        if self._expiry is not None:
+            self._expiry.cancel()
+            await asyncio.wait([self._expiry])
+            self._expiry = None
         if self._worker is not None:
             await self._worker.stop()
             self._worker = None
+        if self._state is not None:
+            await self._state.stop()
+            self._state = None
         if self._loading is not None:
             # Nobody may be left to look at the failure of a load whose start was cancelled.
             await asyncio.wait([self._loading])
-            self._loading.exception()
+            if self._loading.exception() is None:
+                self._loading.result().engine.store.close()
             self._loading = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -125,17 +137,23 @@ class LocalService:
         if self.core is not None:
             self.core.results.closing.set()
 
-    def _load(self) -> "Engine":
+    def _load(self) -> "Loaded":
         from tinkex_py.local.checkpoints import CheckpointStore
+        from tinkex_py.local.core import Loaded
         from tinkex_py.local.engine import Engine
         from tinkex_py.local.models import load_model, private_folder
 
         assert self._worker is not None
-        if self.options.checkpoints_dir is None:
+        if self.options.state_dir is None:
             self._folder = private_folder()
             root = Path(self._folder.name)
         else:
-            root = self.options.checkpoints_dir.expanduser().resolve()
-            root.mkdir(parents=True, exist_ok=True)
-        model = load_model(self.options.model, self.options.device, root)
-        return Engine(model, CheckpointStore(root), self.options, self._worker.closing)
+            root = self.options.state_dir.expanduser().resolve()
+        store = CheckpointStore(root)
+        try:
+            model = load_model(self.options.model, self.options.device, root)
+            engine = Engine(model, store, self.options, self._worker.closing)
+            return Loaded(engine, list(store.records.sessions()), store.records.run_ids())
+        except BaseException:
+            store.close()
+            raise

@@ -29,6 +29,8 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.regularizer.controller_failed": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
+    "tinkex.billing.paused": logging.WARNING,
+    "tinkex.sampling.turned_away": logging.DEBUG,
 }
 
 

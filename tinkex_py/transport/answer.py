@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -20,20 +20,35 @@ _REQUEST_ID_HEADERS = ("x-request-id", "request-id")
 
 
 class Secret:
-    """A key that shows in no repr, str, format or pickle."""
+    """A key that shows in no repr, str, format or pickle.
 
-    __slots__ = ("_text",)
+    Args:
+        text: the key.
+        others: more texts that are kept out wherever the key is.
+    """
 
-    def __init__(self, text: str) -> None:
+    __slots__ = ("_others", "_text")
+
+    def __init__(self, text: str, others: Iterable[str] = ()) -> None:
         self._text = text
+        self._others = tuple(others)
 
     def reveal(self) -> str:
         """The key itself; only for the header it is sent in."""
         return self._text
 
+    def with_others(self, others: Iterable[str]) -> "Secret":
+        """The same key; `redacted_from` leaves out these texts too."""
+        return Secret(self._text, others)
+
     def redacted_from(self, text: str) -> str:
         """The text without the key."""
-        return text.replace(self._text, "[redacted]") if self._text else text
+        for secret in (self._text, *self._others):
+            text = text.replace(secret, "[redacted]") if secret else text
+        return text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
 
     def __repr__(self) -> str:
         return "Secret('**********')"
@@ -182,10 +197,17 @@ def _way_out(answer: HttpAnswer) -> str:
         return "Check the key: TINKER_API_KEY, or api_key of the configuration"
     location = answer.headers.get("location")
     if 300 <= answer.status < 400 and location:
-        origin = urlsplit(location)
-        where = f"{origin.scheme}://{origin.hostname}" if origin.hostname else "another place of the same host"
+        where = _origin(location) or "another place of the same host"
         return f"It points to {where}, which is not followed because the key goes along: set base_url to it"
     return ""
+
+
+def _origin(location: str) -> str | None:
+    try:
+        parts = urlsplit(location)
+    except ValueError:
+        return "an address that makes no sense"
+    return f"{parts.scheme}://{parts.hostname}" if parts.hostname else None
 
 
 def _detail(body: object) -> str:

@@ -14,15 +14,21 @@ from google.protobuf.message import DecodeError
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, SampledSequence, SampleResponse, TensorData
+from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
 LossConfig = Mapping[str, float | str]
 
+_OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
+# No loss gives tensors of more dimensions than this.
+_MOST_DIMENSIONS = 8
+# More than any service answers at once; a few bytes can claim any number.
+_MOST_DATUMS = 2**24
+
 # ForwardBackwardRequest.data: field 3, length-delimited.
 _DATA_TAG = bytes([3 << 3 | 2])
-_DTYPES = {
+DTYPES = {
     wire.DTYPE_FLOAT32: np.dtype("<f4"),
     wire.DTYPE_INT64: np.dtype("<i8"),
     wire.DTYPE_INT32: np.dtype("<i4"),
@@ -173,16 +179,8 @@ def read_forward_backward(result: Result) -> ForwardBackwardOutput:
     """
     if result.fields is None:
         return decode_forward_backward(result.body)
-    return ForwardBackwardOutput.read(result.fields)
-
-
-def read_sample(result: Result) -> SampleResponse:
-    """The result of a sample, whichever way it is written.
-
-    Raises:
-        InvalidResponse: it is neither.
-    """
-    return decode_sample(result.body) if result.fields is None else SampleResponse.read(result.fields)
+    told = {name: result.fields[name] for name in _OUTPUT_FIELDS if name in result.fields}
+    return ForwardBackwardOutput.read(told)
 
 
 def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
@@ -196,10 +194,13 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     except DecodeError as error:
         raise InvalidResponse(f"the result is no ForwardBackwardOutput ({len(body)} bytes)") from error
     records = list(message.loss_fn_outputs)
+    counts = [record.num_datums for record in records]
+    if any(count < 0 for count in counts) or sum(counts) > _MOST_DATUMS:
+        raise InvalidResponse(f"the result claims to hold {counts} datums")
     names = list(dict.fromkeys(name for record in records for name in record.fields))
     return ForwardBackwardOutput(
         loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
-        num_datums=sum(record.num_datums for record in records),
+        num_datums=sum(counts),
         packed={
             name: PackedTensor.join([_packed(record.fields.get(name), record.num_datums, name) for record in records])
             for name in names
@@ -208,38 +209,12 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     )
 
 
-def decode_sample(body: bytes) -> SampleResponse:
-    """A protobuf SampleResponse.
+def numbers_of(buffer: bytes, dtype: "str | np.dtype[Any]", name: str) -> Array:
+    """A buffer of an answer as numbers.
 
     Raises:
-        InvalidResponse: the bytes are no such message.
+        InvalidResponse: it is cut off within a number.
     """
-    try:
-        message = wire.SampleResponse.FromString(body)
-    except DecodeError as error:
-        raise InvalidResponse(f"the result is no SampleResponse ({len(body)} bytes)") from error
-    told = message.HasField("prompt_logprobs")
-    prompt = _numbers(message.prompt_logprobs, "<f4", "prompt_logprobs") if told else None
-    return SampleResponse(
-        sequences=[_sequence(sequence) for sequence in message.sequences],
-        prompt_logprobs=None if prompt is None else [None if np.isnan(value) else float(value) for value in prompt],
-        prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
-    )
-
-
-def _sequence(sequence: wire.SampledSequence) -> SampledSequence:
-    tokens = _numbers(sequence.tokens, "<i4", "the tokens of a sequence")
-    logprobs = _numbers(sequence.logprobs, "<f4", "the logprobs of a sequence")
-    if logprobs.size not in (0, tokens.size):
-        raise InvalidResponse(f"a sequence of {tokens.size} tokens came with {logprobs.size} logprobs")
-    return SampledSequence(
-        tokens=tokens.tolist(),
-        logprobs=logprobs.tolist() if logprobs.size else None,
-        stop_reason="length" if sequence.stop_reason == wire.STOP_REASON_LENGTH else "stop",
-    )
-
-
-def _numbers(buffer: bytes, dtype: str, name: str) -> Array:
     if len(buffer) % np.dtype(dtype).itemsize:
         raise InvalidResponse(f"{name} have {len(buffer)} bytes, which is no whole number of {dtype}")
     return np.frombuffer(buffer, dtype)
@@ -248,14 +223,14 @@ def _numbers(buffer: bytes, dtype: str, name: str) -> Array:
 def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> PackedTensor:
     if field is None:
         return PackedTensor.empty(num_datums)
-    dtype = _DTYPES.get(field.dtype)
+    dtype = DTYPES.get(field.dtype)
     if dtype is None:
         raise InvalidResponse(f"output field {name!r} has the unknown dtype {field.dtype}")
     trailing = tuple(field.trailing_shape)
-    if any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
+    if len(trailing) > _MOST_DIMENSIONS or any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
         raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
     size = dtype.itemsize * math.prod(trailing)
-    offsets = _numbers(field.offsets, "<i8", f"the offsets of output field {name!r}")
+    offsets = numbers_of(field.offsets, "<i8", f"the offsets of output field {name!r}")
     if (
         offsets.size != num_datums + 1
         or offsets[0] != 0
@@ -305,7 +280,7 @@ def _tensor(tensor: TensorData) -> wire.Tensor:
 
 def _tensor_as_json(tensor: wire.Tensor) -> dict[str, Any]:
     dtype = "int64" if tensor.dtype == wire.DTYPE_INT64 else "float32"
-    element = _DTYPES[tensor.dtype]
+    element = DTYPES[tensor.dtype]
     if tensor.WhichOneof("encoding") == "sparse_csr":
         sparse = tensor.sparse_csr
         return {

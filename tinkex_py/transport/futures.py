@@ -8,19 +8,23 @@ from typing import Any, Final, Generic, TypeVar, cast
 from tinkex_py import telemetry
 from tinkex_py.errors import (
     APIStatusError,
+    BillingRequired,
     InvalidResponse,
     RequestFailed,
     RequestFailedCategory,
+    ResultLost,
     TimeoutExceeded,
     TinkexError,
     TransportError,
 )
 from tinkex_py.transport.answer import HttpAnswer, raise_for_status
+from tinkex_py.transport.billing import BillingPause
 from tinkex_py.transport.codec import PROTOBUF, Result
 from tinkex_py.transport.retry import RetryPolicy
 
 ACCEPT: Final = f"{PROTOBUF}, application/json"
-PENDING_STATUSES: Final = frozenset({"pending", "queued", "running"})
+_METADATA_ONLY: Final = "complete_metadata"
+PENDING_STATUSES: Final = frozenset({"pending", "queued", "running", _METADATA_ONLY})
 
 _CATEGORIES: Mapping[str, RequestFailedCategory] = {"user": "user", "server": "server"}
 # A poll that is answered "not yet" sooner than this was not held by the service; then we pace it ourselves.
@@ -28,13 +32,25 @@ _HELD_SECONDS = 1.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 _MOST_BAD_REQUESTS = 2
+_LONGEST_DETAIL = 1000
+_LONGEST_METADATA = 4096
+_LOST_STATUSES = frozenset({404, 410})
 
 Decoded = TypeVar("Decoded")
 Poll = Callable[[int], Awaitable[HttpAnswer]]
 
 
 async def wait_for_result(
-    poll: Poll, decode: Callable[[Result], Decoded], *, request_id: str, request_type: str, retry: RetryPolicy
+    poll: Poll,
+    decode: Callable[[Result], Decoded],
+    *,
+    request_id: str,
+    request_type: str,
+    retry: RetryPolicy,
+    is_alive: Callable[[], Awaitable[bool]] | None = None,
+    billing: BillingPause | None = None,
+    on_queue_state: Callable[[Mapping[str, Any]], None] | None = None,
+    on_done: Callable[[], None] | None = None,
 ) -> Decoded:
     """Polls until the future is done.
 
@@ -44,14 +60,23 @@ async def wait_for_result(
         request_id: the future.
         request_type: what was asked for, for events and errors.
         retry: how long polling goes on while the service cannot be reached or answers with errors.
+        is_alive: asked when a poll took too long: a service that answers this only holds polls for longer than we do.
+        billing: how long the service may ask for payment; None is not at all.
+        on_queue_state: gets the fields of every answer that says "not yet"; what it raises ends the waiting.
+        on_done: called when the result is there.
 
     Raises:
-        RequestFailed: the service failed the request, or lost it.
+        RequestFailed: the service failed the request.
+        ResultLost: the service does not know the future any more.
         APIStatusError, TransportError: polling itself was refused or kept failing.
     """
     metadata = {"request_id": request_id, "request_type": request_type}
     with telemetry.lifecycle("tinkex.future", metadata):
-        return await _Waiting(poll, decode, request_id, request_type, retry).result()
+        waiting = _Waiting(poll, decode, request_id, request_type, retry, is_alive, billing, on_queue_state)
+        result = await waiting.result()
+        if on_done is not None:
+            on_done()
+        return result
 
 
 class _Waiting(Generic[Decoded]):
@@ -64,12 +89,18 @@ class _Waiting(Generic[Decoded]):
         request_id: str,
         request_type: str,
         retry: RetryPolicy,
+        is_alive: Callable[[], Awaitable[bool]] | None,
+        billing: BillingPause | None,
+        on_queue_state: Callable[[Mapping[str, Any]], None] | None,
     ) -> None:
         self._poll = poll
         self._decode = decode
         self._request_id = request_id
         self._request_type = request_type
         self._retry = retry
+        self._is_alive = is_alive
+        self._billing = billing
+        self._on_queue_state = on_queue_state
         self._loop = asyncio.get_running_loop()
         self._pause = _FIRST_PAUSE
         self._failing_since: float | None = None
@@ -100,14 +131,17 @@ class _Waiting(Generic[Decoded]):
         if answer.status == 408:
             self._tell_queue_state(_object_of(answer))
             return None
-        if answer.status in (400, 410):
+        if answer.status in _LOST_STATUSES:
+            raise self._lost(answer)
+        if answer.status in (400, 422):
             self._fail_or_ask_again(answer)
         raise_for_status(answer)
         fields = _unwrapped(answer.json())
         if not isinstance(fields, dict):
             raise InvalidResponse(f"the result of {self._request_type} is no JSON object")
         given = cast("dict[str, Any]", fields)
-        if given.get("type") == "try_again" or given.get("status") in PENDING_STATUSES:
+        status = given.get("status")
+        if given.get("type") == "try_again" or (isinstance(status, str) and status in PENDING_STATUSES):
             self._tell_queue_state(given)
             return None
         if given.get("error") is not None:
@@ -115,20 +149,28 @@ class _Waiting(Generic[Decoded]):
         return Result(b"", given)
 
     def _fail_or_ask_again(self, answer: HttpAnswer) -> None:
-        """Some services answer 400 where the request itself failed; a few answer so by mistake, once."""
-        if answer.status == 410:
-            raise self._failed(answer, "the service has lost this request's result", "server")
+        """Some services answer 400 or 422 where the request itself failed; a few answer 400 by mistake, once."""
         self._bad_requests += 1
-        if self._bad_requests >= _MOST_BAD_REQUESTS:
+        if answer.status == 422 or self._bad_requests >= _MOST_BAD_REQUESTS:
             fields = _object_of(answer)
-            message = fields.get("detail") or fields.get("error") or answer.body.decode(errors="replace")[:300]
-            text = message if isinstance(message, str) else json.dumps(message)
-            raise self._failed(answer, text, fields.get("category"))
+            told = fields.get("detail") or fields.get("error") or answer.body.decode(errors="replace")
+            text = told if isinstance(told, str) else json.dumps(told)
+            raise self._failed(answer, text[:_LONGEST_DETAIL], fields.get("category"))
 
     def _failed(self, answer: HttpAnswer, message: str, category: object) -> RequestFailed:
         return RequestFailed(
             f"{self._request_type} failed on the service: {answer.secret.redacted_from(message)}",
             category=_CATEGORIES.get(str(category), "unknown"),
+            request_id=self._request_id,
+        )
+
+    def _lost(self, answer: HttpAnswer) -> ResultLost:
+        return ResultLost(
+            f"the service has lost the result of {self._request_type} (it answered {answer.status} for request "
+            f"{self._request_id!r}), so it is not known whether the request took effect. A sample can be asked for "
+            "again; for a training client make a new one from its last checkpoint: "
+            "service.create_training_client_from_state(path, with_optimizer=True)",
+            category="server",
             request_id=self._request_id,
         )
 
@@ -140,6 +182,12 @@ class _Waiting(Generic[Decoded]):
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     async def _after_failure(self, error: TinkexError) -> None:
+        if isinstance(error, BillingRequired) and self._billing is not None:
+            await self._billing.after(error)
+            return
+        if isinstance(error, TimeoutExceeded) and self._is_alive is not None and await self._is_alive():
+            self._failing_since, self._failures = None, 0
+            return
         retryable = isinstance(error, TransportError) or (
             isinstance(error, APIStatusError) and (error.status >= 500 or error.status in (400, 425, 429))
         )
@@ -158,6 +206,8 @@ class _Waiting(Generic[Decoded]):
         await asyncio.sleep(growing if asked is None else asked)
 
     def _tell_queue_state(self, fields: Mapping[str, Any]) -> None:
+        if self._on_queue_state is not None:
+            self._on_queue_state(fields)
         state = fields.get("queue_state")
         if state is None or state == self._queue_state:
             return
@@ -172,6 +222,12 @@ class _Waiting(Generic[Decoded]):
                 "queue_state_reason": fields.get("queue_state_reason"),
             },
         )
+
+
+def tells_metadata_only(answer: HttpAnswer) -> bool:
+    """Whether a result is there, but was not sent along because it is large."""
+    may = answer.is_success and answer.media_type != PROTOBUF and len(answer.body) <= _LONGEST_METADATA
+    return may and _object_of(answer).get("status") == _METADATA_ONLY
 
 
 def _object_of(answer: HttpAnswer) -> dict[str, Any]:

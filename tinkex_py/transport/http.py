@@ -5,9 +5,9 @@ import contextlib
 import contextvars
 import ssl
 import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,9 @@ from tinkex_py.transport.request import (
     encoded_json,
     join_url,
     merged_headers,
+    same_origin,
 )
+from tinkex_py.transport.stream import AnswerStream
 
 __all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
 
@@ -38,6 +40,7 @@ _LONGEST_CONNECT = 10.0
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
 _MOST_REDIRECTS = 5
+_SHORTEST_KEY = 8
 
 
 class _Connection:
@@ -70,10 +73,10 @@ class HttpClient:
 
     Args:
         base_url: where the service is; a path in it is kept in front of every path.
-        api_key: sent as `X-API-Key`; never shown.
+        api_key: sent as `X-API-Key` by exchanges that are given no key of their own; never shown.
         timeout: seconds for one exchange, from having a connection slot to the last byte.
         max_connections: exchanges at a time; more wait in their order. Neither `http_client` nor `asgi_app` obeys it.
-        headers: sent with every request.
+        headers: sent with every request; their values are left out of messages where they are long enough to be keys.
         http_client: a client with `httpx.AsyncClient`'s interface to use instead of our own connections. It stays
             its owner's to close. (httpx up to 0.28 loses connections of cancelled requests; httpx2 does not.)
         asgi_app: a service in this process, called directly.
@@ -86,7 +89,7 @@ class HttpClient:
         self,
         *,
         base_url: str,
-        api_key: str | SecretText | None,
+        api_key: str | SecretText | None = None,
         timeout: float = 60.0,
         max_connections: int = 16,
         headers: Mapping[str, str] = _NO_HEADERS,
@@ -103,12 +106,14 @@ class HttpClient:
         self._secret = checked_key(api_key)
         self._timeout = timeout
         self._headers = merged_headers(headers)
+        self._secret_headers = [value for value in self._headers.values() if len(value) >= _SHORTEST_KEY]
         self._http_client = http_client
         self._asgi_app = asgi_app
         self._pool = ConnectionPool(self._open_connection, max_connections)
         self._tls_context: asyncio.Future[ssl.SSLContext] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: set[asyncio.Timeout] = set()
+        self._elsewhere: set[HttpClient] = set()
         self._nothing_runs = asyncio.Event()
         self._nothing_runs.set()
         self._closed = False
@@ -136,6 +141,8 @@ class HttpClient:
         headers: Mapping[str, str] = _NO_HEADERS,
         timeout: float | None = None,
         attempt: int = 1,
+        key: Secret | None = None,
+        follow_redirects: bool = True,
     ) -> HttpAnswer:
         """Send one request and read its whole answer; no retry.
 
@@ -149,6 +156,8 @@ class HttpClient:
             headers: more headers; they win over those of the client.
             timeout: seconds, instead of the client's.
             attempt: which attempt of the caller this is, for events.
+            key: sent as `X-API-Key` instead of the client's.
+            follow_redirects: within the origin of `base_url`, where it does not change the method.
 
         Returns:
             The answer, whatever its status.
@@ -161,14 +170,86 @@ class HttpClient:
             InvalidData: the path, a header or the body cannot be sent.
         """
         self._require_usable()
-        request = self._request(method, path, content, json, content_type, accept, headers, timeout)
+        secret = self._secret_for(key)
+        request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
-        with self._stoppable():
-            async with self._stop_scope(), self._connection() as connection:
-                with lifecycle("tinkex.http.request", metadata) as measurements:
-                    answer = await self._send(connection, request)
-                    measurements.update(status=answer.status, bytes=len(answer.body))
-                return answer
+        send = _send_and_follow if follow_redirects else _send_once
+        async with self._stoppable(), self._connection() as connection:
+            with lifecycle("tinkex.http.request", metadata) as measurements:
+                response = await self._send(lambda: send(connection, request), request)
+                answer = self._answer(response, request, secret)
+                measurements.update(status=answer.status, bytes=len(answer.body))
+            return answer
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        path: str,
+        *,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        timeout: float | None = None,
+        attempt: int = 1,
+        key: Secret | None = None,
+    ) -> AsyncGenerator[AnswerStream, None]:
+        """Ask for something large, and read it piece by piece; no retry, and no redirection is followed.
+
+        A service in this process is the exception: its answer is complete, and in memory, before it can be read.
+
+        Args:
+            path: path below `base_url`, with its query if it has one.
+            headers: more headers; they win over those of the client.
+            timeout: seconds until the answer begins, and then between two pieces, instead of the client's.
+            attempt: which attempt of the caller this is, for events.
+            key: sent as `X-API-Key` instead of the client's.
+
+        Raises:
+            ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
+        """
+        self._require_usable()
+        sent = {"Accept-Encoding": "identity", **headers}
+        secret = self._secret_for(key)
+        request = self._request("GET", path, None, None, None, "*/*", sent, timeout, secret)
+        metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
+        async with self._stoppable(), self._connection() as connection:
+            with lifecycle("tinkex.http.request", metadata) as measurements:
+                response = await self._send(lambda: _send_once(connection, request, stream=True), request)
+                answer = AnswerStream(response, request, secret)
+                try:
+                    yield answer
+                finally:
+                    measurements.update(status=answer.status, bytes=answer.received)
+                    await response.aclose()
+
+    @asynccontextmanager
+    async def towards(self, url: str, *, key: Secret | None = None) -> AsyncGenerator[tuple["HttpClient", str], None]:
+        """A client of its own for an address that the service named, and the path to ask it for.
+
+        The key (this client's, or the one given) and the headers of this client go along only within the origin of
+        `base_url`. (An `http_client` of the user's own sends whatever headers it has itself.)
+
+        Raises:
+            ConfigError: it is no http(s) address.
+            ClientClosed: this client is closed.
+        """
+        self._require_usable()
+        parts = urlsplit(url)
+        base = checked_base_url(f"{parts.scheme}://{parts.netloc}")
+        at_home = same_origin(base.geturl(), self._base.geturl())
+        client = HttpClient(
+            base_url=base.geturl(),
+            api_key=(self._secret if key is None else key).reveal() or None if at_home else None,
+            timeout=self._timeout,
+            max_connections=1,
+            headers=self._headers if at_home else _NO_HEADERS,
+            http_client=self._http_client,
+            asgi_app=self._asgi_app if at_home else None,
+        )
+        self._elsewhere.add(client)
+        try:
+            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path
+        finally:
+            self._elsewhere.discard(client)
+            await client.aclose()
 
     async def aclose(self) -> None:
         """Close all connections; exchanges under way raise ClientClosed. Calling it again does nothing.
@@ -184,6 +265,8 @@ class HttpClient:
         for scope in self._running:
             if not scope.expired():
                 scope.reschedule(self._loop.time())
+        for client in list(self._elsewhere):
+            await client.aclose()
         await self._nothing_runs.wait()
         await self._pool.aclose()
         if self._tls_context is not None:
@@ -206,24 +289,21 @@ class HttpClient:
             )
 
     @asynccontextmanager
-    async def _stop_scope(self) -> AsyncGenerator[None, None]:
+    async def _stoppable(self) -> AsyncGenerator[None, None]:
         """Let `aclose` stop the block, wherever it waits."""
-        async with asyncio.timeout(None) as scope:
-            self._running.add(scope)
-            self._nothing_runs.clear()
-            try:
-                yield
-            finally:
-                self._running.discard(scope)
-                if not self._running:
-                    self._nothing_runs.set()
-
-    @contextmanager
-    def _stoppable(self) -> Generator[None, None, None]:
+        scope = asyncio.timeout(None)
         try:
-            yield
+            async with scope:
+                self._running.add(scope)
+                self._nothing_runs.clear()
+                try:
+                    yield
+                finally:
+                    self._running.discard(scope)
+                    if not self._running:
+                        self._nothing_runs.set()
         except TimeoutError as error:
-            if isinstance(error, TransportError):
+            if isinstance(error, TransportError) or not scope.expired():
                 raise
             raise ClientClosed("this client was closed while the request was under way") from None
 
@@ -258,6 +338,9 @@ class HttpClient:
 
     # One exchange
 
+    def _secret_for(self, key: Secret | None) -> Secret:
+        return (self._secret if key is None else key).with_others(self._secret_headers)
+
     def _request(
         self,
         method: str,
@@ -268,6 +351,7 @@ class HttpClient:
         accept: str,
         headers: Mapping[str, str],
         timeout: float | None,
+        secret: Secret,
     ) -> HttpRequest:
         method = method.upper()
         description = describe(method, path, self.host)
@@ -280,7 +364,7 @@ class HttpClient:
             sent["Content-Type"] = content_type or "application/octet-stream"
             # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
             sent["Content-Length"] = str(memoryview(content).nbytes)
-        key = {"X-API-Key": self._secret.reveal()} if self._secret.reveal() else {}
+        key = {"X-API-Key": secret.reveal()} if secret else {}
         return HttpRequest(
             method=method,
             url=join_url(self._base, path),
@@ -290,11 +374,11 @@ class HttpClient:
             description=description,
         )
 
-    async def _send(self, connection: _Connection, request: HttpRequest) -> HttpAnswer:
+    async def _send(self, send: Callable[[], Awaitable[Any]], request: HttpRequest) -> Any:
         run = _in_fresh_context if self._asgi_app is not None else _here
         try:
             async with asyncio.timeout(request.timeout):
-                response = await run(lambda: _send_and_follow(connection, request))
+                return await run(send)
         except TimeoutError as error:
             raise TimeoutExceeded(f"{request.description} was not answered within {request.timeout:g} s") from error
         except Exception as error:
@@ -302,12 +386,14 @@ class HttpClient:
             if failure is None:
                 raise
             raise failure from error
+
+    def _answer(self, response: Any, request: HttpRequest, secret: Secret) -> HttpAnswer:
         answer = HttpAnswer(
             status=response.status_code,
             headers={name.lower(): value for name, value in response.headers.items()},
             body=response.content,
             request=request.description,
-            secret=self._secret,
+            secret=secret,
         )
         if self._asgi_app is not None:
             require_whole_body(answer, request)
@@ -338,26 +424,28 @@ async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
 async def _send_and_follow(connection: _Connection, request: HttpRequest) -> Any:
     url = request.url
     for _ in range(_MOST_REDIRECTS):
-        response = await _send_once(connection, request, url)
+        response = await _send_once(connection, request, url=url)
         target = request.redirected_to(response.status_code, response.headers.get("location"), url)
         if target is None:
             return response
         url = target
-    return await _send_once(connection, request, url)
+    return await _send_once(connection, request, url=url)
 
 
-async def _send_once(connection: _Connection, request: HttpRequest, url: str) -> Any:
+async def _send_once(
+    connection: _Connection, request: HttpRequest, *, url: str | None = None, stream: bool = False
+) -> Any:
     client = connection.client
     built = client.build_request(
         request.method,
-        url,
+        url or request.url,
         headers=dict(request.headers),
         content=request.body(),
         # connect, read, write, pool; the whole is bounded outside.
         timeout=(min(request.timeout, _LONGEST_CONNECT), request.timeout, request.timeout, request.timeout),
         extensions=dict(connection.extensions),
     )
-    return await client.send(built, follow_redirects=False)
+    return await client.send(built, follow_redirects=False, stream=stream)
 
 
 def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:

@@ -31,6 +31,11 @@ Send = Callable[[Sequence[int]], Awaitable[Answer]]
 UNDECIDED_STATUSES = frozenset({408, 425, 429})
 
 
+def is_undecided(error: APIStatusError) -> bool:
+    """Whether the last answer to a retried request leaves open if its number arrived; else it is a final refusal."""
+    return error.status >= 500 or error.status in UNDECIDED_STATUSES
+
+
 class Kind(Enum):
     """What a request does to the model."""
 
@@ -128,6 +133,12 @@ class Place:
         """True once an earlier request did not happen: nothing more of this one is sent."""
         return self._broken is not None
 
+    def refused(self, numbers: Sequence[int]) -> None:
+        """These numbers got a final refusal: they are spent, and the request has not taken effect as a whole."""
+        self._lane.refused.update(numbers)
+        if self.happened and self.kind is not Kind.READ:
+            self._lane.break_behind(self)
+
     def break_with(self, error: TinkexError) -> None:
         """Ends this place; its owner learns it at its next step, and leaves."""
         self._broken = error
@@ -183,10 +194,12 @@ class Lane:
         next_number: the number the next submission gets.
         lost: set once a number may truly be lost.
         accumulated: backward passes handed over since the last optimizer step.
+        refused: numbers that got a final refusal. A service spends them too; somebody in between may not have told it.
     """
 
     def __init__(self) -> None:
         self.next_number = 1
+        self.refused: set[int] = set()
         self.lost: SequenceLost | ClientClosed | None = None
         self.accumulated = 0
         self._places: list[Place] = []
@@ -280,11 +293,10 @@ class Lane:
                 raise
             raise _again(self.lost) from None  # cut off by `drain`: its caller was not cancelled
         except APIStatusError as error:
-            if error.status < 500 and error.status not in UNDECIDED_STATUSES:
-                if place.happened and place.kind is not Kind.READ:
-                    self.break_behind(place)
-                raise
-            raise self._lose(numbers, error) from error
+            if is_undecided(error):
+                raise self._lose(numbers, error) from error
+            place.refused(numbers)
+            raise
         except Exception as error:
             # Whatever it was: the number is taken, and nobody can say whether it arrived.
             raise self._lose(numbers, error) from error
@@ -299,6 +311,23 @@ class Lane:
         )
         assert self.lost is not None
         return _again(self.lost)
+
+    def check_gap(self, number: int) -> None:
+        """The service waits for a number.
+
+        Raises:
+            SequenceLost: it will never come, because somebody in between refused it.
+        """
+        if number in self.refused:
+            self.end(
+                SequenceLost(
+                    f"the service waits for request {number}, which was refused on the way to it (by a proxy?) and "
+                    "will never come, so nothing after it is executed. Go on with "
+                    "service.create_training_client_from_state(path, with_optimizer=True)"
+                )
+            )
+            assert self.lost is not None
+            raise _again(self.lost)
 
     def end(self, error: SequenceLost | ClientClosed) -> None:
         """Nothing can be sent on this lane any more; the first reason stays."""

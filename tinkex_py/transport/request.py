@@ -143,6 +143,11 @@ async def _pieces(content: memoryview) -> AsyncIterator[bytes]:
         yield bytes(content[start : start + _CHUNK_BYTES])
 
 
+def same_origin(one: str, other: str) -> bool:
+    """Whether two addresses have the same scheme, host and port."""
+    return _origin(one) == _origin(other)
+
+
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)

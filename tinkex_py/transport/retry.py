@@ -101,14 +101,19 @@ async def send_with_retry(
     def is_worth_another_attempt(answer: HttpAnswer) -> bool:
         return _should_retry(answer, retry_statuses)
 
-    answer: HttpAnswer = await tenacity.AsyncRetrying(
+    retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(_RETRYABLE_FAILURES)
         | tenacity.retry_if_result(is_worth_another_attempt),
         wait=_Wait(policy),
         stop=_stop(policy),
         sleep=asyncio.sleep,
         retry_error_callback=_last_outcome,
-    )(attempt)
+    )
+    try:
+        answer: HttpAnswer = await retrying(attempt)
+    except TransportError as error:
+        error.attempts = attempts
+        raise
     raise_for_status(answer, attempts)
     return answer
 
@@ -132,7 +137,7 @@ class _Wait(tenacity.wait.wait_base):
         outcome = retry_state.outcome
         if outcome is not None and not outcome.failed:
             asked_for = retry_after(outcome.result().headers)
-            if asked_for is not None:
+            if asked_for:  # asked for no wait at all, we would repeat at network speed
                 return asked_for
         return self._own(retry_state)
 

@@ -3,38 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from tinkex_py.errors import InvalidResponse
-from tinkex_py.types.tensors import Array, TensorData
+from tinkex_py.types.answer import Answer
+from tinkex_py.types.tensors import Array, TensorData, read_tensor
 
 Metrics = Mapping[str, float]
-
-
-class Answer(BaseModel):
-    """A parsed answer: frozen, and deaf to fields it does not know."""
-
-    model_config = ConfigDict(
-        frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings"
-    )
-
-    @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Self:
-        """Reads what a service answered.
-
-        Raises:
-            InvalidResponse: naming the fields that do not fit.
-        """
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            places = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
-            raise InvalidResponse(
-                f"the service's answer is no {cls.__name__}: see {', '.join(sorted(places))}"
-            ) from None
 
 
 class PackedTensor:
@@ -107,6 +85,13 @@ class ForwardBackwardOutput(Answer):
     num_datums: int = 0
     packed: dict[str, PackedTensor] = Field(default_factory=dict)
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        """Reads the JSON form, which has no packed fields of its own; raises like `Answer.read`."""
+        if "loss_fn_outputs" not in fields:
+            raise InvalidResponse(f"the service's answer is no {cls.__name__}: it has no loss_fn_outputs")
+        return super().read({name: value for name, value in fields.items() if name not in ("packed", "num_datums")})
+
     @cached_property
     def loss_fn_outputs(self) -> list[dict[str, TensorData]]:
         """One dict of tensors per datum, as the official SDK has it; built at the first use."""
@@ -121,10 +106,7 @@ class ForwardBackwardOutput(Answer):
         if not isinstance(fields, Mapping) or "packed" in fields or "loss_fn_outputs" not in fields:
             return cast("object", fields)
         given = dict(cast("Mapping[str, Any]", fields))
-        rows = [
-            {name: TensorData.of(value, name=name) for name, value in cast("Mapping[str, Any]", row).items()}
-            for row in cast("list[object]", given.pop("loss_fn_outputs") or [])
-        ]
+        rows = [_row(row) for row in _listed(given.pop("loss_fn_outputs"))]
         names = list(dict.fromkeys(name for row in rows for name in row))
         given["packed"] = {
             name: PackedTensor.from_arrays(
@@ -165,6 +147,18 @@ class ForwardBackwardOutput(Answer):
         )
 
     __str__ = __repr__
+
+
+def _listed(value: object) -> list[object]:
+    if value is not None and not isinstance(value, list | tuple):
+        raise ValueError("loss_fn_outputs must be a list")
+    return list(cast("list[object]", value if value is not None else []))
+
+
+def _row(row: object) -> dict[str, TensorData]:
+    if not isinstance(row, Mapping):
+        raise ValueError("loss_fn_outputs must hold objects")
+    return {name: read_tensor(value, name=name) for name, value in cast("Mapping[str, object]", row).items()}
 
 
 class OptimStepResponse(Answer):
@@ -228,26 +222,3 @@ class WeightsInfo(Answer):
     train_unembed: bool | None = None
     train_mlp: bool | None = None
     train_attn: bool | None = None
-
-
-class SampledSequence(Answer):
-    """One drawn sequence.
-
-    Attributes:
-        tokens: drawn token ids.
-        logprobs: log-probability of each drawn token, if the service tells them.
-        stop_reason: "stop" at a stop token or text, "length" at max_tokens.
-    """
-
-    tokens: list[int]
-    logprobs: list[float] | None = None
-    stop_reason: Literal["stop", "length"]
-
-
-class SampleResponse(Answer):
-    """Result of `sample`: `num_samples` sequences, and the prompt's logprobs where asked for (position 0 is None)."""
-
-    sequences: list[SampledSequence]
-    prompt_logprobs: list[float | None] | None = None
-    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
-    prompt_cache_hit_tokens: int = 0

@@ -1,15 +1,18 @@
 """Settings that travel with a request."""
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+_NEWER_FIELDS = frozenset({"weight_decay", "grad_clip_norm"})
 
 
 class LoraConfig(WireModel):
@@ -54,6 +57,34 @@ class AdamParams(WireModel):
     eps: NonNegative = 1e-12
     weight_decay: NonNegative = 0.0
     grad_clip_norm: NonNegative = 0.0
+
+    def on_the_wire(self) -> dict[str, Any]:
+        """As it is sent: what is switched off is left out, since strict older services do not know it."""
+        fields = self.model_dump()
+        return {name: value for name, value in fields.items() if value or name not in _NEWER_FIELDS}
+
+
+class OptimizerParams(WireModel):
+    """One step of an optimizer other than AdamW, for a model that was made with it.
+
+    Every family has fields of its own, which are sent as they are: `OptimizerParams(type="dimuon",
+    learning_rate=1e-3, beta1=0.9)`.
+
+    Args:
+        type: name of the family, as in the `optimizer_config` of the model.
+        learning_rate: step size.
+        grad_clip_norm: largest global gradient norm; 0 switches clipping off.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(min_length=1)
+    learning_rate: NonNegative
+    grad_clip_norm: NonNegative = 0.0
+
+    def on_the_wire(self) -> dict[str, Any]:
+        """As it is sent."""
+        return self.model_dump()
 
 
 class SamplingParams(WireModel):

@@ -31,6 +31,9 @@ KNOWN_DTYPES: Mapping[str, TensorDtype] = {
 }
 
 
+_MOST_ELEMENTS = 2**31
+
+
 class TensorData(WireModel):
     """A tensor as the wire knows it: a flat row-major buffer, a dtype, a shape.
 
@@ -128,6 +131,9 @@ class TensorData(WireModel):
         if isinstance(value, np.ndarray):
             return cls.from_numpy(value)
         if isinstance(value, Mapping):
+            unknown = sorted(map(str, value.keys() - cls.model_fields.keys()))
+            if unknown or "data" not in value:
+                raise InvalidData(f"a tensor needs data, and knows no {unknown}" if unknown else "a tensor needs data")
             return cls(**value)
         return cls(data=value, dtype=KNOWN_DTYPES.get(name or ""))
 
@@ -204,6 +210,23 @@ class TensorData(WireModel):
 
 Values = Union[Sequence[Any], Array, "torch.Tensor"]
 TensorInput = TensorData | Values | Mapping[str, Any]
+
+
+def read_tensor(value: object, *, name: str | None = None) -> TensorData:
+    """A tensor of an answer; fields that it does not know are ignored.
+
+    Raises:
+        InvalidData: it is none.
+    """
+    if not isinstance(value, Mapping):
+        return TensorData.of(cast("Any", value), name=name)
+    given = {key: item for key, item in cast("Mapping[str, Any]", value).items() if key in TensorData.model_fields}
+    if "data" not in given:
+        raise InvalidData("a tensor needs data")
+    tensor = TensorData(**given)
+    if math.prod(tensor.shape) > _MOST_ELEMENTS:  # a sparse one claims any size with a few bytes
+        raise InvalidData(f"shape {tensor.shape} is too large")
+    return tensor
 
 
 def _as_array(value: Any) -> Array:

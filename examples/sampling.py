@@ -1,0 +1,66 @@
+"""Draw from a model: stops, seeds, many samples at once, and the log-probabilities of texts.
+
+Runs as it is, on the embedded service, whose tiny model has random weights and so writes nonsense. With
+TINKER_BASE_URL and TINKER_API_KEY set it uses that service instead.
+"""
+
+import asyncio
+import math
+import os
+
+from tinkex_py import AsyncServiceClient, ModelInput, SamplingParams
+
+PROMPTS = ["The capital of France is", "Cows eat", "Two and two is"]
+
+
+async def one_prompt(sampler, tokenizer):
+    prompt = ModelInput.from_text(PROMPTS[0], tokenizer)
+    params = SamplingParams(max_tokens=8, temperature=0.7, top_p=0.9, seed=1)
+    response = await sampler.sample(prompt, num_samples=2, sampling_params=params, topk_sample_logprobs=3)
+    for number, sequence in enumerate(response.sequences):
+        total = sum(sequence.logprobs)
+        print(f"sample {number}: {tokenizer.decode(sequence.tokens)!r}  {sequence.stop_reason}  logprob {total:.3f}")
+    again = await sampler.sample(prompt, num_samples=2, sampling_params=params)
+    repeated = [sequence.tokens for sequence in again.sequences] == [one.tokens for one in response.sequences]
+    print(f"the same seed draws the same: {repeated}")
+
+
+async def many_prompts(sampler, tokenizer):
+    """All at once: as many are in flight as the service wants, and those it turns away are submitted again."""
+    params = SamplingParams(max_tokens=6, temperature=0.0, stop=["\n"])
+    prompts = [ModelInput.from_text(text, tokenizer) for text in PROMPTS]
+    responses = await asyncio.gather(*(sampler.sample(prompt, sampling_params=params) for prompt in prompts))
+    for text, response in zip(PROMPTS, responses, strict=True):
+        print(f"{text!r} goes on {tokenizer.decode(response.sequences[0].tokens)!r}")
+
+
+async def score(sampler, tokenizer):
+    """How likely the model finds a text, and which of two endings it prefers."""
+    tokens = list(tokenizer.encode(PROMPTS[0] + " Paris"))
+    logprobs = (await sampler.compute_logprobs(ModelInput.from_ints(tokens)))[1:]  # nothing stands before the first
+    print(f"perplexity {math.exp(-sum(logprobs) / len(logprobs)):.2f} over {len(logprobs)} tokens")
+
+    # Logprobs of chosen tokens at a chosen place of the prompt: row i is scored at position i + 1, -1 asks for nothing.
+    candidates = [tokenizer.encode(text)[-1] for text in (" Paris", " Rome")]
+    rows = [[-1, -1] for _ in tokens[1:]]
+    rows[-1] = candidates
+    response = await sampler.sample(
+        ModelInput.from_ints(tokens), sampling_params=SamplingParams(max_tokens=1), target_prompt_logprobs=rows
+    )
+    paris, rome = response.target_prompt_logprobs.tolist()[-1]
+    print(f"as the last token: Paris {paris:.3f}, Rome {rome:.3f}")
+
+
+async def main():
+    remote = os.environ.get("TINKER_BASE_URL")
+    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+        model = (await service.get_server_capabilities()).supported_models[0].model_name
+        training = await service.create_lora_training_client(model, rank=8)
+        tokenizer = await training.get_tokenizer()
+        async with await service.create_sampling_client(base_model=model) as sampler:
+            await one_prompt(sampler, tokenizer)
+            await many_prompts(sampler, tokenizer)
+            await score(sampler, tokenizer)
+
+
+asyncio.run(main())

@@ -1,0 +1,505 @@
+"""AsyncRestClient against the real embedded service over HTTP, and against services that lack things."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+from safetensors.torch import load_file
+
+from tests.client.data import datum
+from tests.client.recorder import after, answering, lose_the_answer, quick_config
+from tests.support.scripted_server import ScriptedServer, answer, computed
+from tinkex_py import (
+    APIStatusError,
+    AsyncServiceClient,
+    Authentication,
+    Checkpoint,
+    CheckpointPath,
+    ClientClosed,
+    InvalidData,
+    InvalidResponse,
+    NotFound,
+    SessionQuery,
+    TrainingRun,
+    UnsupportedFeature,
+)
+from tinkex_py.types import Cursor
+from tinkex_py.types.checkpoint_path import url_segment
+
+pytestmark = pytest.mark.asyncio
+NOWHERE = "tinker://nowhere/weights/x"
+
+
+async def collect(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+async def test_runs_and_checkpoints_newest_first_page_by_page(http_bench):
+    rest = http_bench.service.create_rest_client()
+    trainings = [await http_bench.train() for _ in range(5)]
+    ids = [training.model_id for training in reversed(trainings)]
+    for size in (1, 2, 5, 100):
+        assert [run.training_run_id for run in await collect(rest.training_runs(page_size=size))] == ids
+    page = await rest.training_runs_page(limit=2, offset=3)
+    assert [run.training_run_id for run in page.training_runs] == ids[3:]
+    assert page.cursor == Cursor(offset=3, limit=2, total_count=5)
+    assert (await rest.training_runs_page(limit=2, offset=9)).training_runs == ()
+
+    first, second = trainings[:2]
+    paths = [(await first.save_state(f"s{number}")).path for number in range(3)]
+    paths.append((await first.save_weights_for_sampler("s0")).path)
+    paths.append((await second.save_state("s0")).path)
+    for size in (1, 3, 100):
+        assert [item.tinker_path for item in await collect(rest.checkpoints(page_size=size))] == paths[::-1]
+    of_first = await collect(rest.checkpoints(first.model_id))
+    assert [item.tinker_path for item in of_first] == paths[3::-1]
+    assert of_first == await collect(rest.checkpoints(paths[0], page_size=1))
+    assert [item.checkpoint_type for item in of_first] == ["sampler", "training", "training", "training"]
+
+    run = await rest.get_training_run(paths[0])
+    assert run == await rest.get_training_run(first.model_id)
+    assert (run.base_model, run.lora_rank, run.is_lora, run.corrupted) == ("tiny", 4, True, False)
+    assert run.last_checkpoint == of_first[1]
+    assert run.last_sampler_checkpoint == of_first[0]
+    assert timedelta(0) <= datetime.now(UTC) - run.last_request_time < timedelta(minutes=5)
+
+
+async def test_what_a_checkpoint_is(http_bench):
+    rest = http_bench.service.create_rest_client()
+    training = await http_bench.train(train_unembed=False)
+    path = (await training.save_state("one")).path
+    checkpoint = await rest.get_checkpoint(path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert (checkpoint.checkpoint_id, checkpoint.tinker_path) == ("weights/one", path)
+    assert checkpoint.size_bytes > 1000
+    assert (checkpoint.public, checkpoint.expires_at) == (False, None)
+    info = await rest.get_weights_info(path)
+    assert (info.base_model, info.lora_rank) == ("tiny", 4)
+    assert (info.train_unembed, info.train_mlp, info.train_attn) == (False, True, True)
+
+
+async def test_expiry_publishing_and_deleting(http_bench):
+    rest = http_bench.service.create_rest_client()
+    training = await http_bench.train()
+    path = (await training.save_state("one", ttl_seconds=7200)).path
+
+    async def state() -> tuple[bool, int | None]:
+        found = await rest.get_checkpoint(path)
+        left = None if found.expires_at is None else round((found.expires_at - datetime.now(UTC)).total_seconds(), -2)
+        return found.public, left
+
+    assert await state() == (False, 7200)
+    await rest.set_checkpoint_ttl(path, 36000)
+    for _ in range(2):
+        await rest.publish_checkpoint(path)
+    assert await state() == (True, 36000)
+    await rest.set_checkpoint_ttl(path, None)
+    for _ in range(2):
+        await rest.unpublish_checkpoint(path)
+    assert await state() == (False, None)
+    await rest.delete_checkpoint(path)
+    assert await collect(rest.checkpoints()) == []
+    for call in (
+        rest.get_checkpoint(path),
+        rest.delete_checkpoint(path),
+        rest.publish_checkpoint(path),
+        rest.unpublish_checkpoint(path),
+        rest.set_checkpoint_ttl(path, 3600),
+        rest.get_weights_info(path),
+        rest.get_archive_url(path),
+        rest.get_training_run("nowhere"),
+        rest.get_checkpoint(NOWHERE),
+        rest.get_session("nowhere"),
+        rest.get_sampler("nowhere"),
+        collect(rest.checkpoints("nowhere")),
+    ):
+        with pytest.raises(NotFound):
+            await call
+    assert [run.last_checkpoint for run in await collect(rest.training_runs())] == [None]
+
+
+async def test_a_delete_whose_answer_is_lost_is_done(http_bench):
+    rest = http_bench.service.create_rest_client()
+    path = (await (await http_bench.train()).save_state("one")).path
+    http_bench.recorder.faults["one"] = [lose_the_answer]
+    await rest.delete_checkpoint(path)
+    assert [arrival.status for arrival in http_bench.recorder.of("one")] == [200, 404]
+
+
+async def test_sessions_samplers_and_search(http_bench):
+    service, recorder = http_bench.service, http_bench.recorder
+    rest = service.create_rest_client()
+    training = await http_bench.train()
+    sampler = await service.create_sampling_client(base_model="tiny")
+    named = (await training.save_weights_for_sampler("final")).path
+    trained = await service.create_sampling_client(model_path=named)
+    (session_id,) = await collect(rest.sessions())
+    session = await rest.get_session(session_id)
+    assert session.training_run_ids == (training.model_id,)
+    assert set(session.sampler_ids) == {sampler.sampling_session_id, trained.sampling_session_id}
+    found = await rest.get_sampler(trained.sampling_session_id)
+    assert (found.base_model, found.model_path) == ("tiny", named)
+    assert (await rest.get_sampler(sampler.sampling_session_id)).model_path is None
+
+    url = service.config.base_url
+    for number in range(4):
+        labels = {"kind": "even" if number % 2 == 0 else "odd"}
+        async with AsyncServiceClient(quick_config(url, user_metadata=labels, project_id=f"p{number // 2}")):
+            pass
+    ids = await collect(rest.sessions(page_size=2))
+    assert len(ids) == 5
+    assert ids[-1] == session_id
+    assert list((await rest.sessions_page(limit=2, offset=1)).sessions) == ids[1:3]
+
+    async def searched(page_size: int = 50, **query: Any) -> list[str]:
+        return [found.session_id async for found in rest.search_sessions(SessionQuery(**query), page_size=page_size)]
+
+    for size in (1, 2, 50):
+        assert await searched(size) == ids
+    assert await searched(user_metadata={"kind": "odd"}, page_size=1) == [ids[0], ids[2]]
+    assert await searched(project_ids=["p0"]) == ids[2:4]
+    assert await searched(statuses=["active"]) == [session_id]
+    assert await searched(statuses=["client_finished"]) == ids[:4]
+    assert await searched(statuses=["cancelled", "failed"]) == []
+    assert await searched(session_id=ids[1]) == [ids[1]]
+    assert await searched(session_id="nowhere") == []
+    summary = (await rest.search_sessions_page(SessionQuery(session_id=session_id), limit=1)).sessions[0]
+    assert summary.checkpoints_count == 1
+    assert summary.checkpoint_storage_bytes == (await rest.get_checkpoint(named)).size_bytes
+    (over,) = (await rest.search_sessions_page(SessionQuery(session_id=ids[0]))).sessions
+    assert (over.status.type, over.status.reason) == ("client_finished", {"type": "success"})
+    assert over.project_id == "p1"
+    assert "create_session" not in [arrival.kind for arrival in recorder.arrivals[-5:]]
+
+
+async def test_copies_and_external_weights(http_bench):
+    rest = http_bench.service.create_rest_client()
+    path = (await (await http_bench.train()).save_state("one", ttl_seconds=3600)).path
+    (session_id,) = await collect(rest.sessions())
+    copies = [await rest.copy_checkpoint(path, session_id=session_id, model_number=7) for _ in range(2)]
+    assert copies == [f"tinker://{session_id}:train:7/weights/one"] * 2
+    assert (await rest.get_checkpoint(copies[0])).expires_at is None
+    await rest.delete_checkpoint(path)
+    again = await http_bench.service.create_training_client_from_state(copies[0], with_optimizer=True)
+    await again.forward_backward([datum(3, 1)])
+    with pytest.raises(NotFound, match="no projects"):
+        await rest.copy_checkpoint(copies[0], project_id="p")
+    with pytest.raises(APIStatusError, match="take another"):
+        await rest.copy_checkpoint(copies[0], session_id=session_id, model_number=0)
+    with pytest.raises(UnsupportedFeature, match="cannot do this: put sessions into projects"):
+        await rest.assign_session_project(session_id, "p")
+    with pytest.raises(InvalidData, match="holds no external weights"):
+        await rest.get_external_weights_urls(copies[0])
+
+
+async def test_a_downloaded_checkpoint_has_the_weights(http_bench, tmp_path):
+    rest = http_bench.service.create_rest_client()
+    training = await http_bench.train()
+    await training.forward_backward([datum(5, 1)])
+    await training.optim_step()
+    path = (await training.save_state("one")).path
+    folder = await rest.download_checkpoint(path, tmp_path / "deep" / "model")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+    ]
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert any(weights[key].abs().max() > 0 for key in weights if "lora_B" in key)
+    with pytest.raises(NotFound):
+        await rest.download_checkpoint(NOWHERE, tmp_path / "other")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["deep"]
+
+
+def cut_after(count: int) -> Any:
+    """The connection breaks after so many bytes of the body."""
+
+    async def fault(arrival: Any, serve: Any, send: Any) -> None:
+        sent = 0
+
+        async def forward(event: Any) -> None:
+            nonlocal sent
+            if event["type"] == "http.response.start":
+                await send(event)
+            elif sent < count:
+                part = event["body"][: count - sent]
+                sent += len(part)
+                await send({**event, "body": part, "more_body": True})
+
+        await serve(forward)
+
+    return fault
+
+
+async def test_a_broken_download_from_the_embedded_service_goes_on(http_bench, tmp_path):
+    rest = http_bench.service.create_rest_client()
+    path = (await (await http_bench.train(rank=32)).save_state("one")).path
+    http_bench.recorder.faults["archive.tar"] = [cut_after(150_000), cut_after(20_000)]
+    folder = await rest.download_checkpoint(path, tmp_path / "model")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size == (await rest.get_checkpoint(path)).size_bytes
+    load_file(folder / "optimizer.safetensors")
+    starts = [arrival.headers.get("range") for arrival in http_bench.recorder.of("archive.tar")]
+    assert starts == [None, "bytes=150000-", "bytes=170000-"]
+    assert [arrival.status for arrival in http_bench.recorder.of("archive.tar")] == [200, 206, 206]
+
+
+async def test_it_needs_no_session_and_does_no_work_before_the_first_call(http_bench):
+    url = http_bench.service.config.base_url
+    before = len(http_bench.recorder.arrivals)
+    service = AsyncServiceClient(quick_config(url))
+    rest = service.create_rest_client()
+    assert len(http_bench.recorder.arrivals) == before
+    (model,) = (await rest.get_server_capabilities()).supported_models
+    assert model.model_name == "tiny"
+    await collect(rest.training_runs())
+    assert [arrival.kind for arrival in http_bench.recorder.arrivals[before:]] == [
+        "get_server_capabilities",
+        "training_runs",
+    ]
+    await service.aclose()
+    with pytest.raises(ClientClosed):
+        await rest.training_runs_page()
+
+
+async def test_in_one_process_too(tmp_path):
+    service = AsyncServiceClient.local(model="tiny", state_dir=tmp_path / "state")
+    rest = service.create_rest_client()
+    assert await collect(rest.training_runs()) == []
+    training = await service.create_lora_training_client("tiny", rank=4)
+    path = (await training.save_state("one")).path
+    folder = await rest.download_checkpoint(path, tmp_path / "model")
+    assert (folder / "adapter_config.json").is_file()
+    await service.aclose()
+
+
+async def test_a_client_left_open_is_warned_about():
+    async with ScriptedServer() as server:
+        server.script("/api/v1/sessions", answer(json={"sessions": []}))
+        service = AsyncServiceClient(quick_config(server.url))
+        await collect(service.create_rest_client().sessions())
+        finalizer = service._finalizer
+        with pytest.warns(ResourceWarning, match="was left open"):
+            finalizer()
+        await service.aclose()
+
+
+async def test_listings_are_cancelled_at_once(http_bench):
+    rest = http_bench.service.create_rest_client()
+    gate = asyncio.Event()
+    http_bench.recorder.faults["training_runs"] = [after(gate)]
+    task = asyncio.create_task(collect(rest.training_runs()))
+    await http_bench.recorder.until(lambda: bool(http_bench.recorder.of("training_runs")))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    assert await collect(rest.training_runs()) == []
+
+
+MISSING = {
+    "a framework's 404": answer(404, json={"detail": "Not Found"}),
+    "a bare 404": answer(404),
+    "another router's 404": answer(404, b"404 page not found"),
+    "another method": answer(405, json={"detail": "Method Not Allowed"}),
+    "not implemented": answer(501),
+    "said by code": answer(404, json={"detail": "we have none", "code": "unsupported_feature"}),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+async def test_a_missing_endpoint_names_the_server_and_the_feature(name):
+    async with ScriptedServer() as server:
+        server._default = MISSING[name]
+        service = AsyncServiceClient(quick_config(server.url, retry=quick_config().retry.none()))
+        rest = service.create_rest_client()
+        path = "tinker://run/weights/x"
+        calls = {
+            "list training runs": rest.training_runs_page(),
+            "show a training run": rest.get_training_run("run"),
+            "list checkpoints": rest.checkpoints_page("run"),
+            "list the checkpoints of all runs": rest.checkpoints_page(),
+            "describe a checkpoint": rest.get_weights_info(path),
+            "change when a checkpoint expires": rest.set_checkpoint_ttl(path, 3600),
+            "publish checkpoints": rest.publish_checkpoint(path),
+            "delete checkpoints": rest.delete_checkpoint(path),
+            "copy checkpoints": rest.copy_checkpoint(path, project_id="p"),
+            "give checkpoints as archives": rest.get_archive_url(path),
+            "list sessions": rest.sessions_page(),
+            "show a session": rest.get_session("s"),
+            "search sessions": rest.search_sessions_page(),
+            "show a sampler": rest.get_sampler("s"),
+            "put sessions into projects": rest.assign_session_project("s", "p"),
+            "give the addresses of external weights": rest.get_external_weights_urls("tinker://r/external_weights/x"),
+        }
+        for feature, call in calls.items():
+            with pytest.raises(
+                UnsupportedFeature, match=f"127.0.0.1:{server.port} cannot do this: {feature} "
+            ) as caught:
+                await call
+            assert isinstance(caught.value.__cause__, APIStatusError)
+        await service.aclose()
+
+
+async def test_a_missing_thing_is_not_a_missing_endpoint():
+    async with ScriptedServer() as server:
+        server._default = answer(404, json={"detail": "Training run not found"})
+        service = AsyncServiceClient(quick_config(server.url))
+        rest = service.create_rest_client()
+        with pytest.raises(NotFound, match="Training run not found"):
+            await rest.get_training_run("run")
+        with pytest.raises(UnsupportedFeature):  # it names nothing that could be missing
+            await rest.training_runs_page()
+        await service.aclose()
+
+
+def runs(*ids: str) -> list[dict[str, Any]]:
+    return [{"training_run_id": run_id, "base_model": "m"} for run_id in ids]
+
+
+async def test_listings_end_whatever_the_service_does_with_pages():
+    everything = [f"r{number}" for number in range(7)]
+    page = runs(*everything)
+
+    def without_cursor(request: Any) -> Any:
+        query = dict(part.split("=") for part in request.target.partition("?")[2].split("&"))
+        start = int(query["offset"])
+        return answer(json={"training_runs": page[start : start + int(query["limit"])]})
+
+    async with ScriptedServer() as server:
+        service = AsyncServiceClient(quick_config(server.url))
+        rest = service.create_rest_client()
+        path = "/api/v1/training_runs"
+
+        async def listed(size: int) -> list[str]:
+            return [run.training_run_id async for run in rest.training_runs(page_size=size)]
+
+        server.script(path, computed(without_cursor))
+        for size in (1, 3, 7, 10):
+            assert await listed(size) == everything
+        server.script(path, answer(json={"training_runs": page}))  # ignores the page
+        for size in (3, 7, 10):
+            before = len(server.requests)
+            assert await listed(size) == everything
+            assert len(server.requests) - before <= 2
+        moved = [runs("b", "a"), runs("a", "z"), []]  # one was added between two pages
+        cursor = {"offset": 0, "limit": 2, "total_count": 5}
+        server.script(path, *(answer(json={"training_runs": part, "cursor": cursor}) for part in moved))
+        assert await listed(2) == ["b", "a", "z"]
+        await service.aclose()
+
+
+async def test_answers_are_read_leniently_and_checked():
+    async with ScriptedServer() as server:
+        service = AsyncServiceClient(quick_config(server.url))
+        rest = service.create_rest_client()
+        path = "/api/v1/training_runs/r"
+        fields = {
+            **runs("r")[0],
+            "last_request_time": "2026-01-02T03:04:05",
+            "brand_new": [1],
+            "last_checkpoint": {"checkpoint_id": "x", "checkpoint_type": "later", "tinker_path": "p", "time": None},
+        }
+        server.script(path, answer(json=fields))
+        run = await rest.get_training_run("r")
+        assert run.last_request_time == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+        assert run.last_checkpoint.checkpoint_type == "later"
+        assert TrainingRun.model_validate_json(run.model_dump_json()) == run
+        for bad in ({"training_run_id": "r"}, {**fields, "lora_rank": "many"}, {**fields, "last_request_time": "soon"}):
+            server.script(path, answer(json=bad))
+            with pytest.raises(InvalidResponse, match="no TrainingRun: see"):
+                await rest.get_training_run("r")
+        server.script(path, answer(json=[1]))
+        with pytest.raises(InvalidResponse, match="no object"):
+            await rest.get_training_run("r")
+        server.script(path, answer(401))
+        with pytest.raises(Authentication):
+            await rest.get_training_run("r")
+        await service.aclose()
+
+
+async def test_bad_arguments_are_named_and_nothing_is_sent():
+    async with ScriptedServer() as server:
+        service = AsyncServiceClient(quick_config(server.url))
+        rest = service.create_rest_client()
+        good = "tinker://run/weights/x"
+        bad_paths = ["", "x", "http://run/weights/x", "tinker://run/weights", "tinker://run/weights/x/y", None, 3]
+        bad_paths += ["tinker:///weights/x", "tinker://run/weights/", "tinker://run/other/x", "tinker://../weights/x"]
+        bad_paths += ["tinker://run/weights/..", "tinker://run/weights/a\0b", "tinker://run/weights/a\nb"]
+        for path in bad_paths:
+            for call in (rest.get_checkpoint, rest.delete_checkpoint, rest.get_archive_url, rest.publish_checkpoint):
+                with pytest.raises(InvalidData):
+                    await call(path)
+        for run in ("", "a/b", "..", "a\0", None, "tinker://x"):
+            with pytest.raises(InvalidData):
+                await rest.get_training_run(run)
+        for size in (0, -1, 1.5, True, "2", None):
+            with pytest.raises(InvalidData, match="page_size"):
+                await collect(rest.checkpoints(page_size=size))
+            with pytest.raises(InvalidData, match="limit"):
+                await rest.sessions_page(limit=size)
+        for offset in (-1, None, 0.5):
+            with pytest.raises(InvalidData, match="offset"):
+                await rest.training_runs_page(offset=offset)
+        for ttl in (0, -5, 1.5, True, "3600"):
+            with pytest.raises(InvalidData, match="ttl_seconds"):
+                await rest.set_checkpoint_ttl(good, ttl)
+        for place in ({}, {"project_id": "p", "session_id": "s"}, {"session_id": "s"}, {"model_number": 1}):
+            with pytest.raises(InvalidData, match="the place that gets the copy"):
+                await rest.copy_checkpoint(good, **place)
+        for session_id in ("", "a/b", "..", None):
+            with pytest.raises(InvalidData, match="the id of a session"):
+                await rest.get_session(session_id)
+        assert server.requests == []
+        await service.aclose()
+
+
+async def test_odd_names_arrive_as_they_are():
+    async with ScriptedServer() as server:
+        server._default = answer(json={})
+        service = AsyncServiceClient(quick_config(server.url))
+        await service.create_rest_client().delete_checkpoint("tinker://s1:train:0/weights/a b?c#d%é")
+        (request,) = server.requests
+        assert request.target == ("/api/v1/training_runs/s1:train:0/checkpoints/weights/a%20b%3Fc%23d%25%C3%A9")
+        await service.aclose()
+
+
+async def test_a_copy_has_one_key_over_all_attempts():
+    async with ScriptedServer() as server:
+        server.script("/api/v1/copy_weights", answer(503), answer(json={"tinker_path": "tinker://a/weights/b"}))
+        service = AsyncServiceClient(quick_config(server.url))
+        rest = service.create_rest_client()
+        for token in ("secret", None):
+            copied = await rest.copy_checkpoint("tinker://r/weights/x", project_id="p", access_token=token)
+            assert copied == "tinker://a/weights/b"
+        keys = [request.headers["x-idempotency-key"] for request in server.requests]
+        assert keys[0] == keys[1] != keys[2]
+        tokens = [request.headers.get("x-tinker-weights-access-token") for request in server.requests]
+        assert tokens == ["secret", "secret", None]
+        assert server.requests[0].json() == {"source_path": "tinker://r/weights/x", "destination_project_id": "p"}
+        await service.aclose()
+
+
+async def test_an_http_fault_keeps_its_type(http_bench):
+    rest = http_bench.service.create_rest_client()
+    http_bench.recorder.faults["training_runs"] = [answering(500), answering(429), None]
+    assert await collect(rest.training_runs()) == []
+    http_bench.recorder.faults["training_runs"] = [answering(403)]
+    with pytest.raises(PermissionError):
+        await collect(rest.training_runs())
+
+
+SEGMENT = st.text(min_size=1, max_size=20).filter(
+    lambda text: text.isprintable() and "/" not in text and text not in (".", "..")
+)
+
+
+@given(SEGMENT, st.sampled_from(["weights", "sampler_weights", "external_weights"]), SEGMENT)
+async def test_paths_are_read_back(run_id, kind, name):
+    path = CheckpointPath(run_id, kind, name)
+    assert CheckpointPath.parse(str(path)) == path
+    assert path.checkpoint_id == f"{kind}/{name}"
+    for part in (run_id, name):
+        assert not set(url_segment(part)) & set("/?#% ") - {"%"}

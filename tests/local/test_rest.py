@@ -1,0 +1,378 @@
+"""The REST calls, spoken by hand: listings, search, expiry, downloads with ranges, and what is not there."""
+
+import asyncio
+import io
+import tarfile
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from starlette.requests import Request
+
+from tinkex_py.local import LocalOptions
+from tinkex_py.local.archives import DownloadLinks, write_archive
+from tinkex_py.local.core import Refused
+from tinkex_py.local.http import page_of
+from tinkex_py.local.records import SessionEnd, SessionInfo
+from tinkex_py.local.requests import SearchBody
+from tinkex_py.local.session_search import fits
+
+
+async def saved(client: Any, *names: str, **fields: Any) -> list[str]:
+    """Checkpoints of a new model; their paths."""
+    model_id = await client.model()
+    done = [
+        await client.done("save_weights", {"model_id": model_id, "seq_id": number, "path": name, **fields})
+        for number, name in enumerate(names, 1)
+    ]
+    return [answer["path"] for answer in done]
+
+
+def rest_path(path: str) -> str:
+    run, kind, name = path.removeprefix("tinker://").split("/")
+    return f"/api/v1/training_runs/{run}/checkpoints/{kind}/{name}"
+
+
+@pytest.mark.asyncio
+async def test_the_answers_have_the_fields_of_the_protocol(client):
+    (path,) = await saved(client, "one", user_metadata={"a": "b"}, ttl_seconds=3600)
+    run_id = path.split("/")[2]
+    runs = (await client.http.get("/api/v1/training_runs")).json()
+    (run,) = runs["training_runs"]
+    assert runs["cursor"] == {"offset": 0, "limit": 20, "total_count": 1}
+    checkpoint = run.pop("last_checkpoint")
+    assert run.pop("last_request_time") >= checkpoint["time"]
+    assert run == {
+        "training_run_id": run_id,
+        "base_model": "tiny",
+        "model_owner": "local",
+        "is_lora": True,
+        "lora_rank": 8,
+        "corrupted": False,
+    }
+    assert datetime.fromisoformat(checkpoint.pop("time")).tzinfo is not None
+    left = datetime.fromisoformat(checkpoint.pop("expires_at")) - datetime.now(UTC)
+    assert 3500 < left.total_seconds() <= 3600
+    assert checkpoint.pop("size_bytes") > 0
+    assert checkpoint == {
+        "checkpoint_id": "weights/one",
+        "checkpoint_type": "training",
+        "tinker_path": path,
+        "public": False,
+        "user_metadata": {"a": "b"},
+    }
+    of_run = (await client.http.get(f"/api/v1/training_runs/{run_id}/checkpoints")).json()
+    assert set(of_run) == {"checkpoints"}
+    assert (await client.http.get("/api/v1/checkpoints")).json() == {
+        **of_run,
+        "cursor": {"offset": 0, "limit": 100, "total_count": 1},
+    }
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("query", ["limit=x", "limit=-1", "offset=-1", "limit=1e3", "offset=99999999999", "limit=²"])
+async def test_pages_that_make_no_sense_are_refused(client, query):
+    for path in ("training_runs", "checkpoints", "sessions"):
+        assert (await client.http.get(f"/api/v1/{path}?{query}")).status_code == 422
+
+
+def test_a_page_without_limits_has_the_default():
+    scope = {"type": "http", "query_string": b"", "headers": []}
+    page = page_of(Request(scope), 20)
+    assert (page.limit, page.offset) == (20, 0)
+    scope["query_string"] = b"limit=0&offset=4"
+    assert page_of(Request(scope), 20).limit == 0
+    scope["query_string"] = b"limit=-0"
+    with pytest.raises(Refused):
+        page_of(Request(scope), 20)
+
+
+@pytest.mark.asyncio
+async def test_runs_of_a_project(client):
+    for project in ("p", "q"):
+        answer = await client.ask("create_session", {"project_id": project})
+        client.session_id = answer["session_id"]
+        await client.model()
+    found = (await client.http.get("/api/v1/training_runs?project_id=q")).json()
+    assert [run["training_run_id"] for run in found["training_runs"]] == [f"{client.session_id}:train:0"]
+    assert (await client.http.get("/api/v1/training_runs?project_id=r")).json()["cursor"]["total_count"] == 0
+
+
+@pytest.mark.asyncio
+async def test_expired_checkpoints_are_gone_with_their_files(client):
+    """The service itself deletes them when their time comes, without being asked."""
+    paths = await saved(client, "short", "long")
+    store = client.service.core.store
+    folders = [store.file(store.find(path), "") for path in paths]
+    answer = await client.http.put(f"{rest_path(paths[0])}/ttl", json={"ttl_seconds": 1})
+    assert answer.status_code == 200
+    assert folders[0].exists()
+    async with asyncio.timeout(20):
+        while folders[0].exists():  # noqa: ASYNC110  (a folder has no event)
+            await asyncio.sleep(0.02)
+    assert folders[1].exists()
+    listed = (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"]
+    assert [item["tinker_path"] for item in listed] == [paths[1]]
+    load = {"session_id": client.session_id, "model_seq_id": 1, "path": paths[0]}
+    assert "there is no checkpoint" in (await client.done("load_weights", load))["error"]
+    model_id = paths[0].split("/")[2]
+    again = {"model_id": model_id, "seq_id": 3, "path": "short", "overwrite": False}
+    assert (await client.done("save_weights", again))["path"] == paths[0]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("ttl", [0, -1, "soon", 1.5, 10**12])
+async def test_a_time_to_live_that_makes_no_sense_is_refused(client, ttl):
+    (path,) = await saved(client, "one")
+    assert (await client.http.put(f"{rest_path(path)}/ttl", json={"ttl_seconds": ttl})).status_code == 422
+
+
+@pytest.mark.asyncio
+async def test_nothing_leads_out_of_the_state_folder(run_service, tmp_path):
+    """Whatever name or path is given, nothing outside is read, written or deleted."""
+    outside = tmp_path / "outside.safetensors"
+    outside.write_text("mine")
+    async with run_service(LocalOptions(state_dir=tmp_path / "state")) as client:
+        (path,) = await saved(client, "one")
+        model_id = path.split("/")[2]
+        for number, name in enumerate(["../x", "..", "a/b", "/etc/x", "a\\b", "a\0b", "~x", ".hidden", "x" * 200], 2):
+            answer = await client.done("save_weights", {"model_id": model_id, "seq_id": number, "path": name})
+            assert "is not a checkpoint name" in answer["error"]
+        for name in ("..", "%2e%2e", "..%2f..%2foutside.safetensors", "%2e%2e%2f%2e%2e", "a%00b", ".one"):
+            for method, end in (("DELETE", ""), ("PUT", "/ttl"), ("POST", "/publish"), ("GET", "/archive")):
+                url = f"/api/v1/training_runs/{model_id}/checkpoints/weights/{name}{end}"
+                assert (await client.http.request(method, url)).status_code in (404, 405)
+        for bad in ("tinker://../weights/x", "tinker://a/weights/../../x", "tinker://a/ephemeral/x", "x", ""):
+            assert (await client.post("weights_info", {"tinker_path": bad})).status_code == 404
+        where = (await client.http.get(f"{rest_path(path)}/archive")).headers["location"]
+        for file in ("..", "%2e%2e%2fstate.sqlite3", "state.sqlite3"):
+            assert (await client.http.get(where.replace("archive.tar", file))).status_code in (403, 404)
+    assert outside.read_text() == "mine"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["outside.safetensors", "state"]
+
+
+@pytest.mark.asyncio
+async def test_what_belongs_to_accounts_is_clearly_not_there(client):
+    session_id = await client.session()
+    for method, path in (
+        ("GET", "billing/usage/events?starting_on=a&ending_before=b"),
+        ("GET", "billing/usage/checkpoints/current"),
+        ("GET", "audit?event_type=all"),
+        ("PUT", f"sessions/{session_id}/project"),
+        ("GET", f"sessions/{session_id}/trace_export"),
+    ):
+        answer = await client.http.request(method, f"/api/v1/{path}")
+        assert answer.status_code == 404
+        assert answer.json()["code"] == "unsupported_feature"
+        assert "no accounts" in answer.json()["detail"]
+
+
+@pytest.mark.asyncio
+async def test_the_first_reason_for_a_session_to_end_wins(client):
+    session_id = await client.session()
+    for reason, detail in (("errored", "it broke"), ("success", None)):
+        body = {"reason": {"type": reason}, "detail": detail}
+        assert (await client.post(f"sessions/{session_id}/finish", body)).status_code == 200
+    assert (await client.post("session_heartbeat", {"session_id": session_id})).status_code == 410
+    (summary,) = (await client.ask("sessions/search", {"session_id": session_id}))["sessions"]
+    expected = {"type": "client_finished", "reason": {"type": "errored"}, "detail": "it broke"}
+    assert summary["status"] == expected
+    assert (await client.post(f"sessions/{session_id}/finish", {"reason": {"type": "bored"}})).status_code == 422
+    assert (await client.post("sessions/nowhere/finish", {})).status_code == 404
+
+
+def session(name: str | None = None, end: str | None = None, **fields: Any) -> SessionInfo:
+    finished = None if end is None else SessionEnd(reason=end)
+    return SessionInfo(session_id="s1", created=datetime.now(UTC), display_name=name, end=finished, **fields)
+
+
+@pytest.mark.parametrize(
+    ("found", "query", "expected"),
+    [
+        (session(), {}, True),
+        (session("Nightly Run 7"), {"display_name": "RUN night"}, True),
+        (session("Nightly Run 7"), {"display_name": "run 8"}, False),
+        (session("Nightly"), {"display_name": "other", "session_id": "s1"}, True),
+        (session("Nightly"), {"display_name": "nightly", "session_id": "s2"}, True),
+        (session("Nightly"), {"display_name": "other", "session_id": "s2"}, False),
+        (session(), {"session_id": "s2"}, False),
+        (session(), {"display_name": "x"}, False),
+        (session(user_metadata={"a": "1", "b": "2"}), {"user_metadata": {"a": "1"}}, True),
+        (session(user_metadata={"a": "1"}), {"user_metadata": {"a": "1", "b": "2"}}, False),
+        (session(), {"user_metadata": {"a": "1"}}, False),
+        (session(project_id="p"), {"project_ids": ["q", "p"]}, True),
+        (session(project_id="p"), {"project_ids": []}, False),
+        (session(), {"project_ids": ["local"]}, True),
+        (session(), {"statuses": [{"type": "active"}]}, True),
+        (session(end="success"), {"statuses": [{"type": "active"}]}, False),
+        (session(end="success"), {"statuses": [{"type": "failed"}, {"type": "client_finished"}]}, True),
+        (session(end="success"), {"statuses": [{"type": "client_finished", "reasons": ["errored"]}]}, False),
+        (session(end="errored"), {"statuses": [{"type": "client_finished", "reasons": ["errored"]}]}, True),
+        (session(), {"owner": {"type": "accessible"}}, True),
+        (session(), {"owner": {"type": "user", "owner_urns": ["local"]}}, True),
+        (session(), {"owner": {"type": "user", "owner_urns": ["else"]}}, False),
+    ],
+)
+def test_which_sessions_fit_a_query(found, query, expected):
+    assert fits(found, SearchBody.model_validate(query)) is expected
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("body", [{"limit": 0}, {"limit": 201}, {"statuses": [{"type": "odd"}]}, {"display_name": ""}])
+async def test_queries_that_make_no_sense_are_refused(client, body):
+    assert (await client.post("sessions/search", body)).status_code == 422
+
+
+@pytest.mark.asyncio
+async def test_the_archive_is_a_tar_file_that_is_served_in_ranges(client):
+    (path,) = await saved(client, "one")
+    asked = await client.http.get(f"{rest_path(path)}/archive")
+    assert asked.status_code == 302
+    assert asked.headers["expires"].endswith("GMT")
+    where = asked.headers["location"]
+    whole = await client.http.get(where)
+    assert whole.status_code == 200
+    assert whole.headers["accept-ranges"] == "bytes"
+    assert int(whole.headers["content-length"]) == len(whole.content)
+    store = client.service.core.store
+    files = {file.name: file.read_bytes() for file in store.files(store.find(path))}
+    with tarfile.open(fileobj=io.BytesIO(whole.content)) as tar:
+        assert {name: tar.extractfile(name).read() for name in tar.getnames()} == files
+    tag = whole.headers["etag"]
+    part = await client.http.get(where, headers={"Range": "bytes=1000-", "If-Range": tag})
+    assert part.status_code == 206
+    assert part.content == whole.content[1000:]
+    assert part.headers["content-range"] == f"bytes 1000-{len(whole.content) - 1}/{len(whole.content)}"
+    changed = await client.http.get(where, headers={"Range": "bytes=1000-", "If-Range": '"other"'})
+    assert (changed.status_code, changed.content) == (200, whole.content)
+    beyond = await client.http.get(where, headers={"Range": f"bytes={len(whole.content)}-"})
+    assert (beyond.status_code, beyond.headers["content-range"]) == (416, f"bytes */{len(whole.content)}")
+
+
+@pytest.mark.asyncio
+async def test_an_archive_is_the_same_again_after_a_restart(run_service, tmp_path):
+    options = LocalOptions(state_dir=tmp_path)
+    answers = []
+    async with run_service(options) as client:
+        (path,) = await saved(client, "one")
+        answers.append(await client.http.get((await client.http.get(f"{rest_path(path)}/archive")).headers["location"]))
+    assert [file.suffix for file in (tmp_path / "archives").iterdir()] == [".tar"]
+    async with run_service(options) as client:
+        assert list((tmp_path / "archives").iterdir()) == []
+        answers.append(await client.http.get((await client.http.get(f"{rest_path(path)}/archive")).headers["location"]))
+        await client.http.delete(rest_path(path))
+        assert list((tmp_path / "archives").iterdir()) == []
+    assert answers[0].content == answers[1].content
+    assert answers[0].headers["etag"] == answers[1].headers["etag"]
+
+
+@pytest.mark.asyncio
+async def test_downloads_need_a_signature_instead_of_the_key(run_service):
+    async with run_service(LocalOptions(api_key="tml-key")) as client:
+        keyless = dict(client.http.headers)
+        client.http.headers["X-API-Key"] = "tml-key"
+        (path,) = await saved(client, "one")
+        where = (await client.http.get(f"{rest_path(path)}/archive")).headers["location"]
+        client.http.headers = keyless
+        assert (await client.http.get(f"{rest_path(path)}/archive")).status_code == 401
+        assert (await client.http.get(where)).status_code == 200
+        bare, query = where.split("?")
+        for bad in (
+            bare,
+            f"{bare}?{query}x",
+            f"{bare}?{query.replace('expires=1', 'expires=2')}",
+            f"{bare}?signature=é",
+        ):
+            assert (await client.http.get(bad)).status_code == 403
+        other = where.replace("archive.tar", "adapter_config.json")
+        assert (await client.http.get(other)).status_code == 403
+
+
+def test_signed_addresses_end(monkeypatch):
+    links = DownloadLinks()
+    query, expires = links.sign("/a")
+    values = dict(part.split("=") for part in query.split("&"))
+    assert links.refusal("/a", values["expires"], values["signature"]) is None
+    assert links.refusal("/b", values["expires"], values["signature"])[0] == 403
+    monkeypatch.setattr("time.time", lambda: expires + 1.0)
+    assert links.refusal("/a", values["expires"], values["signature"])[0] == 410
+
+
+@pytest.mark.asyncio
+async def test_external_weights_are_downloaded_file_by_file(client):
+    model_id = await client.model()
+    body = {"model_id": model_id, "seq_id": 1, "path": "out"}
+    answer = await client.done("save_weights_external", body)
+    assert answer["path"] == f"tinker://{model_id}/external_weights/out"
+    asked = (await client.http.get(f"{rest_path(answer['path'])}/external_weights_urls")).json()
+    assert set(asked["urls"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    assert datetime.fromisoformat(asked["expires"]) > datetime.now(UTC)
+    contents = [(await client.http.get(url)).content for url in asked["urls"].values()]
+    assert sum(map(len, contents)) == answer["size_bytes"]
+    (listed,) = (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"]
+    assert listed["checkpoint_type"] == "external"
+    training = await client.done("save_weights", {"model_id": model_id, "seq_id": 2, "path": "in"})
+    refused = await client.http.get(f"{rest_path(training['path'])}/external_weights_urls")
+    assert refused.status_code == 400
+    sampling = {"session_id": client.session_id, "sampling_session_seq_id": 0, "model_path": answer["path"]}
+    assert (await client.post("create_sampling_session", sampling)).status_code == 404
+    load = {"session_id": client.session_id, "model_seq_id": 1, "path": answer["path"]}
+    assert "needed here: weights" in (await client.done("load_weights", load))["error"]
+
+
+@pytest.mark.asyncio
+async def test_both_ways_to_load_give_the_same_model(client, kit):
+    """The new way in one call; the old one by weights_info, create_model and load_weights as the first request."""
+    model_id = await client.model(train_unembed=False)
+    for number in (1, 3):
+        await client.pass_result(kit.message(model_id, number, [kit.datum(4, 1)]))
+        await client.done("optim_step", {"model_id": model_id, "seq_id": number + 1, "adam_params": {}})
+    path = (await client.done("save_weights", {"model_id": model_id, "seq_id": 5, "path": "x"}))["path"]
+    new = {"session_id": client.session_id, "model_seq_id": 1, "path": path, "optimizer": True}
+    await client.done("load_weights", new)
+    info = await client.ask("weights_info", {"tinker_path": path})
+    assert (info["lora_rank"], info["train_unembed"]) == (8, False)
+    kinds = {key: info[key] for key in ("train_unembed", "train_mlp", "train_attn")}
+    old_id = await client.model(2, rank=info["lora_rank"], **kinds)
+    await client.done("load_weights", {"model_id": old_id, "seq_id": 1, "path": path, "optimizer": True})
+    losses = []
+    for name, first in ((model_id, 6), (f"{client.session_id}:train:1", 1), (old_id, 2)):
+        await client.pass_result(kit.message(name, first, [kit.datum(4, 2)]))
+        await client.done("optim_step", {"model_id": name, "seq_id": first + 1, "adam_params": {}})
+        last = await client.pass_result(kit.message(name, first + 2, [kit.datum(4, 2)], forward_only=True))
+        losses.append(last.metrics["loss:sum"])
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.asyncio
+async def test_many_requests_at_once_are_all_kept(client):
+    sessions = await asyncio.gather(*(client.ask("create_session", {}) for _ in range(40)))
+    listed = (await client.http.get("/api/v1/sessions?limit=100")).json()["sessions"]
+    assert sorted(listed) == sorted(answer["session_id"] for answer in sessions)
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=5), st.binary(max_size=2000), min_size=1, max_size=4))
+def test_an_archive_depends_on_names_contents_and_moment_alone(tmp_path_factory, contents):
+    moment = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+    archives = []
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("files")
+        files = [folder / name for name in sorted(contents)]
+        for file in files:
+            file.write_bytes(contents[file.name])
+        archive = tmp_path_factory.mktemp("archive") / "a.tar"
+        write_archive(archive, files, moment)
+        archives.append((archive.read_bytes(), archive.stat().st_mtime))
+    assert archives[0] == archives[1]
+    with tarfile.open(fileobj=io.BytesIO(archives[0][0])) as tar:
+        assert {name: tar.extractfile(name).read() for name in tar.getnames()} == contents
+
+
+@pytest.mark.asyncio
+async def test_addresses_name_the_host_that_was_asked(client):
+    (path,) = await saved(client, "one")
+    answer = await client.http.get(f"{rest_path(path)}/archive", headers={"Host": "example.org:81"})
+    assert urlsplit(answer.headers["location"]).netloc == "example.org:81"

@@ -1,0 +1,213 @@
+"""Whatever a service answers is read, or is one typed error; never anything else."""
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from tinkex_py.client.connection import request_id_of, text_of
+from tinkex_py.errors import InvalidResponse, TinkexError, status_error_class
+from tinkex_py.transport.answer import HttpAnswer, raise_for_status, retry_after
+from tinkex_py.transport.codec import Result, read_forward_backward
+from tinkex_py.transport.flags import ClientFlags
+from tinkex_py.transport.futures import wait_for_result
+from tinkex_py.transport.keys import rejects_token
+from tinkex_py.transport.negotiation import choose_dialect, refuses_protobuf
+from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.transport.sample_codec import read_sample
+from tinkex_py.types import (
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    OptimStepResponse,
+    SampleResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+    ServerCapabilities,
+    WeightsInfo,
+)
+
+NAMES = [
+    *("loss_fn_outputs", "loss_fn_output_type", "metrics", "logprobs", "data", "dtype", "shape", "sparse_crow_indices"),
+    *("sparse_col_indices", "sequences", "tokens", "stop_reason", "prompt_logprobs", "topk_prompt_logprobs"),
+    *("target_prompt_logprobs", "prompt_alt_tokens", "topk_logprobs", "sequence_id", "prompt_cache_hit_tokens"),
+    *("packed", "num_datums", "path", "sampling_session_id", "model_id", "model_data", "supported_models"),
+    *("base_model", "lora_rank", "request_id", "error", "category", "status", "result", "type", "queue_state"),
+    *("detail", "loc", "msg", "code", "queue_state_reason"),
+]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 5),
+    st.sampled_from([2**31, 2**62, -(2**63), 10**30, 10**400, 1e308, float("nan"), float("inf"), 0.5]),
+    st.sampled_from(["int64", "float32", "stop", "length", "pending", "completed", "try_again", "user", "\ud800", ""]),
+    st.text(max_size=3),
+)
+ANY_JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=2), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+OBJECTS = st.dictionaries(st.sampled_from(NAMES), ANY_JSON, max_size=5)
+
+TENSORS = st.fixed_dictionaries(
+    {},
+    optional={
+        "data": st.one_of(st.lists(st.one_of(st.integers(-3, 3), st.floats()), max_size=4), ANY_JSON),
+        "dtype": st.one_of(st.sampled_from(["int64", "float32"]), SCALARS),
+        "shape": st.one_of(st.lists(st.integers(-1, 5), max_size=3), st.just([1, 2**60]), SCALARS),
+        "sparse_crow_indices": st.one_of(st.lists(st.integers(-1, 3), max_size=3), SCALARS),
+        "sparse_col_indices": st.one_of(st.lists(st.integers(-1, 3), max_size=3), SCALARS),
+        "later": SCALARS,
+    },
+)
+PASSES = st.fixed_dictionaries(
+    {"loss_fn_outputs": st.lists(st.dictionaries(st.sampled_from(["logprobs", "x"]), TENSORS, max_size=2), max_size=3)},
+    optional={"metrics": st.dictionaries(st.text(max_size=3), SCALARS, max_size=2), "loss_fn_output_type": SCALARS},
+)
+DRAWS = st.fixed_dictionaries(
+    {
+        "sequences": st.lists(
+            st.fixed_dictionaries({}, optional={"tokens": ANY_JSON, "stop_reason": SCALARS}), max_size=2
+        )
+    },
+    optional={"target_prompt_logprobs": TENSORS, "prompt_alt_tokens": st.dictionaries(st.just("tokens"), TENSORS)},
+)
+
+
+def used(value: Any) -> None:
+    """Touches what is computed at its first use."""
+    if isinstance(value, ForwardBackwardOutput):
+        for row in value.loss_fn_outputs:
+            for tensor in row.values():
+                tensor.to_numpy()
+    if isinstance(value, SampleResponse) and value.target_prompt_logprobs is not None:
+        value.target_prompt_logprobs.to_numpy()
+
+
+@settings(max_examples=300)
+@given(st.one_of(OBJECTS, PASSES, DRAWS))
+def test_any_json_result(fields):
+    for read in (read_forward_backward, read_sample):
+        with contextlib.suppress(InvalidResponse):
+            used(read(Result(b"", fields)))
+    for answer in (
+        GetInfoResponse,
+        OptimStepResponse,
+        SaveWeightsForSamplerResponse,
+        SaveWeightsResponse,
+        ServerCapabilities,
+        WeightsInfo,
+    ):
+        with contextlib.suppress(InvalidResponse):
+            answer.read(fields)
+
+
+def test_a_count_that_nothing_has():
+    assert (
+        read_forward_backward(Result(b"", {"num_datums": 2**62, "packed": {}, "loss_fn_outputs": []})).loss_fn_outputs
+        == []
+    )
+
+
+@settings(max_examples=200)
+@given(OBJECTS, st.sampled_from(NAMES))
+def test_any_json_answer(fields, name):
+    ClientFlags.read(fields)
+    with contextlib.suppress(InvalidResponse):
+        assert text_of(fields, name, "path").isprintable()
+    with contextlib.suppress(InvalidResponse):
+        assert request_id_of(fields, "path").isprintable()
+
+
+BODIES = st.one_of(
+    st.binary(max_size=40),
+    ANY_JSON.map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"\xff\xfe\x00", b'"\\ud800"', b"<html>"]),
+)
+HEADERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "content-type": st.sampled_from(["application/json", "application/x-protobuf", "text/html", "", ";;", "\x00"]),
+        "retry-after": st.text(max_size=4),
+        "retry-after-ms": st.text(max_size=4),
+        "x-should-retry": st.text(max_size=4),
+        "x-request-id": st.text(max_size=4),
+        "www-authenticate": st.text(max_size=4),
+        "location": st.sampled_from(["http://[", "//", "http://h:99999/", "\ud800"]),
+    },
+)
+STATUSES = st.one_of(
+    st.sampled_from([200, 201, 202, 204, 400, 401, 402, 404, 408, 410, 422, 429, 500]), st.integers(100, 999)
+)
+
+
+@settings(max_examples=200)
+@given(STATUSES, HEADERS, BODIES)
+def test_any_answer(status, headers, body):
+    answer = HttpAnswer(status, headers, body)
+    told = retry_after(headers)
+    assert told is None or 0 <= told <= 60
+    rejects_token(answer)
+    with contextlib.suppress(TinkexError):
+        raise_for_status(answer)
+        answer.json()
+
+
+class Ended(Exception):
+    """The script of a service is at its end."""
+
+
+@pytest.mark.asyncio
+async def test_any_answer_to_a_poll(monkeypatch):
+    """Pending or troubled answers are asked again, which here ends the script; anything else is a result or typed."""
+    policy = RetryPolicy(deadline=5.0, max_attempts=1, initial_wait=0.0, max_wait=0.0)
+    monkeypatch.setattr("tinkex_py.transport.futures._FIRST_PAUSE", 0.0)
+
+    async def outcome(answer: HttpAnswer, decode: Any) -> None:
+        left = [answer, answer]
+
+        async def poll(iteration: int) -> HttpAnswer:
+            if not left:
+                raise Ended
+            return left.pop()
+
+        with contextlib.suppress(TinkexError, Ended):
+            used(await wait_for_result(poll, decode, request_id="r", request_type="Any", retry=policy))
+
+    cases: list[tuple[int, dict[str, str], bytes]] = []
+
+    @settings(max_examples=250)
+    @given(STATUSES, HEADERS, st.one_of(BODIES, OBJECTS.map(lambda value: json.dumps(value).encode())))
+    def collect(status, headers, body):
+        cases.append((status, {**headers, "retry-after-ms": "1"}, body))
+
+    collect()
+    cases += [(200, {}, json.dumps({name: [1]}).encode()) for name in ("status", "type", "category", "error")]
+    for status, headers, body in cases:
+        for decode in (read_forward_backward, read_sample, lambda result: result):
+            await outcome(HttpAnswer(status, headers, body), decode)
+    assert len(cases) >= 100
+
+
+@pytest.mark.asyncio
+async def test_any_answer_to_a_probe():
+    cases: list[tuple[int, object]] = []
+
+    @settings(max_examples=150)
+    @given(st.integers(400, 599), ANY_JSON)
+    def collect(status, body):
+        cases.append((status, body))
+
+    collect()
+    for status, body in cases:
+        error = status_error_class(status)("no", status=status, body=body)
+        refuses_protobuf(error)
+
+        async def send(_encoded: object, error: Exception = error) -> object:
+            raise error
+
+        assert (await choose_dialect("auto", ClientFlags(), send)).name in ("protobuf", "json")

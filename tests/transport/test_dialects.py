@@ -1,0 +1,181 @@
+"""How passes are written, and how a service's dialect is found out without risk."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import zstandard
+
+from tinkex_py.errors import APIStatusError, ConnectionFailed, status_error_class
+from tinkex_py.transport import dialects, wire
+from tinkex_py.transport.codec import PassRequest, encode_batch
+from tinkex_py.transport.dialects import EncodedRequest, JsonDialect, ProtobufDialect
+from tinkex_py.transport.flags import ClientFlags
+from tinkex_py.transport.negotiation import choose_dialect, refuses_protobuf
+from tinkex_py.types import Datum, ModelInput
+
+DATUM = Datum(model_input=ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3], "weights": [1.0, 0.5]})
+FORWARD = PassRequest("m", 3, "cross_entropy", {}, forward_only=True)
+BACKWARD = PassRequest("m", 4, "ppo", {"beta": 0.5}, forward_only=False)
+
+
+def test_protobuf_has_one_endpoint():
+    for request in (FORWARD, BACKWARD):
+        encoded = ProtobufDialect().encode(encode_batch([DATUM]), request)
+        assert (encoded.path, encoded.content_type) == ("/api/v1/forward_backward", "application/x-protobuf")
+        assert encoded.content_encoding is None
+        message = wire.ForwardBackwardRequest.FromString(encoded.body)
+        assert (message.seq_id, message.forward_only) == (request.seq_id, request.forward_only)
+
+
+def test_json_has_two_endpoints():
+    batch = encode_batch([DATUM])
+    forward = JsonDialect().encode(batch, FORWARD)
+    assert (forward.path, forward.content_type) == ("/api/v1/forward", "application/json")
+    assert set(json.loads(forward.body)) == {"model_id", "seq_id", "forward_input"}
+    backward = JsonDialect().encode(batch, BACKWARD)
+    assert backward.path == "/api/v1/forward_backward"
+    assert json.loads(backward.body)["forward_backward_input"]["loss_fn_config"] == {"beta": 0.5}
+    assert batch.data[0] == DATUM
+
+
+def test_zstd_is_the_same_message():
+    batch = encode_batch([DATUM] * 50)
+    plain = ProtobufDialect().encode(batch, BACKWARD)
+    packed = ProtobufDialect(compress=True).encode(batch, BACKWARD)
+    assert packed.content_encoding == "zstd"
+    assert len(packed.body) < len(plain.body)
+    assert zstandard.ZstdDecompressor().decompress(packed.body) == plain.body
+
+
+def test_without_zstandard_it_goes_plain(monkeypatch):
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(dialects.importlib, "import_module", missing)
+    encoded = ProtobufDialect(compress=True).encode(encode_batch([DATUM]), FORWARD)
+    assert encoded.content_encoding is None
+    assert wire.ForwardBackwardRequest.FromString(encoded.body).model_id == "m"
+
+
+class Service:
+    """Answers probes with one status and body after the other."""
+
+    def __init__(self, *answers: tuple[int, object] | Exception) -> None:
+        self.answers = list(answers)
+        self.probes: list[EncodedRequest] = []
+
+    async def __call__(self, encoded: EncodedRequest) -> object:
+        self.probes.append(encoded)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        status, body = answer
+        if status >= 400:
+            raise status_error_class(status)("refused", status=status, body=body)
+        return body
+
+
+def fastapi(*places: Sequence[object]) -> dict[str, Any]:
+    return {"detail": [{"type": "model_attributes_type", "loc": list(place), "msg": "odd"} for place in places]}
+
+
+NO_MODEL = {"detail": "Model not found"}
+ANSWERS = {
+    "SkyRL 0.4.0": ([(404, NO_MODEL)], "protobuf"),
+    "a model id that is refused": ([(400, {"detail": "no model 'probe-nonexistent'"})], "protobuf"),
+    "no right to the model": ([(403, {"error": {"message": "model of somebody else"}})], "protobuf"),
+    "accepted": ([(200, {"request_id": "1"})], "protobuf"),
+    "unsupported media type": ([(415, "no")], "json"),
+    "a JSON endpoint of FastAPI": ([(422, fastapi(["body"]))], "json"),
+    "SkyRL 0.3.0, 500 at bytes": ([(500, "Internal Server Error"), (404, NO_MODEL)], "json"),
+    "500 at bytes, then a field that does not fit": (
+        [(500, ""), (422, fastapi(["body", "forward_input", "data"]))],
+        "json",
+    ),
+    "500 at bytes, and JSON is not read either": ([(500, ""), (422, fastapi(["body"]))], "protobuf"),
+    "500 whatever comes": ([(500, ""), (500, "")], "protobuf"),
+    "no such address, but one for JSON": ([(404, {"detail": "Not Found"}), (404, NO_MODEL)], "json"),
+    "no such address at all": ([(404, {"detail": "Not Found"}), (404, {"detail": "Not Found"})], "protobuf"),
+    "a page that speaks of models": ([(404, "<h1>our models</h1>"), (404, "<h1>our models</h1>")], "protobuf"),
+    "some other refusal": ([(401, {"detail": "who are you?"})], "protobuf"),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_what_a_probe_finds_out(name):
+    answers, expected = ANSWERS[name]
+    service = Service(*answers)
+    dialect = await choose_dialect("auto", ClientFlags(), service)
+    assert dialect.name == expected
+    assert service.answers == []
+    first = wire.ForwardBackwardRequest.FromString(service.probes[0].body)
+    assert (first.model_id, first.seq_id, first.forward_only, len(first.data)) == ("probe-nonexistent", 1, True, 0)
+    for later in service.probes[1:]:
+        assert later.path == "/api/v1/forward"
+        assert json.loads(later.body)["model_id"] == "probe-nonexistent"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("wanted", "told", "expected"),
+    [
+        ("json", True, "json"),
+        ("json", None, "json"),
+        ("protobuf", False, "protobuf"),
+        ("protobuf", None, "protobuf"),
+        ("auto", True, "protobuf"),
+        ("auto", False, "json"),
+    ],
+)
+async def test_nobody_is_probed_where_it_is_known(wanted, told, expected):
+    service = Service()
+    flags = ClientFlags(proto_write_fwdbwd=told, proto_compress_fwdbwd=True)
+    dialect = await choose_dialect(wanted, flags, service)
+    assert dialect.name == expected
+    assert service.probes == []
+    encoded = dialect.encode(encode_batch([DATUM]), BACKWARD)
+    assert encoded.content_encoding == ("zstd" if expected == "protobuf" else None)
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_cannot_be_asked_is_not_guessed():
+    with pytest.raises(ConnectionFailed):
+        await choose_dialect("auto", ClientFlags(), Service(ConnectionFailed("gone")))
+
+
+def test_which_refusals_are_about_the_body():
+    def refusal(status: int, body: object) -> APIStatusError:
+        return status_error_class(status)("no", status=status, body=body)
+
+    assert refuses_protobuf(refusal(415, None))
+    assert refuses_protobuf(refusal(422, fastapi(["body"])))
+    for status, body in (
+        (422, fastapi(["body", "loss_fn"])),
+        (422, {"detail": "loss_fn 'x' is not known"}),
+        (422, "text"),
+        (400, fastapi(["body"])),
+        (404, NO_MODEL),
+    ):
+        assert not refuses_protobuf(refusal(status, body)), (status, body)
+
+
+def test_flags_are_read_leniently():
+    assert ClientFlags.read({}) == ClientFlags()
+    told = ClientFlags.read(
+        {
+            "pjwt_auth_enabled": True,
+            "fwdbwd_max_chunk_len": 7,
+            "fwdbwd_max_chunk_bytes_count": -1,
+            "parallel_fwdbwd_chunks": "no",
+            "proto_write_fwdbwd": False,
+            "credential_default_source": 3,
+            "sample_max_concurrent_requests": True,
+            "billing_exception_max_pause_duration_sec": 9.5,
+            "something_new": {"a": 1},
+        }
+    )
+    assert told == ClientFlags(pjwt_auth_enabled=True, fwdbwd_max_chunk_len=7, proto_write_fwdbwd=False)
+    assert ClientFlags.read({"proto_write_fwdbwd": 1, "fwdbwd_max_chunk_len": None}) == ClientFlags()

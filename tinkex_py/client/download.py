@@ -1,0 +1,283 @@
+"""Downloading one checkpoint: the archive in pieces, resumed where it broke off, then its files all at once."""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import filelock
+import tenacity
+
+from tinkex_py.client.archive import extract
+from tinkex_py.client.file_thread import FileThread
+from tinkex_py.client.rest_requests import RestRequests
+from tinkex_py.errors import (
+    APIStatusError,
+    ConnectionFailed,
+    InvalidData,
+    InvalidResponse,
+    TimeoutExceeded,
+    UnsupportedFeature,
+)
+from tinkex_py.transport.http import raise_for_status
+from tinkex_py.transport.retry import RetryPolicy, is_retryable_status
+from tinkex_py.transport.stream import AnswerStream
+from tinkex_py.types.checkpoint_path import CheckpointPath
+from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
+
+_WRITE_BYTES = 1 << 20
+_MOST_REDIRECTIONS = 5
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the bytes on the disk belong to: they can be continued only with the same validator."""
+
+    path: str
+    validator: str | None = None
+    total: int | None = None
+
+
+class Download:
+    """One download of one checkpoint into one folder.
+
+    Args:
+        requests: the service.
+        path: the checkpoint.
+        folder: what shall hold its files.
+        ask_where: asks the service for the archive's address.
+        on_progress: told how far it is.
+    """
+
+    def __init__(
+        self,
+        requests: RestRequests,
+        path: CheckpointPath,
+        folder: Path,
+        ask_where: Callable[[], Awaitable[ArchiveUrl]],
+        on_progress: Callable[[DownloadProgress], object] | None,
+    ) -> None:
+        self._requests = requests
+        self._ask_where = ask_where
+        self._on_progress = on_progress
+        self._target = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100  (resolve() would follow a link)
+        self._workspace = self._target.parent / f".{self._target.name}.download"
+        self._archive = self._workspace / "archive.part"
+        self._source_file = self._workspace / "source.json"
+        self._source = _Source(str(path))
+        self._received = 0
+
+    async def run(self) -> Path:
+        """Downloads and unpacks; see `AsyncRestClient.download_checkpoint`."""
+        async with FileThread() as files, self._own_workspace(files):
+            await self._fetch(files)
+            await files.run(lambda: self._unpack(files))
+        return self._target
+
+    @asynccontextmanager
+    async def _own_workspace(self, files: FileThread) -> AsyncGenerator[None, None]:
+        lock = filelock.FileLock(self._workspace / "lock", timeout=0)
+        try:
+            await files.run(lambda: self._open_workspace(lock))
+            yield
+        finally:
+            await files.run(lambda: self._close_workspace(lock))
+
+    def _open_workspace(self, lock: filelock.BaseFileLock) -> None:
+        self._require_free_target()
+        self._workspace.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise InvalidData(
+                f"another download into {str(self._target)!r} is under way: wait for it, or choose another folder"
+            ) from error
+        try:
+            kept = _Source(**json.loads(self._source_file.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return
+        if kept.path == self._source.path and kept.validator is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._source, self._received = kept, self._archive.stat().st_size
+
+    def _close_workspace(self, lock: filelock.BaseFileLock) -> None:
+        if not lock.is_locked:
+            return  # it is somebody else's
+        done = not self._source_file.exists()
+        if done:
+            shutil.rmtree(self._workspace, ignore_errors=True)
+        lock.release()
+        if done:
+            # Where a locked file cannot be deleted, it can be now.
+            shutil.rmtree(self._workspace, ignore_errors=True)
+
+    def _require_free_target(self) -> None:
+        if not self._target.name or self._target.is_symlink() or (self._target.exists() and not self._target.is_dir()):
+            raise InvalidData(f"{str(self._target)!r} is not a folder: choose another name for the checkpoint's files")
+        if self._target.is_dir() and any(self._target.iterdir()):
+            raise InvalidData(f"the folder {str(self._target)!r} is not empty: choose another one, or remove it")
+
+    # The archive
+
+    async def _fetch(self, files: FileThread) -> None:
+        """Goes on until the whole archive is on the disk, or for as long as the retry policy allows without a byte."""
+        patience = _Patience(self._requests.retry)
+
+        async def attempt() -> None:
+            before = self._received
+            try:
+                await self._fetch_once(files)
+            finally:
+                if self._received > before:
+                    patience.renew()
+
+        await tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_is_worth_another_attempt),
+            wait=patience.wait,
+            stop=patience.is_over,
+            sleep=asyncio.sleep,
+            reraise=True,
+        )(attempt)
+
+    async def _fetch_once(self, files: FileThread) -> None:
+        url = (await self._ask_where()).url
+        for _ in range(_MOST_REDIRECTIONS):
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise UnsupportedFeature(
+                    f"{self._requests.host} cannot do this: give checkpoints as archives to download "
+                    f"(their address begins with {urlsplit(url).scheme!r})"
+                )
+            async with (
+                self._requests.towards(url) as (client, path),
+                client.stream(path, headers=self._range()) as answer,
+            ):
+                location = answer.headers.get("location") if 300 <= answer.status < 400 else None
+                if location is None:
+                    return await self._take(answer, files)
+                url = urljoin(url, location)
+        raise InvalidResponse("the address of a checkpoint's archive leads from one place to the next without end")
+
+    def _range(self) -> dict[str, str]:
+        if not self._received or self._source.validator is None:
+            return {}
+        return {"Range": f"bytes={self._received}-", "If-Range": self._source.validator}
+
+    async def _take(self, answer: AnswerStream, files: FileThread) -> None:
+        place = answer.headers.get("content-range", "")
+        if answer.status == 416 and place == f"bytes */{self._received}":
+            return  # what is there is all there is
+        if answer.status in (206, 416):
+            if not place.startswith(f"bytes {self._received}-"):
+                await self._begin(_Source(self._source.path), files)
+                raise ConnectionFailed("the service gave another part of the archive than it was asked for")
+        elif 200 <= answer.status < 300:
+            await self._begin(_Source(self._source.path, _validator(answer), answer.length), files)
+        else:
+            raise_for_status(await answer.answer())
+        await self._append(answer, files)
+
+    async def _begin(self, source: _Source, files: FileThread) -> None:
+        """Forgets what is there."""
+        self._source, self._received = source, 0
+        await files.run(lambda: _replace(self._source_file, json.dumps(asdict(source)), self._archive))
+
+    async def _append(self, answer: AnswerStream, files: FileThread) -> None:
+        self._report()
+        waiting = bytearray()
+
+        async def write() -> None:
+            piece = bytes(waiting)
+            waiting.clear()
+            await files.run(lambda: _append(self._archive, piece))
+            self._received += len(piece)
+            self._report()
+
+        try:
+            async with aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    waiting += piece
+                    if len(waiting) >= _WRITE_BYTES:
+                        await write()
+        finally:
+            if waiting:
+                await write()
+
+    def _report(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(DownloadProgress(self._received, self._source.total))
+
+    # The files
+
+    def _unpack(self, files: FileThread) -> None:
+        extracted = self._workspace / "files"
+        shutil.rmtree(extracted, ignore_errors=True)
+        try:
+            extract(self._archive, extracted, files.check)
+            self._require_free_target()
+            if self._target.is_dir():
+                self._target.rmdir()
+            extracted.rename(self._target)
+        except InvalidResponse:
+            # Going on with these bytes would fail again.
+            self._source_file.unlink()
+            raise
+        self._source_file.unlink()
+
+
+class _Patience:
+    """A retry policy whose time begins anew whenever bytes have arrived."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
+        self._waits = tenacity.wait_random_exponential(multiplier=policy.initial_wait, max=policy.max_wait)
+        self.renew()
+
+    def renew(self) -> None:
+        self._since = asyncio.get_running_loop().time()
+        self._failures = 0
+
+    def wait(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked_for = error.retry_after if isinstance(error, APIStatusError) else None
+        return self._waits(state) if asked_for is None else asked_for
+
+    def is_over(self, _state: tenacity.RetryCallState) -> bool:
+        self._failures += 1
+        waited = asyncio.get_running_loop().time() - self._since
+        most = self._policy.max_attempts
+        return (most is not None and self._failures >= most) or (
+            math.isfinite(self._policy.deadline) and waited >= self._policy.deadline
+        )
+
+
+def _is_worth_another_attempt(error: BaseException) -> bool:
+    if isinstance(error, APIStatusError):
+        return is_retryable_status(error.status)
+    return isinstance(error, ConnectionFailed | TimeoutExceeded)
+
+
+def _validator(answer: AnswerStream) -> str | None:
+    """What `If-Range` can tell a change of the archive by."""
+    if answer.headers.get("accept-ranges", "").lower() == "none" or answer.length is None:
+        return None
+    tag = answer.headers.get("etag", "")
+    return tag if tag and not tag.startswith("W/") else answer.headers.get("last-modified")
+
+
+def _replace(source_file: Path, text: str, archive: Path) -> None:
+    archive.write_bytes(b"")
+    draft = source_file.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(source_file)
+
+
+def _append(archive: Path, piece: bytes) -> None:
+    with archive.open("ab") as file:
+        file.write(piece)

@@ -1,0 +1,60 @@
+"""A thread for the file work of one download, so that the event loop never waits for a disk."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+class Stopped(Exception):
+    """Ends file work whose caller was cancelled; never leaves this package."""
+
+
+class FileThread:
+    """Runs one piece of work at a time. A cancelled caller leaves when the work in hand has ended, not before.
+
+    Use it with `async with`.
+    """
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex-download")
+
+    async def __aenter__(self) -> "FileThread":
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self._executor.shutdown(wait=True)
+
+    def check(self) -> None:
+        """Called by long work, from the thread.
+
+        Raises:
+            Stopped: the caller was cancelled.
+        """
+        if self._stopping.is_set():
+            raise Stopped
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Runs work in the thread."""
+        future = asyncio.wrap_future(self._executor.submit(work))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self._stopping.set()
+            await _ended(future)
+            self._stopping.clear()
+            raise
+
+
+async def _ended(future: "asyncio.Future[Result]") -> None:
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            continue  # the caller raises the first cancellation as soon as the work has ended
+    if not future.cancelled():
+        future.exception()

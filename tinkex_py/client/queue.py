@@ -1,0 +1,57 @@
+"""What one client hears about the queue in front of it."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tinkex_py.types.queue_state import QueueState, queue_state_name
+
+_LOGGER = logging.getLogger("tinkex_py")
+
+
+class QueueWatch:
+    """The queue state of one training or sampling client.
+
+    Args:
+        source: the client's model id or sampling session.
+        callback: called at every change; None calls nobody.
+        check: looks at the reason that a service gives, and may raise.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        callback: Callable[[QueueState], object] | None,
+        check: Callable[[str], None] | None = None,
+    ) -> None:
+        self._callback = callback
+        self._check = check
+        self.state = QueueState("active", None, time.time(), source)
+
+    def hear(self, fields: Mapping[str, Any]) -> None:
+        """Takes in an answer that says "not yet"."""
+        told = fields.get("queue_state")
+        reason = fields.get("queue_state_reason")
+        reason = reason if isinstance(reason, str) and reason else None
+        if told is not None:
+            self._change(queue_state_name(told), reason)
+        if reason is not None and self._check is not None:
+            self._check(reason)
+
+    def hear_done(self) -> None:
+        """A request is done, so the service is at work."""
+        self._change("active", None)
+
+    def _change(self, state: Any, reason: str | None) -> None:
+        before = self.state
+        if (state, reason) == (before.state, before.reason):
+            return
+        self.state = QueueState(state, reason, time.time(), before.source)
+        if self._callback is None:
+            return
+        try:
+            self._callback(self.state)
+        except Exception as error:  # noqa: BLE001  (the host's code must not break training)
+            self._callback = None
+            _LOGGER.warning("on_queue_state failed and is not called again: %s", type(error).__name__)
