@@ -68,6 +68,7 @@ from .losses import (
     per_datum as per_datum,
     schedules as schedules,
     split as split,
+    sum_over_datums as sum_over_datums,
 )
 from .transport.retry import (
     RetryPolicy as RetryPolicy,

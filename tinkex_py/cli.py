@@ -34,13 +34,16 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="TINKEX_SERVE_API_KEY", help="the only key that is accepted")
     ] = None,
+    custom_losses: Annotated[bool, typer.Option("--custom-losses", help="let clients upload losses")] = False,
 ) -> None:
     """Serve a model on this machine with the Tinker protocol."""
     from tinkex_py.local import LocalOptions
     from tinkex_py.local.server import serve as serve_until_stopped
 
     try:
-        options = LocalOptions(model=model, device=device, state_dir=state_dir, api_key=api_key)
+        options = LocalOptions(
+            model=model, device=device, state_dir=state_dir, api_key=api_key, custom_losses=custom_losses
+        )
         asyncio.run(_until_signalled(serve_until_stopped(options, host, port, on_listening=_announce)))
     except TinkexError as error:
         typer.echo(f"tinkex-py serve: {error}", err=True)

@@ -112,7 +112,9 @@ async def steps_on_the_embedded_service() -> None:
     repeated = tinkex_py.RegularizerSpec(fn=flaky(), weight=0.1, name="repeated", retry=at_once)
     async with tinkex_py.AsyncServiceClient.local(model="tiny") as service:
         training = await service.create_lora_training_client("tiny", rank=4)
-        await training.forward_backward_custom([datum], lambda data, p: -p.mean(), regularizers=[constant, repeated])
+        await training.forward_backward_custom(
+            [datum], lambda data, p: -p.mean(), regularizers=[constant, repeated], execution="auto"
+        )
         await training.optim_step()
         with pytest.raises(errors.PipelineError, match="BrokenController"):
             await training.forward_backward_custom([datum], lambda data, p: -p.mean())
@@ -298,7 +300,7 @@ def test_the_options_of_the_embedded_service_exist() -> None:
         assert name in fields, name
         if default.startswith("`"):
             assert default.strip("`").strip('"') == str(fields[name].default), name
-    assert len(rows) == 6
+    assert len(rows) == 8
 
 
 def test_the_complete_example_is_the_file() -> None:

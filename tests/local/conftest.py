@@ -201,11 +201,11 @@ def pass_message(
     return message
 
 
-def unpack(output: wire.ForwardBackwardOutput) -> list[np.ndarray]:
-    """Per-datum logprobs of a ForwardBackwardOutput, read from the schema's words alone."""
+def unpack(output: wire.ForwardBackwardOutput, name: str = "logprobs") -> list[np.ndarray]:
+    """One field per datum of a ForwardBackwardOutput, read from the schema's words alone."""
     arrays = []
     for record in output.loss_fn_outputs:
-        field = record.fields["logprobs"]
+        field = record.fields[name]
         offsets = np.frombuffer(field.offsets, "<i8")
         assert len(offsets) == record.num_datums + 1
         for start, end in itertools.pairwise(offsets):

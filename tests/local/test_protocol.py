@@ -64,6 +64,27 @@ async def test_matrix_targets_and_mixed_shapes_on_the_wire(client, kit):
     assert [record.num_datums for record in output.loss_fn_outputs] == [2, 1]
 
 
+async def test_the_loss_of_each_token_in_both_encodings(client, kit):
+    """With q = 0 and A = -1 the loss of each token is exp(p)."""
+    model_id = await client.model()
+    data = [kit.datum(n, n, logprobs=np.zeros(n), advantages=-np.ones(n)) for n in (3, 5)]
+    request_id = (await client.send_pass(kit.message(model_id, 1, data, "importance_sampling"))).json()["request_id"]
+    output = wire.ForwardBackwardOutput.FromString((await client.final(request_id, accept=PROTOBUF)).content)
+    logprobs, losses = kit.unpack(output), kit.unpack(output, "elementwise_loss")
+    assert [array.shape for array in losses] == [(3,), (5,)]
+    for p, loss in zip(logprobs, losses, strict=True):
+        np.testing.assert_allclose(loss, np.exp(p), rtol=1e-5)
+    assert output.metrics["loss:sum"] == pytest.approx(float(sum(loss.sum() for loss in losses)), rel=1e-5)
+    assert output.metrics["tokens:sum"] == 8
+    # Two chunks of one call must merge: one colon, a suffix that adds up.
+    assert all(name.count(":") == 1 and name.endswith(":sum") for name in output.metrics)
+    answer = (await client.final(request_id)).json()
+    assert answer["metrics"] == dict(output.metrics)
+    entries = [entry["elementwise_loss"] for entry in answer["loss_fn_outputs"]]
+    assert [entry["shape"] for entry in entries] == [[3], [5]]
+    np.testing.assert_allclose(entries[1]["data"], losses[1])
+
+
 async def test_sparse_weights_and_zstd(client, kit):
     model_id = await client.model()
     weights = np.zeros((4, 6), dtype=np.float32)
@@ -106,7 +127,7 @@ async def test_numbers_decide_the_order_not_arrival(client, kit):
     last = (await client.send_pass(kit.message(model_id, 4, [first], forward_only=True))).json()
     await client.send_pass(kit.message(model_id, 2, [second]))
     core = client.service.core
-    assert core.results.find(step["request_id"]).note() == "seq_id 3 waits for seq_id 1"
+    assert core.results.find(step["request_id"]).note() == "seq_id 3 waits for seq_id 1, not received yet"
     assert core.results.find(last["request_id"]).outcome is None
     await client.send_pass(kit.message(model_id, 1, [first]))
     answer = await client.final(last["request_id"], accept=PROTOBUF)
@@ -122,8 +143,17 @@ async def test_a_poll_without_a_result_says_why(run_service, kit):
         assert poll.json() == {
             "type": "try_again",
             "queue_state": "paused_capacity",
-            "queue_state_reason": "seq_id 2 waits for seq_id 1",
+            "queue_state_reason": "seq_id 2 waits for seq_id 1, not received yet",
         }
+        # What has come is not named, and a far number does not name a thousand.
+        await client.ask("optim_step", {"model_id": model_id, "seq_id": 4, "adam_params": {}})
+        far = await client.ask("optim_step", {"model_id": model_id, "seq_id": 2**60, "adam_params": {}})
+        reason = (await client.result(far["request_id"])).json()["queue_state_reason"]
+        assert reason == f"seq_id {2**60} waits for seq_id 1, 3, 5 and later ones, not received yet"
+        await client.ask("optim_step", {"model_id": model_id, "seq_id": 1, "adam_params": {}})
+        assert (await client.final(later)).status_code == 200
+        reason = (await client.result(far["request_id"])).json()["queue_state_reason"]
+        assert "waits for seq_id 3, 5, 6 and later ones" in reason
 
 
 async def test_a_repeat_gets_the_first_answer_and_is_done_once(client, kit):
@@ -162,7 +192,8 @@ async def test_a_refused_number_is_spent(client, kit):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss_fn": "dro"}, "Known: cispo, cross_entropy, importance_sampling, ppo"),
+        ({"loss_fn": "nope"}, "Known: cispo, cross_entropy, custom, dro, gspo, importance_sampling, ppo"),
+        ({"loss_fn": "stable_reinforce"}, "its formula is not published"),
         ({"loss_fn_config": {"beta": 1.0}}, "no option 'beta'"),
         ({"loss_fn": "ppo"}, "needs logprobs"),
     ],
@@ -426,7 +457,7 @@ async def test_results_that_were_fetched_are_kept_by_bytes(run_service, kit):
         ({"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": [1]}, "loss_fn_inputs is not a JSON object"),
         (
             {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"target_tokens": {"data": [None]}}},
-            "target_tokens holds values that are not numbers",
+            "target_tokens holds values that are not whole numbers",
         ),
         (
             {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"x": {"data": [1], "dtype": "int8"}}},

@@ -51,13 +51,6 @@ async def test_end_of_text_stops_unless_switched_off(client):
     assert (endless["tokens"], endless["stop_reason"]) == ([257] * 30, "length")
 
 
-async def test_unsupported_sampling_options_fail_loudly(client):
-    body = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": [1]}]}, "prompt_alt_tokens_k": 2}
-    assert "prompt_alt_tokens_k" in (await client.done("asample", body))["error"]
-    image = {"base_model": "tiny", "prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}
-    assert "text only" in (await client.done("asample", image))["error"]
-
-
 async def test_sampling_sessions_on_the_base_and_on_named_weights(client, kit):
     model_id = await client.model()
     await client.pass_result(kit.message(model_id, 1, [kit.datum(6, 1)]))
@@ -138,6 +131,9 @@ async def test_optional_tables_in_both_encodings(client):
     ("fields", "message"),
     [
         ({"prompt_logprobs_last_n": 1}, "needs prompt_logprobs"),
+        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n=2 must be between 1 and 1"),
+        ({"prompt_alt_tokens_k": 259}, "prompt_alt_tokens_k=259 must be between 0 and 258"),
+        ({"topk_sample_logprobs": 259}, "topk_sample_logprobs=259 must be between 0 and 258"),
         ({"sampling_params": {"stop": [""]}}, "an empty text cannot be a stop"),
         ({"target_prompt_logprobs": {"data": [1.0], "dtype": "float32", "shape": [1, 1]}}, "dtype must be int64"),
         ({"target_prompt_logprobs": {"data": [999], "dtype": "int64", "shape": [1, 1]}}, "ids must be in -1..257"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.server import serve
 
+OFFICIAL_SDK_ENGINE_PROGRAM = Path(__file__).with_name("official_sdk_engine_program.py")
 OFFICIAL_SDK_PROGRAM = Path(__file__).with_name("official_sdk_program.py")
 
 
@@ -40,19 +42,56 @@ def test_one_line_then_a_clean_end_even_with_an_open_poll(number):
         assert (process.returncode, out, err) == (0, "", "")
 
 
+def official_sdk(program: Path, address: str) -> dict[str, Any]:
+    """What a program of the official SDK saw."""
+    done = subprocess.run(
+        [sys.executable, str(program), address],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.timeout(300)
+def test_the_official_sdk_with_every_loss_an_uploaded_one_and_all_of_sampling():
+    with serving("--custom-losses") as (_, address):
+        seen = official_sdk(OFFICIAL_SDK_ENGINE_PROGRAM, address)
+    assert seen == {
+        "importance_sampling": True,
+        "ppo": True,
+        "cispo": True,
+        "dro": True,
+        "gspo": True,
+        "stable_reinforce": ["user", True],
+        "sent_sparse": True,
+        "matrix_shape": [11, 40],
+        "matrix_loss": True,
+        "picture": ["user", True],
+        "goes_on": True,
+        "uploaded": True,
+        "server_equals_client": True,
+        "not_allowed": ["user", True],
+        "targets": True,
+        "alternatives": [[11, 4], [11, 4]],
+        "topk": [None, 3],
+        "topk_sampled": [[2, 2, 2, 2], [2, 2, 2, 2]],
+        "last_n": True,
+        "many": 24 * 2 * 8,
+        "stops": True,
+        "inflight": [True, True, True],
+        "snapshot": True,
+        "concurrent": True,
+    }
+
+
 @pytest.mark.timeout(300)
 def test_the_official_sdk_completes_the_whole_way():
     with serving() as (_, address):
-        program = subprocess.run(
-            [sys.executable, str(OFFICIAL_SDK_PROGRAM), address],
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-            timeout=240,
-            check=False,
-        )
-    assert program.returncode == 0, program.stderr
-    seen = json.loads(program.stdout.splitlines()[-1])
+        seen = official_sdk(OFFICIAL_SDK_PROGRAM, address)
     assert seen == {
         "models": ["tiny"],
         "info": ["tiny", 8, True],

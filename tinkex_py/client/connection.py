@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from tinkex_py.client.queue import QueueWatch
+from tinkex_py.client.server_execution import UploadedLosses
 from tinkex_py.client.session import Session, session_request
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError
@@ -47,6 +48,7 @@ class Connection:
         self.http = http
         self.polls = polls
         self.threads = threads
+        self.uploaded_losses = UploadedLosses()
         self.keys = Keys(config.secret_key, config.credential_command)
         self.billing = BillingPause(0.0)
         self._follow(ClientFlags())

@@ -11,9 +11,10 @@ from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.queue import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
+from tinkex_py.client.server_execution import Execution, check_execution, server_step
 from tinkex_py.client.steps import OptimizerSteps
 from tinkex_py.client.submission import ChunkedPass, Sent, encode_chunks, replace_weights
-from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name
+from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name, check_targets
 from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
@@ -166,6 +167,7 @@ class AsyncTrainingClient:
         combine: "Combine" = "sum",
         deadline: float | None = None,
         record: "RecordPath | None" = None,
+        execution: Execution = "client",
     ) -> "CustomLossOutput":
         """Adds the gradient of a composed loss to what the next optimizer step uses.
 
@@ -185,8 +187,12 @@ class AsyncTrainingClient:
             combine: "sum" or "pcgrad", see `Pipeline`.
             deadline: seconds for everything up to the hand-over of the gradient; after that it never cancels.
             record: a folder to write what the terms see to, for `tinkex_py.losses.replay`.
+            execution: where the terms run. "client": here. "server": the loss is traced, uploaded where it is new, and
+                the service does the whole step in one round trip, with the same gradient; terms emit no events of their
+                own, and their timeouts do not apply. "auto": on the service where that is possible.
 
         Raises:
+            UnsupportedFeature: `execution="server"`, and the step cannot run there; the message says why.
             RegularizerError: a term failed; nothing was sent, and the client stays usable.
             PipelineError: the loss cannot be composed, or no term depends on the logprobs.
             InvalidData: the datums cannot be used.
@@ -205,6 +211,11 @@ class AsyncTrainingClient:
             }
             await self._or_break(lambda: check_deadline(deadline))
             pipeline = await self._or_break(lambda: pipeline_of(base_loss, regularizers, options))
+            await self._or_break(lambda: check_execution(execution))
+            if execution != "client":
+                served = await self._on_service(place, data, pipeline, execution, deadline, recorded=record is not None)
+                if served is not None:
+                    return served
             async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
                 logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
@@ -218,6 +229,37 @@ class AsyncTrainingClient:
                     place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=on_hand_over
                 )
             return output.model_copy(update={"service_output": service_output})
+
+    async def _on_service(
+        self,
+        place: Place,
+        data: Sequence[Datum],
+        pipeline: "Pipeline",
+        execution: Execution,
+        deadline: float | None,
+        *,
+        recorded: bool,
+    ) -> "CustomLossOutput | None":
+        """A custom step in one round trip; None if it has to run on the client."""
+        datums = await self._or_break(lambda: check_data(data))
+        await self._or_break(lambda: check_targets(datums))
+        async with until_handed_over(deadline) as handed_over:
+            step = await server_step(self._connection, pipeline, datums, execution, recorded=recorded)
+            if step is None:
+                return None
+            await place.quiet_turn()  # the weights are those after the optimizer steps before this one
+            count = sum(spec.enabled for spec in pipeline.regularizers)
+            with telemetry.lifecycle(
+                "tinkex.custom_loss", {"regularizer_count": count, "track_grad_norms": False}
+            ) as measurements:
+                weights = step.traced.weights(self._steps.made)
+                config: LossConfig = {"loss_id": step.loss_id}
+                chunks = await self._encoded(step.traced.datums(datums, weights), "custom", config)
+                result = await self._pass(place, chunks, "custom", config, forward_only=False, handed_over=handed_over)
+                output = step.traced.output(result, weights)
+                measurements["loss_total"] = output.loss_total
+                measurements["regularizer_total"] = output.regularizer_total
+            return output
 
     async def _evaluate(
         self,

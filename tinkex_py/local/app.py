@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tinkex_py.local import (
     routes_checkpoints,
     routes_downloads,
+    routes_losses,
     routes_models,
     routes_rest,
     routes_sampling,
@@ -47,6 +48,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
             *routes_service.routes,
             *routes_models.routes,
             *routes_training.routes,
+            *routes_losses.routes,
             *routes_sampling.routes,
             *routes_rest.routes,
             *routes_checkpoints.routes,
@@ -80,7 +82,7 @@ class RequireKey:
 async def _refused(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, Refused)
-    headers = {"Retry-After": "1"} if error.status == 503 else None
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     code = {} if error.code is None else {"code": error.code}
     return JSONResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -16,6 +16,7 @@ from tinkex_py.local.lanes import Lane, Receipt
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.records import CheckpointInfo, SessionEnd, SessionInfo
 from tinkex_py.local.results import Answer, Failure, PendingResult, ResultBook
+from tinkex_py.local.sample_queue import SampleQueue
 from tinkex_py.local.worker import EngineClosing, EngineWorker, StateThreads
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tinkex_py.local")
 logger.addHandler(logging.NullHandler())
+
+
+# Name of the nameless checkpoint that all inflight samplers of a model share.
+INFLIGHT = "inflight"
 
 
 class Refused(Exception):
@@ -39,11 +44,19 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Sampler:
-    """One sampling session: named weights by path, a nameless snapshot, or neither, which is the base model."""
+    """One sampling session: on one kind of weights, or on the base model if it names none.
+
+    Args:
+        sampler_id: its id.
+        model_path: named weights.
+        snapshot: nameless weights that stay as they are.
+        inflight_of: the training model whose latest inflight weights it follows.
+    """
 
     sampler_id: str
     model_path: str | None = None
     snapshot: CheckpointInfo | None = None
+    inflight_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,14 @@ class Core:
         self.results = ResultBook(options.max_results, options.max_result_bytes)
         self.sessions = {session.session_id: session for session in loaded.sessions}
         self.samplers: dict[str, Sampler] = {}
+        self.sampler_clients: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
+        self.samples = SampleQueue(
+            loaded.engine,
+            worker,
+            max_waiting=options.max_waiting_samples,
+            max_prompt_tokens=options.max_tokens_per_microbatch,
+        )
         self.last_requests: dict[str, datetime] = {}
         self.links = DownloadLinks()
         self.expiry_changed = asyncio.Event()
@@ -141,23 +161,35 @@ class Core:
                 400, f"seq_id {number} of model {model_id!r} was refused before and is spent: take the next one"
             )
         pending = self.results.open()
-        pending.note = lambda: _gap(lane, number)
+        pending.note = lambda: lane.gap(number)
         lane.enter(number, Receipt(digest, pending.request_id), lambda: self._launch(pending, work))
         return pending.request_id
 
-    def numbered(self, scope: tuple[str, str, int], digest: bytes, work: Callable[[], Answer]) -> str:
+    def numbered(self, scope: tuple[str, str, int], digest: bytes, submit: Callable[[], "Future[Answer]"]) -> str:
         """Hand in a request that has a number but no order; a repeat gets the request id of the first.
 
         Raises:
-            Refused: 400, the number was used for something else.
+            Refused: 400, the number was used for something else; or what `submit` refuses with, and then the number
+                is still free.
         """
         kind, owner, number = scope
         known = self._repeated(self._receipts.get(scope), digest, f"{kind} number {number} of {owner!r}")
         if known is not None:
             return known
+        request_id = self.follow(submit())
+        self._receipts[scope] = Receipt(digest, request_id)
+        return request_id
+
+    def submit(self, work: Callable[[], Answer]) -> "Future[Answer]":
+        """Queue work for the engine."""
+        return self._worker.submit(work)
+
+    def follow(self, future: "Future[Answer]") -> str:
+        """Make what somebody computes a result that clients can ask for; returns its request id."""
         pending = self.results.open()
-        self._receipts[scope] = Receipt(digest, pending.request_id)
-        return self.start(pending, work)
+        pending.cancel = future.cancel
+        self._follow(pending, future)
+        return pending.request_id
 
     def start(self, pending: PendingResult, work: Callable[[], Answer]) -> str:
         """Queue work for the engine now."""
@@ -172,11 +204,13 @@ class Core:
         await self.remember(ended)
 
     def _free(self, session: SessionInfo) -> None:
+        self._worker.submit(lambda: self.engine.custom_losses.forget(session.session_id))
         prefix = f"{session.session_id}:"
         for model_id in [model_id for model_id in self.lanes if model_id.startswith(prefix)]:
             self.unload(model_id)
         for sampler_id in [sampler_id for sampler_id in self.samplers if sampler_id.startswith(prefix)]:
             del self.samplers[sampler_id]
+            self.sampler_clients.pop(sampler_id, None)
         self._receipts = {
             scope: receipt for scope, receipt in self._receipts.items() if not _belongs(scope[1], session)
         }
@@ -211,7 +245,10 @@ class Core:
 
     def _launch(self, pending: PendingResult, work: Callable[[], Answer]) -> None:
         pending.note = None
-        self._worker.submit(work).add_done_callback(lambda future: self._hand_over(pending, future))
+        self._follow(pending, self._worker.submit(work))
+
+    def _follow(self, pending: PendingResult, future: "Future[Answer]") -> None:
+        future.add_done_callback(lambda done: self._hand_over(pending, done))
 
     def _hand_over(self, pending: PendingResult, future: "Future[Answer]") -> None:
         try:
@@ -221,7 +258,10 @@ class Core:
 
 
 def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
-    error = CancelledError() if future.cancelled() else future.exception()
+    if future.cancelled():
+        pending.settle(Failure("the request was cancelled before it was started", "user"))
+        return
+    error = future.exception()
     if error is None:
         answer = future.result()
         if answer.then is not None:
@@ -238,7 +278,3 @@ def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
 
 def _belongs(owner: str, session: SessionInfo) -> bool:
     return owner.partition(":")[0] == session.session_id
-
-
-def _gap(lane: Lane, number: int) -> str | None:
-    return f"seq_id {number} waits for seq_id {lane.next_number}" if lane.next_number < number else None

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Array = Ints | Floats
+# The protocol's mark of an unused cell of a top-k table, beside token 0.
+UNUSED_LOGPROB = -99999.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,12 @@ class PassResult:
     Args:
         logprobs: per datum, float32, shaped like its target_tokens.
         metrics: names with a merge suffix, such as "loss:sum".
+        elementwise_loss: the loss of each position, laid out like logprobs; None where the loss does not tell it.
     """
 
     logprobs: Sequence[Floats]
     metrics: Mapping[str, float]
+    elementwise_loss: Sequence[Floats] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class SampleRequest:
         stop_tokens: token ids that end a sequence, end-of-text tokens included where they count.
         stop_texts: texts that end a sequence.
         target_logprobs: [P - 1, K] ids to score at prompt positions from 1 on; -1 is skipped.
+        alt_tokens: how many tokens to draw in the place of each prompt token from 1 on.
     """
 
     prompt: Ints
@@ -81,6 +86,15 @@ class SampleRequest:
     topk_prompt_logprobs: int = 0
     topk_sample_logprobs: int = 0
     target_logprobs: Ints | None = None
+    alt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class AltTokens:
+    """Draws in the place of prompt tokens: ids and logprobs, both [P - 1, k]."""
+
+    ids: NDArray[np.int32]
+    logprobs: Floats
 
 
 @dataclass(frozen=True)
@@ -109,4 +123,5 @@ class SampleResult:
     prompt_logprobs: Floats | None = None
     topk_prompt: TopkTable | None = None
     target_logprobs: Floats | None = None
+    alt_tokens: AltTokens | None = None
     cached_tokens: int = field(default=0)

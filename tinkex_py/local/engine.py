@@ -6,7 +6,7 @@ One thread calls it, one operation at a time. Every operation activates the adap
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,27 @@ import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.checkpoints import CheckpointStore
+from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses, session_of
 from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
-from tinkex_py.local.losses import BuiltinLoss, find_loss
+from tinkex_py.local.losses import DatumLoss, Loss, find_loss
 from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.optimizer import AdapterOptimizer
 from tinkex_py.local.options import LocalOptions
-from tinkex_py.local.passes import Example, Microbatch, forward, gradients, microbatch_loss, prepare, split
+from tinkex_py.local.passes import (
+    Example,
+    Microbatch,
+    forward,
+    gradients,
+    in_order,
+    merged_metrics,
+    microbatch_losses,
+    prepare,
+    split,
+)
 from tinkex_py.local.records import CheckpointInfo, RunInfo
-from tinkex_py.local.sampling import sample
+from tinkex_py.local.sampling import SampleBatch, can_pad, room_for
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams, LoraConfig
 
@@ -42,12 +53,6 @@ class TrainingModel:
     touched: bool = False
 
 
-@dataclass
-class _SamplerAdapter:
-    adapter: Adapter
-    loaded: str | None = None
-
-
 class Engine:
     """One base network, many adapters.
 
@@ -64,12 +69,13 @@ class Engine:
         self.model = model
         self.store = store
         self.graphs = GraphKeeper(options.graph_budget_bytes)
+        self.custom_losses = CustomLosses()
         self.passes_run = 0
         self._options = options
         self._closing = closing
         self._bank = AdapterBank(model)
         self._models: dict[str, TrainingModel] = {}
-        self._samplers: dict[tuple[int, bool, bool, bool], _SamplerAdapter] = {}
+        self._samplers: dict[str, Adapter] = {}
 
     def create_model(self, run: RunInfo, settings: LoraConfig, seed: int) -> None:
         """Make a fresh training model.
@@ -125,22 +131,16 @@ class Engine:
             InvalidData: unknown loss, bad datum or non-finite loss; nothing was added.
         """
         model = self._model(model_id)
-        loss, config = find_loss(request.loss_fn, request.config)
-        examples = prepare(request.data(), request.loss_fn, loss, self.model)
+        loss = self._loss(model_id, request)
+        examples = prepare(request.data(), loss, self.model, finite=not request.forward_only)
         self._bank.activate(model.adapter)
         model.touched = True
         if request.forward_only:
             microbatches = self._forward_only(model_id, examples, keep=request.keep_graph)
-            total = sum(microbatch_loss(part, examples, loss, config).item() for part in microbatches)
+            losses = [microbatch_losses(part, examples, loss) for part in microbatches]
         else:
-            microbatches, total = self._forward_backward(model_id, model, examples, loss, config)
-        placed = {
-            index: logprobs
-            for part in microbatches
-            for index, logprobs in zip(part.indices, part.logprobs, strict=True)
-        }
-        outputs = [placed[index].detach().cpu().numpy() for index in range(len(examples))]
-        return PassResult(logprobs=outputs, metrics={"loss:sum": float(total)})
+            microbatches, losses = self._forward_backward(model_id, model, examples, loss)
+        return _pass_result(microbatches, losses, len(examples))
 
     def optim_step(self, model_id: str, settings: AdamParams) -> dict[str, float]:
         """One AdamW step on the summed gradients, which it consumes.
@@ -171,13 +171,45 @@ class Engine:
         return self.store.write(described, files, texts, overwrite=overwrite)
 
     def sample(self, source: CheckpointInfo | None, request: SampleRequest) -> SampleResult:
-        """Draw from a checkpoint, or from the base network when there is none.
+        """Draw one request from a checkpoint, or from the base network when there is none, to its end.
 
         Raises:
             InvalidData: the request cannot be used.
         """
+        batch = self.sample_batch([request])
+        while not self.draw(source, batch, request.max_tokens or 1):
+            pass
+        return batch.results()[0]
+
+    @property
+    def pads_prompts(self) -> bool:
+        """Whether prompts of different lengths can be drawn together."""
+        return can_pad(self.model)
+
+    def check_sample(self, request: SampleRequest) -> None:
+        """May be called from any thread.
+
+        Raises:
+            InvalidData: the request cannot be used.
+        """
+        room_for(self.model, request)
+
+    def sample_batch(self, requests: Sequence[SampleRequest]) -> SampleBatch:
+        """Requests to draw together.
+
+        Raises:
+            InvalidData: one of them cannot be used.
+        """
+        return SampleBatch(self.model, requests, self._check)
+
+    def draw(self, source: CheckpointInfo | None, batch: SampleBatch, tokens: int) -> bool:
+        """Draw up to so many more tokens of each sequence of a batch; True when it is done.
+
+        Raises:
+            InvalidData: the checkpoint is gone or damaged.
+        """
         self._bank.activate(None if source is None else self._sampler(source))
-        return sample(self.model, request, self._check)
+        return batch.advance(tokens)
 
     def run_info(self, model_id: str) -> RunInfo | None:
         """What a loaded training model is; may be called from any thread."""
@@ -187,6 +219,11 @@ class Engine:
     def gradient(self, model_id: str) -> dict[str, torch.Tensor]:
         """A copy of the gradients summed since the last optim_step, by file key."""
         return {key: value.clone() for key, value in self._model(model_id).adapter.gradients.items()}
+
+    def _loss(self, model_id: str, request: PassRequest) -> Loss:
+        if request.loss_fn == CUSTOM_LOSS:
+            return self.custom_losses.find(session_of(model_id), request.config)
+        return find_loss(request.loss_fn, request.config)
 
     def _forward_only(self, model_id: str, examples: Sequence[Example], *, keep: bool) -> list[Microbatch]:
         groups = split(examples, self._options.max_tokens_per_microbatch)
@@ -212,9 +249,8 @@ class Engine:
         model_id: str,
         model: TrainingModel,
         examples: Sequence[Example],
-        loss: BuiltinLoss,
-        config: Mapping[str, float],
-    ) -> tuple[list[Microbatch], float]:
+        loss: Loss,
+    ) -> tuple[list[Microbatch], list[list[DatumLoss]]]:
         kept = self.graphs.take(model_id, fingerprint(examples)) if len(self.graphs) else None
         makers: list[Callable[[], Microbatch]]
         if kept is not None:
@@ -225,18 +261,19 @@ class Engine:
             makers = [lambda group=group: self._forward(examples, group) for group in groups]
         summed: dict[str, torch.Tensor] = {}
         finished: list[Microbatch] = []
-        total = 0.0
+        losses: list[list[DatumLoss]] = []
         for make in makers:
             with torch.enable_grad():
                 part = make()
-                value = microbatch_loss(part, examples, loss, config)
-            for key, gradient in gradients(value, model.adapter):
+                given = microbatch_losses(part, examples, loss)
+                total = torch.stack([datum_loss.value for datum_loss in given]).sum()
+            for key, gradient in gradients(total, model.adapter):
                 held = summed.get(key)
                 summed[key] = gradient if held is None else held.add_(gradient)
-            total += value.item()
             finished.append(_without_graph(part))
+            losses.append([replace(datum_loss, value=datum_loss.value.detach()) for datum_loss in given])
         model.adapter.add_gradients(summed)
-        return finished, total
+        return finished, losses
 
     def _forward(self, examples: Sequence[Example], group: tuple[int, ...]) -> Microbatch:
         self._check()
@@ -283,20 +320,26 @@ class Engine:
             raise InvalidData(f"checkpoint {source.path!r}: {name} is damaged ({error})") from error
 
     def _sampler(self, source: CheckpointInfo) -> Adapter:
-        settings = lora_settings(source.run)
-        kind = (settings.rank, settings.train_unembed, settings.train_mlp, settings.train_attn)
-        slot = self._samplers.pop(kind, None)
-        if slot is None:
-            if len(self._samplers) >= SAMPLER_ADAPTERS:
-                oldest = next(iter(self._samplers))
-                self._bank.delete(self._samplers.pop(oldest).adapter)
-            slot = _SamplerAdapter(self._bank.create(settings, 0))
-        self._samplers[kind] = slot
-        if slot.loaded != source.folder:
-            slot.loaded = None
-            slot.adapter.set_weights(self._read(source, ADAPTER_FILE))
-            slot.loaded = source.folder
-        return slot.adapter
+        """The sampling adapter that holds a checkpoint; loads it in the place of the least recently used one."""
+        held = self._samplers.pop(source.folder, None)
+        if held is None:
+            weights = self._read(source, ADAPTER_FILE)
+            held = self._spare_sampler(lora_settings(source.run))
+            try:
+                held.set_weights(weights)
+            except InvalidData:
+                self._bank.delete(held)
+                raise
+        self._samplers[source.folder] = held
+        return held
+
+    def _spare_sampler(self, settings: LoraConfig) -> Adapter:
+        if len(self._samplers) >= SAMPLER_ADAPTERS:
+            oldest = self._samplers.pop(next(iter(self._samplers)))
+            if oldest.settings == settings:
+                return oldest
+            self._bank.delete(oldest)
+        return self._bank.create(settings, 0)
 
     def _peft_config(self, model: TrainingModel) -> str:
         settings = model.adapter.settings
@@ -317,6 +360,17 @@ def lora_settings(run: RunInfo) -> LoraConfig:
     """The LoRA settings that a run was made with."""
     return LoraConfig(
         rank=run.rank, train_unembed=run.train_unembed, train_mlp=run.train_mlp, train_attn=run.train_attn
+    )
+
+
+def _pass_result(microbatches: Sequence[Microbatch], losses: Sequence[Sequence[DatumLoss]], count: int) -> PassResult:
+    logprobs = in_order(microbatches, [part.logprobs for part in microbatches], count)
+    ordered: list[DatumLoss] = in_order(microbatches, losses, count)
+    elementwise = [loss.elementwise for loss in ordered if loss.elementwise is not None]
+    return PassResult(
+        logprobs=[tensor.detach().cpu().numpy() for tensor in logprobs],
+        metrics=merged_metrics(ordered),
+        elementwise_loss=[tensor.cpu().numpy() for tensor in elementwise] if len(elementwise) == count else None,
     )
 
 

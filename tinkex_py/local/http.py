@@ -85,8 +85,12 @@ def parse(model: type[Body], value: Mapping[str, Any]) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
-        raise Refused(422, "; ".join(problems)) from None
+        raise Refused(422, problems(error)) from None
+
+
+def problems(error: ValidationError) -> str:
+    """What is wrong with a body: its fields, but not their values."""
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False))
 
 
 async def read(request: Request, model: type[Body]) -> Body:

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+
+NAMED_GAPS = 3
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class Lane:
     def is_spent(self, number: int) -> bool:
         """Whether a number was used by something that left no receipt."""
         return number not in self.receipts and (number < self.next_number or number in self._waiting)
+
+    def gap(self, number: int) -> str | None:
+        """Which numbers a request still waits for because they have not come; None if it waits for none."""
+        missing = (earlier for earlier in range(self.next_number, number) if earlier not in self._waiting)
+        named = [str(earlier) for earlier in islice(missing, NAMED_GAPS + 1)]
+        if not named:
+            return None
+        more = " and later ones" if len(named) > NAMED_GAPS else ""
+        return f"seq_id {number} waits for seq_id {', '.join(named[:NAMED_GAPS])}{more}, not received yet"
 
     def enter(self, number: int, receipt: Receipt, start: Callable[[], None]) -> None:
         """Take a place; `start` is called when its turn comes, which may be now."""

@@ -24,6 +24,8 @@ class LocalOptions:
         hold_seconds: how long a poll waits for a result before it is answered "not yet", in seconds.
         max_results: how many finished results stay retrievable.
         max_result_bytes: how many bytes of results that were fetched already stay retrievable.
+        max_waiting_samples: how many sampling requests may wait to be started; more are told to come back later.
+        custom_losses: whether clients may upload losses, as graphs of allowed torch operations.
 
     Raises:
         ConfigError: a value is out of range.
@@ -39,6 +41,8 @@ class LocalOptions:
     hold_seconds: float = 20.0
     max_results: int = 4096
     max_result_bytes: int = 256 * 1024**2
+    max_waiting_samples: int = 1024
+    custom_losses: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("model", str), ("device", str), ("api_key", str), ("checkpoints_dir", Path)):
@@ -51,6 +55,7 @@ class LocalOptions:
             ("graph_budget_bytes", 0),
             ("max_results", 1),
             ("max_result_bytes", 0),
+            ("max_waiting_samples", 1),
         ):
             value: object = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

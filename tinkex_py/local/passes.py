@@ -7,6 +7,7 @@ no real position sees what comes after it, so the numbers are those of each sequ
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import Array, EncodedDatum
 from tinkex_py.local.lora import Adapter
-from tinkex_py.local.losses import BuiltinLoss
+from tinkex_py.local.losses import DatumLoss, Loss
 from tinkex_py.local.models import LoadedModel
 
 
 @dataclass(frozen=True)
 class Example:
-    """One checked datum on the device: tokens [T], targets [T, K]; loss inputs have the `shape` of target_tokens."""
+    """One checked datum on the device: tokens [T], targets [T, K], the `shape` of target_tokens, its loss inputs."""
 
     tokens: Tensor
     targets: Tensor
@@ -37,50 +38,88 @@ class Microbatch:
     logprobs: tuple[Tensor, ...]
 
 
-def prepare(data: Sequence[EncodedDatum], loss_fn: str, loss: BuiltinLoss, model: LoadedModel) -> list[Example]:
+def prepare(data: Sequence[EncodedDatum], loss: Loss, model: LoadedModel, *, finite: bool = True) -> list[Example]:
     """Check every datum before any work is done, so that bad input never leaves half a gradient behind.
+
+    Args:
+        data: the datums.
+        loss: what will be computed on them.
+        model: the network.
+        finite: refuse loss inputs that are NaN or infinite; without a gradient they do no harm.
 
     Raises:
         InvalidData: naming the datum, the field and the value.
     """
     if not data:
         raise InvalidData("the request has no data: send at least one datum")
-    return [_prepare_one(index, datum, loss_fn, loss, model) for index, datum in enumerate(data)]
+    return [_prepare_one(f"data[{index}]", datum, loss, model, finite=finite) for index, datum in enumerate(data)]
 
 
-def _prepare_one(index: int, datum: EncodedDatum, loss_fn: str, loss: BuiltinLoss, model: LoadedModel) -> Example:
-    where = f"data[{index}]"
+def _prepare_one(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel, *, finite: bool) -> Example:
+    targets = _checked_targets(where, datum, loss, model)
+    return Example(
+        tokens=torch.as_tensor(np.array(datum.tokens, dtype=np.int64), device=model.device),
+        targets=torch.as_tensor(np.array(targets, dtype=np.int64).reshape(len(targets), -1), device=model.device),
+        shape=tuple(targets.shape),
+        inputs={
+            name: torch.as_tensor(value, device=model.device)
+            for name, value in _checked_inputs(where, datum, loss, targets.shape, finite=finite).items()
+        },
+    )
+
+
+def _checked_targets(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel) -> Array:
     targets = datum.inputs.get("target_tokens")
     if targets is None:
-        raise InvalidData(f"{where}: loss_fn {loss_fn!r} needs target_tokens; got {sorted(datum.inputs)}")
+        raise InvalidData(f"{where}: loss_fn {loss.name!r} needs target_tokens; got {sorted(datum.inputs)}")
+    if targets.dtype.kind != "i":
+        raise InvalidData(f"{where}: target_tokens must be int64, not {targets.dtype}")
     length = len(datum.tokens)
     if length == 0:
         raise InvalidData(f"{where}: model_input is empty")
     if length > model.context_length:
         raise InvalidData(f"{where}: {length} tokens, but {model.name!r} holds at most {model.context_length}")
-    if targets.ndim not in (1, 2) or (targets.ndim == 2 and not loss.matrix_targets):
-        raise InvalidData(f"{where}: target_tokens of shape {targets.shape} cannot be used by loss_fn {loss_fn!r}")
+    ranks = (1, 2) if loss.matrix_targets else (1,)
+    if targets.ndim not in (ranks if loss.logprobs_rank is None else (loss.logprobs_rank,)):
+        raise InvalidData(f"{where}: target_tokens of shape {targets.shape} cannot be used by loss_fn {loss.name!r}")
     if targets.shape[0] != length or targets.size == 0:
         raise InvalidData(f"{where}: target_tokens has shape {targets.shape}, but model_input has {length} tokens")
     check_tokens(f"{where}: model_input", datum.tokens, model)
     check_tokens(f"{where}: target_tokens", targets, model)
-    inputs: dict[str, Tensor] = {}
+    return targets
+
+
+def _checked_inputs(
+    where: str, datum: EncodedDatum, loss: Loss, shape: tuple[int, ...], *, finite: bool
+) -> dict[str, Array]:
+    for name in loss.refused:
+        if name in datum.inputs:
+            raise InvalidData(f"{where}: loss_fn {loss.name!r} takes {name} as one number in loss_fn_config only")
+    inputs: dict[str, Array] = {}
     for name in (*loss.required, *loss.optional):
         value = datum.inputs.get(name)
         if value is None and name in loss.optional:
             continue
         if value is None:
-            raise InvalidData(f"{where}: loss_fn {loss_fn!r} needs {name}; got {sorted(datum.inputs)}")
-        if value.shape != targets.shape:
-            raise InvalidData(f"{where}: {name} has shape {value.shape}, but target_tokens has {targets.shape}")
-        inputs[name] = torch.as_tensor(np.array(value, dtype=np.float32), device=model.device)
-    columns = np.array(targets, dtype=np.int64).reshape(length, -1)
-    return Example(
-        tokens=torch.as_tensor(np.array(datum.tokens, dtype=np.int64), device=model.device),
-        targets=torch.as_tensor(columns, device=model.device),
-        shape=tuple(targets.shape),
-        inputs=inputs,
-    )
+            raise InvalidData(f"{where}: loss_fn {loss.name!r} needs {name}; got {sorted(datum.inputs)}")
+        if finite and not np.isfinite(value).all():
+            raise InvalidData(f"{where}: {name} has a value that is not finite")
+        inputs[name] = _fitted(f"{where}: {name}", value, loss, name, shape)
+    return inputs
+
+
+def _fitted(where: str, value: Array, loss: Loss, name: str, shape: tuple[int, ...]) -> Array:
+    if loss.ranks is None:
+        if value.shape != shape:
+            raise InvalidData(f"{where} has shape {value.shape}, but target_tokens has {shape}")
+        return np.array(value, dtype=np.float32)
+    rank = loss.ranks[name]
+    if rank == 0 and value.size == 1:
+        # On the wire a scalar and one number in a list look the same.
+        return value.reshape(()).copy()
+    if value.ndim != rank:
+        raise InvalidData(f"{where} has shape {value.shape}, but the loss declared {rank} dimension(s) for it")
+    return value.copy()
 
 
 def check_tokens(where: str, tokens: Array, model: LoadedModel) -> None:
@@ -122,24 +161,48 @@ def forward(model: LoadedModel, examples: Sequence[Example], indices: tuple[int,
     return Microbatch(indices=indices, logprobs=logprobs)
 
 
-def microbatch_loss(
-    microbatch: Microbatch, examples: Sequence[Example], loss: BuiltinLoss, config: Mapping[str, float]
-) -> Tensor:
-    """The summed loss of one microbatch."""
-    losses = [
-        loss.compute(logprobs, examples[index].inputs, config)
+def microbatch_losses(microbatch: Microbatch, examples: Sequence[Example], loss: Loss) -> list[DatumLoss]:
+    """The loss of each example of a microbatch, in the microbatch's order.
+
+    Raises:
+        InvalidData: the loss cannot be computed for an example, or is not finite although a gradient is wanted.
+    """
+    return [
+        _datum_loss(index, logprobs, examples[index], loss)
         for index, logprobs in zip(microbatch.indices, microbatch.logprobs, strict=True)
     ]
-    return torch.stack(losses).sum()
+
+
+def _datum_loss(index: int, logprobs: Tensor, example: Example, loss: Loss) -> DatumLoss:
+    try:
+        result = loss.compute(logprobs, example.inputs)
+    except InvalidData as error:
+        raise InvalidData(f"data[{index}]: {error}") from error
+    if logprobs.requires_grad and not math.isfinite(result.value.item()):
+        raise InvalidData(f"data[{index}]: the loss is {result.value.item()}; nothing was added to the gradients")
+    return result
+
+
+def merged_metrics(losses: Sequence[DatumLoss]) -> dict[str, float]:
+    """The metrics of all datums together: ":sum" adds up, ":mean" is the mean over the datums that have it."""
+    columns: dict[str, list[float]] = {"loss:sum": [float(loss.value.item()) for loss in losses]}
+    for loss in losses:
+        for name, value in loss.metrics.items():
+            columns.setdefault(name, []).append(float(value))
+    return {name: sum(values) / (len(values) if name.endswith(":mean") else 1) for name, values in columns.items()}
+
+
+def in_order(microbatches: Sequence[Microbatch], values: Sequence[Sequence[Any]], count: int) -> list[Any]:
+    """What every example of a request got, in the order of the request."""
+    placed = {
+        index: value
+        for part, given in zip(microbatches, values, strict=True)
+        for index, value in zip(part.indices, given, strict=True)
+    }
+    return [placed[index] for index in range(count)]
 
 
 def gradients(total: Tensor, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """d(total)/d(parameter) for every parameter of the adapter; frees the graph.
-
-    Raises:
-        InvalidData: the loss is not finite.
-    """
-    if not math.isfinite(total.item()):
-        raise InvalidData(f"the loss is {total.item()}: nothing was added to the gradients")
+    """d(total)/d(parameter) for every parameter of the adapter; frees the graph."""
     values = torch.autograd.grad(total, list(adapter.parameters.values()))
     return zip(adapter.parameters.keys(), values, strict=True)

@@ -105,7 +105,7 @@ class LoadWeightsBody(_Body):
 
 
 class PassInput(_Body):
-    """The inner object of the JSON form of forward and forward_backward."""
+    """The inner object of the JSON form of forward and forward_backward: read when its turn has come."""
 
     data: list[dict[str, Any]]
     loss_fn: str
@@ -113,11 +113,11 @@ class PassInput(_Body):
 
 
 class ForwardBackwardBody(_Body):
-    """forward_backward in JSON."""
+    """forward_backward in JSON; a bad input must fail the future, never the submission (protocol, "Chunking")."""
 
     model_id: str
     seq_id: int = 0
-    forward_backward_input: PassInput
+    forward_backward_input: Any = None
     forward_only: bool = False
 
 
@@ -126,7 +126,14 @@ class ForwardBody(_Body):
 
     model_id: str
     seq_id: int = 0
-    forward_input: PassInput
+    forward_input: Any = None
+
+
+class CustomLossBody(_Body):
+    """create_custom_loss; what it holds is checked by the engine, so that a bad loss fails its future."""
+
+    session_id: str
+    custom_loss_seq_id: int = Field(ge=0)
 
 
 class OptimStepBody(_Body):
@@ -145,6 +152,7 @@ class SaveWeightsBody(_Body):
     seq_id: int = 0
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
+    kind: str = "snapshot"
     ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
     age_encryption_recipients: list[str] = []
     overwrite: bool | None = None
@@ -164,6 +172,12 @@ class SamplingSessionBody(_Body):
     sampling_session_seq_id: int = Field(ge=0)
     base_model: str | None = None
     model_path: str | None = None
+
+
+class SamplerIdBody(_Body):
+    """join_sampling_session."""
+
+    sampling_session_id: str
 
 
 class SamplingParamsBody(_Body):

@@ -34,13 +34,20 @@ class Failure:
 
 @dataclass
 class PendingResult:
-    """One future; `note` says why it has not started, `fetched` whether somebody has seen the outcome."""
+    """One future.
+
+    Attributes:
+        fetched: whether somebody has seen the outcome.
+        note: says why it has not started.
+        cancel: gives up work that has not begun.
+    """
 
     request_id: str
     fetched: bool = False
     done: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: Answer | Failure | None = None
     note: Callable[[], str | None] | None = None
+    cancel: Callable[[], bool] | None = None
 
     @property
     def size(self) -> int:

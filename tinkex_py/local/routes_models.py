@@ -32,7 +32,9 @@ async def create_model(request: Request, core: Core) -> Response:
         core.engine.create_model(_run(model_id, body.base_model, settings, body.user_metadata), lora, chosen)
         return Answer(lambda: {"model_id": model_id, "type": "create_model"})
 
-    request_id = core.numbered(("model_seq_id", body.session_id, body.model_seq_id), digest("create_model", raw), work)
+    request_id = core.numbered(
+        ("model_seq_id", body.session_id, body.model_seq_id), digest("create_model", raw), lambda: core.submit(work)
+    )
     core.lanes.setdefault(model_id, Lane())
     return answer({"request_id": request_id, "model_id": model_id})
 
@@ -57,7 +59,9 @@ async def load_weights(request: Request, core: Core) -> Response:
         core.engine.create_from_checkpoint(run, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    request_id = core.numbered(("model_seq_id", body.session_id, body.model_seq_id), digest("load_weights", raw), work)
+    request_id = core.numbered(
+        ("model_seq_id", body.session_id, body.model_seq_id), digest("load_weights", raw), lambda: core.submit(work)
+    )
     core.lanes.setdefault(model_id, Lane())
     return answer({"request_id": request_id, "model_id": model_id})
 

@@ -1,6 +1,7 @@
 """Routes for sampling."""
 
 import uuid
+from concurrent.futures import Future
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -8,12 +9,13 @@ from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.core import Core, Refused, Sampler
-from tinkex_py.local.data import SampleRequest
+from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
+from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
 from tinkex_py.local.records import CheckpointInfo
-from tinkex_py.local.requests import SampleBody, SamplingSessionBody
+from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
 from tinkex_py.local.results import Answer
+from tinkex_py.local.sample_queue import Weights
 
 
 async def create_sampling_session(request: Request, core: Core) -> Response:
@@ -44,17 +46,41 @@ async def asample(request: Request, core: Core) -> Response:
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
 
-    def work() -> Answer:
-        result = core.engine.sample(_weights(core, sampler), _sample_request(core, body))
-        return Answer(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
+    def submit() -> "Future[Answer]":
+        return _submit(core, sampler, body)
 
     number = body.seq_id if body.seq_id is not None and body.sampling_session_id is not None else None
     if number is None:
-        request_id = core.start(core.results.open(), work)
+        request_id = core.follow(submit())
     else:
-        request_id = core.numbered(("seq_id", sampler.sampler_id, number), digest("asample", raw), work)
+        request_id = core.numbered(("seq_id", sampler.sampler_id, number), digest("asample", raw), submit)
     ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
     return answer({"request_id": request_id, "sample_sequence_ids": ids})
+
+
+async def join_sampling_session(request: Request, core: Core) -> Response:
+    """A number for one more client of a sampling session; its creator has 0."""
+    body = await read(request, SamplerIdBody)
+    sampler = _known(core, body.sampling_session_id)
+    core.sampler_clients[sampler.sampler_id] = core.sampler_clients.get(sampler.sampler_id, 0) + 1
+    return answer({"client_counter": core.sampler_clients[sampler.sampler_id], "type": "join_sampling_session"})
+
+
+def _submit(core: Core, sampler: Sampler, body: SampleBody) -> "Future[Answer]":
+    """Queue a request; a bad one gets a future that has failed."""
+    if core.samples.is_full:
+        limit = core.options.max_waiting_samples
+        raise Refused(429, f"{limit} sampling requests are waiting already: come back in a second")
+    try:
+        return core.samples.add(_weights(core, sampler), _sample_request(core, body), _answer)
+    except (InvalidData, UnsupportedFeature) as error:
+        failed: Future[Answer] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _answer(result: SampleResult) -> Answer:
+    return Answer(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
 
 
 def _known(core: Core, sampler_id: str) -> Sampler:
@@ -78,17 +104,25 @@ async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_pa
     return Sampler(sampler_id, model_path=model_path)
 
 
-def _weights(core: Core, sampler: Sampler) -> CheckpointInfo | None:
-    if sampler.snapshot is not None:
-        return sampler.snapshot
-    return None if sampler.model_path is None else core.store.find(sampler.model_path)
+def _weights(core: Core, sampler: Sampler) -> Weights:
+    path, snapshot, model_id = sampler.model_path, sampler.snapshot, sampler.inflight_of
+    if snapshot is not None:
+        return Weights(("snapshot", snapshot.folder), lambda: snapshot)
+    if model_id is not None:
+        return Weights(("inflight", model_id), lambda: _inflight(core, model_id), live=True)
+    if path is not None:
+        return Weights(("path", path), lambda: core.store.find(path))
+    return Weights(("base",), lambda: None)
+
+
+def _inflight(core: Core, model_id: str) -> CheckpointInfo:
+    source = core.store.get(model_id, "ephemeral", INFLIGHT)
+    if source is None:
+        raise InvalidData(f"the inflight weights of model {model_id!r} are gone: it was unloaded")
+    return source
 
 
 def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
-    if body.prompt_alt_tokens_k:
-        raise UnsupportedFeature("prompt_alt_tokens_k is not offered by the embedded service")
-    if body.prompt_logprobs_last_n is not None and not body.prompt_logprobs:
-        raise InvalidData("prompt_logprobs_last_n needs prompt_logprobs")
     settings = body.sampling_params
     stop = settings.stop
     stop_tokens = core.engine.model.eos_token_ids if stop is None else frozenset[int]()
@@ -116,11 +150,13 @@ def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
         topk_prompt_logprobs=body.topk_prompt_logprobs,
         topk_sample_logprobs=body.topk_sample_logprobs,
         target_logprobs=None if targets is None else wire_format.ids_from_json("target_prompt_logprobs", targets),
+        alt_tokens=body.prompt_alt_tokens_k,
     )
 
 
 routes = [
     Route("/api/v1/create_sampling_session", with_core(create_sampling_session), methods=["POST"]),
     Route("/api/v1/samplers/{sampler_id}", with_core(get_sampler), methods=["GET"]),
+    Route("/api/v1/join_sampling_session", with_core(join_sampling_session), methods=["POST"]),
     Route("/api/v1/asample", with_core(asample), methods=["POST"]),
 ]

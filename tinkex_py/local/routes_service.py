@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import PROTOBUF, answer, read, read_json, with_core
+from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.records import SessionEnd, SessionInfo
 from tinkex_py.local.requests import FinishBody, FutureBody, SessionBody, SessionIdBody
 from tinkex_py.local.results import Failure
@@ -23,14 +24,16 @@ async def healthz(request: Request) -> Response:
 async def client_config(request: Request) -> Response:
     """How clients should talk to this service."""
     await read_json(request)
-    return answer(
-        {
-            "parallel_fwdbwd_chunks": False,
-            "use_pyqwest_transport": False,
-            "proto_write_fwdbwd": True,
-            "fwd_via_fwdbwd": True,
-        }
-    )
+    options: LocalOptions = request.app.state.service.options
+    flags = {
+        "parallel_fwdbwd_chunks": False,
+        "use_pyqwest_transport": False,
+        "proto_write_fwdbwd": True,
+        "fwd_via_fwdbwd": True,
+    }
+    if options.custom_losses:
+        flags["custom_loss_server_side"] = True
+    return answer(flags)
 
 
 async def dynamic_config(request: Request) -> Response:
@@ -118,6 +121,8 @@ async def cancel_future(request: Request, core: Core) -> Response:
     """Nobody will ask for this result again."""
     body = await read(request, FutureBody)
     pending = core.results.find(body.request_id)
+    if pending is not None and pending.outcome is None and pending.cancel is not None:
+        pending.cancel()
     if pending is not None and pending.outcome is not None:
         core.results.forget(body.request_id)
     return answer({})

@@ -1,19 +1,20 @@
 """Routes of one training model's ordered work: passes, optimizer steps, saves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.message import DecodeError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.core import Core, Refused, Sampler
+from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import PassRequest
-from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, read_body, read_json, with_core
+from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, read_body, read_json, with_core
 from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
 from tinkex_py.local.requests import (
     ForwardBackwardBody,
@@ -36,8 +37,14 @@ async def forward_backward(request: Request, core: Core) -> Response:
         return await _protobuf_pass(request, core, keep=keep)
     raw = await read_json(request)
     body = _parse_numbered(core, ForwardBackwardBody, raw)
-    inner = _json_pass(body.forward_backward_input, forward_only=body.forward_only, keep=keep)
-    return _accept(core, body.model_id, body.seq_id, digest("forward_backward", raw), inner)
+    inner = body.forward_backward_input
+    return _accept(
+        core,
+        body.model_id,
+        body.seq_id,
+        digest("forward_backward", raw),
+        lambda: _json_pass(inner, forward_only=body.forward_only, keep=keep),
+    )
 
 
 async def forward(request: Request, core: Core) -> Response:
@@ -45,8 +52,14 @@ async def forward(request: Request, core: Core) -> Response:
     raw = await read_json(request)
     body = _parse_numbered(core, ForwardBody, raw)
     keep = request.headers.get(KEEP_GRAPH_HEADER) == "1"
-    inner = _json_pass(body.forward_input, forward_only=True, keep=keep)
-    return _accept(core, body.model_id, body.seq_id, digest("forward", raw), inner)
+    inner = body.forward_input
+    return _accept(
+        core,
+        body.model_id,
+        body.seq_id,
+        digest("forward", raw),
+        lambda: _json_pass(inner, forward_only=True, keep=keep),
+    )
 
 
 async def _protobuf_pass(request: Request, core: Core, *, keep: bool) -> Response:
@@ -68,10 +81,14 @@ async def _protobuf_pass(request: Request, core: Core, *, keep: bool) -> Respons
     )
     # Maps have no order on the wire: only the deterministic form is the same for every repeat.
     content = message.SerializeToString(deterministic=True)
-    return _accept(core, message.model_id, message.seq_id, digest("forward_backward", content), work)
+    return _accept(core, message.model_id, message.seq_id, digest("forward_backward", content), lambda: work)
 
 
-def _json_pass(body: PassInput, *, forward_only: bool, keep: bool) -> PassRequest:
+def _json_pass(value: Any, *, forward_only: bool, keep: bool) -> PassRequest:
+    try:
+        body = PassInput.model_validate(value)
+    except ValidationError as error:
+        raise InvalidData(problems(error)) from None
     return PassRequest(
         data=lambda: wire_format.datums_from_json(body.data),
         loss_fn=body.loss_fn,
@@ -81,9 +98,9 @@ def _json_pass(body: PassInput, *, forward_only: bool, keep: bool) -> PassReques
     )
 
 
-def _accept(core: Core, model_id: str, number: int, content: bytes, request: PassRequest) -> Response:
+def _accept(core: Core, model_id: str, number: int, content: bytes, request: Callable[[], PassRequest]) -> Response:
     def work() -> Answer:
-        result = core.engine.run_pass(model_id, request)
+        result = core.engine.run_pass(model_id, request())
         return Answer(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
 
     request_id = core.in_order(model_id, number, content, work)
@@ -96,13 +113,21 @@ async def optim_step(request: Request, core: Core) -> Response:
     body = _parse_numbered(core, OptimStepBody, raw)
 
     def work() -> Answer:
-        if body.optimizer_params is not None:
-            raise InvalidData(f"optimizer {body.optimizer_params.get('type')!r} is not known here. Known: adam_params")
-        metrics = core.engine.optim_step(body.model_id, AdamParams(**body.adam_params.model_dump()))
+        metrics = core.engine.optim_step(body.model_id, _adam_params(body))
         return Answer(lambda: {"metrics": metrics, "type": "optim_step"})
 
     request_id = core.in_order(body.model_id, body.seq_id, digest("optim_step", raw), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+def _adam_params(body: OptimStepBody) -> AdamParams:
+    if body.optimizer_params is None:
+        return AdamParams(**body.adam_params.model_dump())
+    kind = body.optimizer_params.get("type")
+    if kind != "adamw":
+        raise InvalidData(f"optimizer {kind!r} is not known here. Known: adam_params, or optimizer_params 'adamw'")
+    given = {key: value for key, value in body.optimizer_params.items() if value is not None}
+    return AdamParams(**{key: value for key, value in given.items() if key in AdamParams.model_fields})
 
 
 async def save_weights(request: Request, core: Core) -> Response:
@@ -131,17 +156,25 @@ async def save_weights_for_sampler(request: Request, core: Core) -> Response:
             return Answer(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
         if body.sampling_session_seq_id is None:
             raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
-        snapshot = _save(core, body, f"sample-{body.sampling_session_seq_id}", "ephemeral")
-        session_id = body.model_id.partition(":")[0]
-        sampler_id = f"{session_id}:sample:{body.sampling_session_seq_id}"
-
-        def register() -> None:
-            core.samplers[sampler_id] = Sampler(sampler_id, snapshot=snapshot)
-
-        return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
+        return _nameless_sampler(core, body, body.sampling_session_seq_id)
 
     request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_for_sampler", raw), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
+    """A sampling session on the weights as they are; inflight ones share one checkpoint that later saves replace."""
+    if body.kind not in ("snapshot", "inflight"):
+        raise InvalidData(f"kind={body.kind!r} is not known here. Known: 'snapshot', 'inflight'")
+    inflight = body.kind == "inflight"
+    saved = _save(core, body, INFLIGHT if inflight else f"sample-{number}", "ephemeral")
+    sampler_id = f"{body.model_id.partition(':')[0]}:sample:{number}"
+    sampler = Sampler(sampler_id, inflight_of=body.model_id) if inflight else Sampler(sampler_id, snapshot=saved)
+
+    def register() -> None:
+        core.samplers[sampler_id] = sampler
+
+    return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
 
 
 async def save_weights_external(request: Request, core: Core) -> Response:
@@ -177,7 +210,7 @@ def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> Checkpoint
         expires_at=expiry(body.ttl_seconds),
     )
     # Only an explicit `overwrite: false` protects a name: older clients do not know the field.
-    return core.engine.save(body.model_id, info, overwrite=body.overwrite is not False)
+    return core.engine.save(body.model_id, info, overwrite=kind == "ephemeral" or body.overwrite is not False)
 
 
 def _parse_numbered(core: Core, model: type[Body], raw: Mapping[str, Any]) -> Body:

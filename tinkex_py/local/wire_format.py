@@ -9,7 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
-from tinkex_py.local.data import Array, EncodedDatum, Floats, Ints, PassResult, SampleResult, TopkTable
+from tinkex_py.local.data import (
+    UNUSED_LOGPROB,
+    AltTokens,
+    Array,
+    DrawnSequence,
+    EncodedDatum,
+    Floats,
+    Ints,
+    PassResult,
+    SampleResult,
+    TopkTable,
+)
 from tinkex_py.transport import wire
 
 _PROTOBUF_DTYPES: Mapping[int, str] = {
@@ -18,6 +29,14 @@ _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_INT32: "<i4",
 }
 _JSON_DTYPES: Mapping[str, str] = {"float32": "<f4", "int64": "<i8"}
+# A chunk without a type is told by the one field that only its kind has.
+_CHUNK_FIELDS: Mapping[str, str] = {
+    "tokens": "encoded_text",
+    "data": "image",
+    "location": "image_asset_pointer",
+    "dmel": "dmel",
+}
+MAX_DENSE = 2**27
 
 
 def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
@@ -50,8 +69,11 @@ def datums_from_json(values: Sequence[Mapping[str, Any]]) -> list[EncodedDatum]:
         EncodedDatum(
             tokens=tokens_from_json(f"data[{index}]: model_input", value.get("model_input")),
             inputs={
-                name: tensor_from_json(f"data[{index}]: {name}", tensor)
+                name: tensor_from_json(
+                    f"data[{index}]: {name}", tensor, "int64" if name == "target_tokens" else "float32"
+                )
                 for name, tensor in _object(f"data[{index}]: loss_fn_inputs", value.get("loss_fn_inputs") or {}).items()
+                if tensor is not None
             },
         )
         for index, value in enumerate(values)
@@ -65,32 +87,45 @@ def tokens_from_json(where: str, value: Any) -> Ints:
         InvalidData: malformed.
         UnsupportedFeature: a chunk is not text.
     """
-    chunks: Any = _object(where, value).get("chunks") or []
+    chunks: object = _object(where, value).get("chunks") or []
     if not isinstance(chunks, list):
         raise InvalidData(f"{where}: chunks must be a list")
-    parts: list[Any] = []
-    for chunk in cast("list[dict[str, Any]]", chunks):
-        if not isinstance(chunk, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"{where}: a chunk is not an object")
-        if "tokens" not in chunk:
-            raise UnsupportedFeature(
-                f"{where}: this model reads text only, not {chunk.get('type', 'this kind of chunk')!r}"
-            )
-        parts.append(_array(where, chunk["tokens"], "<i8"))
+    parts = [_json_chunk_tokens(where, chunk) for chunk in cast("list[Any]", chunks)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def tensor_from_json(where: str, value: Any) -> Array:
+def _json_chunk_tokens(where: str, chunk: Any) -> Ints:
+    if not isinstance(chunk, dict):
+        raise InvalidData(f"{where}: a chunk is not an object")
+    given = {key: value for key, value in cast("dict[str, Any]", chunk).items() if value is not None}
+    kind = given.get("type") or next((kind for key, kind in _CHUNK_FIELDS.items() if key in given), None)
+    if kind is None:
+        raise InvalidData(f"{where}: a chunk has none of the fields {', '.join(_CHUNK_FIELDS)}")
+    if kind != "encoded_text":
+        raise _text_only(where, kind)
+    return _array(where, given.get("tokens", []), "<i8")
+
+
+def _text_only(where: str, kind: object) -> UnsupportedFeature:
+    return UnsupportedFeature(f"{where}: this model reads text only, not {kind!r} chunks")
+
+
+def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> Array:
     """A JSON tensor, dense or CSR, as an array of its dense shape.
+
+    Args:
+        where: its name, for errors.
+        value: the tensor.
+        default_dtype: what the numbers are if it does not say.
 
     Raises:
         InvalidData: malformed.
     """
     fields = _object(where, value)
-    dtype = fields.get("dtype", "float32")
+    dtype = default_dtype if fields.get("dtype") is None else fields["dtype"]
     if not isinstance(dtype, str) or dtype not in _JSON_DTYPES:
         raise InvalidData(f"{where}: dtype {dtype!r} is not one of {sorted(_JSON_DTYPES)}")
-    data = _array(where, fields.get("data", []), _JSON_DTYPES[dtype])
+    data = _array(where, fields.get("data") or [], _JSON_DTYPES[dtype])
     shape = _shape(where, fields.get("shape"))
     if fields.get("sparse_crow_indices") is not None:
         rows = _array(where, fields["sparse_crow_indices"], "<i8")
@@ -101,7 +136,7 @@ def tensor_from_json(where: str, value: Any) -> Array:
 
 def pass_protobuf(result: PassResult) -> bytes:
     """A PassResult as ForwardBackwardOutput: one packed tensor for each run of datums with equal trailing shape."""
-    records = [_record(list(run)) for _, run in groupby(result.logprobs, key=lambda array: array.shape[1:])]
+    records = [_record(list(run)) for _, run in groupby(_outputs(result), key=_trailing)]
     return wire.ForwardBackwardOutput(
         loss_fn_output_type="ArrayRecord", loss_fn_outputs=records, metrics=dict(result.metrics)
     ).SerializeToString()
@@ -109,12 +144,23 @@ def pass_protobuf(result: PassResult) -> bytes:
 
 def pass_json(result: PassResult) -> dict[str, Any]:
     """A PassResult in JSON, without the metrics that are NaN or infinite, for which JSON has no form."""
-    outputs = [
-        {"logprobs": {"data": _numbers(array), "dtype": "float32", "shape": list(array.shape)}}
-        for array in result.logprobs
-    ]
+    outputs = [{name: _tensor_json(array, "float32") for name, array in output.items()} for output in _outputs(result)]
     metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
     return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
+
+
+def _outputs(result: PassResult) -> list[dict[str, Floats]]:
+    """Each datum's named outputs; all of a datum have one shape."""
+    if result.elementwise_loss is None:
+        return [{"logprobs": logprobs} for logprobs in result.logprobs]
+    return [
+        {"logprobs": logprobs, "elementwise_loss": losses}
+        for logprobs, losses in zip(result.logprobs, result.elementwise_loss, strict=True)
+    ]
+
+
+def _trailing(output: Mapping[str, Floats]) -> tuple[int, ...]:
+    return output["logprobs"].shape[1:]
 
 
 def sample_protobuf(result: SampleResult) -> bytes:
@@ -141,35 +187,58 @@ def sample_protobuf(result: SampleResult) -> bytes:
                 shape=result.target_logprobs.shape,
             )
         )
+    if result.alt_tokens is not None:
+        response.prompt_alt_tokens.CopyFrom(_alt_tokens_message(result.alt_tokens))
     return response.SerializeToString()
 
 
 def sample_json(result: SampleResult) -> dict[str, Any]:
     """A SampleResult in JSON."""
-    sequences = [
-        {
-            "tokens": sequence.tokens.tolist(),
-            "logprobs": _numbers(sequence.logprobs),
-            "stop_reason": "stop" if sequence.stopped else "length",
-        }
-        for sequence in result.sequences
-    ]
+    sequences = [_sequence_json(sequence) for sequence in result.sequences]
     body: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_cache_hit_tokens": result.cached_tokens}
     if result.prompt_logprobs is not None:
         body["prompt_logprobs"] = _numbers(result.prompt_logprobs)
     if result.topk_prompt is not None:
-        rows = zip(result.topk_prompt.ids.tolist(), _rows(result.topk_prompt.logprobs), strict=True)
-        body["topk_prompt_logprobs"] = [
-            None if index == 0 else [list(pair) for pair in zip(*row, strict=True)] for index, row in enumerate(rows)
-        ]
+        body["topk_prompt_logprobs"] = _topk_json(result.topk_prompt)
+    if result.target_logprobs is not None:
+        body["target_prompt_logprobs"] = _tensor_json(result.target_logprobs, "float32")
+    if result.alt_tokens is not None:
+        body["prompt_alt_tokens"] = {
+            "tokens": _tensor_json(result.alt_tokens.ids, "int64"),
+            "logprobs": _tensor_json(result.alt_tokens.logprobs, "float32"),
+        }
     return body
+
+
+def _sequence_json(sequence: DrawnSequence) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "tokens": sequence.tokens.tolist(),
+        "logprobs": _numbers(sequence.logprobs),
+        "stop_reason": "stop" if sequence.stopped else "length",
+    }
+    if sequence.topk is not None:
+        body["topk_sampled_logprobs"] = _topk_json(sequence.topk)
+    return body
+
+
+def _topk_json(table: TopkTable) -> list[list[list[Any]] | None]:
+    """Rows of [id, logprob]; None where a row is unused."""
+    return [
+        None if values and values[0] == UNUSED_LOGPROB else [list(pair) for pair in zip(ids, values, strict=True)]
+        for ids, values in zip(table.ids.tolist(), _rows(table.logprobs), strict=True)
+    ]
+
+
+def _tensor_json(array: NDArray[Any], dtype: str) -> dict[str, Any]:
+    data = array.reshape(-1).tolist() if dtype == "int64" else _numbers(array)
+    return {"data": data, "dtype": dtype, "shape": list(array.shape)}
 
 
 def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
     parts: list[NDArray[np.int32]] = []
     for chunk in message.model_input:
         if not chunk.HasField("encoded_text"):
-            raise UnsupportedFeature(f"{where}: this model reads text only, not {chunk.WhichOneof('chunk')!r}")
+            raise _text_only(where, chunk.WhichOneof("chunk"))
         parts.append(_buffer(where, chunk.encoded_text.tokens, "<i4"))
     if not parts:
         return np.zeros(0, dtype=np.int64)
@@ -234,8 +303,10 @@ def _shaped(where: str, data: Any, shape: Sequence[int]) -> Array:
 
 
 def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int]) -> Array:
-    if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > 2**31:
+    if len(shape) != 2 or min(shape) < 0:
         raise InvalidData(f"{where}: a sparse tensor needs a shape of two dimensions, not {list(shape)}")
+    if math.prod(shape) > MAX_DENSE:
+        raise InvalidData(f"{where}: a sparse tensor of shape {list(shape)} has more than {MAX_DENSE} cells")
     counts = np.diff(rows)
     fits = (
         len(rows) == shape[0] + 1
@@ -252,17 +323,21 @@ def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int
     return dense
 
 
-def _record(arrays: Sequence[Floats]) -> wire.ArrayRecord:
+def _record(outputs: Sequence[Mapping[str, Floats]]) -> wire.ArrayRecord:
+    fields = {name: _batched([output[name] for output in outputs]) for name in outputs[0]}
+    return wire.ArrayRecord(type_tag="ArrayRecord", fields=fields, num_datums=len(outputs))
+
+
+def _batched(arrays: Sequence[Floats]) -> wire.BatchedTensor:
     flat = np.concatenate([array.reshape(-1) for array in arrays]).astype("<f4")
     offsets = np.zeros(len(arrays) + 1, dtype="<i8")
     offsets[1:] = np.cumsum([array.size * 4 for array in arrays])
-    batched = wire.BatchedTensor(
+    return wire.BatchedTensor(
         data=flat.tobytes(),
         offsets=offsets.tobytes(),
         dtype=wire.DTYPE_FLOAT32,
         trailing_shape=arrays[0].shape[1:],
     )
-    return wire.ArrayRecord(type_tag="ArrayRecord", fields={"logprobs": batched}, num_datums=len(arrays))
 
 
 def _topk_message(table: TopkTable | None) -> wire.TopkLogprobs | None:
@@ -271,6 +346,15 @@ def _topk_message(table: TopkTable | None) -> wire.TopkLogprobs | None:
     length, k = table.ids.shape
     return wire.TopkLogprobs(
         token_ids=table.ids.astype("<i4").tobytes(), logprobs=table.logprobs.astype("<f4").tobytes(), k=k, length=length
+    )
+
+
+def _alt_tokens_message(drawn: AltTokens) -> wire.PromptAltTokens:
+    return wire.PromptAltTokens(
+        tokens=wire.Tensor(dense=drawn.ids.astype("<i4").tobytes(), dtype=wire.DTYPE_INT32, shape=drawn.ids.shape),
+        logprobs=wire.Tensor(
+            dense=drawn.logprobs.astype("<f4").tobytes(), dtype=wire.DTYPE_FLOAT32, shape=drawn.logprobs.shape
+        ),
     )
 
 

@@ -4,6 +4,9 @@ from . import (
     controllers as controllers,
     schedules as schedules,
 )
+from .datum_sums import (
+    sum_over_datums as sum_over_datums,
+)
 from .direct import (
     Executor as Executor,
     GradientTracker as GradientTracker,

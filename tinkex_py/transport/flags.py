@@ -22,6 +22,7 @@ class ClientFlags:
         sample_max_concurrent_requests: most samples in flight of one sampling client.
         sample_no_retries: a sample whose result was lost is not asked for again.
         billing_exception_max_pause_duration_sec: seconds that answers 402 may pause the client.
+        custom_loss_server_side: takes uploaded losses.
     """
 
     pjwt_auth_enabled: bool = False
@@ -36,6 +37,7 @@ class ClientFlags:
     sample_max_concurrent_requests: int = 2000
     sample_no_retries: bool = False
     billing_exception_max_pause_duration_sec: int = 3600
+    custom_loss_server_side: bool = False
 
     @classmethod
     def read(cls, answer: Mapping[str, Any]) -> Self:

@@ -80,6 +80,13 @@ class Place:
             await self._lane.change(self)
             self.check()
 
+    async def quiet_turn(self) -> None:
+        """Waits for the turn, and until all that was handed over before has been answered; raises like `turn`."""
+        await self.turn()
+        while self._lane.wire_is_taken:
+            await self._lane.change(self)
+            self.check()
+
     async def submit(
         self,
         count: int,
@@ -231,6 +238,11 @@ class Lane:
         """Raises ClientClosed on an event loop that is not the lane's."""
         if asyncio.get_running_loop() is not self._loop:
             raise ClientClosed("this training client belongs to another event loop: make one client per loop")
+
+    @property
+    def wire_is_taken(self) -> bool:
+        """True while a submission has not been answered."""
+        return self._wire_is_taken
 
     @property
     def is_empty(self) -> bool:

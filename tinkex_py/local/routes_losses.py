@@ -1,0 +1,31 @@
+"""The route for uploaded losses."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkex_py.local.core import Core, Refused
+from tinkex_py.local.http import answer, digest, parse, read_json, with_core
+from tinkex_py.local.requests import CustomLossBody
+from tinkex_py.local.results import Answer
+
+
+async def create_custom_loss(request: Request, core: Core) -> Response:
+    """Check a traced loss and keep it for its session."""
+    if not core.options.custom_losses:
+        raise Refused(404, "this service takes no uploaded losses: start it with custom_losses=True or --custom-losses")
+    raw = await read_json(request)
+    body = parse(CustomLossBody, raw)
+    session = core.session(body.session_id)
+    if session.finished:
+        raise Refused(410, f"session {body.session_id!r} is over: create a new one")
+
+    def work() -> Answer:
+        loss_id = core.engine.custom_losses.add(body.session_id, body.custom_loss_seq_id, raw)
+        return Answer(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
+
+    scope = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id)
+    return answer({"request_id": core.numbered(scope, digest("create_custom_loss", raw), lambda: core.submit(work))})
+
+
+routes = [Route("/api/v1/create_custom_loss", with_core(create_custom_loss), methods=["POST"])]
