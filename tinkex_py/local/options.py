@@ -45,7 +45,7 @@ class LocalOptions:
     custom_losses: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("model", str), ("device", str), ("api_key", str), ("checkpoints_dir", Path)):
+        for name, kind in (("model", str), ("device", str), ("api_key", str), ("state_dir", Path)):
             given: object = getattr(self, name)
             if not isinstance(given, kind) and (given is not None or name == "model"):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got a {type(given).__name__}")
