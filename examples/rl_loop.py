@@ -1,21 +1,22 @@
 """A small policy-gradient loop with a reward that can be checked: the share of letters in what the model writes.
 
-Sampling and training take turns: every round draws answers from the weights as they are, rewards each one against the
-mean of its group, and trains on them with importance sampling and a KL penalty to the untouched model. Runs on the
+Sampling and training take turns: every round draws answers from the weights as they are, rewards each one against
+its group, and trains on them with importance sampling and a KL penalty to the untouched model. Runs on the
 embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
 import os
+import statistics
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, SamplingParams
 from tinkex_py.base_losses import ImportanceSampling
 from tinkex_py.regularizers import SampledKL
 
-ROUNDS = 12
-GROUP = 16  # answers to each prompt in a round
+ROUNDS = 15
+GROUP = 32  # answers to each prompt in a round
 PROMPTS = ["Write a word: ", "Say something: "]
-LENGTH = 12
+LENGTH = 8
 
 
 def reward(text):
@@ -49,10 +50,10 @@ async def draw(training, tokenizer, seed):
         )
     for prompt, response in zip(prompts, responses, strict=True):
         group = [reward(tokenizer.decode(sequence.tokens)) for sequence in response.sequences]
-        mean = sum(group) / len(group)
+        mean, spread = statistics.fmean(group), statistics.pstdev(group) or 1.0
         rewards += group
-        data += [make_datum(prompt, s, r - mean) for s, r in zip(response.sequences, group, strict=True)]
-    return data, sum(rewards) / len(rewards)
+        data += [make_datum(prompt, s, (r - mean) / spread) for s, r in zip(response.sequences, group, strict=True)]
+    return data, statistics.fmean(rewards)
 
 
 async def with_reference(untouched, data):
@@ -82,7 +83,7 @@ async def main():
             data = await with_reference(untouched, data)
             output, _ = await asyncio.gather(
                 training.forward_backward_custom(data, policy, regularizers=regularizers),
-                training.optim_step(AdamParams(learning_rate=4e-3)),
+                training.optim_step(AdamParams(learning_rate=1e-2)),
             )
             print(f"round {round_number}  reward {mean_reward:.3f}  KL {output.regularizers['kl'].value:.3f}")
 

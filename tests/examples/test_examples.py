@@ -171,6 +171,20 @@ def test_sampling(tmp_path: Path) -> None:
         assert -20 < float(logprob) < 0
 
 
+def test_rl_loop(tmp_path: Path) -> None:
+    text = run_example("rl_loop.py", tmp_path)
+    rewards = [float(reward) for reward in re.findall(r"^round \d+  reward (\S+)", text, re.MULTILINE)]
+    assert len(rewards) >= 10
+    # By chance about 52 of 258 tokens are letters. The rise is far above the noise of a round (0.03).
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+
+
+def test_resume(tmp_path: Path) -> None:
+    text = run_example("resume.py", tmp_path)
+    assert "largest difference: 0.0e+00" in text
+    assert len(re.findall(r"^step \d", text, re.MULTILINE)) == 8
+
+
 def load(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 

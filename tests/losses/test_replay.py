@@ -30,10 +30,12 @@ from tinkex_py import (
     per_datum,
     split,
 )
+from tinkex_py.base_losses import NLL
 from tinkex_py.cli import app
 from tinkex_py.losses import replay
 from tinkex_py.losses.recording import read_record
 from tinkex_py.losses.schedules import Linear
+from tinkex_py.regularizers import L1, L2, KLDivergence, SampledKL
 from tinkex_py.types import EncodedTextChunk
 
 
@@ -276,6 +278,38 @@ async def test_settings_that_are_no_json_are_described(tmp_path: Path):
     record, _ = read_record(tmp_path / "step")
     assert record.regularizers[0].options == {"table": repr(table), "scale": 2.0}
     assert await replay(tmp_path / "step", pipeline) == output
+
+
+@pytest.mark.asyncio
+async def test_ready_made_terms_are_rebuilt(tmp_path: Path):
+    terms = [
+        RegularizerSpec(fn=L2(center="reference_logprobs", reduction="token-mean"), weight=0.5),
+        RegularizerSpec(fn=L1(), weight=0.25, options={"reduction": "token-mean"}),
+    ]
+    pipeline = Pipeline(NLL(reduction="token-mean"), terms, track_grad_norms=True)
+    loss = await pipeline.evaluate(rich_data(), rich_logprobs(), record=tmp_path / "step")
+    assert await replay(tmp_path / "step") == loss.output
+
+
+@pytest.mark.asyncio
+async def test_ready_made_terms_with_tensors_must_be_passed(tmp_path: Path):
+    uniform = torch.full((5,), -1.5)
+    specs = [
+        RegularizerSpec(fn=SampledKL(reference=uniform), weight=0.5),
+        RegularizerSpec(fn=KLDivergence(reference=uniform), weight=0.5, options={"reference": uniform * 2}),
+    ]
+    for number, one in enumerate(specs):
+        pipeline = Pipeline(NLL(), [one])
+        output = await pipeline.compute([], guide_logprobs(), record=tmp_path / str(number))
+        assert await replay(tmp_path / str(number), pipeline) == output
+        with pytest.raises(PipelineError, match="pass the pipeline"):
+            await replay(tmp_path / str(number))
+
+
+@pytest.mark.asyncio
+async def test_only_its_owner_may_read_a_record(tmp_path: Path):
+    await Pipeline(nll).compute([], guide_logprobs(), record=tmp_path / "step")
+    assert (tmp_path / "step").stat().st_mode & 0o077 == 0
 
 
 # The command line

@@ -155,6 +155,8 @@ def start_recording(
 ) -> Recording:
     """Writes the inputs of a step; the folder appears complete, or not at all. An earlier record there is replaced.
 
+    It holds a user's tokens, so only its owner may read it.
+
     Args:
         path: the folder to make.
         data: the datums.
@@ -239,6 +241,9 @@ def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
 
 
 def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
+    term = _term(spec.fn)
+    if not _is_plain(dict(spec.options)):
+        term["ready_made"] = None  # its settings are not all here
     return RecordedRegularizer(
         name=spec.name,
         weight=weight,
@@ -247,7 +252,7 @@ def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
         on_error=spec.on_error,
         is_async=spec.is_async,
         max_grad_norm=spec.max_grad_norm,
-        **_term(spec.fn),
+        **term,
     )
 
 
@@ -288,7 +293,6 @@ def _write_folder(folder: Path, record: StepRecord, tensors: _Tensors) -> None:
     try:
         library.torch.save_file(tensors.packed(), made / TENSORS_NAME)
         _write_json(made, record)
-        made.chmod(0o755)
         if folder.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             folder.rename(replaced / "old")
