@@ -151,7 +151,7 @@ async def test_a_number_that_is_only_late_is_waited_for(local_bench):
         async with asyncio.timeout(20):
             assert (await step).num_datums == 2
         await asyncio.wait([waiting])
-        assert heard == ["seq_id 2 waits for seq_id 1"]
+        assert heard == ["seq_id 2 waits for seq_id 1, not received yet"]
 
 
 async def test_payment_over_the_wire(local_bench):

@@ -156,8 +156,19 @@ async def test_numbers_count_up_and_carry_on_after_bad_input(bench):
 
 async def test_what_the_service_refuses_in_its_result(bench):
     sampler = await sampler_of(bench)
-    with pytest.raises(RequestFailed, match="prompt_alt_tokens_k"):
-        await sampler.sample(PROMPT, sampling_params=ONE, prompt_alt_tokens_k=2)
+    with pytest.raises(RequestFailed, match="topk_sample_logprobs=999 must be between 0 and 258"):
+        await sampler.sample(PROMPT, sampling_params=ONE, topk_sample_logprobs=999)
+
+
+async def test_alternatives_of_the_embedded_service(bench):
+    """Greedy alternatives are the likeliest tokens, which the table of top-1 tells too."""
+    sampler = await sampler_of(bench)
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    response = await sampler.sample(PROMPT, sampling_params=greedy, prompt_alt_tokens_k=2, topk_prompt_logprobs=1)
+    count = PROMPT.length - 1
+    assert response.prompt_alt_tokens.tokens.shape == response.prompt_alt_tokens.logprobs.shape == (count, 2)
+    likeliest = [row[0][0] for row in response.topk_prompt_logprobs[1:]]
+    assert response.prompt_alt_tokens.tokens.to_numpy().tolist() == [[token, token] for token in likeliest]
 
 
 async def test_many_at_once_with_a_service_that_turns_them_away(local_bench):

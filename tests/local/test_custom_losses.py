@@ -2,6 +2,7 @@
 
 import copy
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -291,6 +292,45 @@ def test_inputs_stay_as_they_were():
     values = torch.tensor([-1.0, 2.0])
     assert graph.run([values])[0].item() == 2.0
     assert values.tolist() == [-1.0, 2.0]
+
+
+def any_argument(random, names, depth=0):
+    draw = random.random()
+    if draw < 0.55 or depth > 1:
+        return {"ref": random.choice(names)}
+    if draw < 0.8:
+        plain = [0, 1, -1, 2, 0.5, 1e30, 10**9, 2**50, True, None, "sum", "mean", "none", "constant", "fro", "cpu"]
+        return random.choice(plain)
+    if draw < 0.93:
+        items = [any_argument(random, names, depth + 1) for _ in range(random.randint(0, 3))]
+        return items if draw < 0.88 else {"tuple": items}
+    encoded = [{"slice": [1, None, None]}, {"ellipsis": True}, {"float": "nan"}, {"dtype": "int64"}, {"device": "cuda"}]
+    return random.choice(encoded)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore")
+def test_any_graph_of_allowed_operations_runs_or_is_the_users_mistake(seed):
+    """Random operations on random arguments: never another exception, and never more elements than the budget."""
+    random = Random(seed)
+    operations = [("call_function", name) for name in FUNCTIONS] + [("call_method", name) for name in METHODS]
+    keywords = ("dim", "keepdim", "dtype", "min", "max", "reduction", "alpha", "value", "k", "n", "p", "size", "pad")
+    outcomes = {"ran": 0, "refused": 0}
+    for _ in range(600):
+        names, calls = ["logprobs"], []
+        for index in range(random.randint(1, 4)):
+            kind, target = random.choice(operations)
+            others = [any_argument(random, names) for _ in range(random.choice([0, 0, 1, 1, 2]))]
+            named = {random.choice(keywords): any_argument(random, names) for _ in range(random.choice([0, 0, 0, 1]))}
+            calls.append(node(kind, f"x{index}", target, {"ref": random.choice(names)}, *others, **named))
+            names.append(f"x{index}")
+        calls.append(node("call_method", "x", "sum", {"ref": names[-1]}))
+        try:
+            read_graph(by_hand(*calls)).run([torch.linspace(-3, -1, 50).requires_grad_()])
+            outcomes["ran"] += 1
+        except InvalidData:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20, outcomes
 
 
 def test_the_tables_hold_nothing_dangerous():

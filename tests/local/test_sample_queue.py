@@ -217,6 +217,8 @@ def test_alternative_draws_follow_the_distribution(bench):
     np.testing.assert_array_equal(again.alt_tokens.ids, drawn.ids)
     greedy = bench.engine.sample(None, request(PROMPTS[3], max_tokens=0, alt_tokens=2, temperature=0.0)).alt_tokens
     np.testing.assert_array_equal(greedy.ids, np.repeat(table[:-1].argmax(1)[:, None], 2, 1))
+    coldest = bench.engine.sample(None, request(PROMPTS[3], max_tokens=0, alt_tokens=2, temperature=5e-324)).alt_tokens
+    np.testing.assert_array_equal(coldest.ids, greedy.ids)
     lone = bench.engine.sample(None, request([5], max_tokens=1, alt_tokens=2)).alt_tokens
     assert lone.ids.shape == (0, 2)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import UNUSED_LOGPROB, AltTokens, Floats, SampleRequest, TopkTable
 
+_COLDEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class PromptScores:
@@ -80,6 +82,11 @@ def score_prompt(request: SampleRequest, logits: Tensor, generator: torch.Genera
     )
 
 
+def cooled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits at a temperature above 0, the likeliest at 0: however small it is, only the far ones become infinite."""
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, _COLDEST)
+
+
 def _own_scores(request: SampleRequest, before: Tensor, normalizers: Tensor, first: int) -> Floats:
     scores = np.full(len(request.prompt), np.nan, dtype=np.float32)
     own = torch.as_tensor(np.array(request.prompt[1:], dtype=np.int64), device=before.device)[:, None]
@@ -107,7 +114,7 @@ def _alternatives(request: SampleRequest, before: Tensor, normalizers: Tensor, g
     if request.temperature == 0:
         ids = before.argmax(-1, keepdim=True).expand(-1, k)
     else:
-        probabilities = (before / request.temperature).softmax(-1).cpu()
+        probabilities = cooled(before, request.temperature).softmax(-1).cpu()
         ids = torch.zeros(len(before), k, dtype=torch.int64)
         if len(before):
             ids = torch.multinomial(probabilities, k, replacement=True, generator=generator)

@@ -21,9 +21,7 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import DrawnSequence, SampleRequest, SampleResult, TopkTable
 from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.passes import check_tokens
-from tinkex_py.local.prompt_scores import PromptScores, asks_about_prompt, check_prompt_questions, score_prompt
-
-_COLDEST = torch.finfo(torch.float32).tiny
+from tinkex_py.local.prompt_scores import PromptScores, asks_about_prompt, check_prompt_questions, cooled, score_prompt
 
 
 @dataclass
@@ -230,9 +228,7 @@ def _runs(drafts: Sequence[_Draft]) -> Iterator[tuple[slice, SampleRequest]]:
 def _drawn(logits: Tensor, request: SampleRequest, drafts: Sequence[_Draft]) -> list[int]:
     if request.temperature == 0:
         return [int(token) for token in logits.argmax(-1)]
-    # The likeliest token at 0: however small the temperature, nothing becomes infinite but the far ones.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / max(request.temperature, _COLDEST)
-    probabilities = allowed(scaled, request.top_k, request.top_p).softmax(-1)
+    probabilities = allowed(cooled(logits, request.temperature), request.top_k, request.top_p).softmax(-1)
     return [
         int(torch.multinomial(row, 1, generator=draft.generator).item())
         for row, draft in zip(probabilities, drafts, strict=True)
