@@ -120,7 +120,7 @@ def test_files_that_are_no_state_files_are_refused_and_left_alone(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ConfigError, match="state_dir.*file"):
         CheckpointStore(tmp_path / "file" / "state")
 
 

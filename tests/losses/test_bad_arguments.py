@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.losses.support import datum, guide_logprobs, l1, nll, spec
-from tinkex_py import Executor, GradientTracker, InvalidData, InvalidSpec, Pipeline, PipelineError, execute, split
+from tinkex_py import Executor, GradientTracker, InvalidData, InvalidSpec, Pipeline, execute, split
 from tinkex_py.losses.logprobs import packed_field
 
 NO_TERMS = [None, 5, "l1", torch.zeros(2), lambda data: data]
@@ -27,9 +27,9 @@ async def test_what_is_no_term(term: Any):
 @pytest.mark.asyncio
 @pytest.mark.parametrize("data", NO_DATA)
 async def test_what_is_no_list_of_datums(data: Any):
-    with pytest.raises(PipelineError, match=type(data).__name__):
+    with pytest.raises(InvalidData, match=type(data).__name__):
         await Pipeline(nll).compute(data, guide_logprobs())
-    with pytest.raises(PipelineError, match=type(data).__name__):
+    with pytest.raises(InvalidData, match=type(data).__name__):
         await Executor.execute_all([spec(l1, "l1")], data, guide_logprobs())
 
 
