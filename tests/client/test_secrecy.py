@@ -1,5 +1,6 @@
 """The key is sent in its header and shows nowhere else."""
 
+import contextlib
 import logging
 import pickle
 import traceback
@@ -31,8 +32,12 @@ def everything_about(error: BaseException | None) -> str:
     while error is not None:
         texts += [str(error), repr(error), repr(error.__dict__), repr(error.args)]
         texts += traceback.format_exception(error, limit=None, chain=True)
+        texts.append(repr(getattr(error, "doc", None)))  # json's own error quotes the whole body here
         if isinstance(error, TinkexError):
             texts.append(repr(pickle.dumps(error)))
+        else:
+            with contextlib.suppress(TypeError, AttributeError, pickle.PicklingError):
+                texts.append(repr(pickle.dumps(error)))
         error = error.__cause__ or error.__context__
     return "\n".join(texts)
 
@@ -57,7 +62,7 @@ TROUBLES = [*(echoing(status) for status in (400, 401, 403, 409, 422, 429, 500))
 
 async def failures(server: ScriptedServer) -> list[BaseException]:
     caught: list[BaseException] = []
-    for trouble in [*TROUBLES, half_a_body(b"{}"), answer(200, b"not json"), answer(200, json=[1])]:
+    for trouble in [*TROUBLES, half_a_body(b"{}"), answer(200, b"not json"), echoing_text(200), answer(200, json=[1])]:
         server.script("/api/v1/client/config", trouble)
         try:
             async with AsyncServiceClient(TinkexConfig(base_url=server.url, api_key=KEY, retry=RETRY)):
@@ -76,7 +81,7 @@ async def test_no_error_log_or_event_has_the_key(caplog):
             caught = await failures(server)
         assert all(request.headers["x-api-key"] == KEY for request in server.requests)
         assert all(KEY not in str(request.target) and KEY.encode() not in request.body for request in server.requests)
-    assert len(caught) == len(TROUBLES) + 3
+    assert len(caught) == len(TROUBLES) + 4
     assert events
     for error in caught:
         assert KEY not in everything_about(error), type(error)

@@ -1,5 +1,6 @@
 """The service's answer to one exchange, and what it means when it is not a success."""
 
+import contextlib
 import json
 import math
 import time
@@ -91,14 +92,14 @@ class HttpAnswer:
         Raises:
             InvalidResponse: the body is not JSON.
         """
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(self.body)
-        except (ValueError, RecursionError) as error:
-            kind = self.media_type or "an untold type"
-            raise InvalidResponse(
-                f"{self.request} was answered {self.status} with {len(self.body)} bytes of {kind} that are not JSON. "
-                "Is base_url the address of the service itself, and not of a proxy or a login page?"
-            ) from error
+        # Raised out here, because json's own error holds the whole body, in which a service may echo the key.
+        raise InvalidResponse(
+            f"{self.request} was answered {self.status} with {len(self.body)} bytes of "
+            f"{self.media_type or 'an untold type'} that are not JSON. "
+            "Is base_url the address of the service itself, and not of a proxy or a login page?"
+        )
 
     def __repr__(self) -> str:
         return f"HttpAnswer(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"

@@ -33,6 +33,14 @@ def typed_failure(error: Exception, request: HttpRequest) -> TransportError | In
     return None
 
 
+def forget_request(error: BaseException | None) -> None:
+    """Take the request out of a failure of the HTTP client and of its causes: its headers hold the key."""
+    while error is not None:
+        if hasattr(error, "_request"):
+            error._request = None  # type: ignore[attr-defined]  # pyright: ignore
+        error = error.__cause__ or error.__context__
+
+
 def require_whole_body(answer: HttpAnswer, request: HttpRequest) -> None:
     """Raise ConnectionFailed for a cut-off answer.
 

@@ -18,7 +18,7 @@ from tinkex_py.errors import ClientClosed, ConfigError, InvalidData, TimeoutExce
 from tinkex_py.telemetry import lifecycle
 from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
 from tinkex_py.transport.connection_pool import ConnectionPool
-from tinkex_py.transport.failures import require_whole_body, typed_failure
+from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
 from tinkex_py.transport.request import (
     USER_AGENT,
     HttpRequest,
@@ -386,6 +386,7 @@ class HttpClient:
             failure = typed_failure(error, request)
             if failure is None:
                 raise
+            forget_request(error)
             raise failure from error
 
     def _answer(self, response: Any, request: HttpRequest, secret: Secret) -> HttpAnswer:
