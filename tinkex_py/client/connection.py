@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+from tinkex_py.client.carrier import Carrier, ServiceCarrier
 from tinkex_py.client.queue import QueueWatch
 from tinkex_py.client.server_execution import UploadedLosses
 from tinkex_py.client.session import Session, session_request
@@ -41,14 +42,24 @@ class Connection:
         http: exchanges that are answered at once.
         polls: exchanges that the service holds until a result is there; apart, so that they never keep others waiting.
         threads: worker threads for terms, shared by the training clients.
+        carrier: what carries a custom step's gradient, if that is known of the service.
     """
 
-    def __init__(self, config: TinkexConfig, http: HttpClient, polls: HttpClient, threads: TermThreads) -> None:
+    def __init__(
+        self,
+        config: TinkexConfig,
+        http: HttpClient,
+        polls: HttpClient,
+        threads: TermThreads,
+        *,
+        carrier: Carrier | None = None,
+    ) -> None:
         self.config = config
         self.http = http
         self.polls = polls
         self.threads = threads
         self.uploaded_losses = UploadedLosses()
+        self.carrier = ServiceCarrier(carrier)
         self.keys = Keys(config.secret_key, config.credential_command)
         self.billing = BillingPause(0.0)
         self._follow(ClientFlags())

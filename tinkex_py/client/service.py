@@ -69,7 +69,9 @@ class AsyncServiceClient:
             )
             for connections in (config.max_connections, config.max_polls)
         )
-        self._connection = Connection(config, http, polls, TermThreads(config.max_threads))
+        # The embedded service sums, as the protocol says; other services have to show it.
+        carrier = None if embedded is None else "cross_entropy"
+        self._connection = Connection(config, http, polls, TermThreads(config.max_threads), carrier=carrier)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None

@@ -1,6 +1,7 @@
 """Sends passes over data, in chunks where they are long."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,7 @@ from tinkex_py.errors import APIStatusError, InvalidResponse, PartialFailure, Re
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.chunks import merge_outputs, plan_chunks
 from tinkex_py.transport.codec import (
+    WEIGHT_BYTES,
     EncodedBatch,
     LossConfig,
     PassRequest,
@@ -54,15 +56,41 @@ async def replace_weights(chunks: Sequence[EncodedBatch], weights: Array, thread
     """
 
     def replace() -> list[EncodedBatch]:
-        replaced: list[EncodedBatch] = []
-        start = 0
-        for chunk in chunks:
-            size = sum(chunk.weights_bytes) // weights.itemsize
-            replaced.append(chunk.with_weights(weights[start : start + size]))
-            start += size
-        return replaced
+        return [chunk.with_weights(weights[part]) for chunk, part in zip(chunks, _parts(chunks), strict=True)]
 
     return await _off_loop_if(weights.size > SMALL_TOKENS, threads, replace)
+
+
+async def replace_by_advantages(
+    chunks: Sequence[EncodedBatch], logprobs: Array, advantages: Array, threads: TermThreads
+) -> list[EncodedBatch]:
+    """The chunks with logprobs and advantages instead of weights.
+
+    Args:
+        chunks: custom batches, targets of one dimension.
+        logprobs: float32, all datums' end to end.
+        advantages: the same for the advantages.
+        threads: where large ones are done.
+    """
+
+    def replace() -> list[EncodedBatch]:
+        return [
+            chunk.with_advantages(logprobs[part], advantages[part])
+            for chunk, part in zip(chunks, _parts(chunks), strict=True)
+        ]
+
+    return await _off_loop_if(advantages.size > SMALL_TOKENS, threads, replace)
+
+
+def count_numbers(chunks: Sequence[EncodedBatch]) -> int:
+    """How many weights custom batches have."""
+    return sum(sum(chunk.weights_bytes) for chunk in chunks) // WEIGHT_BYTES
+
+
+def _parts(chunks: Sequence[EncodedBatch]) -> list[slice]:
+    """Where each chunk's numbers lie among those of all chunks."""
+    stops = list(itertools.accumulate((count_numbers([chunk]) for chunk in chunks), initial=0))
+    return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
 
 
 async def _off_loop_if(large: bool, threads: TermThreads, work: Callable[[], Value]) -> Value:

@@ -7,21 +7,43 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
+from tinkex_py.client.carrier import (
+    Carrier,
+    HeldCall,
+    HeldSequences,
+    Surrogate,
+    advantages_of,
+    check_one_dimensional,
+    check_sequences,
+    check_surrogate,
+    has_candidates,
+    measuring_sample,
+    measuring_weights,
+)
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.queue import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import Execution, check_execution, server_step
 from tinkex_py.client.steps import OptimizerSteps
-from tinkex_py.client.submission import ChunkedPass, Sent, encode_chunks, replace_weights
+from tinkex_py.client.submission import (
+    ChunkedPass,
+    Sent,
+    count_numbers,
+    encode_chunks,
+    replace_by_advantages,
+    replace_weights,
+)
 from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss, check_name, check_targets
 from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
     InvalidData,
     InvalidResponse,
+    PartialFailure,
     PipelineError,
     RequestFailed,
+    ResultLost,
     TinkexError,
     UnsupportedFeature,
 )
@@ -40,6 +62,7 @@ from tinkex_py.types import (
     SaveWeightsResponse,
     Tokenizer,
 )
+from tinkex_py.types.tensors import Array
 
 if TYPE_CHECKING:
     from tinkex_py.losses.combine import Combine
@@ -77,6 +100,7 @@ class AsyncTrainingClient:
         self._load_tokenizer = load_tokenizer
         self._lane = Lane()
         self._steps = OptimizerSteps()
+        self._held = HeldSequences()
         connection.lanes.add(self._lane)
         self._queue = QueueWatch(model_id, connection.config.on_queue_state, self._check_gap)
         self._info: GetInfoResponse | None = None
@@ -168,6 +192,8 @@ class AsyncTrainingClient:
         deadline: float | None = None,
         record: "RecordPath | None" = None,
         execution: Execution = "client",
+        surrogate: Surrogate = "auto",
+        sequences_per_step: int | None = None,
     ) -> "CustomLossOutput":
         """Adds the gradient of a composed loss to what the next optimizer step uses.
 
@@ -190,9 +216,14 @@ class AsyncTrainingClient:
             execution: where the terms run. "client": here. "server": the loss is traced, uploaded where it is new, and
                 the service does the whole step in one round trip, with the same gradient; terms emit no events of their
                 own, and their timeouts do not apply. "auto": on the service where that is possible.
+            surrogate: the service's loss that carries the gradient. "auto": the one that carries it unchanged, by a
+                table of known services or by what the forward pass reports.
+            sequences_per_step: datums of all calls up to the next optim_step; default is this call's. Where the
+                service divides by that number ("importance_sampling"), the gradient is scaled for it.
 
         Raises:
-            UnsupportedFeature: `execution="server"`, and the step cannot run there; the message says why.
+            UnsupportedFeature: `execution="server"`, and the step cannot run there; or no loss of the service carries
+                the gradient of this step unchanged. The message says why.
             RegularizerError: a term failed; nothing was sent, and the client stays usable.
             PipelineError: the loss cannot be composed, or no term depends on the logprobs.
             InvalidData: the datums cannot be used.
@@ -212,21 +243,31 @@ class AsyncTrainingClient:
             await self._or_break(lambda: check_deadline(deadline))
             pipeline = await self._or_break(lambda: pipeline_of(base_loss, regularizers, options))
             await self._or_break(lambda: check_execution(execution))
+            await self._or_break(lambda: check_surrogate(surrogate, sequences_per_step, execution))
             if execution != "client":
                 served = await self._on_service(place, data, pipeline, execution, deadline, recorded=record is not None)
                 if served is not None:
                     return served
             async with until_handed_over(deadline) as handed_over:
                 chunks = await self._encoded(data, "cross_entropy", {}, custom=True)
-                logprobs = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
-                output, surrogate = await self._evaluate(place, logprobs, pipeline, chunks, record)
+                count = sum(len(chunk.data) for chunk in chunks)
+                sequences = await self._or_break(lambda: check_sequences(sequences_per_step, count))
+                forward, carrier = await self._forward_of_step(place, chunks, surrogate)
+                output, gradient = await self._evaluate(place, forward, pipeline, chunks, record)
+                carried = await self._carried(chunks, gradient, forward, carrier, sequences)
 
                 def on_hand_over() -> None:
                     self._steps.add(pipeline.controllers, output)
                     handed_over()
 
                 service_output = await self._pass(
-                    place, surrogate, "cross_entropy", {}, forward_only=False, handed_over=on_hand_over
+                    place,
+                    carried,
+                    carrier,
+                    {},
+                    forward_only=False,
+                    handed_over=on_hand_over,
+                    scaled_for=sequences if carrier == "importance_sampling" else None,
                 )
             return output.model_copy(update={"service_output": service_output})
 
@@ -261,6 +302,47 @@ class AsyncTrainingClient:
                 measurements["regularizer_total"] = output.regularizer_total
             return output
 
+    async def _forward_of_step(
+        self, place: Place, chunks: Sequence[EncodedBatch], surrogate: Surrogate
+    ) -> tuple[ForwardBackwardOutput, Carrier]:
+        """The forward pass of a custom step, and the loss that is to carry the gradient back.
+
+        Raises:
+            UnsupportedFeature: no loss of the service carries the gradient of these datums.
+        """
+        await place.turn()  # a step before this one may have learnt what the service does
+        service = self._connection.carrier
+        data = _data_of(chunks)
+        carrier: Carrier | None = await self._or_break(lambda: service.for_step(surrogate))
+        if carrier is None and has_candidates(data):
+            sample = await encode_chunks(measuring_sample(data), self._connection, custom=True)
+            _, carrier = await self._forward_of_step(place, sample, surrogate)
+        if carrier == "importance_sampling":
+            await self._or_break(lambda: check_one_dimensional(data))
+        if carrier is not None:
+            forward = await self._pass(place, chunks, "cross_entropy", {}, forward_only=True, last=False)
+            return forward, carrier
+        weights = measuring_weights(count_numbers(chunks))
+        weighted = await replace_weights(chunks, weights, self._connection.threads)
+        forward = await self._pass(place, weighted, "cross_entropy", {}, forward_only=True, last=False)
+        return forward, service.learn(forward, logprobs_of(forward, data), weights)
+
+    async def _carried(
+        self,
+        chunks: Sequence[EncodedBatch],
+        gradient: Array,
+        forward: ForwardBackwardOutput,
+        carrier: Carrier,
+        sequences: int,
+    ) -> list[EncodedBatch]:
+        """The datums of a custom step with the numbers that make the service arrive at the gradient."""
+        threads = self._connection.threads
+        if carrier == "cross_entropy":
+            return await replace_weights(chunks, -gradient, threads)
+        logprobs = forward.packed["logprobs"]
+        advantages = advantages_of(gradient, logprobs, sequences)
+        return await replace_by_advantages(chunks, logprobs.values, advantages, threads)
+
     async def _evaluate(
         self,
         place: Place,
@@ -268,12 +350,12 @@ class AsyncTrainingClient:
         pipeline: "Pipeline",
         chunks: Sequence[EncodedBatch],
         record: "RecordPath | None",
-    ) -> "tuple[CustomLossOutput, Sequence[EncodedBatch]]":
+    ) -> "tuple[CustomLossOutput, Array]":
         from tinkex_py.losses.logprobs import Logprobs
 
         self._steps.check()
         # As they were sent: the caller's list may have changed since.
-        data = [datum for chunk in chunks for datum in chunk.data]
+        data = _data_of(chunks)
         with place.running_terms():
             loss = await pipeline.evaluate(
                 data,
@@ -288,8 +370,7 @@ class AsyncTrainingClient:
                 "no term depends on the logprobs, so there is nothing to train on; nothing was sent. A loss loses its "
                 "path to the logprobs through detach(), numpy(), torch.no_grad() or torch.tensor(x)"
             )
-        weights = loss.gradient.neg().reshape(-1).numpy()
-        return loss.output, await replace_weights(chunks, weights, self._connection.threads)
+        return loss.output, loss.gradient.reshape(-1).numpy()
 
     # Changes of the model
 
@@ -301,6 +382,7 @@ class AsyncTrainingClient:
                 `AdamParams()`.
 
         Raises:
+            SurrogateMismatch: gradients were scaled for another number of datums than the service holds; not sent.
             PrecedingRequestFailed: an earlier gradient did not take effect, so this was not sent.
             RequestFailed: the service failed the request.
         """
@@ -309,14 +391,18 @@ class AsyncTrainingClient:
                 await asyncio.sleep(0)
                 raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
 
-            cleared = 0
+            await place.turn()  # all gradients before it are handed over
+            self._held.check()
+            cleared, held = 0, self._held
 
             def clear() -> None:
                 nonlocal cleared
                 cleared, self._lane.accumulated = self._lane.accumulated, 0
+                self._held = HeldSequences()
 
             def keep() -> None:
                 self._lane.accumulated += cleared
+                self._held = held
 
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
             body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
@@ -525,6 +611,7 @@ class AsyncTrainingClient:
         forward_only: bool,
         last: bool = True,
         handed_over: Callable[[], None] | None = None,
+        scaled_for: int | None = None,
     ) -> ForwardBackwardOutput:
         chunked = ChunkedPass(
             connection=self._connection,
@@ -541,22 +628,34 @@ class AsyncTrainingClient:
         # Before a number is taken: a key that has ended must not leave a gap.
         await self._connection.keys.current()
 
+        held = HeldCall(sum(len(chunk.data) for chunk in chunks), scaled_for)
+
         def on_hand_over() -> None:
             if not forward_only:
                 self._lane.accumulated += 1
+                self._held.calls.append(held)
             if handed_over is not None:
                 handed_over()
 
         async def send(numbers: Sequence[int]) -> list[Sent]:
             try:
-                return await chunked.send(numbers)
+                sent = await chunked.send(numbers)
             except APIStatusError as error:
                 if not forward_only and not is_undecided(error):
                     self._lane.accumulated -= 1
+                    held.datums = 0
                 raise
+            held.datums = _accepted(chunks, sent)
+            return sent
 
         sent = await place.submit(len(chunks), send, last=last, handed_over=on_hand_over)
-        return await chunked.result(sent)
+        try:
+            return await chunked.result(sent)
+        except (RequestFailed, APIStatusError) as error:
+            if not isinstance(error, ResultLost):  # a lost one may have taken effect
+                applied = error.applied if isinstance(error, PartialFailure) else ()
+                held.datums = sum(stop - start for start, stop in applied)
+            raise
 
     async def _numbered(
         self,
@@ -587,6 +686,17 @@ class AsyncTrainingClient:
 
         request_id = await place.submit(1, send, handed_over=handed_over)
         return await self._connection.fields(request_id, request_type, self._queue)
+
+
+def _data_of(chunks: Sequence[EncodedBatch]) -> list[Datum]:
+    return [datum for chunk in chunks for datum in chunk.data]
+
+
+def _accepted(chunks: Sequence[EncodedBatch], sent: Sequence[Sent]) -> int:
+    """Datums in the chunks that the service took."""
+    return sum(
+        len(chunk.data) for chunk, outcome in zip(chunks, sent, strict=True) if not isinstance(outcome, APIStatusError)
+    )
 
 
 def _named_save(

@@ -1,7 +1,8 @@
 """Requests and results of forward and backward as bytes, with the packed buffers untouched.
 
 The protobuf form of a datum is laid out once. A custom step sends the same datums twice, first for the forward
-pass and then with other weights, so `EncodedBatch.with_weights` only overwrites the weights' bytes.
+pass and then with other weights, so `EncodedBatch.with_weights` only overwrites the weights' bytes. Where the gradient
+travels as advantages, `EncodedBatch.with_advantages` lays other fields beside the targets.
 """
 
 import math
@@ -19,6 +20,7 @@ from tinkex_py.types.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
 LossConfig = Mapping[str, float | str]
+WEIGHT_BYTES = 4
 
 _OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
 # No loss gives tensors of more dimensions than this.
@@ -67,6 +69,28 @@ class EncodedBatch:
             start += size
         assert start == flat.size, "weights must cover the datums exactly"
         return EncodedBatch(self.data, body, self.weights_at, self.weights_bytes)
+
+    def with_advantages(self, logprobs: Array, advantages: Array) -> "EncodedBatch":
+        """The same datums with `logprobs` and `advantages` instead of weights.
+
+        Args:
+            logprobs: float32, all datums' end to end, of targets with one dimension.
+            advantages: the same for the advantages.
+        """
+        body = bytearray()
+        start = 0
+        for datum in self.data:
+            targets = datum.loss_fn_inputs["target_tokens"]
+            stop = start + math.prod(targets.shape)
+            inputs = {
+                "target_tokens": _tensor(targets),
+                "logprobs": _floats(logprobs[start:stop], targets.shape),
+                "advantages": _floats(advantages[start:stop], targets.shape),
+            }
+            _append(body, _input_bytes(datum) + wire.Datum(loss_fn_inputs=inputs).SerializeToString())
+            start = stop
+        assert start == logprobs.size == advantages.size, "logprobs and advantages must cover the datums exactly"
+        return EncodedBatch(self.data, body, (), ())
 
 
 NO_DATUMS = EncodedBatch((), bytearray(), (), ())
@@ -276,6 +300,11 @@ def _tensor(tensor: TensorData) -> wire.Tensor:
         return wire.Tensor(dense=tensor.data.tobytes(), dtype=dtype, shape=tensor.shape)
     sparse = wire.SparseCsr(values=tensor.data.tobytes(), crow_indices=crow.tobytes(), col_indices=col.tobytes())
     return wire.Tensor(sparse_csr=sparse, dtype=dtype, shape=tensor.shape)
+
+
+def _floats(values: Array, shape: tuple[int, ...]) -> wire.Tensor:
+    numbers = np.ascontiguousarray(values, dtype="<f4").tobytes()
+    return wire.Tensor(dense=numbers, dtype=wire.DTYPE_FLOAT32, shape=shape)
 
 
 def _tensor_as_json(tensor: wire.Tensor) -> dict[str, Any]:

@@ -1,0 +1,262 @@
+"""Which of a service's losses carries the gradient of a custom step, and with which numbers.
+
+The protocol defines `cross_entropy` as `-sum(weights * logprobs)`, so weights of minus the gradient arrive as computed.
+Some services normalize instead. Two things tell them apart before the first backward pass: a table of known services,
+and the `loss:sum` that a forward pass with known weights reports.
+
+SkyRL's JAX backend divides each sequence's loss by the sum of its weights, and the gradient by the number of sequences
+since the last optimizer step. There `importance_sampling` carries the gradient: without weights the first divisor is
+the sequence's length `T`, and the ratio `exp(p - q)` is 1 where q are the logprobs of the step's own forward pass, so
+advantages of `-gradient * T * sequences` arrive as computed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from tinkex_py import telemetry
+from tinkex_py.errors import InvalidData, PipelineError, SurrogateMismatch, UnsupportedFeature
+from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
+from tinkex_py.types.tensors import Array
+
+Carrier = Literal["cross_entropy", "importance_sampling"]
+Surrogate = Literal["auto", "cross_entropy", "importance_sampling"]
+SURROGATES: tuple[Surrogate, ...] = ("auto", "cross_entropy", "importance_sampling")
+
+# Services may sum in bfloat16; every way to normalize changes the loss of the measuring weights far more.
+_TOLERANCE = 0.01
+# Below this the logprobs of a pass are too close to 0 to measure anything with.
+_LEAST_LOSS = 1e-3
+
+
+@dataclass(frozen=True)
+class KnownService:
+    """A service that its forward passes betray.
+
+    Attributes:
+        title: for messages.
+        carrier: what carries a gradient there.
+        answers: whether the result of a forward pass is of this service.
+    """
+
+    title: str
+    carrier: Carrier
+    answers: Callable[[ForwardBackwardOutput], bool]
+
+
+def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
+    # SkyRL's other backends give no elementwise loss on a forward pass.
+    fields = {name for name, packed in forward.packed.items() if packed.values.size}
+    return (
+        fields == {"elementwise_loss", "logprobs"} and forward.loss_fn_output_type == "scalar" and not forward.metrics
+    )
+
+
+KNOWN_SERVICES = (KnownService("SkyRL with the JAX backend", "importance_sampling", _is_skyrl_jax),)
+
+
+@dataclass
+class ServiceCarrier:
+    """What this session has learnt about its service.
+
+    Attributes:
+        known: the carrier; None until a forward pass has shown it.
+        refusal: why there is none.
+    """
+
+    known: Carrier | None = None
+    refusal: str | None = None
+
+    def for_step(self, surrogate: Surrogate) -> Carrier | None:
+        """The carrier of a step, or None if its forward pass has to show it.
+
+        Raises:
+            UnsupportedFeature: the service has none.
+        """
+        if surrogate != "auto":
+            return surrogate
+        if self.refusal is not None:
+            raise UnsupportedFeature(self.refusal)
+        return self.known
+
+    def learn(self, forward: ForwardBackwardOutput, logprobs: PackedTensor, weights: Array) -> Carrier:
+        """What a forward pass shows.
+
+        Args:
+            forward: its result.
+            logprobs: the logprobs in it.
+            weights: the weights that were sent with it, float32, all datums' end to end.
+
+        Raises:
+            UnsupportedFeature: the service normalizes in a way that no carrier makes up for.
+        """
+        for service in KNOWN_SERVICES:
+            if service.answers(forward):
+                return self._keep(service.carrier, f"its forward pass is that of {service.title}")
+        reported = forward.metrics.get("loss:sum")
+        if reported is None:
+            return self._keep(
+                "cross_entropy", "its forward pass reports no loss:sum, so the protocol is taken at its word"
+            )
+        with np.errstate(all="ignore"):
+            expected = -float(np.dot(weights.astype(np.float64), logprobs.values.astype(np.float64)))
+        if not math.isfinite(expected) or abs(expected) < _LEAST_LOSS:
+            return "cross_entropy"
+        if not abs(reported - expected) <= _TOLERANCE * abs(expected):
+            self.refusal = (
+                "the service's cross_entropy is not -sum(weights * logprobs): its forward pass reports loss:sum "
+                f"{reported:.6g} where that is {expected:.6g}, so the gradient of a custom loss would not arrive as "
+                "computed, and no backward pass was sent. If you know better, choose surrogate='cross_entropy', or "
+                "'importance_sampling' for a service that divides each sequence's loss by its length and the gradient "
+                "by the number of sequences"
+            )
+            raise UnsupportedFeature(self.refusal)
+        # One datum or one token would not show a division by the number of datums or of tokens.
+        if len(logprobs) > 1 and logprobs.values.size > len(logprobs):
+            self._keep("cross_entropy", "loss:sum of its forward pass is -sum(weights * logprobs)")
+        return "cross_entropy"
+
+    def _keep(self, carrier: Carrier, explanation: str) -> Carrier:
+        if self.known is None:
+            metadata = {"carrier": carrier, "explanation": explanation}
+            telemetry.emit("tinkex.custom_loss.carrier", {}, metadata)
+        self.known = carrier
+        return carrier
+
+
+def check_surrogate(surrogate: str, sequences_per_step: int | None, execution: str) -> None:
+    """Checks the options that say how a gradient travels.
+
+    Raises:
+        InvalidData: one of them cannot be used.
+    """
+    if surrogate not in SURROGATES:
+        raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {surrogate!r}")
+    if sequences_per_step is not None and (
+        isinstance(sequences_per_step, bool) or not isinstance(sequences_per_step, int) or sequences_per_step < 1  # pyright: ignore[reportUnnecessaryIsInstance]
+    ):
+        raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {sequences_per_step!r}")
+    if execution == "server" and surrogate != "auto":
+        raise InvalidData(f"surrogate={surrogate!r} has no meaning with execution='server': no gradient travels then")
+
+
+def check_sequences(sequences_per_step: int | None, count: int) -> int:
+    """The number of datums of the whole accumulation; by default those of this call.
+
+    Raises:
+        InvalidData: this call alone has more.
+    """
+    if sequences_per_step is None:
+        return count
+    if sequences_per_step < count:
+        raise InvalidData(
+            f"sequences_per_step={sequences_per_step} is less than the {count} datums of this call alone; it is the "
+            "number of datums of all calls up to the next optim_step"
+        )
+    return sequences_per_step
+
+
+def has_candidates(data: Sequence[Datum]) -> bool:
+    """Whether any datum has targets of more than one dimension."""
+    return any(len(datum.loss_fn_inputs["target_tokens"].shape) != 1 for datum in data)
+
+
+def check_one_dimensional(data: Sequence[Datum]) -> None:
+    """Checks that importance_sampling can carry a gradient of these targets.
+
+    Raises:
+        UnsupportedFeature: naming the first datum whose targets are not `[T]`.
+    """
+    for index, datum in enumerate(data):
+        shape = datum.loss_fn_inputs["target_tokens"].shape
+        if len(shape) != 1:
+            raise UnsupportedFeature(
+                f"target_tokens of datum {index} have shape {shape}, but this service's gradients travel in "
+                "importance_sampling, which only takes targets of [T]; nothing was sent for these datums"
+            )
+
+
+def measuring_sample(data: Sequence[Datum]) -> list[Datum]:
+    """Two datums with targets of `[T]`, to measure a service with before data of other shapes is sent."""
+    first = max(data, key=lambda datum: datum.model_input.length)
+    targets = first.loss_fn_inputs["target_tokens"].to_numpy().reshape(first.model_input.length, -1)[:, 0]
+    sample = Datum(model_input=first.model_input, loss_fn_inputs={"target_tokens": TensorData.from_numpy(targets)})
+    return [sample, sample]
+
+
+def measuring_weights(size: int) -> Array:
+    """Weights that show whether they are summed: not uniform, and with a sum that is not near 1, float32 `[size]`."""
+    return (2 + np.arange(size) % 3).astype(np.float32)
+
+
+def advantages_of(gradient: Array, logprobs: PackedTensor, sequences: int) -> Array:
+    """The advantages whose importance_sampling gradient is the given one: `-gradient * T * sequences`.
+
+    Args:
+        gradient: d(loss)/d(logprobs) of all datums end to end, `[N]`.
+        logprobs: logprobs of the step's forward pass; they tell the lengths `T`.
+        sequences: number of datums since the last optimizer step, this call's and later ones' included.
+
+    Returns:
+        float32 `[N]`.
+
+    Raises:
+        PipelineError: a logprob is not finite, or an advantage does not fit into float32.
+    """
+    if not np.isfinite(logprobs.values).all():
+        raise PipelineError(
+            "the forward pass gave logprobs that are not finite, which importance_sampling cannot carry a gradient of; "
+            "no backward pass was sent"
+        )
+    lengths = np.diff(logprobs.offsets)
+    with np.errstate(over="ignore"):
+        advantages = -(gradient.astype(np.float64) * np.repeat(lengths, lengths) * sequences).astype(np.float32)
+    if not np.isfinite(advantages).all():
+        raise PipelineError(
+            f"the gradient times length times {sequences} sequences does not fit into float32; no backward pass was "
+            "sent"
+        )
+    return advantages
+
+
+@dataclass
+class HeldCall:
+    """One gradient call whose datums the service holds.
+
+    Attributes:
+        datums: how many of them, as far as is known.
+        promised: the number of datums that its gradient was scaled for; None if it does not depend on that.
+    """
+
+    datums: int
+    promised: int | None
+
+
+@dataclass
+class HeldSequences:
+    """The gradient calls since the last optimizer step."""
+
+    calls: list[HeldCall] = field(default_factory=list[HeldCall])
+
+    def check(self) -> None:
+        """Checks that the service divides by the number that the gradients were scaled for.
+
+        Raises:
+            SurrogateMismatch: it holds another number of datums.
+        """
+        held = sum(call.datums for call in self.calls)
+        promised = {call.promised for call in self.calls if call.datums and call.promised is not None}
+        wrong = sorted(promised - {held})
+        if not wrong:
+            return
+        way_out = "make a new client from the last checkpoint, and give every call sequences_per_step=" + str(held)
+        if promised == {wrong[0]} and held < wrong[0]:
+            way_out = f"send the other {wrong[0] - held} datums with sequences_per_step={wrong[0]} first, or {way_out}"
+        raise SurrogateMismatch(
+            f"the service divides by the {held} datums since the last optim_step, but gradients were scaled for "
+            f"{' and '.join(map(str, wrong))} (sequences_per_step; the default is one call's datums). The optim_step "
+            f"was not sent: {way_out}"
+        )
