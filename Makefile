@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types docs clean
+.PHONY: help install demo test conformance lint types docs clean
 .SUFFIXES:
 
 help:
 	@echo "make demo   fine-tune SmolLM2 with a composed loss (under 10 minutes on 2 cores)"
 	@echo "make test   all tests, with branch coverage"
+	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
 	@echo "make docs   the documentation, into site/"
@@ -39,6 +40,10 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest -q $(ARGS)
 endif
+
+# ARGS names pairs, such as skyrl-0.4.0; without it all are run.
+conformance: $(STAMP)
+	@$(BIN)/python -m tests.peers $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .

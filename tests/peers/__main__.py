@@ -1,0 +1,73 @@
+"""Runs the flows of the pairs, prints the table, and writes it into docs/compatibility.md.
+
+python -m tests.peers [PAIR ...]
+"""
+
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.peers import results
+from tests.peers.flows import FLOWS
+from tests.peers.installs import ROOT, peers_folder
+from tests.peers.pairs import PAIRS, Pair, program_output
+from tests.peers.process import PeerError
+
+PAGE = ROOT / "docs" / "compatibility.md"
+STYLES = {"pass": "green", "unsupported": "yellow", "absent": "dim", "fail": "bold red"}
+PATIENCE = 900.0
+
+
+def run(pair: Pair) -> results.Column:
+    with tempfile.TemporaryDirectory(prefix="tinkex-peer-") as name, pair.serve(Path(name)) as peer:
+        errors = peers_folder() / "results" / f"{pair.name}.stderr"
+        errors.parent.mkdir(parents=True, exist_ok=True)
+        cells = results.cells_from(program_output(pair, peer, errors, PATIENCE).splitlines())
+        return results.Column(pair.head, pair.client, peer.version, f"{datetime.now(UTC):%Y-%m-%d}", cells)
+
+
+def kept(pair: Pair) -> Path:
+    return ROOT / ".peers" / "results" / f"{pair.name}.json"
+
+
+def print_table(columns: list[results.Column], console: Console) -> None:
+    table = Table("flow", *(column.head for column in columns))
+    for flow in FLOWS:
+        outcomes = [column.cells[flow].outcome for column in columns]
+        table.add_row(flow, *(f"[{STYLES[outcome]}]{results.WORDS[outcome]}" for outcome in outcomes))
+    console.print(table)
+
+
+def main(wanted: list[str]) -> int:
+    console = Console(width=200)
+    names = [pair.name for pair in PAIRS]
+    if unknown := set(wanted) - set(names):
+        console.print(f"no pair {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        return 2
+    broken = False
+    for pair in PAIRS:
+        if wanted and pair.name not in wanted:
+            continue
+        console.print(f"{pair.head} ...")
+        try:
+            column = run(pair)
+        except PeerError as error:
+            console.print(f"{pair.head}: {error}", markup=False)
+            broken = True
+            continue
+        results.save(column, kept(pair))
+        for flow, cell in column.cells.items():
+            if cell.outcome == "fail":
+                console.print(f"  {flow}: {cell.detail}", markup=False)
+    columns = [results.load(kept(pair)) for pair in PAIRS if kept(pair).exists()]
+    print_table(columns, console)
+    PAGE.write_text(results.with_block(PAGE.read_text(), results.markdown(columns)))
+    return int(broken or any(column.has_failed for column in columns))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

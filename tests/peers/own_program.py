@@ -1,0 +1,320 @@
+"""Runs in a process of its own: the flows of this package's client against a service. One JSON line per flow.
+
+python -m tests.peers.own_program BASE_URL API_KEY BASE_MODEL [--made-up-numbers]
+"""
+
+import asyncio
+import itertools
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import torch
+
+from tests.peers.flows import FLOWS, tell
+from tinkex_py import (
+    AdamParams,
+    AsyncServiceClient,
+    AsyncTrainingClient,
+    Datum,
+    ModelInput,
+    RegularizerSpec,
+    RetryPolicy,
+    SamplingParams,
+    TinkexConfig,
+    UnsupportedFeature,
+)
+from tinkex_py.client.sampling import AsyncSamplingClient
+from tinkex_py.errors import APIStatusError, RequestFailed
+from tinkex_py.regularizers import L2
+
+TOKENS = [104, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
+STEP = AdamParams(learning_rate=1e-2)
+PATIENCE = 120.0
+
+
+class NumbersMadeUpError(Exception):
+    """The server computes nothing, so there is nothing to compare."""
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+def datum(ids: list[int], **inputs: object) -> Datum:
+    return Datum(model_input=ModelInput.from_ints(ids[:-1]), loss_fn_inputs={"target_tokens": ids[1:], **inputs})
+
+
+def weighted(ids: list[int]) -> Datum:
+    return datum(ids, weights=[1.0] * (len(ids) - 1))
+
+
+def nll(data: list[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    return -logprobs.sum()
+
+
+class Flows:
+    """What the flows share. A failed flow drops its clients."""
+
+    def __init__(self, service: AsyncServiceClient, model: str, *, made_up: bool) -> None:
+        self.service = service
+        self.model = model
+        self.made_up = made_up
+        self.rest = service.create_rest_client()
+        self.data = [weighted(TOKENS), weighted(TOKENS[:5])]
+        self.prompt = ModelInput.from_ints(TOKENS)
+        self._training: AsyncTrainingClient | None = None
+        self._sampler: AsyncSamplingClient | None = None
+        self._state: str | None = None
+
+    async def training(self) -> AsyncTrainingClient:
+        if self._training is None:
+            self._training = await self.service.create_lora_training_client(self.model, rank=8, seed=3)
+        return self._training
+
+    async def sampler(self) -> AsyncSamplingClient:
+        if self._sampler is None:
+            self._sampler = await (await self.training()).save_weights_and_get_sampling_client()
+        return self._sampler
+
+    async def state(self) -> str:
+        if self._state is None:
+            self._state = (await (await self.training()).save_state("state")).path
+        return self._state
+
+    def drop(self) -> None:
+        self._training = self._sampler = None
+
+    def number(self, holds: bool, what: str) -> None:
+        if not holds and self.made_up:
+            raise NumbersMadeUpError("this server makes its numbers up")
+        check(holds, what)
+
+    async def loss(self, training: AsyncTrainingClient | None = None) -> float:
+        output = await (training or await self.training()).forward(self.data)
+        return sum(-float(item["logprobs"].to_torch().sum()) for item in output.loss_fn_outputs)
+
+    async def create(self) -> None:
+        info = await (await self.training()).get_info()
+        check(info.model_data.model_name == self.model, f"the model's name is {info.model_data.model_name!r}")
+
+    async def unknown_model(self) -> None:
+        try:
+            await self.service.create_lora_training_client("no-such-model", rank=8)
+        except (APIStatusError, RequestFailed):
+            return
+        raise AssertionError("a model that is not there was created")
+
+    async def forward(self) -> None:
+        output = await (await self.training()).forward(self.data)
+        lengths = [len(item["logprobs"].data) for item in output.loss_fn_outputs]
+        check(lengths == [10, 4], f"logprobs of lengths {lengths}")
+        before = await self.loss()
+        self.number(before == await self.loss(), "a forward pass changed something")
+
+    async def forward_backward(self) -> None:
+        output = await (await self.training()).forward_backward(self.data)
+        given = sum(-float(item["logprobs"].to_torch().sum()) for item in output.loss_fn_outputs)
+        self.number(abs(given - await self.loss()) < 1e-3, "forward and forward_backward differ")
+
+    async def policy_losses(self) -> None:
+        inputs = {"logprobs": [-5.0] * 10, "advantages": torch.linspace(-1, 1, 10)}
+        for name in ("importance_sampling", "ppo", "cispo"):
+            output = await (await self.training()).forward_backward([datum(TOKENS, **inputs)], name)
+            check(len(output.loss_fn_outputs[0]["logprobs"].data) == 10, f"{name}: wrong logprobs")
+
+    async def optim_step(self) -> None:
+        training, before = await self.training(), await self.loss()
+        await training.forward_backward(self.data)
+        await training.optim_step(STEP)
+        self.number(await self.loss() != before, "the step changed nothing")
+
+    async def custom(self) -> None:
+        training, before = await self.training(), await self.loss()
+        output = await training.forward_backward_custom(self.data, nll)
+        self.number(abs(output.loss_total - before) < 1e-3, f"loss {output.loss_total}, expected {before}")
+        await training.optim_step(STEP)
+        self.number(await self.loss() < before, "the custom loss did not fall")
+
+    async def with_regularizers(self) -> None:
+        training = await self.training()
+        terms = [RegularizerSpec(fn=L2(), weight=0.01, name="l2")]
+        totals = []
+        for _ in range(2):
+            output = await training.forward_backward_custom(
+                self.data, nll, regularizers=terms, track_grad_norms=True, timeout=60.0
+            )
+            check(output.regularizers["l2"].grad_norm is not None, "no norm")
+            totals.append(output.loss_total)
+            await training.optim_step(AdamParams(learning_rate=1e-3))
+        self.number(totals[1] < totals[0], f"totals {totals}")
+
+    async def many_datums(self) -> None:
+        training = await self.training()
+        output = await training.forward_backward([weighted(TOKENS)] * 300)
+        check(len(output.loss_fn_outputs) == 300, f"{len(output.loss_fn_outputs)} outputs")
+        await training.optim_step(AdamParams(learning_rate=0.0))
+
+    async def lowers(self) -> None:
+        self.drop()  # the momentum of the steps before is no part of this
+        training = await self.training()
+        losses = []
+        for _ in range(4):
+            losses.append(await self.loss())
+            await asyncio.gather(
+                training.forward_backward(self.data), training.optim_step(AdamParams(learning_rate=1e-3))
+            )
+        self.number(all(later < earlier for earlier, later in itertools.pairwise(losses)), f"losses {losses}")
+
+    async def save_state(self) -> None:
+        check((await self.state()).startswith("tinker://"), f"the path is {await self.state()!r}")
+
+    async def from_state(self) -> None:
+        training, expected = await self.training(), await self.loss()
+        path = (await training.save_state("plain")).path
+        again = await self.service.create_training_client_from_state(path)
+        self.number(abs(await self.loss(again) - expected) < 1e-3, "another loss after loading")
+
+    async def with_optimizer(self) -> None:
+        training = await self.training()
+        path = (await training.save_state("optimizer")).path
+        again = await self.service.create_training_client_from_state(path, with_optimizer=True)
+        losses = []
+        for client in (training, again):
+            await client.forward_backward(self.data)
+            await client.optim_step(STEP)
+            losses.append(await self.loss(client))
+        self.number(abs(losses[0] - losses[1]) < 1e-3, f"next losses {losses}")
+
+    async def get_sampler(self) -> None:
+        await self.sampler()
+
+    async def sample(self) -> None:
+        drawn = await (await self.sampler()).sample(self.prompt, num_samples=2, sampling_params=GREEDY)
+        tokens = [list(sequence.tokens) for sequence in drawn.sequences]
+        check(len(tokens) == 2 and all(tokens), f"drew {tokens}")
+        self.number(tokens[0] == tokens[1], f"drew {tokens}")
+
+    async def compute_logprobs(self) -> None:
+        scored = await (await self.sampler()).compute_logprobs(self.prompt)
+        check(len(scored) == len(TOKENS) and scored[0] is None, f"scores {scored}")
+        output = await (await self.training()).forward([self.data[0]])
+        expected = output.loss_fn_outputs[0]["logprobs"].to_torch()
+        close = torch.allclose(torch.tensor(scored[1:]), expected, atol=1e-2)
+        self.number(close, f"scores {scored} against {expected.tolist()}")
+
+    async def topk(self) -> None:
+        drawn = await (await self.sampler()).sample(
+            self.prompt,
+            sampling_params=SamplingParams(max_tokens=1),
+            include_prompt_logprobs=True,
+            topk_prompt_logprobs=3,
+        )
+        counts = [row and len(row) for row in drawn.topk_prompt_logprobs or []]
+        check(counts == [None] + [3] * 10, f"{counts} tokens per position")
+
+    async def concurrent(self) -> None:
+        training = await self.training()
+        samplers = [await training.save_weights_and_get_sampling_client() for _ in range(3)]
+        requests = [client.sample(self.prompt, sampling_params=GREEDY) for client in samplers for _ in range(4)]
+        drawn = {tuple(response.sequences[0].tokens) for response in await asyncio.gather(*requests)}
+        self.number(len(drawn) == 1, f"greedy samples differ: {drawn}")
+
+    async def by_path(self) -> None:
+        path = (await (await self.training()).save_weights_for_sampler("sampler")).path
+        sampler = await self.service.create_sampling_client(model_path=path)
+        drawn = await sampler.sample(self.prompt, sampling_params=GREEDY)
+        check(len(drawn.sequences[0].tokens) > 0, "drew nothing")
+
+    async def run(self) -> str:
+        return (await self.state()).split("/")[2]
+
+    async def runs(self) -> None:
+        run = await self.run()
+        check(run in [item.training_run_id async for item in self.rest.training_runs()], "the run is missing")
+
+    async def checkpoints(self) -> None:
+        listed = [item.checkpoint_id async for item in self.rest.checkpoints(await self.run())]
+        check(any(name.endswith("state") for name in listed), f"the checkpoint is missing: {listed}")
+
+    async def all_checkpoints(self) -> None:
+        path = await self.state()
+        listed = [item.tinker_path async for item in self.rest.checkpoints()]
+        check(path in listed, f"the checkpoint is missing: {listed}")
+
+    async def sessions(self) -> None:
+        sessions = [item async for item in self.rest.sessions()]
+        check(len(sessions) > 0, "no session")
+
+    async def info(self) -> None:
+        info = await self.rest.get_weights_info(await self.state())
+        check(info.base_model == self.model and info.lora_rank in (8, None), f"{info}")
+
+    async def archive(self) -> None:
+        path = (await (await self.training()).save_weights_for_sampler("archive")).path
+        check(bool((await self.rest.get_archive_url(path)).url), "no address")
+
+    def steps(self) -> tuple[Callable[[], Awaitable[None]], ...]:
+        """In the order of FLOWS."""
+        return (
+            self.create,
+            self.unknown_model,
+            self.forward,
+            self.forward_backward,
+            self.policy_losses,
+            self.optim_step,
+            self.custom,
+            self.with_regularizers,
+            self.many_datums,
+            self.lowers,
+            self.save_state,
+            self.from_state,
+            self.with_optimizer,
+            self.get_sampler,
+            self.sample,
+            self.compute_logprobs,
+            self.topk,
+            self.concurrent,
+            self.by_path,
+            self.runs,
+            self.checkpoints,
+            self.all_checkpoints,
+            self.sessions,
+            self.info,
+            self.archive,
+        )
+
+
+async def attempt(flow: str, step: Callable[[], Awaitable[None]]) -> bool:
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await step()
+    except (UnsupportedFeature, NumbersMadeUpError) as error:
+        tell(flow, "unsupported", str(error)[:500])
+    except Exception as error:  # noqa: BLE001  # whatever the client raises is the outcome
+        tell(flow, "fail", f"{type(error).__name__}: {error}"[:500])
+        return False
+    else:
+        tell(flow, "pass")
+    return True
+
+
+@asynccontextmanager
+async def opened(base_url: str, api_key: str) -> AsyncIterator[AsyncServiceClient]:
+    retry = RetryPolicy(deadline=60.0, max_attempts=3)
+    async with AsyncServiceClient(TinkexConfig(base_url=base_url, api_key=api_key, retry=retry)) as service:
+        yield service
+
+
+async def main(base_url: str, api_key: str, model: str, *options: str) -> None:
+    async with opened(base_url, api_key) as service:
+        flows = Flows(service, model, made_up="--made-up-numbers" in options)
+        for flow, step in zip(FLOWS, flows.steps(), strict=True):
+            if not await attempt(flow, step):
+                flows.drop()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

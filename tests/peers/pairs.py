@@ -1,0 +1,86 @@
+"""The columns of the conformance table: who talks to whom."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tests.peers.embedded import embedded
+from tests.peers.hatchery import hatchery
+from tests.peers.installs import ROOT, SKYRL_030, SKYRL_040, official
+from tests.peers.peer import Peer
+from tests.peers.skyrl import skyrl
+from tests.peers.tuft import tuft
+from tinkex_py.version import __version__
+
+Serve = Callable[[Path], AbstractContextManager[Peer]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One column.
+
+    Args:
+        name: how it is asked for, `make conformance ARGS=name`.
+        head: how the table calls it.
+        client: name and version of the client.
+        command: the program and its interpreter; may install.
+        serve: starts the server in a folder.
+        options: further arguments of the program.
+    """
+
+    name: str
+    head: str
+    client: str
+    command: Callable[[], list[str]]
+    serve: Serve
+    options: tuple[str, ...] = ()
+
+
+def _official_command(version: str) -> list[str]:
+    is_here = importlib.metadata.version("tinker") == version
+    python = sys.executable if is_here else str(official(version).ensure().python)
+    return [python, str(Path(__file__).with_name("official_program.py"))]
+
+
+def _own_command() -> list[str]:
+    return [sys.executable, "-m", "tests.peers.own_program"]
+
+
+def _from_official(version: str) -> Pair:
+    client = f"tinker {version}"
+    return Pair(f"official-{version}", f"{client} -> ours", client, partial(_official_command, version), embedded)
+
+
+def _to(name: str, server: str, serve: Serve, *options: str) -> Pair:
+    return Pair(name, f"ours -> {server}", f"tinkex_py {__version__}", _own_command, serve, options)
+
+
+PAIRS = (
+    *(_from_official(version) for version in ("0.16.1", "0.24.1", "0.25.0", "0.38.0")),
+    _to("ours", "ours", embedded),
+    _to("skyrl-0.4.0", "SkyRL 0.4.0", partial(skyrl, SKYRL_040)),
+    _to("skyrl-0.3.0", "SkyRL 0.3.0", partial(skyrl, SKYRL_030)),
+    _to("tuft-hf", "TuFT hf", partial(tuft, "hf")),
+    _to("tuft-dummy", "TuFT dummy", partial(tuft, "dummy"), "--made-up-numbers"),
+    _to("hatchery", "hatchery", hatchery),
+)
+
+
+def program_output(pair: Pair, peer: Peer, errors: Path, patience: float) -> str:
+    """What the pair's program printed; of one that hangs, what it printed until then."""
+    command = [*pair.command(), peer.base_url, peer.api_key, peer.base_model, *pair.options]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TINKER_", "TINKEX_", "PYTHON"))}
+    environment = {**clean, "TINKER_TELEMETRY": "0", "OMP_NUM_THREADS": "1"}
+    with errors.open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment)
+        try:
+            return process.communicate(timeout=patience)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.communicate()[0]
