@@ -379,3 +379,48 @@ async def test_a_prompt_costs_more_bytes_after_it_was_turned_away():
             assert len(seen) == 24, "14 were turned away, then 10 of them go on"
             release.set()
             await asyncio.gather(*samples)
+
+
+async def test_a_score_left_out_for_the_first_token_is_none():
+    """As SkyRL's JAX backend: N - 1 prompt logprobs."""
+    result = {
+        "sequences": [{"tokens": [1], "logprobs": [-0.5], "stop_reason": "length"}],
+        "prompt_logprobs": [-float(number) for number in range(1, PROMPT.length)],
+    }
+    async with ScriptedServer() as server:
+        service = sampling_server(server, answer(json={"request_id": "1"}), answer(json=result))
+        async with service:
+            sampler = await sampler_of(type("Bench", (), {"service": service}))
+            assert await sampler.compute_logprobs(PROMPT) == [None, -1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        answer(400, json={"detail": "topk_prompt_logprobs is not supported by the JAX backend"}),
+        answer(json={"error": "topk_prompt_logprobs is not supported by the JAX backend", "category": "user"}),
+    ],
+)
+async def test_a_refusal_that_says_what_the_service_lacks(refusal):
+    async with ScriptedServer() as server:
+        service = sampling_server(server, answer(json={"request_id": "1"}), *[refusal] * 4)
+        async with service:
+            sampler = await sampler_of(type("Bench", (), {"service": service}))
+            host = server.url.removeprefix("http://")
+            with pytest.raises(UnsupportedFeature, match=f"^{host} cannot do this: sample with .*topk_prompt_logprobs"):
+                await sampler.sample(PROMPT, include_prompt_logprobs=True, topk_prompt_logprobs=2)
+
+
+async def test_a_service_without_sampling(bench):
+    """As TuFT in its hf mode."""
+    words = "Capability disabled: model tiny does not have the 'sampling' capability enabled on this server"
+    training = await bench.train()
+    bench.recorder.always["save_weights_for_sampler"] = answering(400, {"detail": words})
+    bench.recorder.always["create_sampling_session"] = answering(400, {"detail": words})
+    for wanted in (
+        training.save_weights_and_get_sampling_client(),
+        training.save_weights_for_sampler("s"),
+        bench.service.create_sampling_client(base_model="tiny"),
+    ):
+        with pytest.raises(UnsupportedFeature, match="cannot do this: .*'sampling' capability"):
+            await wanted
