@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.client.data import datum
 from tests.client.recorder import Arrival, answering, quick_config
 from tests.support.scripted_server import ScriptedServer, answer, computed
 from tinkex_py import (
@@ -424,3 +425,24 @@ async def test_a_service_without_sampling(bench):
     ):
         with pytest.raises(UnsupportedFeature, match="cannot do this: .*'sampling' capability"):
             await wanted
+
+
+async def test_training_goes_on_after_a_refusal_whose_number_was_not_counted(bench):
+    """As TuFT in its hf mode: the request fails before its number is looked at. The service here is strict about gaps."""
+
+    async def refused(arrival: Arrival, serve: Any, send: Any) -> None:
+        if arrival.json["request_id"] == "refused":
+            words = "Capability disabled: model tiny does not have the 'sampling' capability enabled on this server"
+            await answering(200, {"error": words, "category": "user"})(arrival, serve, send)
+        else:
+            await serve(send)
+
+    training = await bench.train()
+    bench.recorder.always["save_weights_for_sampler"] = answering(200, {"request_id": "refused"})
+    bench.recorder.always["retrieve_future"] = refused
+    for _ in range(2):
+        with pytest.raises(UnsupportedFeature, match="cannot do this: save_weights_for_sampler"):
+            await training.save_weights_and_get_sampling_client()
+    assert (await training.forward([datum(3, 1)])).metrics["loss:sum"] > 0
+    await training.forward_backward([datum(3, 1)])
+    await training.optim_step()

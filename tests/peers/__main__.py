@@ -49,7 +49,7 @@ def print_table(columns: list[results.Column], console: Console) -> None:
 
 
 def main(wanted: list[str]) -> int:
-    console = Console(width=200)
+    console = Console(width=260)
     names = [pair.name for pair in PAIRS]
     if unknown := set(wanted) - set(names):
         console.print(f"no pair {', '.join(sorted(unknown))}; there are {', '.join(names)}")

@@ -11,6 +11,12 @@ _LACKS_IT = re.compile(
     r"\b(not (yet )?(supported|implemented)|unsupported|(does not|doesn't) support|capability disabled)\b",
     re.IGNORECASE,
 )
+_NOT_COUNTED = re.compile(r"\bcapability disabled\b", re.IGNORECASE)
+
+
+def was_not_counted(error: RequestFailed) -> bool:
+    """Whether the service did not count the refused number. TuFT looks at capabilities before it looks at numbers."""
+    return _NOT_COUNTED.search(str(error)) is not None
 
 
 @contextmanager

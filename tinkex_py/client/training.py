@@ -10,7 +10,7 @@ from tinkex_py import telemetry
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.queue import QueueWatch
-from tinkex_py.client.refusals import told_as_unsupported
+from tinkex_py.client.refusals import told_as_unsupported, was_not_counted
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import Execution, check_execution, server_step
 from tinkex_py.client.steps import OptimizerSteps
@@ -432,7 +432,12 @@ class AsyncTrainingClient:
                 "type": "save_weights_for_sampler",
             }
             body.update({"kind": "inflight"} if inflight else {})
-            fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            try:
+                fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            except RequestFailed as error:
+                if was_not_counted(error):
+                    self._lane.give_back(place)
+                raise
             saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
             if saved_session is None:
                 raise InvalidResponse("save_weights_for_sampler gave no sampling_session_id")
