@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import time
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -541,3 +542,22 @@ async def test_paths_are_read_back(run_id, kind, name):
     assert path.checkpoint_id == f"{kind}/{name}"
     for part in (run_id, name):
         assert not set(url_segment(part)) & set("/?#% ") - {"%"}
+
+
+async def test_addresses_in_the_forms_of_other_services():
+    """SkyRL leaves the kind of sampler weights out; hatchery has a kind of its own."""
+    archive = "/api/v1/training_runs/r/checkpoints/sampler_weights/x/archive"
+    alone = "/api/v1/training_runs/r/checkpoints/x/archive"
+    async with ScriptedServer() as server:
+        server.script(archive, answer(404, json={"detail": "Not Found"}))
+        server.script(alone, answer(302, headers={"location": "http://127.0.0.1:1/x.tar"}))
+        server.script("/api/v1/weights_info", answer(json={"base_model": "tiny", "is_lora": True, "lora_rank": 4}))
+        async with aclosing(AsyncServiceClient(quick_config(server.url))) as service:
+            rest = service.create_rest_client()
+            assert (await rest.get_archive_url("tinker://r/x")).url == "http://127.0.0.1:1/x.tar"
+            assert (await rest.get_weights_info("tinker://r/checkpoints/x")).lora_rank == 4
+            for bad in ("", "x", "tinker://r", "tinker://r/../x", "tinker://r//x", None):
+                with pytest.raises(InvalidData):
+                    await rest.get_weights_info(bad)
+        (asked,) = server.requests_to("/api/v1/weights_info")
+        assert asked.json() == {"tinker_path": "tinker://r/checkpoints/x"}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.client.data import datum
 from tests.client.recorder import Arrival, answering, quick_config
 from tests.support.scripted_server import ScriptedServer, answer, computed
 from tinkex_py import (
@@ -379,3 +380,69 @@ async def test_a_prompt_costs_more_bytes_after_it_was_turned_away():
             assert len(seen) == 24, "14 were turned away, then 10 of them go on"
             release.set()
             await asyncio.gather(*samples)
+
+
+async def test_a_score_left_out_for_the_first_token_is_none():
+    """As SkyRL's JAX backend: N - 1 prompt logprobs."""
+    result = {
+        "sequences": [{"tokens": [1], "logprobs": [-0.5], "stop_reason": "length"}],
+        "prompt_logprobs": [-float(number) for number in range(1, PROMPT.length)],
+    }
+    async with ScriptedServer() as server:
+        service = sampling_server(server, answer(json={"request_id": "1"}), answer(json=result))
+        async with service:
+            sampler = await sampler_of(type("Bench", (), {"service": service}))
+            assert await sampler.compute_logprobs(PROMPT) == [None, -1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        answer(400, json={"detail": "topk_prompt_logprobs is not supported by the JAX backend"}),
+        answer(json={"error": "topk_prompt_logprobs is not supported by the JAX backend", "category": "user"}),
+    ],
+)
+async def test_a_refusal_that_says_what_the_service_lacks(refusal):
+    async with ScriptedServer() as server:
+        service = sampling_server(server, answer(json={"request_id": "1"}), *[refusal] * 4)
+        async with service:
+            sampler = await sampler_of(type("Bench", (), {"service": service}))
+            host = server.url.removeprefix("http://")
+            with pytest.raises(UnsupportedFeature, match=f"^{host} cannot do this: sample with .*topk_prompt_logprobs"):
+                await sampler.sample(PROMPT, include_prompt_logprobs=True, topk_prompt_logprobs=2)
+
+
+async def test_a_service_without_sampling(bench):
+    """As TuFT in its hf mode."""
+    words = "Capability disabled: model tiny does not have the 'sampling' capability enabled on this server"
+    training = await bench.train()
+    bench.recorder.always["save_weights_for_sampler"] = answering(400, {"detail": words})
+    bench.recorder.always["create_sampling_session"] = answering(400, {"detail": words})
+    for wanted in (
+        training.save_weights_and_get_sampling_client(),
+        training.save_weights_for_sampler("s"),
+        bench.service.create_sampling_client(base_model="tiny"),
+    ):
+        with pytest.raises(UnsupportedFeature, match="cannot do this: .*'sampling' capability"):
+            await wanted
+
+
+async def test_training_goes_on_after_a_refusal_whose_number_was_not_counted(bench):
+    """As TuFT in its hf mode: the request fails before its number is looked at. The service here is strict about gaps."""
+
+    async def refused(arrival: Arrival, serve: Any, send: Any) -> None:
+        if arrival.json["request_id"] == "refused":
+            words = "Capability disabled: model tiny does not have the 'sampling' capability enabled on this server"
+            await answering(200, {"error": words, "category": "user"})(arrival, serve, send)
+        else:
+            await serve(send)
+
+    training = await bench.train()
+    bench.recorder.always["save_weights_for_sampler"] = answering(200, {"request_id": "refused"})
+    bench.recorder.always["retrieve_future"] = refused
+    for _ in range(2):
+        with pytest.raises(UnsupportedFeature, match="cannot do this: save_weights_for_sampler"):
+            await training.save_weights_and_get_sampling_client()
+    assert (await training.forward([datum(3, 1)])).metrics["loss:sum"] > 0
+    await training.forward_backward([datum(3, 1)])
+    await training.optim_step()

@@ -27,7 +27,13 @@ def run(pair: Pair) -> results.Column:
         errors = peers_folder() / "results" / f"{pair.name}.stderr"
         errors.parent.mkdir(parents=True, exist_ok=True)
         cells = results.cells_from(program_output(pair, peer, errors, PATIENCE).splitlines())
-        return results.Column(pair.head, pair.client, peer.version, f"{datetime.now(UTC):%Y-%m-%d}", cells)
+        return results.Column(
+            pair.head,
+            pair.client,
+            peer.version,
+            f"{datetime.now(UTC):%Y-%m-%d}",
+            results.with_defects(cells, pair.defects),
+        )
 
 
 def kept(pair: Pair) -> Path:
@@ -43,7 +49,7 @@ def print_table(columns: list[results.Column], console: Console) -> None:
 
 
 def main(wanted: list[str]) -> int:
-    console = Console(width=200)
+    console = Console(width=260)
     names = [pair.name for pair in PAIRS]
     if unknown := set(wanted) - set(names):
         console.print(f"no pair {', '.join(sorted(unknown))}; there are {', '.join(names)}")

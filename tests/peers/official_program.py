@@ -132,7 +132,7 @@ class Flows:
         check(len(output.loss_fn_outputs) == 300, f"{len(output.loss_fn_outputs)} outputs")
         first = -float(output.loss_fn_outputs[0]["logprobs"].to_torch().sum())
         check(abs(output.metrics["loss:sum"] - 300 * first) < 1e-2 * 300, f"loss:sum is {output.metrics}")
-        self.training.optim_step(types.AdamParams(learning_rate=0.0)).result()
+        self.training.optim_step(types.AdamParams(learning_rate=1e-6)).result()
 
     def lowers(self) -> None:
         self.drop()  # the momentum of the steps before is no part of this
@@ -232,6 +232,8 @@ class Flows:
         check(info.lora_rank == 8 and info.base_model == self.model, f"{info}")
 
     def archive(self) -> None:
+        if not hasattr(self.rest, "get_checkpoint_archive_url_from_tinker_path"):
+            raise AbsentInSdkError("get_checkpoint_archive_url_from_tinker_path")
         path = self.training.save_weights_for_sampler("archive").result().path
         answer = self.rest.get_checkpoint_archive_url_from_tinker_path(path).result()
         check(bool(answer.url), "no address")

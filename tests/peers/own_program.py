@@ -1,6 +1,6 @@
 """Runs in a process of its own: the flows of this package's client against a service. One JSON line per flow.
 
-python -m tests.peers.own_program BASE_URL API_KEY BASE_MODEL [--made-up-numbers]
+python -m tests.peers.own_program BASE_URL API_KEY BASE_MODEL [--made-up-numbers] [--half-precision]
 """
 
 import asyncio
@@ -25,13 +25,17 @@ from tinkex_py import (
     UnsupportedFeature,
 )
 from tinkex_py.client.sampling import AsyncSamplingClient
-from tinkex_py.errors import APIStatusError, RequestFailed
+from tinkex_py.errors import APIStatusError, RequestFailed, TimeoutExceeded
 from tinkex_py.regularizers import L2
 
 TOKENS = [104, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
 STEP = AdamParams(learning_rate=1e-2)
 PATIENCE = 120.0
+
+
+class NeverRefusesError(Exception):
+    """The server says nothing about a base model that it does not have."""
 
 
 class NumbersMadeUpError(Exception):
@@ -58,10 +62,11 @@ def nll(data: list[Datum], logprobs: torch.Tensor) -> torch.Tensor:
 class Flows:
     """What the flows share. A failed flow drops its clients."""
 
-    def __init__(self, service: AsyncServiceClient, model: str, *, made_up: bool) -> None:
+    def __init__(self, service: AsyncServiceClient, model: str, *, made_up: bool, tolerance: float) -> None:
         self.service = service
         self.model = model
         self.made_up = made_up
+        self.tolerance = tolerance
         self.rest = service.create_rest_client()
         self.data = [weighted(TOKENS), weighted(TOKENS[:5])]
         self.prompt = ModelInput.from_ints(TOKENS)
@@ -105,7 +110,9 @@ class Flows:
             await self.service.create_lora_training_client("no-such-model", rank=8)
         except (APIStatusError, RequestFailed):
             return
-        raise AssertionError("a model that is not there was created")
+        except TimeoutExceeded:
+            raise NeverRefusesError("this server does not answer where it does not have the model") from None
+        raise NeverRefusesError("this server takes any name of a base model, and trains the one it has")
 
     async def forward(self) -> None:
         output = await (await self.training()).forward(self.data)
@@ -117,7 +124,7 @@ class Flows:
     async def forward_backward(self) -> None:
         output = await (await self.training()).forward_backward(self.data)
         given = sum(-float(item["logprobs"].to_torch().sum()) for item in output.loss_fn_outputs)
-        self.number(abs(given - await self.loss()) < 1e-3, "forward and forward_backward differ")
+        self.number(abs(given - await self.loss()) < self.tolerance, "forward and forward_backward differ")
 
     async def policy_losses(self) -> None:
         inputs = {"logprobs": [-5.0] * 10, "advantages": torch.linspace(-1, 1, 10)}
@@ -134,7 +141,7 @@ class Flows:
     async def custom(self) -> None:
         training, before = await self.training(), await self.loss()
         output = await training.forward_backward_custom(self.data, nll)
-        self.number(abs(output.loss_total - before) < 1e-3, f"loss {output.loss_total}, expected {before}")
+        self.number(abs(output.loss_total - before) < self.tolerance, f"loss {output.loss_total}, expected {before}")
         await training.optim_step(STEP)
         self.number(await self.loss() < before, "the custom loss did not fall")
 
@@ -155,7 +162,7 @@ class Flows:
         training = await self.training()
         output = await training.forward_backward([weighted(TOKENS)] * 300)
         check(len(output.loss_fn_outputs) == 300, f"{len(output.loss_fn_outputs)} outputs")
-        await training.optim_step(AdamParams(learning_rate=0.0))
+        await training.optim_step(AdamParams(learning_rate=1e-6))
 
     async def lowers(self) -> None:
         self.drop()  # the momentum of the steps before is no part of this
@@ -175,7 +182,8 @@ class Flows:
         training, expected = await self.training(), await self.loss()
         path = (await training.save_state("plain")).path
         again = await self.service.create_training_client_from_state(path)
-        self.number(abs(await self.loss(again) - expected) < 1e-3, "another loss after loading")
+        loaded = await self.loss(again)
+        self.number(abs(loaded - expected) < self.tolerance, f"loss {loaded} after loading, {expected} before")
 
     async def with_optimizer(self) -> None:
         training = await self.training()
@@ -186,23 +194,26 @@ class Flows:
             await client.forward_backward(self.data)
             await client.optim_step(STEP)
             losses.append(await self.loss(client))
-        self.number(abs(losses[0] - losses[1]) < 1e-3, f"next losses {losses}")
+        self.number(abs(losses[0] - losses[1]) < self.tolerance, f"next losses {losses}")
 
     async def get_sampler(self) -> None:
         await self.sampler()
 
     async def sample(self) -> None:
-        drawn = await (await self.sampler()).sample(self.prompt, num_samples=2, sampling_params=GREEDY)
-        tokens = [list(sequence.tokens) for sequence in drawn.sequences]
-        check(len(tokens) == 2 and all(tokens), f"drew {tokens}")
-        self.number(tokens[0] == tokens[1], f"drew {tokens}")
+        sampler = await self.sampler()
+        greedy = [await sampler.sample(self.prompt, sampling_params=GREEDY) for _ in range(2)]
+        tokens = [list(response.sequences[0].tokens) for response in greedy]
+        check(all(tokens), f"drew {tokens}")
+        self.number(tokens[0] == tokens[1], f"greedy samples differ: {tokens}")
+        drawn = await sampler.sample(self.prompt, num_samples=2, sampling_params=SamplingParams(max_tokens=6))
+        check(len(drawn.sequences) == 2, f"{len(drawn.sequences)} sequences")
 
     async def compute_logprobs(self) -> None:
         scored = await (await self.sampler()).compute_logprobs(self.prompt)
-        check(len(scored) == len(TOKENS) and scored[0] is None, f"scores {scored}")
+        self.number(len(scored) == len(TOKENS) and scored[0] is None, f"scores {scored}")
         output = await (await self.training()).forward([self.data[0]])
         expected = output.loss_fn_outputs[0]["logprobs"].to_torch()
-        close = torch.allclose(torch.tensor(scored[1:]), expected, atol=1e-2)
+        close = torch.allclose(torch.tensor(scored[1:]), expected, atol=self.tolerance)
         self.number(close, f"scores {scored} against {expected.tolist()}")
 
     async def topk(self) -> None:
@@ -213,7 +224,7 @@ class Flows:
             topk_prompt_logprobs=3,
         )
         counts = [row and len(row) for row in drawn.topk_prompt_logprobs or []]
-        check(counts == [None] + [3] * 10, f"{counts} tokens per position")
+        self.number(counts == [None] + [3] * 10, f"{counts} tokens per position")
 
     async def concurrent(self) -> None:
         training = await self.training()
@@ -291,7 +302,7 @@ async def attempt(flow: str, step: Callable[[], Awaitable[None]]) -> bool:
     try:
         async with asyncio.timeout(PATIENCE):
             await step()
-    except (UnsupportedFeature, NumbersMadeUpError) as error:
+    except (UnsupportedFeature, NeverRefusesError, NumbersMadeUpError) as error:
         tell(flow, "unsupported", str(error)[:500])
     except Exception as error:  # noqa: BLE001  # whatever the client raises is the outcome
         tell(flow, "fail", f"{type(error).__name__}: {error}"[:500])
@@ -310,7 +321,8 @@ async def opened(base_url: str, api_key: str) -> AsyncIterator[AsyncServiceClien
 
 async def main(base_url: str, api_key: str, model: str, *options: str) -> None:
     async with opened(base_url, api_key) as service:
-        flows = Flows(service, model, made_up="--made-up-numbers" in options)
+        tolerance = 0.2 if "--half-precision" in options else 1e-3
+        flows = Flows(service, model, made_up="--made-up-numbers" in options, tolerance=tolerance)
         for flow, step in zip(FLOWS, flows.steps(), strict=True):
             if not await attempt(flow, step):
                 flows.drop()

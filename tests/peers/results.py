@@ -1,7 +1,7 @@
 """What became of the flows, kept per pair, and the table of it."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +41,16 @@ def cells_from(lines: Iterable[str]) -> dict[str, Cell]:
     found = {item["flow"]: Cell(item["outcome"], item["detail"]) for item in told}
     missing = Cell("fail", "the program ended or hung before this was done")
     return {flow: found.get(flow, missing) for flow in FLOWS}
+
+
+def with_defects(cells: Mapping[str, Cell], defects: Mapping[str, str]) -> dict[str, Cell]:
+    """Failures of which it is known that the server itself is at fault: it does not support that flow."""
+    return {
+        flow: Cell("unsupported", f"a defect of the server: {defects[flow]}")
+        if cell.outcome == "fail" and flow in defects
+        else cell
+        for flow, cell in cells.items()
+    }
 
 
 def save(column: Column, path: Path) -> None:

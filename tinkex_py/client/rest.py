@@ -12,7 +12,7 @@ from tinkex_py.client.rest_requests import RestRequests, is_lost_success
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
 from tinkex_py.transport.retry import RetryPolicy
 from tinkex_py.types import ServerCapabilities, WeightsInfo
-from tinkex_py.types.checkpoint_path import CheckpointPath, check_segment, url_segment
+from tinkex_py.types.checkpoint_path import CheckpointPath, check_address, check_segment, url_segment
 from tinkex_py.types.rest import (
     AccessScope,
     ArchiveUrl,
@@ -165,9 +165,9 @@ class AsyncRestClient:
         """What a checkpoint was made with: base model and LoRA settings.
 
         Args:
-            path: `tinker://{training run}/{kind}/{name}`.
+            path: what `save_state` gave; sent as it is, because services have forms of their own.
         """
-        body = {"tinker_path": str(CheckpointPath.parse(path))}
+        body = {"tinker_path": check_address(path)}
         return WeightsInfo.read(
             await self._requests.ask("POST", "/api/v1/weights_info", "describe a checkpoint", json=body)
         )

@@ -74,6 +74,28 @@ def params_as_json(params: SamplingParams | None) -> dict[str, Any]:
     return fields
 
 
+_PARTS = (
+    "prompt_logprobs",
+    "topk_prompt_logprobs",
+    "topk_sample_logprobs",
+    "target_prompt_logprobs",
+    "prompt_alt_tokens_k",
+)
+
+
+def asked_parts(body: Mapping[str, Any]) -> list[str]:
+    """Which parts beside the sequences the request asked for."""
+    return [name for name in _PARTS if body.get(name)]
+
+
+def with_the_first_score(response: SampleResponse, length: int) -> SampleResponse:
+    """One value per prompt token. SkyRL's JAX backend leaves out the first token, which has no score."""
+    scores = response.prompt_logprobs
+    if scores is None or len(scores) != length - 1:
+        return response
+    return response.model_copy(update={"prompt_logprobs": [None, *scores]})
+
+
 def missing_parts(response: SampleResponse, body: Mapping[str, Any]) -> list[str]:
     """Which parts that the request asked for the service left out, as some do in silence."""
     there = {
@@ -83,7 +105,7 @@ def missing_parts(response: SampleResponse, body: Mapping[str, Any]) -> list[str
         "target_prompt_logprobs": response.target_prompt_logprobs is not None,
         "prompt_alt_tokens_k": response.prompt_alt_tokens is not None,
     }
-    return [name for name, is_there in there.items() if body.get(name) and not is_there]
+    return [name for name in asked_parts(body) if not there[name]]
 
 
 def _is_int(value: object) -> bool:

@@ -6,12 +6,15 @@ from typing import Any
 
 from tinkex_py.client.connection import Connection, request_id_of, text_of
 from tinkex_py.client.queue import QueueWatch
+from tinkex_py.client.refusals import told_as_unsupported
 from tinkex_py.client.sample_request import (
+    asked_parts,
     check_counts,
     check_prompt,
     check_targets,
     missing_parts,
     params_as_json,
+    with_the_first_score,
 )
 from tinkex_py.errors import ClientClosed, RateLimited, ResultLost, UnsupportedFeature
 from tinkex_py.transport.request import encoded_json
@@ -84,7 +87,7 @@ class AsyncSamplingClient:
 
         Raises:
             InvalidData: an empty prompt, or a value out of range.
-            UnsupportedFeature: the service left out what was asked for.
+            UnsupportedFeature: the service cannot do it, or left out what was asked for.
             RequestFailed: the service failed the request.
             RateLimited: the service took no sample of this client for `sampling_patience` seconds.
         """
@@ -112,11 +115,13 @@ class AsyncSamplingClient:
         if prompt_logprobs_last_n is not None:
             body["prompt_logprobs_last_n"] = prompt_logprobs_last_n
         encoded_json(body, _PATH)  # before a number is taken
-        response = await self._draw(body, cost=_BYTES_PER_TOKEN * prompt.length)
+        host = self._connection.http.host
+        with told_as_unsupported(host, " with ".join(["sample", *asked_parts(body)])):
+            response = await self._draw(body, cost=_BYTES_PER_TOKEN * prompt.length)
         missing = missing_parts(response, body)
         if missing:
-            raise UnsupportedFeature(f"the service left out what was asked for: {', '.join(missing)}")
-        return response
+            raise UnsupportedFeature(f"{host} cannot do this: the service left out {', '.join(missing)}")
+        return with_the_first_score(response, prompt.length)
 
     async def compute_logprobs(self, prompt: ModelInput) -> list[float | None]:
         """Log-probability of every prompt token given those before it, `[N]`; the first is None.
@@ -176,7 +181,11 @@ class AsyncSamplingClient:
 async def new_sampling_client(
     connection: Connection, *, base_model: str | None = None, model_path: str | None = None
 ) -> AsyncSamplingClient:
-    """Opens a sampling session for a base model or a checkpoint."""
+    """Opens a sampling session for a base model or a checkpoint.
+
+    Raises:
+        UnsupportedFeature: the service cannot sample.
+    """
     body: dict[str, Any] = {
         "session_id": connection.session_id,
         "sampling_session_seq_id": connection.next_sampler_number(),
@@ -187,7 +196,9 @@ async def new_sampling_client(
     if model_path is not None:
         body["model_path"] = model_path
     path = "/api/v1/create_sampling_session"
-    return AsyncSamplingClient(connection, text_of(await connection.post(path, body), "sampling_session_id", path))
+    with told_as_unsupported(connection.http.host, "create_sampling_session"):
+        answer = await connection.post(path, body)
+    return AsyncSamplingClient(connection, text_of(answer, "sampling_session_id", path))
 
 
 def _sequence_ids(answer: Mapping[str, Any], request_id: str, count: int) -> list[str]:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
@@ -23,6 +23,7 @@ from tinkex_py.client.carrier import (
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.custom_step import check_deadline, logprobs_of, pipeline_of, until_handed_over
 from tinkex_py.client.queue import QueueWatch
+from tinkex_py.client.refusals import told_as_unsupported, was_not_counted
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import Execution, check_execution, server_step
 from tinkex_py.client.steps import OptimizerSteps
@@ -477,8 +478,15 @@ class AsyncTrainingClient:
     async def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> SaveWeightsResponse:
-        """Saves weights for sampling under a name; the path works with `service.create_sampling_client`."""
-        with self._request(Kind.READ, "save_weights_for_sampler") as place:
+        """Saves weights for sampling under a name; the path works with `service.create_sampling_client`.
+
+        Raises:
+            UnsupportedFeature: the service cannot sample.
+        """
+        with (
+            self._unsupported("save_weights_for_sampler"),
+            self._request(Kind.READ, "save_weights_for_sampler") as place,
+        ):
             body = _named_save("save_weights_for_sampler", name, ttl_seconds, user_metadata)
             fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
             return SaveWeightsResponse.read(fields)
@@ -494,19 +502,28 @@ class AsyncTrainingClient:
 
         Raises:
             InvalidData: a name and `inflight` were both given.
+            UnsupportedFeature: the service cannot sample.
         """
         if name is not None:
             if inflight:
                 raise InvalidData("inflight weights have no name: leave out one of name and inflight")
             saved = await self.save_weights_for_sampler(name)
             return await new_sampling_client(self._connection, model_path=saved.path)
-        with self._request(Kind.READ, "save_weights_for_sampler") as place:
+        with (
+            self._unsupported("save_weights_for_sampler"),
+            self._request(Kind.READ, "save_weights_for_sampler") as place,
+        ):
             body: dict[str, Any] = {
                 "sampling_session_seq_id": self._connection.next_sampler_number(),
                 "type": "save_weights_for_sampler",
             }
             body.update({"kind": "inflight"} if inflight else {})
-            fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            try:
+                fields = await self._numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            except RequestFailed as error:
+                if was_not_counted(error):
+                    self._lane.give_back(place)
+                raise
             saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
             if saved_session is None:
                 raise InvalidResponse("save_weights_for_sampler gave no sampling_session_id")
@@ -576,6 +593,9 @@ class AsyncTrainingClient:
             raise
         finally:
             place.leave()
+
+    def _unsupported(self, operation: str) -> AbstractContextManager[None]:
+        return told_as_unsupported(self._connection.http.host, operation)
 
     async def _or_break(self, build: Callable[[], Any]) -> Any:
         """Runs a check of the input; requests that were started together with a bad one are to see its failure."""

@@ -285,6 +285,11 @@ class Lane:
         self._wake_all()
         return task
 
+    def give_back(self, place: Place) -> None:
+        """The service did not count the place's last number: the next request takes it, unless a later one is out."""
+        if place.numbers and place.numbers[-1] + 1 == self.next_number:
+            self.next_number -= 1
+
     async def _deliver(self, place: Place, numbers: Sequence[int], send: Send[Answer]) -> Answer:
         try:
             return await send(numbers)

@@ -37,12 +37,14 @@ class CheckpointPath:
 
     @classmethod
     def parse(cls, path: str) -> "CheckpointPath":
-        """Reads an address.
+        """Reads an address. SkyRL's addresses of sampler weights leave the kind out.
 
         Raises:
             InvalidData: it does not have the form `tinker://{training run}/{kind}/{name}`.
         """
         parts = path.removeprefix(_SCHEME).split("/") if isinstance(path, str) and path.startswith(_SCHEME) else []  # pyright: ignore[reportUnnecessaryIsInstance]
+        if len(parts) == 2 and parts[1] not in _KINDS:
+            parts.insert(1, "sampler_weights")
         if len(parts) != 3:
             raise InvalidData(f"{path!r} is not a checkpoint path: it must be tinker://<training run>/<kind>/<name>")
         return cls(parts[0], cast("CheckpointKind", parts[1]), parts[2])
@@ -54,6 +56,20 @@ class CheckpointPath:
 
     def __str__(self) -> str:
         return f"{_SCHEME}{self.run_id}/{self.kind}/{self.name}"
+
+
+def check_address(path: object) -> str:
+    """An address whose form is the service's own business, such as hatchery's `tinker://{run}/checkpoints/{name}`.
+
+    Raises:
+        InvalidData: it is no address of a checkpoint in any form.
+    """
+    parts = path.removeprefix(_SCHEME).split("/") if isinstance(path, str) and path.startswith(_SCHEME) else []
+    if len(parts) < 2:
+        raise InvalidData(f"{path!r} is not a checkpoint path: it must be tinker://<training run>/<kind>/<name>")
+    for part in parts:
+        check_segment("a part of a checkpoint path", part)
+    return "/".join((_SCHEME + parts[0], *parts[1:]))
 
 
 def check_segment(what: str, text: object) -> str:
