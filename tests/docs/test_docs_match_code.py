@@ -113,7 +113,7 @@ async def steps_on_the_embedded_service() -> None:
     async with tinkex_py.AsyncServiceClient.local(model="tiny") as service:
         training = await service.create_lora_training_client("tiny", rank=4)
         await training.forward_backward_custom(
-            [datum], lambda data, p: -p.mean(), regularizers=[constant, repeated], execution="auto"
+            [datum, datum], lambda data, p: -p.mean(), regularizers=[constant, repeated], execution="auto"
         )
         await training.optim_step()
         with pytest.raises(errors.PipelineError, match="BrokenController"):
