@@ -428,7 +428,7 @@ async def test_a_service_without_sampling(bench):
 
 
 async def test_training_goes_on_after_a_refusal_whose_number_was_not_counted(bench):
-    """As TuFT in its hf mode: the request fails before its number is looked at. The service here is strict about gaps."""
+    """As TuFT in its hf mode, which fails the request before it looks at the number. The service here has no gaps."""
 
     async def refused(arrival: Arrival, serve: Any, send: Any) -> None:
         if arrival.json["request_id"] == "refused":
