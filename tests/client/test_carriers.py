@@ -13,18 +13,17 @@ import torch
 from tests.client.conftest import Bench
 from tests.client.data import bad_datum, datum, nll
 from tests.client.normalizing import LINEAR, answers_like_skyrl, rewriting
-from tests.client.recorder import chunked, http_recorder, quick_config, sent_weights
+from tests.client.recorder import answering, chunked, http_recorder, quick_config, sent_weights
 from tinkex_py import (
     AdamParams,
     AsyncServiceClient,
-    BadRequest,
     InvalidData,
-    OptimizerParams,
     PartialFailure,
     PipelineError,
     PrecedingRequestFailed,
     RequestFailed,
     SurrogateMismatch,
+    Unprocessable,
     UnsupportedFeature,
     telemetry,
 )
@@ -216,13 +215,18 @@ async def test_what_the_service_refused_does_not_count():
 async def test_a_refused_optimizer_step_clears_nothing():
     async with skyrl_bench() as bench:
         training = await bench.train()
-        await training.forward_backward_custom(DATA, signed, sequences_per_step=8)
-        await training.forward_backward(DATA)
-        with pytest.raises(BadRequest):
-            await training.optim_step(OptimizerParams(type="dimuon", learning_rate=0.1))
-        await training.forward_backward(DATA)
-        with pytest.raises(SurrogateMismatch, match="12 datums .* scaled for 8"):
+        await training.forward_backward_custom(DATA, signed)
+        bench.recorder.faults["optim_step"] = [answering(422)]
+        with pytest.raises(Unprocessable):
             await training.optim_step()
+        # Its number was refused on the way, so the service waits; that a backward pass is handed over is enough.
+        backward = asyncio.create_task(training.forward_backward(DATA))
+        await bench.recorder.until(lambda: len(bench.recorder.of("B")) == 2)
+        backward.cancel()
+        with pytest.raises(SurrogateMismatch, match="8 datums .* scaled for 4"):
+            await training.optim_step()
+        with pytest.raises(asyncio.CancelledError):
+            await backward
 
 
 @pytest.mark.asyncio
