@@ -254,7 +254,10 @@ class SequenceLost(TinkexError):
 
 
 class SurrogateMismatch(TinkexError):
-    """The surrogate that carries the gradient does not match what the service will do with it."""
+    """Gradients were scaled for another number of datums than the service will divide by; optim_step was not sent.
+
+    Ways out: send the missing datums with the same `sequences_per_step`; or make a new client from the last checkpoint.
+    """
 
 
 class PipelineError(TinkexError):
