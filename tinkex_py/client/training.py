@@ -403,19 +403,23 @@ class AsyncTrainingClient:
 
             def keep() -> None:
                 self._lane.accumulated += cleared
-                self._held = held
+                self._held.calls[:0] = held.calls
 
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
             body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
-            fields = await self._numbered(
-                place,
-                "optim_step",
-                body,
-                "OptimStep",
-                handed_over=clear,
-                accepted=self._steps.end_step,
-                refused=keep,
-            )
+            try:
+                fields = await self._numbered(
+                    place,
+                    "optim_step",
+                    body,
+                    "OptimStep",
+                    handed_over=clear,
+                    accepted=self._steps.end_step,
+                    refused=keep,
+                )
+            except RequestFailed:
+                keep()  # a step that the service failed has applied nothing
+                raise
             return OptimStepResponse.read(fields)
 
     async def load_state(
