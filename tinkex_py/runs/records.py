@@ -1,0 +1,120 @@
+"""What a run writes down: `run.json` about the run, and `steps.jsonl` with one line per optimizer step.
+
+These two models are the only form in which a run is read: the loop writes them, and reports, dashboards and metric
+sinks read them.
+"""
+
+import statistics
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from tinkex_py.losses.output import CustomLossOutput
+
+RunStatus = Literal["running", "finished", "stopped", "failed"]
+
+
+class Record(BaseModel):
+    """Common to both: frozen, JSON all the way, and readable by older versions that do not know a field."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+
+class RunInfo(Record):
+    """`run.json`.
+
+    Attributes:
+        name: of the run, which is its folder's name.
+        started_at: when the run was first started, in seconds since the epoch.
+        updated_at: when this file was written, in seconds since the epoch.
+        status: "running", "finished" (all steps made), "stopped" (asked to, or stopped early), "failed".
+        reason: why it stopped or failed; None otherwise. Holds no data of the user's.
+        total_steps: optimizer steps the run is to make; None if only the data tells.
+        model: name of the base model, as the service told it; None if it did not.
+        config: settings of the run, as given.
+        versions: of Python, this package and what computes; for reading results later.
+        seed: of the run; None if it was given none.
+    """
+
+    name: str
+    started_at: float
+    updated_at: float
+    status: RunStatus = "running"
+    reason: str | None = None
+    total_steps: int | None = None
+    model: str | None = None
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    seed: int | None = None
+
+
+class StepRecord(Record):
+    """One line of `steps.jsonl`: one optimizer step.
+
+    Attributes:
+        step: number of the optimizer step, from 1.
+        finished_at: in seconds since the epoch.
+        seconds: from the start of the step to its end.
+        queue_seconds: the part of `seconds` in which the service said that the request waits for its turn.
+        datums: of all micro-batches.
+        tokens: of all micro-batches.
+        learning_rate: of the optimizer step; None if the optimizer has none.
+        losses: the composed loss of each micro-batch, without the service's own output.
+        metrics: what the service reported about the optimizer step.
+        evaluation: what the evaluation hook returned after this step; empty if it did not run.
+    """
+
+    step: int
+    finished_at: float
+    seconds: float
+    queue_seconds: float = 0.0
+    datums: int
+    tokens: int
+    learning_rate: float | None = None
+    losses: tuple[CustomLossOutput, ...]
+    metrics: dict[str, float] = Field(default_factory=dict)
+    evaluation: dict[str, float] = Field(default_factory=dict)
+
+
+def scalars(record: StepRecord) -> dict[str, float]:
+    """The numbers of one step under flat names, for plots and metric sinks; micro-batches are averaged.
+
+    Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
+    `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
+    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. What was not measured is left out.
+    """
+    gathered: dict[str, list[float]] = {}
+    for output in record.losses:
+        for name, value in _of_output(output):
+            if value is not None:
+                gathered.setdefault(name, []).append(value)
+    named = {name: statistics.fmean(values) for name, values in gathered.items()}
+    named |= {
+        "time/step": record.seconds,
+        "time/queue": record.queue_seconds,
+        "data/datums": float(record.datums),
+        "data/tokens": float(record.tokens),
+    }
+    if record.learning_rate is not None:
+        named["optimizer/learning_rate"] = record.learning_rate
+    named |= {f"optimizer/{name}": value for name, value in record.metrics.items()}
+    return named | {f"evaluation/{name}": value for name, value in record.evaluation.items()}
+
+
+def _of_output(output: CustomLossOutput) -> Iterator[tuple[str, float | None]]:
+    yield "loss/total", output.loss_total
+    yield "loss/base", output.base_loss.value
+    yield "loss/regularizers", output.regularizer_total
+    yield "grad_norm/total", output.total_grad_norm
+    yield "grad_norm/base_loss", output.base_loss.grad_norm
+    for name, term in output.regularizers.items():
+        yield f"term/{name}/value", term.value
+        yield f"term/{name}/weight", term.weight
+        yield f"term/{name}/contribution", term.contribution
+        yield f"term/{name}/grad_norm", term.grad_norm
+        yield f"term/{name}/grad_norm_weighted", term.grad_norm_weighted
+    for name, diagnosis in output.diagnosis.items():
+        yield f"term/{name}/cosine_with_base", diagnosis.cosine_with_base
+        yield f"term/{name}/cosine_with_total", diagnosis.cosine_with_total
+        yield f"term/{name}/share_of_total", diagnosis.share_of_total
