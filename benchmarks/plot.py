@@ -1,0 +1,37 @@
+"""One picture of a run: every result that has a target, as a share of it."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Report, Result
+
+_GREEN, _RED = "#2a7f4f", "#b3362b"
+
+
+def share_of_target(result: Result) -> float:
+    """At most 1 where the target is reached."""
+    assert result.bound is not None, "only results with a target have a share of it"
+    if result.target == "at least":
+        return result.bound / result.measured if result.measured else float("inf")
+    return result.measured / result.bound
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes the picture, PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    judged = [result for result in report.results if result.bound is not None][::-1]
+    shares = [share_of_target(result) for result in judged]
+    figure: Any = plt.figure(figsize=(11, 1.2 + 0.28 * len(judged)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = [_GREEN if result.passed else _RED for result in judged]
+    axes.barh([f"({result.benchmark}) {result.what}" for result in judged], shares, color=colours)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("measured / target (shorter is better; the line is the target)")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlim(0, max([1.2, *shares]) * 1.05)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
