@@ -13,7 +13,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import against_official, with_regularizers
+from benchmarks import (
+    against_official,
+    embedded,
+    growth,
+    imports,
+    many_clients,
+    overlap,
+    pipeline_alone,
+    terms_at_once,
+    with_regularizers,
+)
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.plot import draw
 from benchmarks.results import FOLDER, LATEST, Report, Result, report, this_machine
@@ -22,6 +32,13 @@ from benchmarks.table import show
 BENCHMARKS: tuple[Benchmark, ...] = (
     against_official.BENCHMARK,
     with_regularizers.BENCHMARK,
+    pipeline_alone.BENCHMARK,
+    terms_at_once.BENCHMARK,
+    growth.BENCHMARK,
+    imports.BENCHMARK,
+    many_clients.BENCHMARK,
+    overlap.BENCHMARK,
+    embedded.BENCHMARK,
 )
 
 

@@ -31,8 +31,8 @@ def run(settings: Settings) -> list[Result]:
 
 def measure(batch: Batch, rounds: int) -> dict[str, Measured]:
     """Both clients on one batch, and a check that they send the same gradient."""
-    with replayed(SUBJECTS, same=True, datums=batch.datums, shape=batch.shape) as subjects:
-        return alternate(subjects, rounds=rounds)
+    with replayed(SUBJECTS, same=True, datums=batch.datums, shape=batch.shape) as services:
+        return alternate(services.subjects, rounds=rounds)
 
 
 def compared(batch: Batch, measured: Mapping[str, Measured]) -> list[Result]:

@@ -5,15 +5,17 @@ from typing import Any
 
 from benchmarks.results import Report, Result
 
+_LONGEST = 5.0
 _GREEN, _RED = "#2a7f4f", "#b3362b"
 
 
 def share_of_target(result: Result) -> float:
-    """At most 1 where the target is reached."""
+    """At most 1 where the target is reached; longer bars than `_LONGEST` say no more."""
     assert result.bound is not None, "only results with a target have a share of it"
-    if result.target == "at least":
-        return result.bound / result.measured if result.measured else float("inf")
-    return result.measured / result.bound
+    low, high = (result.measured, result.bound) if result.target == "at most" else (result.bound, result.measured)
+    if low <= 0:
+        return 0.0
+    return min(low / high, _LONGEST) if high > 0 else _LONGEST
 
 
 def draw(report: Report, path: Path) -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.replay_service
 
 All datums of a request must have targets of one shape, that of its first datum; nothing else of them is read. The
-service keeps no state beside the bodies of the latest backward pass, from which `GET /replay/gradient` reads what the
-client has sent back.
+service keeps no state beside the bodies of the latest backward pass, from which `GET /replay/gradient` and
+`/replay/bytes` tell what the client has sent back.
 """
 
 import http.server
@@ -94,6 +94,9 @@ class ReplayService:
         }
         if path == "/replay/gradient":
             return HTTPStatus.OK, "application/octet-stream", self.gradient().tobytes()
+        if path == "/replay/bytes":
+            with self._lock:
+                return _json(sum(map(len, self._backward.values())))
         answer = known.get(path.removeprefix("/api/v1/"), lambda _: _json({}))
         return answer(body)
 

@@ -65,8 +65,10 @@ class Result(BaseModel):
         return {True: "pass", False: "miss", None: "-"}[self.passed]
 
     def _text(self, number: float) -> str:
-        digits = 2 if abs(number) < 10 else 1 if abs(number) < 100 else 0
-        return f"{number:,.{digits}f} {self.unit}" if self.unit != "x" else f"{number:.2f} x"
+        if self.unit == "modules":
+            return f"{number:,.0f} modules"
+        digits = 3 if abs(number) < 0.1 else 2 if abs(number) < 10 else 1 if abs(number) < 100 else 0
+        return f"{number:,.{digits}f} {self.unit}"
 
 
 class Machine(BaseModel):
@@ -103,10 +105,15 @@ class Report(BaseModel):
         return [] if self.quick else [result for result in self.results if result.passed is False]
 
 
+def usable_cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def this_machine() -> Machine:
     """Facts of the machine and of the packages that matter."""
     return Machine(
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         processor=_processor(),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

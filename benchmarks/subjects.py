@@ -138,10 +138,16 @@ def alternate(subjects: Mapping[str, Subject], *, rounds: int, warm_up: int = 1)
 
 
 @contextmanager
-def served(module: str, *arguments: str) -> Iterator[str]:
-    """The address of a service in a process of its own, that tells where it listens."""
+def served(module: str, *arguments: str, **extra: str) -> Iterator[str]:
+    """The address of a service in a process of its own, that tells where it listens.
+
+    Args:
+        module: its program.
+        arguments: of the program.
+        extra: more environment variables.
+    """
     command = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(**extra)) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -152,8 +158,16 @@ def served(module: str, *arguments: str) -> Iterator[str]:
             process.terminate()
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """Subjects and the addresses of their replay services, by name."""
+
+    subjects: Mapping[str, Subject]
+    urls: Mapping[str, str]
+
+
 @contextmanager
-def replayed(functions: Mapping[str, str], *, same: bool, **arguments: Any) -> Iterator[dict[str, Subject]]:
+def replayed(functions: Mapping[str, str], *, same: bool, **arguments: Any) -> Iterator[Replayed]:
     """Subjects that each have a replay service to themselves, as their argument `base_url`.
 
     Args:
@@ -163,10 +177,11 @@ def replayed(functions: Mapping[str, str], *, same: bool, **arguments: Any) -> I
     """
     with ExitStack() as stack:
         urls = {name: stack.enter_context(served("benchmarks.replay_service")) for name in functions}
-        yield {
+        subjects = {
             name: stack.enter_context(subject(function, {"base_url": urls[name], **arguments}))
             for name, function in functions.items()
         }
+        yield Replayed(subjects, urls)
         if same:
             check_equal({name: sent_gradient(url) for name, url in urls.items()})
 
@@ -175,6 +190,12 @@ def sent_gradient(url: str) -> npt.NDArray[np.float32]:
     """What a replay service got in the latest backward pass."""
     with urllib.request.urlopen(f"{url}/replay/gradient", timeout=60) as answer:
         return np.frombuffer(answer.read(), "<f4")
+
+
+def sent_bytes(url: str) -> int:
+    """How long the bodies of the latest backward pass were."""
+    with urllib.request.urlopen(f"{url}/replay/bytes", timeout=60) as answer:
+        return int(answer.read())
 
 
 def check_equal(gradients: Mapping[str, npt.NDArray[np.float32]]) -> None:

@@ -16,8 +16,8 @@ def run(settings: Settings) -> list[Result]:
 
 def results_of(batch: Batch, rounds: int) -> list[Result]:
     """CPU and wall time of one batch. The gradients differ: the official SDK has no regularizers."""
-    with replayed(COMPOSED, same=False, datums=batch.datums, shape=batch.shape) as subjects:
-        measured = alternate(subjects, rounds=rounds)
+    with replayed(COMPOSED, same=False, datums=batch.datums, shape=batch.shape) as services:
+        measured = alternate(services.subjects, rounds=rounds)
     own, official = measured["own"], measured["official"]
     facts = {f"{name}_{fact}": value for name, one in measured.items() for fact, value in one.facts().items()}
     what = f"{batch.name}, 8 terms + norms"
