@@ -59,7 +59,7 @@ class Connection:
         self.polls = polls
         self.threads = threads
         self.uploaded_losses = UploadedLosses()
-        self.carrier = ServiceCarrier(carrier)
+        self.carrier = ServiceCarrier(http.host, carrier)
         self.keys = Keys(config.secret_key, config.credential_command)
         self.billing = BillingPause(0.0)
         self._follow(ClientFlags())

@@ -8,8 +8,8 @@ from tinkex_py.client.carrier import (
     Carrier,
     Surrogate,
     advantages_of,
-    check_one_dimensional,
     check_sequences,
+    divisors,
     has_candidates,
     measuring_sample,
     measuring_weights,
@@ -75,10 +75,10 @@ class CustomStep:
         service_output = await self.requests.run_backward(
             self.place,
             carried,
-            carrier,
+            carrier.loss_fn,
             {},
             handed_over=on_hand_over,
-            scaled_for=sequences if carrier == "importance_sampling" else None,
+            scaled_for=sequences if carrier.divides == "sequences" else None,
         )
         return output.model_copy(update={"service_output": service_output})
 
@@ -96,8 +96,8 @@ class CustomStep:
         if carrier is None and has_candidates(data):
             sample = await encode_chunks(measuring_sample(data), connection, custom=True)
             _, carrier = await self._forward(sample)
-        if carrier == "importance_sampling":
-            await or_break(lambda: check_one_dimensional(data))
+        if carrier is not None and carrier.loss_fn == "importance_sampling":
+            await or_break(lambda: connection.carrier.check_targets(data))
         if carrier is not None:
             return await self._run_forward(chunks), carrier
         weights = measuring_weights(count_numbers(chunks))
@@ -142,11 +142,12 @@ class CustomStep:
     ) -> Sequence[EncodedBatch]:
         """The datums with the numbers that make the service arrive at the gradient."""
         threads = self.requests.connection.threads
-        if carrier == "cross_entropy":
+        if carrier.loss_fn == "cross_entropy":
             await write_weights(chunks, -gradient, threads)
             return chunks
         logprobs = forward.packed["logprobs"]
-        advantages = advantages_of(gradient, logprobs, sequences)
+        divided_by = divisors(carrier, [chunk.data for chunk in chunks], sequences)
+        advantages = advantages_of(gradient, logprobs, divided_by)
         return await replace_by_advantages(chunks, logprobs.values, advantages, threads)
 
 

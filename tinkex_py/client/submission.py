@@ -41,6 +41,7 @@ async def encode_chunks(data: Sequence[Datum], connection: Connection, *, custom
         data,
         max_datums=connection.flags.fwdbwd_max_chunk_len,
         max_bytes=connection.flags.fwdbwd_max_chunk_bytes_count,
+        custom=custom,
     )
     tokens = sum(datum.model_input.length for datum in data)
     return await _off_loop_if(tokens > SMALL_TOKENS, connection.threads, lambda: [encode(part) for part in parts])
