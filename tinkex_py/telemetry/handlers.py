@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tinkex_py.telemetry.events import EVENT_LEVELS, Event, matching_events, require_known
-from tinkex_py.telemetry.logs import parse_level, write_line
+from tinkex_py.telemetry.logs import parse_level, would_write, write_line
 
 Handler = Callable[[Event], object]
 
@@ -130,8 +130,10 @@ def emit(
         ValueError: no event has this name.
     """
     require_known(name)
-    event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception)
     attachments = _ATTACHMENTS.snapshot()
+    if not attachments and not would_write(EVENT_LEVELS[name]):
+        return
+    event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception)
     for attachment in attachments:
         if name in attachment.names:
             _call(attachment, event)
