@@ -174,6 +174,16 @@ def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
         assert (json.loads(out)["steps"], json.loads(out)["reason"]) == (len(steps), "asked to stop")
 
 
+def test_the_file_in_the_guide_and_the_example_say_the_same(inside: Path) -> None:
+    page = (EXAMPLE.parents[2] / "docs" / "guides" / "training_runs.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (inside / "guide.yaml").write_text(block)
+    guide, example = read_config(inside / "guide.yaml"), read_config(EXAMPLE)
+    paths = {"data": example.data}
+    assert guide.model_copy(update=paths) == example.model_copy(update={"training": guide.training})
+    assert guide.training.model_copy(update={"evaluate_every": 10}) == example.training
+
+
 BAD_FILES = [
     ("model: tiny\n", "data: is missing"),
     (TINY + "optimiser: {}\n", "there is no setting 'optimiser'"),
