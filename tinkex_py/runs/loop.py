@@ -109,7 +109,6 @@ async def train(
         async with FileThread("tinkex-run") as files, lines:
             run = Run(plan, own, files, reader)
             try:
-                await run.open()
                 await _Loop(run, evaluate, lines, stop or asyncio.Event(), view).go()
             finally:
                 await reader.aclose()
@@ -125,7 +124,7 @@ class _StepLost(Exception):
 
 
 class _Loop:
-    """Makes the steps of an open run, two in flight where nothing has to happen between them."""
+    """Opens a run and makes its steps, two in flight where nothing has to happen between them."""
 
     def __init__(
         self, run: Run, evaluate: Evaluate | None, sinks: Sinks, stop: asyncio.Event, view: ProgressView
@@ -138,12 +137,15 @@ class _Loop:
         self._view = view
         self._clock = QueueClock(self._tell_waiting)
         self._logged = 0
+        self._is_shown = False
 
     async def go(self) -> None:
-        self._sinks.start(self._run.info)
-        self._view.start(self._run.info, self._run.made)
         try:
             with self._clock:
+                await self._run.open()
+                self._sinks.start(self._run.info)
+                self._view.start(self._run.info, self._run.made)
+                self._is_shown = True
                 await self._all_steps()
         except asyncio.CancelledError:
             await self._end("stopped", "cancelled", at_once=True)
@@ -317,11 +319,16 @@ class _Loop:
         return "finished", None if steps is None else f"the batches ended after {made} of {steps} steps"
 
     async def _end(self, status: RunStatus, reason: str | None, *, at_once: bool = False) -> None:
-        self._sinks.finish(status, at_once=at_once)
-        await self._run.tell(status, reason)
-        self._view.finish(self._run.info)
+        if self._is_shown:
+            self._sinks.finish(status, at_once=at_once)
+        if self._run.is_begun:
+            await self._run.tell(status, reason)
+        if self._is_shown:
+            self._view.finish(self._run.info)
 
     def _tell_waiting(self, reason: str | None) -> None:
+        if not self._is_shown:
+            return
         self._view.doing(f"step {self._run.made + 1}" if reason is None else f"waiting: {reason}")
 
 

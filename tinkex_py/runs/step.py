@@ -114,8 +114,11 @@ class OptimizerStep:
 
         if not missing:
             self.gradients_settled.set()
-        with telemetry.lifecycle("tinkex.run.step", {"step": self.number, "batches": len(self.parts)}):
-            await asyncio.gather(*map(gradient, missing), update())
+        try:
+            with telemetry.lifecycle("tinkex.run.step", {"step": self.number, "batches": len(self.parts)}):
+                await asyncio.gather(*map(gradient, missing), update())
+        finally:
+            self.gradients_settled.set()
 
     @property
     def has_gradients(self) -> bool:
