@@ -33,10 +33,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/tinkex-py demo $(ARGS)
 
-# With ARGS only a part runs, so the coverage of the whole is not asked for.
+# The whole suite runs in two processes. With ARGS only a part runs, so the coverage of the whole is not asked for.
 test: $(STAMP)
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 else
 	@$(BIN)/python -m pytest -q $(ARGS)
 endif

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py.client.carrier import Carrier, ServiceCarrier
 from tinkex_py.client.queue import QueueWatch
-from tinkex_py.client.server_execution import UploadedLosses
 from tinkex_py.client.session import Session, session_request
+from tinkex_py.client.uploaded_losses import UploadedLosses
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError
 from tinkex_py.losses.threads import TermThreads
