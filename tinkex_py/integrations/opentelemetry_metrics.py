@@ -14,7 +14,7 @@ _SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100
 _WAITING: Final = frozenset({"paused_capacity", "paused_rate_limit", "unknown"})
 _TERM: Final = "tinkex.term.name"
 _MODEL: Final = "tinkex.model_id"
-_UNITS: Final = ("training", "custom_loss", "term", "http", "future")
+_UNITS: Final = ("run.step", "training", "custom_loss", "term", "http", "future")
 
 Attributes = dict[str, str | int]
 
@@ -24,6 +24,7 @@ class Instruments:
 
     | instrument | kind | attributes |
     | --- | --- | --- |
+    | `tinkex.run.step.duration` | histogram | error |
     | `tinkex.training.duration` | histogram | operation, error |
     | `tinkex.custom_loss.duration` | histogram | error |
     | `tinkex.term.duration` | histogram | term, error |
@@ -70,6 +71,8 @@ class Instruments:
         failed: Attributes = {"error.type": str(given["reason"])} if event.name.endswith(".exception") else {}
         seconds: Any = event.measurements.get("duration")
         match event.name.removeprefix("tinkex.").split("."):
+            case ["run", "step", "stop" | "exception"]:
+                self._durations["run.step"].record(seconds, failed)
             case ["training", "stop" | "exception"]:
                 self._durations["training"].record(seconds, {"tinkex.operation": given["operation"], **failed})
             case ["custom_loss", "stop" | "exception" as phase]:
