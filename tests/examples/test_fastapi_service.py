@@ -310,7 +310,7 @@ def test_it_runs_as_the_readme_says_and_stops_at_a_signal(tmp_path: Path) -> Non
                 text = answer.iter_lines()
                 assert next(text) == "event: step"
                 process.send_signal(signal.SIGTERM)
-                assert list(text)[-3].startswith("data: {")
+                assert list(text)[-3] == "event: end"
         rest = process.communicate(timeout=30)[1]
     finally:
         process.kill()
