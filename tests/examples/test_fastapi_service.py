@@ -276,7 +276,11 @@ def test_the_openapi_page_reads_well(example: None, tmp_path: Path) -> None:
     from training_service.models import JobRequest
 
     assert JobRequest(**example_body).steps == 10
-    assert "HTTPValidationError" not in json.dumps(schema)
+    stream = operations["get", "/jobs/{job_id}/events"]["responses"]["200"]["content"]["text/event-stream"]
+    shown = dict(line.split(": ", 1) for line in stream["example"].splitlines() if line)
+    assert set(json.loads(shown["data"])) == set(schema["components"]["schemas"]["JobState"]["properties"])
+    for text in ("HTTPValidationError", "Successful Response"):
+        assert text not in json.dumps(schema)
 
 
 def test_settings_from_the_environment(example: None) -> None:

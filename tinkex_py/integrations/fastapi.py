@@ -86,10 +86,10 @@ class Problem(BaseModel):
     """What went wrong, after RFC 9457."""
 
     type: str = Field("about:blank", description="Kind of the problem; `about:blank` is what its status says.")
-    title: str = Field(description="The status in words.", examples=["Too Many Requests"])
-    status: int = Field(description="The HTTP status.", examples=[429])
-    detail: str = Field(description="What went wrong this time.", examples=["2 jobs are running. Try again later."])
-    error: str | None = Field(None, description="Class of the error, to tell problems apart.", examples=["RateLimited"])
+    title: str = Field(description="The status in words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What went wrong this time.")
+    error: str | None = Field(None, description="Class of the error, to tell problems apart.")
     errors: list[dict[str, Any]] | None = Field(None, description="What is wrong with which field of the request.")
 
 
@@ -219,9 +219,11 @@ def _title(status: int) -> str:
 
 
 def _documented(status: HTTPStatus) -> dict[str, Any]:
+    detail = next((detail for _, code, detail in _ANSWERS if code == status and detail), status.description)
+    example = {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail or status.phrase}
     documented: dict[str, Any] = {
         "description": status.phrase,
-        "content": {PROBLEM_TYPE: {"schema": Problem.model_json_schema()}},
+        "content": {PROBLEM_TYPE: {"schema": Problem.model_json_schema(), "example": example}},
     }
     if status in (429, 503):
         wait = {"description": "Seconds to wait before the next try.", "schema": {"type": "integer"}}

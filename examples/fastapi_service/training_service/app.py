@@ -25,6 +25,13 @@ TAGS = [
     {"name": "jobs", "description": "Start, list and cancel training jobs."},
     {"name": "progress", "description": "Follow a job, and fetch its result."},
 ]
+STREAM = """event: step
+id: 1
+data: {"step": 1, "metrics": {"loss/total": 1.25, "loss/base": 1.2}}
+
+event: end
+data: {"id": "4f2c9a", "status": "finished", "steps": 1, "steps_made": 1, "loss": 1.25, "error": null, "followers": 1}
+"""
 
 
 def get_jobs(request: Request) -> Jobs:
@@ -34,7 +41,9 @@ def get_jobs(request: Request) -> Jobs:
 AllJobs = Annotated[Jobs, Depends(get_jobs)]
 
 
-def find_job(job_id: Annotated[str, PathParameter(description="As `POST /jobs` answered.")], jobs: AllJobs) -> Job:
+def find_job(
+    job_id: Annotated[str, PathParameter(title="Job", description="As `POST /jobs` answered.")], jobs: AllJobs
+) -> Job:
     job = jobs.get(job_id)
     if job is None:
         raise HTTPException(404, f"there is no job {job_id!r}")
@@ -63,7 +72,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     add_error_handlers(app, all_errors=True)
 
     @app.post(
-        "/jobs", status_code=202, tags=["jobs"], summary="Start a job", responses=problem_responses(422, 429, 503)
+        "/jobs",
+        status_code=202,
+        tags=["jobs"],
+        summary="Start a job",
+        response_description="The job, which has begun.",
+        responses=problem_responses(422, 429, 503),
     )
     async def start_job(body: JobRequest, jobs: AllJobs, response: Response) -> JobState:
         """Begins to train at once and answers without waiting. `Location` is where the job is."""
@@ -71,17 +85,29 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         response.headers["Location"] = f"/jobs/{job.id}"
         return job.state()
 
-    @app.get("/jobs", tags=["jobs"], summary="List the jobs")
+    @app.get("/jobs", tags=["jobs"], summary="List the jobs", response_description="The jobs.")
     async def list_jobs(jobs: AllJobs) -> list[JobState]:
         """Oldest first. Of those that are over, the last hundred are kept."""
         return [job.state() for job in jobs.all()]
 
-    @app.get("/jobs/{job_id}", tags=["jobs"], summary="How a job stands", responses=problem_responses(404, 422))
+    @app.get(
+        "/jobs/{job_id}",
+        tags=["jobs"],
+        summary="How a job stands",
+        response_description="The job as it is now.",
+        responses=problem_responses(404, 422),
+    )
     async def read_job(job: FoundJob) -> JobState:
         """Its status, and how far it has come."""
         return job.state()
 
-    @app.delete("/jobs/{job_id}", tags=["jobs"], summary="Cancel a job", responses=problem_responses(404, 422))
+    @app.delete(
+        "/jobs/{job_id}",
+        tags=["jobs"],
+        summary="Cancel a job",
+        response_description="The job, which is over.",
+        responses=problem_responses(404, 422),
+    )
     async def cancel_job(job: FoundJob, jobs: AllJobs) -> JobState:
         """Answers when the job has ended. A job that is over stays as it is."""
         await jobs.cancel(job)
@@ -92,7 +118,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         tags=["progress"],
         summary="Follow a job",
         response_class=EventSourceResponse,
-        responses=problem_responses(404, 422),
+        response_description="The events, until the job is over or the client leaves.",
+        responses={200: {"content": {"text/event-stream": {"example": STREAM}}}, **problem_responses(404, 422)},
     )
     async def follow_job(
         job: FoundJob,
@@ -112,6 +139,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         "/jobs/{job_id}/result",
         tags=["progress"],
         summary="What a job came to",
+        response_description="Its losses, and where the trained adapter is.",
         responses=problem_responses(404, 409, 422),
     )
     async def read_result(job: FoundJob) -> JobResult:
