@@ -1,12 +1,12 @@
-"""A run that ended at any moment goes on, and its numbers are those of a run that nothing ended."""
+"""A run that ended at any moment goes on, and its numbers are those of a run that nothing ended.
+
+A process that is really killed is in tests/train_command.
+"""
 
 import asyncio
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import STATE_FILE, STEPS_FILE
 
 pytestmark = pytest.mark.asyncio
-ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,22 +68,13 @@ async def test_from_every_moment_the_same_numbers_come_out(tmp_path: Path) -> No
         assert run.info.status == "finished"
 
 
-async def test_a_process_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    moment = random.Random(20).randint(4, 14)
-    command = [sys.executable, "-m", "tests.runs.killed_run", *map(str, (tmp_path / "run", tmp_path / "state", moment))]
-    killed = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert read_run(tmp_path / "run").status == "running"
-    assert 0 < len(read_steps(tmp_path / "run")) < 6
-    # What is written to a disk in part when the machine itself dies.
+async def test_a_line_that_reached_the_disk_in_part_is_forgotten(bench: Any, tmp_path: Path) -> None:
+    await run_to(bench.service, tmp_path / "run", steps=2)
     with (tmp_path / "run" / STEPS_FILE).open("ab") as file:
         file.write(b'{"step": ')
-    async with AsyncServiceClient.local(model="tiny", state_dir=tmp_path / "state") as service:
-        run = await run_to(service, tmp_path / "run")
-        await run_to(service, tmp_path / "whole")
-    assert run.info.status == "finished"
-    expected = losses(tmp_path / "whole")
-    assert [totals[0] for totals in losses(tmp_path / "run")] == pytest.approx([t[0] for t in expected], abs=1e-5)
+    await run_to(bench.service, tmp_path / "run", steps=4)
+    await run_to(bench.service, tmp_path / "whole", steps=4)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 async def test_a_run_that_was_asked_to_stop_goes_on(bench: Any, tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ from tinkex_py.client.carrier import (
     Carrier,
     Surrogate,
     advantages_of,
-    check_one_dimensional,
     check_sequences,
+    divisors,
     has_candidates,
     measuring_sample,
     measuring_weights,
 )
 from tinkex_py.client.model_requests import ModelRequests, or_break
 from tinkex_py.client.steps import OptimizerSteps
-from tinkex_py.client.submission import count_numbers, encode_chunks, replace_by_advantages, replace_weights
+from tinkex_py.client.submission import count_numbers, encode_chunks, replace_by_advantages, write_weights
 from tinkex_py.errors import InvalidResponse, PipelineError
 from tinkex_py.transport.codec import EncodedBatch
 from tinkex_py.transport.lane import Place
@@ -75,10 +75,10 @@ class CustomStep:
         service_output = await self.requests.run_backward(
             self.place,
             carried,
-            carrier,
+            carrier.loss_fn,
             {},
             handed_over=on_hand_over,
-            scaled_for=sequences if carrier == "importance_sampling" else None,
+            scaled_for=sequences if carrier.divides == "sequences" else None,
         )
         return output.model_copy(update={"service_output": service_output})
 
@@ -96,12 +96,13 @@ class CustomStep:
         if carrier is None and has_candidates(data):
             sample = await encode_chunks(measuring_sample(data), connection, custom=True)
             _, carrier = await self._forward(sample)
-        if carrier == "importance_sampling":
-            await or_break(lambda: check_one_dimensional(data))
+        if carrier is not None and carrier.loss_fn == "importance_sampling":
+            await or_break(lambda: connection.carrier.check_targets(data))
         if carrier is not None:
             return await self._run_forward(chunks), carrier
         weights = measuring_weights(count_numbers(chunks))
-        forward = await self._run_forward(await replace_weights(chunks, weights, connection.threads))
+        await write_weights(chunks, weights, connection.threads)
+        forward = await self._run_forward(chunks)
         return forward, connection.carrier.learn(forward, _logprobs_of(forward, data), weights)
 
     async def _run_forward(self, chunks: Sequence[EncodedBatch]) -> ForwardBackwardOutput:
@@ -138,13 +139,15 @@ class CustomStep:
         forward: ForwardBackwardOutput,
         carrier: Carrier,
         sequences: int,
-    ) -> list[EncodedBatch]:
+    ) -> Sequence[EncodedBatch]:
         """The datums with the numbers that make the service arrive at the gradient."""
         threads = self.requests.connection.threads
-        if carrier == "cross_entropy":
-            return await replace_weights(chunks, -gradient, threads)
+        if carrier.loss_fn == "cross_entropy":
+            await write_weights(chunks, -gradient, threads)
+            return chunks
         logprobs = forward.packed["logprobs"]
-        advantages = advantages_of(gradient, logprobs, sequences)
+        divided_by = divisors(carrier, [chunk.data for chunk in chunks], sequences)
+        advantages = advantages_of(gradient, logprobs, divided_by)
         return await replace_by_advantages(chunks, logprobs.values, advantages, threads)
 
 
@@ -163,10 +166,10 @@ def _logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> Packe
         raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
     if packed.values.dtype.kind != "f":
         raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.values.dtype}, not float32")
-    for index, datum in enumerate(data):
-        expected = datum.loss_fn_inputs["target_tokens"].shape
-        if packed.shape(index) != expected:
-            raise InvalidResponse(
-                f"logprobs of datum {index} have shape {packed.shape(index)}, its target_tokens {expected}"
-            )
+    expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
+    if packed.shapes != expected:
+        index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
+        raise InvalidResponse(
+            f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
+        )
     return packed
