@@ -32,7 +32,7 @@ def make_data() -> list[Datum]:
     return [
         Datum(
             model_input=ModelInput.from_ints(random.integers(0, 256, length)),
-            loss_fn_inputs={"target_tokens": random.integers(0, 256, length)},
+            loss_fn_inputs={"target_tokens": random.integers(0, 256, length), "weights": np.ones(length, np.float32)},
         )
         for length in LENGTHS
     ]

@@ -77,7 +77,7 @@ PAIRS = (
             Defect(
                 flow="save_weights_for_sampler, sample by path",
                 answer=r"ServerError: POST /api/v1/create_sampling_session at \S+ was answered 500 Internal Server "
-                r"Error\. Sampler load_weights failed: KeyError: "
+                r"Error after \d attempts\. Sampler load_weights failed: KeyError: "
                 r"'sessions/mdl_\w+/checkpoints/sampler/lora_weights\.pt' .*",
                 reason="without vLLM its save_weights_for_sampler writes no file, and create_sampling_session fails "
                 "with a KeyError for that file (500)",
