@@ -23,6 +23,7 @@ from tinkex_py.errors import (
     InvalidData,
     InvalidResponse,
     MissingExtra,
+    TimeoutExceeded,
     UnsupportedFeature,
 )
 from tinkex_py.losses.threads import TermThreads, run_released
@@ -154,6 +155,7 @@ class AsyncServiceClient:
 
         Raises:
             ConfigError: single settings and `lora_config` were both given.
+            UnsupportedFeature: the service says that it has only another model, or that it cannot train this one.
             RequestFailed, APIStatusError: the service does not have this model.
         """
         single: dict[str, Any] = {
@@ -173,6 +175,7 @@ class AsyncServiceClient:
         labels = _checked_metadata(user_metadata)
         settings = lora_config or LoraConfig(**given)
         connection = await self._connected()
+        await connection.models.check(base_model, "train")
         body: dict[str, Any] = {
             "session_id": connection.session_id,
             "model_seq_id": connection.next_model_number(),
@@ -181,7 +184,13 @@ class AsyncServiceClient:
             "type": "create_model",
             **_labels(labels or None, optimizer_config),
         }
-        request_id = await connection.submit("/api/v1/create_model", body)
+        try:
+            request_id = await connection.submit("/api/v1/create_model", body)
+        except TimeoutExceeded as error:
+            error.add_note(
+                f"{connection.http.host} was asked for {base_model!r}; some services wait for a model they lack"
+            )
+            raise
         fields = await connection.fields(request_id, "CreateModel")
         return self._training_client(text_of(fields, "model_id", "create_model"))
 
@@ -267,6 +276,7 @@ class AsyncServiceClient:
 
         Raises:
             ConfigError: neither or both were given.
+            UnsupportedFeature: the service cannot sample, or not from this model.
         """
         if (base_model is None) == (model_path is None):
             raise ConfigError("give exactly one of base_model and model_path")
