@@ -104,6 +104,22 @@ def replay(
         show(result)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder for the page and the pictures")] = Path("report"),
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Draw runs into one HTML page that needs nothing else, and PNGs."""
+    from tinkex_py.report_command import report as write
+
+    try:
+        write(runs, out, as_json=as_json)
+    except TinkexError as error:
+        typer.echo(f"tinkex-py report: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
 async def _completed(work: Coroutine[Any, Any, object]) -> None:
     await work
 
