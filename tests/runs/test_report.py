@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -222,6 +223,8 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="none/run.json"):
         write_report([run, tmp_path / "none"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="rename the folder"):
+        write_report([tmp_path / os.fsdecode(b"\xff")], tmp_path / "out")
     with pytest.raises(ConfigError, match="at least one"):
         write_report([], tmp_path / "out")
     with pytest.raises(ConfigError, match="run.json/inside"):

@@ -44,6 +44,11 @@ def load_runs(folders: Sequence[Path | str]) -> list[LoadedRun]:
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not places:
         raise ConfigError("name at least one run's folder")
+    for place in places:
+        try:
+            str(place).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{str(place)!r} is no text in UTF-8: rename the folder") from error
     return [_load(place, label) for place, label in zip(places, _labels(places), strict=True)]
 
 

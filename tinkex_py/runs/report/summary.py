@@ -1,12 +1,13 @@
 """What a report says in words and numbers; `tinkex-py report --json` prints it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from tinkex_py.runs.records import RunStatus, StepRecord, scalars
 from tinkex_py.runs.report.loading import LoadedRun
+from tinkex_py.runs.settings import settings_of
 
 
 class RunSummary(BaseModel):
@@ -73,25 +74,9 @@ def summary_of(run: LoadedRun) -> RunSummary:
     )
 
 
-def settings_of(run: LoadedRun) -> dict[str, JsonValue]:
-    """All settings of a run under dotted names, with its seed."""
-    return {**flattened(run.info.config), "seed": run.info.seed}
-
-
-def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Nested settings under dotted names; lists stay whole."""
-    flat: dict[str, JsonValue] = {}
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= {f"{name}.{inner}": setting for inner, setting in flattened(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
 def differing_settings(runs: Sequence[LoadedRun]) -> dict[str, dict[str, JsonValue]]:
     """Settings that are not the same in all runs: setting -> run -> value. A run without the setting is left out."""
-    by_run = {run.label: settings_of(run) for run in runs}
+    by_run = {run.label: settings_of(run.info) for run in runs}
     names = dict.fromkeys(name for settings in by_run.values() for name in settings)
     table = {name: {label: settings[name] for label, settings in by_run.items() if name in settings} for name in names}
     return {name: values for name, values in table.items() if len(values) < len(runs) or _differ(values.values())}

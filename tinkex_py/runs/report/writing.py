@@ -10,7 +10,8 @@ from tinkex_py.runs.pictures import PICTURES, drawings
 from tinkex_py.runs.report.drawing import picture_of
 from tinkex_py.runs.report.loading import load_runs
 from tinkex_py.runs.report.page import page_of
-from tinkex_py.runs.report.summary import RunSummary, differing_settings, settings_of, summary_of
+from tinkex_py.runs.report.summary import RunSummary, differing_settings, summary_of
+from tinkex_py.runs.settings import settings_of
 
 PAGE_FILE = "index.html"
 
@@ -52,7 +53,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     if len(runs) > 1:
         settings = differing
     else:
-        settings = {name: {runs[0].label: value} for name, value in settings_of(runs[0]).items()}
+        settings = {name: {runs[0].label: value} for name, value in settings_of(runs[0].info).items()}
     page = page_of(summaries, settings, laid_out, pictures)
     files = {f"{key}.png": content for key, content in pictures.items()} | {PAGE_FILE: page.encode()}
     _write(Path(out), files)
