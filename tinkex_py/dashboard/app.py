@@ -15,8 +15,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tinkex_py.dashboard.feed import Feed
 from tinkex_py.dashboard.runs_folder import RunLine
 from tinkex_py.errors import ConfigError
+from tinkex_py.runs.flat_settings import settings_of
 from tinkex_py.runs.pictures import MOST_COLOURS
-from tinkex_py.runs.settings import settings_of
 
 FILES = Path(__file__).parent / "static"
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "[::1]")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from tinkex_py.runs.flat_settings import settings_of
 from tinkex_py.runs.records import RunStatus, StepRecord, scalars
 from tinkex_py.runs.report.loading import LoadedRun
-from tinkex_py.runs.settings import settings_of
 
 
 class RunSummary(BaseModel):

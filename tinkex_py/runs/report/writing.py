@@ -6,12 +6,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from tinkex_py.errors import ConfigError
+from tinkex_py.runs.flat_settings import settings_of
 from tinkex_py.runs.pictures import PICTURES, drawings
 from tinkex_py.runs.report.drawing import picture_of
 from tinkex_py.runs.report.loading import load_runs
 from tinkex_py.runs.report.page import page_of
 from tinkex_py.runs.report.summary import RunSummary, differing_settings, summary_of
-from tinkex_py.runs.settings import settings_of
 
 PAGE_FILE = "index.html"
 
