@@ -23,7 +23,7 @@ class RunList {
   update({ changed, gone }) {
     for (const line of changed) this.lines.set(line.name, line);
     for (const name of gone) this.lines.delete(name);
-    if (!this.chosen && this.lines.size) {
+    if (!this.chosen && !this.selected.length && this.lines.size) {
       this.selected = [this.newest()];
       this.onChange();
     }
