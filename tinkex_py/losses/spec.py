@@ -140,6 +140,11 @@ class RegularizerSpec:
             bound = checked_number(f"regularizer {name!r}", "max_grad_norm", self.max_grad_norm, above=0.0)
             object.__setattr__(self, "max_grad_norm", bound)
 
+    def _repr_html_(self) -> str:
+        from tinkex_py.losses.notebook import spec_html
+
+        return spec_html(self)
+
 
 def term_name(term: object) -> str | None:
     """The term's own `name`, or None; a module's `__name__` is not one."""
