@@ -104,6 +104,11 @@ class Pipeline:
         self._own_threads: TermThreads | None = None
         self._told_not_differentiable: set[str] = set()
 
+    def _repr_html_(self) -> str:
+        from tinkex_py.losses.notebook import pipeline_html
+
+        return pipeline_html(self.base_loss, self.regularizers, {name: getattr(self, name) for name in OPTIONS})
+
     @property
     def controllers(self) -> list[WeightController]:
         """The controllers among the weights, each once, in spec order."""

@@ -147,6 +147,11 @@ class RegularizerSpec:
             return self.is_async
         return True if is_async_term(self.fn) else None
 
+    def _repr_html_(self) -> str:
+        from tinkex_py.losses.notebook import spec_html
+
+        return spec_html(self)
+
 
 def term_name(term: object) -> str | None:
     """The term's own `name`, or None; a module's `__name__` is not one."""

@@ -52,6 +52,15 @@ class TrainedRun:
     checkpoint: str
     training: AsyncTrainingClient
 
+    def _repr_html_(self) -> str:
+        from tinkex_py.html_table import html_facts
+        from tinkex_py.losses.notebook import output_html
+
+        last = None if self.last is None else output_html(self.last.losses[-1])
+        done = {"steps": 0 if self.last is None else self.last.step, "checkpoint": self.checkpoint}
+        facts = {"folder": str(self.folder), "status": self.info.status, "reason": self.info.reason, **done}
+        return html_facts(f"Run {self.info.name}", facts) + (last or "")
+
 
 async def train(
     service: AsyncServiceClient,
