@@ -22,9 +22,8 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def command(address: str, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs a command against the service, in this process; its output never holds the key."""
-    monkeypatch.setenv("TINKER_BASE_URL", address)
+def plain_command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command in this process; its output never holds the key."""
     monkeypatch.setenv("TINKER_API_KEY", KEY)
 
     def run(*arguments: str, stdin: str | None = None) -> Result:
@@ -34,3 +33,10 @@ def command(address: str, monkeypatch: pytest.MonkeyPatch) -> Command:
         return result
 
     return run
+
+
+@pytest.fixture
+def command(plain_command: Command, address: str, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command against the service."""
+    monkeypatch.setenv("TINKER_BASE_URL", address)
+    return plain_command

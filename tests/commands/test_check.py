@@ -50,25 +50,25 @@ def test_a_wrong_key(command, monkeypatch):
     assert "tml-wrong-key" not in result.output
 
 
-def test_nobody_is_there(command):
+def test_nobody_is_there(plain_command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    result = command("check", "--base-url", address, "--timeout", "0.2")
+    result = plain_command("check", "--base-url", address, "--timeout", "0.2")
     assert result.exit_code == 1
     assert "FAILED  connection" in result.stdout
     assert "tinkex-py serve" in result.stdout
     assert "session" not in result.stdout
 
 
-def test_settings_that_cannot_be_used(command, monkeypatch):
-    result = command("check", "--base-url", "ftp://here", "--json")
+def test_settings_that_cannot_be_used(plain_command, monkeypatch):
+    result = plain_command("check", "--base-url", "ftp://here", "--json")
     assert result.exit_code == 2
     (finding,) = json.loads(result.stdout)["findings"]
     assert (finding["name"], finding["state"]) == ("settings", "failed")
     monkeypatch.delenv("TINKER_API_KEY")
     monkeypatch.setenv("HOME", "/nowhere")
-    result = command("check")
+    result = plain_command("check")
     assert result.exit_code == 2
     assert "no API key" in result.stdout
 

@@ -16,11 +16,11 @@ from tinkex_py import __version__
 from tinkex_py.cli import app
 
 
-def test_version(command):
-    result = command("version")
+def test_version(plain_command):
+    result = plain_command("version")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == f"tinkex_py {__version__}"
-    versions = json.loads(command("version", "--json").stdout)
+    versions = json.loads(plain_command("version", "--json").stdout)
     assert versions["tinkex_py"] == __version__
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "torch" in versions
@@ -63,22 +63,22 @@ def test_shells_are_told_how(shell):
 
 
 @pytest.mark.parametrize("name", ["check", "sample", "runs", "version"])
-def test_every_command_has_help_and_json(command, name):
-    result = command(name, "--help")
+def test_every_command_has_help_and_json(plain_command, name):
+    result = plain_command(name, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["list", "download", "delete", "ttl"])
-def test_every_command_of_checkpoints_has_help_and_json(command, name):
-    result = command("checkpoints", name, "--help")
+def test_every_command_of_checkpoints_has_help_and_json(plain_command, name):
+    result = plain_command("checkpoints", name, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
 
 
-def test_a_wrong_option_is_unusable_input(command):
-    assert command("check", "--colour").exit_code == 2
-    assert command("no-such-command").exit_code == 2
+def test_a_wrong_option_is_unusable_input(plain_command):
+    assert plain_command("check", "--colour").exit_code == 2
+    assert plain_command("no-such-command").exit_code == 2
 
 
 DOCS = Path(__file__).parents[2] / "docs"
