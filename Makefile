@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test conformance lint types docs clean
+.PHONY: help install demo test bench conformance lint types docs clean
 .SUFFIXES:
 
 help:
 	@echo "make demo   fine-tune SmolLM2 with a composed loss (under 10 minutes on 2 cores)"
 	@echo "make test   all tests, with branch coverage"
+	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
@@ -33,13 +34,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/tinkex-py demo $(ARGS)
 
-# With ARGS only a part runs, so the coverage of the whole is not asked for.
+# The whole suite runs in two processes. With ARGS only a part runs, so the coverage of the whole is not asked for.
 test: $(STAMP)
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 else
 	@$(BIN)/python -m pytest -q $(ARGS)
 endif
+
+# ARGS names benchmarks, such as "a c --rounds 3"; without it all are run. Fails when a target is missed.
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 # ARGS names pairs, such as skyrl-0.4.0; without it all are run.
 conformance: $(STAMP)

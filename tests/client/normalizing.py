@@ -1,9 +1,12 @@
-"""A service that normalizes as SkyRL's JAX backend does, made of the embedded service, which sums.
+"""Services that normalize, made of the embedded service, which sums.
 
-Each sequence's loss is divided by the sum of its weights (by its length where it has none), and the gradient by the
-number of sequences since the last optimizer step. The layer does the first in the passes on their way in, and the
-second in the optimizer step: with an eps far above every gradient Adam's step is proportional to learning rate times
-gradient, so dividing the learning rate is dividing the gradient.
+SkyRL's JAX backend divides each sequence's loss by the sum of its weights (by its length where it has none), and the
+gradient by the number of sequences since the last optimizer step. The layer does the first in the passes on their way
+in, and the second in the optimizer step: with an eps far above every gradient Adam's step is proportional to learning
+rate times gradient, so dividing the learning rate is dividing the gradient.
+
+hatchery-core divides the loss of each request by the sum of its weights (by its tokens where it has none), if that is
+above 1.
 """
 
 import json
@@ -72,6 +75,24 @@ class Normalizing:
         return json.dumps(fields).encode()
 
 
+class NormalizingByRequest(Normalizing):
+    """The layer for hatchery-core."""
+
+    def normalized_pass(self, body: bytes) -> bytes:
+        message = wire.ForwardBackwardRequest.FromString(body)
+        if message.forward_only:
+            return body
+        name = "advantages" if message.loss_fn == "importance_sampling" else "weights"
+        numbers = [datum.loss_fn_inputs[name] for datum in message.data]
+        values = np.concatenate([np.frombuffer(item.dense, "<f4") for item in numbers])
+        for item in numbers:
+            divide(item, max(float(values.sum()) if name == "weights" else values.size, 1.0))
+        return message.SerializeToString()
+
+    def normalized_step(self, body: bytes) -> bytes:
+        return body
+
+
 async def give(events: list[Any], receive: Any) -> Any:
     return events.pop() if events else await receive()
 
@@ -109,6 +130,17 @@ def as_skyrl(message: wire.ForwardBackwardOutput) -> None:
         record.fields["elementwise_loss"].CopyFrom(record.fields["logprobs"])
         for name in set(record.fields) - kept:
             del record.fields[name]
+
+
+def as_hatchery(message: wire.ForwardBackwardOutput) -> None:
+    """A forward pass knows no loss. That of a backward pass plays no role here."""
+    message.metrics.update({"loss:sum": 0.0, "loss:mean": 0.0, "num_tokens:sum": 0.0, "accum_steps:mean": 0.0})
+
+
+def answers_like_hatchery(recorder: Recorder) -> None:
+    """The same for hatchery-core."""
+    recorder.app = NormalizingByRequest(recorder.app)
+    recorder.always["retrieve_future"] = rewriting(as_hatchery)
 
 
 def answers_like_skyrl(recorder: Recorder) -> None:

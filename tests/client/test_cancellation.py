@@ -72,8 +72,8 @@ async def run_cancelled(bench: Any, training: Any, at: int, *, late: bool) -> bo
     step, update = asyncio.create_task(drive()), asyncio.create_task(training.optim_step())
     async with asyncio.timeout(30):
         await asyncio.wait([step, update])
-    await training._lane.drain(10.0)
-    assert training._lane.is_empty
+    await training._requests.lane.drain(10.0)
+    assert training._requests.lane.is_empty
     new = bench.kinds(training)[len(before) :]
     assert new in ([], ["F", "F"], ["F", "F", "B", "B", "optim_step"]), (at, new)
     if "B" in new:
@@ -122,8 +122,8 @@ async def run_cancelled_single(bench: Any, training: Any, at: int) -> bool:
     step = asyncio.create_task(drive())
     async with asyncio.timeout(30):
         await asyncio.wait([step])
-    await training._lane.drain(10.0)
-    assert training._lane.is_empty
+    await training._requests.lane.drain(10.0)
+    assert training._requests.lane.is_empty
     assert bench.kinds(training)[len(before) :] in ([], ["F"], ["F", "B"])
     return driven.suspensions >= at
 
@@ -144,8 +144,8 @@ async def test_cancelled_after_any_number_of_turns_of_the_loop(local_bench):
             step.cancel()
             async with asyncio.timeout(30):
                 await asyncio.wait([step, update])
-            await training._lane.drain(10.0)
-            assert training._lane.is_empty
+            await training._requests.lane.drain(10.0)
+            assert training._requests.lane.is_empty
             new = bench.kinds(training)[len(before) :]
             assert new in ([], ["F"], ["F", "B", "optim_step"]), (turns, new)
             assert isinstance(update.exception(), PrecedingRequestFailed) == ("B" not in new)

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 
 from tests.client.conftest import Bench
 from tests.client.data import bad_datum, datum, nll
-from tests.client.normalizing import LINEAR, answers_like_skyrl, rewriting
-from tests.client.recorder import answering, chunked, http_recorder, quick_config, sent_weights
+from tests.client.normalizing import LINEAR, answers_like_hatchery, answers_like_skyrl, rewriting
+from tests.client.recorder import Recorder, answering, chunked, http_recorder, quick_config, sent_weights
 from tinkex_py import (
     AdamParams,
     AsyncServiceClient,
@@ -27,7 +27,7 @@ from tinkex_py import (
     UnsupportedFeature,
     telemetry,
 )
-from tinkex_py.client.carrier import advantages_of
+from tinkex_py.client.carrier import PER_REQUEST, PER_SEQUENCE, advantages_of, divisors
 from tinkex_py.transport import wire
 from tinkex_py.types import PackedTensor
 
@@ -58,8 +58,16 @@ async def logprobs_of(training: Any, data: Any) -> np.ndarray:
 @asynccontextmanager
 async def skyrl_bench(per_chunk: int | None = None, **settings: Any) -> AsyncIterator[Bench]:
     """A bench on a service that normalizes and is recognised."""
+    async with bench_that(answers_like_skyrl, per_chunk, **settings) as bench:
+        yield bench
+
+
+@asynccontextmanager
+async def bench_that(
+    answers: Callable[[Recorder], None], per_chunk: int | None = None, **settings: Any
+) -> AsyncIterator[Bench]:
     async with http_recorder() as (recorder, url):
-        answers_like_skyrl(recorder)
+        answers(recorder)
         if per_chunk is not None:
             recorder.always["config"] = chunked(per_chunk)
         async with AsyncServiceClient(quick_config(url, **settings)) as service:
@@ -103,6 +111,43 @@ async def test_cross_entropy_is_wrong_on_the_same_layer(local_bench, http_bench)
         await training.optim_step(LINEAR)
     first, second = [await logprobs_of(training, DATA) for training in trainings]
     np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_chunk", [None, 3])
+@pytest.mark.asyncio
+async def test_a_service_that_divides_each_request_ends_where_a_summing_one_does(local_bench, per_chunk):
+    """Two unequal calls per step, whose gradients that service adds up."""
+    summing = local_bench()
+    async with summing.service, bench_that(answers_like_hatchery, per_chunk) as normalizing:
+        after: list[np.ndarray] = []
+        for bench in (summing, normalizing):
+            training = await bench.train()
+            before = await logprobs_of(training, DATA)
+            for _ in range(2):
+                await training.forward_backward_custom(DATA, signed)
+                await training.forward_backward_custom(DATA[:1], scaled(3.0))
+                await training.optim_step(LINEAR)
+            after.append(await logprobs_of(training, DATA))
+        with pytest.raises(UnsupportedFeature, match=rf"{normalizing.service.config.base_url[7:]} .*\(4, 2\)"):
+            await training.forward_backward_custom([datum(4, candidates=2)], nll)
+    assert np.abs(after[0] - before).max() > 0.1
+    np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
+    assert set(losses_sent(normalizing)) == {"importance_sampling"}
+
+
+@pytest.mark.asyncio
+async def test_cross_entropy_is_wrong_where_each_request_is_divided(http_bench):
+    """So the test above can fail."""
+    answers_like_hatchery(http_bench.recorder)
+    after: list[np.ndarray] = []
+    for factor in (1.0, 7.0):
+        training = await http_bench.train()
+        await training.forward_backward_custom(
+            DATA, lambda data, logprobs, factor=factor: -factor * logprobs.sum(), surrogate="cross_entropy"
+        )
+        await training.optim_step(LINEAR)
+        after.append(await logprobs_of(training, DATA))
+    np.testing.assert_allclose(after[0], after[1], rtol=1e-5)
 
 
 @pytest.mark.asyncio
@@ -343,6 +388,8 @@ async def test_a_service_whose_loss_betrays_it_gets_no_backward(http_bench, choi
         training.forward_backward_custom(DATA, signed), training.optim_step(), return_exceptions=True
     )
     assert isinstance(step, UnsupportedFeature), step
+    host = http_bench.service.config.base_url.removeprefix("http://")
+    assert str(step).startswith(f"{host} cannot do this: carry the gradient of a custom loss. ")
     assert "loss:sum" in str(step)
     assert isinstance(update, PrecedingRequestFailed)
     with pytest.raises(UnsupportedFeature):
@@ -431,9 +478,15 @@ def packed(*rows: Sequence[float]) -> PackedTensor:
 
 
 def test_advantages_by_hand():
-    advantages = advantages_of(np.array([1.0, -2.0, 0.5], np.float32), packed([-1, -1], [-3]), 10)
+    advantages = advantages_of(np.array([1.0, -2.0, 0.5], np.float32), packed([-1, -1], [-3]), np.array([20.0, 10.0]))
     assert advantages.dtype == np.float32
     assert advantages.tolist() == [-20.0, 40.0, -5.0]
+
+
+def test_divisors_by_hand():
+    requests = [[datum(2), datum(1)], [datum(4)]]
+    assert divisors(PER_SEQUENCE, requests, 10).tolist() == [20.0, 10.0, 40.0]
+    assert divisors(PER_REQUEST, requests, 10).tolist() == [3.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -442,4 +495,4 @@ def test_advantages_by_hand():
 )
 def test_what_importance_sampling_cannot_carry(gradient, logprob, message):
     with pytest.raises(PipelineError, match=message):
-        advantages_of(np.array([gradient], np.float32), packed([logprob]), 10)
+        advantages_of(np.array([gradient], np.float32), packed([logprob]), np.array([10.0]))

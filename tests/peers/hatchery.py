@@ -32,6 +32,7 @@ def hatchery(folder: Path) -> Iterator[Peer]:
         "HATCHERY_DEV_API_KEY": "tml-dummy",
         "HATCHERY_DEV_BASE_MODEL": str(folder / MODEL),
         "HATCHERY_DEV_DEVICE": "cpu:0",
+        "HATCHERY_WORKER_LOCAL_DIR": str(folder / "state"),
     }
     command = [str(HATCHERY.python), "-c", _LAUNCHER]
     with running(command, folder, environment, lambda: answers(f"{address}/api/v1/healthz")):

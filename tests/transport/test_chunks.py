@@ -32,6 +32,21 @@ def test_greedy_by_count_and_by_bytes():
     assert plan_chunks([], max_datums=1, max_bytes=1) == []
 
 
+def test_what_a_custom_step_keeps_on_the_client_does_not_count():
+    """4 bytes per token, 8 per target, 4 per weight, whether the datum has weights or not."""
+    bare = Datum(model_input=ModelInput.from_ints([1] * 4), loss_fn_inputs={"target_tokens": [1] * 4})
+    rich = Datum(
+        model_input=ModelInput.from_ints([1] * 4),
+        loss_fn_inputs={"target_tokens": [1] * 4, "weights": [1.0] * 4, "reference": np.zeros((4, 100), np.float32)},
+    )
+    for item in (bare, rich):
+        for max_bytes, chunks in ((3 * 64, [[4, 4, 4], [4]]), (3 * 64 - 1, [[4, 4], [4, 4]])):
+            assert lengths(plan_chunks([item] * 4, max_datums=9, max_bytes=max_bytes, custom=True)) == chunks
+    candidates = Datum(model_input=ModelInput.from_ints([1]), loss_fn_inputs={"target_tokens": np.ones((1, 3), int)})
+    assert len(plan_chunks([candidates] * 2, max_datums=9, max_bytes=2 * (4 + 3 * 12), custom=True)) == 1
+    assert len(plan_chunks([candidates] * 2, max_datums=9, max_bytes=2 * (4 + 3 * 12) - 1, custom=True)) == 2
+
+
 def test_an_oversized_datum_is_a_chunk_of_its_own():
     data = [sized(length) for length in (1, 100, 1, 1)]
     assert lengths(plan_chunks(data, max_datums=10, max_bytes=16 * 3)) == [[1], [100], [1, 1]]

@@ -60,10 +60,11 @@ async def single(lane: Lane, wire: Wire, kind: Kind, label: str, count: int = 1)
         place.leave()
 
 
-async def custom(lane: Lane, wire: Wire, label: str, terms=None) -> str:
+async def custom(lane: Lane, wire: Wire, label: str, terms=None, *, early: bool = False) -> str:
     place = lane.enter(Kind.GRADIENT)
     try:
-        await place.submit(1, wire.send(f"{label}.F"), last=False)
+        await place.submit(1, wire.send(f"{label}.F"), last=False, early=early)
+        await place.turn_of_terms()
         if terms is not None:
             with place.running_terms():
                 await terms()
@@ -80,6 +81,28 @@ async def test_the_order_of_gather_is_the_order_on_the_wire():
     )  # fmt: skip
     assert wire.sent == [(1, "a.F"), (2, "a.B"), (3, "step"), (4, "b.F"), (5, "b.B"), (6, "save")]
     assert lane.is_empty
+
+
+async def test_an_early_forward_goes_out_one_step_ahead_and_its_terms_wait():
+    lane, wire = Lane(), Wire()
+    called: list[str] = []
+
+    def terms(label: str, until_sent: int):
+        async def run() -> None:
+            called.append(label)
+            await wire.until_sent(until_sent)
+
+        return run
+
+    await asyncio.gather(
+        custom(lane, wire, "a", terms("a", 2), early=True),
+        custom(lane, wire, "b", terms("b", 4), early=True),
+        custom(lane, wire, "c", terms("c", 5), early=True),
+        single(lane, wire, Kind.UPDATE, "step"),
+    )
+    sent = [label for _, label in wire.sent]
+    assert sent == ["a.F", "b.F", "a.B", "c.F", "b.B", "c.B", "step"]
+    assert called == ["a", "b", "c"]
 
 
 async def test_one_submission_is_on_the_wire_at_a_time():
@@ -311,6 +334,7 @@ class Request:
     outcome: str
     delay: int
     cancel_after: int | None
+    early: bool
 
 
 requests = st.builds(
@@ -319,6 +343,7 @@ requests = st.builds(
     outcome=st.sampled_from(["fine", "fine", "fine", "bad_input", "refused", "term_fails", "service_fails"]),
     delay=st.integers(0, 3),
     cancel_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    early=st.booleans(),
 )
 
 
@@ -365,7 +390,8 @@ async def fuzzed_request(lane: Lane, service: FuzzedService, index: int, request
             await asyncio.sleep(0)
         refuse = request.outcome == "refused"
         if request.kind == "custom":
-            await place.submit(1, service.send(index, "F", False), last=False)
+            await place.submit(1, service.send(index, "F", False), last=False, early=request.early)
+            await place.turn_of_terms()
             await fuzzed_terms(service, place, request)
             await place.submit(1, service.send(index, "B", refuse))
         else:

@@ -8,6 +8,9 @@ SkyRL's JAX backend divides each sequence's loss by the sum of its weights, and 
 since the last optimizer step. There `importance_sampling` carries the gradient: without weights the first divisor is
 the sequence's length `T`, and the ratio `exp(p - q)` is 1 where q are the logprobs of the step's own forward pass, so
 advantages of `-gradient * T * sequences` arrive as computed.
+
+hatchery-core divides the loss of each request by the sum of its weights, if that is above 1, and adds up the gradients
+of requests. There advantages of `-gradient * tokens of the request` arrive as computed.
 """
 
 import math
@@ -22,9 +25,28 @@ from tinkex_py.errors import InvalidData, PipelineError, SurrogateMismatch, Unsu
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
 
-Carrier = Literal["cross_entropy", "importance_sampling"]
 Surrogate = Literal["auto", "cross_entropy", "importance_sampling"]
 SURROGATES: tuple[Surrogate, ...] = ("auto", "cross_entropy", "importance_sampling")
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """What carries a gradient.
+
+    Attributes:
+        loss_fn: one of the service's losses.
+        divides: what the service divides its gradient by: nothing; each sequence's length and the number of sequences
+            since the last optimizer step; or the number of tokens in the request.
+    """
+
+    loss_fn: Literal["cross_entropy", "importance_sampling"]
+    divides: Literal["nothing", "sequences", "tokens"]
+
+
+SUMMED = Carrier("cross_entropy", "nothing")
+PER_SEQUENCE = Carrier("importance_sampling", "sequences")
+PER_REQUEST = Carrier("importance_sampling", "tokens")
+_CHOSEN: dict[Surrogate, Carrier] = {"cross_entropy": SUMMED, "importance_sampling": PER_SEQUENCE}
 
 # Services may sum in bfloat16; every way to normalize changes the loss of the measuring weights far more.
 _TOLERANCE = 0.01
@@ -55,7 +77,16 @@ def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
     )
 
 
-KNOWN_SERVICES = (KnownService("SkyRL with the JAX backend", "importance_sampling", _is_skyrl_jax),)
+def _is_hatchery(forward: ForwardBackwardOutput) -> bool:
+    # It counts the tokens of a backward pass, and says 0 on a forward pass.
+    told = forward.metrics
+    return "accum_steps:mean" in told and told.get("num_tokens:sum") == 0 and told.get("loss:sum") == 0
+
+
+KNOWN_SERVICES = (
+    KnownService("SkyRL with the JAX backend", PER_SEQUENCE, _is_skyrl_jax),
+    KnownService("hatchery-core", PER_REQUEST, _is_hatchery),
+)
 
 
 @dataclass
@@ -63,10 +94,12 @@ class ServiceCarrier:
     """What this session has learnt about its service.
 
     Attributes:
+        host: the service, as messages name it.
         known: the carrier; None until a forward pass has shown it.
         refusal: why there is none.
     """
 
+    host: str
     known: Carrier | None = None
     refusal: str | None = None
 
@@ -77,7 +110,7 @@ class ServiceCarrier:
             UnsupportedFeature: the service has none.
         """
         if surrogate != "auto":
-            return surrogate
+            return _CHOSEN[surrogate]
         if self.refusal is not None:
             raise UnsupportedFeature(self.refusal)
         return self.known
@@ -98,30 +131,43 @@ class ServiceCarrier:
                 return self._keep(service.carrier, f"its forward pass is that of {service.title}")
         reported = forward.metrics.get("loss:sum")
         if reported is None:
-            return self._keep(
-                "cross_entropy", "its forward pass reports no loss:sum, so the protocol is taken at its word"
-            )
+            return self._keep(SUMMED, "its forward pass reports no loss:sum, so the protocol is taken at its word")
         with np.errstate(all="ignore"):
             expected = -float(np.dot(weights.astype(np.float64), logprobs.values.astype(np.float64)))
         if not math.isfinite(expected) or abs(expected) < _LEAST_LOSS:
-            return "cross_entropy"
+            return SUMMED
         if not abs(reported - expected) <= _TOLERANCE * abs(expected):
             self.refusal = (
-                "the service's cross_entropy is not -sum(weights * logprobs): its forward pass reports loss:sum "
-                f"{reported:.6g} where that is {expected:.6g}, so the gradient of a custom loss would not arrive as "
-                "computed, and no backward pass was sent. If you know better, choose surrogate='cross_entropy', or "
-                "'importance_sampling' for a service that divides each sequence's loss by its length and the gradient "
-                "by the number of sequences"
+                f"{self.host} cannot do this: carry the gradient of a custom loss. Its cross_entropy is not "
+                f"-sum(weights * logprobs): its forward pass reports loss:sum {reported:.6g} where that is "
+                f"{expected:.6g}, so the gradient would not arrive as computed, and no backward pass was sent. If you "
+                "know better, choose surrogate='cross_entropy', or 'importance_sampling' for a service that divides "
+                "each sequence's loss by its length and the gradient by the number of sequences"
             )
             raise UnsupportedFeature(self.refusal)
         # One datum or one token would not show a division by the number of datums or of tokens.
         if len(logprobs) > 1 and logprobs.values.size > len(logprobs):
-            self._keep("cross_entropy", "loss:sum of its forward pass is -sum(weights * logprobs)")
-        return "cross_entropy"
+            self._keep(SUMMED, "loss:sum of its forward pass is -sum(weights * logprobs)")
+        return SUMMED
+
+    def check_targets(self, data: Sequence[Datum]) -> None:
+        """Checks that importance_sampling can carry a gradient of these targets.
+
+        Raises:
+            UnsupportedFeature: naming the first datum whose targets are not `[T]`.
+        """
+        for index, datum in enumerate(data):
+            shape = datum.loss_fn_inputs["target_tokens"].shape
+            if len(shape) != 1:
+                raise UnsupportedFeature(
+                    f"{self.host} cannot do this: carry the gradient of a custom loss for targets with candidates. "
+                    f"target_tokens of datum {index} have shape {shape}, but there gradients travel in "
+                    "importance_sampling, which only takes targets of [T]; nothing was sent for these datums"
+                )
 
     def _keep(self, carrier: Carrier, explanation: str) -> Carrier:
         if self.known is None:
-            metadata = {"carrier": carrier, "explanation": explanation}
+            metadata = {"carrier": carrier.loss_fn, "explanation": explanation}
             telemetry.emit("tinkex.custom_loss.carrier", {}, metadata)
         self.known = carrier
         return carrier
@@ -164,21 +210,6 @@ def has_candidates(data: Sequence[Datum]) -> bool:
     return any(len(datum.loss_fn_inputs["target_tokens"].shape) != 1 for datum in data)
 
 
-def check_one_dimensional(data: Sequence[Datum]) -> None:
-    """Checks that importance_sampling can carry a gradient of these targets.
-
-    Raises:
-        UnsupportedFeature: naming the first datum whose targets are not `[T]`.
-    """
-    for index, datum in enumerate(data):
-        shape = datum.loss_fn_inputs["target_tokens"].shape
-        if len(shape) != 1:
-            raise UnsupportedFeature(
-                f"target_tokens of datum {index} have shape {shape}, but this service's gradients travel in "
-                "importance_sampling, which only takes targets of [T]; nothing was sent for these datums"
-            )
-
-
 def measuring_sample(data: Sequence[Datum]) -> list[Datum]:
     """Two datums with targets of `[T]`, to measure a service with before data of other shapes is sent."""
     first = max(data, key=lambda datum: datum.model_input.length)
@@ -192,13 +223,27 @@ def measuring_weights(size: int) -> Array:
     return (2 + np.arange(size) % 3).astype(np.float32)
 
 
-def advantages_of(gradient: Array, logprobs: PackedTensor, sequences: int) -> Array:
-    """The advantages whose importance_sampling gradient is the given one: `-gradient * T * sequences`.
+def divisors(carrier: Carrier, requests: Sequence[Sequence[Datum]], sequences: int) -> Array:
+    """What the service divides each datum's importance_sampling gradient by, float64 `[datums]`.
+
+    Args:
+        carrier: of the step.
+        requests: the datums of each request.
+        sequences: number of datums since the last optimizer step, this call's and later ones' included.
+    """
+    lengths = [np.array([datum.model_input.length for datum in data], dtype=np.float64) for data in requests]
+    if carrier.divides == "sequences":
+        return np.concatenate(lengths) * sequences
+    return np.concatenate([np.full(len(part), part.sum()) for part in lengths])
+
+
+def advantages_of(gradient: Array, logprobs: PackedTensor, divided_by: Array) -> Array:
+    """The advantages whose importance_sampling gradient is the given one: `-gradient * divisor`.
 
     Args:
         gradient: d(loss)/d(logprobs) of all datums end to end, `[N]`.
-        logprobs: logprobs of the step's forward pass; they tell the lengths `T`.
-        sequences: number of datums since the last optimizer step, this call's and later ones' included.
+        logprobs: logprobs of the step's forward pass.
+        divided_by: what the service divides each datum's gradient by, `[datums]`.
 
     Returns:
         float32 `[N]`.
@@ -211,13 +256,13 @@ def advantages_of(gradient: Array, logprobs: PackedTensor, sequences: int) -> Ar
             "the forward pass gave logprobs that are not finite, which importance_sampling cannot carry a gradient of; "
             "no backward pass was sent"
         )
-    lengths = np.diff(logprobs.offsets)
+    factors = np.repeat(divided_by, np.diff(logprobs.offsets))
     with np.errstate(over="ignore"):
-        advantages = -(gradient.astype(np.float64) * np.repeat(lengths, lengths) * sequences).astype(np.float32)
+        advantages = -(gradient.astype(np.float64) * factors).astype(np.float32)
     if not np.isfinite(advantages).all():
         raise PipelineError(
-            f"the gradient times length times {sequences} sequences does not fit into float32; no backward pass was "
-            "sent"
+            f"the gradient times {divided_by.max():g}, which the service divides it by, does not fit into float32; no "
+            "backward pass was sent"
         )
     return advantages
 

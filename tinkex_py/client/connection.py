@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py.client.carrier import Carrier, ServiceCarrier
 from tinkex_py.client.queue import QueueWatch
-from tinkex_py.client.server_execution import UploadedLosses
 from tinkex_py.client.session import Session, session_request
+from tinkex_py.client.uploaded_losses import UploadedLosses
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError
 from tinkex_py.losses.threads import TermThreads
@@ -59,7 +59,7 @@ class Connection:
         self.polls = polls
         self.threads = threads
         self.uploaded_losses = UploadedLosses()
-        self.carrier = ServiceCarrier(carrier)
+        self.carrier = ServiceCarrier(http.host, carrier)
         self.keys = Keys(config.secret_key, config.credential_command)
         self.billing = BillingPause(0.0)
         self._follow(ClientFlags())
@@ -151,7 +151,7 @@ class Connection:
             The future's request id.
         """
         headers = {"X-Tinkex-Keep-Graph": "1"} if keep_graph else {}
-        async with self.pass_bytes.hold(len(encoded.body)):
+        async with self.pass_bytes.hold(encoded.size):
             return request_id_of(await self._send_encoded(encoded, headers=headers), encoded.path)
 
     async def _send_encoded(self, encoded: EncodedRequest, **options: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Connection:
         return await self.request(
             "POST",
             encoded.path,
-            content=encoded.body,
+            content=encoded.parts,
             content_type=encoded.content_type,
             headers=headers,
             **options,

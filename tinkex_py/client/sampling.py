@@ -198,6 +198,8 @@ async def new_sampling_client(
     path = "/api/v1/create_sampling_session"
     with told_as_unsupported(connection.http.host, "create_sampling_session"):
         answer = await connection.post(path, body)
+        if "sampling_session_id" not in answer and "request_id" in answer:  # hatchery answers with a future
+            answer = await connection.fields(request_id_of(answer, path), "CreateSamplingSession")
     return AsyncSamplingClient(connection, text_of(answer, "sampling_session_id", path))
 
 

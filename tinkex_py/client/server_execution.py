@@ -1,80 +1,28 @@
-"""Custom steps that run on the service: the loss is uploaded once, and a step is then one round trip."""
+"""Custom steps that run on the service: a step is one round trip."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from tinkex_py import telemetry
-from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, RequestFailed, UnsupportedFeature
+from tinkex_py.client.connection import Connection
+from tinkex_py.client.custom_options import until_handed_over
+from tinkex_py.client.model_requests import ModelRequests, or_break
+from tinkex_py.client.steps import OptimizerSteps
+from tinkex_py.client.training_data import check_data, check_targets
+from tinkex_py.errors import InvalidData, PipelineError, UnsupportedFeature
+from tinkex_py.transport.codec import LossConfig
+from tinkex_py.transport.lane import Place
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
-    from tinkex_py.client.connection import Connection
+    from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
     from tinkex_py.losses.tracing import TracedPipeline
 
 Execution = Literal["client", "auto", "server"]
 EXECUTIONS: tuple[Execution, ...] = ("client", "auto", "server")
-# A service may forget losses that were not used for long; what this many uses ago was used, it still has.
-REMEMBERED = 64
-
-
-@dataclass
-class UploadedLosses:
-    """What one session has uploaded, by the digest of the traced loss."""
-
-    _ids: "OrderedDict[str, str]" = field(default_factory=OrderedDict[str, str])
-    _refusals: dict[str, str] = field(default_factory=dict[str, str])
-    _told: set[str] = field(default_factory=set[str])
-    _numbers: int = 0
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def loss_id(self, connection: "Connection", traced: "TracedPipeline") -> str:
-        """The service's id of a traced loss; uploads it if it is new.
-
-        Raises:
-            UnsupportedFeature: the service refuses the loss.
-        """
-        async with self._lock:
-            refusal = self._refusals.get(traced.digest)
-            if refusal is not None:
-                raise UnsupportedFeature(refusal)
-            loss_id = self._ids.pop(traced.digest, None) or await self._upload(connection, traced)
-            self._ids[traced.digest] = loss_id
-            if len(self._ids) > REMEMBERED:
-                self._ids.popitem(last=False)
-            return loss_id
-
-    def tell(self, reason: str) -> None:
-        """One event for each reason why steps do not run on the service."""
-        if reason not in self._told:
-            self._told.add(reason)
-            telemetry.emit("tinkex.custom_loss.not_on_service", {}, {"explanation": reason})
-
-    async def _upload(self, connection: "Connection", traced: "TracedPipeline") -> str:
-        number, self._numbers = self._numbers, self._numbers + 1
-        body: dict[str, Any] = {
-            "session_id": connection.session_id,
-            "custom_loss_seq_id": number,
-            "name": "tinkex_pipeline",
-            "inputs": [{"name": name, "rank": rank} for name, rank in traced.inputs],
-            "graph": traced.graph,
-            "type": "create_custom_loss",
-        }
-        request_id = await connection.submit("/api/v1/create_custom_loss", body)
-        try:
-            fields = await connection.fields(request_id, "CreateCustomLoss")
-        except RequestFailed as error:
-            if error.category != "user":
-                raise
-            self._refusals[traced.digest] = f"the service refuses the loss: {error}"
-            raise UnsupportedFeature(self._refusals[traced.digest]) from error
-        loss_id = fields.get("loss_id")
-        if not isinstance(loss_id, str):
-            raise InvalidResponse("create_custom_loss gave no loss_id")
-        return loss_id
 
 
 @dataclass(frozen=True)
@@ -91,8 +39,52 @@ def check_execution(execution: str) -> None:
         raise InvalidData(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {execution!r}")
 
 
-async def server_step(
-    connection: "Connection", pipeline: "Pipeline", data: Sequence[Datum], execution: Execution, *, recorded: bool
+async def run_on_service(
+    requests: ModelRequests,
+    place: Place,
+    steps: OptimizerSteps,
+    data: Sequence[Datum],
+    pipeline: "Pipeline",
+    execution: Execution,
+    deadline: float | None,
+    *,
+    recorded: bool,
+) -> "CustomLossOutput | None":
+    """A custom step in one round trip; None if it has to run on the client.
+
+    Args:
+        requests: of the training client.
+        place: the step's place in the lane.
+        steps: the client's optimizer steps.
+        data: the datums.
+        pipeline: the loss.
+        execution: what the user asked for.
+        deadline: seconds up to the hand-over.
+        recorded: whether the step is to be recorded.
+    """
+    datums = await or_break(lambda: check_data(data))
+    await or_break(lambda: check_targets(datums))
+    async with until_handed_over(deadline) as handed_over:
+        step = await _server_step(requests.connection, pipeline, datums, execution, recorded=recorded)
+        if step is None:
+            return None
+        await place.quiet_turn()  # the weights are those after the optimizer steps before this one
+        count = sum(spec.enabled for spec in pipeline.regularizers)
+        with telemetry.lifecycle(
+            "tinkex.custom_loss", {"regularizer_count": count, "track_grad_norms": False}
+        ) as measurements:
+            weights = step.traced.weights(steps.made)
+            config: LossConfig = {"loss_id": step.loss_id}
+            chunks = await requests.encoded(step.traced.datums(datums, weights), "custom", config)
+            result = await requests.run_backward(place, chunks, "custom", config, handed_over=handed_over)
+            output = step.traced.output(result, weights)
+            measurements["loss_total"] = output.loss_total
+            measurements["regularizer_total"] = output.regularizer_total
+        return output
+
+
+async def _server_step(
+    connection: Connection, pipeline: "Pipeline", data: Sequence[Datum], execution: Execution, *, recorded: bool
 ) -> ServerStep | None:
     """Prepares a step for the service, or tells why it runs on the client: an event with "auto", else an error.
 
@@ -120,7 +112,7 @@ async def server_step(
 
 
 async def _prepared(
-    connection: "Connection", pipeline: "Pipeline", data: Sequence[Datum], *, recorded: bool
+    connection: Connection, pipeline: "Pipeline", data: Sequence[Datum], *, recorded: bool
 ) -> ServerStep:
     from tinkex_py.losses.tracing import trace_pipeline
 

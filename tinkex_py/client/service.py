@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
+from tinkex_py.client.carrier import SUMMED
 from tinkex_py.client.connection import Connection, text_of
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
@@ -70,7 +71,7 @@ class AsyncServiceClient:
             for connections in (config.max_connections, config.max_polls)
         )
         # The embedded service sums, as the protocol says; other services have to show it.
-        carrier = None if embedded is None else "cross_entropy"
+        carrier = None if embedded is None else SUMMED
         self._connection = Connection(config, http, polls, TermThreads(config.max_threads), carrier=carrier)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None

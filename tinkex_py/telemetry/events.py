@@ -16,6 +16,7 @@ LIFECYCLES = (
     "tinkex.future",
     "tinkex.session",
     "tinkex.training",
+    "tinkex.run.step",
 )
 
 _LIFECYCLE_LEVELS = {"start": logging.DEBUG, "stop": logging.DEBUG, "exception": logging.WARNING}
@@ -32,6 +33,10 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.session.heartbeat_failed": logging.WARNING,
     "tinkex.billing.paused": logging.WARNING,
     "tinkex.sampling.turned_away": logging.DEBUG,
+    "tinkex.run.resent": logging.WARNING,
+    "tinkex.run.restarted": logging.WARNING,
+    "tinkex.run.sink_failed": logging.WARNING,
+    "tinkex.run.checkpoint_not_deleted": logging.WARNING,
 }
 
 

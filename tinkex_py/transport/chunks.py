@@ -3,21 +3,24 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
+from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 
 
-def plan_chunks(data: Sequence[Datum], *, max_datums: int, max_bytes: int) -> list[Sequence[Datum]]:
+def plan_chunks(
+    data: Sequence[Datum], *, max_datums: int, max_bytes: int, custom: bool = False
+) -> list[Sequence[Datum]]:
     """Cuts data greedily into chunks; a datum that is too large alone is a chunk of its own.
 
     Args:
         data: all datums, in order.
         max_datums: most datums of a chunk.
         max_bytes: most bytes of a chunk: 4 per token, and the stored bytes of every loss input.
+        custom: of a custom step, which sends only targets, and a float32 for each of their numbers.
     """
     chunks: list[Sequence[Datum]] = []
     start, size = 0, 0
     for index, datum in enumerate(data):
-        estimate = _bytes_of(datum)
+        estimate = _bytes_of_custom(datum) if custom else _bytes_of(datum)
         if index > start and (size + estimate > max_bytes or index - start >= max_datums):
             chunks.append(data[start:index])
             start, size = index, 0
@@ -28,12 +31,17 @@ def plan_chunks(data: Sequence[Datum], *, max_datums: int, max_bytes: int) -> li
 
 
 def _bytes_of(datum: Datum) -> int:
-    total = 4 * datum.model_input.length
-    for tensor in datum.loss_fn_inputs.values():
-        total += tensor.data.nbytes
-        for indices in (tensor.sparse_crow_indices, tensor.sparse_col_indices):
-            total += 0 if indices is None else indices.nbytes
-    return total
+    return 4 * datum.model_input.length + sum(_bytes_stored(tensor) for tensor in datum.loss_fn_inputs.values())
+
+
+def _bytes_of_custom(datum: Datum) -> int:
+    targets = datum.loss_fn_inputs["target_tokens"]
+    return 4 * datum.model_input.length + _bytes_stored(targets) + 4 * math.prod(targets.shape)
+
+
+def _bytes_stored(tensor: TensorData) -> int:
+    indices = (tensor.sparse_crow_indices, tensor.sparse_col_indices)
+    return tensor.data.nbytes + sum(part.nbytes for part in indices if part is not None)
 
 
 def merge_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from tinkex_py.transport.connection_pool import ConnectionPool
 from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
 from tinkex_py.transport.request import (
     USER_AGENT,
+    Content,
     HttpRequest,
     SecretText,
     checked_base_url,
@@ -28,7 +30,9 @@ from tinkex_py.transport.request import (
     describe,
     encoded_json,
     join_url,
+    length_of,
     merged_headers,
+    parts_of,
     same_origin,
 )
 from tinkex_py.transport.stream import AnswerStream
@@ -52,6 +56,7 @@ class _Connection:
     def __init__(self, client: Any, *, ours: bool) -> None:
         self.client = client
         self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
+        self.address: Callable[[str], Any] = _address if ours else str
         self._socket: Any = None
 
     async def aclose(self) -> None:
@@ -134,7 +139,7 @@ class HttpClient:
         method: str,
         path: str,
         *,
-        content: bytes | bytearray | memoryview | None = None,
+        content: Content | None = None,
         json: object | None = None,
         content_type: str | None = None,
         accept: str = "application/json",
@@ -149,7 +154,7 @@ class HttpClient:
         Args:
             method: HTTP method.
             path: path below `base_url`, with its query if it has one.
-            content: body; do not change it until this returns.
+            content: body, or its parts; do not change it until this returns.
             json: a value to send as JSON instead of `content`.
             content_type: media type of the body; for `json` it is known.
             accept: media types of the answer.
@@ -346,7 +351,7 @@ class HttpClient:
         self,
         method: str,
         path: str,
-        content: bytes | bytearray | memoryview | None,
+        content: Content | None,
         json: object | None,
         content_type: str | None,
         accept: str,
@@ -361,16 +366,17 @@ class HttpClient:
                 raise InvalidData(f"{description}: give content or json, not both")
             content, content_type = encoded_json(json, description), "application/json"
         sent = {"User-Agent": USER_AGENT, "Accept": accept}
-        if content is not None:
+        parts = None if content is None else parts_of(content)
+        if parts is not None:
             sent["Content-Type"] = content_type or "application/octet-stream"
             # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
-            sent["Content-Length"] = str(memoryview(content).nbytes)
+            sent["Content-Length"] = str(length_of(parts))
         key = {"X-API-Key": secret.reveal()} if secret else {}
         return HttpRequest(
             method=method,
             url=join_url(self._base, path),
             headers=merged_headers(sent, self._headers, headers, key),
-            content=None if content is None else memoryview(content).cast("B"),
+            content=parts,
             timeout=self._timeout if timeout is None else timeout,
             description=description,
         )
@@ -438,9 +444,10 @@ async def _send_once(
     connection: _Connection, request: HttpRequest, *, url: str | None = None, stream: bool = False
 ) -> Any:
     client = connection.client
+    target = url or request.url
     built = client.build_request(
         request.method,
-        url or request.url,
+        connection.address(target),
         headers=dict(request.headers),
         content=request.body(),
         # connect, read, write, pool; the whole is bounded outside.
@@ -448,6 +455,17 @@ async def _send_once(
         extensions=dict(connection.extensions),
     )
     return await client.send(built, follow_redirects=False, stream=stream)
+
+
+def _address(url: str) -> httpx.URL:
+    """An address as our clients take it. One with a query is not kept: it may hold secrets, and comes once."""
+    return httpx.URL(url) if "?" in url else _frequent_address(url)
+
+
+@lru_cache(maxsize=64)
+def _frequent_address(url: str) -> httpx.URL:
+    # A client asks few addresses many times, and httpx takes 0.1 ms to take one apart.
+    return httpx.URL(url)
 
 
 def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:

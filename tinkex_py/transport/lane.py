@@ -56,13 +56,22 @@ _steps: ContextVar[tuple[StepMark, ...]] = ContextVar("tinkex_steps", default=()
 
 
 class Place:
-    """One request's position in a lane. Leave it exactly once, whatever happened; see `Lane.enter`."""
+    """One request's position in a lane. Leave it exactly once, whatever happened; see `Lane.enter`.
+
+    Attributes:
+        happened: its last submission was handed over.
+        left: the request is over.
+        knows_logprobs: it is a custom step whose forward pass was answered.
+        numbers: the sequence numbers it was given.
+        changed: set when something in the lane has changed.
+    """
 
     def __init__(self, lane: "Lane", kind: Kind, index: int) -> None:
         self.kind = kind
         self.index = index
         self.happened = False
         self.left = False
+        self.knows_logprobs = False
         self.numbers: list[int] = []
         self._lane = lane
         self._broken: TinkexError | None = None
@@ -80,6 +89,29 @@ class Place:
             await self._lane.change(self)
             self.check()
 
+    async def early_turn(self) -> None:
+        """Waits for the turn, or to be the next behind a custom step that only awaits its terms; raises like `turn`.
+
+        A forward pass changes nothing, so it gives the same logprobs before that step's backward pass as after it.
+        """
+        self.check()
+        while not (self._lane.has_turn(self) or self._lane.is_next_behind_terms(self)):
+            await self._lane.change(self)
+            self.check()
+
+    async def turn_of_terms(self) -> None:
+        """Tells the lane that this step's forward pass was answered, and waits until the custom steps before it left.
+
+        Raises:
+            PrecedingRequestFailed, SequenceLost: as `turn`; no term is to be called.
+        """
+        self.knows_logprobs = True
+        self._lane.wake_all()
+        self.check()
+        while self._lane.runs_step_before(self):
+            await self._lane.change(self)
+            self.check()
+
     async def quiet_turn(self) -> None:
         """Waits for the turn, and until all that was handed over before has been answered; raises like `turn`."""
         await self.turn()
@@ -93,21 +125,23 @@ class Place:
         send: Send[Answer],
         *,
         last: bool = True,
+        early: bool = False,
         handed_over: Callable[[], None] | None = None,
     ) -> Answer:
-        """Hands one submission over to the wire and waits until it is answered.
+        """Hands one submission over to the wire, when its turn has come, and waits until it is answered.
 
         Args:
             count: how many consecutive numbers it needs.
             send: sends it under these numbers until there is a final answer. It is run by the lane: once handed
                 over, it goes on even if the caller is cancelled.
             last: this is the place's last submission; with it the request has happened.
+            early: `early_turn` is enough.
             handed_over: called at hand-over, before anything else can run.
 
         Raises:
             PrecedingRequestFailed, SequenceLost: as `turn`; nothing was sent.
         """
-        await self.turn()
+        await (self.early_turn() if early else self.turn())
         task = await self._lane.hand_over(self, count, send, last=last, handed_over=handed_over)
         return await asyncio.shield(task)
 
@@ -258,6 +292,15 @@ class Lane:
         """True if every earlier place has happened or left."""
         return all(other.happened or other.index >= place.index for other in self._places)
 
+    def is_next_behind_terms(self, place: Place) -> bool:
+        """True if all that has to happen before `place` is one custom step, whose forward pass was answered."""
+        open_places = [other for other in self._places if other.index < place.index and not other.happened]
+        return len(open_places) == 1 and open_places[0].knows_logprobs
+
+    def runs_step_before(self, place: Place) -> bool:
+        """True if a custom step before `place` has not left."""
+        return any(other.index < place.index and other.knows_logprobs for other in self._places)
+
     async def hand_over(
         self,
         place: Place,
@@ -282,7 +325,7 @@ class Lane:
         task = asyncio.create_task(self._deliver(place, numbers, send), name="tinkex.submission")
         self._in_flight.add(task)
         task.add_done_callback(self._landed)
-        self._wake_all()
+        self.wake_all()
         return task
 
     def give_back(self, place: Place) -> None:
@@ -337,12 +380,12 @@ class Lane:
     def end(self, error: SequenceLost | ClientClosed) -> None:
         """Nothing can be sent on this lane any more; the first reason stays."""
         self.lost = self.lost or error
-        self._wake_all()
+        self.wake_all()
 
     def _landed(self, task: asyncio.Task[object]) -> None:
         self._in_flight.discard(task)
         self._wire_is_taken = False
-        self._wake_all()
+        self.wake_all()
         if not task.cancelled():
             task.exception()  # retrieved here too: the caller may be gone
 
@@ -360,7 +403,7 @@ class Lane:
                     "this one was not sent; it is safe to call it again"
                 )
             )
-        self._wake_all()
+        self.wake_all()
 
     def remove(self, place: Place) -> None:
         """See `Place.leave`."""
@@ -369,7 +412,7 @@ class Lane:
         if not (place.happened or place.is_broken or place.kind is Kind.READ):
             self.break_behind(place)
         self._places.remove(place)
-        self._wake_all()
+        self.wake_all()
 
     async def drain(self, timeout: float) -> None:
         """Waits for what is in flight, at most `timeout` seconds, then cancels it.
@@ -396,7 +439,8 @@ class Lane:
         finally:
             del self._waiting[place]
 
-    def _wake_all(self) -> None:
+    def wake_all(self) -> None:
+        """Lets everybody who waits look again."""
         for place in self._waiting:
             place.changed.set()
 
