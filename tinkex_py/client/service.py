@@ -28,7 +28,7 @@ from tinkex_py.errors import (
 )
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.http import HttpClient
-from tinkex_py.types import LoraConfig, ServerCapabilities, Tokenizer, WeightsInfo
+from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -290,6 +290,35 @@ class AsyncServiceClient:
         """The models of the service."""
         connection = await self._connected()
         return ServerCapabilities.read(await connection.get("/api/v1/get_server_capabilities"))
+
+    async def get_features(self) -> ServiceFeatures:
+        """How the service wants to be spoken to, as this client found out; nothing is trained or drawn for it.
+
+        Raises:
+            APIStatusError, TransportError: the service could not be asked.
+        """
+        connection = await self._connected()
+        return ServiceFeatures(
+            wire=(await connection.dialect()).name, uploaded_losses=connection.flags.custom_loss_server_side
+        )
+
+    async def get_tokenizer(self, name: str) -> Tokenizer:
+        """A base model's tokenizer: the embedded service's own, else loaded with transformers.
+
+        Args:
+            name: of the model; or a folder, or what else transformers finds a tokenizer by.
+
+        Raises:
+            ConfigError: the embedded service does not have this model.
+            MissingExtra: transformers is not installed.
+            UnsupportedFeature: there is no tokenizer of this name.
+        """
+        _check_text("name", name)
+        if self._embedded is not None:
+            await self._reachable()
+            return self._embedded.tokenizer_for(name)
+        self._check_usable()
+        return await self._load_tokenizer(name)
 
     def _training_client(self, model_id: str) -> AsyncTrainingClient:
         return AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)
