@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test conformance lint types docs clean
+.PHONY: help install demo test bench conformance lint types docs clean
 .SUFFIXES:
 
 help:
 	@echo "make demo   fine-tune SmolLM2 with a composed loss (under 10 minutes on 2 cores)"
 	@echo "make test   all tests, with branch coverage"
+	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
@@ -40,6 +41,10 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest -q $(ARGS)
 endif
+
+# ARGS names benchmarks, such as "a c --rounds 3"; without it all are run. Fails when a target is missed.
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 # ARGS names pairs, such as skyrl-0.4.0; without it all are run.
 conformance: $(STAMP)

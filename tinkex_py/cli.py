@@ -78,6 +78,28 @@ def demo(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file that describes the run")],
+    model: Annotated[str | None, typer.Option(help="instead of the file's")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="where the run's folder is, or is made")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="of the run; the file's name by default")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print what the run came to as JSON")] = False,
+) -> None:
+    """Train as a file describes it; a run that was ended before goes on from its last checkpoint.
+
+    Exit codes: 0 the run is finished (early stopping counts), 1 it failed, 2 something given cannot be used,
+    3 it was stopped by a signal, with a checkpoint to go on from. A second signal ends it at once, without a new
+    checkpoint, with 1.
+    """
+    try:
+        from tinkex_py.train_command import run_train
+    except ModuleNotFoundError as error:
+        typer.echo(f"tinkex-py train: {MissingExtra(str(error.name), 'cli')}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run_train(config, model=model, runs_dir=runs_dir, name=name, as_json=as_json))
+
+
+@app.command()
 def replay(
     record: Annotated[Path, typer.Argument(help="folder that record= wrote")],
     pipeline: Annotated[

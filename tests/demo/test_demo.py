@@ -1,6 +1,5 @@
 """The demo: `tinkex-py demo` in an empty folder, and its parts."""
 
-import json
 import math
 import os
 import re
@@ -11,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinkex_py import CustomLossOutput, ForwardBackwardOutput, packed_field
-from tinkex_py.demo.data import Pair, batches, default_file, make_datum, read_pairs, with_reference
+from tinkex_py import ForwardBackwardOutput, packed_field
+from tinkex_py.demo.data import default_file
 from tinkex_py.demo.losses import kl_to_base, l2, masked_nll, rarity_server
 from tinkex_py.demo.record import new_run_folder
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.local.tokenizers import ByteTokenizer
+from tinkex_py.runs import read_run, read_steps
+from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, shuffled_batches, with_reference
 from tinkex_py.types import PackedTensor
 
 TERMS = ("l2", "kl_to_base", "rarity")
@@ -39,19 +40,18 @@ def test_a_short_run_lowers_the_loss_and_writes_its_folder(tmp_path: Path):
     assert found, last_line
     assert float(found[2]) < float(found[1])
     folder = tmp_path / found[3]
-    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    for row in rows:
-        seconds = row.pop("seconds")
-        row.pop("step")
-        assert seconds > 0
-        output = CustomLossOutput.model_validate(row)
+    assert read_run(folder).status == "finished"
+    steps = read_steps(folder)
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+    for step in steps:
+        assert step.seconds > 0
+        (output,) = step.losses
         assert tuple(output.regularizers) == TERMS
         weighted = sum(term.weight * term.value for term in output.regularizers.values())
         assert output.loss_total == pytest.approx(output.base_loss.value + weighted, rel=1e-9)
         assert all(term.grad_norm is not None for term in output.regularizers.values())
-    assert f"{rows[0]['loss_total']:.4f}" == found[1]
-    assert f"{rows[-1]['loss_total']:.4f}" == found[2]
+    assert f"{steps[0].losses[0].loss_total:.4f}" == found[1]
+    assert f"{steps[-1].losses[0].loss_total:.4f}" == found[2]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     for word in ("before training", "after training", "gradient norm", *TERMS):
         assert word in done.stdout
@@ -113,9 +113,12 @@ def test_only_the_answer_has_weight():
 
 def test_batches_cover_every_datum_once_an_epoch():
     data = [make_datum(ByteTokenizer(), Pair(prompt=str(i), answer=str(i))) for i in range(6)]
-    stream = batches(data, 2, seed=1)
-    epoch = [datum for _ in range(3) for datum in next(stream)]
+    stream = shuffled_batches(data, 2, seed=1)
+    taken = [next(stream) for _ in range(5)]
+    epoch = [datum for batch in taken[:3] for datum in batch]
     assert sorted(id(datum) for datum in epoch) == sorted(id(datum) for datum in data)
+    later = shuffled_batches(data, 2, seed=1, start=3)
+    assert [next(later), next(later)] == taken[3:]
 
 
 @pytest.mark.asyncio

@@ -25,7 +25,7 @@ def test_protobuf_has_one_endpoint():
         encoded = ProtobufDialect().encode(encode_batch([DATUM]), request)
         assert (encoded.path, encoded.content_type) == ("/api/v1/forward_backward", "application/x-protobuf")
         assert encoded.content_encoding is None
-        message = wire.ForwardBackwardRequest.FromString(encoded.body)
+        message = wire.ForwardBackwardRequest.FromString(body_of(encoded))
         assert (message.seq_id, message.forward_only) == (request.seq_id, request.forward_only)
 
 
@@ -33,10 +33,10 @@ def test_json_has_two_endpoints():
     batch = encode_batch([DATUM])
     forward = JsonDialect().encode(batch, FORWARD)
     assert (forward.path, forward.content_type) == ("/api/v1/forward", "application/json")
-    assert set(json.loads(forward.body)) == {"model_id", "seq_id", "forward_input"}
+    assert set(json.loads(body_of(forward))) == {"model_id", "seq_id", "forward_input"}
     backward = JsonDialect().encode(batch, BACKWARD)
     assert backward.path == "/api/v1/forward_backward"
-    assert json.loads(backward.body)["forward_backward_input"]["loss_fn_config"] == {"beta": 0.5}
+    assert json.loads(body_of(backward))["forward_backward_input"]["loss_fn_config"] == {"beta": 0.5}
     assert batch.data[0] == DATUM
 
 
@@ -45,8 +45,8 @@ def test_zstd_is_the_same_message():
     plain = ProtobufDialect().encode(batch, BACKWARD)
     packed = ProtobufDialect(compress=True).encode(batch, BACKWARD)
     assert packed.content_encoding == "zstd"
-    assert len(packed.body) < len(plain.body)
-    assert zstandard.ZstdDecompressor().decompress(packed.body) == plain.body
+    assert len(body_of(packed)) < len(body_of(plain))
+    assert zstandard.ZstdDecompressor().decompress(body_of(packed)) == body_of(plain)
 
 
 def test_without_zstandard_it_goes_plain(monkeypatch):
@@ -56,7 +56,11 @@ def test_without_zstandard_it_goes_plain(monkeypatch):
     monkeypatch.setattr(dialects.importlib, "import_module", missing)
     encoded = ProtobufDialect(compress=True).encode(encode_batch([DATUM]), FORWARD)
     assert encoded.content_encoding is None
-    assert wire.ForwardBackwardRequest.FromString(encoded.body).model_id == "m"
+    assert wire.ForwardBackwardRequest.FromString(body_of(encoded)).model_id == "m"
+
+
+def body_of(encoded: EncodedRequest) -> bytes:
+    return b"".join(encoded.parts)
 
 
 class Service:
@@ -111,11 +115,11 @@ async def test_what_a_probe_finds_out(name):
     dialect = await choose_dialect("auto", ClientFlags(), service)
     assert dialect.name == expected
     assert service.answers == []
-    first = wire.ForwardBackwardRequest.FromString(service.probes[0].body)
+    first = wire.ForwardBackwardRequest.FromString(body_of(service.probes[0]))
     assert (first.model_id, first.seq_id, first.forward_only, len(first.data)) == ("probe-nonexistent", 1, True, 0)
     for later in service.probes[1:]:
         assert later.path == "/api/v1/forward"
-        assert json.loads(later.body)["model_id"] == "probe-nonexistent"
+        assert json.loads(body_of(later))["model_id"] == "probe-nonexistent"
 
 
 @pytest.mark.asyncio

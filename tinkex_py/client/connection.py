@@ -153,7 +153,7 @@ class Connection:
             The future's request id.
         """
         headers = {"X-Tinkex-Keep-Graph": "1"} if keep_graph else {}
-        async with self.pass_bytes.hold(len(encoded.body)):
+        async with self.pass_bytes.hold(encoded.size):
             return request_id_of(await self._send_encoded(encoded, headers=headers), encoded.path)
 
     async def _send_encoded(self, encoded: EncodedRequest, **options: Any) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Connection:
         return await self.request(
             "POST",
             encoded.path,
-            content=encoded.body,
+            content=encoded.parts,
             content_type=encoded.content_type,
             headers=headers,
             **options,

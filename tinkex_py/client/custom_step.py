@@ -16,8 +16,15 @@ from tinkex_py.client.carrier import (
 )
 from tinkex_py.client.model_requests import ModelRequests, or_break
 from tinkex_py.client.steps import OptimizerSteps
-from tinkex_py.client.submission import count_numbers, encode_chunks, replace_by_advantages, replace_weights
-from tinkex_py.errors import InvalidResponse, PipelineError
+from tinkex_py.client.submission import count_numbers, encode_chunks, replace_by_advantages, write_weights
+from tinkex_py.errors import (
+    APIStatusError,
+    InvalidResponse,
+    PartialFailure,
+    PipelineError,
+    RequestFailed,
+    ResultLost,
+)
 from tinkex_py.transport.codec import EncodedBatch
 from tinkex_py.transport.lane import Place
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
@@ -72,14 +79,19 @@ class CustomStep:
             self.steps.add(self.pipeline.controllers, output)
             handed_over()
 
-        service_output = await self.requests.run_backward(
-            self.place,
-            carried,
-            carrier.loss_fn,
-            {},
-            handed_over=on_hand_over,
-            scaled_for=sequences if carrier.divides == "sequences" else None,
-        )
+        try:
+            service_output = await self.requests.run_backward(
+                self.place,
+                carried,
+                carrier.loss_fn,
+                {},
+                handed_over=on_hand_over,
+                scaled_for=sequences if carrier.divides == "sequences" else None,
+            )
+        except (APIStatusError, RequestFailed) as error:
+            if not isinstance(error, PartialFailure | ResultLost):  # of these the service may hold something
+                self.steps.discard(self.pipeline.controllers, output)
+            raise
         return output.model_copy(update={"service_output": service_output})
 
     async def _forward(self, chunks: Sequence[EncodedBatch]) -> tuple[ForwardBackwardOutput, Carrier]:
@@ -101,7 +113,8 @@ class CustomStep:
         if carrier is not None:
             return await self._run_forward(chunks), carrier
         weights = measuring_weights(count_numbers(chunks))
-        forward = await self._run_forward(await replace_weights(chunks, weights, connection.threads))
+        await write_weights(chunks, weights, connection.threads)
+        forward = await self._run_forward(chunks)
         return forward, connection.carrier.learn(forward, _logprobs_of(forward, data), weights)
 
     async def _run_forward(self, chunks: Sequence[EncodedBatch]) -> ForwardBackwardOutput:
@@ -138,11 +151,12 @@ class CustomStep:
         forward: ForwardBackwardOutput,
         carrier: Carrier,
         sequences: int,
-    ) -> list[EncodedBatch]:
+    ) -> Sequence[EncodedBatch]:
         """The datums with the numbers that make the service arrive at the gradient."""
         threads = self.requests.connection.threads
         if carrier.loss_fn == "cross_entropy":
-            return await replace_weights(chunks, -gradient, threads)
+            await write_weights(chunks, -gradient, threads)
+            return chunks
         logprobs = forward.packed["logprobs"]
         divided_by = divisors(carrier, [chunk.data for chunk in chunks], sequences)
         advantages = advantages_of(gradient, logprobs, divided_by)
@@ -164,10 +178,10 @@ def _logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> Packe
         raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
     if packed.values.dtype.kind != "f":
         raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.values.dtype}, not float32")
-    for index, datum in enumerate(data):
-        expected = datum.loss_fn_inputs["target_tokens"].shape
-        if packed.shape(index) != expected:
-            raise InvalidResponse(
-                f"logprobs of datum {index} have shape {packed.shape(index)}, its target_tokens {expected}"
-            )
+    expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
+    if packed.shapes != expected:
+        index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
+        raise InvalidResponse(
+            f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
+        )
     return packed

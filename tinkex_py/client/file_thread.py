@@ -1,4 +1,4 @@
-"""A thread for the file work of one download, so that the event loop never waits for a disk."""
+"""A thread for the file work of one download or run, so that the event loop never waits for a disk."""
 
 import asyncio
 import threading
@@ -17,11 +17,14 @@ class FileThread:
     """Runs one piece of work at a time. A cancelled caller leaves when the work in hand has ended, not before.
 
     Use it with `async with`.
+
+    Args:
+        name: of the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "tinkex-download") -> None:
         self._stopping = threading.Event()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex-download")
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
     async def __aenter__(self) -> "FileThread":
         return self

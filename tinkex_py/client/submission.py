@@ -47,8 +47,8 @@ async def encode_chunks(data: Sequence[Datum], connection: Connection, *, custom
     return await _off_loop_if(tokens > SMALL_TOKENS, connection.threads, lambda: [encode(part) for part in parts])
 
 
-async def replace_weights(chunks: Sequence[EncodedBatch], weights: Array, threads: TermThreads) -> list[EncodedBatch]:
-    """The chunks with other weights.
+async def write_weights(chunks: Sequence[EncodedBatch], weights: Array, threads: TermThreads) -> None:
+    """Gives the chunks other weights, in place: no request of theirs may be under way.
 
     Args:
         chunks: custom batches.
@@ -56,10 +56,11 @@ async def replace_weights(chunks: Sequence[EncodedBatch], weights: Array, thread
         threads: where large ones are done.
     """
 
-    def replace() -> list[EncodedBatch]:
-        return [chunk.with_weights(weights[part]) for chunk, part in zip(chunks, _parts(chunks), strict=True)]
+    def write() -> None:
+        for chunk, part in zip(chunks, _parts(chunks), strict=True):
+            chunk.write_weights(weights[part])
 
-    return await _off_loop_if(weights.size > SMALL_TOKENS, threads, replace)
+    await _off_loop_if(weights.size > SMALL_TOKENS, threads, write)
 
 
 async def replace_by_advantages(

@@ -1,34 +1,11 @@
-"""The instruction data set as datums."""
+"""The data set that ships with the project."""
 
-import random
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from pydantic import BaseModel, ValidationError
-
-from tinkex_py.errors import ConfigError, InvalidData
-from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput
+from tinkex_py.errors import ConfigError
 
 # In a checkout the data lies in examples/, in an installed package beside this file.
 _FOLDERS = (Path(__file__).parents[2] / "examples" / "data", Path(__file__).parent / "data")
-
-CHAT_START = "<|im_start|>"
-
-
-class Pair(BaseModel):
-    """One prompt and its answer."""
-
-    prompt: str
-    answer: str
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def encode(self, text: str, /) -> list[int]:
-        """Token ids of a text."""
-        ...
 
 
 def default_file(name: str) -> Path:
@@ -41,78 +18,3 @@ def default_file(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ConfigError(f"{name} is not in {' or '.join(str(folder) for folder in _FOLDERS)}; pass --data FILE")
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Pairs from a JSON Lines file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-        InvalidData: a line is no pair, naming it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text") from error
-    pairs: list[Pair] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            pairs.append(Pair.model_validate_json(line))
-        except ValidationError as error:
-            raise InvalidData(f'{path}:{number} is not {{"prompt": ..., "answer": ...}}') from error
-    if not pairs:
-        raise InvalidData(f"{path} holds no pairs")
-    return pairs
-
-
-def prompt_tokens(tokenizer: Encoder, prompt: str) -> list[int]:
-    """A question up to where the answer begins; in chat form if the tokenizer knows chat marks."""
-    if len(tokenizer.encode(CHAT_START)) == 1:
-        text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    else:
-        text = f"Q: {prompt}\nA: "
-    return list(tokenizer.encode(text))
-
-
-def answer_tokens(tokenizer: Encoder, answer: str) -> list[int]:
-    """An answer with the mark that ends it."""
-    end = "<|im_end|>" if len(tokenizer.encode(CHAT_START)) == 1 else "\n"
-    return list(tokenizer.encode(answer + end))
-
-
-def make_datum(tokenizer: Encoder, pair: Pair) -> Datum:
-    """A pair as a datum; only the answer's tokens have weight."""
-    question, answer = prompt_tokens(tokenizer, pair.prompt), answer_tokens(tokenizer, pair.answer)
-    tokens = question + answer
-    return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tokens[1:],
-            "weights": [0.0] * (len(question) - 1) + [1.0] * len(answer),
-        },
-    )
-
-
-def with_reference(data: Sequence[Datum], reference: ForwardBackwardOutput) -> list[Datum]:
-    """The datums with the frozen model's logprobs in `reference_logprobs`."""
-    return [
-        Datum(
-            model_input=datum.model_input,
-            loss_fn_inputs={**datum.loss_fn_inputs, "reference_logprobs": outputs["logprobs"]},
-        )
-        for datum, outputs in zip(data, reference.loss_fn_outputs, strict=True)
-    ]
-
-
-def batches(data: Sequence[Datum], size: int, seed: int) -> Iterator[list[Datum]]:
-    """Shuffled batches, epoch after epoch, without end."""
-    order = list(data)
-    generator = random.Random(seed)  # noqa: S311  # shuffling, not cryptography
-    while True:
-        generator.shuffle(order)
-        for start in range(0, len(order) - size + 1, size) or [0]:
-            yield order[start : start + size]

@@ -1,14 +1,13 @@
-"""The files of one run: a line per step, and a picture."""
+"""Where a run of the demo is written to, and its picture."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tinkex_py.errors import ConfigError, MissingExtra
-from tinkex_py.losses import CustomLossOutput
+from tinkex_py.runs import StepRecord, scalars
 
 
 def new_run_folder(runs_dir: Path) -> Path:
@@ -30,13 +29,6 @@ def new_run_folder(runs_dir: Path) -> Path:
     raise ConfigError(f"{runs_dir / stamp} and 998 siblings exist already")
 
 
-def append_step(folder: Path, step: int, output: CustomLossOutput, extra: Mapping[str, Any]) -> None:
-    """Adds one line to steps.jsonl; the service's own logprobs are left out."""
-    row = {"step": step, **output.model_dump(mode="json", exclude={"service_output"}), **extra}
-    with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def require_matplotlib() -> None:
     """Raises MissingExtra now rather than after the training.
 
@@ -49,7 +41,7 @@ def require_matplotlib() -> None:
         raise MissingExtra("matplotlib", "demo") from error
 
 
-def plot(folder: Path, outputs: Sequence[CustomLossOutput]) -> Path:
+def plot(folder: Path, records: Sequence[StepRecord]) -> Path:
     """Draws loss and contributions over the steps, and the gradient norms."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,22 +49,26 @@ def plot(folder: Path, outputs: Sequence[CustomLossOutput]) -> Path:
     figure: Any = Figure(figsize=(9, 8), layout="constrained")
     FigureCanvasAgg(figure)
     loss, contributions, norms = figure.subplots(3, 1, sharex=True)
-    steps = range(1, len(outputs) + 1)
-    loss.plot(steps, [output.loss_total for output in outputs], label="total", linewidth=2)
-    loss.plot(steps, [output.base_loss.value for output in outputs], label="base (NLL)", linestyle="--")
+    steps = [record.step for record in records]
+    numbers = [scalars(record) for record in records]
+
+    def series(name: str) -> list[float]:
+        return [of_step[name] for of_step in numbers]
+
+    loss.plot(steps, series("loss/total"), label="total", linewidth=2)
+    loss.plot(steps, series("loss/base"), label="base (NLL)", linestyle="--")
     loss.set_ylabel("loss")
-    for name in outputs[0].regularizers:
-        values = [output.regularizers[name].contribution for output in outputs]
-        contributions.plot(steps, values, label=name)
-        norms.plot(steps, [output.regularizers[name].grad_norm_weighted for output in outputs], label=name)
+    for name in records[0].losses[0].regularizers:
+        contributions.plot(steps, series(f"term/{name}/contribution"), label=name)
+        norms.plot(steps, series(f"term/{name}/grad_norm_weighted"), label=name)
     contributions.set_ylabel("weight x value")
-    norms.plot(steps, [output.base_loss.grad_norm for output in outputs], label="base", linestyle="--")
-    norms.plot(steps, [output.total_grad_norm for output in outputs], label="total", linewidth=2, color="black")
+    totals = series("grad_norm/total")
+    norms.plot(steps, series("grad_norm/base_loss"), label="base", linestyle="--")
+    norms.plot(steps, totals, label="total", linewidth=2, color="black")
     norms.set_ylabel("gradient norm")
     norms.set_yscale("log")
-    largest = max(output.total_grad_norm or 0.0 for output in outputs)
-    if largest > 0:  # a norm that starts at zero would squeeze all others into one line
-        norms.set_ylim(bottom=largest * 1e-5)
+    if max(totals) > 0:  # a norm that starts at zero would squeeze all others into one line
+        norms.set_ylim(bottom=max(totals) * 1e-5)
     norms.set_xlabel("step")
     for axes in (loss, contributions, norms):
         axes.grid(alpha=0.3)

@@ -1,20 +1,20 @@
 """The demo itself: load, sample, train, sample again, write the run's folder."""
 
-import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
-from tinkex_py.demo.data import Pair, batches, default_file, make_datum, prompt_tokens, read_pairs, with_reference
+from tinkex_py.demo.data import default_file
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
-from tinkex_py.demo.record import append_step, new_run_folder, plot, require_matplotlib
-from tinkex_py.demo.screen import Screen
-from tinkex_py.losses import CustomLossOutput, RegularizerSpec
+from tinkex_py.demo.record import new_run_folder, plot, require_matplotlib
+from tinkex_py.losses import Pipeline
+from tinkex_py.runs import TrainSettings, read_steps, train
+from tinkex_py.runs.pairs import Pair, make_datum, prompt_tokens, read_pairs, shuffled_batches, with_reference
+from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams, Tokenizer
 
 HELD_OUT_PROMPTS = 2
@@ -73,14 +73,14 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
         training = await service.create_lora_training_client(options.model, rank=options.rank, seed=options.seed)
         tokenizer = await training.get_tokenizer()
         await _show_samples(console, "before training", training, tokenizer, held_out)
-        outputs, folder = await _train(
-            options, console, training, [make_datum(tokenizer, pair) for pair in pairs], adam
-        )
+        data = [make_datum(tokenizer, pair) for pair in pairs]
+        folder = await _train(options, console, service, training, data, adam)
         await _show_samples(console, "after training", training, tokenizer, held_out)
     finally:
         await service.aclose()
-    plot(folder, outputs)
-    summary = DemoSummary(outputs[0].loss_total, outputs[-1].loss_total, folder)
+    steps = read_steps(folder)
+    plot(folder, steps)
+    summary = DemoSummary(steps[0].losses[0].loss_total, steps[-1].losses[0].loss_total, folder)
     console.print(
         f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {options.steps} steps, files in {folder}"
     )
@@ -88,35 +88,29 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
 
 
 async def _train(
-    options: DemoOptions, console: Console, training: AsyncTrainingClient, data: Sequence[Datum], adam: AdamParams
-) -> tuple[list[CustomLossOutput], Path]:
+    options: DemoOptions,
+    console: Console,
+    service: AsyncServiceClient,
+    training: AsyncTrainingClient,
+    data: Sequence[Datum],
+    adam: AdamParams,
+) -> Path:
     with console.status(f"reference logprobs of the frozen model on {len(data)} datums"):
         # A fresh adapter changes nothing yet, so this is the base model.
         data = with_reference(data, await training.forward(data))
     folder = new_run_folder(options.runs_dir)
-    outputs: list[CustomLossOutput] = []
-    screen = Screen(console, options.steps)
     async with rarity_server(data) as rarity:
-        terms = regularizers(rarity)
-        with screen.shown():
-            for step, batch in enumerate(islice(batches(data, options.batch_size, options.seed), options.steps), 1):
-                started = time.monotonic()
-                output = await _step(training, batch, terms, adam)
-                outputs.append(output)
-                append_step(folder, step, output, {"seconds": round(time.monotonic() - started, 3)})
-                screen.step(output, outputs[0])
-    return outputs, folder
-
-
-async def _step(
-    training: AsyncTrainingClient, batch: Sequence[Datum], terms: Sequence[RegularizerSpec], adam: AdamParams
-) -> CustomLossOutput:
-    # Both are started together: the optimizer step is queued behind the gradient, and dropped if that fails.
-    output, _ = await asyncio.gather(
-        training.forward_backward_custom(batch, masked_nll, regularizers=terms, track_grad_norms=True),
-        training.optim_step(adam),
-    )
-    return output
+        await train(
+            service,
+            training,
+            partial(shuffled_batches, data, options.batch_size, options.seed),
+            Pipeline(masked_nll, regularizers(rarity), track_grad_norms=True),
+            folder=folder,
+            optimizer=adam,
+            settings=TrainSettings(steps=options.steps, checkpoint_every=None, seed=options.seed),
+            progress=RichProgress(console),
+        )
+    return folder
 
 
 async def _show_samples(

@@ -90,7 +90,7 @@ class Logprobs:
             return cls(
                 torch.from_numpy(array).reshape(shape),  # pyright: ignore[reportUnknownMemberType]
                 lambda: np.array_equal(array.view(np.int32), received.view(np.int32)),
-                shapes=[packed.shape(index) for index in range(len(packed))],
+                shapes=packed.shapes,
                 packable=len(trailing) <= 1,
                 guarded=True,
             )

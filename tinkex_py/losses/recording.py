@@ -177,7 +177,7 @@ def start_recording(
         step=step,
         datums=tuple(_datum(datum, tensors) for datum in data),
         logprob_shapes=None if logprobs.shapes is None else tuple(logprobs.shapes),
-        base_loss=RecordedTerm(name="base_loss", **_term(base_loss)),
+        base_loss=RecordedTerm(name="base_loss", **term_fields(base_loss)),
         regularizers=tuple(_regularizer(spec, weight) for spec, weight in regularizers),
         options=_plain(options),
         versions={
@@ -241,8 +241,8 @@ def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
 
 
 def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
-    term = _term(spec.fn)
-    if not _is_plain(dict(spec.options)):
+    term = term_fields(spec.fn)
+    if not is_plain(dict(spec.options)):
         term["ready_made"] = None  # its settings are not all here
     return RecordedRegularizer(
         name=spec.name,
@@ -256,7 +256,8 @@ def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
     )
 
 
-def _term(term: Term) -> dict[str, Any]:
+def term_fields(term: Term) -> dict[str, Any]:
+    """What a record says about a term: the fields of `RecordedTerm` but its name."""
     inner: Any = term.fn if isinstance(term, PerDatum) else term
     code: Any = cast("object", type(inner)) if isinstance(inner, ReadyMadeTerm) else term_function(inner)
     name = getattr(code, "__qualname__", type(code).__qualname__)
@@ -269,15 +270,16 @@ def _term(term: Term) -> dict[str, Any]:
 
 def _settings(term: ReadyMadeTerm) -> dict[str, Any] | None:
     settings = {field.name: getattr(term, field.name) for field in dataclasses.fields(term)}
-    return settings if _is_plain(settings) else None
+    return settings if is_plain(settings) else None
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, those that are no JSON as their repr."""
-    return {name: value if _is_plain(value) else repr(value) for name, value in values.items()}
+    return {name: value if is_plain(value) else repr(value) for name, value in values.items()}
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Whether a value comes back from JSON as it was."""
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
     except (TypeError, ValueError):

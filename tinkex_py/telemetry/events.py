@@ -16,6 +16,7 @@ LIFECYCLES = (
     "tinkex.future",
     "tinkex.session",
     "tinkex.training",
+    "tinkex.run.step",
 )
 
 _LIFECYCLE_LEVELS = {"start": logging.DEBUG, "stop": logging.DEBUG, "exception": logging.WARNING}
@@ -32,6 +33,10 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.session.heartbeat_failed": logging.WARNING,
     "tinkex.billing.paused": logging.WARNING,
     "tinkex.sampling.turned_away": logging.DEBUG,
+    "tinkex.run.resent": logging.WARNING,
+    "tinkex.run.restarted": logging.WARNING,
+    "tinkex.run.sink_failed": logging.WARNING,
+    "tinkex.run.checkpoint_not_deleted": logging.WARNING,
 }
 
 
@@ -45,12 +50,14 @@ class Event:
             None means "not measured".
         metadata: what the event is about. Failures carry `reason`, the class name of the error.
         exception: the error itself, for exception events.
+        unit: number of the unit of work, the same at its start and its end; None for an event without a lifecycle.
     """
 
     name: str
     measurements: Mapping[str, Any]
     metadata: Mapping[str, Any]
     exception: BaseException | None = None
+    unit: int | None = None
 
 
 def events() -> tuple[str, ...]:

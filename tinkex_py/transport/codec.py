@@ -1,7 +1,7 @@
 """Requests and results of forward and backward as bytes, with the packed buffers untouched.
 
 The protobuf form of a datum is laid out once. A custom step sends the same datums twice, first for the forward
-pass and then with other weights, so `EncodedBatch.with_weights` only overwrites the weights' bytes. Where the gradient
+pass and then with other weights, so `EncodedBatch.write_weights` only overwrites the weights' bytes. Where the gradient
 travels as advantages, `EncodedBatch.with_advantages` lays other fields beside the targets.
 """
 
@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
+from tinkex_py.transport.frames import CustomFrame, custom_frame, custom_frame_around, data_opening
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
 
@@ -28,8 +29,6 @@ _MOST_DIMENSIONS = 8
 # More than any service answers at once; a few bytes can claim any number.
 _MOST_DATUMS = 2**24
 
-# ForwardBackwardRequest.data: field 3, length-delimited.
-_DATA_TAG = bytes([3 << 3 | 2])
 DTYPES = {
     wire.DTYPE_FLOAT32: np.dtype("<f4"),
     wire.DTYPE_INT64: np.dtype("<i8"),
@@ -54,21 +53,19 @@ class EncodedBatch:
     weights_at: Sequence[int]
     weights_bytes: Sequence[int]
 
-    def with_weights(self, packed: Array) -> "EncodedBatch":
-        """The same datums with other weights.
+    def write_weights(self, packed: Array) -> None:
+        """Gives the datums other weights, in place: no request of this batch may be under way.
 
         Args:
             packed: float32, all datums' weights end to end.
         """
         flat = np.ascontiguousarray(packed, dtype="<f4").reshape(-1).view(np.uint8)
-        body = bytearray(self.body)
-        target = np.frombuffer(body, np.uint8)
+        target = np.frombuffer(self.body, np.uint8)
         start = 0
         for position, size in zip(self.weights_at, self.weights_bytes, strict=True):
             target[position : position + size] = flat[start : start + size]
             start += size
         assert start == flat.size, "weights must cover the datums exactly"
-        return EncodedBatch(self.data, body, self.weights_at, self.weights_bytes)
 
     def with_advantages(self, logprobs: Array, advantages: Array) -> "EncodedBatch":
         """The same datums with `logprobs` and `advantages` instead of weights.
@@ -110,25 +107,29 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
 
     Weights that the datum has are sent, else zeros; the forward pass does not depend on them.
     """
-    body = bytearray()
+    parts: list[bytes | memoryview] = []
     positions: list[int] = []
     sizes: list[int] = []
-    frames: dict[tuple[int, ...], tuple[bytes, bytes]] = {}
+    frames: dict[object, CustomFrame] = {}
+    length = 0
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"]
-        if targets.shape not in frames:
-            frames[targets.shape] = _weights_frame(targets.shape)
-        before, after = frames[targets.shape]
-        values = _weights_of(datum, targets)
-        head = _input_bytes(datum) + wire.Datum(loss_fn_inputs={"target_tokens": _tensor(targets)}).SerializeToString()
-        _append_length(body, len(head) + len(before) + len(values) + len(after))
-        body += head
-        body += before
-        positions.append(len(body))
-        sizes.append(len(values))
-        body += values
-        body += after
-    return EncodedBatch(data, body, positions, sizes)
+        if targets.is_sparse:
+            frame = custom_frame_around(_head_of(datum, targets), targets.shape)
+        else:
+            lengths = [chunk.length for chunk in datum.model_input.chunks]
+            key = (*lengths, targets.shape)
+            frame = frames.get(key) or frames.setdefault(key, custom_frame(lengths, targets.shape))
+            for before, chunk in zip(frame.before_chunks, datum.model_input.chunks, strict=True):
+                parts += (before, chunk.tokens.data)
+            parts += (frame.before_targets, targets.to_numpy().data)
+        weights = datum.loss_fn_inputs.get("weights")
+        values = frame.zeros if weights is None else np.ascontiguousarray(weights.to_numpy(), dtype="<f4").data
+        parts += (frame.before_weights, values, frame.after_weights)
+        positions.append(length + frame.weights_at)
+        sizes.append(len(frame.zeros))
+        length += frame.length
+    return EncodedBatch(data, bytearray().join(parts), positions, sizes)
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ class PassRequest:
     forward_only: bool
 
 
-def encode_request(batch: EncodedBatch, request: PassRequest) -> bytes:
-    """A ForwardBackwardRequest around encoded datums."""
+def encode_request(batch: EncodedBatch, request: PassRequest) -> tuple[bytes, bytearray]:
+    """A ForwardBackwardRequest around encoded datums, in two parts: the second is the batch's own memory."""
     head = wire.ForwardBackwardRequest(
         model_id=request.model_id,
         seq_id=request.seq_id,
@@ -164,7 +165,7 @@ def encode_request(batch: EncodedBatch, request: PassRequest) -> bytes:
         else:
             head.loss_fn_config[name] = value
             head.loss_fn_config_v2[name].number = value
-    return head.SerializeToString() + batch.body
+    return head.SerializeToString(), batch.body
 
 
 def request_as_json(batch: EncodedBatch, request: PassRequest) -> dict[str, Any]:
@@ -254,16 +255,17 @@ def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> P
     if len(trailing) > _MOST_DIMENSIONS or any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
         raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
     size = dtype.itemsize * math.prod(trailing)
+    data = field.data  # each look copies it
     offsets = numbers_of(field.offsets, "<i8", f"the offsets of output field {name!r}")
     if (
         offsets.size != num_datums + 1
         or offsets[0] != 0
-        or offsets[-1] != len(field.data)
+        or offsets[-1] != len(data)
         or (np.diff(offsets) < 0).any()
         or (offsets % size).any()
     ):
-        raise InvalidResponse(f"the offsets of output field {name!r} do not fit its {len(field.data)} bytes")
-    values = np.frombuffer(field.data, dtype)
+        raise InvalidResponse(f"the offsets of output field {name!r} do not fit its {len(data)} bytes")
+    values = np.frombuffer(data, dtype)
     if field.dtype == wire.DTYPE_BFLOAT16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
     elif field.dtype == wire.DTYPE_INT32:
@@ -272,17 +274,12 @@ def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> P
 
 
 def _append(body: bytearray, message: bytes) -> None:
-    _append_length(body, len(message))
+    body += data_opening(len(message))
     body += message
 
 
-def _append_length(body: bytearray, length: int) -> None:
-    """Opens one element of `data`. Lengths are base-128 varints, low bits first (protobuf encoding guide)."""
-    body += _DATA_TAG
-    while length > 0x7F:
-        body.append(length & 0x7F | 0x80)
-        length >>= 7
-    body.append(length)
+def _head_of(datum: Datum, targets: TensorData) -> bytes:
+    return _input_bytes(datum) + wire.Datum(loss_fn_inputs={"target_tokens": _tensor(targets)}).SerializeToString()
 
 
 def _input_bytes(datum: Datum) -> bytes:
@@ -320,23 +317,3 @@ def _tensor_as_json(tensor: wire.Tensor) -> dict[str, Any]:
             "sparse_col_indices": np.frombuffer(sparse.col_indices, "<i8").tolist(),
         }
     return {"data": np.frombuffer(tensor.dense, element).tolist(), "dtype": dtype, "shape": list(tensor.shape)}
-
-
-def _weights_of(datum: Datum, targets: TensorData) -> bytes:
-    weights = datum.loss_fn_inputs.get("weights")
-    if weights is None:
-        return bytes(4 * int(np.prod(targets.shape)))
-    return np.ascontiguousarray(weights.to_numpy(), dtype="<f4").tobytes()
-
-
-def _weights_frame(shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What stands before and after the numbers in a datum's `weights` entry of this shape.
-
-    In the serialized entry the numbers are followed by dtype and shape only, since fields are written in
-    the order of their numbers.
-    """
-    numbers = bytes(4 * int(np.prod(shape)))
-    tensor = wire.Tensor(dense=numbers, dtype=wire.DTYPE_FLOAT32, shape=shape)
-    entry = wire.Datum(loss_fn_inputs={"weights": tensor}).SerializeToString()
-    after = wire.Tensor(dtype=wire.DTYPE_FLOAT32, shape=shape).SerializeToString()
-    return entry[: len(entry) - len(after) - len(numbers)], after

@@ -5,7 +5,7 @@ Results need no dialect: they are read by the type of the answer, whichever way 
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,15 +24,20 @@ class EncodedRequest:
 
     Attributes:
         path: endpoint.
-        body: the bytes.
+        parts: the bytes of the body, in order.
         content_type: their media type.
         content_encoding: how they are compressed, or None.
     """
 
     path: str
-    body: bytes
+    parts: Sequence[bytes | bytearray]
     content_type: str
     content_encoding: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return sum(len(part) for part in self.parts)
 
 
 class Dialect(Protocol):
@@ -75,10 +80,11 @@ class ProtobufDialect:
 
     def encode(self, batch: EncodedBatch, request: PassRequest) -> EncodedRequest:
         """A ForwardBackwardRequest."""
-        body = encode_request(batch, request)
+        parts = encode_request(batch, request)
         if self._zstandard is None:
-            return EncodedRequest(_BACKWARD_PATH, body, PROTOBUF)
-        return EncodedRequest(_BACKWARD_PATH, self._zstandard.ZstdCompressor().compress(body), PROTOBUF, "zstd")
+            return EncodedRequest(_BACKWARD_PATH, parts, PROTOBUF)
+        body = self._zstandard.ZstdCompressor().compress(b"".join(parts))
+        return EncodedRequest(_BACKWARD_PATH, [body], PROTOBUF, "zstd")
 
 
 class JsonDialect:
@@ -91,7 +97,7 @@ class JsonDialect:
     def encode(self, batch: EncodedBatch, request: PassRequest) -> EncodedRequest:
         """A `forward_input` or `forward_backward_input`."""
         path = _FORWARD_PATH if request.forward_only else _BACKWARD_PATH
-        return EncodedRequest(path, _json_bytes(request_as_json(batch, request)), JSON)
+        return EncodedRequest(path, [_json_bytes(request_as_json(batch, request))], JSON)
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

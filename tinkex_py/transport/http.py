@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,12 +17,13 @@ from urllib.parse import urlsplit
 import httpx
 
 from tinkex_py.errors import ClientClosed, ConfigError, InvalidData, TimeoutExceeded, TransportError
-from tinkex_py.telemetry import lifecycle
+from tinkex_py.telemetry import lifecycle, request_headers
 from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
 from tinkex_py.transport.connection_pool import ConnectionPool
 from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
 from tinkex_py.transport.request import (
     USER_AGENT,
+    Content,
     HttpRequest,
     SecretText,
     checked_base_url,
@@ -28,7 +31,9 @@ from tinkex_py.transport.request import (
     describe,
     encoded_json,
     join_url,
+    length_of,
     merged_headers,
+    parts_of,
     same_origin,
 )
 from tinkex_py.transport.stream import AnswerStream
@@ -52,6 +57,7 @@ class _Connection:
     def __init__(self, client: Any, *, ours: bool) -> None:
         self.client = client
         self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
+        self.address: Callable[[str], Any] = _address if ours else str
         self._socket: Any = None
 
     async def aclose(self) -> None:
@@ -109,6 +115,7 @@ class HttpClient:
         self._secret_headers = [value for value in self._headers.values() if len(value) >= _SHORTEST_KEY]
         self._http_client = http_client
         self._asgi_app = asgi_app
+        self._may_trace = True
         self._pool = ConnectionPool(self._open_connection, max_connections)
         self._tls_context: asyncio.Future[ssl.SSLContext] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,7 +141,7 @@ class HttpClient:
         method: str,
         path: str,
         *,
-        content: bytes | bytearray | memoryview | None = None,
+        content: Content | None = None,
         json: object | None = None,
         content_type: str | None = None,
         accept: str = "application/json",
@@ -149,7 +156,7 @@ class HttpClient:
         Args:
             method: HTTP method.
             path: path below `base_url`, with its query if it has one.
-            content: body; do not change it until this returns.
+            content: body, or its parts; do not change it until this returns.
             json: a value to send as JSON instead of `content`.
             content_type: media type of the body; for `json` it is known.
             accept: media types of the answer.
@@ -176,7 +183,8 @@ class HttpClient:
         send = _send_and_follow if follow_redirects else _send_once
         async with self._stoppable(), self._connection() as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
-                response = await self._send(lambda: send(connection, request), request)
+                sent = self._traced(request)
+                response = await self._send(lambda: send(connection, sent), sent)
                 answer = self._answer(response, request, secret)
                 measurements.update(status=answer.status, bytes=len(answer.body))
             return answer
@@ -212,7 +220,8 @@ class HttpClient:
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         async with self._stoppable(), self._connection() as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
-                response = await self._send(lambda: _send_once(connection, request, stream=True), request)
+                traced = self._traced(request)
+                response = await self._send(lambda: _send_once(connection, traced, stream=True), traced)
                 answer = AnswerStream(response, request, secret)
                 try:
                     yield answer
@@ -248,6 +257,7 @@ class HttpClient:
             http_client=self._http_client,
             asgi_app=self._asgi_app if at_home else None,
         )
+        client._may_trace = at_home
         self._elsewhere.add(client)
         try:
             yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path
@@ -346,7 +356,7 @@ class HttpClient:
         self,
         method: str,
         path: str,
-        content: bytes | bytearray | memoryview | None,
+        content: Content | None,
         json: object | None,
         content_type: str | None,
         accept: str,
@@ -361,19 +371,25 @@ class HttpClient:
                 raise InvalidData(f"{description}: give content or json, not both")
             content, content_type = encoded_json(json, description), "application/json"
         sent = {"User-Agent": USER_AGENT, "Accept": accept}
-        if content is not None:
+        parts = None if content is None else parts_of(content)
+        if parts is not None:
             sent["Content-Type"] = content_type or "application/octet-stream"
             # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
-            sent["Content-Length"] = str(memoryview(content).nbytes)
+            sent["Content-Length"] = str(length_of(parts))
         key = {"X-API-Key": secret.reveal()} if secret else {}
         return HttpRequest(
             method=method,
             url=join_url(self._base, path),
             headers=merged_headers(sent, self._headers, headers, key),
-            content=None if content is None else memoryview(content).cast("B"),
+            content=parts,
             timeout=self._timeout if timeout is None else timeout,
             description=description,
         )
+
+    def _traced(self, request: HttpRequest) -> HttpRequest:
+        """The request with what observers send along, such as a trace context."""
+        more = request_headers() if self._may_trace else _NO_HEADERS
+        return replace(request, headers=merged_headers(more, request.headers)) if more else request
 
     async def _send(self, send: Callable[[], Awaitable[Any]], request: HttpRequest) -> Any:
         run = _in_fresh_context if self._asgi_app is not None else _here
@@ -438,9 +454,10 @@ async def _send_once(
     connection: _Connection, request: HttpRequest, *, url: str | None = None, stream: bool = False
 ) -> Any:
     client = connection.client
+    target = url or request.url
     built = client.build_request(
         request.method,
-        url or request.url,
+        connection.address(target),
         headers=dict(request.headers),
         content=request.body(),
         # connect, read, write, pool; the whole is bounded outside.
@@ -448,6 +465,17 @@ async def _send_once(
         extensions=dict(connection.extensions),
     )
     return await client.send(built, follow_redirects=False, stream=stream)
+
+
+def _address(url: str) -> httpx.URL:
+    """An address as our clients take it. One with a query is not kept: it may hold secrets, and comes once."""
+    return httpx.URL(url) if "?" in url else _frequent_address(url)
+
+
+@lru_cache(maxsize=64)
+def _frequent_address(url: str) -> httpx.URL:
+    # A client asks few addresses many times, and httpx takes 0.1 ms to take one apart.
+    return httpx.URL(url)
 
 
 def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:

@@ -1,7 +1,7 @@
 """One HTTP request before it is sent: checked, complete, and independent of any HTTP library."""
 
 import json as json_module
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -12,7 +12,11 @@ from tinkex_py.version import __version__
 
 USER_AGENT = f"tinkex-py/{__version__}"
 
-_CHUNK_BYTES = 1 << 20
+Bytes = bytes | bytearray | memoryview
+Content = Bytes | Sequence[Bytes]
+"""A body, or its parts in order."""
+
+_PIECE_BYTES = 1 << 20
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -32,7 +36,7 @@ class HttpRequest:
         method: in upper case.
         url: absolute, with its query.
         headers: names in lower case; the key is among them.
-        content: the body, or None.
+        content: the parts of the body, or None.
         timeout: seconds for the whole exchange.
         description: method, path and host, for messages.
     """
@@ -40,7 +44,7 @@ class HttpRequest:
     method: str
     url: str
     headers: Mapping[str, str]
-    content: memoryview | None
+    content: Sequence[memoryview] | None
     timeout: float
     description: str
 
@@ -48,7 +52,7 @@ class HttpRequest:
         """The body as HTTP clients take it; a new one at each call."""
         if self.content is None:
             return None
-        return bytes(self.content) if len(self.content) <= _CHUNK_BYTES else _pieces(self.content)
+        return b"".join(self.content) if length_of(self.content) <= _PIECE_BYTES else _pieces(self.content)
 
     def redirected_to(self, status: int, location: str | None, url: str) -> str | None:
         """Where to send this request again, or None if the answer is to be taken as it is.
@@ -137,10 +141,22 @@ def checked_key(api_key: str | SecretText | None) -> Secret:
     return Secret(text)
 
 
-async def _pieces(content: memoryview) -> AsyncIterator[bytes]:
+def parts_of(content: Content) -> list[memoryview]:
+    """The parts of a body, as bytes and without a copy."""
+    parts = [content] if isinstance(content, Bytes) else content
+    return [memoryview(part).cast("B") for part in parts]
+
+
+def length_of(parts: Sequence[memoryview]) -> int:
+    """Bytes of a body."""
+    return sum(len(part) for part in parts)
+
+
+async def _pieces(parts: Sequence[memoryview]) -> AsyncIterator[bytes]:
     # Piece by piece, so that a large body neither stalls the event loop nor is held twice.
-    for start in range(0, len(content), _CHUNK_BYTES):
-        yield bytes(content[start : start + _CHUNK_BYTES])
+    for part in parts:
+        for start in range(0, len(part), _PIECE_BYTES):
+            yield bytes(part[start : start + _PIECE_BYTES])
 
 
 def same_origin(one: str, other: str) -> bool:

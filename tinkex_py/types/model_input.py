@@ -1,6 +1,7 @@
 """What the model reads: a sequence of chunks, today of text tokens."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -119,7 +120,7 @@ class ModelInput(WireModel):
         """A new input with one more token at the end."""
         return self.append(EncodedTextChunk(tokens=[token]))
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of tokens over all chunks."""
         return sum(chunk.length for chunk in self.chunks)

@@ -27,8 +27,6 @@ class PackedTensor:
         trailing_shapes: for each datum the shape behind its leading dimension: `()` for `[T]`, `(K,)` for `[T, K]`.
     """
 
-    __slots__ = ("offsets", "trailing_shapes", "values")
-
     def __init__(self, values: Array, offsets: Array, trailing_shapes: Sequence[tuple[int, ...]]) -> None:
         self.values = values
         self.offsets = offsets
@@ -37,11 +35,18 @@ class PackedTensor:
     def __len__(self) -> int:
         return len(self.trailing_shapes)
 
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of every datum's slice."""
+        sizes = cast("list[int]", np.diff(self.offsets).tolist())
+        return [
+            (size // max(math.prod(trailing), 1), *trailing)
+            for size, trailing in zip(sizes, self.trailing_shapes, strict=True)
+        ]
+
     def shape(self, index: int) -> tuple[int, ...]:
         """Shape of one datum's slice."""
-        trailing = self.trailing_shapes[index]
-        count = int(self.offsets[index + 1] - self.offsets[index])
-        return (count // max(math.prod(trailing), 1), *trailing)
+        return self.shapes[index]
 
     def datum(self, index: int) -> Array:
         """One datum's slice in its shape; a view of the packed buffer."""

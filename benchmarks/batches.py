@@ -1,0 +1,69 @@
+"""The batches that are measured, as both SDKs hold them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+VOCABULARY = 32_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """So many datums, each with targets of one shape: `(T,)` or `(T, K)`."""
+
+    datums: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        candidates = f" x K={self.shape[1]}" if len(self.shape) > 1 else ""
+        return f"{self.datums:,} x {self.shape[0]:,}{candidates}"
+
+    @property
+    def logprobs(self) -> int:
+        return self.datums * math.prod(self.shape)
+
+
+BATCHES = (
+    Batch(64, (512,)),
+    Batch(1_024, (512,)),
+    Batch(256, (8_192,)),
+    Batch(4_096, (128,)),
+    Batch(1_024, (512, 8)),
+)
+
+
+def arrays(datums: int, shape: tuple[int, ...]) -> Iterator[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]:
+    """Tokens and loss inputs of every datum."""
+    numbers = np.random.default_rng(3)
+    for _ in range(datums):
+        tokens = numbers.integers(0, VOCABULARY, shape[0], dtype=np.int32)
+        targets = numbers.integers(0, VOCABULARY, shape, dtype=np.int64)
+        yield tokens, {"target_tokens": targets, "weights": np.ones(shape, np.float32)}
+
+
+def own(datums: int, shape: tuple[int, ...]) -> list[Any]:
+    """The batch as this package's datums."""
+    from tinkex_py import Datum, ModelInput
+
+    return [
+        Datum(model_input=ModelInput.from_ints(tokens), loss_fn_inputs=inputs)
+        for tokens, inputs in arrays(datums, shape)
+    ]
+
+
+def official(datums: int, shape: tuple[int, ...]) -> list[Any]:
+    """The batch as the official SDK's datums."""
+    from tinker import types
+
+    return [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(tokens.tolist()),
+            loss_fn_inputs={name: types.TensorData.from_numpy(values) for name, values in inputs.items()},
+        )
+        for tokens, inputs in arrays(datums, shape)
+    ]

@@ -1,0 +1,51 @@
+"""(g) Fifty training clients of one session on one loop, with all their steps at the same time."""
+
+from statistics import median
+
+from benchmarks.benchmark import Benchmark, Settings
+from benchmarks.results import Result
+from benchmarks.subjects import Measured, alternate, replayed
+
+CLIENTS, STEPS = 50, 4
+DATUMS, SHAPE = 16, (256,)
+SUBJECTS = {
+    "together": "benchmarks.clients:own_together",
+    "alone": "benchmarks.clients:own_one_by_one",
+    "official": "benchmarks.clients:official_together",
+}
+
+
+def run(settings: Settings) -> list[Result]:
+    """Each step is a custom step and an optimizer step."""
+    clients = 3 if settings.quick else CLIENTS
+    with replayed(SUBJECTS, same=False, clients=clients, steps=STEPS, datums=DATUMS, shape=SHAPE) as services:
+        measured = alternate(services.subjects, rounds=settings.rounds)
+    together, alone, official = (measured[name] for name in SUBJECTS)
+    facts = {f"{name}_{fact}": value for name, one in measured.items() for fact, value in one.facts().items()}
+    facts |= {"clients": clients, "steps": STEPS}
+    what = f"{clients} clients x {STEPS} steps of {DATUMS} x {SHAPE[0]}"
+
+    def result(text: str, number: float) -> Result:
+        return Result(benchmark="g", what=f"{what}: {text}", measured=number, facts=facts)
+
+    return [
+        result("client CPU / official SDK", together.cpu / official.cpu),
+        result("wall time / official SDK", together.wall / official.wall),
+        result("client CPU / the same steps one by one", together.cpu / alone.cpu),
+        result("wall time / the same steps one by one", together.wall / alone.wall),
+        Result(
+            benchmark="g",
+            what=f"{what}: event loop's longest gap",
+            measured=gap_ms(together),
+            unit="ms",
+            facts={**facts, "worst_gap_s": max(together.told)},
+        ),
+    ]
+
+
+def gap_ms(one: Measured) -> float:
+    """The longest gap of each run; the median of that over the runs, in milliseconds."""
+    return median(one.told) * 1e3
+
+
+BENCHMARK = Benchmark("g", "fifty training clients on one loop", run)

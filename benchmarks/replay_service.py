@@ -1,0 +1,203 @@
+"""A training service that computes nothing: it answers every pass at once with stored logprobs, over real HTTP.
+
+    python -m benchmarks.replay_service
+
+All datums of a request must have targets of one shape, that of its first datum; nothing else of them is read. The
+service keeps no state beside the bodies of the latest backward pass, from which `GET /replay/gradient` and
+`/replay/bytes` tell what the client has sent back.
+"""
+
+import http.server
+import json
+import math
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+
+from tinkex_py.transport import wire
+
+PROTOBUF = "application/x-protobuf"
+JSON = "application/json"
+MODEL = "replayed"
+# Logprobs of about this many tokens are drawn; longer answers repeat them.
+_STORED = 1_000_003
+
+Array = npt.NDArray[Any]
+Answer = tuple[HTTPStatus, str, bytes]
+
+
+def _light_request() -> Any:
+    """ForwardBackwardRequest with its datums left unread: counting them is all that an answer needs."""
+    file = descriptor_pb2.FileDescriptorProto(name="light_request.proto", package="replay", syntax="proto3")
+    message = file.message_type.add(name="LightRequest")
+    one, many = FieldDescriptorProto.LABEL_OPTIONAL, FieldDescriptorProto.LABEL_REPEATED
+    message.field.add(name="seq_id", number=2, type=FieldDescriptorProto.TYPE_INT32, label=one)
+    message.field.add(name="data", number=3, type=FieldDescriptorProto.TYPE_BYTES, label=many)
+    message.field.add(name="forward_only", number=6, type=FieldDescriptorProto.TYPE_BOOL, label=one)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)  # pyright: ignore[reportUnknownMemberType]
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("replay.LightRequest"))
+
+
+LightRequest = _light_request()
+
+
+def stored_logprobs(datums: int, shape: tuple[int, ...]) -> Array:
+    """The logprobs of a request with so many datums, float32 `[datums * prod(shape)]`; always the same."""
+    drawn = -np.random.default_rng(7).gamma(1.5, 0.8, _STORED).astype(np.float32)
+    return np.resize(drawn, datums * math.prod(shape))
+
+
+def packed_answer(datums: int, shape: tuple[int, ...], *, loss: bool) -> bytes:
+    """A ForwardBackwardOutput. `loss` adds the metric that the official SDK wants of a backward pass."""
+    size = 4 * math.prod(shape)
+    field = wire.BatchedTensor(
+        data=stored_logprobs(datums, shape).tobytes(),
+        offsets=(np.arange(datums + 1, dtype="<i8") * size).tobytes(),
+        dtype=wire.DTYPE_FLOAT32,
+        trailing_shape=shape[1:],
+    )
+    record = wire.ArrayRecord(fields={"logprobs": field}, num_datums=datums)
+    return wire.ForwardBackwardOutput(
+        loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics={"loss:sum": 0.0} if loss else {}
+    ).SerializeToString()
+
+
+class ReplayService:
+    """What is answered to what."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, bytes] = {}
+        self._backward: dict[int, bytes] = {}
+        self._sessions = 0
+        self._lock = threading.Lock()
+
+    def answer(self, path: str, body: bytes) -> Answer:
+        """Status, media type and body for one request."""
+        known: dict[str, Callable[[bytes], Answer]] = {
+            "forward_backward": self._pass,
+            "retrieve_future": self._result,
+            "optim_step": lambda _: _future("optim_step"),
+            "create_model": self._create_model,
+            "create_session": self._create_session,
+            "get_info": self._info,
+            # Says that protobuf is read, which this package would ask for otherwise; the official SDK asks for nothing.
+            "client/config": lambda _: _json({"proto_write_fwdbwd": True}),
+            "telemetry": lambda _: _json({"status": "accepted"}),
+            "healthz": lambda _: _json({"status": "ok"}),
+        }
+        if path == "/replay/gradient":
+            return HTTPStatus.OK, "application/octet-stream", self.gradient().tobytes()
+        if path == "/replay/bytes":
+            with self._lock:
+                return _json(sum(map(len, self._backward.values())))
+        answer = known.get(path.removeprefix("/api/v1/"), lambda _: _json({}))
+        return answer(body)
+
+    def gradient(self) -> Array:
+        """The weights of the latest backward pass, all datums end to end, float32."""
+        with self._lock:
+            bodies = [body for _, body in sorted(self._backward.items())]
+        data = [datum for body in bodies for datum in wire.ForwardBackwardRequest.FromString(body).data]
+        parts = [np.frombuffer(datum.loss_fn_inputs["weights"].dense, "<f4") for datum in data]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _pass(self, body: bytes) -> Answer:
+        request = LightRequest.FromString(body)
+        with self._lock:
+            if request.forward_only:
+                self._backward.clear()
+            else:
+                self._backward[request.seq_id] = body
+        kind = "forward" if request.forward_only else "backward"
+        shape = wire.Datum.FromString(request.data[0]).loss_fn_inputs["target_tokens"].shape
+        return _future(f"{kind}:{len(request.data)}:{','.join(map(str, shape))}")
+
+    def _result(self, body: bytes) -> Answer:
+        request_id: str = json.loads(body)["request_id"]
+        kind, _, detail = request_id.partition(":")
+        if kind == "optim_step":
+            return _json({})
+        if kind == "model":
+            return _json({"model_id": detail})
+        return HTTPStatus.OK, PROTOBUF, self._packed(request_id)
+
+    def _packed(self, request_id: str) -> bytes:
+        with self._lock:
+            if request_id not in self._answers:
+                kind, datums, shape = request_id.split(":")
+                sizes = tuple(int(size) for size in shape.split(","))
+                self._answers[request_id] = packed_answer(int(datums), sizes, loss=kind == "backward")
+            return self._answers[request_id]
+
+    def _create_session(self, _body: bytes) -> Answer:
+        with self._lock:
+            self._sessions += 1
+            return _json({"session_id": f"s{self._sessions}"})
+
+    def _create_model(self, body: bytes) -> Answer:
+        fields = json.loads(body)
+        return _future(f"model:{fields['session_id']}:train:{fields['model_seq_id']}")
+
+    def _info(self, body: bytes) -> Answer:
+        model_id = json.loads(body)["model_id"]
+        return _json({"model_id": model_id, "model_data": {"model_name": MODEL}, "model_name": MODEL})
+
+
+def _json(fields: object) -> Answer:
+    return HTTPStatus.OK, JSON, json.dumps(fields).encode()
+
+
+def _future(request_id: str) -> Answer:
+    return _json({"request_id": request_id})
+
+
+def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandler]:
+    """The class that reads the requests of one connection."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+        wbufsize = -1  # head and body in one packet
+
+        def _reply(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            status, media_type, answer = service.answer(self.path, body)
+            self.send_response(status)
+            self.send_header("content-type", media_type)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def do_GET(self) -> None:  # the names are http.server's
+            self._reply()
+
+        def do_POST(self) -> None:
+            self._reply()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """One thread per connection, and room for many that come at once."""
+
+    request_queue_size = 256
+
+
+def main() -> None:
+    with Server(("127.0.0.1", 0), handler_of(ReplayService())) as server:
+        print(f"Listening on http://127.0.0.1:{server.server_port}", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

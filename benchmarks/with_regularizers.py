@@ -1,0 +1,41 @@
+"""(b) The custom step of (a) with eight regularizers and gradient norms, against the official SDK's bare one."""
+
+from benchmarks.against_official import QUICK, SUBJECTS
+from benchmarks.batches import BATCHES, Batch
+from benchmarks.benchmark import Benchmark, Settings
+from benchmarks.results import Result
+from benchmarks.subjects import alternate, replayed
+
+COMPOSED = {"official": SUBJECTS["official"], "own": "benchmarks.clients:own_composed_step"}
+
+
+def run(settings: Settings) -> list[Result]:
+    """All batches."""
+    return [result for batch in (QUICK if settings.quick else BATCHES) for result in results_of(batch, settings.rounds)]
+
+
+def results_of(batch: Batch, rounds: int) -> list[Result]:
+    """CPU and wall time of one batch. The gradients differ: the official SDK has no regularizers."""
+    with replayed(COMPOSED, same=False, datums=batch.datums, shape=batch.shape) as services:
+        measured = alternate(services.subjects, rounds=rounds)
+    own, official = measured["own"], measured["official"]
+    facts = {f"{name}_{fact}": value for name, one in measured.items() for fact, value in one.facts().items()}
+    what = f"{batch.name}, 8 terms + norms"
+    return [
+        Result(
+            benchmark="b",
+            what=f"{what}: client CPU / official SDK's bare step",
+            measured=own.cpu / official.cpu,
+            bound=1 / 2,
+            facts=facts,
+        ),
+        Result(
+            benchmark="b",
+            what=f"{what}: wall time / official SDK's bare step",
+            measured=own.wall / official.wall,
+            facts=facts,
+        ),
+    ]
+
+
+BENCHMARK = Benchmark("b", "the same with eight regularizers and norms", run)

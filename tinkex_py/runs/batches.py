@@ -1,0 +1,104 @@
+"""Reads a run's data, and knows how far it has come."""
+
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+from tinkex_py.errors import ConfigError
+from tinkex_py.types import Datum
+
+Batch = Sequence[Datum]
+BatchStream = Iterable[Batch] | AsyncIterable[Batch]
+Batches = BatchStream | Callable[[int], BatchStream]
+
+
+class BatchReader:
+    """Batches one after another.
+
+    Args:
+        batches: an iterable, plain or async; or a function that is called with the number of batches to leave out and
+            gives one.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Attributes:
+        position: batches taken so far, those before a resumed run included.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        if not _is_stream(batches) and not callable(batches):
+            raise ConfigError(
+                "batches must be an iterable of batches, or a function that is called with the number of batches to "
+                f"leave out, got a {type(batches).__name__}"
+            )
+        self._batches = batches
+        self._current: Iterator[Batch] | AsyncIterator[Batch] | None = None
+        self.position = 0
+
+    async def go_to(self, position: int) -> None:
+        """The next batch is the one after so many.
+
+        Raises:
+            ConfigError: the batches cannot be read again, or there are not so many.
+        """
+        if self._current is not None and not self.can_begin_again:
+            raise ConfigError(
+                "batches is an iterator, which cannot begin again: give a list, or a function that is called with the "
+                "number of batches to leave out"
+            )
+        await self.aclose()
+        if _is_stream(self._batches):
+            self._current = _iterator_of(cast("BatchStream", self._batches))
+            self.position = 0
+            while self.position < position:
+                if not await self.take(1):
+                    raise ConfigError(f"batches ends after {self.position}, but the run has taken {position} already")
+        else:
+            stream = cast("Callable[[int], BatchStream]", self._batches)(position)
+            if not _is_stream(stream):
+                raise ConfigError(f"batches({position}) gave no iterable, but a {type(stream).__name__}")
+            self._current = _iterator_of(stream)
+            self.position = position
+
+    @property
+    def can_begin_again(self) -> bool:
+        """False for a plain iterator, which can be read once."""
+        return not isinstance(self._batches, Iterator | AsyncIterator)
+
+    async def take(self, count: int) -> list[Batch]:
+        """The next batches; fewer where they end."""
+        taken: list[Batch] = []
+        while len(taken) < count:
+            try:
+                taken.append(await self._next())
+            except StopAsyncIteration:
+                break
+            self.position += 1
+        return taken
+
+    async def _next(self) -> Batch:
+        assert self._current is not None, "go_to first"
+        if isinstance(self._current, AsyncIterator):
+            return await anext(self._current)
+        for batch in self._current:
+            return batch
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Ends generators that were made here."""
+        current: Any = self._current
+        self._current = None
+        if current is None or not self.can_begin_again:
+            return
+        if hasattr(current, "aclose"):
+            await current.aclose()
+        elif hasattr(current, "close"):
+            current.close()
+
+
+def _is_stream(batches: object) -> bool:
+    return isinstance(batches, Iterable | AsyncIterable)
+
+
+def _iterator_of(stream: BatchStream) -> Iterator[Batch] | AsyncIterator[Batch]:
+    return aiter(stream) if isinstance(stream, AsyncIterable) else iter(stream)

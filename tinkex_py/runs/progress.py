@@ -1,0 +1,160 @@
+"""What a run shows while it goes: nothing, lines, or a bar."""
+
+import importlib
+import importlib.util
+import sys
+from typing import Any, Protocol, TextIO, runtime_checkable
+
+from tinkex_py.errors import ConfigError
+from tinkex_py.runs.records import RunInfo, StepRecord, scalars
+
+
+@runtime_checkable
+class ProgressView(Protocol):
+    """Shows a run. Called on the event loop, so it must be quick."""
+
+    def start(self, run: RunInfo, made: int) -> None:
+        """The run starts, or goes on after `made` steps."""
+        ...
+
+    def doing(self, text: str) -> None:
+        """What the run does, or waits for, now."""
+        ...
+
+    def step(self, record: StepRecord) -> None:
+        """An optimizer step was made."""
+        ...
+
+    def finish(self, run: RunInfo) -> None:
+        """The run is over; nothing is shown after this."""
+        ...
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def start(self, run: RunInfo, made: int) -> None:
+        """See ProgressView."""
+
+    def doing(self, text: str) -> None:
+        """See ProgressView."""
+
+    def step(self, record: StepRecord) -> None:
+        """See ProgressView."""
+
+    def finish(self, run: RunInfo) -> None:
+        """See ProgressView."""
+
+
+class ProgressLines:
+    """One line per step, for logs and pipes; and one when the run has to wait for its turn.
+
+    Args:
+        stream: where to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def start(self, run: RunInfo, made: int) -> None:
+        """See ProgressView."""
+        self._write(f"{run.name}: " + ("begins" if made == 0 else f"goes on after step {made}"))
+
+    def doing(self, text: str) -> None:
+        """See ProgressView."""
+        if text.startswith(("waiting", "going back")):
+            self._write(text)
+
+    def step(self, record: StepRecord) -> None:
+        """See ProgressView."""
+        self._write(f"step {record.step}  {summary(record)}  {record.seconds:.2f} s")
+
+    def finish(self, run: RunInfo) -> None:
+        """See ProgressView."""
+        self._write(f"{run.name}: {outcome(run)}")
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class ProgressBar:
+    """A bar of the tqdm library, for notebooks.
+
+    Args:
+        make: makes the bar, as `tqdm.tqdm` does.
+    """
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+        self._bar: Any = None
+
+    def start(self, run: RunInfo, made: int) -> None:
+        """See ProgressView."""
+        self._bar = self._make(total=run.total_steps, initial=made, desc=run.name, unit="step")
+
+    def doing(self, text: str) -> None:
+        """See ProgressView."""
+        self._bar.set_description(text)
+
+    def step(self, record: StepRecord) -> None:
+        """See ProgressView."""
+        self._bar.set_postfix_str(summary(record), refresh=False)
+        self._bar.update(1)
+
+    def finish(self, run: RunInfo) -> None:
+        """See ProgressView."""
+        self._bar.set_description(outcome(run))
+        self._bar.close()
+
+
+def chosen_view(progress: bool | ProgressView) -> ProgressView:
+    """The view that was asked for; True is the one that fits where this process writes to.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(progress, ProgressView):
+        return progress
+    if not isinstance(progress, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"progress must be True, False or a view, got a {type(progress).__name__}")
+    if not progress:
+        return NoProgress()
+    if _in_notebook() and _has("tqdm"):
+        return ProgressBar(notebook_bar())
+    if sys.stderr.isatty() and _has("rich"):
+        from rich.console import Console
+
+        from tinkex_py.runs.rich_progress import RichProgress
+
+        return RichProgress(Console(stderr=True))
+    return ProgressLines(sys.stderr)
+
+
+def summary(record: StepRecord) -> str:
+    """The losses of a step in a few words, and its evaluation."""
+    numbers = scalars(record)
+    shown = {"loss": numbers["loss/total"], "base": numbers["loss/base"], **record.evaluation}
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+
+
+def outcome(run: RunInfo) -> str:
+    """How a run ended."""
+    return run.status if run.reason is None else f"{run.status}: {run.reason}"
+
+
+def _in_notebook() -> bool:
+    interactive: Any = sys.modules.get("IPython")
+    shell = None if interactive is None else interactive.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def notebook_bar() -> Any:
+    """The library's bar for notebooks, without the thread that it would leave behind."""
+    # Without widgets tqdm.auto would warn, and fall back to the same.
+    bar: Any = importlib.import_module("tqdm.auto" if _has("ipywidgets") else "tqdm").tqdm
+    return type("ProgressBar", (bar,), {"monitor_interval": 0})
+
+
+def _has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
