@@ -207,7 +207,7 @@ def test_how_numbers_are_written():
 
 
 def test_what_cannot_be_read_or_written_is_named(tmp_path: Path):
-    run = made_up_run(tmp_path / "a", 1)
+    run = write_run(tmp_path / "a", [])
     with pytest.raises(ConfigError, match="none/run.json"):
         write_report([run, tmp_path / "none"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
