@@ -14,9 +14,18 @@ try:
 except ImportError as error:
     raise MissingExtra(str(error.name), "cli") from error
 
+from tinkex_py.commands.check import check
+from tinkex_py.commands.checkpoints import checkpoints
+from tinkex_py.commands.runs import runs
+from tinkex_py.commands.sample import sample
+from tinkex_py.commands.version import version
+
 __all__ = ["app"]
 
-app = typer.Typer(name="tinkex-py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="tinkex-py", no_args_is_help=True, pretty_exceptions_enable=False)
+for command in (check, sample, runs, version):
+    app.command()(command)
+app.add_typer(checkpoints, name="checkpoints")
 
 
 @app.callback()

@@ -229,7 +229,7 @@ class _Loop:
             cause = step.failures[0]
             if not is_worth_repeating(cause):
                 raise cause
-            if not step.can_be_mended(self._run.training, self._run.plan.pipeline):
+            if not step.can_be_mended(self._run.training):
                 raise _StepLost(cause)
             if left == 0:
                 # A term that goes on failing would do so from the checkpoint too.
