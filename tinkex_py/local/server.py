@@ -1,7 +1,6 @@
 """The embedded service behind a real socket."""
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tinkex_py.errors import ConfigError, MissingExtra
+from tinkex_py.local.addresses import is_loopback
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.service import LocalService
 
@@ -31,13 +31,14 @@ async def serve(
         ConfigError: a host that others can reach without an api_key, or an address that cannot be used.
         MissingExtra: uvicorn is not installed.
     """
-    if options.api_key is None and not _is_loopback(host):
+    if options.api_key is None and not is_loopback(host):
         raise ConfigError(f"host {host!r} can be reached by others: set an api_key, or use 127.0.0.1")
     if find_spec("uvicorn") is None:
         raise MissingExtra("uvicorn", "local")
     import uvicorn
 
     service = LocalService(options)
+    from tinkex_py.local.guards import LoopbackOnly
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -58,7 +59,7 @@ async def serve(
     try:
         address = _address(listener)
         config = uvicorn.Config(
-            service.app,
+            service.app if options.api_key is not None else LoopbackOnly(service.app),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -81,15 +82,6 @@ async def _run_until_cancelled(server: "uvicorn.Server", listener: socket.socket
         server.should_exit = True
         await running
         raise
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:
