@@ -95,7 +95,7 @@ def documented_lines() -> list[str]:
 
 @pytest.mark.parametrize("line", documented_lines())
 def test_the_pages_call_commands_and_options_that_exist(line):
-    words = list(itertools.takewhile(lambda word: word not in ("|", "<"), shlex.split(line)))
+    words = list(itertools.takewhile(lambda word: word not in ("|", "<"), shlex.split(line, comments=True)))
     node, context = typer.main.get_command(app), None
     while True:
         with node.make_context(node.name, words, parent=context) as context:  # raises for what it does not know

@@ -39,8 +39,16 @@ def make_data() -> list[Datum]:
 
 
 def signed(start: int = 0, factor: float = 1.0) -> Loss:
-    """A loss whose gradient has both signs, so that the sum of the weights says nothing; of positions from `start`."""
-    return lambda data, logprobs: factor * (logprobs * torch.cos(torch.arange(start, start + len(logprobs)))).sum()
+    """A loss of positions from `start` whose gradient shows in its size and sign if it was divided by a sum of weights.
+
+    Minus the gradient has both signs, and a sum well above 1: some services divide by max(sum, 1).
+    """
+
+    def loss(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+        pattern = torch.cos(torch.arange(start, start + len(logprobs))) - 0.7
+        return factor * (logprobs * pattern).sum()
+
+    return loss
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import lzma
 import os
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -77,11 +78,17 @@ def _inner_path(member: tarfile.TarInfo) -> PurePosixPath:
     path = PurePosixPath(name)
     if not (member.isreg() or member.isdir()):
         raise InvalidResponse(f"the archive of the checkpoint has {name!r}, a link or device; none of it was kept")
-    has_drive = name[1:2] == ":"
-    leads_out = path.is_absolute() or ".." in path.parts or "\\" in name or has_drive
-    if leads_out or not name.isprintable() or not (path.parts or member.isdir()):
+    # Some file systems take look-alikes, such as a fullwidth slash, for the characters that they look like.
+    alike = unicodedata.normalize("NFKC", name)
+    if _leads_out(name) or _leads_out(alike) or not name.isprintable() or not (path.parts or member.isdir()):
         raise InvalidResponse(f"the archive of the checkpoint has a file named {name!r}; none of it was kept")
     return path
+
+
+def _leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    has_drive = name[1:2] == ":"
+    return path.is_absolute() or ".." in path.parts or "\\" in name or has_drive
 
 
 def _write(content: IO[bytes], target: Path, size: int, check: Callable[[], None]) -> None:

@@ -461,7 +461,7 @@ def _tokenizer_by_name(name: str) -> Any:
     except ImportError:
         raise MissingExtra("transformers", "local") from None
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnsupportedFeature(
             f"no tokenizer {name!r} could be loaded ({type(error).__name__}); pass your own tokenizer"

@@ -1,6 +1,5 @@
 """The ASGI app: routes, the key, and errors as JSON."""
 
-import hmac
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -8,8 +7,8 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from tinkex_py.local import (
     routes_checkpoints,
@@ -22,6 +21,8 @@ from tinkex_py.local import (
     routes_training,
 )
 from tinkex_py.local.core import Refused
+from tinkex_py.local.guards import Contained, RequireKey
+from tinkex_py.local.http import AnyTextResponse
 from tinkex_py.local.routes_downloads import DOWNLOADS
 
 if TYPE_CHECKING:
@@ -58,25 +59,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
         lifespan=lifespan,
     )
     app.state.service = service
-    return app if api_key is None else RequireKey(app, api_key)
-
-
-class RequireKey:
-    """Lets only requests with the right `X-API-Key` through."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self._app = app
-        self._key = api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 or pass on."""
-        if scope["type"] == "http" and not scope["path"].startswith(OPEN_PATHS):
-            given = next((value for name, value in scope["headers"] if name.lower() == b"x-api-key"), b"")
-            if not hmac.compare_digest(given, self._key):
-                detail = "the X-API-Key header is missing or wrong"
-                await JSONResponse({"detail": detail}, status_code=401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+    return Contained(app if api_key is None else RequireKey(app, api_key, OPEN_PATHS))
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -84,14 +67,14 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     code = {} if error.code is None else {"code": error.code}
-    return JSONResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
+    return AnyTextResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse({"detail": detail}, status_code=error.status_code, headers=error.headers)
+    return AnyTextResponse({"detail": detail}, status_code=error.status_code, headers=error.headers)
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": f"{request.url.path}: {type(error).__name__}"}, status_code=500)
+    return AnyTextResponse({"detail": f"{request.url.path}: {type(error).__name__}"}, status_code=500)

@@ -90,9 +90,12 @@ class CheckpointStore:
 
         def fill(folder: Path) -> None:
             try:
-                shutil.copytree(self.file(source, ""), folder, dirs_exist_ok=True)
+                for file in self.files(source):
+                    shutil.copyfile(file, folder / file.name)
             except FileNotFoundError as error:
                 raise InvalidData(f"there is no checkpoint {source.path!r}") from error
+            if not any(folder.iterdir()):
+                raise InvalidData(f"there is no checkpoint {source.path!r}")
 
         return self._place(target, fill)
 
@@ -124,13 +127,21 @@ class CheckpointStore:
         return None if expired else info
 
     def file(self, info: CheckpointInfo, name: str) -> Path:
-        """Where one file of a checkpoint is."""
-        return self._kind_folder(info) / info.folder / name
+        """Where one file of a checkpoint is.
+
+        Raises:
+            InvalidData: it is not below the store's own folder: somebody put a link or another name there.
+        """
+        file = self._kind_folder(info) / info.folder / name
+        if not file.resolve().is_relative_to(self._root.resolve()):
+            raise InvalidData(f"{name!r} of checkpoint {info.path!r} lies outside the folder of checkpoints")
+        return file
 
     def files(self, info: CheckpointInfo) -> list[Path]:
-        """All files of a checkpoint, by name; none if it was deleted meanwhile."""
+        """All files of a checkpoint, by name, without links; none if it was deleted meanwhile."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(self.file(info, "").iterdir())
+            found = sorted(self.file(info, "").iterdir())
+            return [file for file in found if file.is_file() and not file.is_symlink()]
         return []
 
     def delete(self, info: CheckpointInfo) -> None:

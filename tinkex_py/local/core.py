@@ -1,7 +1,6 @@
 """The running service behind the routes: who is known, and how work gets to the engine and back."""
 
 import asyncio
-import logging
 import sqlite3
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
 from tinkex_py.local.archives import DownloadLinks
+from tinkex_py.local.backlog import Backlog
 from tinkex_py.local.checkpoints import CheckpointStore
+from tinkex_py.local.failures import log_failure, logger
 from tinkex_py.local.lanes import Lane, Receipt
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.records import CheckpointInfo, SessionEnd, SessionInfo
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from tinkex_py.local.engine import Engine
 
 T = TypeVar("T")
-
-logger = logging.getLogger("tinkex_py.local")
-logger.addHandler(logging.NullHandler())
-
 
 # Name of the nameless checkpoint that all inflight samplers of a model share.
 INFLIGHT = "inflight"
@@ -87,6 +84,10 @@ class Core:
             max_prompt_tokens=options.max_tokens_per_microbatch,
         )
         self.last_requests: dict[str, datetime] = {}
+        limits = options.max_waiting_requests, options.max_waiting_bytes
+        self._queued = Backlog("wait for the engine", *limits)
+        # What the engine has would never be done if the request that it waits for were refused: counted apart.
+        self._held = Backlog("wait for earlier numbers", *limits)
         self.links = DownloadLinks()
         self.expiry_changed = asyncio.Event()
         # Runs without a model: unloaded, or from before the service was started.
@@ -143,16 +144,18 @@ class Core:
             )
         raise Refused(404, f"model {model_id!r} not found")
 
-    def in_order(self, model_id: str, number: int, digest: bytes, work: Callable[[], Answer]) -> str:
-        """Hand in a training request; returns its request id. Number 0 means now, whatever comes before.
+    def in_order(self, model_id: str, number: int, digest: bytes, size: int, work: Callable[[], Answer]) -> str:
+        """Hand in a training request of `size` bytes; returns its request id. Number 0 means now, out of order.
 
         Raises:
-            Refused: 404 unknown model; 400 the number was used for something else.
+            Refused: 404 unknown model; 400 the number was used for something else; 429 too much waits, and then the
+                number is still free.
         """
         lane = self.lane(model_id)
         self.last_requests[model_id] = datetime.now(UTC)
         if number <= 0:
-            return self.start(self.results.open(), work)
+            self._check_room(self._queued, size)
+            return self.start(self.results.open(), work, size)
         known = self._repeated(lane.receipts.get(number), digest, f"seq_id {number} of model {model_id!r}")
         if known is not None:
             return known
@@ -160,9 +163,16 @@ class Core:
             raise Refused(
                 400, f"seq_id {number} of model {model_id!r} was refused before and is spent: take the next one"
             )
+        self._check_room(self._queued if number <= lane.next_number else self._held, size)
         pending = self.results.open()
         pending.note = lambda: lane.gap(number)
-        lane.enter(number, Receipt(digest, pending.request_id), lambda: self._launch(pending, work))
+        self._held.enter(size)
+
+        def begin() -> None:
+            self._held.leave(size)
+            self._launch(pending, work, size)
+
+        lane.enter(number, Receipt(digest, pending.request_id), begin)
         return pending.request_id
 
     def numbered(self, scope: tuple[str, str, int], digest: bytes, submit: Callable[[], "Future[Answer]"]) -> str:
@@ -180,9 +190,14 @@ class Core:
         self._receipts[scope] = Receipt(digest, request_id)
         return request_id
 
-    def submit(self, work: Callable[[], Answer]) -> "Future[Answer]":
-        """Queue work for the engine."""
-        return self._worker.submit(work)
+    def submit(self, work: Callable[[], Answer], size: int = 0) -> "Future[Answer]":
+        """Queue work for the engine that came as a request of `size` bytes.
+
+        Raises:
+            Refused: 429, too much waits.
+        """
+        self._check_room(self._queued, size)
+        return self._queue(work, size)
 
     def follow(self, future: "Future[Answer]") -> str:
         """Make what somebody computes a result that clients can ask for; returns its request id."""
@@ -191,10 +206,20 @@ class Core:
         self._follow(pending, future)
         return pending.request_id
 
-    def start(self, pending: PendingResult, work: Callable[[], Answer]) -> str:
+    def start(self, pending: PendingResult, work: Callable[[], Answer], size: int = 0) -> str:
         """Queue work for the engine now."""
-        self._launch(pending, work)
+        self._launch(pending, work, size)
         return pending.request_id
+
+    def check_models(self, model_id: str) -> None:
+        """Whether there is room for a training model; one that is there already needs none.
+
+        Raises:
+            Refused: 429.
+        """
+        most = self.options.max_models
+        if model_id not in self.lanes and len(self.lanes) >= most:
+            raise Refused(429, f"{most} training models are loaded already: unload one, or finish a session")
 
     async def finish_session(self, session: SessionInfo, end: SessionEnd) -> None:
         """Mark a session as over and free what it holds."""
@@ -243,18 +268,29 @@ class Core:
             raise Refused(400, f"{name} was already used for a request with other content")
         return receipt.request_id
 
-    def _launch(self, pending: PendingResult, work: Callable[[], Answer]) -> None:
+    def _launch(self, pending: PendingResult, work: Callable[[], Answer], size: int) -> None:
         pending.note = None
-        self._follow(pending, self._worker.submit(work))
+        self._follow(pending, self._queue(work, size))
+
+    def _queue(self, work: Callable[[], Answer], size: int) -> "Future[Answer]":
+        self._queued.enter(size)
+        future = self._worker.submit(work)
+        future.add_done_callback(lambda _: self._on_loop(self._queued.leave, size))
+        return future
+
+    def _check_room(self, backlog: Backlog, size: int) -> None:
+        refusal = backlog.refusal(size)
+        if refusal is not None:
+            raise Refused(429, refusal)
 
     def _follow(self, pending: PendingResult, future: "Future[Answer]") -> None:
-        future.add_done_callback(lambda done: self._hand_over(pending, done))
+        future.add_done_callback(lambda done: self._on_loop(_settle, pending, done))
 
-    def _hand_over(self, pending: PendingResult, future: "Future[Answer]") -> None:
+    def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         try:
-            self._loop.call_soon_threadsafe(_settle, pending, future)
+            self._loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:
-            logger.debug("the event loop was closed before request %s was done", pending.request_id)
+            logger.debug("the event loop was closed before a request was done")
 
 
 def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
@@ -272,7 +308,7 @@ def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
     elif isinstance(error, EngineClosing):
         pending.settle(Failure(str(error), "server"))
     else:
-        logger.error("request %s failed", pending.request_id, exc_info=error)
+        log_failure(f"request {pending.request_id}", error)
         pending.settle(Failure(f"{type(error).__name__}: {error}", "server"))
 
 

@@ -301,10 +301,12 @@ class Engine:
     def _restore(self, adapter: Adapter, source: CheckpointInfo, *, with_optimizer: bool) -> AdapterOptimizer:
         if with_optimizer and not source.has_optimizer:
             raise InvalidData(f"checkpoint {source.path!r} has no optimizer state; load it without")
-        adapter.set_weights(self._read(source, ADAPTER_FILE))
+        # All that can fail comes before the first change: a model is loaded whole or left as it was.
+        weights = self._read(source, ADAPTER_FILE)
         optimizer = AdapterOptimizer(adapter)
         if with_optimizer:
             optimizer.set_state(self._read(source, OPTIMIZER_FILE))
+        adapter.set_weights(weights)
         return optimizer
 
     def _read(self, source: CheckpointInfo, name: str) -> dict[str, torch.Tensor]:

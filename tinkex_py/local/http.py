@@ -1,18 +1,19 @@
-"""What all routes share: reading bodies, finding the running service, and errors as JSON."""
+"""What all routes share: checking bodies, finding the running service, and JSON answers."""
 
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tinkex_py.local.bodies import read_json
 from tinkex_py.local.core import Core, Refused
 
-MAX_BODY_BYTES = 1024**3
 PROTOBUF = "application/x-protobuf"
 Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request, Core], Awaitable[Response]]
@@ -21,6 +22,7 @@ Endpoint = Callable[[Request, Core], Awaitable[Response]]
 def with_core(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     """A route that needs the running service; answers 503 while there is none."""
 
+    @wraps(endpoint)
     async def route(request: Request) -> Response:
         core: Core | None = request.app.state.service.core
         if core is None:
@@ -28,52 +30,6 @@ def with_core(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         return await endpoint(request, core)
 
     return route
-
-
-async def read_body(request: Request) -> bytes:
-    """The body, decompressed.
-
-    Raises:
-        Refused: 413 too large, 415 unknown compression, 400 damaged.
-    """
-    if int(request.headers.get("content-length") or 0) > MAX_BODY_BYTES:
-        raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    body = await request.body()
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding in ("identity", ""):
-        return body
-    if encoding != "zstd":
-        raise Refused(415, f"Content-Encoding {encoding!r} is not understood; send the body plain or with zstd")
-    try:
-        import zstandard
-    except ImportError:
-        raise Refused(415, "zstd is not installed here: send the body plain, or pip install zstandard") from None
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(body) as reader:
-            plain = reader.read(MAX_BODY_BYTES + 1)
-    except zstandard.ZstdError as error:
-        raise Refused(400, "the body is no valid zstd stream") from error
-    if len(plain) > MAX_BODY_BYTES:
-        raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    return plain
-
-
-async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object; an empty body is an empty object.
-
-    Raises:
-        Refused: 400.
-    """
-    raw = await read_body(request)
-    try:
-        value = json.loads(raw or b"{}")
-    except ValueError as error:
-        raise Refused(400, f"the body is no valid JSON: {error}") from None
-    except RecursionError:
-        raise Refused(400, "the body is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise Refused(400, "the body must be a JSON object")
-    return value  # pyright: ignore[reportUnknownVariableType]
 
 
 def parse(model: type[Body], value: Mapping[str, Any]) -> Body:
@@ -137,7 +93,17 @@ def digest(name: str, value: Mapping[str, Any] | bytes) -> bytes:
     return hashlib.sha256(name.encode() + b"\0" + content).digest()
 
 
+class AnyTextResponse(JSONResponse):
+    """JSON of texts that came from anywhere: half a character, which has no UTF-8 form, becomes a question mark."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+            "utf-8", "replace"
+        )
+
+
 def answer(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer without entries that are None."""
     kept = {key: item for key, item in value.items() if item is not None}
-    return JSONResponse(kept, status_code=status, headers=headers)
+    return AnyTextResponse(kept, status_code=status, headers=headers)

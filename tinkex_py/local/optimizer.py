@@ -73,6 +73,8 @@ class AdapterOptimizer:
             missing = [moment for moment in _MOMENTS if f"{key}/{moment}" not in saved]
             if missing:
                 raise InvalidData(f"the checkpoint's optimizer state lacks {missing} of {key}")
+            if any(saved[f"{key}/{moment}"].shape != parameter.shape for moment in _MOMENTS if moment != "step"):
+                raise InvalidData(f"the checkpoint's optimizer state of {key} has another shape than the weights")
             self._adamw.state[parameter] = {
                 # AdamW keeps its step counter on the CPU whatever the device.
                 moment: saved[f"{key}/{moment}"].clone().to("cpu" if moment == "step" else parameter.device)

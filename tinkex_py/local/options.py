@@ -24,7 +24,12 @@ class LocalOptions:
         hold_seconds: how long a poll waits for a result before it is answered "not yet", in seconds.
         max_results: how many finished results stay retrievable.
         max_result_bytes: how many bytes of results that were fetched already stay retrievable.
-        max_waiting_samples: how many sampling requests may wait to be started; more are told to come back later.
+        max_waiting_samples: how many sampling requests may wait to be started; more are told to come back later (429).
+        max_waiting_requests: the same for all other work of the engine; and once more for training requests that
+            wait for an earlier number.
+        max_waiting_bytes: how many bytes of bodies may wait with them.
+        max_body_bytes: how large a request's body may be, also unpacked; a larger one is refused (413).
+        max_models: how many training models may be loaded; more are told to come back later (429).
         custom_losses: whether clients may upload losses, as graphs of allowed torch operations.
 
     Raises:
@@ -42,6 +47,10 @@ class LocalOptions:
     max_results: int = 4096
     max_result_bytes: int = 256 * 1024**2
     max_waiting_samples: int = 1024
+    max_waiting_requests: int = 4096
+    max_waiting_bytes: int = 4 * 1024**3
+    max_body_bytes: int = 1024**3
+    max_models: int = 1024
     custom_losses: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +65,10 @@ class LocalOptions:
             ("max_results", 1),
             ("max_result_bytes", 0),
             ("max_waiting_samples", 1),
+            ("max_waiting_requests", 1),
+            ("max_waiting_bytes", 0),
+            ("max_body_bytes", 1024),
+            ("max_models", 1),
         ):
             value: object = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

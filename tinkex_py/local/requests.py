@@ -1,6 +1,7 @@
 """Bodies of JSON requests, read leniently: unknown fields and explicit nulls are ignored."""
 
 import json
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
@@ -12,14 +13,26 @@ _LONGEST_TTL = 36_525 * 86_400
 
 
 def _storable(value: Any) -> Any:
-    """Text that goes to disk and into answers. JSON can escape half a character, which has no UTF-8 form."""
+    """What goes to disk and into answers. JSON can escape half a character, which has no UTF-8 form.
+
+    Python's decoder takes NaN and infinities, for which JSON has no form.
+    """
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half a character (a lone surrogate)") from None
+    except ValueError:
+        raise ValueError("holds a number that JSON has no form for (NaN or an infinity)") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     return value
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("lies outside the calendar") from None
 
 
 Label = Annotated[str, AfterValidator(_storable)]
@@ -261,7 +274,7 @@ class OwnerQuery(_Body):
 class SearchCursor(_Body):
     """Behind which session the page begins."""
 
-    last_created_at: AwareDatetime
+    last_created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
     last_session_id: Label
 
 

@@ -4,8 +4,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tinkex_py.local.bodies import read_json, size_of
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, digest, parse, read_json, with_core
+from tinkex_py.local.http import answer, digest, parse, with_core
 from tinkex_py.local.requests import CustomLossBody
 from tinkex_py.local.results import Answer
 
@@ -25,7 +26,8 @@ async def create_custom_loss(request: Request, core: Core) -> Response:
         return Answer(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
 
     scope = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id)
-    return answer({"request_id": core.numbered(scope, digest("create_custom_loss", raw), lambda: core.submit(work))})
+    told, size = digest("create_custom_loss", raw), size_of(request)
+    return answer({"request_id": core.numbered(scope, told, lambda: core.submit(work, size))})
 
 
 routes = [Route("/api/v1/create_custom_loss", with_core(create_custom_loss), methods=["POST"])]

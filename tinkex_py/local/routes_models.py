@@ -9,8 +9,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.local.bodies import read_json, size_of
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
+from tinkex_py.local.http import answer, digest, parse, read, with_core
 from tinkex_py.local.lanes import Lane
 from tinkex_py.local.records import CheckpointInfo, RunInfo
 from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody
@@ -32,9 +33,8 @@ async def create_model(request: Request, core: Core) -> Response:
         core.engine.create_model(_run(model_id, body.base_model, settings, body.user_metadata), lora, chosen)
         return Answer(lambda: {"model_id": model_id, "type": "create_model"})
 
-    request_id = core.numbered(
-        ("model_seq_id", body.session_id, body.model_seq_id), digest("create_model", raw), lambda: core.submit(work)
-    )
+    scope, size = ("model_seq_id", body.session_id, body.model_seq_id), size_of(request)
+    request_id = core.numbered(scope, digest("create_model", raw), lambda: core.submit(work, size))
     core.lanes.setdefault(model_id, Lane())
     return answer({"request_id": request_id, "model_id": model_id})
 
@@ -44,7 +44,7 @@ async def load_weights(request: Request, core: Core) -> Response:
     raw = await read_json(request)
     body = parse(LoadWeightsBody, raw)
     if body.session_id is None or body.model_seq_id is None:
-        return _load_into(core, body, raw)
+        return _load_into(core, body, raw, size_of(request))
     model_id = _model_id(core, body.session_id, body.model_seq_id)
 
     def work() -> Answer:
@@ -59,14 +59,13 @@ async def load_weights(request: Request, core: Core) -> Response:
         core.engine.create_from_checkpoint(run, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    request_id = core.numbered(
-        ("model_seq_id", body.session_id, body.model_seq_id), digest("load_weights", raw), lambda: core.submit(work)
-    )
+    scope, size = ("model_seq_id", body.session_id, body.model_seq_id), size_of(request)
+    request_id = core.numbered(scope, digest("load_weights", raw), lambda: core.submit(work, size))
     core.lanes.setdefault(model_id, Lane())
     return answer({"request_id": request_id, "model_id": model_id})
 
 
-def _load_into(core: Core, body: LoadWeightsBody, raw: dict[str, Any]) -> Response:
+def _load_into(core: Core, body: LoadWeightsBody, raw: dict[str, Any], size: int) -> Response:
     if body.model_id is None:
         raise Refused(422, "load_weights needs session_id and model_seq_id, or model_id and seq_id")
     model_id = body.model_id
@@ -76,7 +75,7 @@ def _load_into(core: Core, body: LoadWeightsBody, raw: dict[str, Any]) -> Respon
         core.engine.load_into(model_id, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    request_id = core.in_order(model_id, body.seq_id, digest("load_weights", raw), work)
+    request_id = core.in_order(model_id, body.seq_id, digest("load_weights", raw), size, work)
     return answer({"request_id": request_id, "model_id": model_id})
 
 
@@ -113,7 +112,9 @@ def _model_id(core: Core, session_id: str, number: int) -> str:
     session = core.session(session_id)
     if session.finished:
         raise Refused(410, f"session {session_id!r} is over: create a new one")
-    return f"{session_id}:train:{number}"
+    model_id = f"{session_id}:train:{number}"
+    core.check_models(model_id)
+    return model_id
 
 
 def _check_optimizer(config: dict[str, Any]) -> None:

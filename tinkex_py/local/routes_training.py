@@ -12,9 +12,10 @@ from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
+from tinkex_py.local.bodies import read_body, read_json, size_of
 from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import PassRequest
-from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, read_body, read_json, with_core
+from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, with_core
 from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
 from tinkex_py.local.requests import (
     ForwardBackwardBody,
@@ -43,6 +44,7 @@ async def forward_backward(request: Request, core: Core) -> Response:
         body.model_id,
         body.seq_id,
         digest("forward_backward", raw),
+        size_of(request),
         lambda: _json_pass(inner, forward_only=body.forward_only, keep=keep),
     )
 
@@ -58,6 +60,7 @@ async def forward(request: Request, core: Core) -> Response:
         body.model_id,
         body.seq_id,
         digest("forward", raw),
+        size_of(request),
         lambda: _json_pass(inner, forward_only=True, keep=keep),
     )
 
@@ -81,7 +84,8 @@ async def _protobuf_pass(request: Request, core: Core, *, keep: bool) -> Respons
     )
     # Maps have no order on the wire: only the deterministic form is the same for every repeat.
     content = message.SerializeToString(deterministic=True)
-    return _accept(core, message.model_id, message.seq_id, digest("forward_backward", content), lambda: work)
+    number, told = message.seq_id, digest("forward_backward", content)
+    return _accept(core, message.model_id, number, told, len(raw), lambda: work)
 
 
 def _json_pass(value: Any, *, forward_only: bool, keep: bool) -> PassRequest:
@@ -98,12 +102,14 @@ def _json_pass(value: Any, *, forward_only: bool, keep: bool) -> PassRequest:
     )
 
 
-def _accept(core: Core, model_id: str, number: int, content: bytes, request: Callable[[], PassRequest]) -> Response:
+def _accept(
+    core: Core, model_id: str, number: int, content: bytes, size: int, request: Callable[[], PassRequest]
+) -> Response:
     def work() -> Answer:
         result = core.engine.run_pass(model_id, request())
         return Answer(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
 
-    request_id = core.in_order(model_id, number, content, work)
+    request_id = core.in_order(model_id, number, content, size, work)
     return answer({"request_id": request_id, "model_id": model_id})
 
 
@@ -116,7 +122,7 @@ async def optim_step(request: Request, core: Core) -> Response:
         metrics = core.engine.optim_step(body.model_id, _adam_params(body))
         return Answer(lambda: {"metrics": metrics, "type": "optim_step"})
 
-    request_id = core.in_order(body.model_id, body.seq_id, digest("optim_step", raw), work)
+    request_id = _in_order(core, body, digest("optim_step", raw), size_of(request), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
 
 
@@ -141,7 +147,7 @@ async def save_weights(request: Request, core: Core) -> Response:
         saved = _save(core, body, body.path, "weights")
         return Answer(lambda: {"path": saved.path, "type": "save_weights"})
 
-    request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights", raw), work)
+    request_id = _in_order(core, body, digest("save_weights", raw), size_of(request), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
 
 
@@ -158,7 +164,7 @@ async def save_weights_for_sampler(request: Request, core: Core) -> Response:
             raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
         return _nameless_sampler(core, body, body.sampling_session_seq_id)
 
-    request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_for_sampler", raw), work)
+    request_id = _in_order(core, body, digest("save_weights_for_sampler", raw), size_of(request), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
 
 
@@ -192,8 +198,14 @@ async def save_weights_external(request: Request, core: Core) -> Response:
             lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"},
         )
 
-    request_id = core.in_order(body.model_id, body.seq_id, digest("save_weights_external", raw), work)
+    request_id = _in_order(core, body, digest("save_weights_external", raw), size_of(request), work)
     return answer({"request_id": request_id, "model_id": body.model_id})
+
+
+def _in_order(
+    core: Core, body: OptimStepBody | SaveWeightsBody, content: bytes, size: int, work: Callable[[], Answer]
+) -> str:
+    return core.in_order(body.model_id, body.seq_id, content, size, work)
 
 
 def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> CheckpointInfo:

@@ -15,7 +15,7 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.results import Answer
-from tinkex_py.local.worker import EngineWorker
+from tinkex_py.local.worker import EngineClosing, EngineWorker
 
 if TYPE_CHECKING:
     from tinkex_py.local.engine import Engine
@@ -49,6 +49,7 @@ class _Waiting:
     request: SampleRequest
     finish: Callable[[SampleResult], Answer]
     future: "Future[Answer]" = field(default_factory=Future[Answer])
+    alone: bool = False
 
 
 @dataclass
@@ -139,13 +140,15 @@ class SampleQueue:
             taken = {id(item) for item in group}
             self._waiting = deque(item for item in waiting if id(item) not in taken)
         # Cancelled in this very moment: it drops out here.
-        return [item for item in group if item.future.set_running_or_notify_cancel()]
+        return [item for item in group if item.future.running() or item.future.set_running_or_notify_cancel()]
 
     def _fitting(self, first: _Waiting, waiting: list[_Waiting]) -> list[_Waiting]:
         group, rows, longest = [first], first.request.num_samples, len(first.request.prompt)
-        for item in waiting:
+        for item in () if first.alone else waiting:
             length = len(item.request.prompt)
             if item is first or item.weights.key != first.weights.key or not (self._pads or length == longest):
+                continue
+            if item.alone:
                 continue
             padded = max(longest, length) * (len(group) + 1)
             if rows + item.request.num_samples > ROWS_PER_BATCH or padded > self._max_prompt_tokens:
@@ -165,6 +168,9 @@ class SampleQueue:
         except InvalidData as error:
             _fail(group, error)
             return
+        except BaseException as error:
+            self._fail_one_by_one(group, error)
+            raise
         self._running.append(_Running(weights, source, batch, group))
 
     def _draw(self, running: _Running) -> None:
@@ -175,10 +181,20 @@ class SampleQueue:
                 return
             answers = [item.finish(result) for item, result in zip(running.items, running.batch.results(), strict=True)]
         except BaseException as error:
-            _fail(running.items, error)
+            self._fail_one_by_one(running.items, error)
             raise
         for item, answer in zip(running.items, answers, strict=True):
             item.future.set_result(answer)
+
+    def _fail_one_by_one(self, items: list[_Waiting], error: BaseException) -> None:
+        """Nobody foresaw this error, so nobody knows whose it is: requests that shared a batch are drawn alone."""
+        if len(items) == 1 or isinstance(error, InvalidData | EngineClosing):
+            _fail(items, error)
+            return
+        with self._lock:
+            for item in reversed(items):
+                item.alone = True
+                self._waiting.appendleft(item)
 
 
 def _fail(items: list[_Waiting], error: BaseException) -> None:

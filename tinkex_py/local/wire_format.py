@@ -378,5 +378,5 @@ def ids_from_json(where: str, value: Any) -> Ints:
         raise InvalidData(f"{where}: dtype must be int64")
     if value.get("sparse_crow_indices") is None:
         return cast("Ints", ids)
-    listed = tensor_from_json(where, {**value, "data": [1] * len(value["data"])})
+    listed = tensor_from_json(where, {**value, "data": [1] * len(value.get("data") or [])})
     return np.where(listed == 1, ids, -1).astype(np.int64)

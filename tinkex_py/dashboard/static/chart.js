@@ -4,7 +4,8 @@
 const MOST_POINTS_UNSMOOTHED = 120;
 const CHART_HEIGHT = 230;
 const BLACK = -1, GREY = -2;
-const LOG_RANGE = 1e-6;
+const LOG_RANGE = 1e-5; // a norm that starts near zero would squeeze all others into one line
+const MOST_DECADES_RULED = 3;
 
 class Chart {
   // plan: as the server laid it out. look: {palettes, dark, smooth}. curves: Map of run -> {steps, values}.
@@ -91,13 +92,13 @@ class Chart {
 
   lines() {
     const log = this.plan.scale === "log";
-    const tables = [], series = [{}], columns = [];
+    const measured = [], tables = [], series = [{}];
     this.plan.lines.forEach((line) => {
       const { steps, values } = this.pointsOf(line);
       const shown = log ? values.map((value) => (value > 0 ? value : null)) : values;
       const average = this.look.smooth && this.plan.noisy && values.length > MOST_POINTS_UNSMOOTHED;
       const stroke = this.colour(line);
-      columns.push(tables.length + 1); // the legend tells what was measured, not its average
+      measured.push([steps, values]); // for the legend, which tells no averages
       if (average) {
         tables.push([steps, shown]);
         series.push({ stroke: stroke + "55", width: 0.7, points: { show: false } });
@@ -112,7 +113,7 @@ class Chart {
     });
     // On one x axis. `undefined` is "no point of this run", which does not interrupt a line as null does.
     const data = uPlot.join(tables);
-    return { data, series, raw: columns.map((column) => data[column]) };
+    return { data, series, raw: uPlot.join(measured).slice(1) };
   }
 
   // Areas on top of each other: the highest is drawn first and each lower one over it, so that every strip shows.
@@ -165,8 +166,10 @@ class Chart {
   options(series) {
     const style = getComputedStyle(document.documentElement);
     const ink = style.getPropertyValue("--soft"), grid = style.getPropertyValue("--grid");
-    const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 } };
+    const ruled = { stroke: grid, width: 1 };
+    const axis = { stroke: ink, grid: ruled, ticks: ruled };
     const log = this.plan.scale === "log";
+    const rows = log ? { ...ruled, filter: fewerRows } : ruled;
     return {
       width: this.place.clientWidth,
       height: CHART_HEIGHT,
@@ -178,7 +181,7 @@ class Chart {
       },
       axes: [
         { ...axis, label: "step", labelSize: 18, size: 34, labelFont: "12px system-ui", incrs: wholeIncrements() },
-        { ...axis, label: this.plan.axis, labelSize: 18, size: 66, labelFont: "12px system-ui", values: (_, splits) => splits.map((value) => (value === null ? "" : tick(value))) },
+        { ...axis, grid: rows, ticks: rows, label: this.plan.axis, labelSize: 18, size: 66, labelFont: "12px system-ui", values: (_, splits) => splits.map((value) => (value === null ? "" : tick(value))) },
       ],
       series,
       hooks: { setCursor: [(plot) => this.tell(plot.cursor.idx ?? null)] },
@@ -227,7 +230,17 @@ function onlyAlone(plot, number, show) {
 
 function logRange(_, low, high) {
   if (!(high > 0)) return [0.1, 1];
-  return [Math.max(low > 0 ? low * 0.8 : high * LOG_RANGE, high * LOG_RANGE), high * 1.25];
+  const lowest = Math.max(low > 0 ? low : 0, high * LOG_RANGE);
+  const below = 10 ** Math.floor(Math.log10(lowest)), above = 10 ** Math.floor(Math.log10(high));
+  const begin = [5, 2, 1].find((times) => times * below <= lowest) || 1;
+  const end = [1, 2, 5, 10].find((times) => times * above > high * 1.001) || 10;
+  return [begin * below, end * above];
+}
+
+// On a log axis over many decades, only whole decades are ruled.
+function fewerRows(_, splits) {
+  if (splits.at(-1) / splits[0] < 10 ** MOST_DECADES_RULED) return splits;
+  return splits.map((value) => (Math.abs(Math.log10(value) % 1) < 1e-6 || Math.abs(Math.abs(Math.log10(value) % 1) - 1) < 1e-6 ? value : null));
 }
 
 function linearRange(withZero) {

@@ -1,6 +1,7 @@
 """Draws the pictures of a report with matplotlib, without its global state."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ MOST_POINTS_UNSMOOTHED = 120
 MOST_POINTS_MARKED = 40
 LONGEST_LABEL = 44  # characters
 # A norm that starts near zero would squeeze all others into one line.
-LOG_RANGE = 1e-6
+LOG_RANGE = 1e-5
 SMALLEST_SPAN = 1e-6  # of an axis, as part of its largest value
 
 
@@ -162,7 +163,7 @@ def _add_legend(figure: Any, drawing: Drawing) -> None:
     else:
         labels = [label for label, _, _ in looks]
     drawable = [_drawable(label) for label in labels]
-    columns = min(len(labels), max(1, 120 // (max(map(len, drawable)) + 8)))
+    rows = math.ceil(len(labels) / max(1, 150 // (max(map(len, drawable)) + 8)))
     legend = figure.legend(
         handles,
         [" "] * len(labels),
@@ -170,7 +171,7 @@ def _add_legend(figure: Any, drawing: Drawing) -> None:
         title_fontproperties={"weight": "bold", "size": "medium"},
         alignment="left",
         loc="outside upper left",
-        ncols=columns,
+        ncols=math.ceil(len(labels) / rows),  # filled column by column, so that what belongs together stands together
         fontsize="small",
         frameon=False,
     )

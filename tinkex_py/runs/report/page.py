@@ -83,7 +83,7 @@ def moment(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     try:
-        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
     except (OverflowError, ValueError, OSError):  # a clock that was wrong
         return str(seconds)
 
