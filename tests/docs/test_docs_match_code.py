@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tenacity
 import tinker
@@ -35,8 +36,11 @@ def without_code(text: str) -> str:
 
 
 def anchors_of(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.MULTILINE)
-    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    text = without_code(page.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return set(re.findall(r"^::: (.+)$", text, re.MULTILINE)) | {
+        re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings
+    }
 
 
 def names_in(cell: str) -> set[str]:
@@ -57,6 +61,16 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{name_of(page)} links to {link}"
         assert not anchor or anchor in anchors_of(target), f"{name_of(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_to_elsewhere_are_addresses(page: Path) -> None:
+    """Their syntax only: nothing is asked of the network."""
+    for link in re.findall(r"\]\((\w+:[^)]*)\)", without_code(page.read_text())):
+        address = httpx.URL(link)
+        assert address.scheme == "https", link
+        assert re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", address.host), link
+        assert str(address) == link, f"{link} is not written as it is sent"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -226,7 +240,7 @@ def test_the_options_of_the_embedded_service_exist() -> None:
         assert name in fields, name
         if default.startswith("`"):
             assert default.strip("`").strip('"') == str(fields[name].default), name
-    assert len(rows) == 8
+    assert len(rows) == 12
 
 
 def test_the_complete_example_is_the_file() -> None:
@@ -251,18 +265,23 @@ OURS = {
 }
 
 
+def called(node: ast.expr, names: Mapping[str, object]) -> Any:
+    """What an expression names; of a call it is what was called, so that `Class(...).method` is found."""
+    if isinstance(node, ast.Attribute):
+        return getattr(called(node.value, names), node.attr)
+    return called(node.func, names) if isinstance(node, ast.Call) else names[ast.unparse(node)]
+
+
 def check_calls(text: str, names: Mapping[str, object]) -> int:
     """Binds every call in the text to the signature of what it calls; gives how many there were."""
-    calls = [
-        node for node in ast.walk(ast.parse(text.removeprefix("await "), mode="eval")) if isinstance(node, ast.Call)
-    ]
+    tree = compile(text, "page", "eval", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for call in calls:
-        *owners, last = ast.unparse(call.func).split(".")
-        target: Any = names[owners[0]] if owners else names[last]
-        if owners:
-            target = getattr(target, last)
+        target = called(call.func, names)
+        if isinstance(target, property):  # `compute` of a ready-made term gives a function; that it is there is enough
+            continue
         signature = inspect.signature(target)
-        is_method = owners and inspect.isfunction(target) and next(iter(signature.parameters), "") == "self"
+        is_method = inspect.isfunction(target) and next(iter(signature.parameters), "") == "self"
         positional = [None] * (len(call.args) + bool(is_method))
         signature.bind(*positional, **{keyword.arg: None for keyword in call.keywords if keyword.arg})
     return len(calls)
@@ -276,6 +295,16 @@ def test_the_official_sdks_page_names_calls_that_exist_on_both_sides() -> None:
     for official, own in rows:
         assert check_calls(official, OFFICIAL), official
         assert check_calls(own, OURS), own
+
+
+def test_the_page_for_tinkex_names_calls_that_exist() -> None:
+    section = (DOCS / "guides" / "elixir.md").read_text().split("## Call by call")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `.*` ?.*\| `([^`]+\))` \|$", section, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| `", section, re.MULTILINE))
+    public = {name: getattr(tinkex_py, name) for name in tinkex_py.__all__}
+    terms = {name: getattr(tinkex_py.regularizers, name) for name in tinkex_py.regularizers.__all__}
+    for own in rows:
+        assert check_calls(own, {**OURS, **public, **terms, "output": tinkex_py.CustomLossOutput}), own
 
 
 def test_a_call_that_does_not_exist_is_noticed() -> None:
