@@ -27,4 +27,5 @@ class Answer(BaseModel):
         except ValidationError as error:
             places = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
         # Raised out here, because pydantic's own error holds the answer.
-        raise InvalidResponse(f"the service's answer is no {cls.__name__}: see {', '.join(sorted(places))}")
+        where = ", ".join(sorted(filter(None, places)))
+        raise InvalidResponse(f"the service's answer is no {cls.__name__}" + (f": see {where}" if where else ""))
