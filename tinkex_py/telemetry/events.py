@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -56,7 +56,8 @@ class Event:
     name: str
     measurements: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    exception: BaseException | None = None
+    # Not shown: its text may be that of a term of the user's.
+    exception: BaseException | None = field(default=None, repr=False)
     unit: int | None = None
 
 
