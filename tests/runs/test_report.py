@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from tests.runs.made_up_runs import TERMS, base_loss, contribution, made_up_run, made_up_step, write_run
 from tests.runs.support import run_info
+from tests.support.fonts import fonts  # noqa: F401
 from tinkex_py.cli import app
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.curves import Curves
@@ -34,15 +34,7 @@ HARMLESS_TAGS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fonts() -> None:
-    """Matplotlib opens each font at its first use and keeps it open."""
-    curves = Curves()
-    for step in (1, 2):
-        curves.add(step, scalars(made_up_step(step)))
-    norms = drawings({"a": curves.names})[2]
-    picture_of(norms, {"a": curves})
-    get_font(findfont("DejaVu Sans:italic"))
+pytestmark = pytest.mark.usefixtures("fonts")
 
 
 class Page(HTMLParser):
