@@ -3,11 +3,7 @@
 import ast
 import dataclasses
 import inspect
-import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,6 @@ import pytest
 import tenacity
 import tinker
 import torch
-from pydantic import BaseModel
 
 import tinkex_py
 import tinkex_py.base_losses
@@ -194,95 +189,24 @@ def test_the_errors_page_names_the_standard_classes() -> None:
     assert set(shown) == every - {"TinkexError"}
 
 
-def test_the_api_reference_has_every_public_name() -> None:
-    text = (DOCS / "guides" / "api_reference.md").read_text() + (DOCS / "errors.md").read_text()
-    missing = [name for name in tinkex_py.__all__ if not re.search(rf"`(?:await )?{name}\b", text)]
-    assert missing == []
-
-
 def test_the_ready_made_terms_are_all_described() -> None:
-    reference = {name for name, _ in entries()}
     page = (DOCS / "guides" / "ready_made_terms.md").read_text()
     for package in (tinkex_py.regularizers, tinkex_py.base_losses):
         for name in package.__all__:
-            assert f"{package.__name__.removeprefix('tinkex_py.')}.{name}" in reference
             assert re.search(rf"^\| `{name}`", page, re.MULTILINE), name
 
 
-def entries() -> list[tuple[str, str]]:
-    """Signatures of the reference: every heading `name(arguments)`."""
-    text = (DOCS / "guides" / "api_reference.md").read_text()
-    return re.findall(r"^#{3,4} `(?:await )?([\w.]+)\((.*)\)(?: -> .*)?`$", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize(("name", "arguments"), entries(), ids=[name for name, _ in entries()])
-def test_the_api_reference_has_the_true_signatures(name: str, arguments: str) -> None:
-    target: object = tinkex_py
-    for part in name.split("."):
-        target = getattr(target, part)
-    assert callable(target)
-    true = [parameter for parameter in inspect.signature(target).parameters.values() if parameter.name != "self"]
-    namespace: dict[str, object] = {"RetryPolicy": tinkex_py.RetryPolicy, "math": math}
-    exec(f"def written({arguments}): ...", namespace)
-    written = inspect.signature(namespace["written"]).parameters.values()  # type: ignore[arg-type]
-    assert [(p.name, p.kind) for p in written] == [(p.name, p.kind) for p in true]
-    for mine, theirs in zip(written, true, strict=True):
-        assert (mine.default is inspect.Parameter.empty) == (theirs.default is inspect.Parameter.empty), mine.name
-        plain = isinstance(theirs.default, bool | int | float | str | tuple | None)
-        assert not plain or mine.default == theirs.default, mine.name
-
-
-@pytest.mark.parametrize(
-    "cls",
-    [
-        tinkex_py.AsyncServiceClient,
-        tinkex_py.AsyncTrainingClient,
-        tinkex_py.AsyncSamplingClient,
-        tinkex_py.AsyncRestClient,
-    ],
-)
-def test_the_api_reference_has_every_method_of_a_client(cls: type) -> None:
-    methods = {
-        f"{cls.__name__}.{name}"
-        for name, value in vars(cls).items()
-        if not name.startswith("_") and (callable(value) or isinstance(value, classmethod))
-    }
-    assert methods <= {name for name, _ in entries()}
-
-
-def test_the_api_reference_has_every_schedule_and_controller() -> None:
-    written = {name for name, _ in entries()}
+def test_the_schedules_and_controllers_are_all_described() -> None:
+    page = (DOCS / "guides" / "moving_weights.md").read_text()
     for module in (tinkex_py.schedules, tinkex_py.controllers):
         public = [
-            value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module.__name__
         ]
         assert public
-        kind = module.__name__.rpartition(".")[2]
-        assert {f"{kind}.{cls.__name__}" for cls in public} <= written
-        page = (DOCS / "guides" / "moving_weights.md").read_text()
-        for cls in public:
-            assert re.search(rf"^(### |\| `){cls.__name__}\b", page, re.MULTILINE), cls.__name__
-
-
-@pytest.mark.parametrize("cls", [tinkex_py.Pipeline, tinkex_py.WeightController])
-def test_the_api_reference_has_every_method_of_a_loss(cls: type) -> None:
-    methods = {f"{cls.__name__}.{name}" for name, value in vars(cls).items() if name[0] != "_" and callable(value)}
-    assert methods - {"Pipeline.evaluate"} <= {name for name, _ in entries()}
-
-
-@pytest.mark.parametrize(
-    "cls",
-    [
-        tinkex_py.CustomLossOutput,
-        tinkex_py.BaseLossOutput,
-        tinkex_py.RegularizerOutput,
-        tinkex_py.GradientDiagnosis,
-    ],
-)
-def test_the_pages_have_every_field_of_a_loss_output(cls: type[BaseModel]) -> None:
-    reference = (DOCS / "guides" / "api_reference.md").read_text()
-    (row,) = re.findall(rf"^\| `{cls.__name__}` \| (.*) \|$", reference, re.MULTILINE)
-    assert names_in(row) == set(cls.model_fields)
+        for name in public:
+            assert re.search(rf"^(### |\| `){name}\b", page, re.MULTILINE), name
 
 
 def test_the_guide_has_every_field_of_a_spec_and_option_of_a_pipeline() -> None:
@@ -308,15 +232,6 @@ def test_the_options_of_the_embedded_service_exist() -> None:
 def test_the_complete_example_is_the_file() -> None:
     page = (DOCS / "guides" / "regularizers.md").read_text()
     assert (ROOT / "examples" / "structured_regularizers.py").read_text() in page
-
-
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert (tmp_path / "site" / "index.html").is_file()
 
 
 OFFICIAL = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -66,6 +67,18 @@ async def run_block(page: Path, block: Block, namespace: dict[str, object]) -> s
 
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fonts() -> None:
+    """Matplotlib opens each font at its first use and keeps it open; the tutorial writes a report."""
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.plot([1, 2], [1, 1000])
+    axes.set_title("bold", fontweight="bold")
+    axes.set_xlabel("italic", fontstyle="italic")
+    figure.savefig(io.BytesIO())
 
 
 @pytest.mark.asyncio

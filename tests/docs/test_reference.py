@@ -1,0 +1,130 @@
+"""The reference is made from docstrings: it has every public name, and says of each what Python says."""
+
+import html
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import tinkex_py
+import tinkex_py.base_losses
+import tinkex_py.losses
+import tinkex_py.regularizers
+from tests.docs.test_docs_match_code import DOCS, LINK, PAGES, ROOT, without_code
+from tinkex_py import runs
+from tinkex_py.integrations import huggingface, trackers
+
+CLASSES_WITH_METHODS = (
+    tinkex_py.AsyncServiceClient,
+    tinkex_py.AsyncTrainingClient,
+    tinkex_py.AsyncSamplingClient,
+    tinkex_py.AsyncRestClient,
+    tinkex_py.Pipeline,
+    tinkex_py.WeightController,
+)
+
+
+def directives() -> dict[str, Path]:
+    """What the pages have docstrings of: the dotted name behind `:::`, and the page."""
+    found = [
+        (name, page)
+        for page in PAGES
+        for name in re.findall(r"^::: ([\w.]+)$", without_code(page.read_text()), re.MULTILINE)
+    ]
+    assert len({name for name, _ in found}) == len(found), "a name has two places in the reference"
+    return dict(found)
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    packages = (tinkex_py, tinkex_py.losses, tinkex_py.regularizers, tinkex_py.base_losses, runs, huggingface, trackers)
+    modules = {"base_losses", "telemetry", "regularizers"}
+    public = {(name, getattr(package, name)) for package in packages for name in package.__all__ if name not in modules}
+    documented = [pkgutil.resolve_name(name) for name in directives()]
+    missing = [name for name, value in public if not any(value is known for known in documented)]
+    assert missing == ["__version__"]
+
+
+def test_the_api_reference_leads_to_every_page_of_it() -> None:
+    overview = DOCS / "guides" / "api_reference.md"
+    linked = {(overview.parent / link.partition("#")[0]).resolve() for link in LINK.findall(overview.read_text())}
+    assert linked == set(directives().values())
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        tinkex_py.CustomLossOutput,
+        tinkex_py.BaseLossOutput,
+        tinkex_py.RegularizerOutput,
+        tinkex_py.GradientDiagnosis,
+    ],
+)
+def test_the_docstrings_have_every_field_of_a_loss_output(cls: type[BaseModel]) -> None:
+    section = (inspect.getdoc(cls) or "").split("Attributes:\n")[1]
+    assert re.findall(r"^    (\w+): ", section, re.MULTILINE) == list(cls.model_fields)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a broken link, anchor or docstring, or a page without a place in the navigation, fails it."""
+    folder = tmp_path_factory.mktemp("built") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def test_the_site_builds_strictly(site: Path) -> None:
+    assert (site / "index.html").is_file()
+
+
+def members(name: str) -> Iterator[tuple[str, Any]]:
+    """A documented name and the public methods of a documented class, or the classes of a documented module."""
+    value = pkgutil.resolve_name(name)
+    if inspect.ismodule(value):
+        for inner, cls in vars(value).items():
+            if inspect.isclass(cls) and cls.__module__ == value.__name__:
+                yield from members(f"{name}.{inner}")
+        return
+    yield name, value
+    if inspect.isclass(value) and issubclass(value, CLASSES_WITH_METHODS):
+        for inner, method in vars(value).items():
+            if inner[0] != "_" and (callable(method) or isinstance(method, classmethod)):
+                yield f"{name}.{inner}", getattr(value, inner)
+
+
+def has_signature(value: Any) -> bool:
+    """Functions, and classes that are made with arguments of their own; models list their fields instead."""
+    if inspect.isclass(value):
+        return not issubclass(value, BaseModel | Exception) and not getattr(value, "_is_protocol", False)
+    return inspect.isroutine(value)
+
+
+def test_the_api_reference_has_the_true_signatures(site: Path) -> None:
+    """A signature in the site has every parameter of what Python has under that name, lazy imports and all."""
+    seen = 0
+    for directive, page in directives().items():
+        built = site / page.relative_to(DOCS).with_suffix("") / "index.html"
+        text = built.read_text()
+        for name, value in members(directive):
+            heading = text.find(f'id="{name}"')
+            assert heading > 0, f"{name} is not on {built}"
+            if not has_signature(value):
+                continue
+            shown = html.unescape(
+                re.sub(r"<[^>]+>", "", text[text.find("doc-signature", heading) :].split("</div>")[0])
+            )
+            for parameter in inspect.signature(value).parameters.values():
+                assert parameter.name == "self" or re.search(rf"\b{parameter.name}\b", shown), f"{name}: {parameter}"
+            seen += 1
+    assert seen > 100
