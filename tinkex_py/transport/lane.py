@@ -173,6 +173,10 @@ class Place:
         if self.happened and self.kind is not Kind.READ:
             self._lane.break_behind(self)
 
+    def forgotten(self) -> None:
+        """The service does not know this request, though it was answered: it may never have reached it."""
+        self._lane.refused.update(self.numbers)
+
     def break_with(self, error: TinkexError) -> None:
         """Ends this place; its owner learns it at its next step, and leaves."""
         self._broken = error
@@ -228,7 +232,8 @@ class Lane:
         next_number: the number the next submission gets.
         lost: set once a number may truly be lost.
         accumulated: backward passes handed over since the last optimizer step.
-        refused: numbers that got a final refusal. A service spends them too; somebody in between may not have told it.
+        refused: numbers that got a final refusal, or whose result the service does not know. A service spends them too;
+            somebody in between may not have told it.
     """
 
     def __init__(self) -> None:
@@ -369,7 +374,7 @@ class Lane:
         if number in self.refused:
             self.end(
                 SequenceLost(
-                    f"the service waits for request {number}, which was refused on the way to it (by a proxy?) and "
+                    f"the service waits for request {number}, which was answered on the way to it (by a proxy?) and "
                     "will never come, so nothing after it is executed. Go on with "
                     "service.create_training_client_from_state(path, with_optimizer=True)"
                 )
