@@ -14,9 +14,18 @@ try:
 except ImportError as error:
     raise MissingExtra(str(error.name), "cli") from error
 
+from tinkex_py.commands.check import check
+from tinkex_py.commands.checkpoints import checkpoints
+from tinkex_py.commands.runs import runs
+from tinkex_py.commands.sample import sample
+from tinkex_py.commands.version import version
+
 __all__ = ["app"]
 
-app = typer.Typer(name="tinkex-py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="tinkex-py", no_args_is_help=True, pretty_exceptions_enable=False)
+for command in (check, sample, runs, version):
+    app.command()(command)
+app.add_typer(checkpoints, name="checkpoints")
 
 
 @app.callback()
@@ -126,12 +135,54 @@ def replay(
         show(result)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs", show_default=False)],
+    out: Annotated[Path, typer.Option(help="folder for the page and the pictures")] = Path("report"),
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Draw runs into one HTML page that needs nothing else, and PNGs."""
+    from tinkex_py.report_command import report as write
+
+    try:
+        write(runs, out, as_json=as_json)
+    except TinkexError as error:
+        typer.echo(f"tinkex-py report: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def dashboard(
+    runs_dir: Annotated[Path, typer.Argument(help="the folder that holds the runs' folders", show_default=False)],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one")] = 0,
+    allow_other_machines: Annotated[
+        bool, typer.Option("--allow-other-machines", help="permit a host that others can reach; no key is asked for")
+    ] = False,
+) -> None:
+    """Follow runs in the browser, while they train and afterwards."""
+    from tinkex_py.dashboard_command import dashboard as serve_until_stopped
+
+    try:
+        work = serve_until_stopped(
+            runs_dir, host, port, allow_other_machines=allow_other_machines, on_listening=_announce_dashboard
+        )
+        asyncio.run(_until_signalled(work))
+    except TinkexError as error:
+        typer.echo(f"tinkex-py dashboard: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
 async def _completed(work: Coroutine[Any, Any, object]) -> None:
     await work
 
 
 def _announce(address: str) -> None:
     typer.echo(f"Listening on {address}")
+
+
+def _announce_dashboard(address: str) -> None:
+    typer.echo(f"Dashboard on {address}")
 
 
 async def _until_signalled(work: Coroutine[Any, Any, None]) -> None:

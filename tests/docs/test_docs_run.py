@@ -90,7 +90,7 @@ async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyte
 def test_no_python_block_hides_from_the_tests(page: Path) -> None:
     blocks = blocks_of(page)
     for index, block in enumerate(blocks):
-        assert block.info in ("python", "text", "bash", "json", PRINTS), f"line {block.line}: {block.info!r}"
+        assert block.info in ("python", "text", "bash", "json", "yaml", PRINTS), f"line {block.line}: {block.info!r}"
         if block.info == PRINTS:
             assert is_python(blocks[index - 1]), f"line {block.line}: no python block before the output"
 

@@ -174,6 +174,16 @@ def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
         assert (json.loads(out)["steps"], json.loads(out)["reason"]) == (len(steps), "asked to stop")
 
 
+def test_the_file_in_the_guide_and_the_example_say_the_same(inside: Path) -> None:
+    page = (EXAMPLE.parents[2] / "docs" / "guides" / "training_runs.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (inside / "guide.yaml").write_text(block)
+    guide, example = read_config(inside / "guide.yaml"), read_config(EXAMPLE)
+    paths = {"data": example.data}
+    assert guide.model_copy(update=paths) == example.model_copy(update={"training": guide.training})
+    assert guide.training.model_copy(update={"evaluate_every": 10}) == example.training
+
+
 BAD_FILES = [
     ("model: tiny\n", "data: is missing"),
     (TINY + "optimiser: {}\n", "there is no setting 'optimiser'"),
@@ -232,6 +242,15 @@ def test_bad_options_are_named(inside: Path) -> None:
     assert "is being trained by another process" in err
 
 
+def test_a_missing_library_gives_one_line(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("tinkex_py.train_command")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    code, _, err = call("run.yaml")
+    assert code == 2
+    assert err == "tinkex-py train: yaml is not installed. Run: pip install 'tinkex-py[cli]'\n"
+
+
 def test_another_configuration_of_the_same_run_is_refused(inside: Path) -> None:
     (inside / "run.yaml").write_text(TINY)
     assert call("run.yaml")[0] == 0
@@ -239,6 +258,11 @@ def test_another_configuration_of_the_same_run_is_refused(inside: Path) -> None:
     code, _, err = call("run.yaml")
     assert code == 2
     assert "config.lora.rank was 4 and is 8; optimizer.weight_decay was not there and is 0.1" in err
+    (inside / "run.yaml").write_text(TINY)
+    (inside / "pairs.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')
+    code, _, err = call("run.yaml")
+    assert code == 2
+    assert "config.data.sha256 was '" in err
 
 
 def test_a_run_that_fails_says_so(inside: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py.client.carrier import Carrier, ServiceCarrier
 from tinkex_py.client.queue import QueueWatch
+from tinkex_py.client.service_models import ServiceModels
 from tinkex_py.client.session import Session, session_request
 from tinkex_py.client.uploaded_losses import UploadedLosses
 from tinkex_py.config import TinkexConfig
@@ -60,6 +61,7 @@ class Connection:
         self.threads = threads
         self.uploaded_losses = UploadedLosses()
         self.carrier = ServiceCarrier(http.host, carrier)
+        self.models = ServiceModels(http.host, self.request)
         self.keys = Keys(config.secret_key, config.credential_command)
         self.billing = BillingPause(0.0)
         self._follow(ClientFlags())

@@ -187,6 +187,10 @@ async def new_sampling_client(
     Raises:
         UnsupportedFeature: the service cannot sample.
     """
+    if base_model is None:
+        await connection.models.check_any("sample")
+    else:
+        await connection.models.check(base_model, "sample")
     body: dict[str, Any] = {
         "session_id": connection.session_id,
         "sampling_session_seq_id": connection.next_sampler_number(),

@@ -120,6 +120,8 @@ def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
     """Sum of the products of all elements, in double precision over blocks; None is zero."""
     if first is None or second is None:
         return 0.0
+    if first.numel() <= _BLOCK:
+        return _dot(_flat(first), _flat(second)).item()
     pieces = zip(torch.split(_flat(first), _BLOCK), torch.split(_flat(second), _BLOCK), strict=True)
     return sum(_dot(one, other).item() for one, other in pieces)
 

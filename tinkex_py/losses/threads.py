@@ -55,6 +55,7 @@ class _Waiter:
     group: object
     group_limit: int
     loop: asyncio.AbstractEventLoop
+    thread: int = field(default_factory=threading.get_ident)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     slot: Slot | None = None
 
@@ -86,8 +87,11 @@ class Slots:
         Raises:
             SlotsAbandoned: patience ran out.
         """
-        waiter = _Waiter(holder, group, group_limit or self.limit, asyncio.get_running_loop())
+        limit = group_limit or self.limit
         with self._lock:
+            if not self._waiters and not self._in_the_way(group, limit):
+                return self._hold(holder, group)
+            waiter = _Waiter(holder, group, limit, asyncio.get_running_loop())
             self._waiters.append(waiter)
             self._grant()
         give_up_at: float | None = None
@@ -97,7 +101,7 @@ class Slots:
                     waiter.changed.clear()
                     if waiter.slot is not None:
                         return waiter.slot
-                    stalled = all(slot.abandoned for slot in self._in_the_way_of(waiter))
+                    stalled = all(slot.abandoned for slot in self._in_the_way(waiter.group, waiter.group_limit))
                 if not stalled or patience is None:
                     give_up_at = None
                 elif give_up_at is None:
@@ -122,9 +126,11 @@ class Slots:
         """See `Slot.release`."""
         with self._lock:
             if slot in self._held:
+                may_stall = any(held.abandoned for held in self._held)
                 self._held.remove(slot)
                 self._grant()
-                self._tell_waiters()
+                if may_stall:
+                    self._tell_waiters()
 
     def abandon(self, slot: Slot) -> None:
         """Marks a unit whose holder nobody waits for any more."""
@@ -144,26 +150,35 @@ class Slots:
 
     def _grant(self) -> None:
         for waiter in list(self._waiters):
-            if self._in_the_way_of(waiter):
+            if self._in_the_way(waiter.group, waiter.group_limit):
                 continue
             self._waiters.remove(waiter)
-            waiter.slot = Slot(self, waiter.holder, waiter.group)
-            self._held.append(waiter.slot)
+            waiter.slot = self._hold(waiter.holder, waiter.group)
             if not _wake(waiter):
                 self._held.remove(waiter.slot)
 
-    def _in_the_way_of(self, waiter: _Waiter) -> list[Slot]:
-        """The held units that keep a waiter waiting; none if it can be served."""
-        own = [slot for slot in self._held if slot.group is waiter.group]
+    def _hold(self, holder: str, group: object) -> Slot:
+        slot = Slot(self, holder, group)
+        self._held.append(slot)
+        return slot
+
+    def _in_the_way(self, group: object, group_limit: int) -> list[Slot]:
+        """The held units that keep one of a group waiting; none if it can be served."""
         if len(self._held) >= self.limit:
             return self._held
-        return own if len(own) >= waiter.group_limit else []
+        if len(self._held) < group_limit:
+            return []
+        own = [slot for slot in self._held if slot.group is group]
+        return own if len(own) >= group_limit else []
 
     def _tell_waiters(self) -> None:
         self._waiters = [waiter for waiter in self._waiters if _wake(waiter)]
 
 
 def _wake(waiter: _Waiter) -> bool:
+    if waiter.thread == threading.get_ident() and waiter.loop.is_running():
+        waiter.changed.set()
+        return True
     try:
         waiter.loop.call_soon_threadsafe(waiter.changed.set)
     except RuntimeError:  # the waiter's loop is closed: nobody waits there any more

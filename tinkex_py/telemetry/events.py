@@ -51,12 +51,14 @@ class Event:
             None means "not measured".
         metadata: what the event is about. Failures carry `reason`, the class name of the error.
         exception: the error itself, for exception events.
+        unit: number of the unit of work, the same at its start and its end; None for an event without a lifecycle.
     """
 
     name: str
     measurements: Mapping[str, Any]
     metadata: Mapping[str, Any]
     exception: BaseException | None = None
+    unit: int | None = None
 
 
 def events() -> tuple[str, ...]:

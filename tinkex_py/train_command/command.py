@@ -59,7 +59,7 @@ async def train_from_config(
         TinkexError: a step failed.
     """
     pipeline, optimizer = pipeline_of(config.loss), optimizer_of(config.optimizer)
-    pairs = read_pairs(config.data.path)
+    pairs, decisive = read_pairs(config.data.path), config.decisive()
     held_out_pairs = [] if config.data.held_out is None else read_pairs(config.data.held_out)
     with RunFolder(folder):
         pass  # somebody else's run is told before a model is loaded
@@ -73,7 +73,7 @@ async def train_from_config(
             folder=folder,
             optimizer=optimizer,
             settings=config.training,
-            config=config.decisive(),
+            config=decisive,
             evaluate=partial(_evaluated, held_out) if held_out else None,
             stop=stop,
             progress=progress,

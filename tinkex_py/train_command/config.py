@@ -1,5 +1,6 @@
 """What a configuration file may say."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,8 +127,19 @@ class TrainConfig(Section):
     training: TrainSettings = TrainSettings()
 
     def decisive(self) -> dict[str, JsonValue]:
-        """What decides the numbers and is not seen otherwise: model, data and adapters."""
-        return self.model_dump(mode="json", include={"model", "data", "lora"})
+        """What decides the numbers and is not seen otherwise: model, adapters, and the content of the data.
+
+        Raises:
+            ConfigError: the data cannot be read.
+        """
+        told = self.model_dump(mode="json", include={"model", "lora", "data"})
+        # Where the files lie may change, and what the run is evaluated on.
+        del told["data"]["path"], told["data"]["held_out"]
+        try:
+            told["data"]["sha256"] = hashlib.sha256(self.data.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"{self.data.path} cannot be read: {error.strerror}") from error
+        return told
 
 
 def read_config(path: Path) -> TrainConfig:
