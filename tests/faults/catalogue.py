@@ -7,6 +7,8 @@ in a typed error.
 import asyncio
 import gzip
 import itertools
+import json
+import random
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -226,3 +228,29 @@ FINAL: list[Fault] = [
     *(before(f"status {status}", answering(busy(status))) for status in (401, 403, 404, 409, 410, 422)),
     *(after(f"status {status}", answering(busy(status))) for status in (409, 410)),
 ]
+
+
+def follow_flags(**flags: object) -> Fault:
+    """No fault: the service's answer to client/config, with other flags."""
+
+    async def act(passing: Passing) -> None:
+        answer = await passing.ask()
+        told = {**json.loads(answer.body), **flags}
+        await passing.answer(Answer(answer.status, answer.headers, json.dumps(told).encode()))
+
+    return Fault(f"flags {sorted(flags)}", act, answers=True)
+
+
+def random_faults(seed: int, share: float) -> Callable[[Passing], Fault | None]:
+    """Spoils this share of all requests, each with any of the faults that a client gets over."""
+    dice = random.Random(seed)
+    choices = [fault for faults in RECOVERS.values() for fault in dict.fromkeys(faults)]
+
+    def choose(passing: Passing) -> Fault | None:
+        return dice.choice(choices) if dice.random() < share else None
+
+    return choose
+
+
+IN_CHUNKS = follow_flags(fwdbwd_max_chunk_len=2)
+"""Calls of three datums go out in two requests at the same time."""

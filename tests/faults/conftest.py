@@ -1,7 +1,9 @@
 """A real service in a process of its own, a proxy in front of it, and the weights of a run without faults."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 import pytest_asyncio
 import torch
 
+from tests.faults.catalogue import IN_CHUNKS
 from tests.faults.proxy import FaultProxy
-from tests.faults.runs import config, new_client, short_run, weights
+from tests.faults.runs import config, kept_run, long_run, new_client, resumed_run, short_run, weights
 from tests.faults.tally import TALLY, Tally
 from tests.support.served import serving
 from tinkex_py import AsyncServiceClient
@@ -48,17 +51,70 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="package")
 def expected(served: Served) -> dict[str, np.ndarray]:
-    """The weights after a run straight to the service."""
+    """The weights after a short run without faults."""
 
-    async def run() -> str:
-        async with AsyncServiceClient(config(served.url, timeout=20.0, poll_timeout=20.0)) as service:
-            return await short_run(await new_client(service))
+    async def run(service: AsyncServiceClient) -> str:
+        return await short_run(await new_client(service))
 
-    return weights(served.state, asyncio.run(run()))
+    return quiet_run(served, run)
+
+
+@pytest.fixture(scope="package")
+def expected_of_long_runs(served: Served) -> dict[str, np.ndarray]:
+    """The weights after a long run without faults, its calls in chunks of two."""
+
+    async def run(service: AsyncServiceClient) -> str:
+        return await long_run(await new_client(service))
+
+    return quiet_run(served, run)
+
+
+@pytest.fixture(scope="package")
+def twin(served: Served) -> dict[str, np.ndarray]:
+    """The weights of a run that was resumed, without any fault."""
+
+    async def run(service: AsyncServiceClient) -> str:
+        return await resumed_run(service, await kept_run(service))
+
+    return quiet_run(served, run)
+
+
+def quiet_run(served: Served, run: Callable[[AsyncServiceClient], Awaitable[str]]) -> dict[str, np.ndarray]:
+    async def whole() -> str:
+        async with FaultProxy(served.url) as proxy:
+            proxy.spoil("config", IN_CHUNKS)
+            async with AsyncServiceClient(config(proxy.url, timeout=20.0, poll_timeout=20.0)) as service:
+                return await run(service)
+
+    return weights(served.state, asyncio.run(whole()))
 
 
 @pytest_asyncio.fixture
 async def proxy(served: Served, tally: Tally) -> AsyncIterator[FaultProxy]:
     async with FaultProxy(served.url) as running:
+        running.spoil("config", IN_CHUNKS)
         yield running
     tally.add(running)
+
+
+@pytest.fixture(scope="package")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, made = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs the openssl command to make a certificate")
+    return made, key
+
+
+@pytest.fixture
+def trusted_certificate(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """A server's TLS context that clients of this test trust."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    return context

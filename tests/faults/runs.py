@@ -64,6 +64,30 @@ async def short_run(training: AsyncTrainingClient) -> str:
     return (await training.save_state("after")).path
 
 
+async def long_run(training: AsyncTrainingClient) -> str:
+    """Steps of every kind, one of two accumulated passes; the path of the checkpoint after them."""
+    await custom_step(training)
+    await built_in_step(training)
+    await training.forward(DATA)
+    await training.forward_backward_custom(OTHERS, nll)
+    await custom_step(training)
+    return (await training.save_state("after")).path
+
+
+async def kept_run(service: AsyncServiceClient) -> str:
+    """One step of a new client; the path of a checkpoint to resume from."""
+    training = await new_client(service)
+    await custom_step(training)
+    return (await training.save_state("kept")).path
+
+
+async def resumed_run(service: AsyncServiceClient, kept: str) -> str:
+    """Another step from there; the path of the checkpoint after it."""
+    training = await service.create_training_client_from_state(kept, with_optimizer=True)
+    await custom_step(training, OTHERS)
+    return (await training.save_state("after")).path
+
+
 def weights(state: Path, path: str) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint, the optimizer's too, from the state folder of its service."""
     run, kind, name = path.removeprefix("tinker://").split("/")
