@@ -71,18 +71,21 @@ def expected_of_long_runs(served: Served) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="package")
 def twin(served: Served) -> dict[str, np.ndarray]:
-    """The weights of a run that was resumed, without any fault."""
+    """The weights of a run that was resumed, without any fault, its calls in one piece each."""
 
     async def run(service: AsyncServiceClient) -> str:
         return await resumed_run(service, await kept_run(service))
 
-    return quiet_run(served, run)
+    return quiet_run(served, run, in_chunks=False)
 
 
-def quiet_run(served: Served, run: Callable[[AsyncServiceClient], Awaitable[str]]) -> dict[str, np.ndarray]:
+def quiet_run(
+    served: Served, run: Callable[[AsyncServiceClient], Awaitable[str]], *, in_chunks: bool = True
+) -> dict[str, np.ndarray]:
     async def whole() -> str:
         async with FaultProxy(served.url) as proxy:
-            proxy.spoil("config", IN_CHUNKS)
+            if in_chunks:
+                proxy.spoil("config", IN_CHUNKS)
             async with AsyncServiceClient(config(proxy.url, timeout=20.0, poll_timeout=20.0)) as service:
                 return await run(service)
 

@@ -199,6 +199,7 @@ class ModelRequests:
             forward_only=forward_only,
             keep_graph=keep_graph,
             refused=place.refused,
+            stuck=place.stuck,
             queue=self.queue,
         )
 
