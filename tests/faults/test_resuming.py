@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from tests.client.data import nll
-from tests.client.recorder import http_recorder
-from tests.faults.catalogue import FINAL, answering
-from tests.faults.proxy import Answer, Fault, FaultProxy, Passing
+from tests.faults.catalogue import FINAL
+from tests.faults.proxy import Fault, FaultProxy, Passing
 from tests.faults.runs import (
     ADAM,
     DATA,
@@ -31,11 +30,9 @@ from tinkex_py import (
     NotFound,
     PrecedingRequestFailed,
     RetryPolicy,
-    SequenceLost,
     TinkexError,
 )
 from tinkex_py.errors import ResultLost
-from tinkex_py.local import LocalOptions
 
 pytestmark = pytest.mark.asyncio
 
@@ -74,24 +71,6 @@ async def test_expired_futures_say_so(proxy: FaultProxy):
         proxy.spoil("retrieve_future", gone)
         with pytest.raises(ResultLost, match="create_training_client_from_state"):
             await training.forward_backward(DATA)
-
-
-async def test_a_number_that_never_arrived_though_it_was_answered_ends_the_client(tally):
-    """Somebody on the way makes up an answer: the service waits for the number, and nothing after it could run."""
-    made_up = Fault("made-up answer", answering(Answer.of(200, {"request_id": "made-up"})))
-    async with (
-        asyncio.timeout(NO_HANG),
-        http_recorder(LocalOptions(model="tiny", device="cpu", hold_seconds=0.05)) as (_, url),
-        FaultProxy(url) as proxy,
-        AsyncServiceClient(config(proxy.url)) as service,
-    ):
-        training = await new_client(service)
-        proxy.spoil("B", made_up)
-        with pytest.raises(ResultLost):
-            await training.forward_backward(DATA)
-        with pytest.raises(SequenceLost, match="waits for request 1, which was answered on the way"):
-            await training.forward(DATA)
-    tally.add(proxy)
 
 
 class Life:
@@ -138,23 +117,23 @@ async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
         async with (
             asyncio.timeout(3 * NO_HANG),
             FaultProxy(await life.start()) as proxy,
+            AsyncServiceClient(config(proxy.url, **patient)) as service,
         ):
-            async with AsyncServiceClient(config(proxy.url, **patient)) as service:
-                kept = await kept_run(service)
-                steps: list[asyncio.Task[list[TinkexError]]] = []
-                for place in PLACES:
-                    for reaches in (False, True):
-                        training = await service.create_training_client_from_state(kept, with_optimizer=True)
-                        fault = life.fault(reaches=reaches)
-                        proxy.spoil(place, fault)
-                        steps.append(asyncio.create_task(errors_of_a_step(training)))
-                        await proxy.until(lambda f=fault, p=place: proxy.injected[f.name, p] == 1)
-                life.kill()
-                proxy.service_url = await life.start()
-                for errors in await asyncio.gather(*steps):
-                    assert isinstance(errors[0], NotFound | ResultLost), errors
-                    tally.checked["a restart ends every call in a typed error"] += len(errors)
-                path = await resumed_run(service, kept)
+            kept = await kept_run(service)
+            steps: list[asyncio.Task[list[TinkexError]]] = []
+            for place in PLACES:
+                for reaches in (False, True):
+                    training = await service.create_training_client_from_state(kept, with_optimizer=True)
+                    fault = life.fault(reaches=reaches)
+                    proxy.spoil(place, fault)
+                    steps.append(asyncio.create_task(errors_of_a_step(training)))
+                    await proxy.until(lambda f=fault, p=place: proxy.injected[f.name, p] == 1)
+            life.kill()
+            proxy.service_url = await life.start()
+            for errors in await asyncio.gather(*steps):
+                assert isinstance(errors[0], NotFound | ResultLost), errors
+                tally.checked["a restart ends every call in a typed error"] += len(errors)
+            path = await resumed_run(service, kept)
         tally.add(proxy)
         assert_same(weights(tmp_path, path), twin)
         tally.checked["a resumed run equals its twin"] += 1
