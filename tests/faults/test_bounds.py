@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.client.data import nll
-from tests.faults.catalogue import RECOVERS, RETRY_AFTER, answering, before, busy, stall
+from tests.faults.catalogue import RECOVERS, RETRY_AFTER, answering, before, busy, endless_drip, stall
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.runs import ADAM, DATA, NO_HANG, config, new_client
 from tinkex_py import (
@@ -23,12 +23,10 @@ from tinkex_py.telemetry import Event
 
 pytestmark = pytest.mark.asyncio
 THREE = RetryPolicy(deadline=20.0, max_attempts=3, initial_wait=0.001, max_wait=0.01)
-_NOT_OF_ONE_REQUEST = ("connection refused", "connections that break at once")
-LASTING = {
-    name: faults[-1] for name, faults in RECOVERS.items() if not faults[-1].answers and name not in _NOT_OF_ONE_REQUEST
-}
-# Polls that the service holds: waiting goes on as long as the service lives.
-NOT_YET = ("stall", "a drip without end")
+_NOT_HERE = ("connection refused", "connections that break at once", "stall", "a drip without end")
+LASTING = {name: faults[-1] for name, faults in RECOVERS.items() if not faults[-1].answers and name not in _NOT_HERE}
+
+PATIENT = {"timeout": NO_HANG, "poll_timeout": NO_HANG}
 
 Call = Callable[[AsyncTrainingClient], Awaitable[Any]]
 CALLS: dict[str, Call] = {
@@ -56,13 +54,11 @@ def lasts(proxy: FaultProxy, place: str, fault: Fault) -> None:
     proxy.choose = lambda passing: fault if passing.place == place else None
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [(name, place) for name in LASTING for place in CALLS if not (place == "retrieve_future" and name in NOT_YET)],
-)
+@pytest.mark.parametrize("place", CALLS)
+@pytest.mark.parametrize("name", LASTING)
 async def test_a_fault_that_lasts_ends_the_call(proxy: FaultProxy, tally, name: str, place: str):
     proxy.heal()
-    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, timeout=0.05, retry=THREE)) as service:
+    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=THREE)) as service:
         training = await new_client(service)
         lasts(proxy, place, LASTING[name])
         attempts = Attempts()
@@ -81,13 +77,16 @@ async def test_a_fault_that_lasts_ends_the_call(proxy: FaultProxy, tally, name: 
     tally.checked["a fault that lasts ends in a typed error"] += 1
 
 
-async def test_the_deadline_ends_an_attempt_that_stalls(proxy: FaultProxy, tally):
+@pytest.mark.parametrize(
+    "fault", [before("stall", stall), before("a drip without end", endless_drip)], ids=["stall", "drip"]
+)
+async def test_the_deadline_ends_an_attempt_that_stalls(proxy: FaultProxy, tally, fault: Fault):
     """The exchange alone might last ten minutes."""
-    retry = RetryPolicy(deadline=0.2, initial_wait=0.001, max_wait=0.01)
+    retry = RetryPolicy(deadline=1.0, initial_wait=0.001, max_wait=0.01)
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, timeout=600.0, retry=retry)) as service:
         training = await new_client(service)
-        lasts(proxy, "B", before("stall", stall))
-        with pytest.raises(SequenceLost, match=r"retry deadline of 0\.2 s"):
+        lasts(proxy, "B", fault)
+        with pytest.raises(SequenceLost, match=r"retry deadline of 1 s"):
             await training.forward_backward(DATA)
     tally.checked["a deadline ends the retries"] += 1
 
@@ -97,7 +96,7 @@ async def test_no_wait_that_the_service_asks_for_goes_beyond_the_deadline(proxy:
     """It asks for a minute at each attempt; a client that obeyed would be here for an hour."""
     retry = RetryPolicy(deadline=20.0, initial_wait=0.001, max_wait=0.01)
     proxy.heal()
-    async with asyncio.timeout(NO_HANG / 2), AsyncServiceClient(config(proxy.url, retry=retry)) as service:
+    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=retry)) as service:
         training = await new_client(service)
         before_it = proxy.requests[place]
         lasts(proxy, place, before("a minute", answering(busy(503, retry_after="60"))))
@@ -115,7 +114,7 @@ async def test_a_service_cannot_ask_to_be_asked_at_network_speed(proxy: FaultPro
     retry = RetryPolicy(deadline=1e6, initial_wait=1e5, max_wait=1e5)
     proxy.heal()
     # The submission of a cancelled caller goes on, here for days: closing cuts it off.
-    settings = config(proxy.url, retry=retry, close_timeout=0.01)
+    settings = config(proxy.url, **PATIENT, retry=retry, close_timeout=0.01)
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(settings) as service:
         for hint in hints:
             training = await new_client(service)
@@ -152,7 +151,7 @@ async def test_waiting_for_a_result_ends_when_the_caller_wants(proxy: FaultProxy
 
 async def test_nobody_listens(proxy: FaultProxy, tally):
     """At the first contact, and in the middle of a run."""
-    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, retry=THREE)) as service:
+    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=THREE)) as service:
         training = await new_client(service)
         await proxy.refuse_for(1e6)
         with pytest.raises(SequenceLost, match="nobody answers there"):
@@ -167,7 +166,7 @@ async def test_nobody_listens(proxy: FaultProxy, tally):
 
 async def first_contact(url: str) -> ConnectionFailed:
     """How a client fails that cannot reach its service."""
-    service = AsyncServiceClient(config(url, timeout=5.0, retry=THREE))
+    service = AsyncServiceClient(config(url, **PATIENT, retry=THREE))
     async with asyncio.timeout(NO_HANG):
         with pytest.raises(ConnectionFailed) as caught:
             await service.get_server_capabilities()
