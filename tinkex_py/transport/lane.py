@@ -182,7 +182,9 @@ class Place:
 
         Nothing more can be sent: somebody in between did not pass the refused number on.
         """
-        return self._lane.end_behind(min(self._lane.refused.intersection(self.numbers)), f"nothing after it was executed within {seconds:g} s")
+        return self._lane.end_behind(
+            min(self._lane.refused.intersection(self.numbers)), f"nothing after it was executed within {seconds:g} s"
+        )
 
     def break_with(self, error: TinkexError) -> None:
         """Ends this place; its owner learns it at its next step, and leaves."""
