@@ -136,13 +136,6 @@ REACHED = Result(benchmark="z", what="fast", measured=3.0, bound=2.0, target="at
 TOLD = Result(benchmark="z", what="told", measured=7.0, unit="ms")
 
 
-@pytest.fixture(scope="module")
-def fonts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Matplotlib keeps the files of its fonts open once it has drawn something."""
-    main(["--quick", "--out", str(tmp_path_factory.mktemp("fonts"))], [benchmark_of(TOLD, MISSED)])
-
-
-@pytest.mark.usefixtures("fonts")
 @pytest.mark.parametrize(
     ("result", "options", "status"), [(MISSED, [], 1), (REACHED, [], 0), (TOLD, [], 0), (MISSED, ["--quick"], 0)]
 )

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.support.scripted_server import ScriptedServer, answer
-from tinkex_py.commands.service_check import checked_service
+from tinkex_py.commands.work.service_check import checked_service
 
 
 def test_a_service_that_is_well(command, address):

@@ -1,9 +1,12 @@
 """The command line as a whole: version, help, completion, and the real command in a process of its own."""
 
+import importlib
 import itertools
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tinkex_py import __version__
+from tinkex_py import __version__, commands
 from tinkex_py.cli import app
 
 
@@ -62,18 +65,42 @@ def test_shells_are_told_how(shell):
     assert "_TINKEX_PY_COMPLETE" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["check", "sample", "runs", "version"])
+def all_commands() -> list[str]:
+    """The commands, those of a group with its name before them."""
+    found: list[str] = []
+    for name, command in typer.main.get_command(app).commands.items():
+        found += [f"{name} {inner}" for inner in command.commands] if hasattr(command, "commands") else [name]
+    return found
+
+
+@pytest.mark.parametrize("name", all_commands())
 def test_every_command_has_help_and_json(plain_command, name):
-    result = plain_command(name, "--help")
+    result = plain_command(*name.split(), "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["list", "download", "delete", "ttl"])
-def test_every_command_of_checkpoints_has_help_and_json(plain_command, name):
-    result = plain_command("checkpoints", name, "--help")
-    assert result.exit_code == 0
-    assert "--json" in result.stdout
+def test_every_command_is_the_file_of_its_name():
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("serve", []), ("dashboard", ["."])])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_server_tells_its_address_and_ends_well_by_a_signal(plain_command, monkeypatch, name, arguments, as_json):
+    module = importlib.import_module(f"tinkex_py.commands.{name}")
+    tell = module.announce_address
+
+    def tell_and_end(*words: str, as_json: bool) -> None:
+        tell(*words, as_json=as_json)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "announce_address", tell_and_end)
+    result = plain_command(name, *arguments, *(["--json"] if as_json else []))
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    address = json.loads(line)["address"] if as_json else line.split(" on ")[1]
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
 
 
 def test_a_wrong_option_is_unusable_input(plain_command):

@@ -10,7 +10,8 @@ import pytest
 import typer
 
 from tinkex_py import errors
-from tinkex_py.commands.outcomes import exit_code, run, told_in_one_line
+from tinkex_py.commands.common.outcomes import exit_code, told_in_one_line
+from tinkex_py.commands.common.running import run
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,34 @@ async def test_a_request_id_of_any_length_is_unknown(client):
     mark = submitted["request_id"].partition("-")[0]
     answer = await client.result(f"{mark}-{'9' * 5000}")
     assert answer.status_code == 404
+
+
+async def test_numbers_that_json_has_no_form_for_are_refused(client):
+    """Python's decoder takes them; an answer that had them could not be written."""
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        answer = await client.http.post("/api/v1/create_session", content=f'{{"user_metadata": {{"a": [{number}]}}}}')
+        assert answer.status_code == 422
+        assert "no form" in answer.json()["detail"]
+
+
+async def test_half_a_character_in_the_name_of_an_input_is_told_without_it(client):
+    model_id = await client.model()
+    body = json.dumps({"model_id": model_id, "seq_id": 1, "forward_input": changed(("loss_fn_inputs", "\ud800"), {})})
+    submitted = await client.http.post("/api/v1/forward", content=body.replace('"\\ud800": {}', '"\\ud800": 1'))
+    answer = await client.final(submitted.json()["request_id"])
+    assert answer.status_code == 200
+    assert "data[0]: ?" in answer.json()["error"]
+
+
+async def test_targets_of_a_sample_without_numbers(client):
+    targets = {"dtype": "int64", "shape": [1, 1], "sparse_crow_indices": [0, 0]}
+    body = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": [1, 2]}]}, "target_prompt_logprobs": targets}
+    answer = await client.done("asample", {**body, "sampling_params": {"max_tokens": 1}})
+    assert "error" not in answer or answer["category"] == "user"
+
+
+async def test_a_moment_outside_the_calendar_is_refused(client):
+    cursor = {"last_created_at": "0001-01-01T00:00:00+23:59", "last_session_id": "x"}
+    answer = await client.post("sessions/search", {"cursor": cursor})
+    assert answer.status_code == 422
+    assert "calendar" in answer.json()["detail"]

@@ -1,6 +1,6 @@
 """A run that ended at any moment goes on, and its numbers are those of a run that nothing ended.
 
-A process that is really killed is in tests/train_command.
+A process that is really killed is in tests/commands/test_train.py.
 """
 
 import asyncio

@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
-from tinkex_py.commands.options import AsJson, BaseUrl
-from tinkex_py.commands.outcomes import FAILED, UNUSABLE, run, told_in_one_line
+from tinkex_py.commands.common.options import AsJson, BaseUrl
+from tinkex_py.commands.common.outcomes import FAILED, UNUSABLE, told_in_one_line
+from tinkex_py.commands.common.running import run
 
 
 def check(
@@ -18,7 +19,7 @@ def check(
     Nothing is trained or drawn, so nothing is billed.
     """
     with told_in_one_line("check"):
-        from tinkex_py.commands.service_check import checked_service, show
+        from tinkex_py.commands.work.service_check import checked_service, show
 
         report = run(checked_service(base_url, timeout))
         if as_json:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinkex_py.commands.options import AsJson, BaseUrl, Limit, service_at
-from tinkex_py.commands.outcomes import INTERRUPTED, run, told_in_one_line
+from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
+from tinkex_py.commands.common.outcomes import INTERRUPTED, told_in_one_line
+from tinkex_py.commands.common.running import run
 from tinkex_py.errors import InvalidData
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def ttl(
 
 
 async def _listed(run_id: str | None, *, limit: int, base_url: str | None, as_json: bool) -> None:
-    from tinkex_py.commands.listing import PAGE_SIZE, show_listing
+    from tinkex_py.commands.common.listing import PAGE_SIZE, show_listing
 
     async with aclosing(service_at(base_url)) as service:
         await show_listing(
@@ -100,7 +101,7 @@ async def _listed(run_id: str | None, *, limit: int, base_url: str | None, as_js
 
 
 def _row(item: "Checkpoint") -> Sequence[object]:
-    from tinkex_py.commands.tables import size_text
+    from tinkex_py.commands.common.tables import size_text
 
     shared = "public" if item.public else None
     return item.tinker_path, item.checkpoint_type, item.time, size_text(item.size_bytes), item.expires_at, shared
@@ -109,7 +110,7 @@ def _row(item: "Checkpoint") -> Sequence[object]:
 async def _downloaded(
     path: str, folder: Path | None, *, adapter: bool, overwrite: bool, base_url: str | None, as_json: bool
 ) -> None:
-    from tinkex_py.commands.progress import download_progress
+    from tinkex_py.commands.work.download_progress import download_progress
     from tinkex_py.types import CheckpointPath
 
     target = folder or Path(CheckpointPath.parse(path).name)

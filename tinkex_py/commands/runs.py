@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinkex_py.commands.options import AsJson, BaseUrl, Limit, service_at
-from tinkex_py.commands.outcomes import run, told_in_one_line
+from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
+from tinkex_py.commands.common.outcomes import told_in_one_line
+from tinkex_py.commands.common.running import run
 
 if TYPE_CHECKING:
     from tinkex_py.types.rest import TrainingRun
@@ -31,7 +32,7 @@ def runs(
 async def _listed(
     run_id: str | None, project: str | None, *, others: bool, limit: int, base_url: str | None, as_json: bool
 ) -> None:
-    from tinkex_py.commands.listing import PAGE_SIZE, show_listing
+    from tinkex_py.commands.common.listing import PAGE_SIZE, show_listing
 
     scope = "accessible" if others else "owned"
     async with aclosing(service_at(base_url)) as service:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinkex_py.commands.options import AsJson, BaseUrl, service_at
-from tinkex_py.commands.outcomes import run, told_in_one_line
+from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
+from tinkex_py.commands.common.outcomes import told_in_one_line
+from tinkex_py.commands.common.running import run
 from tinkex_py.errors import ConfigError, InvalidData
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def sample(
         if not _is_text(text):
             raise InvalidData("--prompt is not UTF-8 text")
 
-        from tinkex_py.commands.drawing import Draw, draw
+        from tinkex_py.commands.work.sampling import Draw, draw
         from tinkex_py.types import SamplingParams
 
         wanted = Draw(

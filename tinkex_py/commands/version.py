@@ -6,7 +6,7 @@ from importlib import metadata
 
 import typer
 
-from tinkex_py.commands.options import AsJson
+from tinkex_py.commands.common.options import AsJson
 from tinkex_py.version import __version__
 
 # What decides how a run behaves; those that are not installed are left out.

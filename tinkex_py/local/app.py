@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tinkex_py.local import (
+    openapi,
     routes_checkpoints,
     routes_downloads,
     routes_losses,
@@ -54,6 +55,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
             *routes_rest.routes,
             *routes_checkpoints.routes,
             *routes_downloads.routes,
+            *openapi.routes,
         ],
         exception_handlers={Refused: _refused, HTTPException: _http_error, 500: _server_error},
         lifespan=lifespan,

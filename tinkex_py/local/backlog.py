@@ -21,7 +21,7 @@ class Backlog:
         """Why a request of so many bytes has to come back later; None if it may wait here."""
         if self.requests >= self._max_requests:
             return f"{self.requests} requests {self._what} already: come back in a second"
-        if self.requests and self.bytes + size > self._max_bytes:
+        if self.bytes and self.bytes + size > self._max_bytes:
             return f"requests of {self.bytes} bytes {self._what} already: come back in a second"
         return None
 

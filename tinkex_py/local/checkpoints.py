@@ -77,6 +77,8 @@ class CheckpointStore:
         Raises:
             InvalidData: the name cannot be used or is taken.
         """
+        _check_run(info.run.run_id)
+        _check_name(info.name)
         if self.get(info.run.run_id, info.kind, info.name) is not None and not overwrite:
             raise InvalidData(f"checkpoint {info.path!r} exists already: choose another name or pass overwrite")
         return self._place(info, lambda folder: _save(folder, files, texts))

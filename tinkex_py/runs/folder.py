@@ -167,8 +167,9 @@ def _parsed(model: type[AnyRecord], content: bytes, where: str) -> AnyRecord:
         return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        raise ConfigError(f"{where} is no {model.__name__}: {place}: {first['msg']}") from None
+    place = ".".join(map(str, first["loc"])) or "the whole"
+    # Raised out here, because pydantic's own error holds what the file says.
+    raise ConfigError(f"{where} is no {model.__name__}: {place}: {first['msg']}")
 
 
 def _flush(path: Path) -> None:

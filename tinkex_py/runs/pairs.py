@@ -1,5 +1,6 @@
 """Prompts and their answers as datums, in batches."""
 
+import contextlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -36,20 +37,23 @@ def read_pairs(path: Path) -> list[Pair]:
         ConfigError: the file cannot be read.
         InvalidData: a line is no pair, naming it.
     """
+    # Errors that hold what the file says are left behind: it is prompts.
+    lines: list[str] | None = None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with contextlib.suppress(UnicodeDecodeError):
+            lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text") from error
+    if lines is None:
+        raise ConfigError(f"{path} is not UTF-8 text")
     pairs: list[Pair] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
+        with contextlib.suppress(ValidationError):
             pairs.append(Pair.model_validate_json(line))
-        except ValidationError as error:
-            raise InvalidData(f'{path}:{number} is not {{"prompt": ..., "answer": ...}}') from error
+            continue
+        raise InvalidData(f'{path}:{number} is not {{"prompt": ..., "answer": ...}}')
     if not pairs:
         raise InvalidData(f"{path} holds no pairs")
     return pairs

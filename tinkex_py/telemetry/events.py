@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -31,6 +31,7 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.regularizer.controller_failed": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
+    "tinkex.session.over": logging.WARNING,
     "tinkex.billing.paused": logging.WARNING,
     "tinkex.sampling.turned_away": logging.DEBUG,
     "tinkex.run.resent": logging.WARNING,
@@ -56,7 +57,8 @@ class Event:
     name: str
     measurements: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    exception: BaseException | None = None
+    # Not shown: its text may be that of a term of the user's.
+    exception: BaseException | None = field(default=None, repr=False)
     unit: int | None = None
 
 

@@ -60,6 +60,15 @@ class _Connection:
         self.address: Callable[[str], Any] = _address if ours else str
         self._socket: Any = None
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether no byte came behind the last answer: the next exchange would take it for its own answer.
+
+        httpcore notices bytes that wait in the socket, but not those that it read together with the answer.
+        """
+        transports = (self.client._transport, *self.client._mounts.values())
+        return all(_is_clean(transport) for transport in transports if transport is not None)
+
     async def aclose(self) -> None:
         try:
             await self.client.aclose()
@@ -465,6 +474,18 @@ async def _send_once(
         extensions=dict(connection.extensions),
     )
     return await client.send(built, follow_redirects=False, stream=stream)
+
+
+def _is_clean(transport: Any) -> bool:
+    # No public name leads to the parser of a connection; where a release of httpcore hides it, no connection is used
+    # twice. A connection through a proxy holds the one to the service.
+    for connection in transport._pool.connections:
+        inner = connection
+        while inner is not None and not hasattr(inner, "_h11_state"):
+            inner = getattr(inner, "_connection", None)
+        if inner is None or inner._h11_state.trailing_data[0]:
+            return False
+    return True
 
 
 def _address(url: str) -> httpx.URL:

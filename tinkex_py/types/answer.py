@@ -26,6 +26,6 @@ class Answer(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             places = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
-            raise InvalidResponse(
-                f"the service's answer is no {cls.__name__}: see {', '.join(sorted(places))}"
-            ) from None
+        # Raised out here, because pydantic's own error holds the answer.
+        where = ", ".join(sorted(filter(None, places)))
+        raise InvalidResponse(f"the service's answer is no {cls.__name__}" + (f": see {where}" if where else ""))

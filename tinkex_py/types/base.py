@@ -20,8 +20,11 @@ class WireModel(BaseModel):
     def __init__(self, **fields: Any) -> None:
         try:
             super().__init__(**fields)
+            return
         except ValidationError as error:
-            raise InvalidData(f"{type(self).__name__}: {_describe(error)}") from None
+            problems = _describe(error)
+        # Raised out here, because pydantic's own error holds what was given, which may be a prompt.
+        raise InvalidData(f"{type(self).__name__}: {problems}")
 
 
 def _describe(error: ValidationError) -> str:

@@ -1,11 +1,8 @@
 """How a command ends: its exit code, and one line about what went wrong."""
 
-import asyncio
-import contextlib
-import signal
-from collections.abc import Coroutine, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import typer
 
@@ -18,12 +15,12 @@ from tinkex_py.errors import (
     TinkexError,
 )
 
-Result = TypeVar("Result")
-
 FAILED = 1
 """The service refused or failed, did not answer, or cannot do it; or a term of a loss failed."""
 UNUSABLE = 2
 """What was given cannot be used: an option, an address, a key, a file, a missing extra. Nothing was done."""
+STOPPED = 3
+"""A signal stopped `train`, with a checkpoint to go on from."""
 INTERRUPTED = 130
 """The user ended it: SIGINT, SIGTERM, or "no" to a question."""
 
@@ -63,32 +60,3 @@ def end(command: str, error: Exception) -> NoReturn:
     """Prints an error as one line and ends the command."""
     typer.echo(f"tinkex-py {command}: {' '.join(str(error).splitlines())}", err=True)
     raise typer.Exit(exit_code(error)) from None
-
-
-def run(work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs work on a loop of its own; SIGTERM ends it as orderly as SIGINT.
-
-    Raises:
-        KeyboardInterrupt: one of both came.
-    """
-    return asyncio.run(_ended_by_sigterm(work))
-
-
-async def _ended_by_sigterm(work: Coroutine[Any, Any, Result]) -> Result:
-    task = asyncio.current_task()
-    assert task is not None
-    terminated = asyncio.Event()
-
-    def terminate() -> None:
-        terminated.set()
-        task.cancel()
-
-    # Windows has no signal handlers on its loops.
-    with contextlib.suppress(NotImplementedError):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if terminated.is_set():
-            raise KeyboardInterrupt from None
-        raise

@@ -7,7 +7,7 @@ from typing import TypeVar
 import typer
 from pydantic import BaseModel
 
-from tinkex_py.commands.tables import show_table
+from tinkex_py.commands.common.tables import show_table
 
 Item = TypeVar("Item", bound=BaseModel)
 

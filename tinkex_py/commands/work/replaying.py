@@ -1,14 +1,12 @@
 """What `tinkex-py replay` does: find the pipeline, run the record again, compare."""
 
-import importlib
-import sys
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
-from rich.console import Console
 from rich.table import Table
 
+from tinkex_py.commands.common.importing import named_object
+from tinkex_py.commands.common.tables import console
 from tinkex_py.errors import ConfigError
 from tinkex_py.losses import CustomLossOutput, Pipeline, replay
 from tinkex_py.losses.recording import read_record
@@ -36,14 +34,7 @@ def loaded_pipeline(reference: str) -> Pipeline:
     Raises:
         ConfigError: there is none.
     """
-    module_name, _, name = reference.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"--pipeline must be MODULE:NAME, got {reference!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--pipeline {reference}: {error}") from error
+    found = named_object(reference, "--pipeline")
     made = found() if callable(found) else found
     if not isinstance(made, Pipeline):
         raise ConfigError(f"--pipeline {reference} is a {type(made).__name__}, not a Pipeline")
@@ -65,7 +56,7 @@ async def replayed(path: Path, pipeline: Pipeline | None) -> Replayed:
 
 def show(result: Replayed) -> None:
     """Prints a table of the terms, then now."""
-    console = Console()
+    out = console()
     table = Table(title="recorded and replayed")
     for title in ("term", "weight", "value then", "value now", "gradient norm then", "gradient norm now"):
         table.add_column(title, justify="left" if title == "term" else "right")
@@ -97,10 +88,10 @@ def show(result: Replayed) -> None:
         _number(then and then.total_grad_norm),
         _number(now.total_grad_norm),
     )
-    console.print(table)
+    out.print(table)
     if result.failure is not None:
-        console.print(f"recorded failure: {result.failure}", markup=False)
-    console.print("same in every number" if result.same else "not the same", markup=False)
+        out.print(f"recorded failure: {result.failure}", markup=False)
+    out.print("same in every number" if result.same else "not the same", markup=False)
 
 
 def _number(value: object) -> str:

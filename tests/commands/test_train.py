@@ -15,9 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from tinkex_py.cli import app
+from tinkex_py.commands.work.train_config import read_config
+from tinkex_py.commands.work.training import train_from_config
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RunFolder
-from tinkex_py.train_command import read_config, train_from_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "configs" / "sft_kl.yaml"
 TINY = """
@@ -243,7 +244,7 @@ def test_bad_options_are_named(inside: Path) -> None:
 
 
 def test_a_missing_library_gives_one_line(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("tinkex_py.train_command")]:
+    for name in [name for name in sys.modules if name.startswith("tinkex_py.commands.work.train")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "yaml", None)
     code, _, err = call("run.yaml")

@@ -1,18 +1,16 @@
 """Makes what a configuration file names: terms, weights, the pipeline and the optimizer."""
 
-import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from tinkex_py import base_losses, regularizers as ready_made
+from tinkex_py.commands.common.importing import named_object
+from tinkex_py.commands.work.train_config import LossSection, OptimizerSection, RegularizerSection, TermSection
 from tinkex_py.errors import ConfigError, InvalidData, InvalidSpec
 from tinkex_py.losses import Pipeline, RegularizerSpec, controllers, schedules
 from tinkex_py.losses.weights import Schedule, Weight, WeightController
 from tinkex_py.runs.description import Optimizer
-from tinkex_py.train_command.config import LossSection, OptimizerSection, RegularizerSection, TermSection
 from tinkex_py.types import AdamParams
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
@@ -85,7 +83,7 @@ def _regularizer(section: RegularizerSection, where: str) -> RegularizerSpec:
 def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
     """The term, and the options that it has not taken in itself."""
     if ":" in section.term:
-        found = _imported(section.term, where)
+        found = named_object(section.term, f"{where}.term")
         if not isinstance(found, type):
             return found, section.options
     else:
@@ -98,17 +96,6 @@ def _by_name(name: str, where: str) -> type[Any]:
     if name not in names:
         raise ConfigError(f"{where}.term: there is no {name!r}; there are {', '.join(names)}, and module:name")
     return getattr(base_losses if name in dir(base_losses) else ready_made, name)
-
-
-def _imported(reference: str, where: str) -> object:
-    """What `module:name` names; modules of the working folder are found too."""
-    module, _, name = reference.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}.term: {reference!r} cannot be imported: {error}") from error
 
 
 def _weight(given: "float | dict[str, Any]", where: str) -> Weight:

@@ -9,13 +9,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
+from tinkex_py.commands.work.train_config import TrainConfig
+from tinkex_py.commands.work.train_parts import optimizer_of, pipeline_of
 from tinkex_py.config import TinkexConfig
 from tinkex_py.runs import RunFolder, TrainedRun, read_steps, train
 from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, shuffled_batches, with_reference
 from tinkex_py.runs.progress import ProgressView
 from tinkex_py.runs.records import RunStatus
-from tinkex_py.train_command.config import TrainConfig
-from tinkex_py.train_command.parts import optimizer_of, pipeline_of
 from tinkex_py.types import Datum, LoraConfig
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from tinkex_py.client.service import AsyncServiceClient
-from tinkex_py.commands.tables import cell_text, console, show_table
+from tinkex_py.commands.common.tables import cell_text, console, show_table
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import (
     Authentication,

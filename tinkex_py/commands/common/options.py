@@ -13,6 +13,8 @@ BaseUrl = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Limit = Annotated[int, typer.Option(min=0, help="at most so many; 0 for all")]
+Host = Annotated[str, typer.Option(help="address to listen on")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one")]
 
 
 def service_at(base_url: str | None) -> "AsyncServiceClient":

@@ -1,0 +1,309 @@
+"""The order of a training client's requests, whatever happens to them: the lane against a model of the service.
+
+The model knows nothing of the lane's inside. It numbers what arrives, takes a number that comes again as the same
+request, and knows from the rules (which request did not take effect, which come behind it) what each must end with.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tinkex_py.errors import (
+    BadRequest,
+    ConnectionFailed,
+    NonFiniteLoss,
+    PrecedingRequestFailed,
+    RequestFailed,
+    SequenceLost,
+)
+from tinkex_py.transport.lane import Kind, Lane, Place
+
+KINDS = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}
+# Turns of the loop after which nothing moves that does not wait for the test.
+TURNS = 25
+OWN_FAILURES = (BadRequest, NonFiniteLoss, RequestFailed)
+
+
+@dataclass
+class Request:
+    """One request and what the model expects of it.
+
+    Attributes:
+        happened: its last submission was handed over.
+        broken: an earlier write did not take effect before this one was handed over.
+    """
+
+    index: int
+    kind: str
+    early: bool
+    chunks: int
+    task: "asyncio.Task[None] | None" = None
+    happened: bool = False
+    broken: bool = False
+    left: bool = False
+    cancelled: bool = False
+    terms: "asyncio.Future[None] | None" = None
+    result: "asyncio.Future[None] | None" = None
+
+    @property
+    def writes(self) -> bool:
+        return self.kind != "read"
+
+
+@dataclass
+class Service:
+    """What arrives: each number once, in order, one submission at a time."""
+
+    log: list[tuple[int, int, str]] = field(default_factory=list)
+    answer: "asyncio.Future[str] | None" = None
+
+    def receive(self, number: int, index: int, part: str) -> None:
+        known = next((entry for entry in self.log if entry[0] == number), None)
+        if known is None:
+            assert number == len(self.log) + 1, f"number {number} came after {len(self.log)}"
+            self.log.append((number, index, part))
+        assert known in (None, (number, index, part)), "one number for two requests"
+
+
+class Ordering(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.lane: Lane = self.run(self.make_lane)
+        self.service = Service()
+        self.requests: list[Request] = []
+        self.lost = False
+        self.in_terms: list[int] = []
+
+    def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        async def then_settle() -> Any:
+            made = await work()
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+            return made
+
+        return self.loop.run_until_complete(then_settle())
+
+    async def make_lane(self) -> Lane:
+        return Lane()
+
+    # The client's side
+
+    def send(self, request: Request, part: str, *, last: bool) -> Callable[[Sequence[int]], Awaitable[str]]:
+        async def send(numbers: Sequence[int]) -> str:
+            while True:
+                assert self.service.answer is None, "two submissions on the wire"
+                for number in numbers:
+                    self.service.receive(number, request.index, part)
+                self.service.answer = asyncio.get_running_loop().create_future()
+                try:
+                    outcome = await self.service.answer
+                finally:
+                    self.service.answer = None
+                if outcome == "again":  # the answer was lost, and the same is sent under the same number
+                    continue
+                if outcome == "refused":
+                    if last and request.writes:
+                        self.break_behind(request)
+                    raise BadRequest("refused", status=422)
+                if outcome == "gone":
+                    self.lost = True
+                    raise ConnectionFailed("nobody answers any more")
+                return part
+
+        return send
+
+    async def work(self, request: Request) -> None:
+        place = self.lane.enter(KINDS[request.kind])
+        try:
+            if request.kind == "custom":
+                await place.submit(1, self.send(request, "F", last=False), last=False, early=request.early)
+                await place.turn_of_terms()
+                await self.run_terms(request, place)
+                await self.submit(request, place, 1, "B")
+            else:
+                await self.submit(request, place, request.chunks, request.kind)
+            request.result = asyncio.get_running_loop().create_future()
+            try:
+                await request.result
+            except RequestFailed:
+                if request.writes:
+                    self.break_behind(request)
+                    place.fail_on_service()
+                raise
+        finally:
+            request.left = True
+            if request.writes and not request.happened and not request.broken:
+                self.break_behind(request)
+            place.leave()
+
+    async def submit(self, request: Request, place: Place, count: int, part: str) -> None:
+        def handed_over() -> None:
+            assert not request.broken, "something broken was sent"
+            request.happened = True
+
+        await place.submit(count, self.send(request, part, last=True), handed_over=handed_over)
+
+    async def run_terms(self, request: Request, place: Place) -> None:
+        with place.running_terms():
+            self.in_terms.append(request.index)
+            assert len(self.in_terms) == 1, "terms of two steps overlap"
+            request.terms = asyncio.get_running_loop().create_future()
+            try:
+                await request.terms
+            finally:
+                self.in_terms.remove(request.index)
+                request.terms = None
+
+    def break_behind(self, request: Request) -> None:
+        for other in self.requests[request.index + 1 :]:
+            other.broken = other.broken or not (other.happened or other.left)
+
+    # What can happen
+
+    def waiting(self, what: str) -> list[Request]:
+        found = [(request, getattr(request, what)) for request in self.requests]
+        return [request for request, future in found if future is not None and not future.done()]
+
+    def unfinished(self) -> list[Request]:
+        return [request for request in self.requests if request.task is not None and not request.task.done()]
+
+    @precondition(lambda self: len(self.unfinished()) < 8)
+    @rule(kind=st.sampled_from(sorted(KINDS)), early=st.booleans(), chunks=st.integers(1, 3))
+    def submit_a_request(self, kind: str, early: bool, chunks: int) -> None:
+        request = Request(len(self.requests), kind, early, chunks)
+        self.requests.append(request)
+
+        async def start() -> None:
+            request.task = asyncio.get_running_loop().create_task(self.work(request))
+
+        self.run(start)
+
+    @precondition(lambda self: self.service.answer is not None and not self.service.answer.done())
+    @rule(outcome=st.sampled_from(["fine"] * 8 + ["again"] * 3 + ["refused"] * 2 + ["gone"]))
+    def answer_the_submission(self, outcome: str) -> None:
+        async def answer() -> None:
+            assert self.service.answer is not None
+            self.service.answer.set_result(outcome)
+
+        self.run(answer)
+
+    @precondition(lambda self: self.waiting("terms"))
+    @rule(fails=st.booleans())
+    def end_terms(self, fails: bool) -> None:
+        (request,) = self.waiting("terms")
+
+        async def end() -> None:
+            assert request.terms is not None
+            if fails:
+                request.terms.set_exception(NonFiniteLoss("nan", name="l1"))
+            else:
+                request.terms.set_result(None)
+
+        self.run(end)
+
+    @precondition(lambda self: self.waiting("result"))
+    @rule(which=st.integers(0, 7), fails=st.sampled_from([False, False, True]))
+    def give_a_result(self, which: int, fails: bool) -> None:
+        candidates = self.waiting("result")
+        request = candidates[which % len(candidates)]
+
+        async def give() -> None:
+            assert request.result is not None
+            if fails:
+                request.result.set_exception(RequestFailed("failed on the service"))
+            else:
+                request.result.set_result(None)
+
+        self.run(give)
+
+    @precondition(lambda self: self.unfinished())
+    @rule(which=st.integers(0, 7))
+    def cancel_a_request(self, which: int) -> None:
+        candidates = self.unfinished()
+        request = candidates[which % len(candidates)]
+
+        async def cancel() -> None:
+            assert request.task is not None
+            request.cancelled = request.task.cancel()
+
+        self.run(cancel)
+
+    # What always holds
+
+    @invariant()
+    def every_request_ends_as_the_rules_say(self) -> None:
+        for request in self.requests:
+            if request.task is None or not request.task.done():
+                continue
+            if request.task.cancelled():
+                assert request.cancelled, "a cancellation from nowhere"
+                continue
+            error = request.task.exception()
+            if isinstance(error, PrecedingRequestFailed):
+                assert request.broken, f"request {request.index} was broken by nothing"
+            elif isinstance(error, SequenceLost):
+                assert self.lost
+            elif error is None:
+                assert request.happened
+                assert not request.broken
+            else:
+                assert isinstance(error, OWN_FAILURES), repr(error)
+
+    @invariant()
+    def the_service_sees_writes_in_the_order_in_which_they_were_called(self) -> None:
+        writes = [index for _, index, part in self.service.log if part not in ("F", "read")]
+        assert writes == sorted(writes)
+
+    @invariant()
+    def no_update_without_every_gradient_before_it(self) -> None:
+        for position, (_, index, part) in enumerate(self.service.log):
+            if part == "update":
+                before = {other for _, other, other_part in self.service.log[:position] if other_part != "F"}
+                missing = [r for r in self.requests[:index] if KINDS[r.kind] is Kind.GRADIENT and r.index not in before]
+                # A gradient that did not happen broke what stood behind it: only what was called later may be sent.
+                assert all(request.left and request.index not in before for request in missing)
+                assert not self.requests[index].broken
+
+    @invariant()
+    def no_forward_pass_crosses_an_update(self) -> None:
+        for position, (_, index, part) in enumerate(self.service.log):
+            if part == "F":
+                sent_later = {other for _, other, what in self.service.log[position:] if what == "update"}
+                assert not any(other < index for other in sent_later)
+
+    def teardown(self) -> None:
+        """Whatever is left ends when it is answered, and the lane goes on as if nothing had been."""
+        for _ in range(200):
+            if self.service.answer is not None and not self.service.answer.done():
+                self.answer_the_submission("fine")
+            elif self.waiting("terms"):
+                self.end_terms(False)
+            elif self.waiting("result"):
+                self.give_a_result(0, False)
+            else:
+                break
+        left = self.unfinished()
+        self.every_request_ends_as_the_rules_say()
+        if not self.lost and not left:
+            count = len(self.service.log)
+            self.submit_a_request("update", False, 1)
+            self.answer_the_submission("fine")
+            self.give_a_result(0, False)
+            assert self.service.log[count:] == [(count + 1, len(self.requests) - 1, "update")]
+        is_empty = self.lane.is_empty
+        for request in left:
+            assert request.task is not None
+            request.task.cancel()
+        self.run(self.make_lane)
+        self.loop.close()
+        assert not left, f"requests that never end: {left}"
+        assert is_empty
+
+
+class TestOrdering(Ordering.TestCase):
+    settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

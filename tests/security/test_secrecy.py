@@ -1,0 +1,333 @@
+"""A key and a prompt planted everywhere, everything used, and all that comes out searched for them.
+
+`tests/client/test_secrecy.py` has the client's side against services that echo the key.
+"""
+
+import asyncio
+import base64
+import contextlib
+import logging
+import pickle
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+
+from tests.client.recorder import QUICK
+from tests.client.test_secrecy import everything_about
+from tinkex_py import (
+    AdamParams,
+    AsyncServiceClient,
+    Datum,
+    ModelInput,
+    Pipeline,
+    RegularizerSpec,
+    RetryPolicy,
+    SamplingParams,
+    TinkexConfig,
+    TinkexError,
+    telemetry,
+)
+from tinkex_py.base_losses import NLL
+from tinkex_py.local import LocalOptions, LocalService
+from tinkex_py.local.server import serve
+from tinkex_py.regularizers import L2
+from tinkex_py.runs import TrainSettings, read_run, read_steps, train
+from tinkex_py.runs.pairs import read_pairs
+
+pytestmark = pytest.mark.asyncio
+KEY = "tml-PLANTED-0123456789abcdef"
+PROMPT = "Planted~prompt: Jane's password is swordfish."
+TOKENS = list(PROMPT.encode())
+PART = slice(16, 26)
+
+
+def forms_of_the_prompt() -> dict[str, bytes]:
+    """How a prompt could show: as text, as numbers in a row, and as bytes in other clothes."""
+    part = TOKENS[PART]
+    raw = {name: np.array(part, name).tobytes() for name in ("<i4", "<i8", "<f4")}
+    forms = {
+        "text": PROMPT[PART].encode(),
+        "numbers": ", ".join(map(str, part)).encode(),
+        "JSON": ",".join(map(str, part)).encode(),
+        "rows": " ".join(map(str, part)).encode(),
+        **raw,
+    }
+    for name, content in raw.items():
+        forms[f"{name} as repr"] = repr(content)[2:-1].encode()
+        forms[f"{name} as base64"] = base64.b64encode(np.array(TOKENS, name).tobytes())[32:64]
+        forms[f"{name} as hex"] = content.hex().encode()
+    return forms
+
+
+SECRETS = {"key": KEY.encode(), **forms_of_the_prompt()}
+
+
+def check_clean(where: str, content: str | bytes) -> None:
+    searched = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    searched += re.sub(rb"\s+", b" ", searched)  # arrays are printed in columns
+    for name, secret in SECRETS.items():
+        at = searched.find(secret)
+        assert at < 0, f"{where} shows the {name}: ...{searched[max(0, at - 200) : at + 60]!r}"
+
+
+async def test_the_search_itself_finds_them():
+    for content in (f"x{KEY}", PROMPT, repr(TOKENS), str(np.array(TOKENS)), repr(np.array(TOKENS, "<i4").tobytes())):
+        with pytest.raises(AssertionError, match="shows the"):
+            check_clean("this", content)
+    with pytest.raises(AssertionError, match="shows the"):
+        check_clean("this", base64.b64encode(np.array(TOKENS, "<i8").tobytes()))
+
+
+class Everything:
+    """All output of the process: what is logged at any level by anybody, events, structlog, warnings and errors."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, str]] = []
+        self.events: list[Any] = []
+        self.lines: list[Any] = []
+        self.errors: list[BaseException] = []
+
+    def check(self) -> None:
+        for name, text in self.records:
+            check_clean(f"the log of {name}", text)
+        for event in self.events:
+            check_clean(f"the event {event.name}", repr(event))
+        for line in self.lines:
+            check_clean("a structlog line", repr(line))
+        for error in self.errors:
+            check_clean(f"a {type(error).__name__}", everything_about(error))
+
+
+class Collector(logging.Handler):
+    def __init__(self, everything: Everything) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._everything = everything
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # With its traceback, and whatever else it carries.
+        text = f"{self.format(record)}\n{record.__dict__!r}"
+        self._everything.records.append((record.name, text))
+
+
+@pytest.fixture
+def everything(recwarn) -> Iterator[Everything]:
+    made = Everything()
+    handler, root = Collector(made), logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    telemetry.attach(made.events.append)
+    telemetry.attach_logger()
+    try:
+        yield made
+        made.lines += [str(warning.message) for warning in recwarn]
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+
+
+@asynccontextmanager
+async def served(options: LocalOptions) -> AsyncIterator[tuple[str, LocalService]]:
+    """A service behind a socket, and the service itself."""
+    made: list[LocalService] = []
+    original = LocalService.__init__
+
+    def remember(self: LocalService, given: LocalOptions | None = None) -> None:
+        made.append(self)
+        original(self, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalService, "__init__", remember)
+        listening: asyncio.Queue[str] = asyncio.Queue()
+        running = asyncio.create_task(serve(options, on_listening=listening.put_nowait))
+        try:
+            yield await listening.get(), made[0]
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+
+def planted(**inputs: Any) -> Datum:
+    count = len(TOKENS) - 1
+    fields = {"target_tokens": TOKENS[1:], "weights": [1.0] * count, **inputs}
+    return Datum(model_input=ModelInput.from_ints(TOKENS[:-1]), loss_fn_inputs=fields)
+
+
+def failing(data: Any, logprobs: Any) -> Any:
+    return logprobs.sum() * float("nan"), {}
+
+
+async def use_everything(service: AsyncServiceClient, everything: Everything, folder: Path) -> None:
+    """Every kind of call, as it succeeds and as it fails."""
+
+    @contextlib.asynccontextmanager
+    async def refused(kind: type[BaseException] = TinkexError) -> AsyncIterator[None]:
+        with pytest.raises(kind) as caught:
+            yield
+        everything.errors.append(caught.value)
+
+    training = await service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"prompt": PROMPT})
+    data = [planted()]
+    await training.forward(data)
+    await training.forward_backward(data)
+    await training.forward_backward_custom(data, NLL(), regularizers=[RegularizerSpec(fn=L2(), weight=0.1)])
+    await training.optim_step(AdamParams(learning_rate=1e-3))
+    async with refused():
+        await training.forward_backward_custom(data, NLL(), regularizers=[RegularizerSpec(fn=failing, weight=0.1)])
+    async with refused():
+        await training.forward_backward(data, loss_fn="no_such_loss")
+    async with refused():
+        await training.forward_backward(data, loss_fn="ppo")
+    async with refused():
+        await training.forward_backward([planted(weights=[float("nan")] * 3)])
+    async with refused():
+        await training.forward_backward([Datum(model_input=ModelInput.from_ints(TOKENS), loss_fn_inputs={})])
+    async with refused():
+        await training.forward_backward(
+            [Datum(model_input=ModelInput.from_ints(TOKENS * 99), loss_fn_inputs={"target_tokens": TOKENS * 99})]
+        )
+    async with refused():
+        planted(target_tokens=[TOKENS, TOKENS[1:]])
+    async with refused():
+        ModelInput.from_ints([*TOKENS, -1])
+    async with refused():
+        ModelInput.from_text(PROMPT, PROMPT)
+    saved = await training.save_state("one")
+    async with refused():
+        await training.save_state("../" + "x" * 200)
+    sampler = await training.save_weights_and_get_sampling_client()
+    prompt = ModelInput.from_ints(TOKENS)
+    await sampler.sample(prompt, num_samples=2, sampling_params=SamplingParams(max_tokens=4, stop=[PROMPT], seed=1))
+    await sampler.compute_logprobs(prompt)
+    async with refused():
+        await sampler.sample(ModelInput.from_ints(TOKENS * 99))
+    async with refused():
+        await sampler.sample(ModelInput.from_ints([*TOKENS, 5000]))
+    async with refused():
+        SamplingParams(stop={PROMPT: 1})
+    rest = service.create_rest_client()
+    await rest.download_checkpoint(saved.path, folder / "download")
+    async with refused():
+        await rest.download_checkpoint(saved.path, folder / "download")
+    async with refused():
+        await service.create_training_client_from_state("tinker://a/weights/b")
+    for thing in (service, training, sampler, rest, prompt, data, data[0], data[0].loss_fn_inputs, service.__dict__):
+        check_clean(f"the repr of a {type(thing).__name__}", f"{thing!r} {thing}")
+    await training.aclose()
+
+
+async def test_all_calls_over_http(everything, tmp_path, capfd):
+    state = tmp_path / "state"
+    async with served(LocalOptions(api_key=KEY, state_dir=state)) as (address, local):
+        config = TinkexConfig(base_url=address, api_key=KEY, retry=QUICK)
+        check_clean("the configuration", repr(config) + str(config) + repr(pickle.dumps(config.api_key)))
+        async with AsyncServiceClient(config) as service:
+            await use_everything(service, everything, tmp_path)
+        wrong = AsyncServiceClient(TinkexConfig(base_url=address, api_key=KEY + "x", retry=QUICK))
+        with pytest.raises(TinkexError) as caught:
+            async with wrong:
+                pass
+        everything.errors.append(caught.value)
+        check_clean("the options", repr(local.options))
+    everything.check()
+    out, err = capfd.readouterr()
+    check_clean("standard output", out)
+    check_clean("standard error", err)
+    # What stays on the disk has the metadata that the client asked it to keep, and no more.
+    for file in state.rglob("*"):
+        if file.is_file() and not file.name.startswith("state.sqlite3"):
+            check_clean(file.name, file.read_bytes())
+    kept = b"".join(file.read_bytes() for file in state.glob("state.sqlite3*"))
+    assert KEY.encode() not in kept
+    assert kept.replace(PROMPT.encode(), b"").find(PROMPT[PART].encode()) < 0
+    assert any(name.startswith("tinkex") for name, _ in everything.records)
+    assert everything.events
+    assert len(everything.errors) > 12
+
+
+async def test_a_crash_of_the_service_is_logged_without_what_it_was_about(everything, tmp_path, capfd):
+    """The error's text quotes the prompt: its client may read that, the log of the service may not."""
+    async with served(LocalOptions(api_key=KEY)) as (address, local):
+        retry = RetryPolicy(deadline=10.0, max_attempts=2, initial_wait=0.0, max_wait=0.01)
+        config = TinkexConfig(base_url=address, api_key=KEY, retry=retry)
+        async with AsyncServiceClient(config) as service:
+            training = await service.create_lora_training_client("tiny", rank=4)
+            sampler = await service.create_sampling_client(base_model="tiny")
+
+            def crash(*_: object, **__: object) -> None:
+                raise RuntimeError(f"cannot work on {PROMPT} {TOKENS}")
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(local.core.engine, "run_pass", crash)
+                patch.setattr(local.core.engine, "draw", crash)
+                with pytest.raises(TinkexError, match="RuntimeError"):
+                    await training.forward([planted()])
+                with pytest.raises(TinkexError, match="RuntimeError"):
+                    await sampler.sample(ModelInput.from_ints(TOKENS))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(local.core, "in_order", crash)
+                with pytest.raises(TinkexError):
+                    await training.forward([planted()])
+    everything.check()
+    check_clean("standard error", "".join(capfd.readouterr()))
+    logged = "\n".join(text for name, text in everything.records if name == "tinkex_py.local")
+    assert logged.count("RuntimeError") >= 3
+    assert "in crash" in logged, "where it happened is told"
+
+
+async def test_a_runs_folder(everything, local_bench, tmp_path):
+    """Runs that end well, that fail in a term whose error quotes the data, and that are refused by the service."""
+
+    def quoting(data: Any, logprobs: Any) -> Any:
+        raise ValueError(f"I do not like {PROMPT} {TOKENS} {KEY}")
+
+    bench = local_bench(api_key=KEY)
+    with structlog.testing.capture_logs() as lines:
+        async with bench.service as service:
+            for number, term in enumerate((L2(), failing, quoting)):
+                training = await service.create_lora_training_client("tiny", rank=4)
+                composed = Pipeline(NLL(), [RegularizerSpec(fn=term, weight=0.1, name="term")])
+                work = train(
+                    service,
+                    training,
+                    [[planted()]] * 2,
+                    composed,
+                    folder=tmp_path / str(number),
+                    settings=TrainSettings(steps=2, resends=0, restarts=0),
+                    optimizer=AdamParams(learning_rate=1e-3),
+                )
+                if number == 0:
+                    await work
+                else:
+                    with pytest.raises(TinkexError):
+                        await work
+    assert lines
+    everything.lines += lines
+    everything.check()
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            check_clean(file.name, file.read_bytes())
+    assert {file.name for file in tmp_path.rglob("*.json*")} == {"run.json", "steps.jsonl", "state.json"}
+
+
+@pytest.mark.parametrize("content", [f'{{"prompt": "{PROMPT}"}}\n'.encode(), PROMPT.encode() + b"\xff\n", b"\x80"])
+async def test_a_file_of_prompts_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "pairs.jsonl").write_bytes(content)
+    with pytest.raises(TinkexError, match=r"pairs\.jsonl") as caught:
+        read_pairs(tmp_path / "pairs.jsonl")
+    check_clean("the error", everything_about(caught.value))
+
+
+async def test_files_of_a_run_that_cannot_be_read(tmp_path):
+    for name, read in (("run.json", read_run), ("steps.jsonl", read_steps)):
+        (tmp_path / name).write_text(f'{{"prompt": "{PROMPT}"}}\n\n')
+        with pytest.raises(TinkexError) as caught:
+            read(tmp_path)
+        check_clean("the error", everything_about(caught.value))
