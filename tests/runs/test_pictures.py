@@ -6,7 +6,7 @@ from tests.runs.made_up_runs import TERMS, made_up_step
 from tinkex_py.runs.pictures import BLACK, GREY, MOST_COLOURS, PICTURES, Drawing, drawings
 from tinkex_py.runs.records import scalars
 
-NAMES = list(scalars(made_up_step(1)))
+NAMES = list(scalars(made_up_step(5)))  # it is evaluated too
 
 
 def by_key(runs: dict[str, list[str]], colours: dict[str, int] | None = None) -> dict[str, Drawing]:
@@ -20,7 +20,7 @@ def names_of(terms: list[str]) -> list[str]:
 def test_one_run_has_a_colour_per_term_which_is_the_same_everywhere():
     drawn = by_key({"a": NAMES})
     assert list(drawn) == [picture.key for picture in PICTURES]
-    assert [len(drawing.charts) for drawing in drawn.values()] == [1, 1, 1, 3, 1, 1]
+    assert [len(drawing.charts) for drawing in drawn.values()] == [1, 1, 1, 1, 3, 1, 1]
     looks = {
         (line.label, line.colour, line.dashed)
         for key in ("contributions", "gradient_norms", "shares_and_cosines", "weights")
@@ -71,6 +71,21 @@ def test_given_colours_are_kept():
     assert {(line.run, line.colour) for line in drawn["losses"].charts[0].lines} == {("a", 4), ("b", 2)}
 
 
+def test_what_was_evaluated_has_axes_of_its_own_and_takes_no_colour_of_a_term():
+    evaluated = ["evaluation/nll", "evaluation/accuracy"]
+    drawn = by_key({"a": [*evaluated, *NAMES]})
+    titles = ["nll", "accuracy", "held_out_nll"]
+    assert [chart.title for chart in drawn["evaluation"].charts] == titles
+    assert [line.label for line in drawn["weights"].charts[0].lines] == list(TERMS)
+    assert [line.colour for line in drawn["weights"].charts[0].lines] == [0, 1, 2]
+    both = by_key({"a": [*evaluated, *NAMES], "b": NAMES})["evaluation"].charts
+    assert [(chart.title, [line.run for line in chart.lines]) for chart in both] == [
+        ("nll", ["a"]),
+        ("accuracy", ["a"]),
+        ("held_out_nll", ["a", "b"]),
+    ]
+
+
 def test_more_terms_than_colours_are_told_apart_by_dashes():
     terms = [f"term {number}" for number in range(10)]
     lines = by_key({"a": names_of(terms)})["weights"].charts[0].lines
@@ -81,10 +96,11 @@ def test_more_terms_than_colours_are_told_apart_by_dashes():
 def test_what_was_not_measured_is_not_drawn():
     names = list(scalars(made_up_step(1, norms=False)))
     drawn = by_key({"a": names})
-    assert [key for key, drawing in drawn.items() if not drawing.charts] == ["gradient_norms", "shares_and_cosines"]
+    absent = [key for key, drawing in drawn.items() if not drawing.charts]
+    assert absent == ["evaluation", "gradient_norms", "shares_and_cosines"]
     assert not any(drawing.charts for drawing in drawings({"a": []}))
     assert not any(drawing.charts for drawing in drawings({"a": [], "b": []}))
-    assert [len(drawing.charts) for drawing in drawings({"a": [], "b": NAMES})] == [1, 1, 5, 12, 3, 1]
+    assert [len(drawing.charts) for drawing in drawings({"a": [], "b": NAMES})] == [1, 1, 1, 5, 12, 3, 1]
 
 
 @pytest.mark.parametrize("runs", [1, 2])

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -64,9 +65,14 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
-def colours_in(picture: bytes) -> set[int]:
+def pixels_of(picture: bytes) -> np.ndarray:
+    """The colour of every pixel, as `paint` gives it."""
     red, green, blue = (imread(io.BytesIO(picture), format="png")[..., :3] * 255).round().astype(int).T
-    return set(np.unique(red << 16 | green << 8 | blue).tolist())
+    return red << 16 | green << 8 | blue
+
+
+def colours_in(picture: bytes) -> set[int]:
+    return set(np.unique(pixels_of(picture)).tolist())
 
 
 def paint(colour: str) -> int:
@@ -95,7 +101,7 @@ def test_one_run(tmp_path: Path):
 
 
 def test_a_page_needs_nothing_else(tmp_path: Path):
-    report = write_report([made_up_run(tmp_path / "a", 3)], tmp_path / "out")
+    report = write_report([made_up_run(tmp_path / "a", 5)], tmp_path / "out")
     page = Page(report.page.read_text())
     assert page.tags <= HARMLESS_TAGS
     images = [reference for reference in page.references if not reference.startswith("#")]
@@ -146,8 +152,8 @@ def test_odd_names_can_be_drawn(tmp_path: Path):
     for curves in runs.values():
         curves.add(1, scalars(made_up_step(1, odd)))
     names = {name: curves.names for name, curves in runs.items()}
-    losses, stacks, *_ = drawings(names)
-    weights = drawings({"_a$": names["_a$"]})[4]
+    losses, _, stacks, *_ = drawings(names)
+    weights = drawings({"_a$": names["_a$"]})[5]
     for drawing in (losses, stacks, weights):
         assert paint(PALETTE_ON_LIGHT[0]) in colours_in(picture_of(drawing, runs)) or drawing.charts[0].panel.stacked
 
@@ -177,6 +183,16 @@ def test_missing_and_non_finite_values(tmp_path: Path):
     assert picture_of(losses, {"a": run.curves})
     # The third term is there in every other step only: points without neighbours.
     assert paint(PALETTE_ON_LIGHT[2]) in colours_in(picture_of(weights, {"a": run.curves}))
+
+
+def test_what_was_evaluated_is_joined_over_the_steps_between(tmp_path: Path):
+    (run,) = load_runs([made_up_run(tmp_path / "a", 40)])  # evaluated after every fifth step
+    (drawing,) = [one for one in drawings({"a": run.curves.names}) if one.picture.key == "evaluation"]
+    joined = picture_of(drawing, {"a": run.curves})
+    panel = replace(drawing.charts[0].panel, sparse=False)
+    apart = picture_of(replace(drawing, charts=(replace(drawing.charts[0], panel=panel),)), {"a": run.curves})
+    lines, dots = (np.count_nonzero(pixels_of(one) == paint(PALETTE_ON_LIGHT[0])) for one in (joined, apart))
+    assert lines > 2 * dots
 
 
 def test_smoothing_keeps_straight_lines_and_averages_the_rest():

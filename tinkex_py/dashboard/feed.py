@@ -209,6 +209,7 @@ def _as_json(laid_out: Sequence[Drawing]) -> dict[str, Any]:
                     "scale": chart.panel.scale,
                     "stacked": chart.panel.stacked,
                     "noisy": chart.panel.noisy,
+                    "sparse": chart.panel.sparse,
                     "limits": chart.panel.limits,
                     "lines": [vars(line) for line in chart.lines],
                 }

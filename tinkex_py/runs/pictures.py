@@ -42,6 +42,8 @@ class Panel:
         stacked: whether the curves are areas on top of each other.
         limits: of the y axis; None takes them from the data.
         noisy: whether a long curve needs an average to be read.
+        sparse: whether only some steps have a value, each name in a unit of its own: points are joined over the gaps,
+            and every name has axes of its own.
     """
 
     axis: str
@@ -51,6 +53,7 @@ class Panel:
     stacked: bool = False
     limits: tuple[float, float] | None = None
     noisy: bool = True
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ PICTURES = (
         "The total is the base loss and all contributions.",
         "no step was made",
         (Panel("loss", (Curve("loss/total", "total"), Curve("loss/base", "base loss", dashed=True))),),
+    ),
+    Picture(
+        "evaluation",
+        "Evaluation",
+        "What the evaluation hook measured, after the steps in which it ran.",
+        "nothing was evaluated (evaluate=...)",
+        (Panel("value", (Curve("evaluation/*"),), noisy=False, sparse=True),),
     ),
     Picture(
         "contributions",
@@ -188,7 +198,7 @@ def drawings(runs: Mapping[str, Iterable[str]], run_colours: Mapping[str, int] |
     """Lays out all pictures.
 
     One run has a colour per term. Of several runs each has its own colour, and each term has axes of its own; only
-    what is stacked keeps a colour per term, with axes per run.
+    what is stacked keeps a colour per term, with axes per run. What was evaluated always has axes of its own.
 
     Args:
         runs: name of the run -> the names of its curves.
@@ -196,7 +206,8 @@ def drawings(runs: Mapping[str, Iterable[str]], run_colours: Mapping[str, int] |
     """
     names = {run: list(curves) for run, curves in runs.items()}
     run_colours = run_colours or {run: number for number, run in enumerate(names)}
-    term_colours = {term: number for number, term in enumerate(_terms(names.values()))}
+    panels = [panel for picture in PICTURES for panel in picture.panels if not panel.sparse]
+    term_colours = {term: number for number, term in enumerate(_terms(names.values(), panels))}
     return [_drawing(picture, names, run_colours, term_colours) for picture in PICTURES]
 
 
@@ -205,10 +216,11 @@ def _drawing(
 ) -> Drawing:
     by_panel: list[list[Chart]] = []
     for panel in picture.panels:
-        if len(runs) == 1 or panel.stacked:
+        if panel.stacked or (len(runs) == 1 and not panel.sparse):
             charts = _a_chart_per_run(panel, runs, term_colours)
         elif any(TERM in curve.name for curve in panel.curves):
-            charts = _a_chart_per_curve(panel, runs, run_colours, term_colours)
+            terms = _terms(runs.values(), [panel]) if panel.sparse else term_colours
+            charts = _a_chart_per_curve(panel, runs, run_colours, terms)
         else:
             charts = [Chart(panel.title, panel, _lines_of_runs(panel.curves, runs, run_colours))]
         by_panel.append([chart for chart in charts if chart.lines])
@@ -283,9 +295,9 @@ def _lines_of_runs(
     )
 
 
-def _terms(runs: Iterable[Sequence[str]]) -> list[str]:
-    """The regularizers of all runs, in order of their first occurrence."""
-    curves = {curve for picture in PICTURES for panel in picture.panels for curve in panel.curves}
+def _terms(runs: Iterable[Sequence[str]], panels: Iterable[Panel]) -> list[str]:
+    """What stands for `*` in the curves of some panels, but for the base loss; in order of its first occurrence."""
+    curves = {curve for panel in panels for curve in panel.curves}
     found = (term for names in runs for name in names for curve in curves if (term := _term_in(curve, name)))
     return [term for term in dict.fromkeys(found) if term != BASE_LOSS]
 
@@ -302,7 +314,7 @@ def _term_in(curve: Curve, name: str) -> str | None:
     before, star, after = curve.name.partition(TERM)
     if not star or not (name.startswith(before) and name.endswith(after)):
         return None
-    return name[len(before) : -len(after)] or None
+    return name[len(before) : len(name) - len(after)] or None
 
 
 def _label_of(term: str) -> str:

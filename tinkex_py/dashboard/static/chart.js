@@ -4,7 +4,7 @@
 const MOST_POINTS_UNSMOOTHED = 120;
 const CHART_HEIGHT = 230;
 const BLACK = -1, GREY = -2;
-const LOG_RANGE = 1e-5; // a norm that starts near zero would squeeze all others into one line
+const LOG_RANGE = 1e-4; // a norm that starts near zero would squeeze all others into one line
 const MOST_DECADES_RULED = 3;
 
 class Chart {
@@ -95,7 +95,8 @@ class Chart {
     const measured = [], tables = [], series = [{}];
     this.plan.lines.forEach((line) => {
       const { steps, values } = this.pointsOf(line);
-      const shown = log ? values.map((value) => (value > 0 ? value : null)) : values;
+      const known = log ? values.map((value) => (value > 0 ? value : null)) : values;
+      const shown = this.plan.sparse ? known.map((value) => value ?? undefined) : known; // lines go on over undefined
       const average = this.look.smooth && this.plan.noisy && values.length > MOST_POINTS_UNSMOOTHED;
       const stroke = this.colour(line);
       measured.push([steps, values]); // for the legend, which tells no averages
@@ -108,7 +109,7 @@ class Chart {
         stroke,
         width: line.colour === BLACK ? 2 : 1.5,
         dash: line.dashed ? [6, 4] : undefined,
-        points: { size: 5, fill: stroke, filter: onlyAlone },
+        points: this.plan.sparse ? { show: true, size: 5, fill: stroke } : { size: 5, fill: stroke, filter: onlyAlone },
       });
     });
     // On one x axis. `undefined` is "no point of this run", which does not interrupt a line as null does.

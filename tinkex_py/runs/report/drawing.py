@@ -24,7 +24,7 @@ MOST_POINTS_UNSMOOTHED = 120
 MOST_POINTS_MARKED = 40
 LONGEST_LABEL = 44  # characters
 # A norm that starts near zero would squeeze all others into one line.
-LOG_RANGE = 1e-5
+LOG_RANGE = 1e-4
 SMALLEST_SPAN = 1e-6  # of an axis, as part of its largest value
 
 
@@ -94,6 +94,8 @@ def _draw(axes: Any, chart: Chart, runs: Mapping[str, Curves]) -> None:
 
 def _draw_line(axes: Any, line: Line, curves: Curves, panel: Panel) -> None:
     steps, values = np.array(curves.steps()), curves.values(line.name)
+    if panel.sparse:
+        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     colour, style = colour_on_paper(line.colour), (0, (4, 2)) if line.dashed else "-"
     if panel.noisy and len(steps) > MOST_POINTS_UNSMOOTHED:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
@@ -130,6 +132,9 @@ def _set_scales(axes: Any, chart: Chart, runs: Mapping[str, Curves]) -> None:
     if min(steps) == max(steps):
         axes.set_xlim(steps[0] - 0.5, steps[0] + 0.5)
         axes.set_xticks(steps[:1])
+    elif chart.panel.sparse:  # else the axis would begin at the first value, not at the first step
+        margin = axes.margins()[0] * (max(steps) - min(steps))
+        axes.set_xlim(min(steps) - margin, max(steps) + margin)
     if chart.panel.limits is not None:
         axes.set_ylim(*chart.panel.limits)
         axes.axhline(0.0, color="black", linewidth=0.6)

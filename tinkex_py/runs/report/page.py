@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import JsonValue
 
 from tinkex_py.runs.pictures import BASE_LOSS, Drawing
-from tinkex_py.runs.report.drawing import colour_on_paper
+from tinkex_py.runs.report.drawing import MOST_POINTS_UNSMOOTHED, colour_on_paper
 from tinkex_py.runs.report.summary import RunSummary
 
 TERM_COLUMNS = (
@@ -57,6 +57,7 @@ def page_of(
         terms={run.label: terms_of(run.last) for run in runs},
         evaluations=sorted({name for run in runs for name in run.last if name.startswith("evaluation/")}),
         term_columns=TERM_COLUMNS,
+        is_smoothed=any(run.steps > MOST_POINTS_UNSMOOTHED for run in runs),
     )
 
 
