@@ -25,6 +25,9 @@ from tinkex_py.transport.lane import Kind, Lane, Place
 KINDS = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}
 # Turns of the loop after which nothing moves that does not wait for the test.
 TURNS = 25
+BURSTS = st.lists(
+    st.tuples(st.sampled_from(["custom", *sorted(KINDS)]), st.booleans(), st.integers(1, 2)), min_size=1, max_size=3
+)
 OWN_FAILURES = (BadRequest, NonFiniteLoss, RequestFailed)
 
 
@@ -95,6 +98,8 @@ class Ordering(RuleBasedStateMachine):
 
     def send(self, request: Request, part: str, *, last: bool) -> Callable[[Sequence[int]], Awaitable[str]]:
         async def send(numbers: Sequence[int]) -> str:
+            before = [other for other in self.requests[: request.index] if not (other.happened or other.left)]
+            assert len(before) <= (part == "F" and request.early), "it goes out before its turn"
             while True:
                 assert self.service.answer is None, "two submissions on the wire"
                 for number in numbers:
@@ -173,7 +178,11 @@ class Ordering(RuleBasedStateMachine):
         return [request for request in self.requests if request.task is not None and not request.task.done()]
 
     @precondition(lambda self: len(self.unfinished()) < 8)
-    @rule(kind=st.sampled_from(sorted(KINDS)), early=st.booleans(), chunks=st.integers(1, 3))
+    @rule(burst=BURSTS)
+    def submit_requests(self, burst: list[tuple[str, bool, int]]) -> None:
+        for kind, early, chunks in burst:
+            self.submit_a_request(kind, early, chunks)
+
     def submit_a_request(self, kind: str, early: bool, chunks: int) -> None:
         request = Request(len(self.requests), kind, early, chunks)
         self.requests.append(request)
@@ -184,7 +193,7 @@ class Ordering(RuleBasedStateMachine):
         self.run(start)
 
     @precondition(lambda self: self.service.answer is not None and not self.service.answer.done())
-    @rule(outcome=st.sampled_from(["fine"] * 8 + ["again"] * 3 + ["refused"] * 2 + ["gone"]))
+    @rule(outcome=st.sampled_from(["fine"] * 12 + ["again"] * 4 + ["refused"] * 3 + ["gone"]))
     def answer_the_submission(self, outcome: str) -> None:
         async def answer() -> None:
             assert self.service.answer is not None
@@ -233,6 +242,15 @@ class Ordering(RuleBasedStateMachine):
 
         self.run(cancel)
 
+    @rule(times=st.integers(1, 4))
+    def go_on(self, times: int) -> None:
+        """Nothing goes wrong for a while."""
+        for _ in range(times):
+            if self.service.answer is not None and not self.service.answer.done():
+                self.answer_the_submission("fine")
+            elif self.waiting("terms"):
+                self.end_terms(False)
+
     # What always holds
 
     @invariant()
@@ -278,15 +296,10 @@ class Ordering(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever is left ends when it is answered, and the lane goes on as if nothing had been."""
-        for _ in range(200):
-            if self.service.answer is not None and not self.service.answer.done():
-                self.answer_the_submission("fine")
-            elif self.waiting("terms"):
-                self.end_terms(False)
-            elif self.waiting("result"):
+        for _ in range(100):
+            self.go_on(2)
+            if self.waiting("result"):
                 self.give_a_result(0, False)
-            else:
-                break
         left = self.unfinished()
         self.every_request_ends_as_the_rules_say()
         if not self.lost and not left:
@@ -306,4 +319,4 @@ class Ordering(RuleBasedStateMachine):
 
 
 class TestOrdering(Ordering.TestCase):
-    settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+    settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
