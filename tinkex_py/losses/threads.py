@@ -186,6 +186,24 @@ def _wake(waiter: _Waiter) -> bool:
     return True
 
 
+def compute_alone() -> None:
+    """Lets torch use no further threads for what this thread computes.
+
+    There is a worker for each CPU. If each of them had torch's own threads too, they would take the CPUs from each
+    other, and wait for each other spinning.
+    """
+    import torch
+
+    usual = torch.get_num_threads()
+    if usual == 1:
+        return
+    torch.set_num_threads(1)
+    # Torch takes that for all threads to come as well; said in a thread of its own, the usual number holds for them.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(usual,), name="tinkex-restore")
+    restoring.start()
+    restoring.join()
+
+
 class _CallState(Enum):
     PENDING = auto()
     RUNNING = auto()
@@ -276,11 +294,13 @@ class WorkerThreads:
     Args:
         limit: most threads.
         name: prefix of the threads' names.
+        prepare: called once in each new thread.
     """
 
-    def __init__(self, limit: int, name: str) -> None:
+    def __init__(self, limit: int, name: str, *, prepare: Callable[[], object] | None = None) -> None:
         self.slots = Slots(limit)
         self._name = name
+        self._prepare = prepare
         self._pool: ThreadPoolExecutor | None = None
 
     async def run(
@@ -320,7 +340,7 @@ class WorkerThreads:
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.slots.limit, thread_name_prefix=self._name)
+            self._pool = ThreadPoolExecutor(self.slots.limit, thread_name_prefix=self._name, initializer=self._prepare)
         return self._pool
 
     def close(self) -> None:
@@ -342,9 +362,10 @@ class TermThreads:
 
     def __init__(self, max_threads: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
-        self.terms = WorkerThreads(limit, "tinkex-term")
-        self.backward = WorkerThreads(limit, "tinkex-backward")
-        self.arithmetic = WorkerThreads(1, "tinkex-arithmetic")
+        prepare = compute_alone if limit > 1 else None
+        self.terms = WorkerThreads(limit, "tinkex-term", prepare=prepare)
+        self.backward = WorkerThreads(limit, "tinkex-backward", prepare=prepare)
+        self.arithmetic = WorkerThreads(1, "tinkex-arithmetic", prepare=compute_alone)
 
     def abandoned(self) -> list[str]:
         """Names of the terms whose threads outlived them."""
