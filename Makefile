@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench conformance lint types docs clean
+.PHONY: help install demo notebook test bench conformance lint types docs clean
 .SUFFIXES:
 
 help:
 	@echo "make demo   fine-tune SmolLM2 with a composed loss (under 10 minutes on 2 cores)"
+	@echo "make notebook   run examples/notebook.ipynb and save it with its outputs"
 	@echo "make test   all tests, with branch coverage"
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/tinkex-py demo $(ARGS)
+
+notebook: $(STAMP)
+	@$(BIN)/python -m tests.examples.notebook
 
 # The whole suite runs in two processes. With ARGS only a part runs, so the coverage of the whole is not asked for.
 test: $(STAMP)

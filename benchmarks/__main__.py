@@ -2,7 +2,8 @@
 
 python -m benchmarks [NAME ...] [--rounds N] [--quick] [--out FOLDER]
 
-The exit status is 1 when a target is missed.
+The exit status is 1 when a target is missed. A run of all benchmarks at full size is the one that docs/performance.md
+shows: it writes `latest.json`, `latest.png` and the page's table. Other runs write `part.json` or `quick.json`.
 """
 
 import argparse
@@ -26,8 +27,13 @@ from benchmarks import (
 )
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.plot import draw
-from benchmarks.results import FOLDER, LATEST, Report, Result, report, this_machine
-from benchmarks.table import show
+from benchmarks.results import FOLDER, Report, Result, report, this_machine
+from benchmarks.subjects import ROOT
+from benchmarks.table import show, write_page
+
+PAGE = ROOT / "docs" / "performance.md"
+QUICK_ROUNDS = 2
+WIDTH = 150  # where the output is no terminal
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     against_official.BENCHMARK,
@@ -54,31 +60,43 @@ def run(benchmarks: Sequence[Benchmark], settings: Settings, console: Console) -
     return report(results, machine, rounds=settings.rounds, quick=settings.quick)
 
 
-def write(made: Report, folder: Path) -> list[Path]:
-    """Writes JSON and plot; a quick run does not replace the numbers of a real one."""
+def write(made: Report, folder: Path, *, complete: bool) -> list[Path]:
+    """Writes JSON and plot; only a complete run at full size replaces the latest one."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("quick.json" if made.quick else LATEST.name)
+    path = folder / ("quick.json" if made.quick else "latest.json" if complete else "part.json")
     path.write_text(made.model_dump_json(indent=1) + "\n")
     draw(made, path.with_suffix(".png"))
     return [path, path.with_suffix(".png")]
 
 
-def main(arguments: Sequence[str], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> int:
-    """Does what the command line says; gives the exit status."""
+def parsed(arguments: Sequence[str], names: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    names = [benchmark.name for benchmark in benchmarks]
-    parser.add_argument("names", nargs="*", choices=[*names, []], metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; default all")
     parser.add_argument("--rounds", type=int, default=None, help="runs of every subject that count")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; judges nothing")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where JSON and plot go")
     given = parser.parse_args(arguments)
-    settings = Settings(rounds=given.rounds or (2 if given.quick else Settings.rounds), quick=given.quick)
+    unknown = sorted(set(given.names) - set(names))
+    if unknown:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(names)}")
+    if given.rounds is not None and given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
+    return given
+
+
+def main(arguments: Sequence[str], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> int:
+    """Does what the command line says; gives the exit status."""
+    given = parsed(arguments, [benchmark.name for benchmark in benchmarks])
+    settings = Settings(given.rounds or (QUICK_ROUNDS if given.quick else Settings.rounds), quick=given.quick)
     chosen = [benchmark for benchmark in benchmarks if not given.names or benchmark.name in given.names]
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     made = run(chosen, settings, console)
     show(made, console)
-    for path in write(made, given.out):
+    for path in write(made, given.out, complete=not given.names):
         console.print(str(path), highlight=False)
+    if not given.names and not given.quick and given.out == FOLDER:
+        write_page(made, PAGE)
     return 1 if made.missed else 0
 
 

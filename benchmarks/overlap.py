@@ -10,7 +10,7 @@ from benchmarks.results import Result
 from benchmarks.subjects import BenchmarkError, Measured, alternate, served, subject
 
 BATCHES = 8
-SHAPE = (4, 64)
+SHAPE = (32, 128)
 DELAY_SECONDS, TERM_SECONDS = 0.05, 0.03
 QUICK_DELAY_SECONDS = 0.005
 # A second compute thread costs the tiny model more than it brings.

@@ -11,9 +11,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 FOLDER = Path(__file__).parent / "results"
-LATEST = FOLDER / "latest.json"
-PLOT = LATEST.with_suffix(".png")
 _PACKAGES = ("tinkex-py", "tinker", "torch", "numpy", "protobuf", "httpx", "pydantic", "peft", "transformers")
+_THREADS = ("OMP_", "GOMP_", "MKL_")
 
 Unit = Literal["x", "ms", "us", "s", "MB", "modules"]
 Target = Literal["at most", "at least"]
@@ -81,6 +80,7 @@ class Machine(BaseModel):
     system: str
     python: str
     versions: Mapping[str, str]
+    threads: Mapping[str, str] = Field(description="environment variables that say how torch uses threads")
     load: float = Field(description="processes that wanted a core in the minute before the run")
 
 
@@ -118,6 +118,7 @@ def this_machine() -> Machine:
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         versions={name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        threads={name: value for name, value in os.environ.items() if name.startswith(_THREADS)},
         load=os.getloadavg()[0],
     )
 

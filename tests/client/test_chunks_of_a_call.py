@@ -16,6 +16,7 @@ from tinkex_py import (
     RetryPolicy,
     SequenceLost,
 )
+from tinkex_py.errors import ResultLost
 
 pytestmark = pytest.mark.asyncio
 DATA = [datum(length, length) for length in (2, 3, 4, 5)]
@@ -163,6 +164,35 @@ async def test_a_chunk_that_fails_on_the_service(local_bench, parallel):
         await training.forward_backward([DATA[2]])
         await training.optim_step()
         assert sorted(numbers(bench, "B")) == [1, 2, 3, 4]
+
+
+async def test_a_chunk_whose_result_is_lost_is_not_told_as_missing(local_bench):
+    """It may have taken effect: a caller who sends its datums again would add their gradient twice."""
+    bench = made(local_bench)
+    async with bench.service:
+        training = await bench.train()
+        bench.recorder.faults["retrieve_future"] = [None, answering(410)]
+        with pytest.raises(ResultLost):
+            await training.forward_backward(DATA)
+        assert sorted(numbers(bench, "B")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("call", ["forward", "forward_backward"])
+async def test_a_chunk_that_never_reached_the_service_does_not_keep_the_others_waiting_for_ever(local_bench, call):
+    """The service holds polls for longer than this test waits, so it does not get to say what it waits for."""
+    bench = made(local_bench, {"retry": RetryPolicy(deadline=0.3, initial_wait=0.0, max_wait=0.01)})
+    async with bench.service:
+        training = await bench.train()
+
+        async def refuse_the_second(arrival: Arrival, serve: Any, send: Any) -> None:
+            await (answering(413)(arrival, serve, send) if arrival.number[1] == 2 else serve(send))
+
+        bench.recorder.always.update(F=refuse_the_second, B=refuse_the_second)
+        async with asyncio.timeout(10):
+            with pytest.raises(SequenceLost, match=r"waits for request 2.*nothing after it was executed within 0\.3 s"):
+                await getattr(training, call)(DATA)
+            with pytest.raises(SequenceLost):
+                await training.optim_step()
 
 
 async def test_if_nothing_took_effect_the_first_failure_is_raised(local_bench):

@@ -184,14 +184,31 @@ async def test_the_heartbeat_survives_failures_and_tells_them():
         assert len({beat.body for beat in beats}) == 1
     assert len(events) >= 4, "500, 503 and 429 are failed heartbeats too"
     assert all(event.metadata["session_id"] == "s1" for event in events)
+    assert [event.measurements["failures"] for event in events] == [1, 2, 3, 4]
+    silences = [event.measurements["silence"] for event in events]
+    assert silences == sorted(silences)
+    assert silences[0] >= 0.02  # one beat
 
 
 @pytest.mark.asyncio
-async def test_the_heartbeat_ends_when_the_session_is_over():
+async def test_a_heartbeat_that_is_heard_again_ends_the_count_of_failures():
+    events: list[Any] = []
+    telemetry.attach(events.append, events="tinkex.session.heartbeat_failed")
+    troubles = (answer(503), answer(500), answer(json={}), answer(503), answer(json={}))
+    async with ScriptedServer() as server, scripted(server, *troubles):
+        await server.until(lambda: len(server.requests_to(HEARTBEAT)) >= len(troubles) + 1)
+    assert [event.measurements["failures"] for event in events] == [1, 2, 1]
+
+
+@pytest.mark.asyncio
+async def test_the_heartbeat_ends_and_says_so_when_the_session_is_over():
+    events: list[Any] = []
+    telemetry.attach(events.append, events="tinkex.session.over")
     async with ScriptedServer() as server, scripted(server, answer(json={}), answer(410)) as service:
         async with asyncio.timeout(5):
             await asyncio.wait([service._connection._session.heartbeat])
         assert len(server.requests_to(HEARTBEAT)) == 2
+    assert [event.metadata for event in events] == [{"session_id": "s1"}]
 
 
 @pytest.mark.asyncio

@@ -16,6 +16,7 @@ from tinkex_py import (
     SequenceLost,
     Unprocessable,
 )
+from tinkex_py.errors import ResultLost
 
 pytestmark = pytest.mark.asyncio
 DATA = [datum(4, 1), datum(2, 2)]
@@ -145,6 +146,20 @@ async def test_no_answer_within_the_deadline_loses_this_client_only(local_bench)
         await again.optim_step()
         assert bench.kinds(again) == ["B", "optim_step"]
         assert bench.kinds(lost) == ["B", "optim_step", "save_weights", "B"]
+
+
+async def test_a_number_that_was_answered_and_never_arrived_loses_the_client(local_bench):
+    """Somebody on the way makes up an answer: the service waits for the number, and nothing behind it can run."""
+    bench = local_bench({"hold_seconds": 0.05})
+    async with bench.service, asyncio.timeout(10):
+        training = await bench.train()
+        bench.recorder.faults["B"] = [answering(200, {"request_id": "made-up"})]
+        with pytest.raises(ResultLost):
+            await training.forward_backward(DATA)
+        with pytest.raises(SequenceLost, match="waits for request 1, which was answered on the way"):
+            await training.forward(DATA)
+        with pytest.raises(SequenceLost):
+            await training.optim_step()
 
 
 async def test_a_lost_forward_of_a_custom_step_loses_the_client_too(local_bench):

@@ -20,8 +20,11 @@ from tinkex_py import (
     PipelineError,
     PrecedingRequestFailed,
     RegularizerSpec,
+    RequestFailed,
     telemetry,
 )
+from tinkex_py.local.data import PassRequest
+from tinkex_py.local.engine import Engine
 from tinkex_py.losses.controllers import AdaptiveKL, TargetGradientRatio
 from tinkex_py.losses.schedules import Linear
 from tinkex_py.losses.weights import WeightController
@@ -129,6 +132,31 @@ async def test_a_step_that_did_not_happen_tells_nothing(bench: Bench):
     assert training.step == 1
     assert len(controller.told) == 1
     assert len(controller.told[0]) == 1
+
+
+async def test_a_gradient_that_the_service_failed_tells_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    training = await bench.train()
+    controller = Counting()
+    specs = [RegularizerSpec(fn=l2, weight=controller, name="l2")]
+    fail_one_backward_pass(monkeypatch)
+    with pytest.raises(RequestFailed):
+        await training.forward_backward_custom(DATA, nll, regularizers=specs)
+    again = await training.forward_backward_custom(DATA, nll, regularizers=specs)
+    await training.optim_step(ADAM)
+    assert [[output.loss_total for output in told] for told in controller.told] == [[again.loss_total]]
+
+
+def fail_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_pass = Engine.run_pass
+    failed: list[str] = []
+
+    def broken(self: Engine, model_id: str, request: PassRequest) -> Any:
+        if not request.forward_only and not failed:
+            failed.append(model_id)
+            raise RuntimeError("planted")
+        return run_pass(self, model_id, request)
+
+    monkeypatch.setattr(Engine, "run_pass", broken)
 
 
 async def test_a_controller_that_fails_is_loud_and_harmless(bench: Bench):

@@ -23,17 +23,20 @@ from tinkex_py.regularizers import L1, L2
 from tinkex_py.transport import wire
 
 PROGRAM = Path(__file__).with_name("official_same_numbers_program.py")
-LENGTHS = (9, 3, 12, 1, 7)
+LENGTHS = (9, 3, 12, 1, 2, 7)
 STEPS = 10
 RANK, SEED = 4, 5
 ADAM = {"learning_rate": 2e-3}
 FLAGS = {"proto_write_fwdbwd": True, "parallel_fwdbwd_chunks": False, "use_pyqwest_transport": False}
 # What the service says of chunks, and how many datums of LENGTHS then go into each. A datum of T tokens is estimated at
 # 4 + 8 + 4 bytes a token: its own, its target and its weight (protocol: 5.3).
+# In chunks, the bytes end the first and the second one, and the number of datums the third.
 LIMITS: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "one chunk": ({}, [5]),
-    "two datums": ({"fwdbwd_max_chunk_len": 2, "parallel_fwdbwd_chunks": True}, [2, 2, 1]),
-    "bytes": ({"fwdbwd_max_chunk_bytes_count": 16 * 12}, [2, 1, 2]),
+    "whole": ({}, [6]),
+    "chunks": (
+        {"fwdbwd_max_chunk_len": 2, "fwdbwd_max_chunk_bytes_count": 16 * 12, "parallel_fwdbwd_chunks": True},
+        [2, 1, 2, 1],
+    ),
 }
 
 

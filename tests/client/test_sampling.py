@@ -286,6 +286,21 @@ def sampling_server(server: ScriptedServer, submit: Any, *results: Any) -> Async
     return AsyncServiceClient(quick_config(server.url))
 
 
+async def test_a_service_that_answers_with_a_future_of_the_sampling_session():
+    """As hatchery."""
+    opened = answer(json={"type": "create_sampling_session", "sampling_session_id": "later"})
+    drawn = answer(json={"type": "sample", "sequences": [{"tokens": [1], "logprobs": [-0.5], "stop_reason": "length"}]})
+    async with ScriptedServer() as server:
+        service = sampling_server(server, answer(json={"request_id": "2"}), opened, drawn)
+        server.script("/api/v1/create_sampling_session", answer(json={"request_id": "1", "model_id": "m"}))
+        async with service:
+            sampler = await service.create_sampling_client(base_model="m")
+            assert sampler.sampling_session_id == "later"
+            assert list((await sampler.sample(PROMPT, sampling_params=ONE)).sequences[0].tokens) == [1]
+        polls = [request.json()["request_id"] for request in server.requests_to("/api/v1/retrieve_future")]
+    assert polls == ["1", "2"]
+
+
 async def test_an_old_service_answers_json_without_names_and_with_a_number_as_id():
     """As SkyRL: 200 without sample_sequence_ids, results in JSON."""
     result = {

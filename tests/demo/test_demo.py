@@ -1,5 +1,7 @@
 """The demo: `tinkex-py demo` in an empty folder, and its parts."""
 
+import contextlib
+import json
 import math
 import os
 import re
@@ -9,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tinkex_py import ForwardBackwardOutput, packed_field
+from tinkex_py.cli import app
 from tinkex_py.demo.data import default_file
+from tinkex_py.demo.folder import new_run_folder
 from tinkex_py.demo.losses import kl_to_base, l2, masked_nll, rarity_server
-from tinkex_py.demo.record import new_run_folder
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.runs import read_run, read_steps
@@ -52,9 +56,25 @@ def test_a_short_run_lowers_the_loss_and_writes_its_folder(tmp_path: Path):
         assert all(term.grad_norm is not None for term in output.regularizers.values())
     assert f"{steps[0].losses[0].loss_total:.4f}" == found[1]
     assert f"{steps[-1].losses[0].loss_total:.4f}" == found[2]
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"pictures in {found[3]}/report/index.html" in done.stdout
+    pictures = {path.stem: path.read_bytes() for path in (folder / "report").glob("*.png")}
+    assert {"losses", "contributions", "gradient_norms"} <= set(pictures)
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     for word in ("before training", "after training", "gradient norm", *TERMS):
         assert word in done.stdout
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path: Path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    arguments = ("--model", "tiny", "--steps", "1", "--data", "pairs.jsonl", "--json")
+    with contextlib.chdir(tmp_path):
+        done = CliRunner().invoke(app, ["demo", *arguments])
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["first_loss"] == told["last_loss"] == read_steps(tmp_path / told["folder"])[0].losses[0].loss_total
+    assert told["steps"] == 1
+    assert (tmp_path / told["report"]).is_file()
+    assert "before training" in done.stderr
 
 
 def test_bad_data_is_named(tmp_path: Path):

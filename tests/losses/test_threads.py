@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.losses.support import (
     until,
 )
 from tinkex_py import Pipeline, RegularizerTimeout
-from tinkex_py.losses.threads import TermThreads, WorkerThreads
+from tinkex_py.losses.threads import TermThreads, WorkerThreads, usable_cpu_count
 
 pytestmark = pytest.mark.asyncio
 
@@ -304,3 +305,20 @@ async def test_contextvars_reach_terms_and_do_not_leak_back(form: str):
         VARIABLE.reset(token)
     await pipeline.compute([], guide_logprobs())
     assert seen[2:] == ["unset"] * 2
+
+
+@pytest.mark.skipif(usable_cpu_count() < 2, reason="one CPU has one worker, which may use torch's threads")
+async def test_a_worker_computes_alone_and_later_threads_as_usual():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    threads = TermThreads(2)
+    try:
+        slot = await threads.terms.slots.acquire("term")
+        assert await threads.terms.run(torch.get_num_threads, slot=slot, release=slot.release) == 1
+        slot.release()
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+    finally:
+        threads.close()
+        torch.set_num_threads(before)

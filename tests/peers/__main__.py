@@ -18,7 +18,7 @@ from tests.peers.pairs import PAIRS, Pair, program_output
 from tests.peers.process import PeerError
 
 PAGE = ROOT / "docs" / "compatibility.md"
-STYLES = {"pass": "green", "unsupported": "yellow", "absent": "dim", "fail": "bold red"}
+STYLES = {"pass": "green", "unsupported": "yellow", "silent": "yellow", "absent": "dim", "fail": "bold red"}
 PATIENCE = 900.0
 
 

@@ -12,4 +12,4 @@ from tinkex_py.version import __version__
 @contextmanager
 def embedded(folder: Path) -> Iterator[Peer]:
     with serving("--state-dir", str(folder / "state")) as (_, address):
-        yield Peer(address, "tml-local", "tiny", f"tinkex_py {__version__}")
+        yield Peer(address, "tml-local", "tiny", f"tinkex_py {__version__}", "metric:grad_norm")

@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Literal
 
-Outcome = Literal["pass", "unsupported", "absent", "fail"]
+# "unsupported": the client said so, by name. "silent": nothing in the server's answers tells that it cannot.
+Outcome = Literal["pass", "unsupported", "silent", "absent", "fail"]
 
 FLOWS = (
     "create_lora_training_client",
@@ -18,6 +19,7 @@ FLOWS = (
     "optim_step",
     "forward_backward_custom",
     "custom loss with regularizers",
+    "gradient of a custom loss arrives as computed",
     "a call of 300 datums",
     "training lowers the loss",
     "save_state",
@@ -29,6 +31,7 @@ FLOWS = (
     "topk_prompt_logprobs",
     "concurrent samplers",
     "save_weights_for_sampler, sample by path",
+    "sample from the base model",
     "list training runs",
     "list checkpoints of a run",
     "list all checkpoints",

@@ -36,4 +36,6 @@ def hatchery(folder: Path) -> Iterator[Peer]:
     }
     command = [str(HATCHERY.python), "-c", _LAUNCHER]
     with running(command, folder, environment, lambda: answers(f"{address}/api/v1/healthz")):
-        yield Peer(address, "tml-dummy", str(folder / MODEL), f"hatchery-core {HATCHERY.version}")
+        yield Peer(
+            address, "tml-dummy", str(folder / MODEL), f"hatchery-core {HATCHERY.version}", f"folder:{folder / 'state'}"
+        )

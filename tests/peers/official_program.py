@@ -1,6 +1,6 @@
 """Runs with the Python of an official SDK's venv: its flows against a service. One JSON line per flow.
 
-python official_program.py BASE_URL API_KEY BASE_MODEL
+python official_program.py BASE_URL API_KEY BASE_MODEL GRADIENT_VIEW
 """
 
 import itertools
@@ -43,11 +43,20 @@ def summed(batch: list[types.Datum], logprobs: list[torch.Tensor]) -> tuple[torc
     return loss, {"tokens": float(sum(len(item) for item in logprobs))}
 
 
+def signed(start: int, factor: float) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
+    def loss(batch: list[types.Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        packed = torch.cat(logprobs)
+        return factor * (packed * torch.cos(torch.arange(start, start + len(packed)))).sum(), {}
+
+    return loss
+
+
 class Flows:
     """What the flows share. A failed flow drops the training client: it may be unusable."""
 
-    def __init__(self, base_url: str, api_key: str, model: str) -> None:
+    def __init__(self, base_url: str, api_key: str, model: str, gradient_view: str) -> None:
         self.model = model
+        self.gradient_view = gradient_view
         self.service = tinker.ServiceClient(base_url=base_url, api_key=api_key)
         self.rest = self.service.create_rest_client()
         self.data = [weighted(TOKENS), weighted(TOKENS[:5])]
@@ -127,6 +136,22 @@ class Flows:
     def with_regularizers(self) -> None:
         raise AbsentInSdkError("composed losses")
 
+    def gradient(self) -> None:
+        """The norms that the service reports: in proportion to the loss, and the same for one call and for two."""
+
+        def norm(*calls: tuple[list[types.Datum], int], factor: float = 1.0) -> float:
+            for data, start in calls:
+                self.training.forward_backward_custom(data, signed(start, factor)).result()
+            step = self.training.optim_step(types.AdamParams(learning_rate=0.0)).result()
+            return step.metrics[self.gradient_view.partition(":")[2]]
+
+        first = len(TOKENS) - 1
+        norms = [norm((self.data, 0), factor=factor) for factor in (1.0, 2.0, -0.5)]
+        parts = norm((self.data[:1], 0), (self.data[1:], first))
+        expected = [norms[0], 2 * norms[0], 0.5 * norms[0], norms[0]]
+        close = all(abs(a - b) < 1e-3 * b for a, b in zip([*norms, parts], expected, strict=True))
+        check(close, f"norms {norms} of the loss times 1, 2, -0.5; {parts} in two calls")
+
     def many_datums(self) -> None:
         output = self.training.forward_backward([weighted(TOKENS)] * 300, "cross_entropy").result()
         check(len(output.loss_fn_outputs) == 300, f"{len(output.loss_fn_outputs)} outputs")
@@ -199,6 +224,10 @@ class Flows:
         sampler = done(self.service.create_sampling_client(model_path=path))
         check(len(sampler.sample(self.prompt, 1, GREEDY).result().sequences[0].tokens) > 0, "drew nothing")
 
+    def from_base(self) -> None:
+        sampler = done(self.service.create_sampling_client(base_model=self.model))
+        check(len(sampler.sample(self.prompt, 1, GREEDY).result().sequences[0].tokens) > 0, "drew nothing")
+
     def runs(self) -> None:
         runs = self.rest.list_training_runs().result().training_runs
         check(self.run in {item.training_run_id for item in runs}, "the run is missing")
@@ -254,6 +283,7 @@ def run(flows: Flows) -> None:
         flows.optim_step,
         flows.custom,
         flows.with_regularizers,
+        flows.gradient,
         flows.many_datums,
         flows.lowers,
         flows.save_state,
@@ -265,6 +295,7 @@ def run(flows: Flows) -> None:
         flows.topk,
         flows.concurrent,
         flows.by_path,
+        flows.from_base,
         flows.runs,
         flows.checkpoints,
         flows.all_checkpoints,
@@ -285,4 +316,4 @@ def run(flows: Flows) -> None:
 
 
 if __name__ == "__main__":
-    run(Flows(*sys.argv[1:4]))
+    run(Flows(*sys.argv[1:5]))

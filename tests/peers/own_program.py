@@ -1,10 +1,11 @@
 """Runs in a process of its own: the flows of this package's client against a service. One JSON line per flow.
 
-python -m tests.peers.own_program BASE_URL API_KEY BASE_MODEL [--made-up-numbers] [--half-precision]
+python -m tests.peers.own_program BASE_URL API_KEY BASE_MODEL GRADIENT_VIEW [--made-up-numbers] [--half-precision]
 """
 
 import asyncio
 import itertools
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 import torch
 
 from tests.peers.flows import FLOWS, tell
+from tests.peers.gradients import Gradients
 from tinkex_py import (
     AdamParams,
     AsyncServiceClient,
@@ -34,12 +36,27 @@ STEP = AdamParams(learning_rate=1e-2)
 PATIENCE = 120.0
 
 
-class NeverRefusesError(Exception):
-    """The server says nothing about a base model that it does not have."""
+# What the error of an unsupported flow must name. Every server supports all other flows.
+FEATURES = {
+    "forward_backward_custom": "custom loss",
+    "custom loss with regularizers": "custom loss",
+    "gradient of a custom loss arrives as computed": "custom loss",
+    "save_weights_and_get_sampling_client": "sample",
+    "sample": "sample",
+    "compute_logprobs": "sample",
+    "topk_prompt_logprobs": "(topk_prompt_logprobs|sample[.])",
+    "concurrent samplers": "sample",
+    "save_weights_for_sampler, sample by path": "sample",
+    "sample from the base model": "sample",
+    "list training runs": "list training runs",
+    "list all checkpoints": "list the checkpoints of all runs",
+    "list sessions": "list sessions",
+    "checkpoint archive URL": "give checkpoints as archives",
+}
 
 
-class NumbersMadeUpError(Exception):
-    """The server computes nothing, so there is nothing to compare."""
+class SilentServerError(Exception):
+    """Nothing that the server answers tells that it cannot do this."""
 
 
 def check(holds: bool, what: str) -> None:
@@ -62,9 +79,12 @@ def nll(data: list[Datum], logprobs: torch.Tensor) -> torch.Tensor:
 class Flows:
     """What the flows share. A failed flow drops its clients."""
 
-    def __init__(self, service: AsyncServiceClient, model: str, *, made_up: bool, tolerance: float) -> None:
+    def __init__(
+        self, service: AsyncServiceClient, model: str, gradient_view: str, *, made_up: bool, tolerance: float
+    ) -> None:
         self.service = service
         self.model = model
+        self.gradient_view = gradient_view
         self.made_up = made_up
         self.tolerance = tolerance
         self.rest = service.create_rest_client()
@@ -94,7 +114,7 @@ class Flows:
 
     def number(self, holds: bool, what: str) -> None:
         if not holds and self.made_up:
-            raise NumbersMadeUpError("this server makes its numbers up")
+            raise SilentServerError("this server makes its numbers up")
         check(holds, what)
 
     async def loss(self, training: AsyncTrainingClient | None = None) -> float:
@@ -108,11 +128,12 @@ class Flows:
     async def unknown_model(self) -> None:
         try:
             await self.service.create_lora_training_client("no-such-model", rank=8)
-        except (APIStatusError, RequestFailed):
-            return
+        except (APIStatusError, RequestFailed, UnsupportedFeature) as error:
+            check("no-such-model" in str(error), f"the error does not name the model: {error}")
         except TimeoutExceeded:
-            raise NeverRefusesError("this server does not answer where it does not have the model") from None
-        raise NeverRefusesError("this server takes any name of a base model, and trains the one it has")
+            raise SilentServerError("this server does not answer where it does not have the model") from None
+        else:
+            raise AssertionError("a model that is not there was created")
 
     async def forward(self) -> None:
         output = await (await self.training()).forward(self.data)
@@ -157,6 +178,11 @@ class Flows:
             totals.append(output.loss_total)
             await training.optim_step(AdamParams(learning_rate=1e-3))
         self.number(totals[1] < totals[0], f"totals {totals}")
+
+    async def gradient(self) -> None:
+        gradients = Gradients(self.service, await self.state(), self.gradient_view)
+        complaints = await gradients.complaints()
+        check(not complaints, "; ".join(complaints))
 
     async def many_datums(self) -> None:
         training = await self.training()
@@ -239,6 +265,11 @@ class Flows:
         drawn = await sampler.sample(self.prompt, sampling_params=GREEDY)
         check(len(drawn.sequences[0].tokens) > 0, "drew nothing")
 
+    async def from_base(self) -> None:
+        sampler = await self.service.create_sampling_client(base_model=self.model)
+        drawn = await sampler.sample(self.prompt, sampling_params=GREEDY)
+        check(len(drawn.sequences[0].tokens) > 0, "drew nothing")
+
     async def run(self) -> str:
         return (await self.state()).split("/")[2]
 
@@ -278,6 +309,7 @@ class Flows:
             self.optim_step,
             self.custom,
             self.with_regularizers,
+            self.gradient,
             self.many_datums,
             self.lowers,
             self.save_state,
@@ -289,6 +321,7 @@ class Flows:
             self.topk,
             self.concurrent,
             self.by_path,
+            self.from_base,
             self.runs,
             self.checkpoints,
             self.all_checkpoints,
@@ -298,12 +331,15 @@ class Flows:
         )
 
 
-async def attempt(flow: str, step: Callable[[], Awaitable[None]]) -> bool:
+async def attempt(flow: str, step: Callable[[], Awaitable[None]], host: str) -> bool:
     try:
         async with asyncio.timeout(PATIENCE):
             await step()
-    except (UnsupportedFeature, NeverRefusesError, NumbersMadeUpError) as error:
-        tell(flow, "unsupported", str(error)[:500])
+    except UnsupportedFeature as error:
+        names_both = flow in FEATURES and re.match(rf"{re.escape(host)} cannot do this: .*{FEATURES[flow]}", str(error))
+        tell(flow, "unsupported" if names_both else "fail", str(error)[:500])
+    except SilentServerError as error:
+        tell(flow, "silent", str(error))
     except Exception as error:  # noqa: BLE001  # whatever the client raises is the outcome
         tell(flow, "fail", f"{type(error).__name__}: {error}"[:500])
         return False
@@ -319,12 +355,14 @@ async def opened(base_url: str, api_key: str) -> AsyncIterator[AsyncServiceClien
         yield service
 
 
-async def main(base_url: str, api_key: str, model: str, *options: str) -> None:
+async def main(base_url: str, api_key: str, model: str, gradient_view: str, *options: str) -> None:
     async with opened(base_url, api_key) as service:
         tolerance = 0.2 if "--half-precision" in options else 1e-3
-        flows = Flows(service, model, made_up="--made-up-numbers" in options, tolerance=tolerance)
+        made_up = "--made-up-numbers" in options
+        flows = Flows(service, model, gradient_view, made_up=made_up, tolerance=tolerance)
+        host = base_url.removeprefix("http://")
         for flow, step in zip(FLOWS, flows.steps(), strict=True):
-            if not await attempt(flow, step):
+            if not await attempt(flow, step, host):
                 flows.drop()
 
 

@@ -4,9 +4,9 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tests.peers.embedded import embedded
 from tests.peers.hatchery import hatchery
 from tests.peers.installs import ROOT, SKYRL_030, SKYRL_040, official
 from tests.peers.peer import Peer
+from tests.peers.results import Defect
 from tests.peers.skyrl import skyrl
 from tests.peers.tuft import tuft
 from tinkex_py.version import __version__
@@ -32,7 +33,7 @@ class Pair:
         command: the program and its interpreter; may install.
         serve: starts the server in a folder.
         options: further arguments of the program.
-        defects: flows that fail inside the server, whoever asks, and why.
+        defects: what fails inside the server, whoever asks.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Pair:
     command: Callable[[], list[str]]
     serve: Serve
     options: tuple[str, ...] = ()
-    defects: Mapping[str, str] = field(default_factory=dict)
+    defects: tuple[Defect, ...] = ()
 
 
 def _official_command(version: str) -> list[str]:
@@ -72,14 +73,23 @@ PAIRS = (
     _to("tuft-dummy", "TuFT dummy", partial(tuft, "dummy"), "--made-up-numbers"),
     replace(
         _to("hatchery", "hatchery", hatchery, "--half-precision"),
-        defects={"save_weights_for_sampler, sample by path": "its sampler does not find the file that it saved (500)"},
+        defects=(
+            Defect(
+                flow="save_weights_for_sampler, sample by path",
+                answer=r"ServerError: POST /api/v1/create_sampling_session at \S+ was answered 500 Internal Server "
+                r"Error after \d attempts\. Sampler load_weights failed: KeyError: "
+                r"'sessions/mdl_\w+/checkpoints/sampler/lora_weights\.pt' .*",
+                reason="without vLLM its save_weights_for_sampler writes no file, and create_sampling_session fails "
+                "with a KeyError for that file (500)",
+            ),
+        ),
     ),
 )
 
 
 def program_output(pair: Pair, peer: Peer, errors: Path, patience: float) -> str:
     """What the pair's program printed; of one that hangs, what it printed until then."""
-    command = [*pair.command(), peer.base_url, peer.api_key, peer.base_model, *pair.options]
+    command = [*pair.command(), peer.base_url, peer.api_key, peer.base_model, peer.gradient_view, *pair.options]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TINKER_", "TINKEX_", "PYTHON"))}
     environment = {**clean, "TINKER_TELEMETRY": "0", "OMP_NUM_THREADS": "1"}
     with errors.open("w") as log:

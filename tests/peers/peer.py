@@ -11,12 +11,13 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS"
 
 @dataclass(frozen=True)
 class Peer:
-    """Where it listens, the key it takes, and the base model it has."""
+    """Where it listens, the key it takes, the base model it has, and how one can see gradients there (gradients.py)."""
 
     base_url: str
     api_key: str
     base_model: str
     version: str
+    gradient_view: str = "step"
 
 
 def write_shim(folder: Path, source: str) -> str:

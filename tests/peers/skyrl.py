@@ -59,4 +59,4 @@ def skyrl(install: Install, folder: Path) -> Iterator[Peer]:
         return started and answers(f"{address}/api/v1/healthz")
 
     with running(command, folder, environment, is_ready):
-        yield Peer(address, "tml-any", MODEL, f"skyrl {install.version}")
+        yield Peer(address, "tml-any", MODEL, f"skyrl {install.version}", "metric:skyrl.ai/grad_norm")

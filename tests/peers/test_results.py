@@ -18,11 +18,24 @@ def test_what_a_program_did_not_reach_is_a_failure():
     assert {cell.outcome for cell in cells.values()} == {"fail"}
 
 
-def test_only_failures_can_be_defects_of_the_server():
-    cells = {"forward": results.Cell("pass"), "sample": results.Cell("fail", "500"), "optim_step": results.Cell("fail")}
-    seen = results.with_defects(cells, {"forward": "broken", "sample": "broken"})
-    assert [seen[flow].outcome for flow in cells] == ["pass", "unsupported", "fail"]
-    assert "broken" in seen["sample"].detail
+def test_only_the_very_failure_that_is_known_is_a_defect_of_the_server():
+    defects = [results.Defect(flow, r"ServerError: POST /a was answered 500\..*", "broken") for flow in ("one", "two")]
+    known = results.Cell("fail", "ServerError: POST /a was answered 500. At line 1\nof it")
+    for cell, expected in (
+        (results.Cell("pass"), "pass"),
+        (known, "silent"),
+        (results.Cell("fail", "ServerError: POST /b was answered 500. At"), "fail"),
+        (results.Cell("fail", "AssertionError: ServerError: POST /a was answered 500. At"), "fail"),
+        (results.Cell("fail", "the program ended or hung before this was done"), "fail"),
+        (results.Cell("unsupported", known.detail), "unsupported"),
+    ):
+        seen = results.with_defects({"one": cell, "two": results.Cell("pass"), "three": known}, defects)
+        assert [item.outcome for item in seen.values()] == [expected, "pass", "fail"]
+        assert seen["one"].detail == ("a defect of the server: broken" if expected == "silent" else cell.detail)
+
+
+def test_the_defects_are_of_flows_that_there_are():
+    assert {defect.flow for pair in PAIRS for defect in pair.defects} <= set(FLOWS)
 
 
 def test_a_column_survives_being_kept(tmp_path):
@@ -54,4 +67,4 @@ def test_the_page_has_every_pair_and_flow_and_no_failure():
     assert rows[0][1:] == [pair.head for pair in PAIRS]
     assert [row[0] for row in rows[2 : 2 + len(FLOWS)]] == list(FLOWS)
     words = {word for row in rows[2 : 2 + len(FLOWS)] for word in row[1:]}
-    assert words == {"pass", "unsupported", "not in this SDK"}
+    assert words == {"pass", "unsupported", "not by this server", "not in this SDK"}

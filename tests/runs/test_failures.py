@@ -133,8 +133,7 @@ RESTARTED = ("restarted", {"step": 2, "checkpoint_step": 0, "reason": "RequestFa
     [
         # Two steps of two backward passes: the first or the second one of the second step.
         (3, False, RESENT),
-        # The controller has learnt of the gradient that failed.
-        (3, True, RESTARTED),
+        (3, True, RESENT),
         # The update is sent with the last gradient, so it has run without it.
         (4, False, RESTARTED),
     ],

@@ -1,6 +1,6 @@
 """A run that ended at any moment goes on, and its numbers are those of a run that nothing ended.
 
-A process that is really killed is in tests/train_command.
+A process that is really killed is in tests/commands/test_train.py.
 """
 
 import asyncio
@@ -145,6 +145,25 @@ async def test_a_cancelled_run_says_so_and_goes_on(bench: Any, tmp_path: Path) -
         run = await run_to(bench.service, folder, steps=4)
         assert run.info.status == "finished", moment
         assert losses(folder) == losses(tmp_path / "whole"), moment
+
+
+async def test_a_run_that_was_cancelled_before_its_first_checkpoint_says_so(bench: Any, tmp_path: Path) -> None:
+    arrived, never = asyncio.Event(), asyncio.Event()
+
+    async def hold(*arguments: Any) -> None:
+        arrived.set()
+        await never.wait()
+
+    bench.recorder.faults["save_weights"] = [hold]
+    running = asyncio.create_task(run_to(bench.service, tmp_path))
+    await arrived.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    never.set()
+    assert (read_run(tmp_path).status, read_run(tmp_path).reason) == ("stopped", "cancelled")
+    assert not (tmp_path / STATE_FILE).exists()
+    assert (await run_to(bench.service, tmp_path)).info.status == "finished"
 
 
 async def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(bench: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ class Member:
     def __init__(self, number: int, fail: bool) -> None:
         self.number = number
         self.closed = 0
+        self.is_clean = True
         self._fail = fail
 
     async def aclose(self) -> None:
@@ -56,6 +57,18 @@ async def test_a_member_that_ended_well_is_used_again():
             assert member.number == 0
     await pool.aclose()
     assert [member.closed for member in opener.members] == [1]
+
+
+@pytest.mark.asyncio
+async def test_a_member_that_is_not_clean_is_closed_and_replaced():
+    opener = Opener()
+    pool = ConnectionPool(opener, 1)
+    async with pool.connection() as member:
+        member.is_clean = False
+    async with pool.connection() as member:
+        assert member.number == 1
+    await pool.aclose()
+    assert [member.closed for member in opener.members] == [1, 1]
 
 
 @pytest.mark.asyncio

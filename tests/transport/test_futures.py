@@ -130,6 +130,32 @@ async def test_retry_after_is_obeyed(pauses):
     assert pauses == [7.0, 3.0]
 
 
+@pytest.mark.parametrize("asked", [{"retry_after": "0"}, {"retry_after_ms": "0.001"}, {"retry_after": "-1"}])
+async def test_a_service_cannot_ask_to_be_polled_at_network_speed(pauses, asked):
+    retry = RetryPolicy(deadline=1e9, initial_wait=1000.0, max_wait=1000.0)
+    await waited(Asking(*[told(503, **asked)] * 30, DONE), retry)
+    assert sum(pauses) > 1000.0  # 30 draws from 0 to 1000 s: below it by chance with odds of 1e-32
+
+
+async def test_pauses_are_random_below_an_exponential_bound(pauses):
+    retry = RetryPolicy(deadline=1e9, initial_wait=1.0, max_wait=8.0)
+    for _ in range(60):
+        await waited(Asking(*[ConnectionFailed("reset")] * 5, DONE), retry)
+    for attempt, longest in enumerate((1.0, 2.0, 4.0, 8.0, 8.0)):
+        drawn = sorted(pauses[attempt::5])
+        assert 0.0 <= drawn[0] < 0.25 * longest  # missed by chance: 0.75**60, about 3e-8
+        assert 0.75 * longest < drawn[-1] <= longest
+
+
+async def test_no_pause_that_ends_after_the_deadline_is_begun(pauses):
+    asking = Asking(told(503, retry_after="50"))
+    with pytest.raises(ServerError) as caught:
+        await waited(asking, RetryPolicy(deadline=20.0))
+    assert caught.value.retry_after == 50.0
+    assert pauses == []
+    assert asking.iterations == [0]
+
+
 async def test_protobuf_and_json_by_content_type(pauses):
     for kind in (PROTOBUF, f"{PROTOBUF}; charset=utf-8", "Application/X-Protobuf"):
         result = await waited(Asking(HttpAnswer(200, {"content-type": kind}, b"\x01\x02")))

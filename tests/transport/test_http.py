@@ -417,7 +417,7 @@ async def test_tls_with_one_context_and_no_thread_left(certificate: tuple[Path, 
     async with ScriptedServer(tls=context) as server:
         server.script("/a", answer(json=1))
         distrusting = HttpClient(base_url=server.url, api_key=KEY)
-        with pytest.raises(errors.ConnectionFailed):
+        with pytest.raises(errors.ConnectionFailed, match=r"not trusted: self.signed.*SSL_CERT_FILE"):
             await distrusting.exchange("GET", "/a")
         await distrusting.aclose()
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))

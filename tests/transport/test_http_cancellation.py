@@ -8,7 +8,19 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.support.scripted_server import ScriptedServer, answer, drip, held, reset, stall, stop_reading
+from tests.support.scripted_server import (
+    Behaviour,
+    Exchange,
+    Request,
+    ScriptedServer,
+    answer,
+    computed,
+    drip,
+    held,
+    reset,
+    stall,
+    stop_reading,
+)
 from tinkex_py import errors, telemetry
 from tinkex_py.telemetry import Event
 from tinkex_py.transport.http import HttpClient
@@ -265,3 +277,27 @@ def test_a_second_event_loop_is_refused():
         with pytest.raises(errors.ClientClosed, match="another one"):
             second.run(client.aclose())
         first.run(stop(server, client))
+
+
+# Answers that come twice
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("surplus", ["the same again", "half of it", "a byte", "garbage"])
+async def test_bytes_behind_an_answer_are_never_taken_for_the_next_one(server: ScriptedServer, surplus: str):
+    def make(request: Request) -> Behaviour:
+        body = request.target.encode()
+        encoded = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        behind = {"the same again": encoded, "half of it": encoded[:20], "a byte": b"\n", "garbage": b"\x00\xff"}
+
+        async def act(exchange: Exchange) -> None:
+            await exchange.send(encoded + behind[surplus] if request.target.endswith("1") else encoded)
+
+        return Behaviour(act)
+
+    server.script("/number", computed(make))
+    client = HttpClient(base_url=server.url, api_key=KEY, max_connections=1)
+    for number in range(6):
+        assert (await client.exchange("GET", f"/number?{number}")).body == f"/number?{number}".encode()
+    assert server.connections == 2, "only the connection with surplus bytes is given up"
+    await client.aclose()

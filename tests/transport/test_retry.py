@@ -254,7 +254,9 @@ def test_the_wait_that_the_service_asks_for(headers: dict[str, str], expected: f
     assert wait(state_after(3, status(503, **headers))) == expected
 
 
-@pytest.mark.parametrize("told", ["0", "-1", "nan", "inf", "garbage", "", "Thu, 01 Jan 1970 00:00:00 GMT"])
+@pytest.mark.parametrize(
+    "told", ["0", "-1", "nan", "inf", "garbage", "", "1e-9", "0.000001", "Thu, 01 Jan 1970 00:00:00 GMT"]
+)
 def test_a_service_cannot_ask_to_be_asked_at_network_speed(told: str):
     wait = retry_module._Wait(RetryPolicy(initial_wait=1000.0, max_wait=1000.0))
     for headers in ({"retry_after": told}, {"retry_after_ms": told}):

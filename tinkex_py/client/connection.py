@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py.client.carrier import Carrier, ServiceCarrier
 from tinkex_py.client.queue import QueueWatch
+from tinkex_py.client.service_models import ServiceModels
 from tinkex_py.client.session import Session, session_request
 from tinkex_py.client.uploaded_losses import UploadedLosses
 from tinkex_py.config import TinkexConfig
@@ -60,6 +61,7 @@ class Connection:
         self.threads = threads
         self.uploaded_losses = UploadedLosses()
         self.carrier = ServiceCarrier(http.host, carrier)
+        self.models = ServiceModels(http.host, self.request)
         self.keys = Keys(config.secret_key, config.credential_command)
         self.billing = BillingPause(0.0)
         self._follow(ClientFlags())
@@ -138,7 +140,7 @@ class Connection:
         Returns:
             The future's request id.
         """
-        return request_id_of(await self.post(path, body), path)
+        return request_id_of(await self.request("POST", path, json=body, check=has_request_id(path)), path)
 
     async def submit_pass(self, encoded: EncodedRequest, *, keep_graph: bool = False) -> str:
         """Sends a pass over data, the same bytes until there is a final answer.
@@ -152,7 +154,8 @@ class Connection:
         """
         headers = {"X-Tinkex-Keep-Graph": "1"} if keep_graph else {}
         async with self.pass_bytes.hold(encoded.size):
-            return request_id_of(await self._send_encoded(encoded, headers=headers), encoded.path)
+            told = await self._send_encoded(encoded, headers=headers, check=has_request_id(encoded.path))
+            return request_id_of(told, encoded.path)
 
     async def _send_encoded(self, encoded: EncodedRequest, **options: Any) -> dict[str, Any]:
         headers = dict(options.pop("headers", {}))
@@ -175,9 +178,10 @@ class Connection:
         retry: RetryPolicy | None = None,
         retry_statuses: Callable[[int], bool] = is_retryable_status,
         billing: BillingPause | None = None,
+        check: Callable[[dict[str, Any]], object] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Sends one request until there is a final answer.
+        """Sends one request until there is a final answer; one that makes no sense is none.
 
         Args:
             method: HTTP method.
@@ -185,6 +189,7 @@ class Connection:
             retry: how long to keep trying; default is the configuration's policy.
             retry_statuses: which statuses are worth another attempt.
             billing: how long the service may ask for payment; default is the connection's.
+            check: raises InvalidResponse where an answer lacks what it must have.
             options: as `HttpClient.exchange` takes them.
 
         Returns:
@@ -193,17 +198,21 @@ class Connection:
         Raises:
             APIStatusError, TransportError: it was refused, or nobody answered within the retry policy.
         """
+        fields: dict[str, Any] = {}
 
         async def send(attempt: int) -> HttpAnswer:
-            return await self.exchange(method, path, attempt=attempt, **options)
+            nonlocal fields
+            answer = await self.exchange(method, path, attempt=attempt, **options)
+            if answer.is_success:
+                fields = _fields_of(answer, f"{method} {path}")
+                if check is not None:
+                    check(fields)
+            return answer
 
-        answer = await (billing or self.billing).around(
+        await (billing or self.billing).around(
             lambda: send_with_retry(retry or self.config.retry, send, retry_statuses=retry_statuses)
         )
-        fields: object = answer.json() if answer.body.strip() else {}
-        if not isinstance(fields, dict):
-            raise InvalidResponse(f"{method} {path} was answered with JSON that is no object")
-        return cast("dict[str, Any]", fields)
+        return fields
 
     # How passes are written
 
@@ -320,7 +329,13 @@ class Connection:
         """
         await self.prepare()
         path = "/api/v1/create_session"
-        answer = await self.request("POST", path, json=session_request(self.config), billing=BillingPause(0.0))
+        answer = await self.request(
+            "POST",
+            path,
+            json=session_request(self.config),
+            billing=BillingPause(0.0),
+            check=lambda fields: text_of(fields, "session_id", path),
+        )
         self._session = Session(text_of(answer, "session_id", path), self.exchange, self.config, owner)
 
     async def _read_flags(self) -> ClientFlags:
@@ -362,6 +377,14 @@ class Connection:
             await session.close()
 
 
+def _fields_of(answer: HttpAnswer, request: str) -> dict[str, Any]:
+    """The fields of a successful answer; an empty body has none."""
+    fields: object = answer.json() if answer.body.strip() else {}
+    if not isinstance(fields, dict):
+        raise InvalidResponse(f"{request} was answered with JSON that is no object")
+    return cast("dict[str, Any]", fields)
+
+
 def _is_passing_trouble_of_a_probe(status: int) -> bool:
     # 500 is what some services answer to every protobuf body: an answer, and no passing trouble.
     return status != 500 and is_retryable_status(status)
@@ -379,6 +402,11 @@ def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
     if not value.isprintable():  # lone surrogates are not printable either
         raise InvalidResponse(f"{path} was answered with a {name} that holds characters which cannot be sent")
     return value
+
+
+def has_request_id(path: str) -> Callable[[dict[str, Any]], str]:
+    """A check for `Connection.request`: the answer tells a future."""
+    return lambda fields: request_id_of(fields, path)
 
 
 def request_id_of(fields: Mapping[str, Any], path: str) -> str:

@@ -17,7 +17,14 @@ from tinkex_py.client.carrier import (
 from tinkex_py.client.model_requests import ModelRequests, or_break
 from tinkex_py.client.steps import OptimizerSteps
 from tinkex_py.client.submission import count_numbers, encode_chunks, replace_by_advantages, write_weights
-from tinkex_py.errors import InvalidResponse, PipelineError
+from tinkex_py.errors import (
+    APIStatusError,
+    InvalidResponse,
+    PartialFailure,
+    PipelineError,
+    RequestFailed,
+    ResultLost,
+)
 from tinkex_py.transport.codec import EncodedBatch
 from tinkex_py.transport.lane import Place
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
@@ -72,14 +79,19 @@ class CustomStep:
             self.steps.add(self.pipeline.controllers, output)
             handed_over()
 
-        service_output = await self.requests.run_backward(
-            self.place,
-            carried,
-            carrier.loss_fn,
-            {},
-            handed_over=on_hand_over,
-            scaled_for=sequences if carrier.divides == "sequences" else None,
-        )
+        try:
+            service_output = await self.requests.run_backward(
+                self.place,
+                carried,
+                carrier.loss_fn,
+                {},
+                handed_over=on_hand_over,
+                scaled_for=sequences if carrier.divides == "sequences" else None,
+            )
+        except (APIStatusError, RequestFailed) as error:
+            if not isinstance(error, PartialFailure | ResultLost):  # of these the service may hold something
+                self.steps.discard(self.pipeline.controllers, output)
+            raise
         return output.model_copy(update={"service_output": service_output})
 
     async def _forward(self, chunks: Sequence[EncodedBatch]) -> tuple[ForwardBackwardOutput, Carrier]:

@@ -69,6 +69,8 @@ class ModelRequests:
         except TinkexError as error:
             if kind is not Kind.READ:
                 error.accumulated = self.lane.accumulated
+            if isinstance(error, ResultLost):
+                place.forgotten()
             if isinstance(error, RequestFailed) and kind is not Kind.READ:
                 error.handed_over = tuple(place.fail_on_service())
                 if error.handed_over:
@@ -197,6 +199,7 @@ class ModelRequests:
             forward_only=forward_only,
             keep_graph=keep_graph,
             refused=place.refused,
+            stuck=place.stuck,
             queue=self.queue,
         )
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from tinkex_py.client.connection import Connection, request_id_of, text_of
+from tinkex_py.client.connection import Connection, has_request_id, request_id_of, text_of
 from tinkex_py.client.queue import QueueWatch
 from tinkex_py.client.refusals import told_as_unsupported
 from tinkex_py.client.sample_request import (
@@ -160,6 +160,7 @@ class AsyncSamplingClient:
                         json=numbered,
                         headers={"X-Tinker-Sampling-Backpressure": "1"},
                         retry_statuses=lambda status: status != 429 and is_retryable_status(status),
+                        check=has_request_id(_PATH),
                     )
             except RateLimited as error:
                 await self._gate.turned_away(error, cost=cost, since=since)
@@ -186,6 +187,10 @@ async def new_sampling_client(
     Raises:
         UnsupportedFeature: the service cannot sample.
     """
+    if base_model is None:
+        await connection.models.check_any("sample")
+    else:
+        await connection.models.check(base_model, "sample")
     body: dict[str, Any] = {
         "session_id": connection.session_id,
         "sampling_session_seq_id": connection.next_sampler_number(),

@@ -23,11 +23,12 @@ from tinkex_py.errors import (
     InvalidData,
     InvalidResponse,
     MissingExtra,
+    TimeoutExceeded,
     UnsupportedFeature,
 )
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.http import HttpClient
-from tinkex_py.types import LoraConfig, ServerCapabilities, Tokenizer, WeightsInfo
+from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -154,6 +155,7 @@ class AsyncServiceClient:
 
         Raises:
             ConfigError: single settings and `lora_config` were both given.
+            UnsupportedFeature: the service says that it has only another model, or that it cannot train this one.
             RequestFailed, APIStatusError: the service does not have this model.
         """
         single: dict[str, Any] = {
@@ -173,6 +175,7 @@ class AsyncServiceClient:
         labels = _checked_metadata(user_metadata)
         settings = lora_config or LoraConfig(**given)
         connection = await self._connected()
+        await connection.models.check(base_model, "train")
         body: dict[str, Any] = {
             "session_id": connection.session_id,
             "model_seq_id": connection.next_model_number(),
@@ -181,7 +184,13 @@ class AsyncServiceClient:
             "type": "create_model",
             **_labels(labels or None, optimizer_config),
         }
-        request_id = await connection.submit("/api/v1/create_model", body)
+        try:
+            request_id = await connection.submit("/api/v1/create_model", body)
+        except TimeoutExceeded as error:
+            error.add_note(
+                f"{connection.http.host} was asked for {base_model!r}; some services wait for a model they lack"
+            )
+            raise
         fields = await connection.fields(request_id, "CreateModel")
         return self._training_client(text_of(fields, "model_id", "create_model"))
 
@@ -267,6 +276,7 @@ class AsyncServiceClient:
 
         Raises:
             ConfigError: neither or both were given.
+            UnsupportedFeature: the service cannot sample, or not from this model.
         """
         if (base_model is None) == (model_path is None):
             raise ConfigError("give exactly one of base_model and model_path")
@@ -280,6 +290,35 @@ class AsyncServiceClient:
         """The models of the service."""
         connection = await self._connected()
         return ServerCapabilities.read(await connection.get("/api/v1/get_server_capabilities"))
+
+    async def get_features(self) -> ServiceFeatures:
+        """How the service wants to be spoken to, as this client found out; nothing is trained or drawn for it.
+
+        Raises:
+            APIStatusError, TransportError: the service could not be asked.
+        """
+        connection = await self._connected()
+        return ServiceFeatures(
+            wire=(await connection.dialect()).name, uploaded_losses=connection.flags.custom_loss_server_side
+        )
+
+    async def get_tokenizer(self, name: str) -> Tokenizer:
+        """A base model's tokenizer: the embedded service's own, else loaded with transformers.
+
+        Args:
+            name: of the model; or a folder, or what else transformers finds a tokenizer by.
+
+        Raises:
+            ConfigError: the embedded service does not have this model.
+            MissingExtra: transformers is not installed.
+            UnsupportedFeature: there is no tokenizer of this name.
+        """
+        _check_text("name", name)
+        if self._embedded is not None:
+            await self._reachable()
+            return self._embedded.tokenizer_for(name)
+        self._check_usable()
+        return await self._load_tokenizer(name)
 
     def _training_client(self, model_id: str) -> AsyncTrainingClient:
         return AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)

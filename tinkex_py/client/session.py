@@ -75,8 +75,19 @@ async def send_heartbeats(exchange: Exchange, session_id: str, interval: float, 
     """Tells the service every `interval` seconds that the session lives, as long as its owner does.
 
     A failed heartbeat is reported as an event and tried again at the next beat. The service ends the session
-    itself by answering 410.
+    itself by answering 410, which is an event too.
     """
+    loop = asyncio.get_running_loop()
+    failures, last_success = 0, loop.time()
+
+    def tell_failure(reason: type[Exception], error: Exception | None = None) -> None:
+        telemetry.emit(
+            "tinkex.session.heartbeat_failed",
+            {"failures": failures, "silence": loop.time() - last_success},
+            {"session_id": session_id, "reason": reason.__name__},
+            error,
+        )
+
     while True:
         await asyncio.sleep(interval)
         if owner() is None:
@@ -89,15 +100,14 @@ async def send_heartbeats(exchange: Exchange, session_id: str, interval: float, 
                 timeout=10.0,
             )
         except (TransportError, APIStatusError, ConfigError) as error:
-            telemetry.emit(
-                "tinkex.session.heartbeat_failed",
-                {},
-                {"session_id": session_id, "reason": type(error).__name__},
-                error,
-            )
+            failures += 1
+            tell_failure(type(error), error)
             continue
         if answer.status == SESSION_OVER:
+            telemetry.emit("tinkex.session.over", {}, {"session_id": session_id})
             return
-        if not answer.is_success:
-            reason = status_error_class(answer.status).__name__
-            telemetry.emit("tinkex.session.heartbeat_failed", {}, {"session_id": session_id, "reason": reason})
+        if answer.is_success:
+            failures, last_success = 0, loop.time()
+        else:
+            failures += 1
+            tell_failure(status_error_class(answer.status))

@@ -28,11 +28,19 @@ class OptimizerSteps:
         for controller in controllers:
             self._outputs.setdefault(controller, []).append(output)
 
+    def discard(self, controllers: "Sequence[WeightController]", output: "CustomLossOutput") -> None:
+        """The service did not take the gradient of a custom step after all."""
+        for controller in controllers:
+            outputs = self._outputs.get(controller, [])
+            outputs[:] = [other for other in outputs if other is not output]
+
     def end_step(self) -> None:
         """The service took an optimizer step. Never raises: a controller that fails is reported by `check`."""
         self.made += 1
         due, self._outputs = self._outputs, {}
         for controller, outputs in due.items():
+            if not outputs:
+                continue
             try:
                 controller.update(outputs)
             except Exception as error:  # noqa: BLE001  # user code; the optimizer step is on its way and must not fail

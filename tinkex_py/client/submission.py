@@ -2,13 +2,22 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.queue import QueueWatch
-from tinkex_py.errors import APIStatusError, InvalidResponse, PartialFailure, RequestFailed, TinkexError, TransportError
+from tinkex_py.errors import (
+    APIStatusError,
+    InvalidResponse,
+    PartialFailure,
+    RequestFailed,
+    ResultLost,
+    TinkexError,
+    TransportError,
+)
 from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.transport.chunks import merge_outputs, plan_chunks
 from tinkex_py.transport.codec import (
@@ -32,6 +41,8 @@ SMALL_BYTES = 1 << 18
 Value = TypeVar("Value")
 Sent = str | APIStatusError
 """What became of one chunk: its future, or a final refusal."""
+Outcome = ForwardBackwardOutput | RequestFailed | APIStatusError
+"""What it came to in the end."""
 
 
 async def encode_chunks(data: Sequence[Datum], connection: Connection, *, custom: bool) -> list[EncodedBatch]:
@@ -113,6 +124,7 @@ class ChunkedPass:
         forward_only: no gradient.
         keep_graph: a backward pass over the same datums will follow.
         refused: told which numbers were refused where others of the call were taken.
+        stuck: told how many seconds the others had no result then; ends the client, and gives the error.
         queue: hears about the queue in front of the service.
     """
 
@@ -125,6 +137,7 @@ class ChunkedPass:
     forward_only: bool
     keep_graph: bool
     refused: Callable[[Sequence[int]], None]
+    stuck: Callable[[float], TinkexError]
     queue: QueueWatch
 
     async def send(self, numbers: Sequence[int]) -> list[Sent]:
@@ -155,16 +168,37 @@ class ChunkedPass:
 
         Raises:
             PartialFailure: the service holds the gradients of some chunks and not of others.
+            ResultLost: it is not known whether a chunk has left a gradient.
             RequestFailed, APIStatusError: no chunk has left a gradient.
             InvalidResponse: a result has another number of datums than its chunk.
+            SequenceLost: a chunk was refused, and the service does not go on behind it.
         """
-        outcomes = [await self._result_of(outcome, chunk) for outcome, chunk in zip(sent, self.chunks, strict=True)]
+        refused = any(isinstance(outcome, APIStatusError) for outcome in sent)
+        outcomes = await (self._outcomes_behind_a_refusal(sent) if refused else self._outcomes(sent))
         failures = [outcome for outcome in outcomes if not isinstance(outcome, ForwardBackwardOutput)]
         if not failures:
             return merge_outputs([outcome for outcome in outcomes if isinstance(outcome, ForwardBackwardOutput)])
+        lost = [failure for failure in failures if isinstance(failure, ResultLost)]
+        if lost:  # to send its datums again might add their gradient twice
+            raise lost[0]
         if self.forward_only or len(failures) == len(outcomes):
             raise failures[0]
         raise self._partial_failure(outcomes) from failures[0]
+
+    async def _outcomes(self, sent: Sequence[Sent]) -> list[Outcome]:
+        return [await self._result_of(outcome, chunk) for outcome, chunk in zip(sent, self.chunks, strict=True)]
+
+    async def _outcomes_behind_a_refusal(self, sent: Sequence[Sent]) -> list[Outcome]:
+        """Not without a bound: where somebody on the way refused the chunk, the service waits for it for ever."""
+        deadline = self.connection.config.retry.deadline
+        scope = asyncio.timeout(deadline if math.isfinite(deadline) else None)
+        try:
+            async with scope:
+                return await self._outcomes(sent)
+        except TimeoutError as error:
+            if isinstance(error, TransportError) or not scope.expired():
+                raise
+            raise self.stuck(deadline) from error
 
     async def _send_at_once(self, numbers: Sequence[int]) -> list[Sent]:
         """Every chunk is posted to its end, whatever becomes of the others."""
@@ -208,9 +242,7 @@ class ChunkedPass:
         encoded = await _off_loop_if(large, self.connection.threads, lambda: dialect.encode(chunk, request))
         return await self.connection.submit_pass(encoded, keep_graph=self.keep_graph)
 
-    async def _result_of(
-        self, sent: Sent, chunk: EncodedBatch
-    ) -> ForwardBackwardOutput | RequestFailed | APIStatusError:
+    async def _result_of(self, sent: Sent, chunk: EncodedBatch) -> Outcome:
         if isinstance(sent, APIStatusError):
             return sent
         request_type = "Forward" if self.forward_only else "ForwardBackward"

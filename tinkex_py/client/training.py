@@ -316,10 +316,17 @@ class AsyncTrainingClient:
         Raises:
             UnsupportedFeature: the service cannot sample.
         """
+        return await self._save_for_sampler(name, ttl_seconds, user_metadata)
+
+    async def _save_for_sampler(
+        self, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None, *, to_sample: bool = False
+    ) -> SaveWeightsResponse:
         with (
             self._unsupported("save_weights_for_sampler"),
             self._requests.request(Kind.READ, "save_weights_for_sampler") as place,
         ):
+            if to_sample:
+                await self._connection.models.check_any("sample")
             body = _named_save("save_weights_for_sampler", name, ttl_seconds, user_metadata)
             fields = await self._requests.run_numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
             return SaveWeightsResponse.read(fields)
@@ -340,12 +347,13 @@ class AsyncTrainingClient:
         if name is not None:
             if inflight:
                 raise InvalidData("inflight weights have no name: leave out one of name and inflight")
-            saved = await self.save_weights_for_sampler(name)
+            saved = await self._save_for_sampler(name, None, None, to_sample=True)
             return await new_sampling_client(self._connection, model_path=saved.path)
         with (
             self._unsupported("save_weights_for_sampler"),
             self._requests.request(Kind.READ, "save_weights_for_sampler") as place,
         ):
+            await self._connection.models.check_any("sample")
             body: dict[str, Any] = {
                 "sampling_session_seq_id": self._connection.next_sampler_number(),
                 "type": "save_weights_for_sampler",

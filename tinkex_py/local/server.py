@@ -1,19 +1,12 @@
 """The embedded service behind a real socket."""
 
-import asyncio
-import socket
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from tinkex_py.errors import ConfigError, MissingExtra
-from tinkex_py.local.addresses import is_loopback
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.service import LocalService
-
-if TYPE_CHECKING:
-    import uvicorn
+from tinkex_py.serving import address_of, is_loopback, listen, serve_app
 
 
 async def serve(
@@ -35,70 +28,20 @@ async def serve(
         raise ConfigError(f"host {host!r} can be reached by others: set an api_key, or use 127.0.0.1")
     if find_spec("uvicorn") is None:
         raise MissingExtra("uvicorn", "local")
-    import uvicorn
-
-    service = LocalService(options)
     from tinkex_py.local.guards import LoopbackOnly
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Generator[None]:
-            yield
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                on_listening(address)
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # Open polls would keep their connections, and so the shutdown, waiting.
-            service.close_polls()
-            await super().shutdown(sockets)
-
-    listener = _listen(host, port)
+    service = LocalService(options)
+    listener = listen(host, port)
     try:
-        address = _address(listener)
-        config = uvicorn.Config(
-            service.app if options.api_key is not None else LoopbackOnly(service.app),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=5,
-            timeout_keep_alive=60,
-        )
+        address = address_of(listener)
         await service.start()
-        await _run_until_cancelled(Server(config), listener)
+        # Open polls would keep their connections, and so the shutdown, waiting.
+        await serve_app(
+            service.app if options.api_key is not None else LoopbackOnly(service.app),
+            listener,
+            on_listening=lambda: on_listening(address),
+            before_shutdown=service.close_polls,
+        )
     finally:
         listener.close()
         await service.stop()
-
-
-async def _run_until_cancelled(server: "uvicorn.Server", listener: socket.socket) -> None:
-    # A cancelled uvicorn leaves its connections open: let it finish instead.
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        server.should_exit = True
-        await running
-        raise
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    return listener
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -55,11 +55,13 @@ def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool) -> Comb
         return total, {}
     square = dot(total, total)
     base = parts[0]
+    # Laid out once: that of a sum is one number, seen everywhere.
+    base_gradient = None if base.gradient is None else _flat(base.gradient)
     diagnosis: dict[str, GradientDiagnosis] = {}
     for part in parts:
         with_total = dot(part.gradient, total)
         diagnosis[part.name] = _diagnosis(
-            _cosine(dot(part.gradient, base.gradient), _norm(part), _norm(base)),
+            _cosine(dot(part.gradient, base_gradient), _norm(part), _norm(base)),
             _cosine(with_total, _norm(part), square**0.5),
             part.scale * with_total / square if square > 0 else None,
         )
@@ -120,6 +122,8 @@ def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
     """Sum of the products of all elements, in double precision over blocks; None is zero."""
     if first is None or second is None:
         return 0.0
+    if first.numel() <= _BLOCK:
+        return _dot(_flat(first), _flat(second)).item()
     pieces = zip(torch.split(_flat(first), _BLOCK), torch.split(_flat(second), _BLOCK), strict=True)
     return sum(_dot(one, other).item() for one, other in pieces)
 

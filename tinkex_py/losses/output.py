@@ -96,3 +96,8 @@ class CustomLossOutput(LossReport):
     skipped: dict[str, str] = Field(default_factory=dict)
     abandoned_threads: int = 0
     service_output: ForwardBackwardOutput | None = None
+
+    def _repr_html_(self) -> str:
+        from tinkex_py.losses.notebook import output_html
+
+        return output_html(self)

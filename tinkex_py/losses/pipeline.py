@@ -1,5 +1,6 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -102,6 +103,11 @@ class Pipeline:
         self.combine: Combine = combine
         self._own_threads: TermThreads | None = None
         self._told_not_differentiable: set[str] = set()
+
+    def _repr_html_(self) -> str:
+        from tinkex_py.losses.notebook import pipeline_html
+
+        return pipeline_html(self.base_loss, self.regularizers, {name: getattr(self, name) for name in OPTIONS})
 
     @property
     def controllers(self) -> list[WeightController]:
@@ -250,12 +256,16 @@ class Pipeline:
         return loss
 
     async def _evaluate(self, run: TermRun, regularizers: Sequence[PreparedTerm], step: int) -> CustomLoss:
-        terms = [prepare_base_loss(self.base_loss, self.timeout), *regularizers]
+        terms = [self._prepared_base_loss, *regularizers]
         outcomes = await run.all(terms, parallel=self.parallel)
         self._tell_not_differentiable(outcomes)
         if run.logprobs.buffer.numel() <= SMALL_LOGPROBS:
             return self._compose(outcomes, run, step)
         return await run_released(run.threads.arithmetic, "sum", lambda: self._compose(outcomes, run, step))
+
+    @functools.cached_property
+    def _prepared_base_loss(self) -> PreparedTerm:
+        return prepare_base_loss(self.base_loss, self.timeout)
 
     def _compose(self, outcomes: Sequence[Outcome], run: TermRun, step: int) -> CustomLoss:
         run.logprobs.check_unchanged()

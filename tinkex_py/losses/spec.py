@@ -140,6 +140,18 @@ class RegularizerSpec:
             bound = checked_number(f"regularizer {name!r}", "max_grad_norm", self.max_grad_norm, above=0.0)
             object.__setattr__(self, "max_grad_norm", bound)
 
+    @functools.cached_property
+    def awaits(self) -> bool | None:
+        """Whether `fn` is async: `is_async` if it was given, else what is seen; None if only a call can tell."""
+        if self.is_async is not None:
+            return self.is_async
+        return True if is_async_term(self.fn) else None
+
+    def _repr_html_(self) -> str:
+        from tinkex_py.losses.notebook import spec_html
+
+        return spec_html(self)
+
 
 def term_name(term: object) -> str | None:
     """The term's own `name`, or None; a module's `__name__` is not one."""

@@ -80,13 +80,12 @@ def prepare_regularizer(spec: RegularizerSpec, timeout: float | None, *, step: i
     Raises:
         InvalidSpec: the schedule of the weight gave no finite number >= 0.
     """
-    detected = True if is_async_term(spec.fn) else None
     weight = weight_at(spec.weight, spec.name, step)
     return PreparedTerm(
         name=spec.name,
         function=term_function(spec.fn),
         options=spec.options,
-        is_async=detected if spec.is_async is None else spec.is_async,
+        is_async=spec.awaits,
         per_datum=isinstance(spec.fn, PerDatum),
         timeout=_limit(timeout if spec.timeout is None else spec.timeout),
         weight=weight,

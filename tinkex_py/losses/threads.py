@@ -55,6 +55,7 @@ class _Waiter:
     group: object
     group_limit: int
     loop: asyncio.AbstractEventLoop
+    thread: int = field(default_factory=threading.get_ident)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     slot: Slot | None = None
 
@@ -86,8 +87,11 @@ class Slots:
         Raises:
             SlotsAbandoned: patience ran out.
         """
-        waiter = _Waiter(holder, group, group_limit or self.limit, asyncio.get_running_loop())
+        limit = group_limit or self.limit
         with self._lock:
+            if not self._waiters and not self._in_the_way(group, limit):
+                return self._hold(holder, group)
+            waiter = _Waiter(holder, group, limit, asyncio.get_running_loop())
             self._waiters.append(waiter)
             self._grant()
         give_up_at: float | None = None
@@ -97,7 +101,7 @@ class Slots:
                     waiter.changed.clear()
                     if waiter.slot is not None:
                         return waiter.slot
-                    stalled = all(slot.abandoned for slot in self._in_the_way_of(waiter))
+                    stalled = all(slot.abandoned for slot in self._in_the_way(waiter.group, waiter.group_limit))
                 if not stalled or patience is None:
                     give_up_at = None
                 elif give_up_at is None:
@@ -122,9 +126,11 @@ class Slots:
         """See `Slot.release`."""
         with self._lock:
             if slot in self._held:
+                may_stall = any(held.abandoned for held in self._held)
                 self._held.remove(slot)
                 self._grant()
-                self._tell_waiters()
+                if may_stall:
+                    self._tell_waiters()
 
     def abandon(self, slot: Slot) -> None:
         """Marks a unit whose holder nobody waits for any more."""
@@ -144,31 +150,58 @@ class Slots:
 
     def _grant(self) -> None:
         for waiter in list(self._waiters):
-            if self._in_the_way_of(waiter):
+            if self._in_the_way(waiter.group, waiter.group_limit):
                 continue
             self._waiters.remove(waiter)
-            waiter.slot = Slot(self, waiter.holder, waiter.group)
-            self._held.append(waiter.slot)
+            waiter.slot = self._hold(waiter.holder, waiter.group)
             if not _wake(waiter):
                 self._held.remove(waiter.slot)
 
-    def _in_the_way_of(self, waiter: _Waiter) -> list[Slot]:
-        """The held units that keep a waiter waiting; none if it can be served."""
-        own = [slot for slot in self._held if slot.group is waiter.group]
+    def _hold(self, holder: str, group: object) -> Slot:
+        slot = Slot(self, holder, group)
+        self._held.append(slot)
+        return slot
+
+    def _in_the_way(self, group: object, group_limit: int) -> list[Slot]:
+        """The held units that keep one of a group waiting; none if it can be served."""
         if len(self._held) >= self.limit:
             return self._held
-        return own if len(own) >= waiter.group_limit else []
+        if len(self._held) < group_limit:
+            return []
+        own = [slot for slot in self._held if slot.group is group]
+        return own if len(own) >= group_limit else []
 
     def _tell_waiters(self) -> None:
         self._waiters = [waiter for waiter in self._waiters if _wake(waiter)]
 
 
 def _wake(waiter: _Waiter) -> bool:
+    if waiter.thread == threading.get_ident() and waiter.loop.is_running():
+        waiter.changed.set()
+        return True
     try:
         waiter.loop.call_soon_threadsafe(waiter.changed.set)
     except RuntimeError:  # the waiter's loop is closed: nobody waits there any more
         return False
     return True
+
+
+def compute_alone() -> None:
+    """Lets torch use no further threads for what this thread computes.
+
+    There is a worker for each CPU. If each of them had torch's own threads too, they would take the CPUs from each
+    other, and wait for each other spinning.
+    """
+    import torch
+
+    usual = torch.get_num_threads()
+    if usual == 1:
+        return
+    torch.set_num_threads(1)
+    # Torch takes that for all threads to come as well; said in a thread of its own, the usual number holds for them.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(usual,), name="tinkex-restore")
+    restoring.start()
+    restoring.join()
 
 
 class _CallState(Enum):
@@ -261,11 +294,13 @@ class WorkerThreads:
     Args:
         limit: most threads.
         name: prefix of the threads' names.
+        prepare: called once in each new thread.
     """
 
-    def __init__(self, limit: int, name: str) -> None:
+    def __init__(self, limit: int, name: str, *, prepare: Callable[[], object] | None = None) -> None:
         self.slots = Slots(limit)
         self._name = name
+        self._prepare = prepare
         self._pool: ThreadPoolExecutor | None = None
 
     async def run(
@@ -305,7 +340,7 @@ class WorkerThreads:
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.slots.limit, thread_name_prefix=self._name)
+            self._pool = ThreadPoolExecutor(self.slots.limit, thread_name_prefix=self._name, initializer=self._prepare)
         return self._pool
 
     def close(self) -> None:
@@ -327,9 +362,10 @@ class TermThreads:
 
     def __init__(self, max_threads: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
-        self.terms = WorkerThreads(limit, "tinkex-term")
-        self.backward = WorkerThreads(limit, "tinkex-backward")
-        self.arithmetic = WorkerThreads(1, "tinkex-arithmetic")
+        prepare = compute_alone if limit > 1 else None
+        self.terms = WorkerThreads(limit, "tinkex-term", prepare=prepare)
+        self.backward = WorkerThreads(limit, "tinkex-backward", prepare=prepare)
+        self.arithmetic = WorkerThreads(1, "tinkex-arithmetic", prepare=compute_alone)
 
     def abandoned(self) -> list[str]:
         """Names of the terms whose threads outlived them."""

@@ -52,6 +52,15 @@ class TrainedRun:
     checkpoint: str
     training: AsyncTrainingClient
 
+    def _repr_html_(self) -> str:
+        from tinkex_py.html_table import html_facts
+        from tinkex_py.losses.notebook import output_html
+
+        last = None if self.last is None else output_html(self.last.losses[-1])
+        done = {"steps": 0 if self.last is None else self.last.step, "checkpoint": self.checkpoint}
+        facts = {"folder": str(self.folder), "status": self.info.status, "reason": self.info.reason, **done}
+        return html_facts(f"Run {self.info.name}", facts) + (last or "")
+
 
 async def train(
     service: AsyncServiceClient,
@@ -109,7 +118,6 @@ async def train(
         async with FileThread("tinkex-run") as files, lines:
             run = Run(plan, own, files, reader)
             try:
-                await run.open()
                 await _Loop(run, evaluate, lines, stop or asyncio.Event(), view).go()
             finally:
                 await reader.aclose()
@@ -125,7 +133,7 @@ class _StepLost(Exception):
 
 
 class _Loop:
-    """Makes the steps of an open run, two in flight where nothing has to happen between them."""
+    """Opens a run and makes its steps, two in flight where nothing has to happen between them."""
 
     def __init__(
         self, run: Run, evaluate: Evaluate | None, sinks: Sinks, stop: asyncio.Event, view: ProgressView
@@ -138,12 +146,15 @@ class _Loop:
         self._view = view
         self._clock = QueueClock(self._tell_waiting)
         self._logged = 0
+        self._is_shown = False
 
     async def go(self) -> None:
-        self._sinks.start(self._run.info)
-        self._view.start(self._run.info, self._run.made)
         try:
             with self._clock:
+                await self._run.open()
+                self._sinks.start(self._run.info)
+                self._view.start(self._run.info, self._run.made)
+                self._is_shown = True
                 await self._all_steps()
         except asyncio.CancelledError:
             await self._end("stopped", "cancelled", at_once=True)
@@ -218,7 +229,7 @@ class _Loop:
             cause = step.failures[0]
             if not is_worth_repeating(cause):
                 raise cause
-            if not step.can_be_mended(self._run.training, self._run.plan.pipeline):
+            if not step.can_be_mended(self._run.training):
                 raise _StepLost(cause)
             if left == 0:
                 # A term that goes on failing would do so from the checkpoint too.
@@ -317,11 +328,16 @@ class _Loop:
         return "finished", None if steps is None else f"the batches ended after {made} of {steps} steps"
 
     async def _end(self, status: RunStatus, reason: str | None, *, at_once: bool = False) -> None:
-        self._sinks.finish(status, at_once=at_once)
-        await self._run.tell(status, reason)
-        self._view.finish(self._run.info)
+        if self._is_shown:
+            self._sinks.finish(status, at_once=at_once)
+        if self._run.is_begun:
+            await self._run.tell(status, reason)
+        if self._is_shown:
+            self._view.finish(self._run.info)
 
     def _tell_waiting(self, reason: str | None) -> None:
+        if not self._is_shown:
+            return
         self._view.doing(f"step {self._run.made + 1}" if reason is None else f"waiting: {reason}")
 
 

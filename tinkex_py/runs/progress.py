@@ -1,5 +1,6 @@
 """What a run shows while it goes: nothing, lines, or a bar."""
 
+import importlib
 import importlib.util
 import sys
 from typing import Any, Protocol, TextIO, runtime_checkable
@@ -120,7 +121,7 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
     if not progress:
         return NoProgress()
     if _in_notebook() and _has("tqdm"):
-        return ProgressBar(_notebook_bar())
+        return ProgressBar(notebook_bar())
     if sys.stderr.isatty() and _has("rich"):
         from rich.console import Console
 
@@ -148,9 +149,11 @@ def _in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def _notebook_bar() -> Any:
+def notebook_bar() -> Any:
+    """The library's bar for notebooks, without the thread that it would leave behind."""
     # Without widgets tqdm.auto would warn, and fall back to the same.
-    return importlib.import_module("tqdm.auto" if _has("ipywidgets") else "tqdm").tqdm
+    bar: Any = importlib.import_module("tqdm.auto" if _has("ipywidgets") else "tqdm").tqdm
+    return type("ProgressBar", (bar,), {"monitor_interval": 0})
 
 
 def _has(library: str) -> bool:

@@ -48,6 +48,13 @@ class RunInfo(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int | None = None
 
+    def _repr_html_(self) -> str:
+        from tinkex_py.html_table import html_facts
+        from tinkex_py.runs.flat_settings import settings_of
+
+        facts = self.model_dump(include={"status", "reason", "model", "total_steps"})
+        return html_facts(f"Run {self.name}", facts) + html_facts("Settings", settings_of(self))
+
 
 class StepRecord(Record):
     """One line of `steps.jsonl`: one optimizer step.

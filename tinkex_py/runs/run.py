@@ -85,6 +85,7 @@ class Run:
         made: optimizer steps made.
         last: the last of them; None before the first.
         patience: what early stopping has seen.
+        is_begun: whether `run.json` tells of this process; before that nothing in the folder was changed.
     """
 
     training: AsyncTrainingClient
@@ -97,6 +98,7 @@ class Run:
         self.made = 0
         self.last: StepRecord | None = None
         self.patience = Patience()
+        self.is_begun = False
         self._folder = folder
         self._files = files
         self._restarts_left = plan.settings.restarts
@@ -118,12 +120,16 @@ class Run:
         self.info = await self._described(written, before)
         if state is None:
             await self.reader.go_to(0)
-            await self._files.run(lambda: self._folder.write_run(self.info))
+            await self._begin()
             await self._files.run(lambda: self._folder.keep_steps(0))
             await self.save(())
         else:
             await self._take_up(state)
-            await self._files.run(lambda: self._folder.write_run(self.info))
+            await self._begin()
+
+    async def _begin(self) -> None:
+        self.is_begun = True
+        await self._files.run(lambda: self._folder.write_run(self.info))
 
     async def _new_model(self) -> AsyncTrainingClient:
         made = self.plan.model

@@ -114,8 +114,11 @@ class OptimizerStep:
 
         if not missing:
             self.gradients_settled.set()
-        with telemetry.lifecycle("tinkex.run.step", {"step": self.number, "batches": len(self.parts)}):
-            await asyncio.gather(*map(gradient, missing), update())
+        try:
+            with telemetry.lifecycle("tinkex.run.step", {"step": self.number, "batches": len(self.parts)}):
+                await asyncio.gather(*map(gradient, missing), update())
+        finally:
+            self.gradients_settled.set()
 
     @property
     def has_gradients(self) -> bool:
@@ -146,17 +149,14 @@ class OptimizerStep:
             return False
         return all(_had_no_effect(error) for error in self.failures)
 
-    def can_be_mended(self, training: AsyncTrainingClient, pipeline: "Pipeline") -> bool:
+    def can_be_mended(self, training: AsyncTrainingClient) -> bool:
         """Whether sending what is missing makes the step what it should have been."""
         if not self.is_known:
             return False
         held = sum(part.output is not None for part in self.parts)
         # What the service has failed is counted as handed over, but it does not hold it.
         failed = sum(type(part.error) is RequestFailed for part in self.parts)
-        if not held <= training.accumulated <= held + failed:
-            return False
-        # Controllers learn of a gradient when it is handed over, and would learn of these twice.
-        return training.accumulated == held or not pipeline.controllers
+        return held <= training.accumulated <= held + failed
 
 
 def _check(before: OptimizerStep | None) -> None:

@@ -8,7 +8,7 @@ Events belong to the thread of the event loop: call `emit` and `lifecycle` there
 """
 
 from tinkex_py.telemetry.events import Event, Measurement, Measurements, events
-from tinkex_py.telemetry.handlers import Handler, attach, attach_logger, detach, emit
+from tinkex_py.telemetry.handlers import Handler, attach, attach_logger, detach, emit, request_headers
 from tinkex_py.telemetry.lifecycle import failure_reason, lifecycle
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "events",
     "failure_reason",
     "lifecycle",
+    "request_headers",
 ]

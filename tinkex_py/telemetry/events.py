@@ -31,6 +31,7 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.regularizer.controller_failed": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
+    "tinkex.session.over": logging.WARNING,
     "tinkex.billing.paused": logging.WARNING,
     "tinkex.sampling.turned_away": logging.DEBUG,
     "tinkex.run.resent": logging.WARNING,
@@ -50,6 +51,7 @@ class Event:
             None means "not measured".
         metadata: what the event is about. Failures carry `reason`, the class name of the error.
         exception: the error itself, for exception events.
+        unit: number of the unit of work, the same at its start and its end; None for an event without a lifecycle.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Event:
     metadata: Mapping[str, Any]
     # Not shown: its text may be that of a term of the user's.
     exception: BaseException | None = field(default=None, repr=False)
+    unit: int | None = None
 
 
 def events() -> tuple[str, ...]:

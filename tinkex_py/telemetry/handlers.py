@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from tinkex_py.telemetry.events import EVENT_LEVELS, Event, matching_events, require_known
-from tinkex_py.telemetry.logs import parse_level, write_line
+from tinkex_py.telemetry.logs import parse_level, would_write, write_line
 
 Handler = Callable[[Event], object]
+RequestHeaders = Callable[[], Mapping[str, str]]
+Given = TypeVar("Given")
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class _Attachment:
     handler: Handler
     names: frozenset[str]
     is_logger: bool = False
+    request_headers: RequestHeaders | None = None
 
 
 class _Attachments:
@@ -41,14 +45,23 @@ class _Attachments:
     def snapshot(self) -> tuple[_Attachment, ...]:
         return self._current
 
-    def add(self, handler: Handler, names: frozenset[str], handler_id: str | None, *, is_logger: bool = False) -> str:
+    def add(
+        self,
+        handler: Handler,
+        names: frozenset[str],
+        handler_id: str | None,
+        *,
+        is_logger: bool = False,
+        request_headers: RequestHeaders | None = None,
+    ) -> str:
         with self._lock:
             taken = {attachment.handler_id for attachment in self._current}
             if handler_id is None:
                 handler_id = next(name for name in map("handler-{}".format, self._numbers) if name not in taken)
             elif handler_id in taken:
                 raise ValueError(f"handler id {handler_id!r} is in use; detach it first or choose another id")
-            self._current = (*self._current, _Attachment(handler_id, handler, names, is_logger))
+            added = _Attachment(handler_id, handler, names, is_logger, request_headers)
+            self._current = (*self._current, added)
             return handler_id
 
     def remove_id(self, handler_id: str) -> bool:
@@ -67,7 +80,13 @@ class _Attachments:
 _ATTACHMENTS = _Attachments()
 
 
-def attach(handler: Handler, *, events: str | Iterable[str] | None = None, handler_id: str | None = None) -> str:
+def attach(
+    handler: Handler,
+    *,
+    events: str | Iterable[str] | None = None,
+    handler_id: str | None = None,
+    request_headers: RequestHeaders | None = None,
+) -> str:
     """Call a function for every event.
 
     Args:
@@ -75,6 +94,8 @@ def attach(handler: Handler, *, events: str | Iterable[str] | None = None, handl
             is detached with a warning.
         events: one name, several, patterns such as `"tinkex.regularizer.*"`, or None for all events.
         handler_id: a name of your own for `detach`; None makes one.
+        request_headers: called inside every HTTP exchange with the service, after its start event; what it returns is
+            sent along, such as the W3C trace context. It cannot replace a header that is sent anyway.
 
     Returns:
         The handler's id.
@@ -84,7 +105,7 @@ def attach(handler: Handler, *, events: str | Iterable[str] | None = None, handl
         ValueError: no event has that name, or the id is in use.
     """
     _require_plain_function(handler)
-    return _ATTACHMENTS.add(handler, matching_events(events), handler_id)
+    return _ATTACHMENTS.add(handler, matching_events(events), handler_id, request_headers=request_headers)
 
 
 def attach_logger(*, level: str = "info", handler_id: str | None = None) -> str:
@@ -117,6 +138,8 @@ def emit(
     measurements: Mapping[str, Any],
     metadata: Mapping[str, Any],
     exception: BaseException | None = None,
+    *,
+    unit: int | None = None,
 ) -> None:
     """Tell everyone who listens that something happened. Call it on the thread of the event loop only.
 
@@ -125,18 +148,37 @@ def emit(
         measurements: numbers, times in seconds.
         metadata: what the event is about; no keys, tokens or text of prompts.
         exception: the error, for exception events. It is handed to handlers and never logged.
+        unit: number of the unit of work that starts or ends.
 
     Raises:
         ValueError: no event has this name.
     """
     require_known(name)
-    event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception)
     attachments = _ATTACHMENTS.snapshot()
+    if not attachments and not would_write(EVENT_LEVELS[name]):
+        return
+    event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception, unit)
     for attachment in attachments:
         if name in attachment.names:
             _call(attachment, event)
     if not any(attachment.is_logger for attachment in attachments):
         _log_event(event, level=EVENT_LEVELS[name])
+
+
+def request_headers() -> dict[str, str]:
+    """The headers that handlers want sent with the HTTP request that is about to be made; empty unless asked for."""
+    headers: dict[str, str] = {}
+    for attachment in _ATTACHMENTS.snapshot():
+        if attachment.request_headers is not None:
+            headers |= _guarded(attachment, "the headers of a request", attachment.request_headers, _checked) or {}
+    return headers
+
+
+def _checked(headers: Mapping[str, str]) -> Mapping[str, str]:
+    for name, value in headers.items():
+        if not (name.isascii() and value.isascii() and f"{name}{value}".isprintable()) or set(name) & set(" :"):
+            raise ValueError("request_headers returned something that no header can carry")
+    return headers
 
 
 def _require_plain_function(handler: object) -> None:
@@ -151,15 +193,19 @@ def _require_plain_function(handler: object) -> None:
 
 
 def _call(attachment: _Attachment, event: Event) -> None:
+    _guarded(attachment, event.name, lambda: attachment.handler(event), _unawaited)
+
+
+def _guarded(
+    attachment: _Attachment, on: str, call: Callable[[], Given], check: Callable[[Given], Checked]
+) -> Checked | None:
+    """What the host's code returns, checked; if it fails it is detached with a warning."""
     try:
-        result = attachment.handler(event)
-        if inspect.iscoroutine(result):
-            result.close()
-            raise TypeError("the handler returned a coroutine, which nobody awaits")
+        return check(call())
     # A handler that reads a cancelled asyncio.Future raises CancelledError; that is no cancellation of this task.
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (the host's code must not break training)
         _ATTACHMENTS.remove(attachment)
-        fields = {"handler_id": attachment.handler_id, "on": event.name, "reason": type(error).__name__}
+        fields = {"handler_id": attachment.handler_id, "on": on, "reason": type(error).__name__}
         # Whoever attached it wants to know that it is gone, so this line is heard in any case.
         write_line(
             "telemetry handler failed and was detached",
@@ -167,6 +213,13 @@ def _call(attachment: _Attachment, event: Event) -> None:
             logging.WARNING,
             asked_for=True,
         )
+        return None
+
+
+def _unawaited(result: object) -> None:
+    if inspect.iscoroutine(result):
+        result.close()
+        raise TypeError("the handler returned a coroutine, which nobody awaits")
 
 
 def _raised_at(error: BaseException) -> str:

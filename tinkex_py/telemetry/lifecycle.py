@@ -1,5 +1,6 @@
 """Start, then stop or exception: exactly one end for every start."""
 
+import itertools
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ _LEFT_OUT_AT_EXCEPTION: Mapping[str, frozenset[str]] = {
     "tinkex.custom_loss": frozenset({"regularizer_count", "track_grad_norms"}),
     "tinkex.regularizer.compute": frozenset({"is_async"}),
 }
+_UNITS = itertools.count(1)
 
 
 def failure_reason(error: BaseException) -> str:
@@ -41,18 +43,20 @@ def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurement
         ValueError: no event has this prefix.
     """
     measurements: Measurements = {}
-    emit(f"{prefix}.start", {"system_time": time.time()}, metadata)
+    unit = next(_UNITS)
+    emit(f"{prefix}.start", {"system_time": time.time()}, metadata, unit=unit)
     started = time.monotonic()
     try:
         yield measurements
     except BaseException as error:
         duration = time.monotonic() - started
         kept = _without(metadata, _LEFT_OUT_AT_EXCEPTION.get(prefix))
-        emit(f"{prefix}.exception", {"duration": duration}, {**kept, "reason": failure_reason(error)}, error)
+        failed = {**kept, "reason": failure_reason(error)}
+        emit(f"{prefix}.exception", {"duration": duration}, failed, error, unit=unit)
         raise
     duration = time.monotonic() - started
     kept = _without(metadata, _LEFT_OUT_AT_STOP.get(prefix))
-    emit(f"{prefix}.stop", {"duration": duration, **measurements}, kept)
+    emit(f"{prefix}.stop", {"duration": duration, **measurements}, kept, unit=unit)
 
 
 def _without(metadata: Mapping[str, Any], left_out: frozenset[str] | None) -> Mapping[str, Any]:

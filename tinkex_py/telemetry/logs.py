@@ -83,6 +83,11 @@ def logging_is_configured() -> bool:
     return False
 
 
+def would_write(level: int) -> bool:
+    """Whether `write_line` does anything with a line of this level that nobody asked for."""
+    return structlog_is_configured() or LOGGER.isEnabledFor(level)
+
+
 def write_line(event: str, fields: Mapping[str, Any], level: int, *, asked_for: bool = False) -> None:
     """Write one log line: the event and flat key-values.
 

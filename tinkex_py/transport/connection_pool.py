@@ -2,7 +2,7 @@
 
 Each member is a client of its own with one connection. An exchange that does not end well (cancelled, timed out,
 broken) closes its member, so no half-used connection and no lost slot can stay behind; the next exchange opens a
-fresh one.
+fresh one. So does a member that holds bytes behind the answer: they would be taken for the next answer.
 """
 
 import asyncio
@@ -16,6 +16,11 @@ _LOGGER = logging.getLogger("tinkex_py")
 
 class Closable(Protocol):
     """What the pool needs to know about its members."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing of the last exchange is left, so that another one can follow."""
+        ...
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -50,7 +55,7 @@ class ConnectionPool(Generic[Member]):
             except BaseException:
                 self._discard(member)
                 raise
-            if self._closed:
+            if self._closed or not member.is_clean:
                 self._discard(member)
             else:
                 self._idle.append(member)

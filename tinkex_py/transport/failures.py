@@ -1,5 +1,8 @@
 """What the failure of an HTTP client means, in our errors."""
 
+import socket
+import ssl
+
 from tinkex_py.errors import ConnectionFailed, InvalidData, InvalidResponse, TimeoutExceeded, TransportError
 from tinkex_py.transport.answer import HttpAnswer
 from tinkex_py.transport.request import HttpRequest
@@ -23,7 +26,7 @@ def typed_failure(error: Exception, request: HttpRequest) -> TransportError | In
     if "RemoteProtocolError" in names and not _broke_off(error):
         return InvalidResponse(f"{told}; the answer is not HTTP. Is base_url the address of the service?")
     if "ConnectError" in names:
-        return ConnectionFailed(f"{told}; nobody answers there. Is the service running, and base_url right?")
+        return ConnectionFailed(f"{told}; {_why_no_connection(error)}")
     if names & _CANNOT_BE_SENT:
         return InvalidData(f"{told}; the path or a header cannot be sent")
     if names & _BROKEN_CONNECTION:
@@ -51,6 +54,21 @@ def require_whole_body(answer: HttpAnswer, request: HttpRequest) -> None:
         return
     if told != str(len(answer.body)):
         raise ConnectionFailed(f"{request.description}: the answer has {len(answer.body)} of {told} bytes")
+
+
+def _why_no_connection(error: BaseException | None) -> str:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of the service is not trusted: {error.verify_message}. If it is your own, name it in "
+                "SSL_CERT_FILE"
+            )
+        if isinstance(error, ssl.SSLError):
+            return f"the TLS handshake failed ({error.reason}). Does the service speak https there?"
+        if isinstance(error, socket.gaierror):
+            return f"the name of the host cannot be resolved ({error.strerror}). Is base_url right?"
+        error = error.__cause__ or error.__context__
+    return "nobody answers there. Is the service running, and base_url right?"
 
 
 def _broke_off(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -20,7 +21,7 @@ from tinkex_py.errors import (
 from tinkex_py.transport.answer import HttpAnswer, raise_for_status
 from tinkex_py.transport.billing import BillingPause
 from tinkex_py.transport.codec import PROTOBUF, Result
-from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.transport.retry import RetryPolicy, usable_wait
 
 ACCEPT: Final = f"{PROTOBUF}, application/json"
 _METADATA_ONLY: Final = "complete_metadata"
@@ -197,13 +198,20 @@ class _Waiting(Generic[Decoded]):
         self._failing_since = now if self._failing_since is None else self._failing_since
         self._failures += 1
         attempts_left = self._retry.max_attempts is None or self._failures < self._retry.max_attempts
-        if now - self._failing_since > self._retry.deadline or not attempts_left:
+        # It has waited long enough, where it was too slow.
+        pause = 0.0 if isinstance(error, TimeoutExceeded) else self._pause_after(error)
+        # As for every request: no pause that ends after the deadline is begun.
+        if now + pause - self._failing_since > self._retry.deadline or not attempts_left:
             raise error
-        if isinstance(error, TimeoutExceeded):  # it has waited long enough
-            return
-        asked = error.retry_after if isinstance(error, APIStatusError) else None
-        growing = min(self._retry.initial_wait * 2 ** min(self._failures, 16), self._retry.max_wait)
-        await asyncio.sleep(growing if asked is None else asked)
+        await asyncio.sleep(pause)
+
+    def _pause_after(self, error: TinkexError) -> float:
+        """What the service asks for, else exponential growth with full jitter."""
+        asked_for = usable_wait(error.retry_after) if isinstance(error, APIStatusError) else None
+        if asked_for is not None:
+            return asked_for
+        longest = min(self._retry.initial_wait * 2 ** min(self._failures - 1, 16), self._retry.max_wait)
+        return random.uniform(0.0, longest)  # noqa: S311  (spreads load, hides nothing)
 
     def _tell_queue_state(self, fields: Mapping[str, Any]) -> None:
         if self._on_queue_state is not None:

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from tinkex_py.errors import ClientClosed, ConfigError, InvalidData, TimeoutExceeded, TransportError
-from tinkex_py.telemetry import lifecycle
+from tinkex_py.telemetry import lifecycle, request_headers
 from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
 from tinkex_py.transport.connection_pool import ConnectionPool
 from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
@@ -58,6 +59,15 @@ class _Connection:
         self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
         self.address: Callable[[str], Any] = _address if ours else str
         self._socket: Any = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no byte came behind the last answer: the next exchange would take it for its own answer.
+
+        httpcore notices bytes that wait in the socket, but not those that it read together with the answer.
+        """
+        transports = (self.client._transport, *self.client._mounts.values())
+        return all(_is_clean(transport) for transport in transports if transport is not None)
 
     async def aclose(self) -> None:
         try:
@@ -114,6 +124,7 @@ class HttpClient:
         self._secret_headers = [value for value in self._headers.values() if len(value) >= _SHORTEST_KEY]
         self._http_client = http_client
         self._asgi_app = asgi_app
+        self._may_trace = True
         self._pool = ConnectionPool(self._open_connection, max_connections)
         self._tls_context: asyncio.Future[ssl.SSLContext] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -181,7 +192,8 @@ class HttpClient:
         send = _send_and_follow if follow_redirects else _send_once
         async with self._stoppable(), self._connection() as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
-                response = await self._send(lambda: send(connection, request), request)
+                sent = self._traced(request)
+                response = await self._send(lambda: send(connection, sent), sent)
                 answer = self._answer(response, request, secret)
                 measurements.update(status=answer.status, bytes=len(answer.body))
             return answer
@@ -217,7 +229,8 @@ class HttpClient:
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         async with self._stoppable(), self._connection() as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
-                response = await self._send(lambda: _send_once(connection, request, stream=True), request)
+                traced = self._traced(request)
+                response = await self._send(lambda: _send_once(connection, traced, stream=True), traced)
                 answer = AnswerStream(response, request, secret)
                 try:
                     yield answer
@@ -253,6 +266,7 @@ class HttpClient:
             http_client=self._http_client,
             asgi_app=self._asgi_app if at_home else None,
         )
+        client._may_trace = at_home
         self._elsewhere.add(client)
         try:
             yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path
@@ -381,6 +395,11 @@ class HttpClient:
             description=description,
         )
 
+    def _traced(self, request: HttpRequest) -> HttpRequest:
+        """The request with what observers send along, such as a trace context."""
+        more = request_headers() if self._may_trace else _NO_HEADERS
+        return replace(request, headers=merged_headers(more, request.headers)) if more else request
+
     async def _send(self, send: Callable[[], Awaitable[Any]], request: HttpRequest) -> Any:
         run = _in_fresh_context if self._asgi_app is not None else _here
         try:
@@ -455,6 +474,18 @@ async def _send_once(
         extensions=dict(connection.extensions),
     )
     return await client.send(built, follow_redirects=False, stream=stream)
+
+
+def _is_clean(transport: Any) -> bool:
+    # No public name leads to the parser of a connection; where a release of httpcore hides it, no connection is used
+    # twice. A connection through a proxy holds the one to the service.
+    for connection in transport._pool.connections:
+        inner = connection
+        while inner is not None and not hasattr(inner, "_h11_state"):
+            inner = getattr(inner, "_connection", None)
+        if inner is None or inner._h11_state.trailing_data[0]:
+            return False
+    return True
 
 
 def _address(url: str) -> httpx.URL:

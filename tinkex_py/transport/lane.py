@@ -173,6 +173,19 @@ class Place:
         if self.happened and self.kind is not Kind.READ:
             self._lane.break_behind(self)
 
+    def forgotten(self) -> None:
+        """The service does not know this request, though it was answered: it may never have reached it."""
+        self._lane.refused.update(self.numbers)
+
+    def stuck(self, seconds: float) -> TinkexError:
+        """A part of this request was refused, and the rest got no result for so long; the error of it.
+
+        Nothing more can be sent: somebody in between did not pass the refused number on.
+        """
+        return self._lane.end_behind(
+            min(self._lane.refused.intersection(self.numbers)), f"nothing after it was executed within {seconds:g} s"
+        )
+
     def break_with(self, error: TinkexError) -> None:
         """Ends this place; its owner learns it at its next step, and leaves."""
         self._broken = error
@@ -228,7 +241,8 @@ class Lane:
         next_number: the number the next submission gets.
         lost: set once a number may truly be lost.
         accumulated: backward passes handed over since the last optimizer step.
-        refused: numbers that got a final refusal. A service spends them too; somebody in between may not have told it.
+        refused: numbers that got a final refusal, or whose result the service does not know. A service spends them too;
+            somebody in between may not have told it.
     """
 
     def __init__(self) -> None:
@@ -367,15 +381,19 @@ class Lane:
             SequenceLost: it will never come, because somebody in between refused it.
         """
         if number in self.refused:
-            self.end(
-                SequenceLost(
-                    f"the service waits for request {number}, which was refused on the way to it (by a proxy?) and "
-                    "will never come, so nothing after it is executed. Go on with "
-                    "service.create_training_client_from_state(path, with_optimizer=True)"
-                )
+            raise self.end_behind(number, "nothing after it is executed")
+
+    def end_behind(self, number: int, consequence: str) -> SequenceLost | ClientClosed:
+        """Ends the lane because a number will never reach the service; gives the error of it."""
+        self.end(
+            SequenceLost(
+                f"the service waits for request {number}, which was answered on the way to it (by a proxy?) and will "
+                f"never come, so {consequence}. Go on with "
+                "service.create_training_client_from_state(path, with_optimizer=True)"
             )
-            assert self.lost is not None
-            raise _again(self.lost)
+        )
+        assert self.lost is not None
+        return _again(self.lost)
 
     def end(self, error: SequenceLost | ClientClosed) -> None:
         """Nothing can be sent on this lane any more; the first reason stays."""

@@ -12,11 +12,13 @@ from tinkex_py.errors import ConfigError, ConnectionFailed, InvalidResponse, Tim
 from tinkex_py.transport.answer import HttpAnswer, raise_for_status, retry_after
 from tinkex_py.types.seconds import is_seconds
 
-__all__ = ["RetryPolicy", "is_retryable_status", "retry_after", "send_with_retry"]
+__all__ = ["RetryPolicy", "is_retryable_status", "retry_after", "send_with_retry", "usable_wait"]
 
 _RETRYABLE_FAILURES = (ConnectionFailed, TimeoutExceeded, InvalidResponse)
 _RETRYABLE_CLIENT_ERRORS = frozenset({408, 425, 429})
 _CONFLICT = 409
+# Seconds; a service that asks for less, or for no wait at all, would be asked at network speed.
+_LEAST_ASKED_FOR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +140,15 @@ class _Wait(tenacity.wait.wait_base):
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
         outcome = retry_state.outcome
         if outcome is not None and not outcome.failed:
-            asked_for = retry_after(outcome.result().headers)
-            if asked_for:  # asked for no wait at all, we would repeat at network speed
+            asked_for = usable_wait(retry_after(outcome.result().headers))
+            if asked_for is not None:
                 return asked_for
         return self._own(retry_state)
+
+
+def usable_wait(asked_for: float | None) -> float | None:
+    """The wait (seconds) that a service asks for; None where it asks for none, or for so little that it is none."""
+    return None if asked_for is None or asked_for < _LEAST_ASKED_FOR else asked_for
 
 
 def _stop(policy: RetryPolicy) -> tenacity.stop.stop_base:

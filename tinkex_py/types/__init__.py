@@ -2,6 +2,7 @@
 
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.datum import Datum
+from tinkex_py.types.features import ServiceFeatures
 from tinkex_py.types.model_input import EncodedTextChunk, Encoder, ModelInput, Tokenizer
 from tinkex_py.types.outputs import (
     ForwardBackwardOutput,
@@ -67,6 +68,7 @@ __all__ = [
     "SaveWeightsForSamplerResponse",
     "SaveWeightsResponse",
     "ServerCapabilities",
+    "ServiceFeatures",
     "Session",
     "SessionQuery",
     "SessionSearchCursor",

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.types.answer import Answer
 from tinkex_py.types.tensors import Array, TensorData, read_tensor
 
 Metrics = Mapping[str, float]
+Ability = Literal["train", "sample"]
+
+_CAPABILITIES: Mapping[Ability, str] = {"train": "training", "sample": "sampling"}
 
 
 class PackedTensor:
@@ -186,12 +189,29 @@ class SaveWeightsForSamplerResponse(Answer):
 
 
 class SupportedModel(Answer):
-    """One model of a service."""
+    """One model of a service.
+
+    `capabilities` is how TuFT says what others say in `trainable` and `sampleable`; `can` reads both.
+    """
 
     model_name: str | None = None
     max_context_length: int | None = None
     trainable: bool | None = None
     sampleable: bool | None = None
+    capabilities: tuple[str, ...] | None = None
+
+    def can(self, ability: Ability) -> bool | None:
+        """Whether the service trains this model, or samples from it; None if it does not say."""
+        told = self.trainable if ability == "train" else self.sampleable
+        if told is not None or self.capabilities is None:
+            return told
+        return _CAPABILITIES[ability] in self.capabilities
+
+    @field_validator("capabilities", mode="before")
+    @classmethod
+    def _leave_out_other_forms(cls, value: object) -> object:
+        words = cast("list[object]", value) if isinstance(value, list | tuple) else [None]
+        return words if all(isinstance(word, str) for word in words) else None
 
 
 class ServerCapabilities(Answer):

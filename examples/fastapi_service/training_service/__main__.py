@@ -1,0 +1,28 @@
+"""`python -m training_service [--host HOST] [--port PORT]`"""
+
+import argparse
+import socket
+
+import uvicorn
+
+from training_service.app import create_app
+
+
+class Server(uvicorn.Server):
+    """Ends the jobs before it waits for open connections: the followers of a job keep theirs until it is over."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.config.app.state.jobs.close()
+        await super().shutdown(sockets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="training_service")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    Server(uvicorn.Config(create_app(), host=arguments.host, port=arguments.port)).run()
+
+
+if __name__ == "__main__":
+    main()

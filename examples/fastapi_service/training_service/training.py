@@ -1,0 +1,66 @@
+"""One job's training, with `tinkex_py.runs.train`."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from tinkex_py import AdamParams, AsyncServiceClient, AsyncTrainingClient, Datum, ModelInput, Pipeline, RegularizerSpec
+from tinkex_py.base_losses import NLL
+from tinkex_py.regularizers import L2, Entropy
+from tinkex_py.runs import ProgressView, TrainedRun, TrainSettings, train
+from training_service.models import Example, JobRequest, Regularizers
+
+
+async def train_job(
+    service: AsyncServiceClient, base_model: str, request: JobRequest, folder: Path, view: ProgressView
+) -> TrainedRun:
+    """Trains an adapter, writes the run's folder, and leaves no model behind when it fails or is cancelled."""
+    async with made_model(service, base_model, request) as training:
+        tokenizer = await training.get_tokenizer()
+        data = [make_datum(tokenizer, example) for example in request.examples]
+
+        def batches(start: int):
+            size = min(request.batch_size, len(data))
+            for number in range(start, request.steps):
+                yield [data[(number * size + place) % len(data)] for place in range(size)]
+
+        trained = await train(
+            service,
+            training,
+            batches,
+            make_pipeline(request.regularizers),
+            folder=folder,
+            optimizer=AdamParams(learning_rate=request.learning_rate),
+            settings=TrainSettings(steps=request.steps, checkpoint_every=None, seed=request.seed),
+            progress=view,
+        )
+        await trained.training.aclose()  # another one than ours, if the run had to go back to a checkpoint
+        return trained
+
+
+@contextlib.asynccontextmanager
+async def made_model(
+    service: AsyncServiceClient, base_model: str, request: JobRequest
+) -> AsyncIterator[AsyncTrainingClient]:
+    training = await service.create_lora_training_client(base_model, rank=request.rank, seed=request.seed)
+    try:
+        yield training
+    finally:
+        await training.aclose()
+
+
+def make_pipeline(weights: Regularizers) -> Pipeline:
+    specs = [
+        RegularizerSpec(fn=L2(reduction="token-mean"), weight=weights.l2, name="l2"),
+        RegularizerSpec(fn=Entropy(over="tokens", reduction="mean"), weight=weights.entropy, name="entropy"),
+    ]
+    return Pipeline(NLL(reduction="token-mean"), [spec for spec in specs if spec.weight > 0])
+
+
+def make_datum(tokenizer, example: Example) -> Datum:
+    """Only the answer's tokens count."""
+    prompt, answer = (list(tokenizer.encode(text)) for text in (f"{example.prompt}\n", f"{example.answer}\n"))
+    tokens = prompt + answer
+    weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
+    inputs = {"target_tokens": tokens[1:], "weights": weights}
+    return Datum(model_input=ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)

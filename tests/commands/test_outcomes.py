@@ -1,0 +1,95 @@
+"""Exit codes, and the one line that says why."""
+
+import asyncio
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import typer
+
+from tinkex_py import errors
+from tinkex_py.commands.common.outcomes import exit_code, told_in_one_line
+from tinkex_py.commands.common.running import run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("m"), 2),
+        (errors.InvalidData("m"), 2),
+        (errors.MissingExtra("peft", "huggingface"), 2),
+        (errors.InvalidSpec("m"), 2),
+        (errors.PipelineError("m"), 2),
+        (PermissionError(13, "no"), 2),
+        (errors.NonFiniteLoss("m", name="kl"), 1),
+        (errors.ConnectionFailed("m"), 1),
+        (errors.TimeoutExceeded("m"), 1),
+        (errors.InvalidResponse("m"), 1),
+        (errors.Authentication("m", status=401), 1),
+        (errors.PermissionDenied("m", status=403), 1),
+        (errors.RequestFailed("m"), 1),
+        (errors.UnsupportedFeature("m"), 1),
+    ],
+)
+def test_errors_and_their_codes(error, code, capsys):
+    assert exit_code(error) == code
+    with pytest.raises(typer.Exit) as caught, told_in_one_line("thing"):
+        raise error
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err == f"tinkex-py thing: {error}\n"
+
+
+def test_a_message_of_several_lines_is_one(capsys):
+    with pytest.raises(typer.Exit), told_in_one_line("thing"):
+        raise errors.ConfigError("one\ntwo")
+    assert capsys.readouterr().err == "tinkex-py thing: one two\n"
+
+
+def test_a_missing_library_names_its_extra(capsys):
+    with pytest.raises(typer.Exit) as caught, told_in_one_line("thing", extra="local"):
+        raise ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().err == ("tinkex-py thing: peft is not installed. Run: pip install 'tinkex-py[local]'\n")
+
+
+def test_errors_of_our_own_code_are_not_hidden():
+    with pytest.raises(ZeroDivisionError), told_in_one_line("thing"):
+        raise ZeroDivisionError
+    with pytest.raises(BrokenPipeError), told_in_one_line("thing"):  # typer ends in silence
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_work_in_order(number):
+    ended = []
+
+    async def work():
+        try:
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    before = signal.getsignal(number)
+    with pytest.raises(typer.Exit) as caught, told_in_one_line("thing"):
+        run(work())
+    assert caught.value.exit_code == 130
+    assert ended == [True]
+    assert signal.getsignal(number) == before
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_a_cancellation_of_the_works_own_is_no_signal():
+    async def work():
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        run(work())
+
+
+def test_every_code_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "command_line.md").read_text()
+    for code in (0, 1, 2, 3, 130):
+        assert f"| {code} |" in page

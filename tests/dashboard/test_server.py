@@ -1,0 +1,237 @@
+"""The dashboard over real HTTP."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.dashboard.served import Seen, dashboard, events
+from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_up_step, weight, write_run
+from tests.runs.support import run_info
+from tinkex_py.cli import app
+from tinkex_py.dashboard import serve_dashboard
+from tinkex_py.errors import ConfigError
+from tinkex_py.runs.curves import POINTS
+from tinkex_py.runs.pictures import PICTURES
+
+
+def append(run: Path, first: int, last: int, *terms: Sequence[str], norms: bool = True) -> None:
+    steps = [made_up_step(step, *terms, norms=norms) for step in range(first, last + 1)]
+    with (run / "steps.jsonl").open("a") as file:
+        file.writelines(step.model_dump_json() + "\n" for step in steps)
+
+
+@pytest.mark.asyncio
+async def test_a_running_run_is_followed(tmp_path: Path):
+    run = write_run(tmp_path / "live", [made_up_step(1)], run_info(status="running", total_steps=4))
+    async with dashboard(tmp_path) as address, events(address, "live") as stream:
+        seen = Seen()
+        await seen.until(stream, lambda seen: seen.steps.get("live") == [1])
+        assert [picture["key"] for picture in seen.pictures] == [picture.key for picture in PICTURES]
+        assert seen.lines["live"]["steps"] == 1
+        append(run, 2, 4)
+        await seen.until(stream, lambda seen: seen.steps["live"] == [1, 2, 3, 4])
+        (run / "run.json").write_text(run_info(status="finished", total_steps=4).model_dump_json())
+        await seen.until(stream, lambda seen: seen.lines["live"]["status"] == "finished")
+        values = seen.values["live"]
+        assert values["loss/base"] == pytest.approx([base_loss(step) for step in range(1, 5)], rel=1e-6)
+        for place, term in enumerate(("l2", "kl_to_base", "rarity")):
+            assert values[f"term/{term}/weight"] == pytest.approx([weight(place, n) for n in range(1, 5)], rel=1e-6)
+            expected = [contribution(place, n) for n in range(1, 5)]
+            assert values[f"term/{term}/contribution"] == pytest.approx(expected, rel=1e-6)
+        drawn = {line["name"] for picture in seen.pictures for chart in picture["charts"] for line in chart["lines"]}
+        assert values.keys() == drawn
+        # Only what is new is sent, with the point that may have changed.
+        assert seen.sizes[0] == 1
+        assert sum(seen.sizes) < 1 + 2 * 3 + 1
+
+
+@pytest.mark.asyncio
+async def test_a_run_that_appears_and_one_that_goes(tmp_path: Path):
+    async with dashboard(tmp_path) as address, events(address, "new") as stream:
+        seen = Seen()
+        kind, told = await anext(stream)
+        assert (kind, told) == ("runs", {"changed": [], "gone": []})
+        run = made_up_run(tmp_path / "new", 2)
+        await seen.until(stream, lambda seen: seen.steps.get("new") == [1, 2])
+        (run / "run.json").unlink()
+        await seen.until(stream, lambda seen: seen.lines == {})
+        await seen.until(stream, lambda seen: not any(picture["charts"] for picture in seen.pictures))
+
+
+@pytest.mark.asyncio
+async def test_long_runs_are_thinned_and_stay_whole(tmp_path: Path):
+    run = made_up_run(tmp_path / "long", POINTS, ["l2"], norms=False)
+    async with dashboard(tmp_path) as address, events(address, "long") as stream:
+        seen = Seen()
+        await seen.until(stream, lambda seen: len(seen.steps.get("long", [])) == POINTS)
+        append(run, POINTS + 1, POINTS + 3, ["l2"], norms=False)
+        await seen.until(stream, lambda seen: seen.steps["long"][-1] == POINTS + 3)
+        assert seen.steps["long"] == [*range(2, POINTS + 3, 2), POINTS + 3]
+        losses = np.array([base_loss(step) for step in range(1, POINTS + 3)])
+        assert seen.values["long"]["loss/base"][:-1] == pytest.approx(losses.reshape(-1, 2).mean(axis=1), rel=1e-6)
+
+
+@pytest.mark.asyncio
+async def test_several_runs_keep_their_colours(tmp_path: Path):
+    for name in ("a", "b"):
+        made_up_run(tmp_path / name, 2)
+    async with dashboard(tmp_path) as address, events(address, "b", "", "gone", "a") as stream:
+        seen = Seen()
+        await seen.until(stream, lambda seen: len(seen.steps) == 2)
+        (losses,) = seen.pictures[0]["charts"]
+        assert {(line["run"], line["colour"]) for line in losses["lines"]} == {("b", 0), ("a", 3)}
+
+
+@pytest.mark.asyncio
+async def test_what_is_wrong_with_a_file_reaches_the_page(tmp_path: Path):
+    run = made_up_run(tmp_path / "a", 1)
+    async with dashboard(tmp_path) as address, events(address, "a") as stream:
+        seen = Seen()
+        await seen.until(stream, lambda seen: "a" in seen.steps)
+        with (run / "steps.jsonl").open("a") as file:
+            file.write("no step\n")
+        await seen.until(stream, lambda seen: seen.problems["a"] == "steps.jsonl, line 2 is no step")
+        (run / "run.json").write_text("{")
+        await seen.until(stream, lambda seen: "is no RunInfo" in (seen.lines["a"]["problem"] or ""))
+
+
+@pytest.mark.asyncio
+async def test_many_pages_some_of_which_leave(tmp_path: Path):
+    run = write_run(tmp_path / "a", [made_up_step(1)])
+
+    async def page(address: str, steps: int) -> None:
+        async with events(address, "a") as stream:
+            await Seen().until(stream, lambda seen: len(seen.steps.get("a", [])) >= steps)
+
+    async with dashboard(tmp_path) as address:
+        async with asyncio.TaskGroup() as pages:
+            for number in range(20):
+                pages.create_task(page(address, 1 if number % 2 else 2))
+            append(run, 2, 2)
+        await page(address, 2)
+
+
+@pytest.mark.asyncio
+async def test_stopping_ends_open_streams(tmp_path: Path):
+    made_up_run(tmp_path / "a", 1)
+    async with dashboard(tmp_path, interval=3600.0) as address:
+        client = httpx.AsyncClient(timeout=None)
+        answer = await client.send(client.build_request("GET", f"{address}/api/events"), stream=True)
+        lines = answer.aiter_lines()
+        assert await anext(lines) == "event: runs"
+    async for line in lines:  # it ends, and is not broken off
+        assert line is not None
+    await answer.aclose()
+    await client.aclose()
+
+
+@pytest.mark.asyncio
+async def test_the_page_and_its_files(tmp_path: Path):
+    made_up_run(tmp_path / "a run", 1, config={"optimizer": {"lr": 0.5}}, seed=3)
+    async with dashboard(tmp_path) as address, httpx.AsyncClient(base_url=address) as client:
+        page = await client.get("/")
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
+        assert "//" not in page.text.replace("<!doctype html>", "")  # nothing from elsewhere
+        for name in ("style.css", "dashboard.js", "vendor/uPlot.iife.min.js", "vendor/uPlot.min.css"):
+            assert f"/static/{name}" in page.text
+            assert (await client.get(f"/static/{name}")).status_code == 200
+        assert [run["name"] for run in (await client.get("/api/runs")).json()] == ["a run"]
+        settings = await client.get("/api/runs/a%20run/settings")
+        assert settings.json() == {"optimizer.lr": 0.5, "seed": 3}
+        assert (await client.get("/docs")).status_code == 404
+        too_many = await client.get("/api/events", params={"run": list("abcdefgh")})
+        assert too_many.status_code == 422
+
+
+@pytest.mark.asyncio
+async def test_nothing_outside_the_folder_is_served(tmp_path: Path):
+    secret = made_up_run(tmp_path / "secret", 1, config={"key": "hidden"})
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(secret)
+    async with dashboard(tmp_path / "runs") as address:
+        port = int(address.rpartition(":")[2])
+        for path in ("..%2Fsecret", "%2e%2e/secret", "link", "..", "%2Fetc", "..%5Csecret"):
+            for target in (f"/api/runs/{path}/settings", f"/static/{path}/run.json", f"/static/../{path}/run.json"):
+                answer = await raw_answer(port, target)
+                assert answer.startswith(("HTTP/1.1 404", "HTTP/1.1 405")), (target, answer)
+                assert "hidden" not in answer
+        async with events(address, "../secret", "link", str(secret)) as stream:
+            assert await anext(stream) == ("runs", {"changed": [], "gone": []})
+            kind, told = await anext(stream)
+            assert kind == "charts"
+            assert not any(picture["charts"] for picture in told["pictures"])
+
+
+async def raw_answer(port: int, target: str) -> str:
+    """Asks without a client that would tidy the path."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer.decode()
+
+
+@pytest.mark.asyncio
+async def test_a_foreign_name_for_this_machine_is_refused(tmp_path: Path):
+    async with dashboard(tmp_path) as address, httpx.AsyncClient(base_url=address) as client:
+        for host in ("evil.example", "127.0.0.1.evil.example:80", ""):
+            assert (await client.get("/api/runs", headers={"Host": host})).status_code == 400
+        assert (await client.get("/api/runs", headers={"Host": "localhost:1"})).status_code == 200
+
+
+@pytest.mark.asyncio
+async def test_other_machines_need_permission(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0.*--allow-other-machines"):
+        await serve_dashboard(tmp_path, "0.0.0.0", on_listening=print)
+    async with dashboard(tmp_path, host="0.0.0.0", allow_other_machines=True) as address:
+        port = address.rpartition(":")[2]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert (await client.get("/api/runs", headers={"Host": "my-machine"})).status_code == 200
+
+
+@pytest.mark.asyncio
+async def test_what_cannot_be_served_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="nowhere is no folder"):
+        await serve_dashboard(tmp_path / "nowhere", on_listening=print)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=str(port)):
+            await serve_dashboard(tmp_path, port=port, on_listening=print)
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path):
+    made_up_run(tmp_path / "a", 1)
+    command = [sys.executable, "-W", "error", "-m", "tinkex_py", "dashboard", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        assert line.startswith("Dashboard on http://127.0.0.1:"), line + process.stderr.read()
+        address = line.removeprefix("Dashboard on ").strip()
+        with httpx.stream("GET", f"{address}/api/events") as answer:
+            assert next(answer.iter_lines()) == "event: runs"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+
+
+def test_the_command_fails_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def told(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["dashboard", *arguments])
+        assert done.exit_code == 2
+        (line,) = done.stderr.splitlines()
+        return line
+
+    assert "nowhere is no folder" in told(str(tmp_path / "nowhere"))
+    assert "--allow-other-machines" in told(str(tmp_path), "--host", "0.0.0.0")
+    monkeypatch.setitem(sys.modules, "fastapi.sse", None)
+    assert told(os.fspath(tmp_path)).endswith("Run: pip install 'tinkex-py[dashboard]'")

@@ -1,0 +1,123 @@
+"""A real service in a process of its own, a proxy in front of it, and the weights of a run without faults."""
+
+import asyncio
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from tests.faults.catalogue import IN_CHUNKS
+from tests.faults.proxy import FaultProxy
+from tests.faults.runs import config, kept_run, long_run, new_client, resumed_run, short_run, weights
+from tests.faults.tally import TALLY, Tally
+from tests.support.served import serving
+from tinkex_py import AsyncServiceClient
+
+
+@dataclass(frozen=True)
+class Served:
+    """The service of these tests, with its state folder."""
+
+    url: str
+    state: Path
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """The tiny model's matrices are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tally(pytestconfig: pytest.Config) -> Tally:
+    return pytestconfig.stash.setdefault(TALLY, Tally())
+
+
+@pytest.fixture(scope="package")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    state = tmp_path_factory.mktemp("state")
+    with serving("--state-dir", str(state)) as (_, url):
+        yield Served(url, state)
+
+
+@pytest.fixture(scope="package")
+def expected(served: Served) -> dict[str, np.ndarray]:
+    """The weights after a short run without faults."""
+
+    async def run(service: AsyncServiceClient) -> str:
+        return await short_run(await new_client(service))
+
+    return quiet_run(served, run)
+
+
+@pytest.fixture(scope="package")
+def expected_of_long_runs(served: Served) -> dict[str, np.ndarray]:
+    """The weights after a long run without faults, its calls in chunks of two."""
+
+    async def run(service: AsyncServiceClient) -> str:
+        return await long_run(await new_client(service))
+
+    return quiet_run(served, run)
+
+
+@pytest.fixture(scope="package")
+def twin(served: Served) -> dict[str, np.ndarray]:
+    """The weights of a run that was resumed, without any fault, its calls in one piece each."""
+
+    async def run(service: AsyncServiceClient) -> str:
+        return await resumed_run(service, await kept_run(service))
+
+    return quiet_run(served, run, in_chunks=False)
+
+
+def quiet_run(
+    served: Served, run: Callable[[AsyncServiceClient], Awaitable[str]], *, in_chunks: bool = True
+) -> dict[str, np.ndarray]:
+    async def whole() -> str:
+        async with FaultProxy(served.url) as proxy:
+            if in_chunks:
+                proxy.spoil("config", IN_CHUNKS)
+            async with AsyncServiceClient(config(proxy.url, timeout=20.0, poll_timeout=20.0)) as service:
+                return await run(service)
+
+    return weights(served.state, asyncio.run(whole()))
+
+
+@pytest_asyncio.fixture
+async def proxy(served: Served, tally: Tally) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy(served.url) as running:
+        running.spoil("config", IN_CHUNKS)
+        yield running
+    tally.add(running)
+
+
+@pytest.fixture(scope="package")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, made = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("needs the openssl command to make a certificate")
+    return made, key
+
+
+@pytest.fixture
+def trusted_certificate(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """A server's TLS context that clients of this test trust."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    return context

@@ -1,0 +1,139 @@
+"""Where a step cannot be saved it ends in typed errors, and a run resumed from its checkpoint is as if nothing was."""
+
+import asyncio
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client.data import nll
+from tests.faults.catalogue import FINAL
+from tests.faults.proxy import Fault, FaultProxy, Passing
+from tests.faults.runs import (
+    ADAM,
+    DATA,
+    NO_HANG,
+    PLACES,
+    assert_same,
+    config,
+    kept_run,
+    new_client,
+    resumed_run,
+    weights,
+)
+from tests.support.served import serving
+from tinkex_py import (
+    AsyncServiceClient,
+    AsyncTrainingClient,
+    NotFound,
+    PrecedingRequestFailed,
+    RetryPolicy,
+    TinkexError,
+)
+from tinkex_py.errors import ResultLost
+
+pytestmark = pytest.mark.asyncio
+
+
+async def errors_of_a_step(training: AsyncTrainingClient) -> list[TinkexError]:
+    """Both requests of a step, sent in one burst; what they end in is an error that has a type, or nothing."""
+    calls = (training.forward_backward_custom(DATA, nll), training.optim_step(ADAM))
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert errors, "the step went through"
+    assert all(isinstance(error, TinkexError) for error in errors), errors
+    assert not isinstance(errors[0], PrecedingRequestFailed), "nothing went before it"
+    return [error for error in errors if isinstance(error, TinkexError)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_final_answers_end_in_typed_errors_and_the_run_goes_on(proxy, served, twin, tally, place: str):
+    proxy.heal()  # calls in one piece each
+    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url)) as service:
+        kept = await kept_run(service)
+        for fault in FINAL:
+            training = await service.create_training_client_from_state(kept, with_optimizer=True)
+            proxy.spoil(place, fault)
+            await errors_of_a_step(training)
+            assert proxy.injected[fault.name, place] == 1, "a final answer is not asked for again"
+            tally.checked["final answers end in typed errors"] += 1
+        path = await resumed_run(service, kept)
+    assert_same(weights(served.state, path), twin)
+    tally.checked["a resumed run equals its twin"] += 1
+
+
+async def test_expired_futures_say_so(proxy: FaultProxy):
+    async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url)) as service:
+        training = await new_client(service)
+        gone = next(fault for fault in FINAL if fault.name == "status 410, before")
+        proxy.spoil("retrieve_future", gone)
+        with pytest.raises(ResultLost, match="create_training_client_from_state"):
+            await training.forward_backward(DATA)
+
+
+class Life:
+    """A service in a process of its own that can be killed and started again on the same state."""
+
+    def __init__(self, state: Path, stack: ExitStack) -> None:
+        self.state = state
+        self.killed = asyncio.Event()
+        self._stack = stack
+        self._process: Any = None
+
+    async def start(self) -> str:
+        """Its address."""
+        # Beside the loop: the clients go on meanwhile.
+        self._process, url = await asyncio.to_thread(self._stack.enter_context, serving("--state-dir", str(self.state)))
+        return url
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(timeout=60)
+        self.killed.set()
+
+    def fault(self, *, reaches: bool) -> Fault:
+        """The request is on its way when the service dies."""
+
+        async def act(passing: Passing) -> None:
+            if reaches:
+                await passing.ask()
+            await passing.unless_client_leaves(self.killed.wait())
+            await passing.reset()
+
+        return Fault(f"restart of the service, request {'taken' if reaches else 'not taken'}", act)
+
+
+async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
+    """Clients at every place of a step, with the request taken or not, when the service is killed."""
+    patient = {
+        "timeout": 60.0,
+        "poll_timeout": 60.0,
+        "retry": RetryPolicy(deadline=60.0, initial_wait=0.01, max_wait=0.05),
+    }
+    with ExitStack() as stack:
+        life = Life(tmp_path, stack)
+        async with (
+            asyncio.timeout(3 * NO_HANG),
+            FaultProxy(await life.start()) as proxy,
+            AsyncServiceClient(config(proxy.url, **patient)) as service,
+        ):
+            kept = await kept_run(service)
+            steps: list[asyncio.Task[list[TinkexError]]] = []
+            for place in PLACES:
+                for reaches in (False, True):
+                    training = await service.create_training_client_from_state(kept, with_optimizer=True)
+                    fault = life.fault(reaches=reaches)
+                    proxy.spoil(place, fault)
+                    steps.append(asyncio.create_task(errors_of_a_step(training)))
+                    await proxy.until(lambda f=fault, p=place: proxy.injected[f.name, p] == 1)
+            life.kill()
+            proxy.service_url = await life.start()
+            for errors in await asyncio.gather(*steps):
+                assert isinstance(errors[0], NotFound | ResultLost), errors
+                tally.checked["a restart ends every call in a typed error"] += len(errors)
+            path = await resumed_run(service, kept)
+        tally.add(proxy)
+        assert_same(weights(tmp_path, path), twin)
+        tally.checked["a resumed run equals its twin"] += 1

@@ -1,0 +1,118 @@
+"""Logs to one tracker without any network and prints, as JSON, what the tracker's own reader tells.
+
+    python -m tests.integrations.tracker_program TRACKER FOLDER
+
+A process of its own because these libraries keep threads, processes and settings for as long as a process lives.
+"""
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.integrations.tracked import RUN, log_twice
+from tinkex_py.integrations.trackers import MlflowSink, TrackioSink, WandbSink
+from tinkex_py.integrations.trackers.identity import run_key
+
+Points = list[tuple[int, float]]
+
+
+def refuse_the_network() -> None:
+    """A connection to anything but this machine ends the program."""
+    connect = socket.socket.connect
+
+    def checked(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1"):
+            sys.exit(f"a tracker connects to {address}")
+        connect(self, address)
+
+    socket.socket.connect = checked  # type: ignore[method-assign]
+
+
+def wandb(folder: Path) -> dict[str, Any]:
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_machine_info=True)
+    around = wandb.init(project="mine", mode="offline", dir=folder, settings=settings)
+    log_twice(lambda: WandbSink("guide", mode="offline", dir=folder, settings=settings))
+    still_open = wandb.run is around
+    around.finish()
+    wandb.teardown()
+    points: dict[str, Points] = {}
+    ids, names, config = set(), set(), {}
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for content in leveldb_records(file.read_bytes()):
+            record = Record.FromString(content)
+            if record.WhichOneof("record_type") == "run" and record.run.project == "guide":
+                ids.add(record.run.run_id)
+                names.add(record.run.display_name)
+                config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
+            if record.WhichOneof("record_type") == "history":
+                row = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+                for name, value in row.items():
+                    if name != "step" and not name.startswith("_"):
+                        points.setdefault(name, []).append((row["step"], float(value)))
+    return {"points": points, "ids": sorted(ids), "names": sorted(names), "config": config, "still_open": still_open}
+
+
+def leveldb_records(content: bytes) -> list[bytes]:
+    """The records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
+    records, record, place = [], b"", 7
+    while place + 7 <= len(content):
+        left_in_block = 32768 - place % 32768
+        if left_in_block < 7:
+            place += left_in_block
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(record)
+            record = b""
+    return records
+
+
+def mlflow(folder: Path) -> dict[str, Any]:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{folder}/mlflow.db"
+    log_twice(lambda: MlflowSink("guide", tracking_uri=uri))
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("guide").experiment_id])
+    (run,) = runs
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {
+        "points": {name: [(metric.step, metric.value) for metric in metrics] for name, metrics in history.items()},
+        "names": [run.info.run_name],
+        "status": run.info.status,
+        "config": run.data.params,
+    }
+
+
+def trackio(folder: Path) -> dict[str, Any]:
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    around = trackio.init(project="mine", embed=False, auto_log_cpu=False, auto_log_gpu=False)
+    log_twice(lambda: TrackioSink("guide"))
+    still_open = trackio.context_vars.current_run.get() is around
+    trackio.finish()
+    (run,) = trackio.Api().runs("guide")
+    points: dict[str, Points] = {}
+    for row in SQLiteStorage.get_logs("guide", run.name, run_id=run.id):
+        for name, value in row.items():
+            if "/" in name:
+                points.setdefault(name, []).append((row["step"], value))
+    assert list(folder.glob("guide*.db"))
+    return {"points": points, "names": [run.name], "config": run.config, "still_open": still_open}
+
+
+if __name__ == "__main__":
+    refuse_the_network()
+    tracker = {"wandb": wandb, "mlflow": mlflow, "trackio": trackio}[sys.argv[1]]
+    told = tracker(Path(sys.argv[2]))
+    sys.stdout.write(json.dumps({**told, "key": run_key(RUN)}) + "\n")

@@ -1,0 +1,91 @@
+"""The dashboard's web application: one page, its files, and the events that keep it up to date."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.staticfiles import StaticFiles
+from pydantic import JsonValue
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from tinkex_py.dashboard.feed import Feed
+from tinkex_py.dashboard.runs_folder import RunLine
+from tinkex_py.errors import ConfigError
+from tinkex_py.runs.flat_settings import settings_of
+from tinkex_py.runs.pictures import MOST_COLOURS
+
+FILES = Path(__file__).parent / "static"
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "[::1]")
+# Everything comes from this server; nothing of a run's can become a script, and no other page can frame this one.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+routes = APIRouter()
+
+
+def dashboard_app(feed: Feed, *, hosts: Sequence[str] = THIS_MACHINE) -> FastAPI:
+    """The application over a feed.
+
+    Args:
+        feed: of the folder of runs; the application runs it.
+        hosts: names under which browsers may ask for it, so that no foreign page can read it through a name of its
+            own that leads here; `*` is any.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        async with feed.running():
+            yield
+
+    app = FastAPI(title="tinkex_py dashboard", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.feed = feed
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.mount("/static", StaticFiles(directory=FILES))
+    app.include_router(routes)
+    return app
+
+
+def _feed_of(request: Request) -> Feed:
+    return request.app.state.feed
+
+
+TheFeed = Annotated[Feed, Depends(_feed_of)]
+
+
+@routes.get("/")
+async def page() -> FileResponse:
+    """The page itself."""
+    return FileResponse(FILES / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+@routes.get("/api/runs")
+async def runs(feed: TheFeed) -> list[RunLine]:
+    """The runs, as their files are now."""
+    return await feed.lines()
+
+
+@routes.get("/api/runs/{name}/settings")
+async def settings(name: str, feed: TheFeed) -> dict[str, JsonValue]:
+    """The settings of one run."""
+    try:
+        info = await feed.info(name)
+    except ConfigError as error:
+        raise HTTPException(422, str(error)) from None
+    if info is None:
+        raise HTTPException(404, f"there is no run {name!r}")
+    return settings_of(info)
+
+
+@routes.get("/api/events", response_class=EventSourceResponse)
+async def events(
+    feed: TheFeed, run: Annotated[list[str] | None, Query(max_length=MOST_COLOURS)] = None
+) -> AsyncGenerator[ServerSentEvent]:
+    """What `Feed.events` tells, as server-sent events."""
+    async for kind, told in feed.events(run or []):
+        yield ServerSentEvent(event=kind, raw_data=told)

@@ -1,0 +1,49 @@
+"""The dashboard behind a real socket."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tinkex_py.dashboard.app import dashboard_app
+from tinkex_py.dashboard.feed import INTERVAL, Feed
+from tinkex_py.errors import ConfigError
+from tinkex_py.serving import address_of, is_loopback, listen, serve_app
+
+
+async def serve_dashboard(
+    runs_dir: Path | str,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    allow_other_machines: bool = False,
+    interval: float = INTERVAL,
+    on_listening: Callable[[str], None],
+) -> None:
+    """Serve until cancelled; open pages lose their stream at once. Leaves the process's signals alone.
+
+    Args:
+        runs_dir: the folder that holds the runs' folders.
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        allow_other_machines: permits a host that others can reach: they see every run, and nobody is asked for a key.
+        interval: seconds between two looks at the files, as long as a page is open.
+        on_listening: called once with the address of the page when connections are accepted.
+
+    Raises:
+        ConfigError: `runs_dir` is no folder, others can reach the host and that is not permitted, or the address
+            cannot be used.
+    """
+    if not is_loopback(host) and not allow_other_machines:
+        raise ConfigError(
+            f"host {host!r} can be reached by others, who would see every run: use 127.0.0.1, or permit it with "
+            "allow_other_machines (--allow-other-machines)"
+        )
+    feed = Feed(runs_dir, interval=interval)
+    app = dashboard_app(feed, hosts=["*"]) if allow_other_machines else dashboard_app(feed)
+    listener = listen(host, port)
+    try:
+        address = address_of(listener)
+        await serve_app(
+            app, listener, on_listening=lambda: on_listening(address), before_shutdown=feed.close, lifespan=True
+        )
+    finally:
+        listener.close()

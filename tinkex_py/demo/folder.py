@@ -1,0 +1,25 @@
+"""Where a run of the demo is written to."""
+
+from datetime import datetime
+from pathlib import Path
+
+from tinkex_py.errors import ConfigError
+
+
+def new_run_folder(runs_dir: Path) -> Path:
+    """A fresh folder named after the time; a second run in the same second gets a number.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 1000):
+        folder = runs_dir / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"the run's folder {folder} cannot be made: {error.strerror}") from error
+        return folder
+    raise ConfigError(f"{runs_dir / stamp} and 998 siblings exist already")

@@ -1,0 +1,52 @@
+"""Small HTML tables for notebooks. Everything in them is escaped."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from reprlib import Repr
+
+_SHORT = Repr()
+_SHORT.maxother = _SHORT.maxstring = 80
+
+
+def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, below: str = "") -> str:
+    """A table with a title.
+
+    Args:
+        title: above it.
+        columns: their headings; a column without any value is left out.
+        rows: cells, one per column; None is empty, texts are shown as they are, numbers with five digits.
+        below: one line under it.
+    """
+    cells = [list(row) for row in rows]
+    shown = [place for place in range(len(columns)) if any(row[place] is not None for row in cells)]
+    head = "".join(_cell("th", columns[place]) for place in shown)
+    body = "".join(f"<tr>{''.join(_cell('td', row[place]) for place in shown)}</tr>" for row in cells)
+    note = f"<p>{escape(below)}</p>" if below else ""
+    return (
+        f"<div><p><strong>{escape(title)}</strong></p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
+    )
+
+
+def html_facts(title: str, facts: Mapping[str, object]) -> str:
+    """A table of names and values; what is None is left out."""
+    return html_table(title, ("", "value"), [(name, value) for name, value in facts.items() if value is not None])
+
+
+def as_text(value: object) -> str:
+    """What a cell says."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.5g}" if math.isfinite(value) else str(value)
+    if isinstance(value, bool | int):
+        return str(value)
+    return _SHORT.repr(value)
+
+
+def _cell(kind: str, value: object) -> str:
+    side = "right" if isinstance(value, int | float) and not isinstance(value, bool) else "left"
+    return f'<{kind} style="text-align: {side}">{escape(as_text(value))}</{kind}>'
