@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance lint types docs clean
+.PHONY: help install demo notebook test bench conformance fuzz audit lint types docs clean
 .SUFFIXES:
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make test   all tests, with branch coverage"
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
+	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
+	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
 	@echo "make docs   the documentation, into site/"
@@ -54,6 +56,15 @@ bench: $(STAMP)
 conformance: $(STAMP)
 	@$(BIN)/python -m tests.peers $(ARGS)
 
+# An input that breaks something is kept in the current folder, as crash-...
+fuzz: $(STAMP)
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
+# In an environment of its own, so that it does not audit what it brings itself.
+audit: $(STAMP)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit; }
+	@$(BIN)/python -m tests.security.audit .audit/bin/pip-audit $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
@@ -67,5 +78,5 @@ docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html is ready"
 
 clean:
-	@rm -rf $(VENV) site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	@rm -rf $(VENV) .audit site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
 	@find . -name __pycache__ -prune -exec rm -rf {} +

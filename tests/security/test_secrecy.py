@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.client.recorder import QUICK
 from tests.client.test_secrecy import everything_about
@@ -34,11 +37,13 @@ from tinkex_py import (
     telemetry,
 )
 from tinkex_py.base_losses import NLL
+from tinkex_py.integrations.opentelemetry import OpenTelemetry
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.local.server import serve
 from tinkex_py.regularizers import L2
 from tinkex_py.runs import TrainSettings, read_run, read_steps, train
 from tinkex_py.runs.pairs import read_pairs
+from tinkex_py.runs.report import write_report
 
 pytestmark = pytest.mark.asyncio
 KEY = "tml-PLANTED-0123456789abcdef"
@@ -228,8 +233,15 @@ async def test_all_calls_over_http(everything, tmp_path, capfd):
     async with served(LocalOptions(api_key=KEY, state_dir=state)) as (address, local):
         config = TinkexConfig(base_url=address, api_key=KEY, retry=QUICK)
         check_clean("the configuration", repr(config) + str(config) + repr(pickle.dumps(config.api_key)))
-        async with AsyncServiceClient(config) as service:
-            await use_everything(service, everything, tmp_path)
+        spans = InMemorySpanExporter()
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(spans))
+        with OpenTelemetry(tracer_provider=provider):
+            async with AsyncServiceClient(config) as service:
+                await use_everything(service, everything, tmp_path)
+        assert len(spans.get_finished_spans()) > 20
+        for span in spans.get_finished_spans():
+            check_clean("a span", span.to_json())
         wrong = AsyncServiceClient(TinkexConfig(base_url=address, api_key=KEY + "x", retry=QUICK))
         with pytest.raises(TinkexError) as caught:
             async with wrong:
@@ -315,6 +327,9 @@ async def test_a_runs_folder(everything, local_bench, tmp_path):
         if file.is_file():
             check_clean(file.name, file.read_bytes())
     assert {file.name for file in tmp_path.rglob("*.json*")} == {"run.json", "steps.jsonl", "state.json"}
+    report = write_report([tmp_path / str(number) for number in range(3)], tmp_path / "report")
+    check_clean("the report", report.page.read_bytes())
+    check_clean("the report's summary", report.model_dump_json())
 
 
 @pytest.mark.parametrize("content", [f'{{"prompt": "{PROMPT}"}}\n'.encode(), PROMPT.encode() + b"\xff\n", b"\x80"])

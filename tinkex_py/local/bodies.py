@@ -28,7 +28,7 @@ async def read_body(request: Request) -> bytes:
     body = await _received(request, options.max_body_bytes)
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding == "zstd":
-        body = _unpacked(body, options.max_body_bytes)
+        body = unpacked(body, options.max_body_bytes)
     elif encoding not in ("identity", ""):
         raise Refused(415, f"Content-Encoding {encoding!r} is not understood; send the body plain or with zstd")
     request.state.body_bytes = len(body)
@@ -44,7 +44,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     raw = await read_body(request)
     try:
         text = raw.decode("utf-8-sig") or "{}"
-        _check_structure(text)
+        check_structure(text)
         value = json.loads(text)
     except ValueError as error:
         # The decoder's own text names a place, never the content.
@@ -93,7 +93,16 @@ def _check_size(size: int, limit: int) -> None:
         raise Refused(413, f"the body is larger than {limit} bytes")
 
 
-def _unpacked(body: bytes, limit: int) -> bytes:
+def unpacked(body: bytes, limit: int) -> bytes:
+    """What a zstd stream holds.
+
+    Args:
+        body: one whole stream.
+        limit: how many bytes it may hold.
+
+    Raises:
+        Refused: 413 it holds more; 400 it is no whole stream; 415 zstd is not installed.
+    """
     try:
         import zstandard
     except ImportError:
@@ -115,8 +124,12 @@ def _unpacked(body: bytes, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-def _check_structure(text: str) -> None:
-    """Refuses what would cost the JSON decoder, or what comes after it, more than its length says."""
+def check_structure(text: str) -> None:
+    """Refuse what would cost the JSON decoder, or what comes after it, more than its length says.
+
+    Raises:
+        Refused: 413 too many parts; 400 too deep.
+    """
     containers = text.count("[") + text.count("{")
     if containers + text.count('"') // 2 > MAX_JSON_PARTS:
         raise Refused(413, f"the body has more than {MAX_JSON_PARTS} lists, objects and texts")

@@ -310,16 +310,7 @@ class Engine:
         return optimizer
 
     def _read(self, source: CheckpointInfo, name: str) -> dict[str, torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-        file: Path = self.store.file(source, name)
-        try:
-            return load_file(str(file))
-        except FileNotFoundError as error:
-            raise InvalidData(f"checkpoint {source.path!r} has no {name}") from error
-        except SafetensorError as error:
-            raise InvalidData(f"checkpoint {source.path!r}: {name} is damaged ({error})") from error
+        return read_tensors(self.store.file(source, name), f"checkpoint {source.path!r}")
 
     def _sampler(self, source: CheckpointInfo) -> Adapter:
         """The sampling adapter that holds a checkpoint; loads it in the place of the least recently used one."""
@@ -356,6 +347,27 @@ class Engine:
             "target_modules": self._bank.target_modules(settings),
         }
         return json.dumps(config, indent=2)
+
+
+def read_tensors(file: Path, whose: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        file: the file.
+        whose: what it belongs to, for errors.
+
+    Raises:
+        InvalidData: it is not there or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+    try:
+        return load_file(str(file))
+    except FileNotFoundError as error:
+        raise InvalidData(f"{whose} has no {file.name}") from error
+    except SafetensorError as error:
+        raise InvalidData(f"{whose}: {file.name} is damaged ({error})") from error
 
 
 def lora_settings(run: RunInfo) -> LoraConfig:

@@ -1,0 +1,32 @@
+"""What `make audit` makes of pip-audit's report; the audit itself needs the network."""
+
+from tests.security.audit import verdict
+
+
+def package(name, *problems, **fields):
+    vulnerabilities = [{"id": problem, "fix_versions": ["2.0"]} for problem in problems]
+    return {"name": name, "version": "1.0", "vulns": vulnerabilities, **fields}
+
+
+SKIPPED = {"name": "elsewhere", "skip_reason": "Dependency not found"}
+
+
+def test_what_could_not_be_asked_is_not_well():
+    assert verdict({"dependencies": [SKIPPED, SKIPPED]}) == (
+        False,
+        "none of 2 packages could be looked up: this needs the network",
+    )
+
+
+def test_vulnerabilities_are_named_and_fail():
+    is_well, text = verdict({"dependencies": [package("good"), package("bad", "PYSEC-1"), SKIPPED]})
+    assert not is_well
+    assert text.splitlines() == [
+        "bad 1.0: PYSEC-1, mended in 2.0",
+        "2 packages looked up, 1 vulnerabilities known",
+        "not looked up: elsewhere",
+    ]
+
+
+def test_none_is_well():
+    assert verdict({"dependencies": [package("good")]})[0]
