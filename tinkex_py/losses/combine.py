@@ -1,5 +1,6 @@
 """From the gradients of the terms to the gradient that is sent, and how the terms get along in it. No event loop."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,18 +9,31 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from tinkex_py.losses.gradients import weighted_sum
+from tinkex_py.losses.gradients import check_weights, weighted_sum
 from tinkex_py.losses.output import GradientDiagnosis
 
 Combine = Literal["sum", "pcgrad"]
 COMBINES: tuple[Combine, ...] = ("sum", "pcgrad")
 
-# Float32 products of this many elements are summed in float32, the sums of blocks in double precision.
-_BLOCK = 65_536
+# Float32 products of this many elements are summed in float32, the sums of blocks in double precision. Smaller blocks
+# would fit the processor's cache, but threads that make many small calls wait for each other to let go of Python.
+_BLOCK = 262_144
 _dot = cast("Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", torch.dot)
 
 
 Combined = tuple[torch.Tensor, dict[str, GradientDiagnosis]]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Products of one block: of each term's gradient with that of the base loss and the total; the total's square."""
+
+    with_base: Sequence[float]
+    with_total: Sequence[float]
+    square: float
+
+
+Spread = Callable[[Callable[[range], list[_Block]], Sequence[range]], list[list[_Block]]]
 
 
 @dataclass(frozen=True)
@@ -39,33 +53,82 @@ class Part:
     norm: float | None
 
 
-def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool) -> Combined:
+def in_turn(work: Callable[[range], list[_Block]], ranges: Sequence[range]) -> list[list[_Block]]:
+    """Every range after the one before, in this thread."""
+    return [work(blocks) for blocks in ranges]
+
+
+def summed(
+    parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, workers: int = 1, spread: Spread = in_turn
+) -> Combined:
     """The weighted sum of the gradients.
 
     Args:
         parts: the base loss first.
-        like: shape and dtype of the result.
+        like: shape and dtype of the result; contiguous.
         diagnose: also say how the terms get along, which needs the norms.
+        workers: into how many pieces the work is cut.
+        spread: does the pieces. The result is the same to the last bit however many there are.
 
     Returns:
         The sum, and a diagnosis for each term's name.
     """
-    total = weighted_sum([(part.scale, part.gradient) for part in parts], like)
+    check_weights([part.scale for part in parts], like.dtype)
+    total = torch.zeros_like(like, requires_grad=False)
+    flat = total.view(-1)
+    gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
+
+    def work(blocks: range) -> list[_Block]:
+        with torch.no_grad():
+            return [_summed_block(parts, gradients, flat, block, diagnose=diagnose) for block in blocks]
+
+    done = [block for piece in spread(work, _cut(flat.numel(), workers)) for block in piece]
     if not diagnose:
         return total, {}
-    square = dot(total, total)
-    base = parts[0]
-    # Laid out once: that of a sum is one number, seen everywhere.
-    base_gradient = None if base.gradient is None else _flat(base.gradient)
+    square = math.fsum(block.square for block in done)
     diagnosis: dict[str, GradientDiagnosis] = {}
-    for part in parts:
-        with_total = dot(part.gradient, total)
+    for index, part in enumerate(parts):
+        with_total = math.fsum(block.with_total[index] for block in done)
+        with_base = math.fsum(block.with_base[index] for block in done)
         diagnosis[part.name] = _diagnosis(
-            _cosine(dot(part.gradient, base_gradient), _norm(part), _norm(base)),
+            _cosine(with_base, _norm(part), _norm(parts[0])),
             _cosine(with_total, _norm(part), square**0.5),
             part.scale * with_total / square if square > 0 else None,
         )
     return total, diagnosis
+
+
+def _cut(elements: int, workers: int) -> list[range]:
+    """The numbers of all blocks, in as many ranges."""
+    blocks = -(-elements // _BLOCK)
+    length = max(1, -(-blocks // workers))
+    return [range(first, min(first + length, blocks)) for first in range(0, blocks, length)]
+
+
+def _summed_block(
+    parts: Sequence[Part],
+    gradients: Sequence[torch.Tensor | None],
+    total: torch.Tensor,
+    block: int,
+    *,
+    diagnose: bool,
+) -> _Block:
+    """Adds up one block of the total, and the products of that block while the processor still has it at hand."""
+    where = slice(block * _BLOCK, (block + 1) * _BLOCK)
+    pieces = [None if gradient is None else gradient[where] for gradient in gradients]
+    own = total[where]
+    for part, piece in zip(parts, pieces, strict=True):
+        if piece is not None and part.scale:
+            own.add_(piece, alpha=part.scale)
+    if not diagnose:
+        return _Block((), (), 0.0)
+    own = _flat(own)
+    flat = [None if piece is None else _flat(piece) for piece in pieces]
+    return _Block(
+        with_base=[_product(piece, flat[0]) for piece in flat],
+        with_total=[_product(piece, own) for piece in flat],
+        square=_product(own, own),
+    )
 
 
 def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -> Combined:
@@ -122,10 +185,12 @@ def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
     """Sum of the products of all elements, in double precision over blocks; None is zero."""
     if first is None or second is None:
         return 0.0
-    if first.numel() <= _BLOCK:
-        return _dot(_flat(first), _flat(second)).item()
     pieces = zip(torch.split(_flat(first), _BLOCK), torch.split(_flat(second), _BLOCK), strict=True)
-    return sum(_dot(one, other).item() for one, other in pieces)
+    return math.fsum(_product(one, other) for one, other in pieces)
+
+
+def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
+    return 0.0 if first is None or second is None else _dot(first, second).item()
 
 
 def _products(parts: Sequence[Part]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

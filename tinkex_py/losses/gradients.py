@@ -67,8 +67,10 @@ def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: b
     if gradient is None:
         return Evaluation(value, metrics, None, 0.0 if needs_norm else None, differentiable=False)
     gradient = gradient.detach().as_subclass(torch.Tensor)
-    check_finite(gradient, name)
-    return Evaluation(value, metrics, gradient, norm(gradient) if needs_norm else None, differentiable=True)
+    size = norm(gradient) if needs_norm else None
+    if size is None or not math.isfinite(size):  # NaN and infinity survive in a norm
+        check_finite(gradient, name)
+    return Evaluation(value, metrics, gradient, size, differentiable=True)
 
 
 def check_finite(gradient: torch.Tensor, name: str) -> None:
@@ -115,17 +117,20 @@ def weighted_sum(parts: Sequence[tuple[float, torch.Tensor | None]], like: torch
     Raises:
         NonFiniteLoss: a weight is too large for that dtype.
     """
+    check_weights([weight for weight, _ in parts], like.dtype)
     total = torch.zeros_like(like, requires_grad=False)
-    largest = torch.finfo(total.dtype).max
     for weight, gradient in parts:
-        if gradient is None or not weight:
-            continue
-        if weight > largest:  # torch would raise in words that name neither weight nor loss
-            raise NonFiniteLoss(
-                f"the weight {weight} is too large for {total.dtype}; nothing was sent", name="loss_total"
-            )
-        total.add_(gradient, alpha=weight)
+        if gradient is not None and weight:
+            total.add_(gradient, alpha=weight)
     return total
+
+
+def check_weights(weights: Sequence[float], dtype: torch.dtype) -> None:
+    """Raises NonFiniteLoss if a weight is too large for a dtype: torch would name neither the weight nor the loss."""
+    largest = torch.finfo(dtype).max
+    for weight in weights:
+        if weight > largest:
+            raise NonFiniteLoss(f"the weight {weight} is too large for {dtype}; nothing was sent", name="loss_total")
 
 
 def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str, object]]:

@@ -278,7 +278,13 @@ class Pipeline:
                 gradient, diagnosis = without_conflicts(parts, run.logprobs.buffer, step=step)
                 diagnosis = diagnosis if run.track_grad_norms else {}
             else:
-                gradient, diagnosis = summed(parts, run.logprobs.buffer, diagnose=run.track_grad_norms)
+                gradient, diagnosis = summed(
+                    parts,
+                    run.logprobs.buffer,
+                    diagnose=run.track_grad_norms,
+                    workers=run.threads.limit,
+                    spread=run.threads.spread,
+                )
             gradients.check_finite(gradient, "loss_total")
             total_norm = gradients.norm(gradient) if run.track_grad_norms else None
         regularizers = {term.name: report(term, result) for term, result in done[1:]}

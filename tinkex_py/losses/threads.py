@@ -17,6 +17,7 @@ from typing import Generic, TypeVar, cast
 
 from tinkex_py.errors import TinkexError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -363,6 +364,8 @@ class TermThreads:
     def __init__(self, max_threads: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
         prepare = compute_alone if limit > 1 else None
+        self.limit = limit
+        self._spreading = ThreadPoolExecutor(limit, thread_name_prefix="tinkex-sum", initializer=compute_alone)
         self.terms = WorkerThreads(limit, "tinkex-term", prepare=prepare)
         self.backward = WorkerThreads(limit, "tinkex-backward", prepare=prepare)
         self.arithmetic = WorkerThreads(1, "tinkex-arithmetic", prepare=compute_alone)
@@ -371,10 +374,19 @@ class TermThreads:
         """Names of the terms whose threads outlived them."""
         return self.terms.slots.abandoned() + self.backward.slots.abandoned()
 
+    def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work` for every item at the same time, the first one in the calling thread. Not for users' functions.
+
+        For the arithmetic worker: while it sums up, the terms of its step have ended and their CPUs are free.
+        """
+        later = [self._spreading.submit(work, item) for item in items[1:]]
+        return [work(item) for item in items[:1]] + [future.result() for future in later]
+
     def close(self) -> None:
         """Ends all idle threads."""
         for workers in (self.terms, self.backward, self.arithmetic):
             workers.close()
+        self._spreading.shutdown()
 
 
 async def run_released(workers: WorkerThreads, name: str, work: Callable[[], Result]) -> Result:
