@@ -18,6 +18,7 @@ from tinkex_py.local.data import Array, EncodedDatum
 from tinkex_py.local.lora import Adapter
 from tinkex_py.local.losses import DatumLoss, Loss
 from tinkex_py.local.models import LoadedModel
+from tinkex_py.local.target_logprobs import target_logprobs
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,7 @@ def forward(model: LoadedModel, examples: Sequence[Example], indices: tuple[int,
     """Target logprobs of one microbatch, each shaped like its target_tokens; with a graph in grad mode."""
     chosen = [examples[index] for index in indices]
     padded = torch.nn.utils.rnn.pad_sequence([example.tokens for example in chosen], batch_first=True)
-    logits = model.network(input_ids=padded, use_cache=False).logits.float()
-    # One gather for all rows: each row's own would cost a gradient of zeros as large as all logits.
-    wanted = logits.gather(-1, _padded_targets(chosen)) - logits.logsumexp(-1, keepdim=True)
+    wanted = target_logprobs(model.network(input_ids=padded, use_cache=False).logits, _padded_targets(chosen))
     logprobs = tuple(
         wanted[row, : len(example.tokens), : example.targets.shape[1]].reshape(example.shape)
         for row, example in enumerate(chosen)
