@@ -94,9 +94,9 @@ class Side:
     service: AsyncServiceClient
     state: Path
     clock: Clock
-    seen: Counter[str] = field(default_factory=Counter)
-    left: Counter[str] = field(default_factory=Counter)
-    numbered: list[str] = field(default_factory=list)
+    seen: Counter[str] = field(default_factory=Counter[str])
+    left: Counter[str] = field(default_factory=Counter[str])
+    numbered: list[str] = field(default_factory=list[str])
     _saves: int = 0
 
     # Trainers

@@ -135,8 +135,8 @@ def growth(name: str, sizes: Sequence[int], bound: int) -> Growth:
 class Memory:
     """Sizes at all looks after the warm-up, in bytes."""
 
-    client: list[int] = field(default_factory=list)
-    service: list[int] = field(default_factory=list)
+    client: list[int] = field(default_factory=list[int])
+    service: list[int] = field(default_factory=list[int])
 
     def add(self, now: Look) -> None:
         """One look."""

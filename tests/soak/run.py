@@ -14,7 +14,7 @@ import torch
 
 from tests.faults.catalogue import IN_CHUNKS, RECOVERS
 from tests.faults.proxy import Fault, FaultProxy, Passing
-from tests.faults.runs import config, weights
+from tests.faults.runs import PLACES, config, weights
 from tests.soak.outcomes import check_same, check_same_weights
 from tests.soak.plan import SegmentPlan, draw_segment, planned_failures, planned_leavers
 from tests.soak.player import Played, Side
@@ -25,9 +25,10 @@ from tinkex_py import AsyncServiceClient
 
 WARM_UP = 3
 """Segments before the first look whose memory counts."""
-CLIENT_GROWTH = 12 * MIB
-SERVICE_GROWTH = 24 * MIB
+CLIENT_GROWTH = 6 * MIB
 """What memory may grow between the first and the last third of the looks after the warm-up."""
+SERVICE_GROWTH = 20 * MIB
+"""The same of the service, which keeps its newest 4096 results to be asked for again: about 16 MiB here."""
 STALLED = 0.5
 """Seconds after which a client of the run with faults gives an exchange up."""
 PATIENT = 20.0
@@ -43,7 +44,8 @@ class Settings:
         segments: no more than these.
         trainers: training clients whose weights are compared.
         moves: of each of them in a segment.
-        share: of the requests that meet a fault.
+        share: of the requests of steps that meet a fault.
+        rare_share: the same of all others, of which there are few.
     """
 
     seed: int
@@ -52,6 +54,7 @@ class Settings:
     trainers: int = 3
     moves: int = 10
     share: float = 0.04
+    rare_share: float = 0.12
 
 
 @dataclass
@@ -69,28 +72,29 @@ class Tally:
 
     segments: int = 0
     seconds: float = 0.0
-    planned: Counter[str] = field(default_factory=Counter)
-    seen: Counter[str] = field(default_factory=Counter)
+    planned: Counter[str] = field(default_factory=Counter[str])
+    seen: Counter[str] = field(default_factory=Counter[str])
     leavers: int = 0
-    left: Counter[str] = field(default_factory=Counter)
-    injected: Counter[tuple[str, str]] = field(default_factory=Counter)
-    requests: Counter[str] = field(default_factory=Counter)
-    checked: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter[str])
+    injected: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    requests: Counter[str] = field(default_factory=Counter[str])
+    checked: Counter[str] = field(default_factory=Counter[str])
     looks: dict[str, Look] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
     watch: Watch = field(default_factory=Watch)
 
 
 class SeededFaults:
-    """A share of all requests meets a fault that a client gets over; which one hangs on the request alone.
+    """Some requests meet a fault that a client gets over; which ones and what faults hangs on the request alone.
 
     A numbered request is known by its model's number in the session, its own number and how often it came, so that the
     same plan meets the same faults, whatever the order in which requests of several clients come.
     """
 
-    def __init__(self, seed: str, share: float) -> None:
+    def __init__(self, seed: str, share: float, rare_share: float) -> None:
         self._seed = seed
-        self._share = share
+        self._shares = {**dict.fromkeys(PLACES, share), "session_heartbeat": share}
+        self._rare_share = rare_share
         self._came: Counter[str] = Counter()
         self._choices = [fault for faults in RECOVERS.values() for fault in dict.fromkeys(faults)]
 
@@ -102,7 +106,8 @@ class SeededFaults:
         request = f"{passing.place} {who}"
         self._came[request] += 1
         dice = random.Random(f"{self._seed}/{request}/{self._came[request]}")
-        return dice.choice(self._choices) if dice.random() < self._share else None
+        share = self._shares.get(passing.place, self._rare_share)
+        return dice.choice(self._choices) if dice.random() < share else None
 
 
 def always_in_chunks(passing: Passing) -> Fault | None:
@@ -111,7 +116,9 @@ def always_in_chunks(passing: Passing) -> Fault | None:
 
 
 @asynccontextmanager
-async def side(url: str, state: Path, watch: Watch, faults: SeededFaults | None) -> AsyncIterator[tuple[Side, FaultProxy]]:
+async def side(
+    url: str, state: Path, watch: Watch, faults: SeededFaults | None
+) -> AsyncIterator[tuple[Side, FaultProxy]]:
     """A service client behind a proxy of its own; both are closed at the end."""
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(FaultProxy(url))
@@ -126,7 +133,7 @@ async def side(url: str, state: Path, watch: Watch, faults: SeededFaults | None)
             max_threads=8,
         )
         client = AsyncServiceClient(settings)
-        service = await watch.clock.timed("open a service client", lambda: client.__aenter__())
+        service = await watch.clock.timed("open a service client", client.__aenter__)
         stack.push_async_callback(lambda: watch.clock.timed("close a service client", client.aclose))
         yield Side(service, state, watch.clock), proxy
 
@@ -161,15 +168,22 @@ class Soak:
                 tally.seconds = time.monotonic() - began
                 await self.check_resources()
                 tally.watch.check()
-        for one in (growth("the client", tally.memory.client, CLIENT_GROWTH), growth("the service", tally.memory.service, SERVICE_GROWTH)):
-            one.check()
-            tally.checked["trend of the memory of " + one.name] += one.grown is not None
+                tally.checked["every start of telemetry has one end"] = tally.watch.ledger.units
+                tally.checked["calls within their bound"] = sum(tally.watch.clock.calls.values())
+                tally.checked["no warning, no error that nobody heard"] += 1
+        for name, sizes, bound in (
+            ("the client", tally.memory.client, CLIENT_GROWTH),
+            ("the service", tally.memory.service, SERVICE_GROWTH),
+        ):
+            found = growth(name, sizes, bound)
+            found.check()
+            tally.checked[f"memory of {name} does not grow"] += found.grown is not None
 
     async def segment(self, index: int) -> None:
         """Plays one segment on both sides at the same time, and compares."""
         tally, settings = self.tally, self.settings
         plan = draw_segment(settings.seed, index, trainers=settings.trainers, moves=settings.moves)
-        faults = SeededFaults(f"{settings.seed}/{index}", settings.share)
+        faults = SeededFaults(f"{settings.seed}/{index}", settings.share, settings.rare_share)
         async with (
             side(self.url, self.state, tally.watch, faults) as (spoiled, proxy),
             side(self.url, self.state, tally.watch, None) as (quiet, quiet_proxy),
@@ -185,11 +199,10 @@ class Soak:
                         for number, one in enumerate((spoiled, quiet))
                     ]
             finally:
-                tally.injected.update(proxy.injected)
+                tally.injected += Counter({key: count for key, count in proxy.injected.items() if key[1] != "config"})
                 tally.requests.update(proxy.requests + quiet_proxy.requests)
             for model_id in spoiled.numbered:
                 proxy.check_numbers(model_id)
-        tally.injected.subtract(Counter({key: 1 for key in tally.injected if key[1] == "config"}))
         tally.checked["numbers of a model without a gap, each with one payload"] += len(spoiled.numbered)
         tally.checked["clients in order after callers left at any moment"] += wandering.result()
         self._note(plan, spoiled)
@@ -217,11 +230,10 @@ class Soak:
     async def check_resources(self) -> None:
         """All clients and proxies are closed: everything is as it was before they were there."""
         tally = self.tally
-        if tally.segments < WARM_UP:
-            now = await settled_look(self.process, tally.looks["start"])
+        now = await settled_look(self.process, tally.looks["start"])
+        if tally.segments <= WARM_UP:
             tally.looks["warm"] = now
         else:
-            now = await settled_look(self.process, tally.looks["start"])
             tally.memory.add(now)
         tally.looks["end"] = now
         check_counts(tally.looks["start"], now)

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -135,12 +135,12 @@ def _of_loop(context: dict[str, Any]) -> str:
 
 @dataclass
 class Clock:
-    """How many calls there were, and the slowest of each kind in seconds; `running` counts those under way."""
+    """How many calls there were, the slowest of each kind in seconds, and those that were cut off."""
 
-    calls: Counter[str] = field(default_factory=Counter)
-    slowest: dict[str, float] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter[str])
+    slowest: dict[str, float] = field(default_factory=dict[str, float])
     bound: float = CALL_BOUND
-    late: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list[str])
 
     async def timed(self, kind: str, call: Callable[[], Awaitable[T]]) -> T:
         """Awaits a call; one that is not over within the bound is cut off and remembered."""
@@ -170,7 +170,7 @@ class Watch:
     clock: Clock = field(default_factory=Clock)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Watches what happens inside; to be used on a running loop."""
         with self.ledger.listening(), self.complaints.listening():
             yield

@@ -33,7 +33,9 @@ def serving(
     )
     try:
         line = process.stdout.readline()
-        assert line.startswith("Listening on http://127.0.0.1:"), line + (process.stderr.read() if process.stderr else "")
+        assert line.startswith("Listening on http://127.0.0.1:"), line + (
+            process.stderr.read() if process.stderr else ""
+        )
         yield process, line.removeprefix("Listening on ").strip()
     finally:
         process.terminate()  # a killed server would leave its private folder behind
