@@ -24,7 +24,7 @@ def main() -> int:
     from tests.soak.run import Settings, Tally, soak
 
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
-    settings, tally = Settings(seed=seed, seconds=given.seconds, segments=given.segments), Tally()
+    settings, tally = Settings(seed=seed, seconds=given.seconds, segments=given.segments, tell=print), Tally()
     print(f"soak: seed {seed}, {given.seconds:g} s", flush=True)
     try:
         asyncio.run(soak(settings, tally))

@@ -5,7 +5,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ class Settings:
         moves: of each of them in a segment.
         share: of the requests of steps that meet a fault.
         rare_share: the same of all others, of which there are few.
+        tell: hears where the service is.
     """
 
     seed: int
@@ -55,6 +56,7 @@ class Settings:
     moves: int = 10
     share: float = 0.04
     rare_share: float = 0.12
+    tell: Callable[[str], None] = field(default=lambda _: None)
 
 
 @dataclass
@@ -118,7 +120,7 @@ def always_in_chunks(passing: Passing) -> Fault | None:
 @asynccontextmanager
 async def side(
     url: str, state: Path, watch: Watch, faults: SeededFaults | None
-) -> AsyncIterator[tuple[Side, FaultProxy]]:
+) -> AsyncGenerator[tuple[Side, FaultProxy]]:
     """A service client behind a proxy of its own; both are closed at the end."""
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(FaultProxy(url))
@@ -250,6 +252,7 @@ async def soak(settings: Settings, tally: Tally) -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryFile("w+") as log:
         state = Path(folder)
         with serving("--custom-losses", "--state-dir", folder, log=log, own_session=True) as (process, url):
+            settings.tell(f"listening at {url}")
             await Soak(settings, url, state, process.pid, tally).run()
         log.seek(0)
         told = log.read().strip()
