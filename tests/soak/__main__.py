@@ -45,9 +45,8 @@ def main() -> int:
 
 def first_errors(error: BaseException) -> list[BaseException]:
     """What groups of errors hold: the groups of tasks around an error say nothing."""
-    if isinstance(error, BaseExceptionGroup):
-        return [found for inner in error.exceptions for found in first_errors(inner)]
-    return [error]
+    inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    return [found for one in inner for found in first_errors(one)] or [error]
 
 
 if __name__ == "__main__":

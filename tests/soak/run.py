@@ -81,7 +81,7 @@ class Tally:
     injected: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
     requests: Counter[str] = field(default_factory=Counter[str])
     checked: Counter[str] = field(default_factory=Counter[str])
-    looks: dict[str, Look] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict[str, Look])
     memory: Memory = field(default_factory=Memory)
     watch: Watch = field(default_factory=Watch)
 
