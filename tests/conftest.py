@@ -9,15 +9,14 @@ import gc
 import os
 import sys
 import threading
-import time
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+from tests.support.left_behind import descriptors_left, open_descriptors, threads_left
 from tinkex_py import telemetry
 from tinkex_py.telemetry import handlers
 
@@ -27,12 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("tinkex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tinkex")
 
-# How long threads that are on their way out may take, in seconds.
-PATIENCE = 5.0
 _FAILED = pytest.StashKey[bool]()
-_DESCRIPTORS = Path("/proc/self/fd")
-_FONT = ".ttf"  # matplotlib keeps the fonts that it used open
-_NO_LEAK = ("/dev/", "/proc/", "/sys/", "/memfd:", "anon_inode:inotify")
 
 
 class TasksLeft:
@@ -90,15 +84,15 @@ def clean_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(name)
     _reset_observers()
     _TASKS_LEFT.take()
-    threads, descriptors = set(threading.enumerate()), _open_descriptors()
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
     yield
     _reset_observers()
     tasks = _TASKS_LEFT.take()
     if request.node.stash.get(_FAILED, False):
         return  # the traceback of a failed test keeps its objects alive: they would be a second, false, alarm
     left = [f"task {name}" for name in tasks]
-    left += [f"thread {thread.name}" for thread in _threads_left(threads)]
-    left += [f"descriptor {number} -> {target}" for number, target in _descriptors_left(descriptors)]
+    left += [f"thread {thread.name}" for thread in threads_left(threads)]
+    left += [f"descriptor {number} -> {target}" for number, target in descriptors_left(descriptors)]
     if "torch" in sys.modules and not sys.modules["torch"].is_grad_enabled():
         sys.modules["torch"].set_grad_enabled(True)
         left.append("torch's grad mode is off")
@@ -117,46 +111,3 @@ def _reset_observers() -> None:
         telemetry.detach(attachment.handler_id)
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
-
-
-def _threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
-    def new() -> list[threading.Thread]:
-        return [
-            thread
-            for thread in threading.enumerate()
-            if thread not in before and thread.is_alive() and not isinstance(thread, threading._DummyThread)
-        ]
-
-    deadline = time.monotonic() + PATIENCE
-    while (alive := new()) and time.monotonic() < deadline:
-        # Idle workers of a pool end when the pool is gone. One that has only just delivered its result may
-        # still hold the pool at the first look.
-        gc.collect()
-        alive[0].join(0.05)
-    return new()
-
-
-def _open_descriptors() -> dict[int, str]:
-    found: dict[int, str] = {}
-    if not _DESCRIPTORS.is_dir():
-        return found
-    for entry in os.listdir(_DESCRIPTORS):  # noqa: PTH208  # a Path per descriptor costs more than the test
-        try:
-            found[int(entry)] = os.readlink(_DESCRIPTORS / entry)  # noqa: PTH115
-        except OSError:  # the descriptor of this listing itself
-            continue
-    return found
-
-
-def _descriptors_left(before: dict[int, str]) -> list[tuple[int, str]]:
-    def new() -> list[tuple[int, str]]:
-        return [
-            (number, target)
-            for number, target in _open_descriptors().items()
-            if before.get(number) != target and not target.startswith(_NO_LEAK) and not target.endswith(_FONT)
-        ]
-
-    if not new():
-        return []
-    gc.collect()  # an object in a reference cycle closes late, and a ResourceWarning (an error here) says so
-    return new()

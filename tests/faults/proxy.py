@@ -248,7 +248,8 @@ class FaultProxy:
 
     async def _listen_again(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        await self._listen()
+        if self._server is None:  # two refusals may overlap
+            await self._listen()
 
     def check_numbers(self, model_id: str) -> None:
         """The service got a model's numbers as 1..n, and none with two payloads."""

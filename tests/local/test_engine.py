@@ -1,5 +1,6 @@
 """Passes, gradients and optimizer steps of the engine, against plain torch."""
 
+import gc
 import math
 
 import numpy as np
@@ -175,6 +176,22 @@ def test_an_optimizer_step_makes_kept_graphs_stale(bench, kit):
         bench.engine.optim_step(name, AdamParams(learning_rate=0.02))
     assert len(bench.engine.graphs) == 0
     assert bench.passed(model_id, data).metrics == bench.passed(twin, data).metrics
+
+
+def test_a_kept_graph_that_no_backward_pass_uses_is_freed(bench, kit):
+    """A custom step whose terms failed asks for a graph and never comes back for it."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(1 for tensor in gc.get_objects() if type(tensor) is torch.Tensor and tensor.grad_fn is not None)
+
+    model_id = bench.create("a")
+    before = alive()
+    for length in (3, 4, 5, 6):
+        bench.passed(model_id, [kit.datum(length, 1)], forward_only=True, keep=True)
+    assert len(bench.engine.graphs) == 2
+    bench.engine.optim_step(model_id, AdamParams())
+    assert alive() == before
 
 
 def test_kept_graphs_are_bounded_in_number_and_bytes(bench_with, kit):

@@ -51,7 +51,8 @@ class GraphMeter:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.weights:
             self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The tensor itself would hold the graph that holds it: a graph without a backward pass would never be freed.
+        return tensor.detach()
 
 
 def weight_storages(network: Any) -> frozenset[int]:

@@ -1,0 +1,182 @@
+"""What is watched while a soak runs: telemetry, warnings, errors nobody heard of, and how long calls take."""
+
+import asyncio
+import gc
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import structlog
+
+from tinkex_py import telemetry
+from tinkex_py.telemetry import Event
+
+T = TypeVar("T")
+
+CALL_BOUND = 30.0
+"""Seconds that a call may take: the retry deadline of 20 s, and what it waits for before it."""
+
+
+class SoakFailed(AssertionError):
+    """Something that was promised does not hold."""
+
+
+class Ledger:
+    """Every start event has exactly one end, and every event is one line of structlog.
+
+    Attributes:
+        events: how many events there were, by name.
+        lines: the same for lines.
+        open: units of work that were started and have not ended, with their prefix.
+        wrong: ends without a start.
+    """
+
+    def __init__(self) -> None:
+        self.events: Counter[str] = Counter()
+        self.lines: Counter[str] = Counter()
+        self.open: dict[int, str] = {}
+        self.wrong: list[str] = []
+
+    def hear(self, event: Event) -> None:
+        """One event."""
+        self.events[event.name] += 1
+        if event.unit is None:
+            return
+        prefix, _, phase = event.name.rpartition(".")
+        if phase == "start":
+            if event.unit in self.open:
+                self.wrong.append(f"{event.name} came twice for unit {event.unit}")
+            self.open[event.unit] = prefix
+        elif self.open.pop(event.unit, None) != prefix:
+            self.wrong.append(f"{event.name} for unit {event.unit}, which is not open")
+
+    def write(self, _logger: object, _method: str, line: Mapping[str, Any]) -> Any:
+        """A structlog processor that counts a line and drops it."""
+        self.lines[str(line["event"])] += 1
+        raise structlog.DropEvent
+
+    @property
+    def units(self) -> int:
+        """Units of work that were started."""
+        return sum(count for name, count in self.events.items() if name.endswith(".start"))
+
+    def check(self) -> None:
+        """To be asked when nothing is under way."""
+        if self.wrong:
+            raise SoakFailed(f"telemetry: {self.wrong[0]}")
+        if self.open:
+            unit, prefix = next(iter(self.open.items()))
+            raise SoakFailed(f"telemetry: {prefix}.start of unit {unit} has no end ({len(self.open)} such)")
+        if self.events != self.lines:
+            raise SoakFailed(f"telemetry: events and lines differ: {(self.events - self.lines) or self.lines}")
+
+    @contextmanager
+    def listening(self) -> Generator[None]:
+        """Hears all events inside, with a structlog configuration of its own."""
+        before = structlog.get_config() if structlog.is_configured() else None
+        structlog.configure(processors=[self.write])
+        handler = telemetry.attach(self.hear)
+        try:
+            yield
+        finally:
+            telemetry.detach(handler)
+            structlog.reset_defaults()
+            if before is not None:
+                structlog.configure(**before)
+
+
+class Complaints:
+    """Warnings, and errors that reached nobody: of tasks, futures, threads and finalizers."""
+
+    def __init__(self) -> None:
+        self._told: list[str] = []
+        self._warnings: list[warnings.WarningMessage] = []
+
+    def tell(self, complaint: str) -> None:
+        """Remembers one."""
+        self._told.append(complaint)
+
+    def check(self) -> None:
+        """Also finds what only a collection of garbage tells."""
+        gc.collect()
+        told = [*self._told, *(f"{item.category.__name__}: {item.message}" for item in self._warnings)]
+        if told:
+            raise SoakFailed(f"{len(told)} complaint(s), the first: {told[0]}")
+
+    @contextmanager
+    def listening(self) -> Generator[None]:
+        """Hears all inside; to be used on a running loop."""
+        loop = asyncio.get_running_loop()
+        handler, of_threads, unraisable = loop.get_exception_handler(), threading.excepthook, sys.unraisablehook
+        loop.set_exception_handler(lambda _loop, context: self.tell(_of_loop(context)))
+        threading.excepthook = lambda given: self.tell(f"thread: {given.exc_type.__name__}: {given.exc_value}")
+        sys.unraisablehook = lambda given: self.tell(f"unraisable: {given.err_msg or ''} {given.exc_value!r}")
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                self._warnings = heard
+                yield
+        finally:
+            loop.set_exception_handler(handler)
+            threading.excepthook, sys.unraisablehook = of_threads, unraisable
+
+
+def _of_loop(context: dict[str, Any]) -> str:
+    error = context.get("exception")
+    about = context.get("task") or context.get("future") or context.get("handle") or ""
+    return f"loop: {context.get('message')} {error!r} {about!r}"
+
+
+@dataclass
+class Clock:
+    """How many calls there were, the slowest of each kind in seconds, and those that were cut off."""
+
+    calls: Counter[str] = field(default_factory=Counter[str])
+    slowest: dict[str, float] = field(default_factory=dict[str, float])
+    bound: float = CALL_BOUND
+    late: list[str] = field(default_factory=list[str])
+
+    async def timed(self, kind: str, call: Callable[[], Awaitable[T]]) -> T:
+        """Awaits a call; one that is not over within the bound is cut off and remembered."""
+        started = time.monotonic()
+        scope = asyncio.timeout(self.bound)
+        try:
+            async with scope:
+                return await call()
+        finally:
+            self.calls[kind] += 1
+            self.slowest[kind] = max(self.slowest.get(kind, 0.0), time.monotonic() - started)
+            if scope.expired():
+                self.late.append(kind)
+
+    def check(self) -> None:
+        """No call took longer than the bound."""
+        if self.late:
+            raise SoakFailed(f"{self.late[0]} took longer than {self.bound:g} s")
+
+
+@dataclass
+class Watch:
+    """All of them."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    complaints: Complaints = field(default_factory=Complaints)
+    clock: Clock = field(default_factory=Clock)
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Watches what happens inside; to be used on a running loop."""
+        with self.ledger.listening(), self.complaints.listening():
+            yield
+
+    def check(self) -> None:
+        """To be asked when nothing is under way."""
+        self.ledger.check()
+        self.clock.check()
+        self.complaints.check()
