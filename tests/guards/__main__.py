@@ -62,7 +62,7 @@ def try_all(entries: Sequence[Guard], copies: Sequence[Path], seconds: float, *,
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.guards")
     parser.add_argument("-k", default="", metavar="WORD", help="only entries with this in promise, file or test")
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for the tests of one entry")
+    parser.add_argument("--timeout", type=float, default=100.0, help="seconds for the tests of one entry")
     parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="entries at a time")
     parser.add_argument("--no-first-look", action="store_true", help="do not run the tests with all guards in place")
     parser.add_argument("--verbose", action="store_true", help="say why each test failed")

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 import tinkex_py
 from tests.guards.entry import PACKAGE
@@ -26,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
     expected = config.rootpath / PACKAGE
     if Path(tinkex_py.__file__).parent != expected:
         pytest.exit(f"{tinkex_py.__file__} was imported instead of {expected}", returncode=NOT_THE_COPY)
+    # The same examples each time; how small one could be made does not matter here.
+    quick = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain, Phase.reuse)]
+    settings.register_profile("guards", parent=settings(), derandomize=True, database=None, phases=quick)
+    settings.load_profile("guards")
     config.pluginmanager.register(Observer(Path(os.environ[REPORT]), json.loads(os.environ[WATCHED])))
 
 
