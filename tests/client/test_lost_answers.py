@@ -211,7 +211,7 @@ async def test_closing_lets_a_submission_in_flight_end(local_bench):
         step = asyncio.create_task(training.forward_backward(DATA))
         await bench.recorder.until(lambda: len(bench.recorder.of("B")) == 1)
         closing = asyncio.create_task(bench.service.aclose())
-        await asyncio.sleep(0)
+        await asyncio.wait([closing], timeout=0.2)  # it would be over by then if it did not wait
         assert not closing.done()
         gate.set()
         async with asyncio.timeout(10):

@@ -252,7 +252,8 @@ PATHS: list[Guard] = [
         "client/archive.py",
         "        with tarfile.open(archive, ",
         "        import zipfile\n\n        if zipfile.is_zipfile(archive):\n"
-        "            with zipfile.ZipFile(archive) as zipped:\n                return zipped.extractall(folder)\n        with tarfile.open(archive, ",
+        "            with zipfile.ZipFile(archive) as zipped:\n"
+        "                return zipped.extractall(folder)\n        with tarfile.open(archive, ",
         f"{_PATHS}::test_a_zip_is_not_opened",
     ),
 ]

@@ -9,10 +9,11 @@ _PROTOCOL = "tests/local/test_protocol.py"
 
 GUARDS: list[Guard] = [
     guard(
-        "A save is whole or not there: it is filled under a hidden name",
+        "A save is whole or not there: it enters the state file when it is whole",
         "local/checkpoints.py",
-        'draft = folder.with_name(f".{folder.name}")',
-        "draft = folder",
+        "            fill(draft)\n            size",
+        '            self.records.put_checkpoint(info.model_copy(update={"folder": folder.name}))\n'
+        "            fill(draft)\n            size",
         f"{_SAVES}::test_killed_before_every_line_of_a_save",
     ),
     guard(
@@ -53,7 +54,7 @@ GUARDS: list[Guard] = [
         "local/results.py",
         "self._mark = uuid.uuid4().hex[:8]",
         'self._mark = "same"',
-        "tests/faults/test_resuming.py::test_a_restart_in_the_middle_of_a_step",
+        "tests/local/test_state.py::test_futures_of_an_earlier_run_find_no_result_of_this_one",
     ),
     guard(
         "A crash in a pass fails that pass only: its gradients are added when it has succeeded",
@@ -98,7 +99,8 @@ GUARDS: list[Guard] = [
         "A checkpoint is loaded whole, or the model stays as it was",
         "local/engine.py",
         "        optimizer = AdapterOptimizer(adapter)\n        if with_optimizer:\n",
-        "        adapter.set_weights(weights)\n        optimizer = AdapterOptimizer(adapter)\n        if with_optimizer:\n",
+        "        adapter.set_weights(weights)\n"
+        "        optimizer = AdapterOptimizer(adapter)\n        if with_optimizer:\n",
         f"{_FAILS}::test_a_model_is_loaded_whole_or_stays_as_it_was",
     ),
     guard(
