@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance fuzz audit lint types docs clean
+.PHONY: help install demo notebook test bench conformance fuzz guards audit lint types docs clean
 .SUFFIXES:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
+	@echo "make guards takes out what keeps each promise, and shows that its test fails then (about half an hour)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
@@ -59,6 +60,10 @@ conformance: $(STAMP)
 # An input that breaks something is kept in the current folder, as crash-...
 fuzz: $(STAMP)
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
+# Works on a copy. ARGS: -k WORD for some of them, --verbose for how they fail, --jobs 2 for two at a time.
+guards: $(STAMP)
+	@$(BIN)/python -m tests.guards $(ARGS)
 
 # In an environment of its own, so that it does not audit what it brings itself.
 audit: $(STAMP)

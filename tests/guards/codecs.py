@@ -134,6 +134,13 @@ GUARDS: list[Guard] = [
         f"{_SECRECY}::test_half_characters_of_a_service_break_nothing_and_hide_no_key",
     ),
     guard(
+        "Whole characters of a service stay as they are",
+        "texts.py",
+        "return text if text.isascii() else _HALVES.sub(REPLACED, text)",
+        'return text.encode("ascii", "replace").decode()',
+        f"{_CODECS}::test_whole_characters_stay_as_they_are",
+    ),
+    guard(
         "Half characters of a service are replaced: an id with one is not sent",
         "client/connection.py",
         "    if not value.isprintable() or REPLACED in value:\n",

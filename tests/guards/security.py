@@ -309,6 +309,13 @@ CODE: list[Guard] = [
         '{"local_files_only": True, "trust_remote_code": True}',
         f"{_CODE}::test_code_beside_a_model_is_not_run",
     ),
+    guard(
+        "A tokenizer that a service names brings no code",
+        "client/service.py",
+        "from_pretrained(name, trust_remote_code=False)",
+        "from_pretrained(name, trust_remote_code=True)",
+        f"{_CODE}::test_a_tokenizer_that_a_service_names_brings_no_code",
+    ),
 ]
 
 SECRECY: list[Guard] = [
@@ -346,6 +353,20 @@ SECRECY: list[Guard] = [
         "        except Exception as error:  # noqa: BLE001  (whatever it was, it ends here)\n",
         "        except KeyError as error:\n",
         f"{_SECRECY}::test_a_crash_of_the_service_is_logged_without_what_it_was_about",
+    ),
+    guard(
+        "Errors about files of prompts hold them in no hidden cause: lines",
+        "runs/pairs.py",
+        "        with contextlib.suppress(ValidationError):\n            pairs",
+        "        with contextlib.nullcontext():\n            pairs",
+        f"{_SECRECY}::test_a_file_of_prompts_that_cannot_be_read",
+    ),
+    guard(
+        "Errors about files of prompts hold them in no hidden cause: bytes",
+        "runs/pairs.py",
+        "        with contextlib.suppress(UnicodeDecodeError):\n",
+        "        with contextlib.nullcontext():\n",
+        f"{_SECRECY}::test_a_file_of_prompts_that_cannot_be_read",
     ),
     guard(
         "Errors about files of a run hold their content in no hidden cause",
