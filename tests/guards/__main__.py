@@ -27,7 +27,7 @@ def say(line: str) -> None:
 
 def row(entry: Guard, seconds: float, verdict: Verdict) -> str:
     """A line of the table; it is Markdown."""
-    names = ", ".join(test.rpartition("/")[2] for test in entry.tests)
+    names = ", ".join(dict.fromkeys(test.partition("::")[2].partition("[")[0] for test in entry.tests))
     return f"| {entry.promise} | {entry.file} | {names} | {seconds:.1f} | {verdict.word} |"
 
 

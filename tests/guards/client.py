@@ -282,7 +282,6 @@ ORDER: list[Guard] = [
         "        self._places.remove(place)\n",
         "        self._places.remove(place)\n        self.next_number += not place.happened\n",
         f"{_LANE}::test_a_step_that_fails_before_its_gradient_breaks_what_is_behind_and_leaves_no_gap",
-        f"{_FAILED}::test_a_failing_term_leaves_the_client_usable_and_holds_optim_step_back",
         "tests/fuzz/test_order.py::TestOrdering",
     ),
     guard(

@@ -124,7 +124,9 @@ def run_tests(root: Path, tests: Sequence[str], seconds: float | None) -> Outcom
             _end(process)
         output.seek(0)
         said = output.read()[-2000:]
-    told = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {"failed": {}, "broken": {}}
+    told: dict[str, dict[str, str]] = {"failed": {}, "broken": {}}
+    if report.is_file():
+        told = json.loads(report.read_text(encoding="utf-8"))
     return Outcome(code, told["failed"], told["broken"], said)
 
 
