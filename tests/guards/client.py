@@ -95,8 +95,8 @@ RETRIES: list[Guard] = [
         '            if attempt > 1 and "seq_id" in options.get("json", {}):\n'
         '                options["json"]["seq_id"] += 1\n'
         "            answer = await self.exchange(method, path, attempt=attempt, **options)\n",
+        f"{_LOST}::test_a_lost_answer_is_replayed_with_the_same_number_and_applied_once[optim_step]",
         f"{_LOST}::test_other_numbered_calls_are_replayed_too",
-        f"{_AT_ANY_PLACE}[reset-optim_step]",
     ),
     guard(
         "A future that an answer does not tell is asked for again",

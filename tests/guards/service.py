@@ -117,7 +117,6 @@ GUARDS: list[Guard] = [
         "self.lane = Lane()",
         "self.lane = next(iter(connection.lanes), None) or Lane()",
         f"{_FAILS}::test_a_failed_step_of_one_client_leaves_the_other_alone",
-        "tests/client/test_lost_answers.py::test_no_answer_within_the_deadline_loses_this_client_only",
     ),
     guard(
         "A request that comes again under its number is done once",
@@ -126,7 +125,6 @@ GUARDS: list[Guard] = [
         "known = None",
         f"{_PROTOCOL}::test_a_repeat_gets_the_first_answer_and_is_done_once",
         "tests/faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[passed on twice-B]",
-        "tests/client/test_lost_answers.py::test_a_lost_answer_is_replayed_with_the_same_number_and_applied_once",
     ),
     guard(
         "A number belongs to one request of one kind",
