@@ -367,7 +367,6 @@ CANCELLATION: list[Guard] = [
         "return await asyncio.shield(task)",
         "return await task",
         f"{_CANCELLED}::test_a_cancelled_caller_leaves_at_once_though_its_gradient_is_under_way",
-        f"{_LANE}::test_a_caller_cancelled_after_hand_over_counts_as_happened_and_leaves_at_once",
     ),
     guard(
         "A step that is cancelled at any moment leaves the lane",

@@ -196,6 +196,5 @@ GUARDS: list[Guard] = [
         "return len(open_places) == 1 and open_places[0].knows_logprobs",
         "return bool(open_places) and open_places[0].knows_logprobs",
         _ORDER,
-        "tests/client/test_overlap.py::test_the_next_forward_goes_out_one_step_ahead_and_not_two",
     ),
 ]
