@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance fuzz soak audit lint types docs clean
+.PHONY: help install demo notebook test bench conformance fuzz faults soak guards audit lint types docs clean
 .SUFFIXES:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
+	@echo "make guards takes out what keeps each promise, and shows that its test fails then (about half an hour)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
@@ -64,6 +65,10 @@ fuzz: $(STAMP)
 # Fails with the seed and the first difference; SEED=... repeats a run.
 soak: $(STAMP)
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Works on a copy. ARGS: -k WORD for some of them, --verbose for how they fail, --jobs 2 for two at a time.
+guards: $(STAMP)
+	@$(BIN)/python -m tests.guards $(ARGS)
 
 # In an environment of its own, so that it does not audit what it brings itself.
 audit: $(STAMP)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def _told(process: "subprocess.Popen[str]", name: str) -> dict[str, Any]:
 
 
 def alternate(subjects: Mapping[str, Subject], *, rounds: int, warm_up: int = 1) -> dict[str, Measured]:
-    """Runs all subjects in turn, for so many rounds.
+    """Runs all subjects in turn, for so many rounds; each round begins with another one, so that none is always behind
+    the same one.
 
     Args:
         subjects: by name.
@@ -128,9 +130,11 @@ def alternate(subjects: Mapping[str, Subject], *, rounds: int, warm_up: int = 1)
     resident = {name: one.ready() for name, one in subjects.items()}
     usages: dict[str, list[Usage]] = {name: [] for name in subjects}
     told: dict[str, list[Any]] = {name: [] for name in subjects}
+    names = deque(subjects)
     for number in range(warm_up + rounds):
-        for name, one in subjects.items():
-            usage, words = one.run()
+        names.rotate(-1)
+        for name in names:
+            usage, words = subjects[name].run()
             if number >= warm_up:
                 usages[name].append(usage)
                 told[name].append(words)

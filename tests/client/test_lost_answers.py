@@ -48,6 +48,15 @@ async def test_a_lost_answer_is_replayed_with_the_same_number_and_applied_once(h
     assert step.metrics["grad_norm"] > 0
 
 
+async def test_an_answer_without_a_future_is_asked_for_again(http_bench):
+    """It is a success, and JSON, but not the service's: somebody on the way has answered."""
+    training = await http_bench.train()
+    http_bench.recorder.faults.update({kind: [answering(200, {"all": "well"})] for kind in ("B", "optim_step")})
+    await training.forward_backward(DATA)
+    await training.optim_step()
+    assert submissions(http_bench, training) == [("B", 1), ("B", 1), ("optim_step", 2), ("optim_step", 2)]
+
+
 async def test_other_numbered_calls_are_replayed_too(http_bench):
     training = await http_bench.train()
     http_bench.recorder.faults.update(
@@ -202,7 +211,7 @@ async def test_closing_lets_a_submission_in_flight_end(local_bench):
         step = asyncio.create_task(training.forward_backward(DATA))
         await bench.recorder.until(lambda: len(bench.recorder.of("B")) == 1)
         closing = asyncio.create_task(bench.service.aclose())
-        await asyncio.sleep(0)
+        await asyncio.wait([closing], timeout=0.2)  # it would be over by then if it did not wait
         assert not closing.done()
         gate.set()
         async with asyncio.timeout(10):

@@ -5,7 +5,10 @@ Results of passes and samples on the client: tests/transport/test_codec.py, test
 
 import contextlib
 import copy
+import functools
 import json
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,17 @@ from hypothesis.extra import numpy as arrays
 
 from tests.losses.test_replay import rich_data, rich_logprobs, rich_pipeline
 from tests.runs.support import step_record
-from tests.transport.test_any_answer import ANY_JSON, OBJECTS, SCALARS, used
+from tests.transport.test_any_answer import ANY_JSON, NAMES, OBJECTS, SCALARS, used
 from tests.transport.test_codec import datums
-from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
+from tinkex_py.client.connection import text_of
+from tinkex_py.errors import (
+    APIStatusError,
+    ConfigError,
+    InvalidData,
+    InvalidResponse,
+    PipelineError,
+    UnsupportedFeature,
+)
 from tinkex_py.local import wire_format
 from tinkex_py.local.data import AltTokens, DrawnSequence, PassResult, SampleResult, TopkTable
 from tinkex_py.losses import replay
@@ -26,7 +37,9 @@ from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME
 from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STATE_FILE, STEPS_FILE, RunFolder
 from tinkex_py.runs.state import RunState, SavedCheckpoint
+from tinkex_py.texts import with_whole_texts
 from tinkex_py.transport import wire
+from tinkex_py.transport.answer import HttpAnswer, raise_for_status
 from tinkex_py.transport.codec import (
     PassRequest,
     Result,
@@ -82,7 +95,7 @@ def test_a_request_in_json_arrives_as_it_was_sent(data):
 TENSOR_FIELDS = st.fixed_dictionaries(
     {},
     optional={
-        "data": st.lists(st.integers(-3, 3) | st.floats(), max_size=4) | ANY_JSON,
+        "data": st.lists(st.integers(-3, 3) | st.floats(), max_size=4) | st.lists(SCALARS, max_size=3) | ANY_JSON,
         "dtype": st.sampled_from(["int64", "float32"]) | SCALARS,
         "shape": st.lists(st.integers(-1, 4), max_size=3) | st.just([2**40, 2**40]) | SCALARS,
         "sparse_crow_indices": st.lists(st.integers(-1, 3), max_size=4) | SCALARS,
@@ -109,6 +122,43 @@ def test_any_json_datum_is_read_or_a_typed_error_of_the_service(data, targets):
         wire_format.datums_from_json(data)
     with contextlib.suppress(*SERVICES_WORD):
         wire_format.ids_from_json("target_prompt_logprobs", targets)
+
+
+SPARSE = st.fixed_dictionaries(
+    {
+        "data": st.lists(st.integers(-3, 3), max_size=3),
+        "dtype": st.just("int64"),
+        "shape": st.lists(st.integers(-1, 3), min_size=1, max_size=3),
+        "sparse_crow_indices": st.lists(st.integers(-1, 3), max_size=4),
+        "sparse_col_indices": st.lists(st.integers(-1, 3), max_size=3),
+    }
+)
+
+
+@settings(max_examples=200)
+@given(SPARSE)
+def test_any_sparse_tensor_is_read_or_a_typed_error_of_the_service(fields):
+    try:
+        read = wire_format.tensor_from_json("weights", fields)
+    except InvalidData:
+        return
+    assert read.shape == tuple(fields["shape"])
+
+
+NUMBERS = st.binary(max_size=20) | st.lists(st.integers(-1, 3), max_size=4).map(lambda v: np.array(v, "<i8").tobytes())
+WIRE_TENSORS = st.fixed_dictionaries({"dtype": st.integers(0, 6), "shape": st.lists(st.integers(-1, 4), max_size=3)})
+
+
+@settings(max_examples=200)
+@given(WIRE_TENSORS, NUMBERS, st.none() | st.tuples(NUMBERS, NUMBERS))
+def test_any_tensor_in_protobuf_is_read_or_a_typed_error_of_the_service(fields, numbers, sparse):
+    if sparse is None:
+        tensor = wire.Tensor(dense=numbers, **fields)
+    else:
+        places = wire.SparseCsr(values=numbers, crow_indices=sparse[0], col_indices=sparse[1])
+        tensor = wire.Tensor(sparse_csr=places, **fields)
+    with contextlib.suppress(*SERVICES_WORD):
+        wire_format.datums_from_protobuf([wire.Datum(loss_fn_inputs={"weights": tensor})])
 
 
 @settings(max_examples=150)
@@ -221,6 +271,75 @@ def test_any_rest_answer_is_read_or_an_invalid_response(data):
         return
     # What was read is JSON again, and reads as the same.
     assert answer.read(json.loads(read.model_dump_json(by_alias=True))) == read
+
+
+# Half characters, which JSON can escape and UTF-8 has no form for
+
+HALVES = st.sampled_from(["\ud800", "\udfff", "a\ud83d", "\ude00b", "\ude00\ud83d"])
+FORMS: list[Callable[[str], bytes]] = [
+    lambda text: json.dumps(json.loads(text)).encode(),
+    lambda text: text.encode("utf-8", "surrogatepass"),
+    lambda text: text.encode("utf-16", "surrogatepass"),
+    lambda text: text.encode("utf-16-le", "surrogatepass"),
+    lambda text: text.encode("utf-32", "surrogatepass"),
+]
+
+
+def check_can_be_written(value: object) -> None:
+    """As text, as JSON, and to a log in UTF-8."""
+    json.dumps(value, ensure_ascii=False).encode()
+    str(value).encode()
+
+
+@settings(max_examples=200)
+@given(
+    OBJECTS, st.dictionaries(st.sampled_from(NAMES) | HALVES, HALVES, min_size=1, max_size=3), st.sampled_from(FORMS)
+)
+def test_half_characters_of_a_service_can_be_written_everywhere(fields, halves, form):
+    body = form(json.dumps({**fields, **halves, "more": [halves]}, ensure_ascii=False))
+    for status in (200, 400, 429, 500):
+        answer = HttpAnswer(status, {"content-type": "application/json", "location": "\ud800"}, body)
+        read = answer.json()
+        check_can_be_written(read)
+        assert read["more"] == [with_whole_texts(halves)]
+        if not answer.is_success:
+            with pytest.raises(APIStatusError) as caught:
+                raise_for_status(answer)
+            for part in (str(caught.value), caught.value.body, caught.value.code, caught.value.request_id):
+                check_can_be_written(part)
+            assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+        for name in fields.keys() | halves.keys():
+            with contextlib.suppress(InvalidResponse):
+                text_of(read, name, "path").encode()
+
+
+def test_whole_characters_stay_as_they_are():
+    told = {"\U0001f600": "\U0001f600 \ufffd é", "number": 1, "more": [None, True, 0.5, {"a": "b"}]}
+    for form in FORMS:
+        assert HttpAnswer(200, {}, form(json.dumps(told, ensure_ascii=False))).json() == told
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(HALVES, st.floats(allow_nan=False))
+def test_half_characters_in_the_files_of_a_run_are_replaced(tmp_path, half, number):
+    (tmp_path / STEPS_FILE).unlink(missing_ok=True)
+    run = RunInfo(name=half, started_at=1.0, updated_at=2.0, status="failed", reason=half, config={half: [half, 1]})
+    step = step_record(1, number, metrics={half: number})
+    state = RunState(
+        checkpoints=[SavedCheckpoint(step=1, path=f"tinker://{half}")], batches=1, client_step=1, pipeline={half: 1}
+    )
+    whole = with_whole_texts(half)
+    with RunFolder(tmp_path) as folder:
+        folder.write_run(run)
+        folder.append_step(step)
+        folder.write_state(state)
+        found, (line,), kept = read_run(tmp_path), read_steps(tmp_path), folder.read_state()
+    assert (found.name, found.reason, found.config) == (whole, whole, {whole: [whole, 1]})
+    ((name, value),) = line.metrics.items()
+    assert value == number
+    name.encode()
+    assert kept is not None
+    assert kept.checkpoints[0].path == f"tinker://{whole}"
 
 
 # Files
@@ -339,6 +458,10 @@ async def test_any_record_is_replayed_or_a_pipeline_error(tmp_path):
 
     change_a_value()
     change_bytes()
+    for place in places_in(plain):
+        here = functools.reduce(lambda value, key: value[key], place, plain)
+        if isinstance(here, int) and not isinstance(here, bool):
+            written += [(JSON_NAME, json.dumps(with_another(plain, place, here + by)).encode()) for by in (-1, 1)]
     replayed = 0
     for name, content in written:
         for file, whole in good.items():

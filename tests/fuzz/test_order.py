@@ -319,4 +319,4 @@ class Ordering(RuleBasedStateMachine):
 
 
 class TestOrdering(Ordering.TestCase):
-    settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+    settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

@@ -308,15 +308,17 @@ async def test_a_full_queue_answers_429_and_keeps_the_number_free(run_service, k
 
         core.submit(hold)
         await held.wait()
-        first = await client.ask("asample", draw(0))
-        refused = await client.post("asample", draw(1))
-        assert refused.status_code == 429
-        assert refused.headers["retry-after"] == "1"
-        assert "come back in a second" in refused.json()["detail"]
-        assert (await client.ask("asample", draw(0)))["request_id"] == first["request_id"]
-        cancelled = first["request_id"]
-        assert await client.ask("cancel_future", {"request_id": cancelled}) == {}
-        go.set()
+        try:
+            first = await client.ask("asample", draw(0))
+            refused = await client.post("asample", draw(1))
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert "come back in a second" in refused.json()["detail"]
+            assert (await client.ask("asample", draw(0)))["request_id"] == first["request_id"]
+            cancelled = first["request_id"]
+            assert await client.ask("cancel_future", {"request_id": cancelled}) == {}
+        finally:
+            go.set()
         assert "cancelled before it was started" in (await client.final(cancelled)).json()["error"]
         second = await client.ask("asample", draw(1))
         assert len((await client.final(second["request_id"])).json()["sequences"]) == 1

@@ -21,6 +21,7 @@ from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.local.checkpoints import STATE_FILE, CheckpointStore
 from tinkex_py.local.database import VERSION, Database
 from tinkex_py.local.records import CheckpointInfo, RunInfo, SessionInfo
+from tinkex_py.local.results import ResultBook
 
 
 def private_folders() -> set[Path]:
@@ -73,6 +74,18 @@ async def test_a_failure_on_the_way_to_a_checkpoint_is_the_clients_to_see(tmp_pa
             await training.save_state("x")
         (tmp_path / "runs").unlink()
         assert (await training.save_state("x")).path.endswith("/weights/x")
+
+
+@pytest.mark.asyncio
+async def test_futures_of_an_earlier_run_find_no_result_of_this_one():
+    """Each run counts its requests from 1: the same count must not be the same id."""
+    earlier, later = ResultBook(9, 9), ResultBook(9, 9)
+    ids = [earlier.open().request_id for _ in range(3)]
+    assert all(later.open() for _ in range(3))
+    for request_id in ids:
+        assert earlier.find(request_id) is not None
+        assert later.find(request_id) is None
+        assert not later.was_given(request_id)
 
 
 @pytest.mark.asyncio

@@ -198,7 +198,7 @@ async def test_a_failed_step_of_one_client_leaves_the_other_alone():
     def crashing(data: Any, logprobs: Any) -> Any:
         raise ValueError("no")
 
-    async with AsyncServiceClient.local() as service:
+    async with asyncio.timeout(20), AsyncServiceClient.local() as service:
         first = await service.create_lora_training_client("tiny", rank=4, seed=1)
         second = await service.create_lora_training_client("tiny", rank=4, seed=1)
         await first.forward_backward([datum(4, 1)])

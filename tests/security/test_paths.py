@@ -116,7 +116,10 @@ async def test_urls_cannot_lead_out_of_a_checkpoint(run_service, tmp_path):
         listed = f"/api/v1/training_runs/{model_id}/checkpoints/external_weights/one/external_weights_urls"
         urls = (await client.http.get(listed)).json()["urls"]
         sign = client.service.core.links.sign
-        for name in ("..%2f..%2fstate.sqlite3", "%2fetc%2fpasswd", "..", "adapter_config.json%00", "nothing"):
+        # A link beside the files is in no listing, so its name opens nothing either.
+        (folder,) = (tmp_path / "state").glob("runs/*/external_weights/one.*")
+        (folder / "link").symlink_to(tmp_path / "secret")
+        for name in ("..%2f..%2fstate.sqlite3", "%2fetc%2fpasswd", "..", "adapter_config.json%00", "link", "nothing"):
             plain = name.replace("%2f", "/").replace("%00", "\0")
             query, _ = sign(f"/api/v1/downloads/{model_id}/external_weights/one/{plain}")
             where = f"/api/v1/downloads/{model_id}/external_weights/one/{name}?{query}"
@@ -222,6 +225,7 @@ def test_a_link_is_not_written_through(tmp_path):
 @given(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
     | st.text("./\\:\uff0e\uff0fa", min_size=1, max_size=8)
+    | st.sampled_from(["../evil", "a/../../evil", "\uff0e\uff0e/evil"])
 )
 def test_any_member_is_refused_or_stays_in_the_folder(tmp_path_factory, name):
     outer = tmp_path_factory.mktemp("outer")

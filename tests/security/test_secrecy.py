@@ -6,6 +6,7 @@
 import asyncio
 import base64
 import contextlib
+import json
 import logging
 import pickle
 import re
@@ -23,6 +24,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from tests.client.recorder import QUICK
 from tests.client.test_secrecy import everything_about
+from tests.support.scripted_server import Behaviour, ScriptedServer, answer
 from tinkex_py import (
     AdamParams,
     AsyncServiceClient,
@@ -41,7 +43,8 @@ from tinkex_py.integrations.opentelemetry import OpenTelemetry
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.local.server import serve
 from tinkex_py.regularizers import L2
-from tinkex_py.runs import TrainSettings, read_run, read_steps, train
+from tinkex_py.runs import RunInfo, TrainSettings, read_run, read_steps, train
+from tinkex_py.runs.folder import RunFolder
 from tinkex_py.runs.pairs import read_pairs
 from tinkex_py.runs.report import write_report
 
@@ -100,6 +103,7 @@ class Everything:
 
     def check(self) -> None:
         for name, text in self.records:
+            text.encode()  # a log file takes it
             check_clean(f"the log of {name}", text)
         for event in self.events:
             check_clean(f"the event {event.name}", repr(event))
@@ -346,3 +350,94 @@ async def test_files_of_a_run_that_cannot_be_read(tmp_path):
         with pytest.raises(TinkexError) as caught:
             read(tmp_path)
         check_clean("the error", everything_about(caught.value))
+
+
+class LogFile(logging.FileHandler):
+    """A host's log file; what cannot be written to it is an error instead of a note on the screen."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the library's name)
+        raise  # noqa: PLE0704  (called while the error is handled)
+
+
+@pytest.fixture
+def log_file(tmp_path) -> Iterator[Path]:
+    """Everything that this package logs, as a host keeps it."""
+    handler, logger = LogFile(tmp_path / "host.log"), logging.getLogger("tinkex_py")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield tmp_path / "host.log"
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(before)
+
+
+HALF = "\ud800"
+ODD_TEXT = f"{HALF}{KEY}\udfff {KEY[:10]}{HALF}{KEY[10:]}"
+"""Half characters around a key and in it. Were they left out instead of replaced, the second would be the key again."""
+
+ODD_ANSWERS: dict[str, tuple[str, Behaviour]] = {
+    "an error": ("create_model", answer(400, json={"detail": ODD_TEXT, HALF: [ODD_TEXT], "code": ODD_TEXT})),
+    "an error without form": ("create_model", answer(422, ODD_TEXT.encode("utf-8", "surrogatepass"))),
+    "nearly UTF-8": ("create_model", answer(400, f'{{"error": "{ODD_TEXT}"}}'.encode("utf-8", "surrogatepass"))),
+    "a failure": ("retrieve_future", answer(json={"error": ODD_TEXT, "category": HALF})),
+    "a failed result": ("retrieve_future", answer(400, json={"detail": {HALF: ODD_TEXT}})),
+    "an id": ("create_model", answer(json={"request_id": HALF})),
+    "the id of a model": ("retrieve_future", answer(json={"model_id": ODD_TEXT})),
+    "the name of a session": ("create_session", answer(json={"session_id": ODD_TEXT})),
+    "a word on the queue": (
+        "retrieve_future",
+        answer(408, json={"queue_state": HALF, "queue_state_reason": HALF}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ANSWERS)
+async def test_half_characters_of_a_service_break_nothing_and_hide_no_key(everything, log_file, tmp_path, name):
+    path, odd = ODD_ANSWERS[name]
+    retry = RetryPolicy(deadline=5.0, max_attempts=1, initial_wait=0.0, max_wait=0.01)
+    with structlog.testing.capture_logs() as lines:
+        async with ScriptedServer() as server:
+            right = {
+                "client/config": {},
+                "create_session": {"session_id": "s"},
+                "create_model": {"request_id": "1"},
+                "retrieve_future": {"model_id": "m"},
+                "sessions/s/finish": {},
+            }
+            for endpoint, told in right.items():
+                server.script(f"/api/v1/{endpoint}", answer(json=told))
+            behaviours = (odd, answer(json={"error": "in the end"})) if name == "a word on the queue" else (odd,)
+            server.script(f"/api/v1/{path}", *behaviours)
+            config = TinkexConfig(base_url=server.url, api_key=KEY, retry=retry)
+            with pytest.raises(TinkexError) as caught:
+                async with AsyncServiceClient(config) as service:
+                    await service.create_lora_training_client("tiny")
+    json.dumps(everything_about(caught.value), ensure_ascii=False).encode()
+    json.dumps([dict(line) for line in lines], ensure_ascii=False, default=repr).encode()
+    json.dumps([dict(event.metadata) for event in everything.events], ensure_ascii=False).encode()
+    everything.errors.append(caught.value)
+    everything.lines += lines
+    everything.check()
+    check_clean("the host's log", log_file.read_bytes())
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_run(RunInfo(name="x", started_at=1.0, updated_at=2.0, status="failed", reason=str(caught.value)))
+        assert folder.read_run() is not None
+    check_clean("run.json", (tmp_path / "run" / "run.json").read_bytes())
+
+
+async def test_a_term_named_with_half_a_character_breaks_no_log(everything, log_file, local_bench):
+    bench = local_bench(api_key=KEY)
+    async with bench.service as service:
+        training = await service.create_lora_training_client("tiny", rank=4)
+        for term in (L2(), failing):
+            spec = RegularizerSpec(fn=term, weight=0.1, name=f"half {HALF}")
+            with contextlib.suppress(TinkexError):
+                await training.forward_backward_custom([planted()], NLL(), regularizers=[spec])
+    everything.check()
+    assert "half \ufffd" in log_file.read_text(encoding="utf-8")

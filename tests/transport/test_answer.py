@@ -188,7 +188,10 @@ def test_retry_after_as_a_date():
     assert 10.0 < told <= 20.0
 
 
-@given(st.text(max_size=40), st.text(max_size=40))
+_HINTS = st.text(max_size=40) | st.sampled_from(["inf", "-inf", "nan", "1e400", "-1"])
+
+
+@given(_HINTS, _HINTS)
 def test_no_retry_after_breaks_anything(seconds: str, milliseconds: str):
     told = retry_after({"retry-after": seconds, "retry-after-ms": milliseconds})
     assert told is None or 0.0 <= told <= LONGEST_RETRY_AFTER

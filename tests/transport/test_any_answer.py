@@ -187,6 +187,7 @@ async def test_any_answer_to_a_poll(monkeypatch):
 
     collect()
     cases += [(200, {}, json.dumps({name: [1]}).encode()) for name in ("status", "type", "category", "error")]
+    cases += [(200, {}, json.dumps(other).encode()) for other in ([1], 1, 0.5, "x", None, True)]
     for status, headers, body in cases:
         for decode in (read_forward_backward, read_sample, lambda result: result):
             await outcome(HttpAnswer(status, headers, body), decode)

@@ -40,15 +40,20 @@ async def test_first_come_first_served_and_large_ones_alone():
     assert [holder.inside for holder in holders] == [True, True, False, False]
     holders[0].go.set()
     await turns()
+    late = Holder(budget, 1)
+    await turns()
     assert not holders[3].inside, "the small one does not overtake the large one"
+    assert not late.inside, "nor does one that comes when there is room"
     holders[1].go.set()
     await turns()
     assert [holder.inside for holder in holders] == [False, False, True, False]
     holders[2].go.set()
     await turns()
     assert holders[3].inside
-    holders[3].go.set()
-    await asyncio.gather(*(holder.task for holder in holders))
+    assert late.inside
+    for holder in (holders[3], late):
+        holder.go.set()
+    await asyncio.gather(*(holder.task for holder in (*holders, late)))
     assert budget.held == 0
 
 
@@ -70,11 +75,10 @@ async def test_a_waiter_that_is_cancelled_lets_those_behind_it_pass():
 @pytest.mark.asyncio
 async def test_a_turn_that_comes_together_with_a_cancellation_is_given_back():
     budget = ByteBudget(10)
-    first, second = Holder(budget, 10), Holder(budget, 10)
-    await turns()
-    first.go.set()
-    await first.task  # second has its turn now, but has not run yet
-    second.task.cancel()
+    async with budget.hold(10):
+        second = Holder(budget, 10)
+        await turns()
+    second.task.cancel()  # it has its turn now, but has not run yet
     await asyncio.wait([second.task])
     assert budget.held == 0
     third = Holder(budget, 10)

@@ -14,6 +14,7 @@ from tinkex_py.client.uploaded_losses import UploadedLosses
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError
 from tinkex_py.losses.threads import TermThreads
+from tinkex_py.texts import REPLACED
 from tinkex_py.transport.answer import HttpAnswer, Secret
 from tinkex_py.transport.billing import BillingPause
 from tinkex_py.transport.byte_budget import ByteBudget
@@ -399,7 +400,7 @@ def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value:
         raise InvalidResponse(f"{path} was answered without a {name}")
-    if not value.isprintable():  # lone surrogates are not printable either
+    if not value.isprintable() or REPLACED in value:
         raise InvalidResponse(f"{path} was answered with a {name} that holds characters which cannot be sent")
     return value
 

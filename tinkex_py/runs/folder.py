@@ -11,10 +11,12 @@ from typing import TypeVar
 
 import filelock
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, StepRecord
 from tinkex_py.runs.state import RunState
+from tinkex_py.texts import with_whole_texts
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -148,11 +150,19 @@ class RunFolder:
 
 
 def _line(record: Record) -> bytes:
-    return record.model_dump_json().encode() + b"\n"
+    return _json(record, None) + b"\n"
 
 
 def _document(record: Record) -> bytes:
-    return record.model_dump_json(indent=2).encode() + b"\n"
+    return _json(record, 2) + b"\n"
+
+
+def _json(record: Record, indent: int | None) -> bytes:
+    try:
+        return record.model_dump_json(indent=indent).encode()
+    except PydanticSerializationError:  # half a character, in a name or a setting
+        whole = with_whole_texts(record.model_dump())
+    return type(record).model_validate(whole).model_dump_json(indent=indent).encode()
 
 
 def _bytes_of(path: Path) -> bytes:

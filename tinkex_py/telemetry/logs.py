@@ -7,6 +7,8 @@ from typing import Any
 
 import structlog
 
+from tinkex_py.texts import with_whole_texts, without_halves
+
 LOGGER = logging.getLogger("tinkex_py")
 LOGGER.addHandler(logging.NullHandler())
 
@@ -109,7 +111,7 @@ def write_line(event: str, fields: Mapping[str, Any], level: int, *, asked_for: 
 def _write_to_structlog(event: str, fields: Mapping[str, Any], level: int) -> None:
     method = _LEVEL_NAMES[level]
     try:
-        getattr(structlog.get_logger(LOGGER.name), method)(event, **fields)
+        getattr(structlog.get_logger(LOGGER.name), method)(event, **with_whole_texts(dict(fields)))
     except Exception as error:  # noqa: BLE001  (the host's processors: a broken log must not break training)
         LOGGER.warning("the structlog configuration failed on %s: %s", event, type(error).__name__)
 
@@ -125,4 +127,5 @@ def _write_aloud(event: str, fields: Mapping[str, Any], level: int) -> None:
 
 
 def _text(event: str, fields: Mapping[str, Any]) -> str:
-    return " ".join([event, *(f"{key}={value}" for key, value in fields.items())])
+    # A term may be named with half a character, which no file and no terminal takes.
+    return without_halves(" ".join([event, *(f"{key}={value}" for key, value in fields.items())]))

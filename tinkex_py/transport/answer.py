@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from tinkex_py.errors import InvalidResponse, status_error_class
+from tinkex_py.texts import with_whole_texts, without_halves
 
 LONGEST_RETRY_AFTER = 60.0
 """Seconds; a service that asks for more is asked again after this long."""
 
 _LONGEST_DETAIL = 300
+# Escaped, as bytes that are nearly UTF-8, or in UTF-16, whose brackets and quotes have a zero byte.
+_MAY_HOLD_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id")
 
 
@@ -87,13 +91,13 @@ class HttpAnswer:
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     def json(self) -> Any:
-        """The body, parsed.
+        """The body, parsed; half characters in it are replaced.
 
         Raises:
             InvalidResponse: the body is not JSON.
         """
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(self.body)
+            return _parsed(self.body)
         # Raised out here, because json's own error holds the whole body, in which a service may echo the key.
         raise InvalidResponse(
             f"{self.request} was answered {self.status} with {len(self.body)} bytes of "
@@ -161,9 +165,14 @@ def _seconds_until(http_date: str) -> float | None:
     return seconds if seconds >= 0 else None
 
 
+def _parsed(body: bytes) -> Any:
+    value: Any = json.loads(body)
+    return with_whole_texts(value) if _MAY_HOLD_HALVES.search(body) else value
+
+
 def _parsed_body(answer: HttpAnswer) -> object:
     try:
-        return _redacted(json.loads(answer.body), answer.secret)
+        return _redacted(_parsed(answer.body), answer.secret)
     except (ValueError, RecursionError):
         return answer.secret.redacted_from(answer.body.decode("utf-8", errors="replace"))
 
@@ -190,7 +199,7 @@ def _message(answer: HttpAnswer, body: object, attempts: int) -> str:
     if len(detail) > _LONGEST_DETAIL:
         detail = detail[: _LONGEST_DETAIL - 1] + "…"
     parts = [f"{answer.request} was answered {answer.status}{phrase}{times}", detail, _way_out(answer)]
-    return ". ".join(part for part in parts if part)
+    return without_halves(". ".join(part for part in parts if part))
 
 
 def _way_out(answer: HttpAnswer) -> str:
