@@ -163,6 +163,7 @@ class FaultProxy:
         requests: how many requests came, by place.
         payloads: per number the digests of the bodies that reached the service.
         in_flight: bytes of pass requests that were begun to be read and are not answered, and `peak` of it.
+        most_connections: most connections of clients that were open at once.
         copies: what a connection brings once more, when its next request has come and before that one's answer.
     """
 
@@ -177,6 +178,7 @@ class FaultProxy:
     reached: dict[str, list[int]] = field(default_factory=dict)
     in_flight: int = 0
     peak: int = 0
+    most_connections: int = 0
     copies: dict[asyncio.StreamWriter, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -327,6 +329,7 @@ class FaultProxy:
         assert task is not None
         self._tasks.add(task)
         self._writers.add(writer)
+        self.most_connections = max(self.most_connections, len(self._writers))
         try:
             await self._serve_connection(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):

@@ -8,8 +8,8 @@ import pytest
 
 from tests.client.data import datum
 from tests.faults.catalogue import RECOVERS
-from tests.faults.proxy import Fault, FaultProxy, Passing
-from tests.faults.runs import ADAM, NO_HANG, PLACES, assert_same, config, custom_step, new_client, short_run, weights
+from tests.faults.proxy import FaultProxy
+from tests.faults.runs import ADAM, NO_HANG, PLACES, assert_same, config, new_client, weights
 from tinkex_py import AsyncServiceClient, AsyncTrainingClient
 
 pytestmark = pytest.mark.asyncio
