@@ -1,4 +1,4 @@
-"""Calls that are cancelled at every one of their suspensions, over HTTP: the client goes on, and the weights are right."""
+"""Calls cancelled at each of their suspensions, over HTTP: the client goes on, and the weights are right."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
