@@ -43,17 +43,14 @@ class Tally:
             self.checked[str(name)] += int(str(count))
 
     def lines(self) -> Iterator[str]:
-        """Two tables: faults by place, and promises."""
-        places = [*dict.fromkeys(sorted(place for _, place in self.injected))]
+        """Two tables: faults with their places, and promises."""
         faults = sorted({name for name, _ in self.injected})
-        head, longest = [*places, "all"], max(map(len, faults), default=0)
-        yield "  ".join(["injected".ljust(longest), *head])
+        longest = max(map(len, faults), default=0)
+        yield f"{'injected'.ljust(longest)}  times  where"
         for fault in faults:
-            counts = [self.injected[fault, place] for place in places]
-            cells = [
-                str(count or "").rjust(len(name)) for count, name in zip([*counts, sum(counts)], head, strict=True)
-            ]
-            yield "  ".join([fault.ljust(longest), *cells])
+            places = {place: count for (name, place), count in sorted(self.injected.items()) if name == fault}
+            where = ", ".join(f"{place} {count}" for place, count in places.items())
+            yield f"{fault.ljust(longest)}  {sum(places.values()):5d}  {where}"
         yield f"{self.injected.total()} faults of {len(faults)} kinds"
         yield ""
         longest = max(map(len, self.checked), default=0)
