@@ -45,7 +45,7 @@ class Tally:
     def lines(self) -> Iterator[str]:
         """Two tables: faults with their places, and promises."""
         faults = sorted({name for name, _ in self.injected})
-        longest = max(map(len, faults), default=0)
+        longest = max(map(len, [*faults, "injected"]))
         yield f"{'injected'.ljust(longest)}  times  where"
         for fault in faults:
             places = {place: count for (name, place), count in sorted(self.injected.items()) if name == fault}
@@ -53,7 +53,7 @@ class Tally:
             yield f"{fault.ljust(longest)}  {sum(places.values()):5d}  {where}"
         yield f"{self.injected.total()} faults of {len(faults)} kinds"
         yield ""
-        longest = max(map(len, self.checked), default=0)
+        longest = max(map(len, [*self.checked, "checked"]))
         yield "  ".join(["checked".ljust(longest), "times"])
         for promise, count in sorted(self.checked.items()):
             yield f"{promise.ljust(longest)}  {count:5d}"
