@@ -15,6 +15,7 @@ help:
 	@echo "make demo   fine-tune SmolLM2 with a composed loss (under 10 minutes on 2 cores)"
 	@echo "make notebook   run examples/notebook.ipynb and save it with its outputs"
 	@echo "make test   all tests, with branch coverage"
+	@echo "make faults   what production does to requests, and a table of what was injected and checked"
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
@@ -49,6 +50,10 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest -q $(ARGS)
 endif
+
+# Ends with a table of the faults that were injected, and of the promises that were checked.
+faults: $(STAMP)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/faults $(ARGS)
 
 # ARGS names benchmarks, such as "a c --rounds 3"; without it all are run. Fails when a target is missed.
 bench: $(STAMP)

@@ -40,7 +40,8 @@ def test_the_events_of_the_table():
     lifecycles = ["custom_loss", "regularizer.compute", "http.request", "future", "session", "training", "run.step"]
     expected = {f"tinkex.{name}.{phase}" for name in lifecycles for phase in ("start", "stop", "exception")}
     expected |= {"tinkex.regularizer.not_differentiable", "tinkex.regularizer.abandoned", "tinkex.future.queue_state"}
-    expected |= {"tinkex.session.heartbeat_failed", "tinkex.regularizer.retry", "tinkex.regularizer.controller_failed"}
+    expected |= {"tinkex.session.heartbeat_failed", "tinkex.session.heartbeat_recovered"}
+    expected |= {"tinkex.regularizer.retry", "tinkex.regularizer.controller_failed"}
     expected |= {"tinkex.custom_loss.not_on_service", "tinkex.custom_loss.carrier"}
     expected |= {"tinkex.session.over", "tinkex.billing.paused", "tinkex.sampling.turned_away"}
     expected |= {f"tinkex.run.{name}" for name in ("resent", "restarted", "sink_failed", "checkpoint_not_deleted")}

@@ -148,6 +148,7 @@ async def test_the_events_page_tells_what_events_carry() -> None:
         "tinkex.custom_loss.carrier",  # the service inside the process is known
         "tinkex.future.queue_state",
         "tinkex.session.heartbeat_failed",
+        "tinkex.session.heartbeat_recovered",
         "tinkex.session.over",
         "tinkex.billing.paused",
         "tinkex.sampling.turned_away",

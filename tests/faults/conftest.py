@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,31 @@ import torch
 from tests.faults.catalogue import IN_CHUNKS
 from tests.faults.proxy import FaultProxy
 from tests.faults.runs import config, kept_run, long_run, new_client, resumed_run, short_run, weights
-from tests.faults.tally import TALLY, Tally
+from tests.faults.tally import Tally, tally_of
 from tests.support.served import serving
 from tinkex_py import AsyncServiceClient
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells its counts to the process that prints them."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["faults"] = tally_of(session.config).tell()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    told = getattr(node, "workeroutput", {}).get("faults")
+    if told is not None:  # a worker that died tells nothing
+        tally_of(node.config).hear(told)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tally = tally_of(config)
+    if tally.injected or tally.checked:
+        terminalreporter.section("faults")
+        for line in tally.lines():
+            terminalreporter.write_line(line)
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tally(pytestconfig: pytest.Config) -> Tally:
-    return pytestconfig.stash.setdefault(TALLY, Tally())
+    return tally_of(pytestconfig)
 
 
 @pytest.fixture(scope="package")

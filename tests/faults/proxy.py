@@ -12,6 +12,7 @@ through, and so does an empty line. `choose` decides about requests whose line i
 
 import asyncio
 import hashlib
+import itertools
 import json
 import socket
 import ssl
@@ -30,6 +31,7 @@ from tinkex_py.transport import wire
 
 PASS_ENDPOINTS = {"forward_backward": "B", "forward": "F"}
 PIECE = 1 << 16
+_ANSWERS = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Answer:
         return cls(status, ((b"content-type", kind.encode()), *named), content)
 
     def encoded(self) -> bytes:
-        """Its bytes on the wire."""
+        """Its bytes on the wire; like a real server's, no two answers are the same."""
         told = [(name, value) for name, value in self.headers if name.lower() not in (b"content-length", b"connection")]
         lines = [b"HTTP/1.1 %d Told" % self.status, b"content-length: %d" % len(self.body)]
+        lines.append(b"answer: %d" % next(_ANSWERS))
         lines += [name + b": " + value for name, value in told if name.lower() != b"transfer-encoding"]
         return b"\r\n".join([*lines, b"", b""]) + self.body
 
@@ -160,6 +163,8 @@ class FaultProxy:
         requests: how many requests came, by place.
         payloads: per number the digests of the bodies that reached the service.
         in_flight: bytes of pass requests that were begun to be read and are not answered, and `peak` of it.
+        most_connections: most connections of clients that were open at once.
+        copies: what a connection brings once more, when its next request has come and before that one's answer.
     """
 
     service_url: str
@@ -173,7 +178,8 @@ class FaultProxy:
     reached: dict[str, list[int]] = field(default_factory=dict)
     in_flight: int = 0
     peak: int = 0
-    gate: asyncio.Event | None = None
+    most_connections: int = 0
+    copies: dict[asyncio.StreamWriter, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._server: asyncio.Server | None = None
@@ -324,6 +330,7 @@ class FaultProxy:
         assert task is not None
         self._tasks.add(task)
         self._writers.add(writer)
+        self.most_connections = max(self.most_connections, len(self._writers))
         try:
             await self._serve_connection(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
@@ -332,6 +339,7 @@ class FaultProxy:
         finally:
             writer.close()
             self._writers.discard(writer)
+            self.copies.pop(writer, None)
             self._tasks.discard(task)
             self._note()
 
@@ -369,6 +377,10 @@ class FaultProxy:
             if not isinstance(event, h11.EndOfMessage):
                 return False
             passing = make_passing(self, head, bytes(body), reader, writer)
+            copy = self.copies.pop(writer, None)
+            if copy is not None:
+                self.injected["copy of the answer before", passing.place] += 1
+                await passing.send(copy)
             await self._treat(passing)
         finally:
             self.in_flight -= counted

@@ -9,6 +9,7 @@ Each request to a path takes the next behaviour of its script; the last one is r
 """
 
 import asyncio
+import itertools
 import json as json_module
 import socket
 import ssl
@@ -56,7 +57,8 @@ class Exchange:
         await self.writer.drain()
 
     async def send_answer(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        lines = [f"HTTP/1.1 {status} Scripted", f"content-length: {len(body)}"]
+        # Real servers tell the time, so no answer of theirs is the same as another to the byte.
+        lines = [f"HTTP/1.1 {status} Scripted", f"content-length: {len(body)}", f"answer: {next(self.server.answers)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         payload = b"" if self.head.method == b"HEAD" else body
         await self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + payload)
@@ -192,6 +194,7 @@ class ScriptedServer:
     reading_again: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self.answers = itertools.count(1)
         self._scripts: dict[str, list[Behaviour]] = {}
         self._default = answer(404, json={"detail": "no such path in the script"})
         self._changed = asyncio.Condition()

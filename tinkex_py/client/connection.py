@@ -154,9 +154,8 @@ class Connection:
             The future's request id.
         """
         headers = {"X-Tinkex-Keep-Graph": "1"} if keep_graph else {}
-        async with self.pass_bytes.hold(encoded.size):
-            told = await self._send_encoded(encoded, headers=headers, check=has_request_id(encoded.path))
-            return request_id_of(told, encoded.path)
+        told = await self._send_encoded(encoded, headers=headers, check=has_request_id(encoded.path))
+        return request_id_of(told, encoded.path)
 
     async def _send_encoded(self, encoded: EncodedRequest, **options: Any) -> dict[str, Any]:
         headers = dict(options.pop("headers", {}))

@@ -16,7 +16,7 @@ from tinkex_py.client.carrier import (
 )
 from tinkex_py.client.model_requests import ModelRequests, or_break
 from tinkex_py.client.steps import OptimizerSteps
-from tinkex_py.client.submission import count_numbers, encode_chunks, replace_by_advantages, write_weights
+from tinkex_py.client.submission import count_numbers, encode_custom_chunks, replace_by_advantages, write_weights
 from tinkex_py.errors import (
     APIStatusError,
     InvalidResponse,
@@ -67,7 +67,7 @@ class CustomStep:
             data: the datums.
             handed_over: called at the hand-over of the gradient, before anything else can run.
         """
-        chunks = await self.requests.encoded(data, "cross_entropy", {}, custom=True)
+        chunks = await self.requests.custom_chunks(data, self.place, early=self.overlap)
         count = sum(len(chunk.data) for chunk in chunks)
         sequences = await or_break(lambda: check_sequences(self.sequences_per_step, count))
         forward, carrier = await self._forward(chunks)
@@ -106,7 +106,7 @@ class CustomStep:
         data = _data_of(chunks)
         carrier: Carrier | None = await or_break(lambda: connection.carrier.for_step(self.surrogate))
         if carrier is None and has_candidates(data):
-            sample = await encode_chunks(measuring_sample(data), connection, custom=True)
+            sample = await encode_custom_chunks(measuring_sample(data), connection)
             _, carrier = await self._forward(sample)
         if carrier is not None and carrier.loss_fn == "importance_sampling":
             await or_break(lambda: connection.carrier.check_targets(data))

@@ -10,10 +10,10 @@ from tinkex_py import telemetry
 from tinkex_py.client.carrier import HeldCall, HeldSequences
 from tinkex_py.client.connection import Connection
 from tinkex_py.client.queue import QueueWatch
-from tinkex_py.client.submission import ChunkedPass, Sent, encode_chunks
+from tinkex_py.client.submission import Batch, ChunkedPass, Sent, encode_custom_chunks, planned_chunks
 from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss
 from tinkex_py.errors import APIStatusError, PartialFailure, RequestFailed, ResultLost, TinkexError
-from tinkex_py.transport.codec import EncodedBatch, LossConfig
+from tinkex_py.transport.codec import EncodedBatch, LossConfig, PlannedBatch
 from tinkex_py.transport.lane import Kind, Lane, Place, is_undecided
 from tinkex_py.transport.request import encoded_json
 from tinkex_py.types import Datum, ForwardBackwardOutput
@@ -81,14 +81,32 @@ class ModelRequests:
         finally:
             place.leave()
 
-    async def encoded(
-        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, custom: bool = False
-    ) -> list[EncodedBatch]:
-        """Checked datums, laid out in the chunks that the service takes.
+    async def chunks(self, data: Sequence[Datum], loss_fn: str, config: LossConfig) -> list[PlannedBatch]:
+        """Checked datums in the chunks that the service takes.
 
         Raises:
             InvalidData: they cannot be used.
         """
+        return planned_chunks(await self._checked(data, loss_fn, config, fields=None), self.connection)
+
+    async def custom_chunks(self, data: Sequence[Datum], place: Place, *, early: bool) -> list[EncodedBatch]:
+        """Checked datums of a custom step, laid out when it can go out: of steps that wait there are no bytes yet.
+
+        Args:
+            data: the datums.
+            place: the step's.
+            early: as for `run_forward`.
+
+        Raises:
+            InvalidData: they cannot be used.
+        """
+        datums = await self._checked(data, "cross_entropy", {}, fields=("weights",))
+        await (place.early_turn() if early else place.turn())
+        return await encode_custom_chunks(datums, self.connection)
+
+    async def _checked(
+        self, data: Sequence[Datum], loss_fn: str, config: LossConfig, *, fields: Sequence[str] | None
+    ) -> Sequence[Datum]:
 
         def checked() -> Sequence[Datum]:
             datums = check_data(data)
@@ -99,14 +117,13 @@ class ModelRequests:
         datums = await or_break(checked)
         dialect = await self.connection.dialect()
         if not dialect.holds_any_number:
-            fields = ("weights",) if custom else None
             await or_break(lambda: check_finite(datums, config, fields=fields))
-        return await encode_chunks(datums, self.connection, custom=custom)
+        return datums
 
     async def run_forward(
         self,
         place: Place,
-        chunks: Sequence[EncodedBatch],
+        chunks: Sequence[Batch],
         loss_fn: str = "cross_entropy",
         config: LossConfig | None = None,
         *,
@@ -130,7 +147,7 @@ class ModelRequests:
     async def run_backward(
         self,
         place: Place,
-        chunks: Sequence[EncodedBatch],
+        chunks: Sequence[Batch],
         loss_fn: str,
         config: LossConfig,
         *,
@@ -179,7 +196,7 @@ class ModelRequests:
     async def _chunked_pass(
         self,
         place: Place,
-        chunks: Sequence[EncodedBatch],
+        chunks: Sequence[Batch],
         loss_fn: str,
         config: LossConfig,
         *,
@@ -285,7 +302,7 @@ class ModelRequests:
             raise
 
 
-def _accepted(chunks: Sequence[EncodedBatch], sent: Sequence[Sent]) -> int:
+def _accepted(chunks: Sequence[Batch], sent: Sequence[Sent]) -> int:
     """Datums in the chunks that the service took."""
     return sum(
         len(chunk.data) for chunk, outcome in zip(chunks, sent, strict=True) if not isinstance(outcome, APIStatusError)

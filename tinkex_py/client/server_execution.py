@@ -75,7 +75,7 @@ async def run_on_service(
         ) as measurements:
             weights = step.traced.weights(steps.made)
             config: LossConfig = {"loss_id": step.loss_id}
-            chunks = await requests.encoded(step.traced.datums(datums, weights), "custom", config)
+            chunks = await requests.chunks(step.traced.datums(datums, weights), "custom", config)
             result = await requests.run_backward(place, chunks, "custom", config, handed_over=handed_over)
             output = step.traced.output(result, weights)
             measurements["loss_total"] = output.loss_total

@@ -74,7 +74,8 @@ class Session:
 async def send_heartbeats(exchange: Exchange, session_id: str, interval: float, owner: "weakref.ref[Any]") -> None:
     """Tells the service every `interval` seconds that the session lives, as long as its owner does.
 
-    A failed heartbeat is reported as an event and tried again at the next beat. The service ends the session
+    A failed heartbeat is reported as an event and tried again at the next beat; the first that is heard again is
+    reported too. The service ends the session
     itself by answering 410, which is an event too.
     """
     loop = asyncio.get_running_loop()
@@ -99,6 +100,8 @@ async def send_heartbeats(exchange: Exchange, session_id: str, interval: float, 
                 json={"session_id": session_id, "type": "session_heartbeat"},
                 timeout=10.0,
             )
+            if answer.is_success and answer.body.strip():
+                answer.json()  # a login page, say, was not written by the service
         except (TransportError, APIStatusError, ConfigError) as error:
             failures += 1
             tell_failure(type(error), error)
@@ -107,6 +110,12 @@ async def send_heartbeats(exchange: Exchange, session_id: str, interval: float, 
             telemetry.emit("tinkex.session.over", {}, {"session_id": session_id})
             return
         if answer.is_success:
+            if failures:
+                telemetry.emit(
+                    "tinkex.session.heartbeat_recovered",
+                    {"failures": failures, "silence": loop.time() - last_success},
+                    {"session_id": session_id},
+                )
             failures, last_success = 0, loop.time()
         else:
             failures += 1

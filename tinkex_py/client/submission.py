@@ -19,13 +19,13 @@ from tinkex_py.errors import (
     TransportError,
 )
 from tinkex_py.losses.threads import TermThreads, run_released
-from tinkex_py.transport.chunks import merge_outputs, plan_chunks
+from tinkex_py.transport.chunks import bytes_of, merge_outputs, plan_chunks
 from tinkex_py.transport.codec import (
     WEIGHT_BYTES,
     EncodedBatch,
     LossConfig,
     PassRequest,
-    encode_batch,
+    PlannedBatch,
     encode_custom_batch,
     read_forward_backward,
 )
@@ -39,23 +39,32 @@ SMALL_TOKENS = 16_384
 SMALL_BYTES = 1 << 18
 
 Value = TypeVar("Value")
+Batch = EncodedBatch | PlannedBatch
 Sent = str | APIStatusError
 """What became of one chunk: its future, or a final refusal."""
 Outcome = ForwardBackwardOutput | RequestFailed | APIStatusError
 """What it came to in the end."""
 
 
-async def encode_chunks(data: Sequence[Datum], connection: Connection, *, custom: bool) -> list[EncodedBatch]:
-    """Lays out datums in the chunks that the service takes."""
-    encode = encode_custom_batch if custom else encode_batch
-    parts = plan_chunks(
-        data,
-        max_datums=connection.flags.fwdbwd_max_chunk_len,
-        max_bytes=connection.flags.fwdbwd_max_chunk_bytes_count,
-        custom=custom,
-    )
+def planned_chunks(data: Sequence[Datum], connection: Connection) -> list[PlannedBatch]:
+    """Datums in the chunks that the service takes."""
+    parts = _cut(data, connection, custom=False)
+    return [PlannedBatch(part, sum(bytes_of(datum) for datum in part)) for part in parts]
+
+
+async def encode_custom_chunks(data: Sequence[Datum], connection: Connection) -> list[EncodedBatch]:
+    """Lays out a custom step's datums in the chunks that the service takes."""
+    parts = _cut(data, connection, custom=True)
     tokens = sum(datum.model_input.length for datum in data)
-    return await _off_loop_if(tokens > SMALL_TOKENS, connection.threads, lambda: [encode(part) for part in parts])
+    large = tokens > SMALL_TOKENS
+    return await _off_loop_if(large, connection.threads, lambda: [encode_custom_batch(part) for part in parts])
+
+
+def _cut(data: Sequence[Datum], connection: Connection, *, custom: bool) -> list[Sequence[Datum]]:
+    flags = connection.flags
+    return plan_chunks(
+        data, max_datums=flags.fwdbwd_max_chunk_len, max_bytes=flags.fwdbwd_max_chunk_bytes_count, custom=custom
+    )
 
 
 async def write_weights(chunks: Sequence[EncodedBatch], weights: Array, threads: TermThreads) -> None:
@@ -117,7 +126,7 @@ class ChunkedPass:
     Attributes:
         connection: the service.
         model_id: the model.
-        chunks: encoded datums, one request each.
+        chunks: datums, one request each.
         dialect: how they are written.
         loss_fn: the service's loss.
         config: its settings.
@@ -130,7 +139,7 @@ class ChunkedPass:
 
     connection: Connection
     model_id: str
-    chunks: Sequence[EncodedBatch]
+    chunks: Sequence[Batch]
     dialect: Dialect
     loss_fn: str
     config: LossConfig
@@ -204,7 +213,7 @@ class ChunkedPass:
         """Every chunk is posted to its end, whatever becomes of the others."""
         undecided: list[TinkexError] = []
 
-        async def outcome(number: int, chunk: EncodedBatch) -> Sent | None:
+        async def outcome(number: int, chunk: Batch) -> Sent | None:
             try:
                 return await self._outcome(number, chunk)
             except (APIStatusError, TransportError) as error:
@@ -220,7 +229,7 @@ class ChunkedPass:
             raise undecided[0]
         return [sent for task in tasks if (sent := task.result()) is not None]
 
-    async def _outcome(self, number: int, chunk: EncodedBatch) -> Sent:
+    async def _outcome(self, number: int, chunk: Batch) -> Sent:
         try:
             return await self._send_one(number, chunk)
         except APIStatusError as error:
@@ -228,7 +237,7 @@ class ChunkedPass:
                 raise
             return error
 
-    async def _send_one(self, number: int, chunk: EncodedBatch) -> str:
+    async def _send_one(self, number: int, chunk: Batch) -> str:
         request = PassRequest(self.model_id, number, self.loss_fn, self.config, forward_only=self.forward_only)
         try:
             return await self._post(self.dialect, chunk, request)
@@ -237,12 +246,18 @@ class ChunkedPass:
                 raise
             return await self._post(await self.connection.dialect(), chunk, request)
 
-    async def _post(self, dialect: Dialect, chunk: EncodedBatch, request: PassRequest) -> str:
-        large = len(chunk.body) > SMALL_BYTES and dialect.is_slow
-        encoded = await _off_loop_if(large, self.connection.threads, lambda: dialect.encode(chunk, request))
-        return await self.connection.submit_pass(encoded, keep_graph=self.keep_graph)
+    async def _post(self, dialect: Dialect, chunk: Batch, request: PassRequest) -> str:
+        # Written within the budget: of what waits for it there are no bytes yet.
+        async with self.connection.pass_bytes.hold(chunk.size):
+            slow = dialect.is_slow or isinstance(chunk, PlannedBatch)
+            encoded = await _off_loop_if(
+                slow and chunk.size > SMALL_BYTES,
+                self.connection.threads,
+                lambda: dialect.encode(chunk.laid_out(), request),
+            )
+            return await self.connection.submit_pass(encoded, keep_graph=self.keep_graph)
 
-    async def _result_of(self, sent: Sent, chunk: EncodedBatch) -> Outcome:
+    async def _result_of(self, sent: Sent, chunk: Batch) -> Outcome:
         if isinstance(sent, APIStatusError):
             return sent
         request_type = "Forward" if self.forward_only else "ForwardBackward"

@@ -115,7 +115,7 @@ class AsyncTrainingClient:
         """
         with self._requests.request(Kind.READ, "forward", forward_only=True) as place:
             config: LossConfig = {} if loss_fn_config is None else loss_fn_config
-            chunks = await self._requests.encoded(data, loss_fn, config)
+            chunks = await self._requests.chunks(data, loss_fn, config)
             return await self._requests.run_forward(place, chunks, loss_fn, config)
 
     async def forward_backward(
@@ -135,7 +135,7 @@ class AsyncTrainingClient:
         """
         with self._requests.request(Kind.GRADIENT, "forward_backward") as place:
             config: LossConfig = {} if loss_fn_config is None else loss_fn_config
-            chunks = await self._requests.encoded(data, loss_fn, config)
+            chunks = await self._requests.chunks(data, loss_fn, config)
             return await self._requests.run_backward(place, chunks, loss_fn, config)
 
     async def forward_backward_custom(

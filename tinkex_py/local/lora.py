@@ -83,6 +83,7 @@ class AdapterBank:
         self._model = model
         self._targets = _adaptable_layers(model.network)
         self._tuner: Any = None
+        self._layers: list[Any] = []
         self._made = 0
 
     @property
@@ -99,6 +100,7 @@ class AdapterBank:
         self._made += 1
         name = f"adapter{self._made}"
         self._inject(name, settings)
+        self._layers = [layer for layer in self.network.modules() if hasattr(layer, "_active_adapter")]
         adapter = Adapter(name=name, settings=settings, parameters=self._parameters(name))
         generator = torch.Generator().manual_seed(seed % 2**63)
         with torch.no_grad():
@@ -113,16 +115,15 @@ class AdapterBank:
 
     def activate(self, adapter: Adapter | None) -> None:
         """Make passes go through this adapter, and only it trainable; None is the base network alone."""
-        if self._tuner is None:
-            return
-        if adapter is None:
-            self._tuner.disable_adapter_layers()
-            return
-        self._tuner.enable_adapter_layers()
-        self._tuner.set_adapter(adapter.name)
-        # peft switches off what is not active, also on graphs that still wait for their backward pass.
-        for parameter in adapter.parameters.values():
-            parameter.requires_grad_(True)
+        # Only what a pass looks at: peft's own switch goes through all adapters of every layer, which takes seconds
+        # where there are hundreds, and switches off gradients of graphs that still wait for their backward pass.
+        for layer in self._layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter.name]
+        if adapter is not None:
+            for parameter in adapter.parameters.values():
+                parameter.requires_grad_(True)
 
     def delete(self, adapter: Adapter) -> None:
         """Remove an adapter's weights from the network."""

@@ -31,6 +31,7 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.regularizer.controller_failed": logging.WARNING,
     "tinkex.future.queue_state": logging.INFO,
     "tinkex.session.heartbeat_failed": logging.WARNING,
+    "tinkex.session.heartbeat_recovered": logging.INFO,
     "tinkex.session.over": logging.WARNING,
     "tinkex.billing.paused": logging.WARNING,
     "tinkex.sampling.turned_away": logging.DEBUG,

@@ -20,7 +20,7 @@ def plan_chunks(
     chunks: list[Sequence[Datum]] = []
     start, size = 0, 0
     for index, datum in enumerate(data):
-        estimate = _bytes_of_custom(datum) if custom else _bytes_of(datum)
+        estimate = _bytes_of_custom(datum) if custom else bytes_of(datum)
         if index > start and (size + estimate > max_bytes or index - start >= max_datums):
             chunks.append(data[start:index])
             start, size = index, 0
@@ -30,7 +30,8 @@ def plan_chunks(
     return chunks
 
 
-def _bytes_of(datum: Datum) -> int:
+def bytes_of(datum: Datum) -> int:
+    """Estimated bytes of a datum: 4 per token, and the stored bytes of every loss input."""
     return 4 * datum.model_input.length + sum(_bytes_stored(tensor) for tensor in datum.loss_fn_inputs.values())
 
 

@@ -53,6 +53,15 @@ class EncodedBatch:
     weights_at: Sequence[int]
     weights_bytes: Sequence[int]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return len(self.body)
+
+    def laid_out(self) -> "EncodedBatch":
+        """It is already."""
+        return self
+
     def write_weights(self, packed: Array) -> None:
         """Gives the datums other weights, in place: no request of this batch may be under way.
 
@@ -88,6 +97,23 @@ class EncodedBatch:
             start = stop
         assert start == logprobs.size == advantages.size, "logprobs and advantages must cover the datums exactly"
         return EncodedBatch(self.data, body, (), ())
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Datums that are laid out when they are sent, so that those that wait cost no memory.
+
+    Attributes:
+        data: the datums, which nobody can change.
+        size: estimated bytes of the body.
+    """
+
+    data: Sequence[Datum]
+    size: int
+
+    def laid_out(self) -> EncodedBatch:
+        """The datums with all their loss inputs."""
+        return encode_batch(self.data)
 
 
 NO_DATUMS = EncodedBatch((), bytearray(), (), ())

@@ -46,10 +46,18 @@ class ConnectionPool(Generic[Member]):
         self._closed = False
 
     @asynccontextmanager
-    async def connection(self) -> AsyncGenerator[Member, None]:
-        """Hold one member. Leaving the block with any exception closes it."""
+    async def connection(self, *, fresh: bool = False) -> AsyncGenerator[Member, None]:
+        """Hold one member. Leaving the block with any exception closes it.
+
+        Args:
+            fresh: one that was never used; an idle one makes room for it.
+        """
         async with self._slots:
-            member = self._idle.pop() if self._idle else await self._open_member()
+            idle = self._idle.pop() if self._idle else None
+            if idle is not None and fresh:
+                self._discard(idle)
+                idle = None
+            member = idle or await self._open_member()
             try:
                 yield member
             except BaseException:

@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import ssl
 import urllib.request
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -46,19 +47,44 @@ _LONGEST_CONNECT = 10.0
 _IDLE_CONNECTION_EXPIRY = 4.0
 _MOST_REDIRECTS = 5
 _SHORTEST_KEY = 8
+# A copy of an answer may come as late as this many answers after it and is still known.
+_REMEMBERED_ANSWERS = 8
+_COMPARED_BYTES = 1024
+# Who is answered so asks again anyway.
+_ASKED_AGAIN = frozenset({408, 425, 429})
 
 
 class _Connection:
-    """An HTTP client, and the socket it opened last.
+    """An HTTP client, the socket it opened last, and what it was answered last.
 
     httpcore forgets the socket of a TLS handshake that is cancelled, so we remember it and close it ourselves.
     """
 
     def __init__(self, client: Any, *, ours: bool) -> None:
         self.client = client
+        self._ours = ours
+        self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
+        self._in_doubt = False
         self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
         self.address: Callable[[str], Any] = _address if ours else str
         self._socket: Any = None
+
+    def is_in_doubt(self, response: Any) -> bool:
+        """Whether this answer may be a copy of one that came before over this connection.
+
+        Answers of HTTP/1.1 do not tell which request they are for, so one that somebody on the way sent twice is read
+        as the answer to the next request, if it comes behind that. A real answer is rarely the same to the byte, since
+        it holds the time or an id; if it is, asking once more does no harm. A connection that brought one is given up.
+        """
+        if not self._ours:
+            return False
+        body: bytes = response.content
+        told = (response.status_code, *response.headers.raw, len(body), body[:_COMPARED_BYTES], body[-_COMPARED_BYTES:])
+        heard = hash(told)
+        known = heard in self._heard
+        self._heard.append(heard)
+        self._in_doubt = known and not (response.status_code in _ASKED_AGAIN or response.status_code >= 500)
+        return self._in_doubt
 
     @property
     def is_clean(self) -> bool:
@@ -66,6 +92,8 @@ class _Connection:
 
         httpcore notices bytes that wait in the socket, but not those that it read together with the answer.
         """
+        if self._in_doubt:
+            return False
         transports = (self.client._transport, *self.client._mounts.values())
         return all(_is_clean(transport) for transport in transports if transport is not None)
 
@@ -162,6 +190,9 @@ class HttpClient:
     ) -> HttpAnswer:
         """Send one request and read its whole answer; no retry.
 
+        An answer that is the same to the byte as one that came before over its connection may be a copy of that: the
+        connection is given up, and the request is sent once more over a fresh one.
+
         Args:
             method: HTTP method.
             path: path below `base_url`, with its query if it has one.
@@ -190,12 +221,20 @@ class HttpClient:
         request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
         send = _send_and_follow if follow_redirects else _send_once
-        async with self._stoppable(), self._connection() as connection:
-            with lifecycle("tinkex.http.request", metadata) as measurements:
-                sent = self._traced(request)
-                response = await self._send(lambda: send(connection, sent), sent)
-                answer = self._answer(response, request, secret)
-                measurements.update(status=answer.status, bytes=len(answer.body))
+
+        async def ask(*, fresh: bool) -> HttpAnswer | None:
+            async with self._connection(fresh=fresh) as connection:
+                with lifecycle("tinkex.http.request", metadata) as measurements:
+                    sent = self._traced(request)
+                    response = await self._send(lambda: send(connection, sent), sent)
+                    answer = self._answer(response, request, secret)
+                    measurements.update(status=answer.status, bytes=len(answer.body))
+                return None if connection.is_in_doubt(response) else answer
+
+        async with self._stoppable():
+            # A DELETE that is done twice is answered otherwise the second time, so it must never be in doubt.
+            answer = await ask(fresh=request.method == "DELETE") or await ask(fresh=True)
+            assert answer is not None, "nothing came before the answer over a fresh connection"
             return answer
 
     @asynccontextmanager
@@ -227,7 +266,8 @@ class HttpClient:
         secret = (self._secret if key is None else key).with_others(self._secret_headers)
         request = self._request("GET", path, None, None, None, "*/*", sent, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
-        async with self._stoppable(), self._connection() as connection:
+        # Fresh, because what is read piece by piece cannot be compared with the answers before.
+        async with self._stoppable(), self._connection(fresh=True) as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
                 traced = self._traced(request)
                 response = await self._send(lambda: _send_once(connection, traced, stream=True), traced)
@@ -332,13 +372,13 @@ class HttpClient:
 
     # Connections
 
-    def _connection(self) -> AbstractAsyncContextManager[_Connection]:
+    def _connection(self, *, fresh: bool) -> AbstractAsyncContextManager[_Connection]:
         if self._http_client is not None:
             return contextlib.nullcontext(_Connection(self._http_client, ours=False))
         if self._asgi_app is not None:
             transport = httpx.ASGITransport(app=self._asgi_app, raise_app_exceptions=False)  # pyright: ignore[reportArgumentType]
             return contextlib.aclosing(_Connection(httpx.AsyncClient(transport=transport), ours=False))
-        return self._pool.connection()
+        return self._pool.connection(fresh=fresh)
 
     async def _open_connection(self) -> _Connection:
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_CONNECTION_EXPIRY)
