@@ -8,6 +8,7 @@ service keeps no state beside the bodies of the latest backward pass, from which
 """
 
 import http.server
+import itertools
 import json
 import math
 import threading
@@ -160,6 +161,7 @@ def _future(request_id: str) -> Answer:
 
 def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandler]:
     """The class that reads the requests of one connection."""
+    numbers = itertools.count(1)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -172,6 +174,7 @@ def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandle
             self.send_response(status)
             self.send_header("content-type", media_type)
             self.send_header("content-length", str(len(answer)))
+            self.send_header("x-request-id", str(next(numbers)))
             self.end_headers()
             self.wfile.write(answer)
 

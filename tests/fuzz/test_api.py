@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from schemathesis import GenerationMode
 
+from tests.support.layers import innermost
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.openapi import _API, _OPERATIONS
 from tinkex_py.local.results import Failure
@@ -30,7 +31,7 @@ async def document_of(client: Any) -> dict[str, Any]:
 
 async def test_the_document_has_every_route_and_no_other(client):
     document = await document_of(client)
-    routes = client.service.app._app.routes
+    routes = innermost(client.service.app).routes
     expected = {(route.path, method.lower()) for route in routes for method in route.methods - {"HEAD"}}
     described = {(path, method) for path, methods in document["paths"].items() for method in methods}
     assert described == expected

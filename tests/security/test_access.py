@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from tests.support.layers import innermost
 from tinkex_py.errors import ConfigError
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.server import serve
@@ -62,7 +63,7 @@ OPEN = {("GET", "/api/v1/healthz")}
 async def test_no_route_answers_a_wrong_key(run_service):
     """All routes of the app, also those that do not exist, say 401 before they look at anything."""
     async with run_service(LocalOptions(api_key=KEY)) as client:
-        app = client.service.app._app._app  # Contained, RequireKey, Starlette
+        app = innermost(client.service.app)
         asked = {(method, route.path) for route in app.routes for method in route.methods if method != "HEAD"}
         asked |= {("GET", "/"), ("POST", "/api/v1/no_such_route"), ("GET", "/api/v1/downloads"), ("GET", "/openapi")}
         for method, path in sorted(asked - OPEN):

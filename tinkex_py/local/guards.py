@@ -1,6 +1,8 @@
-"""ASGI layers around the app: who may ask, and what happens to an error that nothing else has taken."""
+"""ASGI layers around the app: who may ask, what all answers have, and where errors end."""
 
 import hmac
+import itertools
+import secrets
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
@@ -81,6 +83,29 @@ class Contained:
             log_failure(_asked(scope), error)
             if not answered:
                 await _refuse(500, type(error).__name__, scope, receive, send)
+
+
+class Numbered:
+    """Gives every answer an `x-request-id` of its own: for logs, and so that no two answers are the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._run = secrets.token_hex(4)
+        self._count = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        number = f"{self._run}-{next(self._count)}".encode()
+
+        async def numbered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", number)]}
+            await send(message)
+
+        await self._app(scope, receive, numbered)
 
 
 def _header(scope: Scope, wanted: bytes) -> bytes:
