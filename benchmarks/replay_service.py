@@ -11,6 +11,7 @@ import http.server
 import itertools
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -194,6 +195,11 @@ class Server(http.server.ThreadingHTTPServer):
     """One thread per connection, and room for many that come at once."""
 
     request_queue_size = 256
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that ends without closing its connections is no error of this service."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # pyright: ignore
 
 
 def main() -> None:

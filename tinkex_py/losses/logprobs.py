@@ -135,7 +135,8 @@ class Logprobs:
     def leaf(self, name: str) -> torch.Tensor:
         """A new leaf for the term `name`."""
         with torch.inference_mode(False):
-            leaf = self.buffer.new_empty(0).set_(self.buffer)  # pyright: ignore
+            # Other ways to share memory let other threads run Python in between, and the event loop waits for them.
+            leaf = self.buffer.data
             if self._guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)
             leaf.requires_grad_()
