@@ -5,7 +5,6 @@ import contextlib
 import contextvars
 import ssl
 import urllib.request
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -22,6 +21,7 @@ from tinkex_py.telemetry import lifecycle, request_headers
 from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
 from tinkex_py.transport.connection_pool import ConnectionPool
 from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
+from tinkex_py.transport.http_connection import HttpConnection, send_and_follow, send_once
 from tinkex_py.transport.request import (
     USER_AGENT,
     Content,
@@ -42,71 +42,9 @@ from tinkex_py.transport.stream import AnswerStream
 __all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-_LONGEST_CONNECT = 10.0
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
-_MOST_REDIRECTS = 5
 _SHORTEST_KEY = 8
-# A copy of an answer may come as late as this many answers after it and is still known.
-_REMEMBERED_ANSWERS = 8
-_COMPARED_BYTES = 1024
-# Who is answered so asks again anyway.
-_ASKED_AGAIN = frozenset({408, 425, 429})
-
-
-class _Connection:
-    """An HTTP client, the socket it opened last, and what it was answered last.
-
-    httpcore forgets the socket of a TLS handshake that is cancelled, so we remember it and close it ourselves.
-    """
-
-    def __init__(self, client: Any, *, ours: bool) -> None:
-        self.client = client
-        self._ours = ours
-        self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
-        self._in_doubt = False
-        self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
-        self.address: Callable[[str], Any] = _address if ours else str
-        self._socket: Any = None
-
-    def is_in_doubt(self, response: Any) -> bool:
-        """Whether this answer may be a copy of one that came before over this connection.
-
-        Answers of HTTP/1.1 do not tell which request they are for, so one that somebody on the way sent twice is read
-        as the answer to the next request, if it comes behind that. A real answer is rarely the same to the byte, since
-        it holds the time or an id; if it is, asking once more does no harm. A connection that brought one is given up.
-        """
-        if not self._ours:
-            return False
-        body: bytes = response.content
-        told = (response.status_code, *response.headers.raw, len(body), body[:_COMPARED_BYTES], body[-_COMPARED_BYTES:])
-        heard = hash(told)
-        known = heard in self._heard
-        self._heard.append(heard)
-        self._in_doubt = known and not (response.status_code in _ASKED_AGAIN or response.status_code >= 500)
-        return self._in_doubt
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether no byte came behind the last answer: the next exchange would take it for its own answer.
-
-        httpcore notices bytes that wait in the socket, but not those that it read together with the answer.
-        """
-        if self._in_doubt:
-            return False
-        transports = (self.client._transport, *self.client._mounts.values())
-        return all(_is_clean(transport) for transport in transports if transport is not None)
-
-    async def aclose(self) -> None:
-        try:
-            await self.client.aclose()
-        finally:
-            if self._socket is not None:
-                await self._socket.aclose()
-
-    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        if event == "connection.connect_tcp.complete":
-            self._socket = info["return_value"]
 
 
 class HttpClient:
@@ -220,7 +158,7 @@ class HttpClient:
         secret = (self._secret if key is None else key).with_others(self._secret_headers)
         request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
         metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
-        send = _send_and_follow if follow_redirects else _send_once
+        send = send_and_follow if follow_redirects else send_once
 
         async def ask(*, fresh: bool) -> HttpAnswer | None:
             async with self._connection(fresh=fresh) as connection:
@@ -270,7 +208,7 @@ class HttpClient:
         async with self._stoppable(), self._connection(fresh=True) as connection:
             with lifecycle("tinkex.http.request", metadata) as measurements:
                 traced = self._traced(request)
-                response = await self._send(lambda: _send_once(connection, traced, stream=True), traced)
+                response = await self._send(lambda: send_once(connection, traced, stream=True), traced)
                 answer = AnswerStream(response, request, secret)
                 try:
                     yield answer
@@ -372,17 +310,18 @@ class HttpClient:
 
     # Connections
 
-    def _connection(self, *, fresh: bool) -> AbstractAsyncContextManager[_Connection]:
+    def _connection(self, *, fresh: bool) -> AbstractAsyncContextManager[HttpConnection]:
         if self._http_client is not None:
-            return contextlib.nullcontext(_Connection(self._http_client, ours=False))
+            return contextlib.nullcontext(HttpConnection(self._http_client, ours=False))
         if self._asgi_app is not None:
             transport = httpx.ASGITransport(app=self._asgi_app, raise_app_exceptions=False)  # pyright: ignore[reportArgumentType]
-            return contextlib.aclosing(_Connection(httpx.AsyncClient(transport=transport), ours=False))
+            return contextlib.aclosing(HttpConnection(httpx.AsyncClient(transport=transport), ours=False))
         return self._pool.connection(fresh=fresh)
 
-    async def _open_connection(self) -> _Connection:
+    async def _open_connection(self) -> HttpConnection:
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_CONNECTION_EXPIRY)
-        return _Connection(httpx.AsyncClient(verify=await self._shared_tls_context(), limits=limits), ours=True)
+        client = httpx.AsyncClient(verify=await self._shared_tls_context(), limits=limits)
+        return HttpConnection(client, ours=True, address=_address)
 
     async def _shared_tls_context(self) -> ssl.SSLContext:
         """The one TLS context of all connections, loaded in a thread because it reads the certificate store."""
@@ -486,46 +425,6 @@ async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
     if failures:
         raise failures[0]
     return task.result()
-
-
-async def _send_and_follow(connection: _Connection, request: HttpRequest) -> Any:
-    url = request.url
-    for _ in range(_MOST_REDIRECTS):
-        response = await _send_once(connection, request, url=url)
-        target = request.redirected_to(response.status_code, response.headers.get("location"), url)
-        if target is None:
-            return response
-        url = target
-    return await _send_once(connection, request, url=url)
-
-
-async def _send_once(
-    connection: _Connection, request: HttpRequest, *, url: str | None = None, stream: bool = False
-) -> Any:
-    client = connection.client
-    target = url or request.url
-    built = client.build_request(
-        request.method,
-        connection.address(target),
-        headers=dict(request.headers),
-        content=request.body(),
-        # connect, read, write, pool; the whole is bounded outside.
-        timeout=(min(request.timeout, _LONGEST_CONNECT), request.timeout, request.timeout, request.timeout),
-        extensions=dict(connection.extensions),
-    )
-    return await client.send(built, follow_redirects=False, stream=stream)
-
-
-def _is_clean(transport: Any) -> bool:
-    # No public name leads to the parser of a connection; where a release of httpcore hides it, no connection is used
-    # twice. A connection through a proxy holds the one to the service.
-    for connection in transport._pool.connections:
-        inner = connection
-        while inner is not None and not hasattr(inner, "_h11_state"):
-            inner = getattr(inner, "_connection", None)
-        if inner is None or inner._h11_state.trailing_data[0]:
-            return False
-    return True
 
 
 def _address(url: str) -> httpx.URL:

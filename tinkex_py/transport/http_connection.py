@@ -1,0 +1,125 @@
+"""One connection to the service: what is sent over it, and whether it may be used again."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tinkex_py.transport.request import HttpRequest
+
+_LONGEST_CONNECT = 10.0
+_MOST_REDIRECTS = 5
+# A copy of an answer may come as late as this many answers after it and is still known.
+_REMEMBERED_ANSWERS = 8
+_COMPARED_BYTES = 1024
+# Who is answered so asks again anyway.
+_ASKED_AGAIN = frozenset({408, 425, 429})
+
+
+class HttpConnection:
+    """An HTTP client, the socket it opened last, and what it was answered last.
+
+    httpcore forgets the socket of a TLS handshake that is cancelled, so we remember it and close it ourselves.
+
+    Args:
+        client: with `httpx.AsyncClient`'s interface.
+        ours: it has one connection, which nobody else uses.
+        address: what the client takes for a URL.
+    """
+
+    def __init__(self, client: Any, *, ours: bool, address: Callable[[str], Any] = str) -> None:
+        self.client = client
+        self._ours = ours
+        self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
+        self._in_doubt = False
+        self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
+        self.address = address
+        self._socket: Any = None
+
+    def is_in_doubt(self, response: Any) -> bool:
+        """Whether this answer may be a copy of one that came before over this connection.
+
+        Answers of HTTP/1.1 do not tell which request they are for, so one that somebody on the way sent twice is read
+        as the answer to the next request, if it comes behind that. A real answer is rarely the same to the byte, since
+        it holds the time or an id; if it is, asking once more does no harm. A connection that brought one is given up.
+        """
+        if not self._ours:
+            return False
+        body: bytes = response.content
+        told = (response.status_code, *response.headers.raw, len(body), body[:_COMPARED_BYTES], body[-_COMPARED_BYTES:])
+        heard = hash(told)
+        known = heard in self._heard
+        self._heard.append(heard)
+        self._in_doubt = known and not (response.status_code in _ASKED_AGAIN or response.status_code >= 500)
+        return self._in_doubt
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no byte came behind the last answer: the next exchange would take it for its own answer.
+
+        httpcore notices bytes that wait in the socket, but not those that it read together with the answer.
+        """
+        if self._in_doubt:
+            return False
+        transports = (self.client._transport, *self.client._mounts.values())
+        return all(_is_clean(transport) for transport in transports if transport is not None)
+
+    async def aclose(self) -> None:
+        """Closes the client, and the socket if the client has forgotten it."""
+        try:
+            await self.client.aclose()
+        finally:
+            if self._socket is not None:
+                await self._socket.aclose()
+
+    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self._socket = info["return_value"]
+
+
+async def send_and_follow(connection: HttpConnection, request: HttpRequest) -> Any:
+    """The answer at the end of the redirections that a request may follow."""
+    url = request.url
+    for _ in range(_MOST_REDIRECTS):
+        response = await send_once(connection, request, url=url)
+        target = request.redirected_to(response.status_code, response.headers.get("location"), url)
+        if target is None:
+            return response
+        url = target
+    return await send_once(connection, request, url=url)
+
+
+async def send_once(
+    connection: HttpConnection, request: HttpRequest, *, url: str | None = None, stream: bool = False
+) -> Any:
+    """One request and its answer.
+
+    Args:
+        connection: where it is sent.
+        request: what is sent.
+        url: where to; default is the request's own.
+        stream: leave the body to be read later.
+    """
+    client = connection.client
+    target = url or request.url
+    built = client.build_request(
+        request.method,
+        connection.address(target),
+        headers=dict(request.headers),
+        content=request.body(),
+        # connect, read, write, pool; the whole is bounded outside.
+        timeout=(min(request.timeout, _LONGEST_CONNECT), request.timeout, request.timeout, request.timeout),
+        extensions=dict(connection.extensions),
+    )
+    return await client.send(built, follow_redirects=False, stream=stream)
+
+
+def _is_clean(transport: Any) -> bool:
+    # No public name leads to the parser of a connection; where a release of httpcore hides it, no connection is used
+    # twice. A connection through a proxy holds the one to the service.
+    for connection in transport._pool.connections:
+        inner = connection
+        while inner is not None and not hasattr(inner, "_h11_state"):
+            inner = getattr(inner, "_connection", None)
+        if inner is None or inner._h11_state.trailing_data[0]:
+            return False
+    return True
