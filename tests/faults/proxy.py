@@ -182,7 +182,8 @@ class FaultProxy:
     copies: dict[asyncio.StreamWriter, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepted: set[socket.socket] = set()
         self._port = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -191,23 +192,42 @@ class FaultProxy:
         self._answered = 0
 
     async def __aenter__(self) -> Self:
-        await self._listen()
+        self._listen()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.stop_listening()
+        self.stop_listening()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         while self._notifiers:
             await asyncio.gather(*self._notifiers)
+        for accepted in self._accepted:
+            accepted.close()
 
-    async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, limit=1 << 20)
-        self._port = self._server.sockets[0].getsockname()[1]
+    def _listen(self) -> None:
+        # Not asyncio's own server: one that is closed in the moment of a connection leaves that connection open.
+        self._listener = socket.create_server(("127.0.0.1", self._port), backlog=100)
+        self._listener.setblocking(False)
+        self._port = self._listener.getsockname()[1]
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            accepted, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):  # the client has left already
+            return
+        self._accepted.add(accepted)
+        self._start(self._connect(accepted))
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        reader = asyncio.StreamReader(limit=1 << 20)
+        protocol = asyncio.StreamReaderProtocol(reader, self._serve)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, accepted)
+        self._accepted.discard(accepted)
 
     @property
     def port(self) -> int:
@@ -239,23 +259,24 @@ class FaultProxy:
         async with asyncio.timeout(30), self._changed:
             await self._changed.wait_for(condition)
 
-    async def stop_listening(self) -> None:
+    def stop_listening(self) -> None:
         """Refuses connections from now on; those that are open stay so."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
 
     async def refuse_for(self, seconds: float) -> None:
         """Refuses connections for a while, and breaks those that are open."""
-        await self.stop_listening()
+        self.stop_listening()
         for writer in list(self._writers):
             reset_connection(writer)
         self._start(self._listen_again(seconds))
 
     async def _listen_again(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        if self._server is None:  # two refusals may overlap
-            await self._listen()
+        if self._listener is None:  # two refusals may overlap
+            self._listen()
 
     def check_numbers(self, model_id: str) -> None:
         """The service got a model's numbers as 1..n, and none with two payloads."""
