@@ -396,17 +396,17 @@ CANCELLATION: list[Guard] = [
     guard(
         "A slot of the pool is given back whatever happens",
         "transport/connection_pool.py",
-        "        async with self._slots:\n            member =",
-        "        await self._slots.acquire()\n        if self._slots:\n            member =",
+        "        async with self._slots:\n            idle =",
+        "        await self._slots.acquire()\n        if self._slots:\n            idle =",
         f"{_POOL}::test_random_cancellations_lose_no_slot",
         f"{_STORM}::test_fifty_rounds_of_twenty_cancelled_requests",
         may_hang=True,
     ),
     guard(
         "Bytes under way are bounded",
-        "client/connection.py",
-        "async with self.pass_bytes.hold(encoded.size):",
-        "if encoded.size:",
+        "client/submission.py",
+        "async with self.connection.pass_bytes.hold(chunk.size):",
+        "if chunk.size:",
         f"{_CHUNKS}::test_bytes_under_way_are_bounded",
     ),
     guard(
