@@ -20,7 +20,7 @@ help:
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
-	@echo "make guards takes out what keeps each promise, and shows that its test fails then (about half an hour)"
+	@echo "make guards takes out what keeps each promise, and shows that its test fails then (about 40 minutes)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"

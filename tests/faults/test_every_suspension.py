@@ -10,7 +10,7 @@ from tests.client.data import nll
 from tests.client.test_cancellation import Cancelling
 from tests.faults.proxy import FaultProxy
 from tests.faults.runs import ADAM, DATA, NO_HANG, assert_same, config, new_client, weights
-from tinkex_py import AsyncServiceClient, AsyncTrainingClient, TinkexConfig
+from tinkex_py import AsyncServiceClient, AsyncTrainingClient, ClientClosed, TinkexConfig
 
 pytestmark = pytest.mark.asyncio
 PATIENT = {"timeout": NO_HANG, "poll_timeout": NO_HANG}
@@ -98,6 +98,9 @@ async def test_opening_that_is_cancelled_at_every_suspension(proxy: FaultProxy, 
             if call == "first model":
                 training = await new_client(service)
                 await asyncio.gather(training.forward_backward_custom(DATA, nll), training.optim_step(ADAM))
+            elif reached:
+                with pytest.raises(ClientClosed):
+                    await service.get_server_capabilities()
             await service.aclose()
             at += 1
         assert at > 3

@@ -17,6 +17,7 @@ _LIFE = "tests/client/test_life_cycle.py"
 _FAILED = "tests/client/test_failed_steps.py"
 _CANCELLED = "tests/client/test_cancellation.py"
 _CHUNKS = "tests/client/test_chunks_of_a_call.py"
+_SOAK = "tests/soak/test_soak.py::test_a_short_soak_holds"
 
 _KINDS = "_RETRYABLE_FAILURES = (ConnectionFailed, TimeoutExceeded, InvalidResponse)"
 _BREAKS = "if not (place.happened or place.is_broken or place.kind is Kind.READ):"
@@ -282,6 +283,7 @@ ORDER: list[Guard] = [
         "        self._places.remove(place)\n",
         "        self._places.remove(place)\n        self.next_number += not place.happened\n",
         f"{_LANE}::test_a_step_that_fails_before_its_gradient_breaks_what_is_behind_and_leaves_no_gap",
+        _SOAK,
         "tests/fuzz/test_order.py::TestOrdering",
     ),
     guard(
@@ -367,6 +369,7 @@ CANCELLATION: list[Guard] = [
         "return await asyncio.shield(task)",
         "return await task",
         f"{_CANCELLED}::test_a_cancelled_caller_leaves_at_once_though_its_gradient_is_under_way",
+        _SOAK,
     ),
     guard(
         "A step that is cancelled at any moment leaves the lane",
@@ -396,17 +399,17 @@ CANCELLATION: list[Guard] = [
     guard(
         "A slot of the pool is given back whatever happens",
         "transport/connection_pool.py",
-        "        async with self._slots:\n            member =",
-        "        await self._slots.acquire()\n        if self._slots:\n            member =",
+        "        async with self._slots:\n            idle =",
+        "        await self._slots.acquire()\n        if self._slots:\n            idle =",
         f"{_POOL}::test_random_cancellations_lose_no_slot",
         f"{_STORM}::test_fifty_rounds_of_twenty_cancelled_requests",
         may_hang=True,
     ),
     guard(
         "Bytes under way are bounded",
-        "client/connection.py",
-        "async with self.pass_bytes.hold(encoded.size):",
-        "if encoded.size:",
+        "client/submission.py",
+        "async with self.connection.pass_bytes.hold(chunk.size):",
+        "if chunk.size:",
         f"{_CHUNKS}::test_bytes_under_way_are_bounded",
     ),
     guard(

@@ -197,4 +197,18 @@ GUARDS: list[Guard] = [
         "            if least is None and value is None:\n",
         f"{_LIMITS}::test_limits_that_are_none_are_refused",
     ),
+    guard(
+        "A kept graph that no backward pass uses is freed",
+        "local/graphs.py",
+        "        return tensor.detach()\n",
+        "        return tensor\n",
+        "tests/local/test_engine.py::test_a_kept_graph_that_no_backward_pass_uses_is_freed",
+    ),
+    guard(
+        "No two answers are the same to the byte",
+        "local/guards.py",
+        "{next(self._count)}",
+        "1",
+        f"{_PROTOCOL}::test_every_answer_has_a_request_id_of_its_own",
+    ),
 ]

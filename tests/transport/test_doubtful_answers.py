@@ -41,8 +41,9 @@ async def test_an_answer_that_is_asked_for_again_anyway_is_in_no_doubt(status: i
 
 async def test_what_differs_is_in_no_doubt():
     told = [same(200, b"{}"), same(201, b"{}"), same(200, b"{ }"), answer(200, b"{}"), answer(200, b"{}")]
-    long = [same(200, b"a" + bytes(5000)), same(200, b"b" + bytes(5000)), same(200, bytes(5000) + b"c")]
-    assert await connections_of("GET", *told, *long) == [1] * 8
+    long = [same(200, start + bytes(5000)) for start in (b"a", b"b")]
+    long += [same(200, bytes(5000) + end) for end in (b"c", b"d")]
+    assert await connections_of("GET", *told, *long) == [1] * 9
 
 
 async def test_a_copy_that_comes_after_other_answers_is_known():
