@@ -108,7 +108,7 @@ LOOPS: list[Guard] = [
 ANSWERS: list[Guard] = [
     guard(
         "An answer that may be a copy of an earlier one is not believed",
-        "transport/http.py",
+        "transport/http_connection.py",
         "        known = heard in self._heard\n",
         "        known = False\n",
         f"{_COPY}[any]",
@@ -117,21 +117,21 @@ ANSWERS: list[Guard] = [
     ),
     guard(
         "A copy is known after other answers too",
-        "transport/http.py",
+        "transport/http_connection.py",
         "_REMEMBERED_ANSWERS = 8",
         "_REMEMBERED_ANSWERS = 1",
         f"{_DOUBT}::test_a_copy_that_comes_after_other_answers_is_known",
     ),
     guard(
         "An answer that is asked for again anyway is in no doubt",
-        "transport/http.py",
+        "transport/http_connection.py",
         "known and not (response.status_code in _ASKED_AGAIN or response.status_code >= 500)",
         "known",
         f"{_DOUBT}::test_an_answer_that_is_asked_for_again_anyway_is_in_no_doubt",
     ),
     guard(
         "Answers that differ in their last bytes only are told apart",
-        "transport/http.py",
+        "transport/http_connection.py",
         "body[:_COMPARED_BYTES], body[-_COMPARED_BYTES:])",
         "body[:_COMPARED_BYTES])",
         f"{_DOUBT}::test_what_differs_is_in_no_doubt",

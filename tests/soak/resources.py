@@ -46,6 +46,8 @@ class Look:
 
 
 COUNTS = ("tasks", "threads", "sockets", "descriptors")
+MOST_SERVICE_THREADS = 4
+"""The event loop's, the engine's, and two for its state, of which the second is made when both are needed at once."""
 SERVICE_COUNTS = ("service_sockets", "service_descriptors", "service_threads")
 
 
@@ -81,6 +83,8 @@ def differences(before: Look, now: Look) -> list[str]:
     found: list[str] = []
     for name in (*COUNTS, *SERVICE_COUNTS):
         was, became = getattr(before, name), getattr(now, name)
+        if name == "service_threads" and was is not None:
+            was = max(was, MOST_SERVICE_THREADS)
         if was is not None and became is not None and became > was:
             found.append(f"{name.replace('_', ' ')}: {was} before, {became} now")
     return found

@@ -233,3 +233,6 @@ async def test_a_service_that_holds_more_than_before_is_told():
     check_counts(before, dataclasses.replace(before, service_sockets=1))
     with pytest.raises(SoakFailed, match="service sockets: 6 before, 8 now"):
         check_counts(before, dataclasses.replace(before, service_sockets=8))
+    check_counts(dataclasses.replace(before, service_threads=3), dataclasses.replace(before, service_threads=4))
+    with pytest.raises(SoakFailed, match="service threads: 4 before, 5 now"):
+        check_counts(dataclasses.replace(before, service_threads=3), dataclasses.replace(before, service_threads=5))
