@@ -130,6 +130,13 @@ ANSWERS: list[Guard] = [
         f"{_DOUBT}::test_an_answer_that_is_asked_for_again_anyway_is_in_no_doubt",
     ),
     guard(
+        "A connection that may have brought a copy is given up, whatever the copy says",
+        "transport/http_connection.py",
+        "        self._repeated = known\n",
+        "        self._repeated = known and response.status_code < 300\n",
+        f"{_DOUBT}::test_its_connection_is_given_up_all_the_same",
+    ),
+    guard(
         "Answers that differ in their last bytes only are told apart",
         "transport/http_connection.py",
         "body[:_COMPARED_BYTES], body[-_COMPARED_BYTES:])",

@@ -39,6 +39,12 @@ async def test_an_answer_that_is_asked_for_again_anyway_is_in_no_doubt(status: i
     assert await connections_of("POST", same(status, b"{}"), same(status, b"{}")) == [1, 1]
 
 
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+async def test_its_connection_is_given_up_all_the_same(status: int):
+    """If it was a copy, the real answer is still to come, and the next request would get that."""
+    assert await connections_of("POST", *[same(status, b"{}")] * 3) == [1, 1, 2]
+
+
 async def test_what_differs_is_in_no_doubt():
     told = [same(200, b"{}"), same(201, b"{}"), same(200, b"{ }"), answer(200, b"{}"), answer(200, b"{}")]
     long = [same(200, start + bytes(5000)) for start in (b"a", b"b")]

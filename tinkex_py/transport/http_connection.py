@@ -30,7 +30,7 @@ class HttpConnection:
         self.client = client
         self._ours = ours
         self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
-        self._in_doubt = False
+        self._repeated = False
         self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
         self.address = address
         self._socket: Any = None
@@ -40,7 +40,8 @@ class HttpConnection:
 
         Answers of HTTP/1.1 do not tell which request they are for, so one that somebody on the way sent twice is read
         as the answer to the next request, if it comes behind that. A real answer is rarely the same to the byte, since
-        it holds the time or an id; if it is, asking once more does no harm. A connection that brought one is given up.
+        it holds the time or an id; if it is, asking once more does no harm. A connection that brought one is given up,
+        also where who is answered so asks again anyway: the answer to this request may still be on its way.
         """
         if not self._ours:
             return False
@@ -49,8 +50,8 @@ class HttpConnection:
         heard = hash(told)
         known = heard in self._heard
         self._heard.append(heard)
-        self._in_doubt = known and not (response.status_code in _ASKED_AGAIN or response.status_code >= 500)
-        return self._in_doubt
+        self._repeated = known
+        return known and not (response.status_code in _ASKED_AGAIN or response.status_code >= 500)
 
     @property
     def is_clean(self) -> bool:
@@ -58,7 +59,7 @@ class HttpConnection:
 
         httpcore notices bytes that wait in the socket, but not those that it read together with the answer.
         """
-        if self._in_doubt:
+        if self._repeated:
             return False
         transports = (self.client._transport, *self.client._mounts.values())
         return all(_is_clean(transport) for transport in transports if transport is not None)
