@@ -262,7 +262,7 @@ CODE: list[Guard] = [
     guard(
         "Nothing in the package opens pickles",
         "local/engine.py",
-        "        return load_file(str(file))\n",
+        "        return load(file.read_bytes())\n",
         '        return torch.load(file.open("rb"), weights_only=False)\n',
         f"{_CODE}::test_the_package_opens_no_pickles_and_runs_no_text",
         f"{_CODE}::test_a_pickle_in_the_place_of_a_checkpoint_is_refused",

@@ -1,13 +1,16 @@
 """Checkpoints: whole or not at all, and exact."""
 
+import gc
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.local.engine import read_tensors
 from tinkex_py.local.records import expiry
 from tinkex_py.types import AdamParams
 
@@ -178,3 +181,23 @@ def test_a_damaged_file_is_named(bench):
     with pytest.raises(InvalidData, match=r"adapter_model.safetensors is damaged"):
         bench.engine.create_from_checkpoint(bench.run("b"), saved, with_optimizer=False)
     assert bench.engine.run_info("b") is None
+
+
+def test_files_that_are_read_again_and_again_cost_no_memory(tmp_path):
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"layer{number}": torch.full((2, 300), float(number)) for number in range(100)}, file)
+    read_tensors(file, "it")
+    tracemalloc.start()
+    try:
+        read_tensors(file, "it")
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(20):
+            tensors = read_tensors(file, "it")
+            assert float(tensors["layer7"].sum()) == 7 * 600
+            del tensors
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 20 * 100 * 10  # bytes: not ten for each tensor read

@@ -360,10 +360,11 @@ def read_tensors(file: Path, whose: str) -> dict[str, torch.Tensor]:
         InvalidData: it is not there or damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+    from safetensors.torch import load  # pyright: ignore[reportUnknownVariableType]
 
     try:
-        return load_file(str(file))
+        # Not its readers of files: in safetensors 0.8.0 they keep a little of every tensor for ever.
+        return load(file.read_bytes())
     except FileNotFoundError as error:
         raise InvalidData(f"{whose} has no {file.name}") from error
     except SafetensorError as error:
