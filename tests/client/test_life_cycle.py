@@ -75,6 +75,7 @@ async def test_a_first_call_that_is_cancelled_does_not_spoil_the_client(local_be
     await asyncio.wait([first])
     training = await bench.train()
     await training.forward_backward(DATA)
+    assert training.accumulated == 1
     await bench.service.aclose()
 
 
@@ -221,6 +222,7 @@ async def test_closing_does_not_wait_for_a_heartbeat_or_a_finish_that_hang(monke
             server.script("/api/v1/sessions/s1/finish", stall())
             async with asyncio.timeout(20):
                 await service.aclose()
+            assert len(server.requests_to("/api/v1/sessions/s1/finish")) == 1, "it was told, and not waited for"
 
 
 @pytest.mark.asyncio
@@ -240,6 +242,9 @@ async def test_closing_twice_while_the_first_closing_is_cancelled(local_bench):
     gate.set()
     await asyncio.wait([closing, step])
     await bench.service.aclose()  # nothing may be left behind: the check after every test looks
+    assert closing.cancelled()
+    with pytest.raises(ClientClosed):
+        await training.forward_backward(DATA)
 
 
 @pytest.mark.asyncio
@@ -260,7 +265,9 @@ async def test_old_services_without_client_config_work(local_bench):
         bench = local_bench()
         bench.recorder.always["config"] = answering(status)
         async with bench.service:
-            await (await bench.train()).forward_backward(DATA)
+            training = await bench.train()
+            await training.forward_backward(DATA)
+            assert training.accumulated == 1
 
 
 @pytest_asyncio.fixture

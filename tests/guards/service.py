@@ -6,6 +6,7 @@ _SAVES = "tests/security/test_atomic_checkpoints.py"
 _FAILS = "tests/security/test_one_request_fails.py"
 _LIMITS = "tests/security/test_limits.py"
 _PROTOCOL = "tests/local/test_protocol.py"
+_SERVER = "tests/local/test_server.py"
 
 GUARDS: list[Guard] = [
     guard(
@@ -209,6 +210,6 @@ GUARDS: list[Guard] = [
         "local/guards.py",
         "{next(self._count)}",
         "1",
-        f"{_PROTOCOL}::test_every_answer_has_a_request_id_of_its_own",
+        f"{_SERVER}::test_every_answer_has_a_request_id_of_its_own",
     ),
 ]

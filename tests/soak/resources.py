@@ -86,7 +86,7 @@ def differences(before: Look, now: Look) -> list[str]:
         if name == "service_threads" and was is not None:
             was = max(was, MOST_SERVICE_THREADS)
         if was is not None and became is not None and became > was:
-            found.append(f"{name.replace('_', ' ')}: {was} before, {became} now")
+            found.append(f"{name.replace('_', ' ')}: at most {was}, {became} now")
     return found
 
 

@@ -196,7 +196,7 @@ async def test_what_is_left_behind_is_told(monkeypatch):
     check_counts(before, await settled_look(os.getpid(), before))
 
     task = asyncio.create_task(asyncio.Event().wait(), name="forgotten")
-    with pytest.raises(SoakFailed, match=r"tasks: 0 before, 1 now[\s\S]*task forgotten"):
+    with pytest.raises(SoakFailed, match=r"tasks: at most 0, 1 now[\s\S]*task forgotten"):
         check_counts(before, await settled_look(os.getpid(), before))
     task.cancel()
     await asyncio.wait([task])
@@ -231,8 +231,8 @@ def test_memory_that_grows_is_told_and_memory_that_jumps_is_not():
 async def test_a_service_that_holds_more_than_before_is_told():
     before = Look(0, 2, 3, 4, None, 5, 6, 7, None)
     check_counts(before, dataclasses.replace(before, service_sockets=1))
-    with pytest.raises(SoakFailed, match="service sockets: 6 before, 8 now"):
+    with pytest.raises(SoakFailed, match="service sockets: at most 6, 8 now"):
         check_counts(before, dataclasses.replace(before, service_sockets=8))
     check_counts(dataclasses.replace(before, service_threads=3), dataclasses.replace(before, service_threads=4))
-    with pytest.raises(SoakFailed, match="service threads: 4 before, 5 now"):
+    with pytest.raises(SoakFailed, match="service threads: at most 4, 5 now"):
         check_counts(dataclasses.replace(before, service_threads=3), dataclasses.replace(before, service_threads=5))

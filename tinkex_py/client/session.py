@@ -75,8 +75,7 @@ async def send_heartbeats(exchange: Exchange, session_id: str, interval: float, 
     """Tells the service every `interval` seconds that the session lives, as long as its owner does.
 
     A failed heartbeat is reported as an event and tried again at the next beat; the first that is heard again is
-    reported too. The service ends the session
-    itself by answering 410, which is an event too.
+    reported too. The service ends the session itself by answering 410, which is an event too.
     """
     loop = asyncio.get_running_loop()
     failures, last_success = 0, loop.time()

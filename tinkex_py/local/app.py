@@ -22,7 +22,7 @@ from tinkex_py.local import (
     routes_training,
 )
 from tinkex_py.local.core import Refused
-from tinkex_py.local.guards import Contained, Numbered, RequireKey
+from tinkex_py.local.guards import Contained, RequireKey
 from tinkex_py.local.http import AnyTextResponse
 from tinkex_py.local.routes_downloads import DOWNLOADS
 
@@ -61,7 +61,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
         lifespan=lifespan,
     )
     app.state.service = service
-    return Numbered(Contained(app if api_key is None else RequireKey(app, api_key, OPEN_PATHS)))
+    return Contained(app if api_key is None else RequireKey(app, api_key, OPEN_PATHS))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -114,7 +114,7 @@ class AdapterBank:
         return adapter
 
     def activate(self, adapter: Adapter | None) -> None:
-        """Make passes go through this adapter, and only it trainable; None is the base network alone."""
+        """Make passes go through this adapter, which is trainable then; None is the base network alone."""
         # Only what a pass looks at: peft's own switch goes through all adapters of every layer, which takes seconds
         # where there are hundreds, and switches off gradients of graphs that still wait for their backward pass.
         for layer in self._layers:

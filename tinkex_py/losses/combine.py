@@ -3,13 +3,13 @@
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
 import torch
 
-from tinkex_py.losses.gradients import check_weights, weighted_sum
+from tinkex_py.losses.gradients import check_weights
 from tinkex_py.losses.output import GradientDiagnosis
 
 Combine = Literal["sum", "pcgrad"]
@@ -33,7 +33,8 @@ class _Block:
     square: float
 
 
-Spread = Callable[[Callable[[range], list[_Block]], Sequence[range]], list[list[_Block]]]
+Spread = Callable[[Callable[[range], list[_Block]], int], list[_Block]]
+"""Does some work for the numbers below a count, cut into ranges as it likes; gives the results in order."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,25 @@ class Part:
     norm: float | None
 
 
-def in_turn(work: Callable[[range], list[_Block]], ranges: Sequence[range]) -> list[list[_Block]]:
-    """Every range after the one before, in this thread."""
-    return [work(blocks) for blocks in ranges]
+def in_this_thread(work: Callable[[range], list[_Block]], count: int) -> list[_Block]:
+    """All in one range."""
+    return work(range(count))
 
 
-def summed(
-    parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, workers: int = 1, spread: Spread = in_turn
-) -> Combined:
+def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, spread: Spread = in_this_thread) -> Combined:
     """The weighted sum of the gradients.
 
     Args:
         parts: the base loss first.
         like: shape and dtype of the result; contiguous.
         diagnose: also say how the terms get along, which needs the norms.
-        workers: into how many pieces the work is cut.
-        spread: does the pieces. The result is the same to the last bit however many there are.
+        spread: does the work. The result is the same to the last bit however it is cut.
 
     Returns:
         The sum, and a diagnosis for each term's name.
+
+    Raises:
+        NonFiniteLoss: a weight is too large for that dtype.
     """
     check_weights([part.scale for part in parts], like.dtype)
     total = torch.zeros_like(like, requires_grad=False)
@@ -82,7 +83,7 @@ def summed(
         with torch.no_grad():
             return [_summed_block(parts, gradients, flat, block, diagnose=diagnose) for block in blocks]
 
-    done = [block for piece in spread(work, _cut(flat.numel(), workers)) for block in piece]
+    done = spread(work, math.ceil(flat.numel() / _BLOCK))
     if not diagnose:
         return total, {}
     square = math.fsum(block.square for block in done)
@@ -98,13 +99,6 @@ def summed(
     return total, diagnosis
 
 
-def _cut(elements: int, workers: int) -> list[range]:
-    """The numbers of all blocks, in as many ranges."""
-    blocks = -(-elements // _BLOCK)
-    length = max(1, -(-blocks // workers))
-    return [range(first, min(first + length, blocks)) for first in range(0, blocks, length)]
-
-
 def _summed_block(
     parts: Sequence[Part],
     gradients: Sequence[torch.Tensor | None],
@@ -113,7 +107,7 @@ def _summed_block(
     *,
     diagnose: bool,
 ) -> _Block:
-    """Adds up one block of the total, and the products of that block while the processor still has it at hand."""
+    """Adds up one block of the total, and takes the products of that block."""
     where = slice(block * _BLOCK, (block + 1) * _BLOCK)
     pieces = [None if gradient is None else gradient[where] for gradient in gradients]
     own = total[where]
@@ -163,9 +157,8 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
             if product < 0:
                 left[index, other] -= product / weighted[other, other]
     combined = left.sum(0)
-    total = weighted_sum(
-        [(float(factor) * part.scale, part.gradient) for factor, part in zip(combined, parts, strict=True)], like
-    )
+    scaled = [replace(part, scale=float(factor) * part.scale) for factor, part in zip(combined, parts, strict=True)]
+    total, _ = summed(scaled, like, diagnose=False)
     square = float(combined @ weighted @ combined)
     shares = left @ weighted @ combined
     with_total = products @ (scales * combined)

@@ -107,24 +107,6 @@ def norm(gradient: torch.Tensor) -> float:
     return float(_vector_norm(flat.double()).item())
 
 
-def weighted_sum(parts: Sequence[tuple[float, torch.Tensor | None]], like: torch.Tensor) -> torch.Tensor:
-    """`sum(weight * gradient)`; a None gradient is zero.
-
-    Args:
-        parts: weights and gradients.
-        like: shape and dtype of the result.
-
-    Raises:
-        NonFiniteLoss: a weight is too large for that dtype.
-    """
-    check_weights([weight for weight, _ in parts], like.dtype)
-    total = torch.zeros_like(like, requires_grad=False)
-    for weight, gradient in parts:
-        if gradient is not None and weight:
-            total.add_(gradient, alpha=weight)
-    return total
-
-
 def check_weights(weights: Sequence[float], dtype: torch.dtype) -> None:
     """Raises NonFiniteLoss if a weight is too large for a dtype: torch would name neither the weight nor the loss."""
     largest = torch.finfo(dtype).max

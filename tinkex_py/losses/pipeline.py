@@ -279,11 +279,7 @@ class Pipeline:
                 diagnosis = diagnosis if run.track_grad_norms else {}
             else:
                 gradient, diagnosis = summed(
-                    parts,
-                    run.logprobs.buffer,
-                    diagnose=run.track_grad_norms,
-                    workers=run.threads.limit,
-                    spread=run.threads.spread,
+                    parts, run.logprobs.buffer, diagnose=run.track_grad_norms, spread=run.threads.spread
                 )
             gradients.check_finite(gradient, "loss_total")
             total_norm = gradients.norm(gradient) if run.track_grad_norms else None

@@ -7,17 +7,17 @@ live term threads than slots, however many terms time out.
 
 import asyncio
 import contextvars
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Generic, TypeVar, cast
 
 from tinkex_py.errors import TinkexError
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -355,7 +355,8 @@ class TermThreads:
     """All threads that the terms of one service client, or of one pipeline, may use.
 
     Gradients of coroutine terms have workers of their own: a coroutine that holds its permit must never wait
-    for a slot whose holder waits for a permit. Sums over all terms have one more, which never runs user code.
+    for a slot whose holder waits for a permit. Sums over all terms have one more, and helpers on the other CPUs while
+    they are large; none of these ever runs user code.
 
     Args:
         max_threads: most live term threads; None is the usable CPU count.
@@ -364,29 +365,35 @@ class TermThreads:
     def __init__(self, max_threads: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
         prepare = compute_alone if limit > 1 else None
-        self.limit = limit
-        self._spreading = ThreadPoolExecutor(limit, thread_name_prefix="tinkex-sum", initializer=compute_alone)
         self.terms = WorkerThreads(limit, "tinkex-term", prepare=prepare)
         self.backward = WorkerThreads(limit, "tinkex-backward", prepare=prepare)
         self.arithmetic = WorkerThreads(1, "tinkex-arithmetic", prepare=compute_alone)
+        self._helpers = ThreadPoolExecutor(limit, thread_name_prefix="tinkex-sum", initializer=compute_alone)
 
     def abandoned(self) -> list[str]:
         """Names of the terms whose threads outlived them."""
         return self.terms.slots.abandoned() + self.backward.slots.abandoned()
 
-    def spread(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` for every item at the same time, the first one in the calling thread. Not for users' functions.
+    def spread(self, work: Callable[[range], list[Result]], count: int) -> list[Result]:
+        """`work` for the numbers below `count`, in as many ranges as there are CPUs; the results in their order.
 
-        For the arithmetic worker: while it sums up, the terms of its step have ended and their CPUs are free.
+        For the arithmetic worker, which does the first range itself: while it sums up, the terms of its step have
+        ended and their CPUs are free.
         """
-        later = [self._spreading.submit(work, item) for item in items[1:]]
-        return [work(item) for item in items[:1]] + [future.result() for future in later]
+        length = max(1, math.ceil(count / self.terms.slots.limit))
+        own, *others = [range(first, min(first + length, count)) for first in range(0, count, length)] or [range(0)]
+        later = [self._helpers.submit(work, numbers) for numbers in others]
+        try:
+            results = work(own)
+        finally:
+            wait(later)
+        return results + [result for future in later for result in future.result()]
 
     def close(self) -> None:
         """Ends all idle threads."""
         for workers in (self.terms, self.backward, self.arithmetic):
             workers.close()
-        self._spreading.shutdown()
+        self._helpers.shutdown()
 
 
 async def run_released(workers: WorkerThreads, name: str, work: Callable[[], Result]) -> Result:
