@@ -144,18 +144,18 @@ def test_surgery_is_the_algorithm_of_the_paper(seed: int, count: int, step: int)
         Part(name, scale, torch.tensor(row), float(np.linalg.norm(row)))
         for name, scale, row in zip(names, scales, rows, strict=True)
     ]
-    total, _ = without_conflicts(parts, torch.zeros(9, dtype=torch.float64), step=step)
+    total = without_conflicts(parts, torch.zeros(9, dtype=torch.float64), step=step).gradient
     expected = reference_surgery(names, list(rows * scales[:, None]), step)
     assert np.allclose(total.numpy(), expected, rtol=1e-9, atol=1e-9)
-    reordered, _ = without_conflicts(parts[::-1], torch.zeros(9, dtype=torch.float64), step=step)
+    reordered = without_conflicts(parts[::-1], torch.zeros(9, dtype=torch.float64), step=step).gradient
     assert np.allclose(reordered.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_surgery_with_terms_that_have_no_gradient():
     parts = [Part("base_loss", 1.0, torch.tensor([1.0, 1.0]), None), Part("zero", 1.0, None, None)]
-    total, diagnosis = without_conflicts(parts, torch.zeros(2), step=0)
-    assert total.tolist() == [1.0, 1.0]
-    assert diagnosis["zero"].cosine_with_total is None
+    combined = without_conflicts(parts, torch.zeros(2), step=0)
+    assert combined.gradient.tolist() == [1.0, 1.0]
+    assert combined.diagnosis["zero"].cosine_with_total is None
 
 
 @pytest.mark.parametrize("combine", ["mean", None, "SUM", 3])
@@ -226,4 +226,4 @@ async def test_the_sum_is_the_gradient_of_the_written_out_loss():
     )
     assert float((loss.gradient - expected).norm()) <= 1e-6 * float(expected.norm())
     parts = [Part("base_loss", 1.0, expected, float(expected.norm()))]
-    assert torch.equal(summed(parts, expected, diagnose=False)[0], expected)
+    assert torch.equal(summed(parts, expected, diagnose=False).gradient, expected)

@@ -153,6 +153,14 @@ async def test_row_64_norms_of_any_size(scale: float, count: int):
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("scale", [-1e25, 1.0, 1e-25])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (100_001,)])
+async def test_row_64_the_norm_of_a_gradient_that_is_one_number_everywhere(scale: float, shape: tuple[int, ...]):
+    norm = await GradientTracker.grad_norm(lambda p: p.sum() * scale, torch.zeros(shape))
+    assert norm == pytest.approx(abs(float(np.float32(scale))) * math.sqrt(math.prod(shape)), rel=1e-6)
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 async def test_row_64_norms_in_any_dtype(dtype: torch.dtype):
     weights = torch.linspace(0, 1, 9000, dtype=torch.float64).to(dtype)

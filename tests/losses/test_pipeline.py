@@ -1,6 +1,7 @@
 """Rows 46-63 of the guide: composing, order, limits, what goes in."""
 
 import asyncio
+import math
 import threading
 from typing import Any
 
@@ -236,6 +237,41 @@ async def test_row_63_what_is_no_tensor_is_a_pipeline_error(logprobs: Any):
 async def test_row_63_a_sparse_tensor_is_refused_by_name():
     with pytest.raises(PipelineError, match="sparse"):
         await Pipeline(nll).compute([], guide_logprobs().to_sparse_coo())
+
+
+@pytest.mark.parametrize("listed", [False, True])
+async def test_row_63_a_tensor_on_another_device_is_refused_with_the_way_out(listed: bool):
+    elsewhere = torch.zeros(3, device="meta")
+    with pytest.raises(PipelineError, match=r"device meta.*logprobs\.cpu\(\)"):
+        await Pipeline(nll).compute([], [elsewhere] if listed else elsewhere)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).reshape(3, 4).t(),
+        torch.arange(12.0)[::3],
+        torch.tensor(-1.5).expand(6),
+        torch.zeros(0, 3),
+        torch.zeros(3, 0),
+        torch.tensor([math.nan, math.inf, -0.0]),
+    ],
+    ids=["transposed", "every third", "expanded", "no rows", "no columns", "odd numbers"],
+)
+async def test_row_63_terms_see_the_numbers_of_any_layout(tensor: torch.Tensor, dtype: torch.dtype):
+    given = tensor.to(dtype)
+    seen: list[torch.Tensor] = []
+
+    def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        seen.append(logprobs.detach().clone())
+        return torch.zeros((), dtype=torch.float64)
+
+    await Pipeline(term).compute([], given)
+    await Pipeline(term).compute([], [given, given[:1]])
+    alone, listed = (numbers.as_subclass(torch.Tensor) for numbers in seen)
+    torch.testing.assert_close(alone, given.contiguous(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(listed, torch.cat([given, given[:1]]), rtol=0, atol=0, equal_nan=True)
 
 
 async def test_row_63_a_list_is_packed():

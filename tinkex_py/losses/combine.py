@@ -9,7 +9,7 @@ from typing import Literal, cast
 import numpy as np
 import torch
 
-from tinkex_py.losses.gradients import check_weights
+from tinkex_py.losses.gradients import check_weights, norm
 from tinkex_py.losses.output import GradientDiagnosis
 
 Combine = Literal["sum", "pcgrad"]
@@ -21,16 +21,28 @@ _BLOCK = 262_144
 _dot = cast("Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", torch.dot)
 
 
-Combined = tuple[torch.Tensor, dict[str, GradientDiagnosis]]
+@dataclass(frozen=True)
+class Combined:
+    """The gradient of the whole.
+
+    Attributes:
+        gradient: d(loss_total)/d(logprobs).
+        diagnosis: how each term gets along, by name; empty if not asked for.
+        norm: the L2 norm of `gradient`; None if no diagnosis was asked for.
+    """
+
+    gradient: torch.Tensor
+    diagnosis: dict[str, GradientDiagnosis]
+    norm: float | None
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Products of one block: of each term's gradient with that of the base loss and the total; the total's square."""
+    """Products of one block: of each term's gradient with that of the base loss and the total; the total's norm."""
 
     with_base: Sequence[float]
     with_total: Sequence[float]
-    square: float
+    norm: float
 
 
 Spread = Callable[[Callable[[range], list[_Block]], int], list[_Block]]
@@ -68,14 +80,11 @@ def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, spread:
         diagnose: also say how the terms get along, which needs the norms.
         spread: does the work. The result is the same to the last bit however it is cut.
 
-    Returns:
-        The sum, and a diagnosis for each term's name.
-
     Raises:
         NonFiniteLoss: a weight is too large for that dtype.
     """
     check_weights([part.scale for part in parts], like.dtype)
-    total = torch.zeros_like(like, requires_grad=False)
+    total = torch.empty_like(like, requires_grad=False)
     flat = total.view(-1)
     gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
 
@@ -85,18 +94,18 @@ def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, spread:
 
     done = spread(work, math.ceil(flat.numel() / _BLOCK))
     if not diagnose:
-        return total, {}
-    square = math.fsum(block.square for block in done)
+        return Combined(total, {}, None)
+    total_norm = math.hypot(*(block.norm for block in done))
     diagnosis: dict[str, GradientDiagnosis] = {}
     for index, part in enumerate(parts):
         with_total = math.fsum(block.with_total[index] for block in done)
         with_base = math.fsum(block.with_base[index] for block in done)
         diagnosis[part.name] = _diagnosis(
             _cosine(with_base, _norm(part), _norm(parts[0])),
-            _cosine(with_total, _norm(part), square**0.5),
-            part.scale * with_total / square if square > 0 else None,
+            _cosine(with_total, _norm(part), total_norm),
+            part.scale * with_total / total_norm / total_norm if total_norm > 0 else None,
         )
-    return total, diagnosis
+    return Combined(total, diagnosis, total_norm)
 
 
 def _summed_block(
@@ -110,7 +119,7 @@ def _summed_block(
     """Adds up one block of the total, and takes the products of that block."""
     where = slice(block * _BLOCK, (block + 1) * _BLOCK)
     pieces = [None if gradient is None else gradient[where] for gradient in gradients]
-    own = total[where]
+    own = total[where].zero_()
     for part, piece in zip(parts, pieces, strict=True):
         if piece is not None and part.scale:
             own.add_(piece, alpha=part.scale)
@@ -121,7 +130,7 @@ def _summed_block(
     return _Block(
         with_base=[_product(piece, flat[0]) for piece in flat],
         with_total=[_product(piece, own) for piece in flat],
-        square=_product(own, own),
+        norm=norm(own),
     )
 
 
@@ -141,7 +150,7 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
         step: seeds the order.
 
     Returns:
-        As `summed`, always with a diagnosis.
+        As `summed` with a diagnosis.
     """
     products = _products(parts)
     scales = np.array([part.scale for part in parts])
@@ -158,7 +167,7 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
                 left[index, other] -= product / weighted[other, other]
     combined = left.sum(0)
     scaled = [replace(part, scale=float(factor) * part.scale) for factor, part in zip(combined, parts, strict=True)]
-    total, _ = summed(scaled, like, diagnose=False)
+    total = summed(scaled, like, diagnose=False).gradient
     square = float(combined @ weighted @ combined)
     shares = left @ weighted @ combined
     with_total = products @ (scales * combined)
@@ -171,7 +180,7 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
         )
         for index, part in enumerate(parts)
     }
-    return total, diagnosis
+    return Combined(total, diagnosis, norm(total))
 
 
 def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:

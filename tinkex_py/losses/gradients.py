@@ -94,6 +94,8 @@ def norm(gradient: torch.Tensor) -> float:
     for millions of elements.
     """
     flat = gradient.detach().reshape(-1)
+    if flat.numel() and not flat.stride(0):  # one number everywhere, as a plain sum of all logprobs has it
+        return abs(flat[0].item()) * math.sqrt(flat.numel())
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     if flat.numel() <= _NORM_BLOCK:

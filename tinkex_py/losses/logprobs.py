@@ -110,8 +110,7 @@ class Logprobs:
         if isinstance(logprobs, torch.Tensor):
             _check_floating(logprobs)
             with torch.inference_mode(False):
-                source = logprobs.detach()
-                own = source.clone(memory_format=torch.contiguous_format)
+                own = _copied([logprobs], logprobs.shape)
                 return cls(own, _comparison(own), shapes=None, packable=True, guarded=False)
         if not isinstance(logprobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(logprobs).__name__}")
@@ -126,10 +125,9 @@ class Logprobs:
         if any(not shape for shape in shapes):
             raise PipelineError("a datum's logprobs must be [T] or [T, K], got a 0-d tensor")
         packable = len({shape[1:] for shape in shapes}) <= 1
-        with torch.inference_mode(False), torch.no_grad():
-            pieces = [part.detach() if packable else part.detach().reshape(-1) for part in parts]
-            source = torch.cat(pieces) if pieces else torch.zeros(0)
-            own = source.clone()
+        with torch.inference_mode(False):
+            packed = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if packable and shapes else (-1,)
+            own = _copied(parts, packed) if parts else torch.zeros(0)
             return cls(own, _comparison(own), shapes=shapes, packable=packable, guarded=True)
 
     def leaf(self, name: str) -> torch.Tensor:
@@ -257,12 +255,25 @@ def _check_floating(tensor: object) -> None:
         raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise PipelineError(f"logprobs must be on the CPU, got device {tensor.device}: pass logprobs.cpu()")
     if tensor.layout is not torch.strided:
         raise PipelineError(f"logprobs must be dense, got layout {tensor.layout}: pass logprobs.to_dense()")
 
 
+def _copied(tensors: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """All elements in one contiguous tensor of our own.
+
+    Numpy copies with the calling thread alone. Torch's further threads would go on spinning for a while, on the CPUs
+    that the terms' threads are about to need.
+    """
+    array = np.concatenate([_bits(tensor) for tensor in tensors])
+    copy: torch.Tensor = torch.from_numpy(array).view(tensors[0].dtype)  # pyright: ignore[reportUnknownMemberType]
+    return copy.reshape(tuple(shape))
+
+
 def _comparison(own: torch.Tensor) -> Callable[[], bool]:
-    untouched = _bits(own.clone())  # not the caller's tensor: the caller may change that
+    untouched = _bits(own).copy()  # not the caller's tensor: the caller may change that
     return lambda: np.array_equal(_bits(own), untouched)
 
 

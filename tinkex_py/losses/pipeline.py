@@ -1,6 +1,7 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -275,14 +276,11 @@ class Pipeline:
         parts = [part_of(term, evaluation) for term, evaluation in done]
         with torch.inference_mode(False), torch.no_grad():
             if self.combine == "pcgrad":
-                gradient, diagnosis = without_conflicts(parts, run.logprobs.buffer, step=step)
-                diagnosis = diagnosis if run.track_grad_norms else {}
+                combined = without_conflicts(parts, run.logprobs.buffer, step=step)
             else:
-                gradient, diagnosis = summed(
-                    parts, run.logprobs.buffer, diagnose=run.track_grad_norms, spread=run.threads.spread
-                )
-            gradients.check_finite(gradient, "loss_total")
-            total_norm = gradients.norm(gradient) if run.track_grad_norms else None
+                combined = summed(parts, run.logprobs.buffer, diagnose=run.track_grad_norms, spread=run.threads.spread)
+            if combined.norm is None or not math.isfinite(combined.norm):  # NaN and infinity survive in a norm
+                gradients.check_finite(combined.gradient, "loss_total")
         regularizers = {term.name: report(term, result) for term, result in done[1:]}
         contributions = [output.contribution for output in regularizers.values()]
         output = CustomLossOutput(
@@ -290,14 +288,14 @@ class Pipeline:
             base_loss=BaseLossOutput(value=base.value, metrics=base.metrics, grad_norm=base.grad_norm),
             regularizers=regularizers,
             regularizer_total=total(contributions),
-            total_grad_norm=total_norm,
-            diagnosis=diagnosis,
+            total_grad_norm=combined.norm if run.track_grad_norms else None,
+            diagnosis=combined.diagnosis if run.track_grad_norms else {},
             skipped={
                 outcome.term.name: telemetry.failure_reason(outcome.error) for outcome in outcomes if outcome.error
             },
             abandoned_threads=len(run.threads.abandoned()),
         )
-        return CustomLoss(output, gradient, differentiable=any(result.differentiable for _, result in done))
+        return CustomLoss(output, combined.gradient, differentiable=any(result.differentiable for _, result in done))
 
     def _tell_not_differentiable(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
