@@ -1,6 +1,7 @@
 """One custom step of each client, for `subject_process`. What must stay unmeasured is done before the work is given."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -87,6 +88,17 @@ async def own_together(
                 await asyncio.gather(*map(all_steps, range(clients)))
             return gap.worst
 
+        yield work
+
+
+@asynccontextmanager
+async def own_together_frozen(
+    base_url: str, clients: int, steps: int, datums: int, shape: Sequence[int]
+) -> AsyncGenerator[Work]:
+    """The same, in a process that has told Python's garbage collector to leave the imported libraries alone."""
+    async with own_together(base_url, clients, steps, datums, shape) as work:
+        gc.collect()
+        gc.freeze()
         yield work
 
 

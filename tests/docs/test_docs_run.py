@@ -3,9 +3,11 @@
 import ast
 import asyncio
 import contextlib
+import gc
 import inspect
 import io
 import re
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +81,13 @@ def fonts() -> None:
     axes.set_title("bold", fontweight="bold")
     axes.set_xlabel("italic", fontstyle="italic")
     figure.savefig(io.BytesIO())
+
+
+@pytest.fixture(autouse=True)
+def garbage_collection() -> Generator[None]:
+    """A page may take what there is out of garbage collection; later tests want it back in."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.asyncio
