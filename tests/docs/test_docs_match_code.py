@@ -242,7 +242,7 @@ def test_the_options_of_the_embedded_service_exist() -> None:
         assert name in fields, name
         if default.startswith("`"):
             assert default.strip("`").strip('"') == str(fields[name].default), name
-    assert len(rows) == 12
+    assert len(rows) == 13
 
 
 def test_the_complete_example_is_the_file() -> None:

@@ -178,6 +178,28 @@ GUARDS: list[Guard] = [
         f"{_LIMITS}::test_models_are_bounded",
     ),
     guard(
+        "A session whose client is silent ends",
+        "local/silence.py",
+        "            if silent_looks[session.session_id] <= _LOOKS:\n",
+        "            if silent_looks[session.session_id] < 0 or timeout:\n",
+        "tests/local/test_silence.py::test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on",
+        may_hang=True,
+    ),
+    guard(
+        "A heartbeat keeps a session",
+        "local/silence.py",
+        "            if session.session_id in heard:\n",
+        "            if heard is None:\n",
+        "tests/local/test_silence.py::test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on",
+    ),
+    guard(
+        "Whatever a client asks for is heard",
+        "local/core.py",
+        "            self.hear(model_id)\n",
+        "",
+        "tests/local/test_silence.py::test_whatever_a_client_asks_for_is_heard",
+    ),
+    guard(
         "Samples that wait are bounded",
         "local/sample_queue.py",
         "return sum(not item.future.cancelled() for item in self._waiting) >= self._max_waiting",

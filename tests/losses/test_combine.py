@@ -252,8 +252,8 @@ def test_the_sum_of_any_size_and_dtype_is_the_same_however_it_is_cut(dtype: torc
 async def test_a_sum_too_large_for_its_dtype_is_refused(track: bool, combine: Any):
     logprobs = torch.full((3,), -1.0, dtype=torch.float16)
     terms = [spec(lambda data, p: p.float().sum() * 40_000, "large", 1.0)]
+    pipeline = Pipeline(lambda data, p: p.float().sum() * 40_000, terms, track_grad_norms=track, combine=combine)
     with pytest.raises(NonFiniteLoss, match="3 NaN or infinite element"):
-        pipeline = Pipeline(lambda data, p: p.float().sum() * 40_000, terms, track_grad_norms=track, combine=combine)
         await pipeline.compute([], logprobs)
 
 

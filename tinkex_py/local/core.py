@@ -74,6 +74,7 @@ class Core:
         self.store = loaded.engine.store
         self.results = ResultBook(options.max_results, options.max_result_bytes)
         self.sessions = {session.session_id: session for session in loaded.sessions}
+        self._heard: set[str] = set()
         self.samplers: dict[str, Sampler] = {}
         self.sampler_clients: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
@@ -120,7 +121,17 @@ class Core:
         session = self.sessions.get(session_id)
         if session is None:
             raise Refused(404, f"session {session_id!r} is not known here: create one first")
+        self.hear(session_id)
         return session
+
+    def hear(self, owned: str) -> None:
+        """The client of a session asked for something: for the session itself, or for what belongs to it, by its id."""
+        self._heard.add(owned.partition(":")[0])
+
+    def sessions_heard(self) -> set[str]:
+        """Ids of the sessions whose clients asked for anything since this was called last."""
+        heard, self._heard = self._heard, set()
+        return heard
 
     async def remember(self, session: SessionInfo) -> None:
         """Add or change a session, here and on disk."""
@@ -135,11 +146,13 @@ class Core:
         """
         lane = self.lanes.get(model_id)
         if lane is not None:
+            self.hear(model_id)
             return lane
         if model_id in self._gone:
             raise Refused(
                 404,
-                f"model {model_id!r} is not loaded any more (it was unloaded or the service restarted): "
+                f"model {model_id!r} is not loaded any more (it was unloaded, its session ended "
+                "or the service restarted): "
                 "unsaved weights and gradients are gone; create a new training client from its last checkpoint",
             )
         raise Refused(404, f"model {model_id!r} not found")

@@ -1,5 +1,6 @@
 """What the embedded service can be told."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class LocalOptions:
         max_waiting_bytes: how many bytes of bodies may wait with them.
         max_body_bytes: how large a request's body may be, also unpacked; a larger one is refused (413).
         max_models: how many training models may be loaded; more are told to come back later (429).
+        session_timeout: seconds after which a session is ended of whose client nothing was heard, no heartbeat either;
+            its models and what was not saved of them are gone then. None keeps it until it is finished.
         custom_losses: whether clients may upload losses, as graphs of allowed torch operations.
 
     Raises:
@@ -51,6 +54,7 @@ class LocalOptions:
     max_waiting_bytes: int = 4 * 1024**3
     max_body_bytes: int = 1024**3
     max_models: int = 1024
+    session_timeout: float | None = 3600.0
     custom_losses: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +81,9 @@ class LocalOptions:
                 raise ConfigError(f"{name}={value} is too small: it must be at least {least}")
         if not (is_seconds(self.hold_seconds) and 0 < self.hold_seconds < 45):
             raise ConfigError(f"hold_seconds={self.hold_seconds!r} must be between 0 and 45, the timeout of clients")
+        timeout = self.session_timeout
+        if timeout is not None and not (is_seconds(timeout) and 0 < timeout < math.inf):
+            raise ConfigError(f"session_timeout={timeout!r} must be a positive number of seconds, or None for ever")
         if self.api_key == "":
             raise ConfigError("api_key is empty: leave it out to accept any key")
         if self.api_key is not None and not self.api_key.isascii():

@@ -88,6 +88,7 @@ def _known(core: Core, sampler_id: str) -> Sampler:
     sampler = core.samplers.get(sampler_id)
     if sampler is None:
         raise Refused(404, f"sampling session {sampler_id!r} is not known here")
+    core.hear(sampler_id)
     return sampler
 
 

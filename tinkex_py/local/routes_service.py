@@ -77,11 +77,12 @@ async def create_session(request: Request, core: Core) -> Response:
 
 
 async def session_heartbeat(request: Request, core: Core) -> Response:
-    """Sessions do not expire; a finished or unknown one tells its client to stop."""
+    """Keeps the session; a finished or unknown one tells its client to stop."""
     body = await read(request, SessionIdBody)
     session = core.sessions.get(body.session_id)
     if session is None or session.finished:
         raise Refused(410, f"session {body.session_id!r} is over or unknown here")
+    core.hear(body.session_id)
     return answer({"type": "session_heartbeat"})
 
 

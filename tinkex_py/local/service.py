@@ -40,7 +40,7 @@ class LocalService:
         self._worker: EngineWorker | None = None
         self._loading: asyncio.Future[Loaded] | None = None
         self._state: StateThreads | None = None
-        self._expiry: asyncio.Task[None] | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
         self._folder: TemporaryDirectory[str] | None = None
 
     @property
@@ -95,10 +95,14 @@ class LocalService:
                 return
             from tinkex_py.local.core import Core
             from tinkex_py.local.expiry import delete_expired
+            from tinkex_py.local.silence import end_silent_sessions
 
             self._state = StateThreads()
             self.core = Core(self.options, self._loading.result(), self._worker, self._state)
-            self._expiry = asyncio.create_task(delete_expired(self.core), name="tinkex.local.expiry")
+            self._housekeeping = [asyncio.create_task(delete_expired(self.core), name="tinkex.local.expiry")]
+            if self.options.session_timeout is not None:
+                ending = end_silent_sessions(self.core, self.options.session_timeout)
+                self._housekeeping.append(asyncio.create_task(ending, name="tinkex.local.silence"))
 
     async def stop(self) -> None:
         """End the engine, its thread and its temporary folder; open polls return, unfinished work fails.
@@ -112,10 +116,11 @@ class LocalService:
         core, self.core = self.core, None
         if core is not None:
             core.results.close()
-        if self._expiry is not None:
-            self._expiry.cancel()
-            await asyncio.wait([self._expiry])
-            self._expiry = None
+        for task in self._housekeeping:
+            task.cancel()
+        if self._housekeeping:
+            await asyncio.wait(self._housekeeping)
+            self._housekeeping = []
         if self._worker is not None:
             await self._worker.stop()
             self._worker = None

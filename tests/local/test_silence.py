@@ -1,0 +1,91 @@
+"""A session whose client says nothing any more ends, and nothing else does."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tinkex_py.errors import ConfigError
+from tinkex_py.local import LocalOptions
+
+pytestmark = pytest.mark.asyncio
+LIMIT = 60.0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Asks nothing of the service while it waits: that would be heard."""
+    async with asyncio.timeout(LIMIT):
+        while not condition():  # noqa: ASYNC110  # the service sets no asyncio.Event
+            await asyncio.sleep(0.005)
+
+
+async def test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on(run_service):
+    async with run_service(LocalOptions(session_timeout=0.5)) as client:
+        model = await client.model()
+        living = client.session_id
+        silent_session = await client.session()
+        silent = await client.model()
+        core = client.service.core
+
+        def over() -> bool:
+            core.hear(model)  # as a heartbeat, or any request for the model, does
+            return core.sessions[silent_session].finished
+
+        await until(over)
+        assert not core.sessions[living].finished
+        assert "nothing was heard" in core.sessions[silent_session].end.detail
+        assert set(core.lanes) == {model}
+        beat = {"session_id": silent_session, "type": "session_heartbeat"}
+        assert (await client.post("session_heartbeat", beat)).status_code == 410
+        gone = await client.post("get_info", {"model_id": silent})
+        assert gone.status_code == 404
+        assert "its session ended" in gone.json()["detail"]
+        assert (await client.post("get_info", {"model_id": model})).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session"])
+async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
+    async with run_service(LocalOptions(session_timeout=None)) as client:
+        model_id = await client.model()
+        core = client.service.core
+        core.sessions_heard()
+        assert core.sessions_heard() == set()
+        if path == "forward":
+            await client.send_pass(kit.message(model_id, 1, [kit.datum(3, 1)]))
+        else:
+            body = {
+                "session_heartbeat": {"session_id": client.session_id, "type": "session_heartbeat"},
+                "get_info": {"model_id": model_id},
+                "optim_step": {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}},
+                "create_sampling_session": {
+                    "session_id": client.session_id,
+                    "sampling_session_seq_id": 0,
+                    "base_model": "tiny",
+                },
+            }[path]
+            assert (await client.post(path, body)).status_code == 200
+        assert core.sessions_heard() == {client.session_id}
+
+
+async def test_a_loop_that_stood_still_ends_no_session(run_service):
+    async with run_service(LocalOptions(session_timeout=1.0)) as client:
+        session_id = await client.session()
+        await asyncio.sleep(0)
+        time.sleep(2.5)  # noqa: ASYNC251  # as a notebook's cell does that computes
+        for _ in range(5):
+            await asyncio.sleep(0)
+        beat = {"session_id": session_id, "type": "session_heartbeat"}
+        assert (await client.post("session_heartbeat", beat)).status_code == 200
+
+
+async def test_without_a_timeout_nobody_looks(run_service):
+    async with run_service(LocalOptions(session_timeout=None)):
+        assert "tinkex.local.silence" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, math.nan, math.inf, True, "60"])
+async def test_a_timeout_that_is_none_is_refused(timeout):
+    with pytest.raises(ConfigError, match="session_timeout"):
+        LocalOptions(session_timeout=timeout)
