@@ -2,6 +2,8 @@
 
 import gc
 import math
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -358,15 +360,59 @@ def test_unloading_frees_the_adapter_and_others_stay(bench, kit):
         train_a_little(bench, name, kit)
     data = [kit.datum(5, 1)]
     before = bench.passed("b", data, forward_only=True).metrics
-    count = sum(1 for _ in bench.model.network.parameters())
+    activate(bench, "a")  # so that its weights are in the network
+    weights = [weakref.ref(parameter) for parameter in parameters(bench, "a").values()]
     bench.engine.unload_model("a")
-    assert sum(1 for _ in bench.model.network.parameters()) == count - 30
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
     assert bench.passed("b", data, forward_only=True).metrics == before
     with pytest.raises(InvalidData, match="'a' is not loaded"):
         bench.passed("a", data)
     bench.engine.unload_model("b")
     bench.create("c")
     assert bench.passed("c", data).metrics["loss:sum"] != before["loss:sum"]
+
+
+def test_models_are_added_without_a_look_at_those_that_are_there(bench, kit, monkeypatch):
+    """peft goes through every adapter of every layer for one that is added: there is one for each kind of settings."""
+    bench.create("a")
+    train_a_little(bench, "a", kit)
+    data = [kit.datum(5, 1)]
+    before = bench.passed("a", data, forward_only=True).metrics
+    walks: list[None] = []
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(self: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        walks.append(None)
+        return named_modules(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "named_modules", counted)
+        for number in range(20):
+            bench.create(f"more-{number}", seed=number)
+        assert walks == []
+        bench.create("another-rank", rank=4)
+        assert walks
+    assert bench.passed("a", data, forward_only=True).metrics == before
+
+
+def test_a_step_between_whose_passes_models_of_other_settings_are_made(bench, kit):
+    """peft switches the gradients of all other adapters off when it adds one."""
+    data = [kit.datum(6, 1), kit.datum(4, 2)]
+    bench.create("a")
+    train_a_little(bench, "a", kit)
+    gradients: list[dict[str, torch.Tensor]] = []
+    for disturbed in (False, True):
+        bench.passed("a", data, forward_only=True, keep=True)
+        if disturbed:
+            bench.create("b", rank=2)
+            bench.create("c", train_mlp=False)
+            train_a_little(bench, "c", kit)
+        bench.passed("a", data)
+        gradients.append(bench.engine._models["a"].adapter.take_gradients())
+    alone, between = gradients
+    assert len(alone) == 30
+    assert all(torch.equal(alone[key], between[key]) for key in alone)
 
 
 def test_a_closing_service_ends_a_pass_early_and_adds_nothing(bench, kit):

@@ -1,6 +1,8 @@
 """LoRA adapters: one per training model, all over one shared base network.
 
-`AdapterBank` is the only place that talks to peft. Every method runs on the engine's thread.
+`AdapterBank` is the only place that talks to peft. Every method runs on the engine's thread. The network holds one of
+peft's adapters for each rank and choice of layers; a model's own weights are put into it when the model's turn comes.
+So a model costs its weights and nothing else: peft goes through all adapters of every layer for each that is added.
 """
 
 import math
@@ -23,19 +25,52 @@ _ATTENTION = re.compile(r"(^|[._])(self_)?attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|expert", re.IGNORECASE)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter goes in the network: the module whose `weight` it is; and what it must be like."""
+
+    module: torch.nn.Module
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(eq=False)
+class _Form:
+    """One of peft's adapters in the network.
+
+    Attributes:
+        name: peft's name of it.
+        places: of its parameters, by file key.
+        held: whose weights are in it now.
+    """
+
+    name: str
+    places: dict[str, _Place]
+    held: "Adapter | None" = None
+
+    def hold(self, adapter: "Adapter | None") -> None:
+        """Put an adapter's weights in; None takes out what is in."""
+        if adapter is self.held:
+            return
+        for key, place in self.places.items():
+            place.module.weight = Parameter(torch.empty(0)) if adapter is None else adapter.parameters[key]
+        self.held = adapter
+
+
+@dataclass(eq=False)
 class Adapter:
     """The trainable half of one model.
 
     Attributes:
-        name: peft's name of it.
+        form: where its weights go in the network.
         settings: rank and which layers it adapts.
         parameters: file key to trainable parameter.
         gradients: file key to the sum of gradients since the last optimizer step; empty when there are none.
         version: counts changes of the weights.
     """
 
-    name: str
+    form: _Form
     settings: LoraConfig
     parameters: dict[str, Parameter]
     gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -84,7 +119,7 @@ class AdapterBank:
         self._targets = _adaptable_layers(model.network)
         self._tuner: Any = None
         self._layers: list[Any] = []
-        self._made = 0
+        self._forms: dict[tuple[int, tuple[str, ...]], _Form] = {}
 
     @property
     def network(self) -> Any:
@@ -97,11 +132,12 @@ class AdapterBank:
         Raises:
             InvalidData: the settings adapt nothing in this model, or the rank is too large.
         """
-        self._made += 1
-        name = f"adapter{self._made}"
-        self._inject(name, settings)
-        self._layers = [layer for layer in self.network.modules() if hasattr(layer, "_active_adapter")]
-        adapter = Adapter(name=name, settings=settings, parameters=self._parameters(name))
+        form = self._form(settings)
+        parameters = {
+            key: Parameter(torch.empty(place.shape, dtype=place.dtype, device=place.device))
+            for key, place in form.places.items()
+        }
+        adapter = Adapter(form=form, settings=settings, parameters=parameters)
         generator = torch.Generator().manual_seed(seed % 2**63)
         with torch.no_grad():
             for key, parameter in adapter.parameters.items():
@@ -115,23 +151,21 @@ class AdapterBank:
 
     def activate(self, adapter: Adapter | None) -> None:
         """Make passes go through this adapter, which is trainable then; None is the base network alone."""
-        # Only what a pass looks at: peft's own switch goes through all adapters of every layer, which takes seconds
-        # where there are hundreds, and switches off gradients of graphs that still wait for their backward pass.
+        # Only what a pass looks at: peft's own switch goes through all adapters of every layer, and switches off
+        # gradients of graphs that still wait for their backward pass.
         for layer in self._layers:
             layer._disable_adapters = adapter is None
             if adapter is not None:
-                layer._active_adapter = [adapter.name]
+                layer._active_adapter = [adapter.form.name]
         if adapter is not None:
+            adapter.form.hold(adapter)
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(True)
 
     def delete(self, adapter: Adapter) -> None:
-        """Remove an adapter's weights from the network."""
-        remaining = next((name for name in self._tuner.peft_config if name != adapter.name), None)
-        if remaining is not None:
-            # Leaving the deleted one active makes peft warn once per layer.
-            self._tuner.set_adapter(remaining)
-        self._tuner.delete_adapter(adapter.name)
+        """Take an adapter's weights out of the network."""
+        if adapter.form.held is adapter:
+            adapter.form.hold(None)
 
     def target_modules(self, settings: LoraConfig) -> list[str]:
         """Full names of the layers that these settings adapt.
@@ -153,19 +187,24 @@ class AdapterBank:
             raise InvalidData(f"model {self._model.name!r} has no layers of the kinds {sorted(wanted)}")
         return names
 
-    def _inject(self, name: str, settings: LoraConfig) -> None:
+    def _form(self, settings: LoraConfig) -> _Form:
+        if settings.rank > MAX_RANK:
+            raise InvalidData(f"lora rank {settings.rank} is too large: at most {MAX_RANK}")
+        targets = self.target_modules(settings)
+        kind = (settings.rank, tuple(targets))
+        form = self._forms.get(kind)
+        if form is None:
+            name = f"form{len(self._forms)}"
+            self._inject(name, settings.rank, targets)
+            self._layers = [layer for layer in self.network.modules() if hasattr(layer, "_active_adapter")]
+            form = self._forms[kind] = _Form(name, self._places(name))
+        return form
+
+    def _inject(self, name: str, rank: int, targets: list[str]) -> None:
         from peft import LoraConfig as PeftConfig
         from peft.tuners.lora import LoraModel
 
-        if settings.rank > MAX_RANK:
-            raise InvalidData(f"lora rank {settings.rank} is too large: at most {MAX_RANK}")
-        config = PeftConfig(
-            r=settings.rank,
-            lora_alpha=LORA_ALPHA,
-            lora_dropout=0.0,
-            bias="none",
-            target_modules=self.target_modules(settings),
-        )
+        config = PeftConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0.0, bias="none", target_modules=targets)
         base_config = self.network.config
         tied = base_config.tie_word_embeddings
         # An adapter beside a tied output layer is exact (the shared matrix is never touched); peft's warning is
@@ -182,13 +221,15 @@ class AdapterBank:
             base_config.tie_word_embeddings = tied
         self.network.eval()
 
-    def _parameters(self, name: str) -> dict[str, Parameter]:
+    def _places(self, name: str) -> dict[str, _Place]:
         mark = f".{name}."
-        return {
-            f"base_model.model.{key.replace(mark, '.')}": parameter
-            for key, parameter in self.network.named_parameters()
-            if mark in key
-        }
+        places: dict[str, _Place] = {}
+        for key, parameter in self.network.named_parameters():
+            if mark in key:
+                module = self.network.get_submodule(key.removesuffix(".weight"))
+                file_key = f"base_model.model.{key.replace(mark, '.')}"
+                places[file_key] = _Place(module, parameter.shape, parameter.dtype, parameter.device)
+        return places
 
 
 def _adaptable_layers(network: Any) -> dict[str, str]:
