@@ -20,7 +20,8 @@ from tinkex_py.errors import (
     RequestFailed,
     SequenceLost,
 )
-from tinkex_py.transport.lane import Kind, Lane, Place
+from tinkex_py.transport.lane import Lane
+from tinkex_py.transport.place import Kind, Place
 
 KINDS = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}
 # Turns of the loop after which nothing moves that does not wait for the test.

@@ -298,7 +298,7 @@ ORDER: list[Guard] = [
     ),
     guard(
         "A gradient that the service failed holds the update back",
-        "transport/lane.py",
+        "transport/place.py",
         "        self._lane.break_behind(self)\n        last = max(self.numbers, default=0)\n",
         "        last = max(self.numbers, default=0)\n",
         f"{_LANE}::test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists_what_was",
@@ -306,7 +306,7 @@ ORDER: list[Guard] = [
     ),
     guard(
         "A gradient that was refused holds the update back",
-        "transport/lane.py",
+        "transport/place.py",
         "if self.happened and self.kind is not Kind.READ:",
         "if self.kind is None:",
         f"{_LANE}::test_a_final_refusal_of_a_gradient_breaks_and_spends_its_number",
@@ -365,7 +365,7 @@ ORDER: list[Guard] = [
 CANCELLATION: list[Guard] = [
     guard(
         "A submission that was handed over goes on when its caller is cancelled",
-        "transport/lane.py",
+        "transport/place.py",
         "return await asyncio.shield(task)",
         "return await task",
         f"{_CANCELLED}::test_a_cancelled_caller_leaves_at_once_though_its_gradient_is_under_way",

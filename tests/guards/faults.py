@@ -178,7 +178,7 @@ SUSPENSIONS: list[Guard] = [
     ),
     guard(
         "An optim_step or a save that was handed over goes on when its caller is cancelled",
-        "transport/lane.py",
+        "transport/place.py",
         "        return await asyncio.shield(task)\n",
         "        return await task\n",
         f"{_CANCELLED}[optim_step]",

@@ -17,7 +17,8 @@ from tinkex_py.errors import (
     SequenceLost,
     TinkexError,
 )
-from tinkex_py.transport.lane import Kind, Lane, Place
+from tinkex_py.transport.lane import Lane
+from tinkex_py.transport.place import Kind, Place
 
 pytestmark = pytest.mark.asyncio
 

@@ -26,7 +26,7 @@ from tinkex_py.errors import (
     ResultLost,
 )
 from tinkex_py.transport.codec import EncodedBatch
-from tinkex_py.transport.lane import Place
+from tinkex_py.transport.place import Place
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
 from tinkex_py.types.tensors import Array
 

@@ -14,7 +14,8 @@ from tinkex_py.client.submission import Batch, ChunkedPass, Sent, encode_custom_
 from tinkex_py.client.training_data import check_data, check_finite, check_inputs, check_loss
 from tinkex_py.errors import APIStatusError, PartialFailure, RequestFailed, ResultLost, TinkexError
 from tinkex_py.transport.codec import EncodedBatch, LossConfig, PlannedBatch
-from tinkex_py.transport.lane import Kind, Lane, Place, is_undecided
+from tinkex_py.transport.lane import Lane, is_undecided
+from tinkex_py.transport.place import Kind, Place
 from tinkex_py.transport.request import encoded_json
 from tinkex_py.types import Datum, ForwardBackwardOutput
 

@@ -13,7 +13,7 @@ from tinkex_py.client.steps import OptimizerSteps
 from tinkex_py.client.training_data import check_data, check_targets
 from tinkex_py.errors import InvalidData, PipelineError, UnsupportedFeature
 from tinkex_py.transport.codec import LossConfig
-from tinkex_py.transport.lane import Place
+from tinkex_py.transport.place import Place
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from tinkex_py.errors import (
     UnsupportedFeature,
 )
 from tinkex_py.transport.codec import LossConfig
-from tinkex_py.transport.lane import Kind
+from tinkex_py.transport.place import Kind
 from tinkex_py.types import (
     AdamParams,
     Datum,

@@ -16,8 +16,9 @@ from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.repetition import repeated
+from tinkex_py.losses.slots import Slot, Slots, SlotsAbandoned
 from tinkex_py.losses.terms import Outcome, PreparedTerm, described, failed_with
-from tinkex_py.losses.threads import Slot, Slots, SlotsAbandoned, TermThreads, run_released
+from tinkex_py.losses.threads import TermThreads, run_released
 from tinkex_py.types import Datum
 
 # Below this a backward pass is cheaper than the way to a thread and back.
