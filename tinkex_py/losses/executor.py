@@ -12,7 +12,7 @@ from tenacity import RetryError
 
 from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
-from tinkex_py.losses.grad_mode import with_own_grad_mode
+from tinkex_py.losses.grad_mode import autograd_on, with_own_grad_mode
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.repetition import repeated
@@ -267,7 +267,7 @@ class TermRun:
         return await result
 
     def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | _Returned:
-        with torch.inference_mode(False), torch.enable_grad():
+        with autograd_on():
             try:
                 result = self._call(term, leaf)
             except StopIteration as error:  # it would end the coroutine that waits for this thread
@@ -297,7 +297,7 @@ class TermRun:
         return await run_released(self.threads.backward, term.name, lambda: self._arithmetic(term, result, leaf))
 
     def _arithmetic(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
-        with torch.inference_mode(False), torch.enable_grad():
+        with autograd_on():
             evaluation = evaluate(
                 result,
                 leaf,

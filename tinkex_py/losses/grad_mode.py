@@ -8,11 +8,19 @@ Entering `torch.inference_mode(False)` switches inference off and grad on; leavi
 
 import types
 from collections.abc import Awaitable, Coroutine, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+
+def autograd_on() -> AbstractContextManager[object]:
+    """For code that autograd has to record. It enters nothing where nothing is off: a step does this often."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 async def with_own_grad_mode(awaitable: Awaitable[Result]) -> Result:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
+from tinkex_py.losses.grad_mode import autograd_on
 from tinkex_py.types import Datum, PackedTensor
 from tinkex_py.types.datum import target_shape
 
@@ -132,7 +133,7 @@ class Logprobs:
 
     def leaf(self, name: str) -> torch.Tensor:
         """A new leaf for the term `name`."""
-        with torch.inference_mode(False):
+        with autograd_on():
             # Other ways to share memory let other threads run Python in between, and the event loop waits for them.
             leaf = self.buffer.data
             if self._guarded:
