@@ -12,7 +12,7 @@ from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.results import Result
 from benchmarks.subjects import Measured, alternate, check_equal, subject
 
-WAYS = ("pipeline", "fused", "naive", "naive_threads")
+WAYS = ("pipeline", "pipeline_on_cpus", "fused", "naive", "naive_threads")
 TINY_WAYS = ("pipeline", "terms_alone")
 TERMS = 9  # the base loss and eight regularizers
 TOKENS, QUICK_TOKENS = 1_000_000, 2_000
@@ -50,6 +50,12 @@ def compared(tokens: int, measured: Mapping[str, Measured]) -> list[Result]:
         ("pipeline with norms / fused total, time", pipeline / measured["fused"].wall, 1.5, "at most"),
         ("naive way / pipeline, time", measured["naive"].wall / pipeline, 2.0, "at least"),
         ("naive way in fresh threads / pipeline, time", measured["naive_threads"].wall / pipeline, 2.0, "at least"),
+        (
+            "pipeline with norms, its threads kept on their CPUs / fused total, time",
+            measured["pipeline_on_cpus"].wall / measured["fused"].wall,
+            None,
+            "at most",
+        ),
         ("pipeline with norms / fused total, CPU", measured["pipeline"].cpu / measured["fused"].cpu, None, "at most"),
     ]
     return [

@@ -5,6 +5,7 @@ Each writes its gradient into the file `gradient_to`, so that the benchmark can 
 
 import asyncio
 import contextvars
+import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -51,6 +52,19 @@ async def pipeline(tokens: int, gradient_to: str, repeat: int = 1) -> AsyncGener
             await evaluate()
 
     yield work
+
+
+@asynccontextmanager
+async def pipeline_on_cpus(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
+    """The same, with every thread kept on one CPU: what is left when the kernel moves none of them."""
+    async with pipeline(tokens, gradient_to) as work:
+        cpus = sorted(os.sched_getaffinity(0))
+        for prefix, first in (("tinkex-term", 0), ("tinkex-arithmetic", 0), ("tinkex-sum", 1)):
+            named = [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]
+            for number, thread in enumerate(sorted(named, key=lambda thread: thread.name), start=first):
+                assert thread.native_id is not None
+                os.sched_setaffinity(thread.native_id, {cpus[number % len(cpus)]})
+        yield work
 
 
 @asynccontextmanager
