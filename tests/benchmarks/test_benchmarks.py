@@ -65,11 +65,11 @@ async def test_all_ways_compute_the_gradient_of_the_composed_loss(way: Any, tmp_
 
 
 def test_the_pipeline_is_compared_by_its_wall_time():
-    seconds = {"pipeline": 1.0, "fused": 2.0, "naive": 6.0, "naive_threads": 1.0}
+    seconds = {"pipeline": 1.0, "pipeline_on_cpus": 0.5, "fused": 2.0, "naive": 6.0, "naive_threads": 1.0}
     measured = {way: Measured(0, [Usage(wall, 1.0, 1)], [None]) for way, wall in seconds.items()}
     results = pipeline_alone.compared(1_000, measured)
-    assert [result.measured for result in results[:3]] == [0.5, 6.0, 1.0]
-    assert [result.passed for result in results[:3]] == [True, True, False]
+    assert [result.measured for result in results[:4]] == [0.5, 6.0, 1.0, 0.25]
+    assert [result.passed for result in results[:4]] == [True, True, False, None]
 
 
 @pytest.mark.asyncio

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import guide_logprobs, guide_specs, l1, l2, nll, spec
 from tinkex_py import Executor, InvalidSpec, NonFiniteLoss, Pipeline, PipelineError
-from tinkex_py.losses.combine import Part, products, summed, without_conflicts
+from tinkex_py.losses.combine import Part, dot, summed, without_conflicts
 from tinkex_py.losses.logprobs import Logprobs
 
 
@@ -199,10 +199,6 @@ def test_a_bad_bound_is_refused(bound: Any):
 # Products
 
 
-def parts_of(*gradients: torch.Tensor | None) -> list[Part]:
-    return [Part(str(index), 1.0, gradient, None) for index, gradient in enumerate(gradients)]
-
-
 @given(seed=st.integers(0, 1000), size=st.integers(0, 200_000))
 @settings(max_examples=20, deadline=None)
 def test_products_are_exact_enough(seed: int, size: int):
@@ -210,21 +206,18 @@ def test_products_are_exact_enough(seed: int, size: int):
     one, other = torch.randn(2, size, generator=generator)
     exact = float((one.double() * other.double()).sum())
     scale = float(one.double().norm() * other.double().norm()) or 1.0
-    found = products(parts_of(one, other, None), one)
-    assert abs(found[0, 1] - exact) <= 1e-6 * scale
-    assert np.array_equal(found, found.T)
-    assert found[2].tolist() == [0.0, 0.0, 0.0]
+    assert abs(dot(one, other) - exact) <= 1e-6 * scale
+    assert dot(one, None) == dot(None, other) == 0.0
 
 
 def test_products_of_gradients_that_share_memory_with_one_number():
     expanded = torch.tensor(2.0).expand(5)
-    assert products(parts_of(expanded, torch.arange(5.0)), expanded).tolist() == [[20.0, 20.0], [20.0, 30.0]]
-    half = torch.ones(3, dtype=torch.bfloat16)
-    assert products(parts_of(half, half), half).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert dot(expanded, torch.arange(5.0)) == 20.0
+    assert dot(torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)) == 3.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 150_001])
+@pytest.mark.parametrize("size", [0, 1, 4097, 262_143, 262_144, 600_001])
 def test_the_sum_of_any_size_and_dtype_is_the_same_however_it_is_cut(dtype: torch.dtype, size: int):
     generator = torch.Generator().manual_seed(size)
     gradients = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5)]
@@ -241,7 +234,7 @@ def test_the_sum_of_any_size_and_dtype_is_the_same_however_it_is_cut(dtype: torc
     assert torch.equal(whole.gradient, cut.gradient)
     assert (whole.norm, whole.diagnosis) == (cut.norm, cut.diagnosis)
     assert torch.equal(summed(parts, gradients[0], diagnose=False).gradient, whole.gradient)
-    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(whole.gradient.double(), torch.as_tensor(exact), rtol=tolerance, atol=tolerance)
     assert whole.norm == pytest.approx(float(torch.as_tensor(exact).norm()), rel=max(tolerance, 1e-6))
 

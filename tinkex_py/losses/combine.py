@@ -17,7 +17,8 @@ COMBINES: tuple[Combine, ...] = ("sum", "pcgrad")
 
 # Float32 products of this many elements are summed in float32, the sums of blocks in double precision. Smaller blocks
 # would fit the processor's cache, but threads that make many small calls wait for each other to let go of Python.
-_BLOCK = 65_536
+_BLOCK = 262_144
+_dot = cast("Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", torch.dot)
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,13 @@ def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, spread:
     check_weights([part.scale for part in parts], like.dtype)
     total = torch.empty_like(like, requires_grad=False)
     flat = total.view(-1)
-    gradients = _flat_gradients(parts, like)
-    scales = torch.tensor([part.scale for part in parts], dtype=torch.promote_types(like.dtype, torch.float32))
+    gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
 
     def work(blocks: range) -> list[_Block]:
         with torch.no_grad():
-            return [_summed_block(_rows(gradients, block), scales, flat[_where(block)], diagnose) for block in blocks]
+            return [_summed_block(parts, gradients, flat, block, diagnose=diagnose) for block in blocks]
 
-    done = spread(work, _blocks(like))
+    done = spread(work, math.ceil(flat.numel() / _BLOCK))
     if not diagnose:
         return Combined(total, {}, None)
     total_norm = math.hypot(*(block.norm for block in done))
@@ -108,13 +108,30 @@ def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, spread:
     return Combined(total, diagnosis, total_norm)
 
 
-def _summed_block(rows: torch.Tensor, scales: torch.Tensor, total: torch.Tensor, diagnose: bool) -> _Block:
-    """Writes one block of the total, and takes the products of that block."""
-    own = rows.t().mv(scales)
-    total.copy_(own)
+def _summed_block(
+    parts: Sequence[Part],
+    gradients: Sequence[torch.Tensor | None],
+    total: torch.Tensor,
+    block: int,
+    *,
+    diagnose: bool,
+) -> _Block:
+    """Adds up one block of the total, and takes the products of that block."""
+    where = slice(block * _BLOCK, (block + 1) * _BLOCK)
+    pieces = [None if gradient is None else gradient[where] for gradient in gradients]
+    own = total[where].zero_()
+    for part, piece in zip(parts, pieces, strict=True):
+        if piece is not None and part.scale:
+            own.add_(piece, alpha=part.scale)
     if not diagnose:
         return _Block((), (), 0.0)
-    return _Block(with_base=_numbers(rows.mv(rows[0])), with_total=_numbers(rows.mv(own)), norm=norm(total))
+    own = _flat(own)
+    flat = [None if piece is None else _flat(piece) for piece in pieces]
+    return _Block(
+        with_base=[_product(piece, flat[0]) for piece in flat],
+        with_total=[_product(piece, own) for piece in flat],
+        norm=norm(own),
+    )
 
 
 def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -> Combined:
@@ -135,9 +152,9 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
     Returns:
         As `summed` with a diagnosis.
     """
-    squares = products(parts, like)
+    products = _products(parts)
     scales = np.array([part.scale for part in parts])
-    weighted = squares * np.outer(scales, scales)  # the products of the weighted gradients
+    weighted = products * np.outer(scales, scales)  # the products of the weighted gradients
     by_name = sorted(range(len(parts)), key=lambda index: parts[index].name)
     # Row i: how much of each weighted gradient is left in the one of term i.
     left = np.eye(len(parts))
@@ -153,11 +170,11 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
     total = summed(scaled, like, diagnose=False).gradient
     square = float(combined @ weighted @ combined)
     shares = left @ weighted @ combined
-    with_total = squares @ (scales * combined)
-    norms = np.sqrt(np.diag(squares))
+    with_total = products @ (scales * combined)
+    norms = np.sqrt(np.diag(products))
     diagnosis = {
         part.name: _diagnosis(
-            _cosine(squares[index, 0], norms[index], norms[0]),
+            _cosine(products[index, 0], norms[index], norms[0]),
             _cosine(with_total[index], norms[index], square**0.5 if square > 0 else 0.0),
             float(shares[index]) / square if square > 0 else None,
         )
@@ -166,37 +183,29 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
     return Combined(total, diagnosis, norm(total))
 
 
-def products(parts: Sequence[Part], like: torch.Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """The product of each term's gradient with each, in double precision over blocks; shape `[terms, terms]`."""
-    gradients = _flat_gradients(parts, like)
-    every = np.zeros((len(parts), len(parts)))
-    for block in range(_blocks(like)):
-        rows = _rows(gradients, block)
-        every += (rows @ rows.t()).double().numpy()
-    return (every + every.T) / 2  # rounding may differ on both sides of the diagonal
+def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
+    """Sum of the products of all elements, in double precision over blocks; None is zero."""
+    if first is None or second is None:
+        return 0.0
+    pieces = zip(torch.split(_flat(first), _BLOCK), torch.split(_flat(second), _BLOCK), strict=True)
+    return math.fsum(_product(one, other) for one, other in pieces)
 
 
-def _numbers(vector: torch.Tensor) -> list[float]:
-    return cast("list[float]", vector.tolist())  # pyright: ignore[reportUnknownMemberType]
+def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
+    return 0.0 if first is None or second is None else _dot(first, second).item()
 
 
-def _blocks(like: torch.Tensor) -> int:
-    return math.ceil(like.numel() / _BLOCK)
+def _products(parts: Sequence[Part]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    products = np.zeros((len(parts), len(parts)))
+    for row, part in enumerate(parts):
+        for column in range(row + 1):
+            products[row, column] = products[column, row] = dot(part.gradient, parts[column].gradient)
+    return products
 
 
-def _where(block: int) -> slice:
-    return slice(block * _BLOCK, (block + 1) * _BLOCK)
-
-
-def _flat_gradients(parts: Sequence[Part], like: torch.Tensor) -> list[torch.Tensor]:
-    zeros = torch.zeros((), dtype=like.dtype).expand(like.numel())
-    return [zeros if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
-
-
-def _rows(gradients: Sequence[torch.Tensor], block: int) -> torch.Tensor:
-    """One block of each gradient, `[terms, size of the block]`, in no less than single precision."""
-    rows = torch.stack([gradient[_where(block)] for gradient in gradients])
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+def _flat(gradient: torch.Tensor) -> torch.Tensor:
+    flat = gradient.detach().reshape(-1).contiguous()
+    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
 def _norm(part: Part) -> float:
