@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,34 @@ async def test_a_run_that_was_asked_to_stop_goes_on(bench: Any, tmp_path: Path) 
     assert second.info.started_at == first.info.started_at
     assert calls.made == []
     await run_to(bench.service, tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+async def test_a_stop_while_a_batch_is_awaited_ends_the_run(bench: Any, tmp_path: Path, accumulate: int) -> None:
+    """Nothing of the data is lost, also where a part of a step's batches had come."""
+    stop = asyncio.Event()
+    ended: list[str] = []
+
+    async def slow(position: int) -> AsyncIterator[Any]:
+        for number, batch in enumerate(batches(position), start=position):
+            if number == 2 * accumulate + accumulate - 1:
+                stop.set()
+                try:
+                    async with asyncio.timeout(60):  # belongs to the task that entered it
+                        await asyncio.Event().wait()
+                finally:
+                    ended.append("source")
+            yield batch
+
+    options = {"stop": stop, "accumulate": accumulate, "checkpoint_every": None}
+    first = await run_to(bench.service, tmp_path / "run", batches=slow, **options)
+    assert (first.info.status, first.info.reason) == ("stopped", "asked to stop")
+    assert ended == ["source"]
+    assert len(read_steps(tmp_path / "run")) == 2
+    second = await run_to(bench.service, tmp_path / "run", accumulate=accumulate)
+    assert second.info.status == "finished"
+    await run_to(bench.service, tmp_path / "whole", accumulate=accumulate)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 

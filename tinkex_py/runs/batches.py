@@ -1,5 +1,6 @@
 """Reads a run's data, and knows how far it has come."""
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -75,6 +76,31 @@ class BatchReader:
                 break
             self.position += 1
         return taken
+
+    async def take_unless(self, stop: asyncio.Event, count: int) -> list[Batch]:
+        """The next batches; none if `stop` is set while they are awaited, and then nothing more can be taken.
+
+        They are awaited in the caller's own task: the source may hold something open that belongs to one task.
+        """
+        position = self.position
+        scope = asyncio.timeout(None)
+
+        async def end_when_stopped() -> None:
+            await stop.wait()
+            scope.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with scope:
+                stopping = asyncio.create_task(end_when_stopped(), name="tinkex.stop")
+                try:
+                    return await self.take(count)
+                finally:
+                    stopping.cancel()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            self.position = position
+            return []
 
     async def _next(self) -> Batch:
         assert self._current is not None, "go_to first"

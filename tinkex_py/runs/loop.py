@@ -97,7 +97,8 @@ async def train(
             they must be the same when it is taken up.
         evaluate: called as `await evaluate(training, step)` between two steps, gives named numbers.
         sinks: where the numbers go besides; called in threads.
-        stop: once it is set, the run ends after the steps in flight, with a checkpoint.
+        stop: once it is set, the run ends after the steps in flight, with a checkpoint. A batch that is awaited then is
+            given up, and taken again by the run that goes on.
         progress: True shows it in the terminal or notebook; or a view of your own.
 
     Returns:
@@ -198,7 +199,7 @@ class _Loop:
         steps = self._settings.steps
         if self._stop.is_set() or self._is_out_of_patience() or (steps is not None and number > steps):
             return None
-        batches = await self._run.reader.take(self._settings.accumulate)
+        batches = await self._run.reader.take_unless(self._stop, self._settings.accumulate)
         if not batches:
             return None
         optimizer = self._run.plan.optimizer
