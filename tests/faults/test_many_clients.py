@@ -69,7 +69,7 @@ async def test_two_hundred_training_clients_on_one_loop(proxy: FaultProxy, tally
         clients = [run.result()[0] for run in runs]
         assert all(training._requests.lane.is_empty for training in clients)
         assert one._connection.pass_bytes.held == other._connection.pass_bytes.held == 0
-    assert 2 * POLLS <= proxy.most_connections <= 2 * (CONNECTIONS + POLLS)
+    assert 2 < proxy.most_connections <= 2 * (CONNECTIONS + POLLS)  # both clients ask for several things at once
     await proxy.until(lambda: proxy.open_connections == 0)
     for number, run in enumerate(runs):
         training, told = run.result()
