@@ -394,6 +394,15 @@ def test_models_are_added_without_a_look_at_those_that_are_there(bench, kit, mon
         bench.create("another-rank", rank=4)
         assert walks
     assert bench.passed("a", data, forward_only=True).metrics == before
+    bank = bench.engine._bank
+    assert sorted(rank for rank, _ in bank._forms) == [4, 8]
+    size = sum(parameter.numel() for parameter in bench.model.network.parameters())
+    bench.engine.unload_model("another-rank")
+    assert [rank for rank, _ in bank._forms] == [8]
+    assert sum(parameter.numel() for parameter in bench.model.network.parameters()) <= size
+    assert bench.passed("a", data, forward_only=True).metrics == before
+    bench.create("another-rank-again", rank=4)
+    assert bench.passed("a", data, forward_only=True).metrics == before
 
 
 def test_a_step_between_whose_passes_models_of_other_settings_are_made(bench, kit):

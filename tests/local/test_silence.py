@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import time
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +44,15 @@ async def test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on(run_servic
         assert (await client.post("get_info", {"model_id": model})).status_code == 200
 
 
+async def test_who_only_looks_at_a_session_does_not_keep_it(run_service):
+    async with run_service(LocalOptions(session_timeout=None)) as client:
+        session_id = await client.session()
+        core = client.service.core
+        core.sessions_heard()
+        assert (await client.http.get(f"/api/v1/sessions/{session_id}")).status_code == 200
+        assert core.sessions_heard() == set()
+
+
 @pytest.mark.parametrize("path", ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session"])
 async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
     async with run_service(LocalOptions(session_timeout=None)) as client:
@@ -69,13 +77,15 @@ async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
         assert core.sessions_heard() == {client.session_id}
 
 
-async def test_a_loop_that_stood_still_ends_no_session(run_service):
-    async with run_service(LocalOptions(session_timeout=1.0)) as client:
+async def test_a_loop_that_stood_still_ends_no_session(run_service, monkeypatch):
+    async with run_service(LocalOptions(session_timeout=3600.0)) as client:
         session_id = await client.session()
-        await asyncio.sleep(0)
-        time.sleep(2.5)  # noqa: ASYNC251  # as a notebook's cell does that computes
-        for _ in range(5):
-            await asyncio.sleep(0)
+        core = client.service.core
+        core.hear("seen by the next look")
+        loop = asyncio.get_running_loop()
+        before = loop.time
+        monkeypatch.setattr(loop, "time", lambda: before() + 7200.0)  # as after a notebook's cell that computes
+        await until(lambda: not core._heard)
         beat = {"session_id": session_id, "type": "session_heartbeat"}
         assert (await client.post("session_heartbeat", beat)).status_code == 200
 

@@ -121,6 +121,17 @@ class Core:
         session = self.sessions.get(session_id)
         if session is None:
             raise Refused(404, f"session {session_id!r} is not known here: create one first")
+        return session
+
+    def open_session(self, session_id: str) -> SessionInfo:
+        """The session whose client asks for something.
+
+        Raises:
+            Refused: 404, unknown here; 410, over.
+        """
+        session = self.session(session_id)
+        if session.finished:
+            raise Refused(410, f"session {session_id!r} is over: create a new one")
         self.hear(session_id)
         return session
 

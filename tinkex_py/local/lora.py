@@ -1,7 +1,7 @@
 """LoRA adapters: one per training model, all over one shared base network.
 
 `AdapterBank` is the only place that talks to peft. Every method runs on the engine's thread. The network holds one of
-peft's adapters for each rank and choice of layers; a model's own weights are put into it when the model's turn comes.
+peft's adapters for each rank and choice of layers that is in use; a model's own weights are put into it when the model's turn comes.
 So a model costs its weights and nothing else: peft goes through all adapters of every layer for each that is added.
 """
 
@@ -43,19 +43,26 @@ class _Form:
         name: peft's name of it.
         places: of its parameters, by file key.
         held: whose weights are in it now.
+        users: adapters that have it.
     """
 
     name: str
     places: dict[str, _Place]
     held: "Adapter | None" = None
+    users: int = 0
 
-    def hold(self, adapter: "Adapter | None") -> None:
-        """Put an adapter's weights in; None takes out what is in."""
-        if adapter is self.held:
-            return
-        for key, place in self.places.items():
-            place.module.weight = Parameter(torch.empty(0)) if adapter is None else adapter.parameters[key]
-        self.held = adapter
+    def hold(self, adapter: "Adapter") -> None:
+        """Put an adapter's weights in."""
+        if adapter is not self.held:
+            for key, place in self.places.items():
+                place.module.weight = adapter.parameters[key]
+            self.held = adapter
+
+    def clear(self) -> None:
+        """Take out what is in."""
+        for place in self.places.values():
+            place.module.weight = Parameter(torch.empty(0))
+        self.held = None
 
 
 @dataclass(eq=False)
@@ -120,6 +127,7 @@ class AdapterBank:
         self._tuner: Any = None
         self._layers: list[Any] = []
         self._forms: dict[tuple[int, tuple[str, ...]], _Form] = {}
+        self._made = 0
 
     @property
     def network(self) -> Any:
@@ -138,6 +146,7 @@ class AdapterBank:
             for key, place in form.places.items()
         }
         adapter = Adapter(form=form, settings=settings, parameters=parameters)
+        form.users += 1
         generator = torch.Generator().manual_seed(seed % 2**63)
         with torch.no_grad():
             for key, parameter in adapter.parameters.items():
@@ -163,9 +172,19 @@ class AdapterBank:
                 parameter.requires_grad_(True)
 
     def delete(self, adapter: Adapter) -> None:
-        """Take an adapter's weights out of the network."""
-        if adapter.form.held is adapter:
-            adapter.form.hold(None)
+        """Take an adapter's weights out of the network, and their form with the last that has it."""
+        form = adapter.form
+        if form.held is adapter:
+            form.clear()
+        form.users -= 1
+        if form.users:
+            return
+        self._forms = {kind: other for kind, other in self._forms.items() if other is not form}
+        for other in self._forms.values():
+            # Leaving the deleted one active makes peft warn once per layer.
+            self._tuner.set_adapter(other.name)
+            break
+        self._tuner.delete_adapter(form.name)
 
     def target_modules(self, settings: LoraConfig) -> list[str]:
         """Full names of the layers that these settings adapt.
@@ -194,10 +213,12 @@ class AdapterBank:
         kind = (settings.rank, tuple(targets))
         form = self._forms.get(kind)
         if form is None:
-            name = f"form{len(self._forms)}"
+            self._made += 1
+            name = f"form{self._made}"
             self._inject(name, settings.rank, targets)
             self._layers = [layer for layer in self.network.modules() if hasattr(layer, "_active_adapter")]
             form = self._forms[kind] = _Form(name, self._places(name))
+            form.clear()  # of the weights that peft made
         return form
 
     def _inject(self, name: str, rank: int, targets: list[str]) -> None:

@@ -91,9 +91,7 @@ async def copy_weights(request: Request, core: Core) -> Response:
         raise Refused(
             404, "the embedded service has no projects: name session_id and model_seq_id, the run that gets the copy"
         )
-    session = core.session(body.session_id)
-    if session.finished:
-        raise Refused(410, f"session {body.session_id!r} is over: create a new one")
+    core.open_session(body.session_id)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
     if run_id in core.lanes:
         raise Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} is in use: take another")

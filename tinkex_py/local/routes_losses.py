@@ -17,9 +17,7 @@ async def create_custom_loss(request: Request, core: Core) -> Response:
         raise Refused(404, "this service takes no uploaded losses: start it with custom_losses=True or --custom-losses")
     raw = await read_json(request)
     body = parse(CustomLossBody, raw)
-    session = core.session(body.session_id)
-    if session.finished:
-        raise Refused(410, f"session {body.session_id!r} is over: create a new one")
+    core.open_session(body.session_id)
 
     def work() -> Answer:
         loss_id = core.engine.custom_losses.add(body.session_id, body.custom_loss_seq_id, raw)

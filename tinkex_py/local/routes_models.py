@@ -109,9 +109,7 @@ async def unload_model(request: Request, core: Core) -> Response:
 
 
 def _model_id(core: Core, session_id: str, number: int) -> str:
-    session = core.session(session_id)
-    if session.finished:
-        raise Refused(410, f"session {session_id!r} is over: create a new one")
+    core.open_session(session_id)
     model_id = f"{session_id}:train:{number}"
     core.check_models(model_id)
     return model_id

@@ -22,7 +22,7 @@ from tinkex_py.local.sample_queue import Weights
 async def create_sampling_session(request: Request, core: Core) -> Response:
     """A sampling session on named weights or on the base model."""
     body = await read(request, SamplingSessionBody)
-    core.session(body.session_id)
+    core.open_session(body.session_id)
     sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     sampler = await _sampler(core, sampler_id, body.base_model, body.model_path)
     if core.samplers.setdefault(sampler_id, sampler) != sampler:

@@ -96,6 +96,7 @@ class BatchReader:
                     return await self.take(count)
                 finally:
                     stopping.cancel()
+                    await asyncio.wait([stopping])
         except TimeoutError:
             if not scope.expired():
                 raise
