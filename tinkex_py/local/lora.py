@@ -1,8 +1,9 @@
 """LoRA adapters: one per training model, all over one shared base network.
 
 `AdapterBank` is the only place that talks to peft. Every method runs on the engine's thread. The network holds one of
-peft's adapters for each rank and choice of layers that is in use; a model's own weights are put into it when the model's turn comes.
-So a model costs its weights and nothing else: peft goes through all adapters of every layer for each that is added.
+peft's adapters for each rank and choice of layers that is in use; a model's own weights are put into it when the
+model's turn comes. So a model costs its weights and nothing else: peft goes through all adapters of every layer for
+each that is added.
 """
 
 import math
