@@ -234,6 +234,8 @@ async def test_nothing_foreign_is_imported_because_a_file_says_so(tmp_path: Path
         lambda folder: change(folder, lambda plain: plain["datums"][0].update(chunks=[900])),
         lambda folder: change(folder, lambda plain: plain["datums"][1]["fields"]["label"].update(stored=3)),
         lambda folder: change(folder, lambda plain: plain["datums"][1]["fields"]["label"].update(dtype="float32")),
+        lambda folder: change(folder, lambda plain: plain["datums"][0]["fields"]["table"].update(shape=[])),
+        lambda folder: change(folder, lambda plain: plain["datums"][0]["fields"]["table"].update(shape=[2])),
         lambda folder: change(folder, lambda plain: plain.update(logprob_shapes=[[3], [3]])),
         lambda folder: change(folder, lambda plain: plain.update(logprob_shapes=[[-3], [8]])),
     ],

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from tinkex_py.errors import MissingExtra, PipelineError
 from tinkex_py.losses.logprobs import Logprobs
@@ -51,6 +51,12 @@ class RecordedField(RecordPart):
     shape: tuple[int, ...]
     stored: int
     sparse: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_table_if_sparse(self) -> Self:
+        if self.sparse and len(self.shape) != 2:
+            raise ValueError(f"a sparse field has shape {self.shape}, not [rows, columns]")
+        return self
 
 
 class RecordedDatum(RecordPart):
