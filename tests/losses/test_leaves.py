@@ -10,6 +10,7 @@ import torch
 
 from tests.losses.support import datum, guide_logprobs, l1, nll, packed, recorded, spec
 from tinkex_py import InPlaceMutation, InvalidData, Pipeline, RegularizerError, packed_field, per_datum, split
+from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.types import PackedTensor
 
 pytestmark = pytest.mark.asyncio
@@ -178,13 +179,27 @@ async def test_rule_1_leaves_share_memory_and_nothing_else():
 async def test_rule_1_received_bytes_are_copied_once_and_never_written():
     received = np.array([-0.5, -1.2, -0.8], np.float32)
     received.flags.writeable = False
-    from tinkex_py.losses.logprobs import Logprobs
-
     shared = Logprobs.from_packed(PackedTensor(received, np.array([0, 1, 3]), [(), ()]))
     assert shared.buffer.dtype == torch.float32
     with pytest.raises(InPlaceMutation):
         await Pipeline(writing(write_data)).evaluate([], shared)
     assert received.tolist() == np.array([-0.5, -1.2, -0.8], np.float32).tolist()
+
+
+async def test_rule_1_a_write_into_any_part_of_an_answer_in_chunks_is_seen():
+    parts = [np.array([-0.5, -1.2], np.float32), np.zeros(0, np.float32), np.array([-0.8], np.float32)]
+    for place in range(3):
+        answer = PackedTensor(parts, np.array([0, 1, 3]), [(), ()])
+        shared = Logprobs.from_packed(answer)
+        assert shared.buffer.tolist() == answer.values.tolist()
+
+        def write(data: Any, logprobs: torch.Tensor, place: int = place) -> torch.Tensor:
+            logprobs.data[place] = -0.1
+            return logprobs.sum()
+
+        with pytest.raises(InPlaceMutation):
+            await Pipeline(write).evaluate([], shared)
+    assert [part.tolist() for part in parts] == [[np.float32(-0.5), np.float32(-1.2)], [], [np.float32(-0.8)]]
 
 
 async def test_rule_1_parallel_gradients_are_bitwise_equal_to_sequential_ones():

@@ -18,6 +18,7 @@ import httpx2
 import pytest
 import pytest_asyncio
 import structlog
+from httpcore._backends.anyio import AnyIOStream
 
 from tests.support.scripted_server import (
     Behaviour,
@@ -141,6 +142,23 @@ async def test_large_bodies_both_ways(server: ScriptedServer, client: HttpClient
     assert len(payload) == 20 << 20
     assert got.body == payload
     assert server.requests[0].headers["content-length"] == str(20 << 20)
+
+
+@pytest.mark.asyncio
+async def test_a_large_answer_is_read_in_pieces_as_large_as_the_loop_gives_them(
+    server: ScriptedServer, client: HttpClient, monkeypatch: pytest.MonkeyPatch
+):
+    server.script("/a", answer(200, bytes(1 << 21)))
+    asked: list[int] = []
+    read = AnyIOStream.read
+
+    async def seen(stream: AnyIOStream, max_bytes: int, timeout: float | None = None) -> bytes:
+        asked.append(max_bytes)
+        return await read(stream, max_bytes, timeout)
+
+    monkeypatch.setattr(AnyIOStream, "read", seen)
+    assert (await client.exchange("GET", "a")).body == bytes(1 << 21)
+    assert set(asked) == {256 * 1024}
 
 
 @pytest.mark.asyncio

@@ -176,8 +176,8 @@ def _logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> Packe
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
         raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
-    if packed.values.dtype.kind != "f":
-        raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.values.dtype}, not float32")
+    if packed.dtype.kind != "f":
+        raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.dtype}, not float32")
     expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
     if packed.shapes != expected:
         index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])

@@ -4,6 +4,7 @@ A leaf has the buffer's memory but a version counter and an autograd graph of it
 copy, may run in different threads, and an in-place change is traced back to the term that made it.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -86,12 +87,19 @@ class Logprobs:
         """From a service's answer: one copy into memory of our own."""
         trailing = set(packed.trailing_shapes)
         shape = (-1, *next(iter(trailing))) if len(trailing) == 1 else (-1,)
-        received = np.ascontiguousarray(packed.values, dtype=np.float32)
-        array = received.copy()
+        received = [np.ascontiguousarray(part, dtype=np.float32) for part in packed.parts]
+        array = np.concatenate(received)
+        starts = itertools.accumulate((part.size for part in received), initial=0)
+        own_parts = [array[start : start + part.size] for start, part in zip(starts, received, strict=False)]
+
+        def unchanged() -> bool:
+            pairs = zip(own_parts, received, strict=True)
+            return all(np.array_equal(own.view(np.int32), part.view(np.int32)) for own, part in pairs)
+
         with torch.inference_mode(False):
             return cls(
                 torch.from_numpy(array).reshape(shape),  # pyright: ignore[reportUnknownMemberType]
-                lambda: np.array_equal(array.view(np.int32), received.view(np.int32)),
+                unchanged,
                 shapes=packed.shapes,
                 packable=len(trailing) <= 1,
                 guarded=True,

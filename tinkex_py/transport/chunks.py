@@ -41,8 +41,8 @@ def _bytes_of_custom(datum: Datum) -> int:
 
 
 def _bytes_stored(tensor: TensorData) -> int:
-    indices = (tensor.sparse_crow_indices, tensor.sparse_col_indices)
-    return tensor.data.nbytes + sum(part.nbytes for part in indices if part is not None)
+    crow, col = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    return tensor.data.nbytes + (0 if crow is None or col is None else crow.nbytes + col.nbytes)
 
 
 def merge_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:

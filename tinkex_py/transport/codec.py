@@ -8,7 +8,7 @@ travels as advantages, `EncodedBatch.with_advantages` lays other fields beside t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -133,7 +133,8 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
 
     Weights that the datum has are sent, else zeros; the forward pass does not depend on them.
     """
-    parts: list[bytes | memoryview] = []
+    # The arrays themselves: thousands of memoryviews of them would keep Python's garbage collection busy.
+    parts: list[bytes | Array] = []
     positions: list[int] = []
     sizes: list[int] = []
     frames: dict[object, CustomFrame] = {}
@@ -143,19 +144,20 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
         if targets.is_sparse:
             frame = custom_frame_around(_head_of(datum, targets), targets.shape)
         else:
-            lengths = [chunk.length for chunk in datum.model_input.chunks]
+            tokens = [chunk.tokens for chunk in datum.model_input.chunks]
+            lengths = [array.size for array in tokens]
             key = (*lengths, targets.shape)
             frame = frames.get(key) or frames.setdefault(key, custom_frame(lengths, targets.shape))
-            for before, chunk in zip(frame.before_chunks, datum.model_input.chunks, strict=True):
-                parts += (before, chunk.tokens.data)
-            parts += (frame.before_targets, targets.to_numpy().data)
+            for before, array in zip(frame.before_chunks, tokens, strict=True):
+                parts += (before, array)
+            parts += (frame.before_targets, targets.data)
         weights = datum.loss_fn_inputs.get("weights")
-        values = frame.zeros if weights is None else np.ascontiguousarray(weights.to_numpy(), dtype="<f4").data
+        values = frame.zeros if weights is None else _float_values(weights)
         parts += (frame.before_weights, values, frame.after_weights)
         positions.append(length + frame.weights_at)
         sizes.append(len(frame.zeros))
         length += frame.length
-    return EncodedBatch(data, bytearray().join(parts), positions, sizes)
+    return EncodedBatch(data, bytearray().join(cast("list[bytes]", parts)), positions, sizes)
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,13 @@ def _tensor(tensor: TensorData) -> wire.Tensor:
         return wire.Tensor(dense=tensor.data.tobytes(), dtype=dtype, shape=tensor.shape)
     sparse = wire.SparseCsr(values=tensor.data.tobytes(), crow_indices=crow.tobytes(), col_indices=col.tobytes())
     return wire.Tensor(sparse_csr=sparse, dtype=dtype, shape=tensor.shape)
+
+
+def _float_values(tensor: TensorData) -> Array:
+    """All values of a tensor as the wire's float32, contiguous."""
+    if tensor.dtype == "float32" and not tensor.is_sparse:
+        return tensor.data
+    return np.ascontiguousarray(tensor.to_numpy(), dtype="<f4")
 
 
 def _floats(values: Array, shape: tuple[int, ...]) -> wire.Tensor:

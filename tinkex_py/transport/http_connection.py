@@ -1,7 +1,7 @@
 """One connection to the service: what is sent over it, and whether it may be used again."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tinkex_py.transport.request import HttpRequest
@@ -11,6 +11,8 @@ _MOST_REDIRECTS = 5
 # A copy of an answer may come as late as this many answers after it and is still known.
 _REMEMBERED_ANSWERS = 8
 _COMPARED_BYTES = 1024
+# What asyncio takes from a socket at once. httpcore would cut it into four, and each piece costs as much as the whole.
+_READ_BYTES = 256 * 1024
 # Who is answered so asks again anyway.
 _ASKED_AGAIN = frozenset({408, 425, 429})
 
@@ -61,8 +63,9 @@ class HttpConnection:
         """
         if self._repeated:
             return False
-        transports = (self.client._transport, *self.client._mounts.values())
-        return all(_is_clean(transport) for transport in transports if transport is not None)
+        # What shows no parser counts as unclean.
+        parsers = [getattr(exchanging, "_h11_state", None) for exchanging in _exchanging(self.client)]
+        return all(parser is not None and not parser.trailing_data[0] for parser in parsers)
 
     async def aclose(self) -> None:
         """Closes the client, and the socket if the client has forgotten it."""
@@ -75,6 +78,9 @@ class HttpConnection:
     async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
         if event == "connection.connect_tcp.complete":
             self._socket = info["return_value"]
+        elif event == "http11.send_request_headers.started":
+            for exchanging in _exchanging(self.client):
+                exchanging.READ_NUM_BYTES = _READ_BYTES
 
 
 async def send_and_follow(connection: HttpConnection, request: HttpRequest) -> Any:
@@ -114,13 +120,16 @@ async def send_once(
     return await client.send(built, follow_redirects=False, stream=stream)
 
 
-def _is_clean(transport: Any) -> bool:
-    # No public name leads to the parser of a connection; where a release of httpcore hides it, no connection is used
-    # twice. A connection through a proxy holds the one to the service.
-    for connection in transport._pool.connections:
-        inner = connection
-        while inner is not None and not hasattr(inner, "_h11_state"):
-            inner = getattr(inner, "_connection", None)
-        if inner is None or inner._h11_state.trailing_data[0]:
-            return False
-    return True
+def _exchanging(client: Any) -> Iterator[Any]:
+    """What speaks HTTP on each connection of a client of httpx.
+
+    No public name leads there. Where a release of httpcore hides it, what is found instead has no parser: no connection
+    is used twice.
+    """
+    for transport in (client._transport, *client._mounts.values()):
+        for connection in () if transport is None else transport._pool.connections:
+            inner = connection
+            # A connection through a proxy holds the one to the service.
+            while not hasattr(inner, "_h11_state") and getattr(inner, "_connection", None) is not None:
+                inner = inner._connection
+            yield inner

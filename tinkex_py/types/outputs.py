@@ -22,13 +22,15 @@ class PackedTensor:
     """One output field of many datums, laid end to end in datum order.
 
     Args:
-        values: flat buffer, `[sum of all elements]`.
+        values: flat buffer, `[sum of all elements]`, or its parts in order.
         offsets: element offsets, `[datums + 1]`; datum `i` owns `values[offsets[i]:offsets[i + 1]]`.
         trailing_shapes: for each datum the shape behind its leading dimension: `()` for `[T]`, `(K,)` for `[T, K]`.
     """
 
-    def __init__(self, values: Array, offsets: Array, trailing_shapes: Sequence[tuple[int, ...]]) -> None:
-        self.values = values
+    def __init__(
+        self, values: Array | Sequence[Array], offsets: Array, trailing_shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        self.parts = (values,) if isinstance(values, np.ndarray) else tuple(values)
         self.offsets = offsets
         self.trailing_shapes = tuple(trailing_shapes)
 
@@ -36,12 +38,22 @@ class PackedTensor:
         return len(self.trailing_shapes)
 
     @cached_property
+    def values(self) -> Array:
+        """The flat buffer. Parts are put together at the first use: most results are never looked at."""
+        return self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+        return np.result_type(*self.parts)
+
+    @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of every datum's slice."""
         sizes = cast("list[int]", np.diff(self.offsets).tolist())
+        row_sizes = {trailing: max(math.prod(trailing), 1) for trailing in set(self.trailing_shapes)}
         return [
-            (size // max(math.prod(trailing), 1), *trailing)
-            for size, trailing in zip(sizes, self.trailing_shapes, strict=True)
+            (size // row_sizes[trailing], *trailing) for size, trailing in zip(sizes, self.trailing_shapes, strict=True)
         ]
 
     def shape(self, index: int) -> tuple[int, ...]:
@@ -63,7 +75,7 @@ class PackedTensor:
             offsets.append(part.offsets[1:] + base)
             base += int(part.offsets[-1])
         return cls(
-            np.concatenate([part.values for part in parts]),
+            [values for part in parts for values in part.parts],
             np.concatenate(offsets),
             [shape for part in parts for shape in part.trailing_shapes],
         )
