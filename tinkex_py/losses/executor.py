@@ -2,8 +2,8 @@
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -309,14 +309,11 @@ class TermRun:
         return evaluation
 
 
-@contextmanager
-def _events(term: PreparedTerm) -> Generator[dict[str, Any]]:
+def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:
     if term.weight is None:
-        yield {}
-        return
+        return nullcontext({})
     metadata = {"regularizer_name": term.name, "weight": term.weight, "is_async": term.is_async is True}
-    with telemetry.lifecycle("tinkex.regularizer.compute", metadata) as measurements:
-        yield measurements
+    return telemetry.lifecycle("tinkex.regularizer.compute", metadata)
 
 
 def _close_coroutine(returned: Evaluation | _Returned) -> None:

@@ -56,7 +56,7 @@ def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: b
     metrics = {key: _metric_value(key, value, name) for key, value in named.items()}
     if loss.ndim:
         loss = loss.sum()
-    value = float(loss.detach().item())
+    value = float(loss.item())
     if not math.isfinite(value):
         raise NonFiniteLoss(f"the loss of term {name!r} is {value}; nothing was sent", name=name)
     if not loss.requires_grad:
@@ -94,19 +94,22 @@ def norm(gradient: torch.Tensor) -> float:
     for millions of elements.
     """
     flat = gradient.detach().reshape(-1)
-    if flat.numel() and not flat.stride(0):  # one number everywhere, as a plain sum of all logprobs has it
+    if flat.numel() <= _NORM_BLOCK:
+        return _exact_norm(flat)
+    if not flat.stride(0):  # one number everywhere, as a plain sum of all logprobs has it
         return abs(flat[0].item()) * math.sqrt(flat.numel())
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
-    if flat.numel() <= _NORM_BLOCK:
-        return float(_vector_norm(flat.double()).item())
     whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
     blocks = _vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1).double()
-    rest = _vector_norm(flat[whole:].double())
-    quick = math.hypot(_vector_norm(blocks).item(), rest.item())
+    quick = math.hypot(_vector_norm(blocks).item(), _exact_norm(flat[whole:]))
     if math.isfinite(quick) and quick > _SMALL_NORM:
         return quick
-    return float(_vector_norm(flat.double()).item())
+    return _exact_norm(flat)
+
+
+def _exact_norm(flat: torch.Tensor) -> float:
+    return float(_vector_norm(flat, dtype=torch.float64).item())
 
 
 def check_weights(weights: Sequence[float], dtype: torch.dtype) -> None:
