@@ -112,6 +112,30 @@ async def test_the_path_of_the_base_url_is_kept(server: ScriptedServer, prefix: 
 
 
 @pytest.mark.asyncio
+async def test_a_proxy_that_the_environment_names(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    server.script("/a", answer(json={"first": True}), answer(json={"first": False}))
+    client = HttpClient(base_url="http://behind.test")
+    answers = [(await client.exchange("GET", "a")).json() for _ in range(2)]
+    await client.aclose()
+    assert answers == [{"first": True}, {"first": False}]
+    assert [request.target for request in server.requests] == ["http://behind.test/a"] * 2
+    assert server.connections == 1
+    await server.until(lambda: server.open_connections == 0)
+
+
+@pytest.mark.asyncio
+async def test_cookies_are_not_kept(server: ScriptedServer, client: HttpClient):
+    server.script("/a", answer(json=1, headers={"set-cookie": "who=me; Path=/"}), answer(json=2))
+    for _ in range(2):
+        await client.exchange("GET", "a")
+    assert [request.headers.get("cookie") for request in server.requests] == [None, None]
+
+
+@pytest.mark.asyncio
 async def test_client_headers_and_no_key(server: ScriptedServer):
     server.script("/a", answer())
     client = HttpClient(base_url=server.url, api_key=None, headers={"User-Agent": "mine", "X-One": "1"})

@@ -1,4 +1,4 @@
-"""HTTP exchanges with the service. The only file that imports httpx."""
+"""HTTP exchanges with the service. Only this file and `http_connection` import httpx."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -321,7 +320,7 @@ class HttpClient:
     async def _open_connection(self) -> HttpConnection:
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_CONNECTION_EXPIRY)
         client = httpx.AsyncClient(verify=await self._shared_tls_context(), limits=limits)
-        return HttpConnection(client, ours=True, address=_address)
+        return HttpConnection(client, ours=True)
 
     async def _shared_tls_context(self) -> ssl.SSLContext:
         """The one TLS context of all connections, loaded in a thread because it reads the certificate store."""
@@ -425,17 +424,6 @@ async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
     if failures:
         raise failures[0]
     return task.result()
-
-
-def _address(url: str) -> httpx.URL:
-    """An address as our clients take it. One with a query is not kept: it may hold secrets, and comes once."""
-    return httpx.URL(url) if "?" in url else _frequent_address(url)
-
-
-@lru_cache(maxsize=64)
-def _frequent_address(url: str) -> httpx.URL:
-    # A client asks few addresses many times, and httpx takes 0.1 ms to take one apart.
-    return httpx.URL(url)
 
 
 def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:

@@ -1,13 +1,17 @@
 """One connection to the service: what is sent over it, and whether it may be used again."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
+
+import httpx
 
 from tinkex_py.transport.request import HttpRequest
 
 _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
+_HEADERS_OF_CLIENTS = ("accept-encoding", "connection")
 # A copy of an answer may come as late as this many answers after it and is still known.
 _REMEMBERED_ANSWERS = 8
 _COMPARED_BYTES = 1024
@@ -24,17 +28,14 @@ class HttpConnection:
 
     Args:
         client: with `httpx.AsyncClient`'s interface.
-        ours: it has one connection, which nobody else uses.
-        address: what the client takes for a URL.
+        ours: it is an `httpx.AsyncClient` of our making, with one connection, which nobody else uses.
     """
 
-    def __init__(self, client: Any, *, ours: bool, address: Callable[[str], Any] = str) -> None:
+    def __init__(self, client: Any, *, ours: bool) -> None:
         self.client = client
-        self._ours = ours
+        self.ours = ours
         self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
         self._repeated = False
-        self.extensions: Mapping[str, Any] = {"trace": self._trace} if ours else {}
-        self.address = address
         self._socket: Any = None
 
     def is_in_doubt(self, response: Any) -> bool:
@@ -45,7 +46,7 @@ class HttpConnection:
         it holds the time or an id; if it is, asking once more does no harm. A connection that brought one is given up,
         also where who is answered so asks again anyway: the answer to this request may still be on its way.
         """
-        if not self._ours:
+        if not self.ours:
             return False
         body: bytes = response.content
         told = (response.status_code, *response.headers.raw, len(body), body[:_COMPARED_BYTES], body[-_COMPARED_BYTES:])
@@ -75,7 +76,8 @@ class HttpConnection:
             if self._socket is not None:
                 await self._socket.aclose()
 
-    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+    async def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Hears from httpcore what happens."""
         if event == "connection.connect_tcp.complete":
             self._socket = info["return_value"]
         elif event == "http11.send_request_headers.started":
@@ -106,18 +108,61 @@ async def send_once(
         url: where to; default is the request's own.
         stream: leave the body to be read later.
     """
-    client = connection.client
     target = url or request.url
+    # The whole is bounded outside.
+    limit = request.timeout
+    timeouts = {"connect": min(limit, _LONGEST_CONNECT), "read": limit, "write": limit, "pool": limit}
+    if connection.ours:
+        return await _send_directly(connection, request, target, timeouts, stream=stream)
+    client = connection.client
     built = client.build_request(
         request.method,
-        connection.address(target),
+        target,
         headers=dict(request.headers),
         content=request.body(),
-        # connect, read, write, pool; the whole is bounded outside.
-        timeout=(min(request.timeout, _LONGEST_CONNECT), request.timeout, request.timeout, request.timeout),
-        extensions=dict(connection.extensions),
+        timeout=tuple(timeouts.values()),
     )
     return await client.send(built, follow_redirects=False, stream=stream)
+
+
+async def _send_directly(
+    connection: HttpConnection, request: HttpRequest, target: str, timeouts: Mapping[str, float], *, stream: bool
+) -> httpx.Response:
+    """Past the client, to its transport.
+
+    A client's redirections, authentication, cookies and hooks are not wanted here, and cost as much as the rest.
+    """
+    client: httpx.AsyncClient = connection.client
+    built = httpx.Request(
+        request.method,
+        _address(target),
+        headers={**{name: client.headers[name] for name in _HEADERS_OF_CLIENTS}, **request.headers},
+        content=request.body(),
+        extensions={"timeout": timeouts, "trace": connection.trace},
+    )
+    # The environment may name a proxy for this address.
+    transport = client._transport_for_url(built.url)  # pyright: ignore[reportPrivateUsage]
+    response = await transport.handle_async_request(built)
+    response.request = built
+    if stream:
+        return response
+    try:
+        await response.aread()
+    except BaseException:
+        await response.aclose()
+        raise
+    return response
+
+
+def _address(url: str) -> httpx.URL:
+    """An address for httpx. One with a query is not kept: it may hold secrets, and comes once."""
+    return httpx.URL(url) if "?" in url else _frequent_address(url)
+
+
+@lru_cache(maxsize=64)
+def _frequent_address(url: str) -> httpx.URL:
+    # A client asks few addresses many times, and httpx takes 0.1 ms to take one apart.
+    return httpx.URL(url)
 
 
 def _exchanging(client: Any) -> Iterator[Any]:
