@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.batches import BATCHES, Batch
+from benchmarks.batches import BATCHES, Batch, rounds_of
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.results import Result
 from benchmarks.subjects import Measured, alternate, replayed
@@ -32,7 +32,7 @@ def run(settings: Settings) -> list[Result]:
 def measure(batch: Batch, rounds: int) -> dict[str, Measured]:
     """Both clients on one batch, and a check that they send the same gradient."""
     with replayed(SUBJECTS, same=True, datums=batch.datums, shape=batch.shape) as services:
-        return alternate(services.subjects, rounds=rounds)
+        return alternate(services.subjects, rounds=rounds_of(batch, rounds))
 
 
 def compared(batch: Batch, measured: Mapping[str, Measured]) -> list[Result]:

@@ -28,6 +28,16 @@ class Batch:
         return self.datums * math.prod(self.shape)
 
 
+# A step on fewer numbers than this is over in milliseconds, so single ones say little.
+SMALL = 100_000
+MORE_ROUNDS = 10
+
+
+def rounds_of(batch: Batch, rounds: int) -> int:
+    """How often a batch is measured in a run of so many rounds."""
+    return rounds * MORE_ROUNDS if batch.logprobs < SMALL else rounds
+
+
 BATCHES = (
     Batch(64, (512,)),
     Batch(1_024, (512,)),

@@ -1,7 +1,7 @@
 """(b) The custom step of (a) with eight regularizers and gradient norms, against the official SDK's bare one."""
 
 from benchmarks.against_official import QUICK, SUBJECTS
-from benchmarks.batches import BATCHES, Batch
+from benchmarks.batches import BATCHES, Batch, rounds_of
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.results import Result
 from benchmarks.subjects import alternate, replayed
@@ -17,7 +17,7 @@ def run(settings: Settings) -> list[Result]:
 def results_of(batch: Batch, rounds: int) -> list[Result]:
     """CPU and wall time of one batch. The gradients differ: the official SDK has no regularizers."""
     with replayed(COMPOSED, same=False, datums=batch.datums, shape=batch.shape) as services:
-        measured = alternate(services.subjects, rounds=rounds)
+        measured = alternate(services.subjects, rounds=rounds_of(batch, rounds))
     own, official = measured["own"], measured["official"]
     facts = {f"{name}_{fact}": value for name, one in measured.items() for fact, value in one.facts().items()}
     what = f"{batch.name}, 8 terms + norms"

@@ -34,6 +34,7 @@ class HttpConnection:
     def __init__(self, client: Any, *, ours: bool) -> None:
         self.client = client
         self.ours = ours
+        self.headers = {name: client.headers[name] for name in _HEADERS_OF_CLIENTS} if ours else {}
         self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
         self._repeated = False
         self._socket: Any = None
@@ -136,7 +137,7 @@ async def _send_directly(
     built = httpx.Request(
         request.method,
         _address(target),
-        headers={**{name: client.headers[name] for name in _HEADERS_OF_CLIENTS}, **request.headers},
+        headers={**connection.headers, **request.headers},
         content=request.body(),
         extensions={"timeout": timeouts, "trace": connection.trace},
     )
