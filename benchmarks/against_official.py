@@ -26,13 +26,14 @@ BOUNDS = {BATCHES[1]: Bounds(cpu=1 / 5, wall=1 / 3), BATCHES[2]: Bounds(cpu=1 / 
 def run(settings: Settings) -> list[Result]:
     """All batches."""
     batches = QUICK if settings.quick else BATCHES
-    return [result for batch in batches for result in compared(batch, measure(batch, settings.rounds))]
+    measured = {batch: measure(batch, rounds_of(batch, settings.rounds)) for batch in batches}
+    return [result for batch, clients in measured.items() for result in compared(batch, clients)]
 
 
 def measure(batch: Batch, rounds: int) -> dict[str, Measured]:
     """Both clients on one batch, and a check that they send the same gradient."""
     with replayed(SUBJECTS, same=True, datums=batch.datums, shape=batch.shape) as services:
-        return alternate(services.subjects, rounds=rounds_of(batch, rounds))
+        return alternate(services.subjects, rounds=rounds)
 
 
 def compared(batch: Batch, measured: Mapping[str, Measured]) -> list[Result]:

@@ -11,13 +11,14 @@ COMPOSED = {"official": SUBJECTS["official"], "own": "benchmarks.clients:own_com
 
 def run(settings: Settings) -> list[Result]:
     """All batches."""
-    return [result for batch in (QUICK if settings.quick else BATCHES) for result in results_of(batch, settings.rounds)]
+    batches = QUICK if settings.quick else BATCHES
+    return [result for batch in batches for result in results_of(batch, rounds_of(batch, settings.rounds))]
 
 
 def results_of(batch: Batch, rounds: int) -> list[Result]:
     """CPU and wall time of one batch. The gradients differ: the official SDK has no regularizers."""
     with replayed(COMPOSED, same=False, datums=batch.datums, shape=batch.shape) as services:
-        measured = alternate(services.subjects, rounds=rounds_of(batch, rounds))
+        measured = alternate(services.subjects, rounds=rounds)
     own, official = measured["own"], measured["official"]
     facts = {f"{name}_{fact}": value for name, one in measured.items() for fact, value in one.facts().items()}
     what = f"{batch.name}, 8 terms + norms"
