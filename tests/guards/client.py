@@ -252,8 +252,8 @@ WAITS: list[Guard] = [
     ),
     guard(
         "A certificate that is not trusted is refused",
-        "transport/http.py",
-        "httpx.AsyncClient(verify=await self._shared_tls_context(), limits=limits)",
+        "transport/http_connection.py",
+        "httpx.AsyncClient(verify=tls_context, limits=limits)",
         "httpx.AsyncClient(verify=False, limits=limits)",
         f"{_BOUNDS}::test_tls_that_cannot_be_trusted_or_spoken",
     ),

@@ -1,4 +1,4 @@
-"""HTTP exchanges with the service. Only this file and `http_connection` import httpx."""
+"""HTTP exchanges with the service: which connection, what is sent, what may run, and what failures mean."""
 
 import asyncio
 import contextlib
@@ -13,14 +13,19 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
 from tinkex_py.errors import ClientClosed, ConfigError, InvalidData, TimeoutExceeded, TransportError
 from tinkex_py.telemetry import lifecycle, request_headers
 from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
 from tinkex_py.transport.connection_pool import ConnectionPool
 from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
-from tinkex_py.transport.http_connection import HttpConnection, send_and_follow, send_once
+from tinkex_py.transport.http_connection import (
+    HttpConnection,
+    connection_to_app,
+    load_tls_context,
+    new_connection,
+    send_and_follow,
+    send_once,
+)
 from tinkex_py.transport.request import (
     USER_AGENT,
     Content,
@@ -41,8 +46,6 @@ from tinkex_py.transport.stream import AnswerStream
 __all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-# Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
-_IDLE_CONNECTION_EXPIRY = 4.0
 _SHORTEST_KEY = 8
 
 
@@ -313,14 +316,11 @@ class HttpClient:
         if self._http_client is not None:
             return contextlib.nullcontext(HttpConnection(self._http_client, ours=False))
         if self._asgi_app is not None:
-            transport = httpx.ASGITransport(app=self._asgi_app, raise_app_exceptions=False)  # pyright: ignore[reportArgumentType]
-            return contextlib.aclosing(HttpConnection(httpx.AsyncClient(transport=transport), ours=False))
+            return contextlib.aclosing(connection_to_app(self._asgi_app))
         return self._pool.connection(fresh=fresh)
 
     async def _open_connection(self) -> HttpConnection:
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_CONNECTION_EXPIRY)
-        client = httpx.AsyncClient(verify=await self._shared_tls_context(), limits=limits)
-        return HttpConnection(client, ours=True)
+        return new_connection(await self._shared_tls_context())
 
     async def _shared_tls_context(self) -> ssl.SSLContext:
         """The one TLS context of all connections, loaded in a thread because it reads the certificate store."""
@@ -435,6 +435,6 @@ def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext
     # A thread that ends with its only work; the loop's default executor would keep one.
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex.tls")
     try:
-        return loop.run_in_executor(executor, httpx.create_ssl_context)
+        return loop.run_in_executor(executor, load_tls_context)
     finally:
         executor.shutdown(wait=False)

@@ -1,5 +1,9 @@
-"""One connection to the service: what is sent over it, and whether it may be used again."""
+"""One connection to the service: what is sent over it, and whether it may be used again.
 
+Only this file imports httpx.
+"""
+
+import ssl
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -11,6 +15,8 @@ from tinkex_py.transport.request import HttpRequest
 
 _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
+# Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
+_IDLE_CONNECTION_EXPIRY = 4.0
 _HEADERS_OF_CLIENTS = ("accept-encoding", "connection")
 # A copy of an answer may come as late as this many answers after it and is still known.
 _REMEMBERED_ANSWERS = 8
@@ -84,6 +90,23 @@ class HttpConnection:
         elif event == "http11.send_request_headers.started":
             for exchanging in _exchanging(self.client):
                 exchanging.READ_NUM_BYTES = _READ_BYTES
+
+
+def new_connection(tls_context: ssl.SSLContext) -> HttpConnection:
+    """A connection of our own; it is opened by its first request."""
+    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_CONNECTION_EXPIRY)
+    return HttpConnection(httpx.AsyncClient(verify=tls_context, limits=limits), ours=True)
+
+
+def connection_to_app(app: Any) -> HttpConnection:
+    """To a service in this process."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    return HttpConnection(httpx.AsyncClient(transport=transport), ours=False)
+
+
+def load_tls_context() -> ssl.SSLContext:
+    """Reads the certificate store."""
+    return httpx.create_ssl_context()
 
 
 async def send_and_follow(connection: HttpConnection, request: HttpRequest) -> Any:
