@@ -238,5 +238,5 @@ def test_one_file_knows_the_http_library():
         for path in root.rglob("*.py")
         if re.search(r"^\s*(import|from) httpx", path.read_text(), re.MULTILINE)
     ]
-    assert knowing == ["http.py"]
-    importlib.import_module("tinkex_py.transport.http")
+    assert knowing == ["http_connection.py"]
+    importlib.import_module("tinkex_py.transport.http_connection")

@@ -50,7 +50,13 @@ def test_a_short_soak_holds(one_torch_thread):
 
 def test_ctrl_c_ends_it_with_the_table():
     command = [sys.executable, "-u", "-m", "tests.soak", "--seconds", "100", "--seed", "3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_heed_ctrl_c,  # noqa: PLW1509  # it only sets a signal
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("soak: seed 3")
         assert process.stdout.readline().startswith("listening at ")
@@ -59,6 +65,11 @@ def test_ctrl_c_ends_it_with_the_table():
     assert process.returncode == 130, told
     assert "ended by Ctrl-C" in told
     assert "Traceback" not in told
+
+
+def _heed_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # The plan
