@@ -26,7 +26,7 @@ BOUNDS = {BATCHES[1]: Bounds(cpu=1 / 5, wall=1 / 3), BATCHES[2]: Bounds(cpu=1 / 
 def run(settings: Settings) -> list[Result]:
     """All batches."""
     batches = QUICK if settings.quick else BATCHES
-    measured = {batch: measure(batch, rounds_of(batch, settings.rounds)) for batch in batches}
+    measured = {batch: measure(batch, rounds_of(batch, settings)) for batch in batches}
     return [result for batch, clients in measured.items() for result in compared(batch, clients)]
 
 

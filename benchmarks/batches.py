@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.benchmark import Settings
+
 VOCABULARY = 32_000
+# A step on fewer numbers than this is over in milliseconds, so single ones say little.
+SMALL = 100_000
+MORE_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -28,16 +33,6 @@ class Batch:
         return self.datums * math.prod(self.shape)
 
 
-# A step on fewer numbers than this is over in milliseconds, so single ones say little.
-SMALL = 100_000
-MORE_ROUNDS = 10
-
-
-def rounds_of(batch: Batch, rounds: int) -> int:
-    """How often a batch is measured in a run of so many rounds."""
-    return rounds * MORE_ROUNDS if batch.logprobs < SMALL else rounds
-
-
 BATCHES = (
     Batch(64, (512,)),
     Batch(1_024, (512,)),
@@ -45,6 +40,12 @@ BATCHES = (
     Batch(4_096, (128,)),
     Batch(1_024, (512, 8)),
 )
+
+
+def rounds_of(batch: Batch, settings: Settings) -> int:
+    """How often a batch is measured."""
+    is_short = batch.logprobs < SMALL and not settings.quick
+    return settings.rounds * MORE_ROUNDS if is_short else settings.rounds
 
 
 def arrays(datums: int, shape: tuple[int, ...]) -> Iterator[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]:

@@ -12,7 +12,7 @@ COMPOSED = {"official": SUBJECTS["official"], "own": "benchmarks.clients:own_com
 def run(settings: Settings) -> list[Result]:
     """All batches."""
     batches = QUICK if settings.quick else BATCHES
-    return [result for batch in batches for result in results_of(batch, rounds_of(batch, settings.rounds))]
+    return [result for batch in batches for result in results_of(batch, rounds_of(batch, settings))]
 
 
 def results_of(batch: Batch, rounds: int) -> list[Result]:

@@ -71,7 +71,7 @@ class KnownService:
 
 def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
     # SkyRL's other backends give no elementwise loss on a forward pass.
-    fields = {name for name, packed in forward.packed.items() if packed.values.size}
+    fields = {name for name, packed in forward.packed.items() if packed.offsets[-1]}
     return (
         fields == {"elementwise_loss", "logprobs"} and forward.loss_fn_output_type == "scalar" and not forward.metrics
     )

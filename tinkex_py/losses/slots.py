@@ -97,9 +97,6 @@ class Slots:
             raise
 
     async def _wait(self, waiter: _Waiter, give_up_at: float | None) -> None:
-        if give_up_at is None:
-            await waiter.changed.wait()
-            return
         try:
             async with asyncio.timeout_at(give_up_at):
                 await waiter.changed.wait()

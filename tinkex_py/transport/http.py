@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import contextvars
-import ssl
 import urllib.request
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -42,6 +40,7 @@ from tinkex_py.transport.request import (
     same_origin,
 )
 from tinkex_py.transport.stream import AnswerStream
+from tinkex_py.transport.tls import SharedTlsContext
 
 __all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
 
@@ -94,7 +93,7 @@ class HttpClient:
         self._asgi_app = asgi_app
         self._may_trace = True
         self._pool = ConnectionPool(self._open_connection, max_connections)
-        self._tls_context: asyncio.Future[ssl.SSLContext] | None = None
+        self._tls = SharedTlsContext(load_tls_context)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: set[asyncio.Timeout] = set()
         self._elsewhere: set[HttpClient] = set()
@@ -272,8 +271,7 @@ class HttpClient:
             await client.aclose()
         await self._nothing_runs.wait()
         await self._pool.aclose()
-        if self._tls_context is not None:
-            await asyncio.wait([self._tls_context])
+        await self._tls.aclose()
 
     # What may run
 
@@ -320,19 +318,7 @@ class HttpClient:
         return self._pool.connection(fresh=fresh)
 
     async def _open_connection(self) -> HttpConnection:
-        return new_connection(await self._shared_tls_context())
-
-    async def _shared_tls_context(self) -> ssl.SSLContext:
-        """The one TLS context of all connections, loaded in a thread because it reads the certificate store."""
-        failed = self._tls_context is not None and self._tls_context.done() and self._tls_context.exception()
-        if self._tls_context is None or failed:
-            self._tls_context = _start_loading_tls_context(needed=self._needs_certificates())
-        try:
-            return await asyncio.shield(self._tls_context)
-        except OSError as error:
-            raise ConfigError(
-                f"the certificate store cannot be loaded ({type(error).__name__}); check SSL_CERT_FILE and SSL_CERT_DIR"
-            ) from error
+        return new_connection(await self._tls.get(with_certificates=self._needs_certificates()))
 
     def _needs_certificates(self) -> bool:
         return self._base.scheme == "https" or bool(urllib.request.getproxies())
@@ -424,17 +410,3 @@ async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
     if failures:
         raise failures[0]
     return task.result()
-
-
-def _start_loading_tls_context(*, needed: bool) -> asyncio.Future[ssl.SSLContext]:
-    loop = asyncio.get_running_loop()
-    if not needed:
-        ready: asyncio.Future[ssl.SSLContext] = loop.create_future()
-        ready.set_result(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        return ready
-    # A thread that ends with its only work; the loop's default executor would keep one.
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex.tls")
-    try:
-        return loop.run_in_executor(executor, load_tls_context)
-    finally:
-        executor.shutdown(wait=False)

@@ -17,7 +17,8 @@ _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
-_HEADERS_OF_CLIENTS = ("accept-encoding", "connection")
+# Of the headers that a client of httpx adds, those that a request of ours has not.
+_ADDED_HEADERS = ("accept-encoding", "connection")
 # A copy of an answer may come as late as this many answers after it and is still known.
 _REMEMBERED_ANSWERS = 8
 _COMPARED_BYTES = 1024
@@ -40,7 +41,7 @@ class HttpConnection:
     def __init__(self, client: Any, *, ours: bool) -> None:
         self.client = client
         self.ours = ours
-        self.headers = {name: client.headers[name] for name in _HEADERS_OF_CLIENTS} if ours else {}
+        self.added_headers = {name: client.headers[name] for name in _ADDED_HEADERS} if ours else {}
         self._heard: deque[int] = deque(maxlen=_REMEMBERED_ANSWERS)
         self._repeated = False
         self._socket: Any = None
@@ -72,7 +73,7 @@ class HttpConnection:
         if self._repeated:
             return False
         # What shows no parser counts as unclean.
-        parsers = [getattr(exchanging, "_h11_state", None) for exchanging in _exchanging(self.client)]
+        parsers = [getattr(speaker, "_h11_state", None) for speaker in _speakers(self.client)]
         return all(parser is not None and not parser.trailing_data[0] for parser in parsers)
 
     async def aclose(self) -> None:
@@ -88,8 +89,8 @@ class HttpConnection:
         if event == "connection.connect_tcp.complete":
             self._socket = info["return_value"]
         elif event == "http11.send_request_headers.started":
-            for exchanging in _exchanging(self.client):
-                exchanging.READ_NUM_BYTES = _READ_BYTES
+            for speaker in _speakers(self.client):
+                speaker.READ_NUM_BYTES = _READ_BYTES
 
 
 def new_connection(tls_context: ssl.SSLContext) -> HttpConnection:
@@ -133,8 +134,7 @@ async def send_once(
         stream: leave the body to be read later.
     """
     target = url or request.url
-    # The whole is bounded outside.
-    limit = request.timeout
+    limit = request.timeout  # of the whole too, which is bounded outside
     timeouts = {"connect": min(limit, _LONGEST_CONNECT), "read": limit, "write": limit, "pool": limit}
     if connection.ours:
         return await _send_directly(connection, request, target, timeouts, stream=stream)
@@ -144,7 +144,8 @@ async def send_once(
         target,
         headers=dict(request.headers),
         content=request.body(),
-        timeout=tuple(timeouts.values()),
+        # In this order: any client with httpx's interface takes it.
+        timeout=tuple(timeouts[name] for name in ("connect", "read", "write", "pool")),
     )
     return await client.send(built, follow_redirects=False, stream=stream)
 
@@ -160,7 +161,7 @@ async def _send_directly(
     built = httpx.Request(
         request.method,
         _address(target),
-        headers={**connection.headers, **request.headers},
+        headers={**connection.added_headers, **request.headers},
         content=request.body(),
         extensions={"timeout": timeouts, "trace": connection.trace},
     )
@@ -189,7 +190,7 @@ def _frequent_address(url: str) -> httpx.URL:
     return httpx.URL(url)
 
 
-def _exchanging(client: Any) -> Iterator[Any]:
+def _speakers(client: Any) -> Iterator[Any]:
     """What speaks HTTP on each connection of a client of httpx.
 
     No public name leads there. Where a release of httpcore hides it, what is found instead has no parser: no connection

@@ -30,17 +30,19 @@ class PackedTensor:
     def __init__(
         self, values: Array | Sequence[Array], offsets: Array, trailing_shapes: Sequence[tuple[int, ...]]
     ) -> None:
-        self.parts = (values,) if isinstance(values, np.ndarray) else tuple(values)
+        self.parts: Sequence[Array] = (values,) if isinstance(values, np.ndarray) else tuple(values)
         self.offsets = offsets
         self.trailing_shapes = tuple(trailing_shapes)
 
     def __len__(self) -> int:
         return len(self.trailing_shapes)
 
-    @cached_property
+    @property
     def values(self) -> Array:
         """The flat buffer. Parts are put together at the first use: most results are never looked at."""
-        return self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+        if len(self.parts) > 1:
+            self.parts = (np.concatenate(self.parts),)
+        return self.parts[0]
 
     @property
     def dtype(self) -> np.dtype[Any]:
