@@ -233,15 +233,14 @@ def test_the_clients_offer_what_the_design_says():
     assert {"base_model", "rank", "seed", "train_mlp", "train_attn", "train_unembed", "lora_config"} <= set(created)
 
 
-def test_one_file_knows_the_http_library():
+def test_only_the_transport_knows_the_http_libraries():
     root = Path(tinkex_py.__file__).parent
-    knowing = [
-        path.name
+    knowing = {
+        str(path.relative_to(root))
         for path in root.rglob("*.py")
-        if re.search(r"^\s*(import|from) httpx", path.read_text(), re.MULTILINE)
-    ]
-    assert knowing == ["http_connection.py"]
-    importlib.import_module("tinkex_py.transport.http_connection")
+        if re.search(r"^\s*(import|from) (httpx|httpcore|h11)", path.read_text(), re.MULTILINE)
+    }
+    assert knowing == {f"transport/{name}.py" for name in ("adapters", "connections", "http", "network")}
 
 
 def test_every_pin_admits_the_oldest_python_that_the_package_admits():

@@ -42,7 +42,7 @@ def test_the_events_of_the_table():
     expected |= {"tinkex.regularizer.not_differentiable", "tinkex.regularizer.abandoned", "tinkex.future.queue_state"}
     expected |= {"tinkex.session.heartbeat_failed", "tinkex.session.heartbeat_recovered"}
     expected |= {"tinkex.regularizer.retry", "tinkex.regularizer.controller_failed"}
-    expected |= {"tinkex.custom_loss.not_on_service", "tinkex.custom_loss.carrier"}
+    expected |= {"tinkex.custom_loss.not_on_service", "tinkex.custom_loss.surrogate"}
     expected |= {"tinkex.session.over", "tinkex.billing.paused", "tinkex.sampling.turned_away"}
     expected |= {f"tinkex.run.{name}" for name in ("resent", "restarted", "sink_failed", "checkpoint_not_deleted")}
     assert set(telemetry.events()) == expected

@@ -70,7 +70,7 @@ from .losses import (
     split as split,
     sum_over_datums as sum_over_datums,
 )
-from .transport.retry import (
+from .retry import (
     RetryPolicy as RetryPolicy,
 )
 from .types import (

@@ -113,6 +113,7 @@ class APIStatusError(TinkexError):
         body: parsed JSON body, or its text.
         retry_after: seconds the service asked to wait, if it did.
         attempts: how often the request was sent.
+        should_retry: what the service says about sending it again (`x-should-retry`); None is nothing.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class APIStatusError(TinkexError):
         body: object = None,
         retry_after: float | None = None,
         attempts: int = 1,
+        should_retry: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -133,6 +135,7 @@ class APIStatusError(TinkexError):
         self.body = body
         self.retry_after = retry_after
         self.attempts = attempts
+        self.should_retry = should_retry
 
 
 class BadRequest(APIStatusError):

@@ -131,9 +131,7 @@ async def test_what_cannot_be_encoded_is_a_typed_error_and_takes_no_number(bench
     training = await bench.train()
     with pytest.raises(BaseException) as caught:  # noqa: PT011  (its type is looked at below)
         await getattr(training, method)(DATA, **options)
-    assert training._requests.lane.next_number == 1, (
-        "the number was taken, but nothing was sent: every later call hangs"
-    )
+    assert training._ordering.next_number == 1, "the number was taken, but nothing was sent: every later call hangs"
     async with asyncio.timeout(10):
         await training.forward_backward(DATA)
     assert bench.kinds(training) == ["B"]
@@ -145,9 +143,7 @@ async def test_bad_options_of_a_checkpoint_take_no_number(bench, options):
     training = await bench.train()
     with pytest.raises(BaseException) as caught:  # noqa: PT011
         await training.save_state("s1", **options)
-    assert training._requests.lane.next_number == 1, (
-        "the number was taken, but nothing was sent: every later call hangs"
-    )
+    assert training._ordering.next_number == 1, "the number was taken, but nothing was sent: every later call hangs"
     assert isinstance(caught.value, TinkexError), repr(caught.value)
 
 
@@ -158,9 +154,7 @@ async def test_values_that_json_cannot_hold_take_no_number(local_bench):
         training = await bench.train()
         with pytest.raises(TinkexError):
             await training.forward_backward([made(target_tokens=[1, 2, 3], weights=weights)])
-        assert training._requests.lane.next_number == 1, (
-            "the number was taken, but nothing was sent: every later call hangs"
-        )
+        assert training._ordering.next_number == 1, "the number was taken, but nothing was sent: every later call hangs"
         async with asyncio.timeout(10):
             await training.forward_backward(DATA)
 
@@ -224,7 +218,7 @@ async def test_an_unknown_model_is_named(bench):
         with pytest.raises(UnsupportedFeature, match="'huge'. Its only model is 'tiny'"):
             await wanted
     # A service of several models judges the name itself.
-    bench.service._connection.models._known = ()
+    bench.service._session.models._known = ()
     with pytest.raises(RequestFailed, match="'huge'") as caught:
         await bench.service.create_lora_training_client("huge")
     assert "tiny" in str(caught.value)

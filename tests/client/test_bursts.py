@@ -66,8 +66,8 @@ async def run_burst(dice: random.Random, bench: Any, training: Any, *, spoiled: 
     async with asyncio.timeout(30):
         results = await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*cancels)
-    await training._requests.lane.drain(10.0)
-    assert training._requests.lane.is_empty
+    await training._ordering.drain(10.0)
+    assert training._ordering.is_empty
     assert all(isinstance(r, TinkexError | asyncio.CancelledError) for r in results if isinstance(r, BaseException))
     bench.recorder.faults.clear()
     sent = bench.kinds(training)[before:]  # checks the numbers

@@ -72,8 +72,8 @@ async def run_cancelled(bench: Any, training: Any, at: int, *, late: bool) -> bo
     step, update = asyncio.create_task(drive()), asyncio.create_task(training.optim_step())
     async with asyncio.timeout(30):
         await asyncio.wait([step, update])
-    await training._requests.lane.drain(10.0)
-    assert training._requests.lane.is_empty
+    await training._ordering.drain(10.0)
+    assert training._ordering.is_empty
     new = bench.kinds(training)[len(before) :]
     assert new in ([], ["F", "F"], ["F", "F", "B", "B", "optim_step"]), (at, new)
     if "B" in new:
@@ -98,7 +98,7 @@ async def test_cancelled_at_every_suspension(local_bench, late):
         # After all that: a step like any other, and no thread, slot or task is missing.
         await asyncio.gather(training.forward_backward_custom(DATA, nll), training.optim_step())
         assert bench.kinds(training)[-5:] == ["F", "F", "B", "B", "optim_step"]
-        assert bench.service._connection.threads.abandoned() == []
+        assert bench.service._workers.abandoned() == []
         assert training.accumulated == 0
 
 
@@ -122,8 +122,8 @@ async def run_cancelled_single(bench: Any, training: Any, at: int) -> bool:
     step = asyncio.create_task(drive())
     async with asyncio.timeout(30):
         await asyncio.wait([step])
-    await training._requests.lane.drain(10.0)
-    assert training._requests.lane.is_empty
+    await training._ordering.drain(10.0)
+    assert training._ordering.is_empty
     assert bench.kinds(training)[len(before) :] in ([], ["F"], ["F", "B"])
     return driven.suspensions >= at
 
@@ -144,15 +144,15 @@ async def test_cancelled_after_any_number_of_turns_of_the_loop(local_bench):
             step.cancel()
             async with asyncio.timeout(30):
                 await asyncio.wait([step, update])
-            await training._requests.lane.drain(10.0)
-            assert training._requests.lane.is_empty
+            await training._ordering.drain(10.0)
+            assert training._ordering.is_empty
             new = bench.kinds(training)[len(before) :]
             assert new in ([], ["F"], ["F", "B", "optim_step"]), (turns, new)
             assert isinstance(update.exception(), PrecedingRequestFailed) == ("B" not in new)
             completed += not step.cancelled()
             turns += max(1, turns // 5)
         await training.forward_backward_custom(DATA, nll)
-        assert bench.service._connection.threads.abandoned() == []
+        assert bench.service._workers.abandoned() == []
 
 
 async def test_a_cancelled_caller_leaves_at_once_though_its_gradient_is_under_way(bench):

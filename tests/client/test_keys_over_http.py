@@ -12,7 +12,7 @@ import pytest
 
 from tests.client.test_secrecy import everything_about
 from tests.support.scripted_server import Request, ScriptedServer, answer, computed
-from tests.transport.test_credentials import jwt
+from tests.transport.test_auth import jwt
 from tinkex_py import AsyncServiceClient, Authentication, ConfigError, RetryPolicy, TinkexConfig, TinkexError, telemetry
 
 pytestmark = pytest.mark.asyncio

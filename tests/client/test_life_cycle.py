@@ -147,8 +147,8 @@ async def test_a_client_left_open_warns_and_its_heartbeat_ends():
         service = scripted(server)
         await service.__aenter__()
         await server.until(lambda: len(server.requests_to(HEARTBEAT)) >= 2)
-        http = service._connection.http
-        heartbeat = service._connection._session.heartbeat
+        http = service._http
+        heartbeat = service._session._heartbeat
         gone = weakref.ref(service)
         holder = [service]
         del service
@@ -207,7 +207,7 @@ async def test_the_heartbeat_ends_and_says_so_when_the_session_is_over():
     telemetry.attach(events.append, events="tinkex.session.over")
     async with ScriptedServer() as server, scripted(server, answer(json={}), answer(410)) as service:
         async with asyncio.timeout(5):
-            await asyncio.wait([service._connection._session.heartbeat])
+            await asyncio.wait([service._session._heartbeat])
         assert len(server.requests_to(HEARTBEAT)) == 2
     assert [event.metadata for event in events] == [{"session_id": "s1"}]
 

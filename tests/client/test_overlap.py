@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.client.data import datum, nll
-from tests.client.recorder import answering
+from tests.client.recorder import after, answering
 from tinkex_py import AdamParams, Datum, NonFiniteLoss, PrecedingRequestFailed, RegularizerSpec
 from tinkex_py.losses.schedules import Linear
 
@@ -133,19 +133,20 @@ async def test_behind_a_step_whose_gradient_is_refused_no_term_is_called(bench):
     assert terms.called == ["1"]
 
 
-async def test_the_terms_of_a_step_start_when_the_step_before_it_is_over(bench):
+async def test_the_terms_of_a_step_start_when_the_gradient_of_the_step_before_it_was_accepted(bench):
+    """Its result may come later."""
     training = await bench.train()
-    is_over: list[str] = []
-
-    async def first() -> None:
-        await training.forward_backward_custom(BATCHES[0], Terms(bench, training).behind("1", 2))
-        is_over.append("1")
+    terms_began = asyncio.Event()
+    bench.recorder.faults["retrieve_future"] = [None, None, after(terms_began)]
 
     def term(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
-        assert is_over == ["1"]
+        assert bench.kinds(training) == ["F", "F", "B"]
+        loop.call_soon_threadsafe(terms_began.set)
         return nll(data, logprobs)
 
-    await asyncio.gather(first(), training.forward_backward_custom(BATCHES[1], term))
+    loop = asyncio.get_running_loop()
+    first = training.forward_backward_custom(BATCHES[0], Terms(bench, training).behind("1", 2))
+    await asyncio.gather(first, training.forward_backward_custom(BATCHES[1], term))
     assert bench.kinds(training) == ["F", "F", "B", "B"]
 
 

@@ -198,7 +198,7 @@ async def test_copies_and_external_weights(http_bench):
         await rest.copy_checkpoint(copies[0], project_id="p")
     with pytest.raises(APIStatusError, match="take another"):
         await rest.copy_checkpoint(copies[0], session_id=session_id, model_number=0)
-    with pytest.raises(UnsupportedFeature, match="cannot do this: put sessions into projects"):
+    with pytest.raises(UnsupportedFeature, match="does not support putting sessions into projects"):
         await rest.assign_session_project(session_id, "p")
     with pytest.raises(InvalidData, match="holds no external weights"):
         await rest.get_external_weights_urls(copies[0])
@@ -329,26 +329,26 @@ async def test_a_missing_endpoint_names_the_server_and_the_feature(name):
         rest = service.create_rest_client()
         path = "tinker://run/weights/x"
         calls = {
-            "list training runs": rest.training_runs_page(),
-            "show a training run": rest.get_training_run("run"),
-            "list checkpoints": rest.checkpoints_page("run"),
-            "list the checkpoints of all runs": rest.checkpoints_page(),
-            "describe a checkpoint": rest.get_weights_info(path),
-            "change when a checkpoint expires": rest.set_checkpoint_ttl(path, 3600),
-            "publish checkpoints": rest.publish_checkpoint(path),
-            "delete checkpoints": rest.delete_checkpoint(path),
-            "copy checkpoints": rest.copy_checkpoint(path, project_id="p"),
-            "give checkpoints as archives": rest.get_archive_url(path),
-            "list sessions": rest.sessions_page(),
-            "show a session": rest.get_session("s"),
-            "search sessions": rest.search_sessions_page(),
-            "show a sampler": rest.get_sampler("s"),
-            "put sessions into projects": rest.assign_session_project("s", "p"),
-            "give the addresses of external weights": rest.get_external_weights_urls("tinker://r/external_weights/x"),
+            "listing training runs": rest.training_runs_page(),
+            "showing a training run": rest.get_training_run("run"),
+            "listing checkpoints": rest.checkpoints_page("run"),
+            "listing the checkpoints of all runs": rest.checkpoints_page(),
+            "describing a checkpoint": rest.get_weights_info(path),
+            "changing when a checkpoint expires": rest.set_checkpoint_ttl(path, 3600),
+            "publishing checkpoints": rest.publish_checkpoint(path),
+            "deleting checkpoints": rest.delete_checkpoint(path),
+            "copying checkpoints": rest.copy_checkpoint(path, project_id="p"),
+            "checkpoints as archives": rest.get_archive_url(path),
+            "listing sessions": rest.sessions_page(),
+            "showing a session": rest.get_session("s"),
+            "searching sessions": rest.search_sessions_page(),
+            "showing a sampler": rest.get_sampler("s"),
+            "putting sessions into projects": rest.assign_session_project("s", "p"),
+            "addresses of external weights": rest.get_external_weights_urls("tinker://r/external_weights/x"),
         }
         for feature, call in calls.items():
             with pytest.raises(
-                UnsupportedFeature, match=f"127.0.0.1:{server.port} cannot do this: {feature} "
+                UnsupportedFeature, match=f"127.0.0.1:{server.port} does not support {feature} "
             ) as caught:
                 await call
             assert isinstance(caught.value.__cause__, APIStatusError)

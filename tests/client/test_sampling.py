@@ -423,7 +423,9 @@ async def test_a_refusal_that_says_what_the_service_lacks(refusal):
         async with service:
             sampler = await sampler_of(type("Bench", (), {"service": service}))
             host = server.url.removeprefix("http://")
-            with pytest.raises(UnsupportedFeature, match=f"^{host} cannot do this: sample with .*topk_prompt_logprobs"):
+            with pytest.raises(
+                UnsupportedFeature, match=f"^{host} does not support sampling with .*topk_prompt_logprobs"
+            ):
                 await sampler.sample(PROMPT, include_prompt_logprobs=True, topk_prompt_logprobs=2)
 
 
@@ -438,7 +440,7 @@ async def test_a_service_without_sampling(bench):
         training.save_weights_for_sampler("s"),
         bench.service.create_sampling_client(base_model="tiny"),
     ):
-        with pytest.raises(UnsupportedFeature, match="cannot do this: .*'sampling' capability"):
+        with pytest.raises(UnsupportedFeature, match="does not support .*'sampling' capability"):
             await wanted
 
 
@@ -456,7 +458,7 @@ async def test_training_goes_on_after_a_refusal_whose_number_was_not_counted(ben
     bench.recorder.always["save_weights_for_sampler"] = answering(200, {"request_id": "refused"})
     bench.recorder.always["retrieve_future"] = refused
     for _ in range(2):
-        with pytest.raises(UnsupportedFeature, match="cannot do this: save_weights_for_sampler"):
+        with pytest.raises(UnsupportedFeature, match="does not support save_weights_for_sampler"):
             await training.save_weights_and_get_sampling_client()
     assert (await training.forward([datum(3, 1)])).metrics["loss:sum"] > 0
     await training.forward_backward([datum(3, 1)])

@@ -95,7 +95,7 @@ async def test_no_error_log_or_event_has_the_key(caplog):
 async def test_no_object_shows_the_key():
     config = TinkexConfig(base_url="http://127.0.0.1:1", api_key=KEY)
     service = AsyncServiceClient(config)
-    for thing in (config, service, service._connection, service._connection.http, service.__dict__, vars(config)):
+    for thing in (config, service, service._session, service._api, service._http, service.__dict__, vars(config)):
         assert KEY not in repr(thing)
         assert KEY not in str(thing)
         assert KEY not in f"{thing}"

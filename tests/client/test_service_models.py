@@ -28,9 +28,13 @@ def says(bench: Bench, fault: Fault) -> None:
 async def test_a_service_of_one_model_is_asked_for_no_other(http_bench):
     """SkyRL would take the name, and train the model it has."""
     host = http_bench.service.config.base_url.removeprefix("http://")
-    with pytest.raises(UnsupportedFeature, match=f"^{host} cannot do this: train 'typo'. Its only model is 'tiny'$"):
+    with pytest.raises(
+        UnsupportedFeature, match=f"^{host} does not support training 'typo'. Its only model is 'tiny'$"
+    ):
         await http_bench.service.create_lora_training_client("typo")
-    with pytest.raises(UnsupportedFeature, match=f"^{host} cannot do this: sample 'typo'. Its only model is 'tiny'$"):
+    with pytest.raises(
+        UnsupportedFeature, match=f"^{host} does not support sampling 'typo'. Its only model is 'tiny'$"
+    ):
         await http_bench.service.create_sampling_client(base_model="typo")
     assert http_bench.recorder.of("create_model", "create_sampling_session") == []
     await http_bench.train()
@@ -73,7 +77,7 @@ async def test_where_nothing_can_be_sampled_nothing_is_saved_for_it(bench, told)
         bench.service.create_sampling_client(base_model="tiny"),
         bench.service.create_sampling_client(model_path=path),
     ):
-        with pytest.raises(UnsupportedFeature, match="^embedded cannot do this: sample"):
+        with pytest.raises(UnsupportedFeature, match="^embedded does not support sampling"):
             await wanted
     await training.optim_step(AdamParams(learning_rate=1e-3))
     await training.save_weights_for_sampler("to-take-away")
@@ -85,7 +89,7 @@ async def test_where_nothing_can_be_sampled_nothing_is_saved_for_it(bench, told)
 @pytest.mark.asyncio
 async def test_a_model_that_is_only_sampled(bench, told):
     says(bench, telling({"model_name": "tiny", **told}, {"model_name": "other"}))
-    with pytest.raises(UnsupportedFeature, match="^embedded cannot do this: train 'tiny', as its get_server_cap"):
+    with pytest.raises(UnsupportedFeature, match="^embedded does not support training 'tiny', as its get_server_cap"):
         await bench.train()
     await bench.service.create_sampling_client(base_model="tiny")
 

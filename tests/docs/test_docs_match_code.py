@@ -145,7 +145,7 @@ async def test_the_events_page_tells_what_events_carry() -> None:
     assert seen == {name: rows[name] for name in seen}
     unlikely = {
         "tinkex.regularizer.abandoned",
-        "tinkex.custom_loss.carrier",  # the service inside the process is known
+        "tinkex.custom_loss.surrogate",  # the service inside the process is known
         "tinkex.future.queue_state",
         "tinkex.session.heartbeat_failed",
         "tinkex.session.heartbeat_recovered",

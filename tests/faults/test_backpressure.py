@@ -57,14 +57,14 @@ async def test_a_hundred_large_batches(tally, kind: str):
             tracemalloc.stop()
         assert not any(step.done() for step in steps)
         assert sum(target == PASSES for target in server.started) == fitting
-        assert 0 < service._connection.pass_bytes.held <= LIMIT
+        assert 0 < service._session.pass_bytes.held <= LIMIT
         assert peak <= 3 * LIMIT, f"{peak / BATCH:.1f} batches in memory"
         for step in steps:
             step.cancel()
         await asyncio.wait(steps)
         server.reading_again.set()
         await service.aclose()
-        assert service._connection.pass_bytes.held == 0
+        assert service._session.pass_bytes.held == 0
         await server.until(lambda: server.open_connections == 0)
     tally.injected["a service that reads nothing", "B"] += fitting
     tally.checked["batches that wait cost no memory"] += BATCHES

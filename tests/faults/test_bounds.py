@@ -154,11 +154,11 @@ async def test_nobody_listens(proxy: FaultProxy, tally):
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=THREE)) as service:
         training = await new_client(service)
         await proxy.refuse_for(1e6)
-        with pytest.raises(SequenceLost, match="nobody answers there"):
+        with pytest.raises(SequenceLost, match="nothing answers there"):
             await training.forward_backward(DATA)
         attempts = Attempts()
         failure = await first_contact(proxy.url)
-        assert "nobody answers there" in str(failure)
+        assert "nothing answers there" in str(failure)
         assert failure.attempts == 3
         assert attempts.by_path["config"] == [1, 2, 3]
     tally.checked["a fault that lasts ends in a typed error"] += 2

@@ -70,8 +70,8 @@ async def test_cancelled_at_every_suspension(proxy: FaultProxy, served, tally, c
                     await training.optim_step(ADAM)
                     passes.append(True)
             assert not task.cancelled() or reached
-            await training._requests.lane.drain(NO_HANG)
-            assert training._requests.lane.is_empty
+            await training._ordering.drain(NO_HANG)
+            assert training._ordering.is_empty
             at += 1
         assert at > 5
         path, expected = await saved(training), await saved(await twin_of(service, passes))

@@ -35,8 +35,8 @@ async def test_lost_heartbeats_are_told_and_so_is_the_next_that_is_heard(
         await proxy.until(lambda: not proxy.faults[BEAT])
         beats = proxy.requests[BEAT]
         await proxy.until(lambda: proxy.requests[BEAT] >= beats + 2)  # the first of them has been heard
-        assert service._connection._session is not None
-        heartbeat = service._connection._session.heartbeat
+        assert service._session._session_id is not None
+        heartbeat = service._session._heartbeat
         assert heartbeat is not None
         assert not heartbeat.done()
     telemetry.detach(handler)

@@ -67,8 +67,8 @@ async def test_two_hundred_training_clients_on_one_loop(proxy: FaultProxy, tally
         async with asyncio.TaskGroup() as group:
             runs = [group.create_task(together(number)) for number in range(CLIENTS)]
         clients = [run.result()[0] for run in runs]
-        assert all(training._requests.lane.is_empty for training in clients)
-        assert one._connection.pass_bytes.held == other._connection.pass_bytes.held == 0
+        assert all(training._ordering.is_empty for training in clients)
+        assert one._session.pass_bytes.held == other._session.pass_bytes.held == 0
     assert 2 < proxy.most_connections <= 2 * (CONNECTIONS + POLLS)  # both clients ask for several things at once
     await proxy.until(lambda: proxy.open_connections == 0)
     for number, run in enumerate(runs):

@@ -22,8 +22,8 @@ from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
 from tinkex_py.transport import wire
-from tinkex_py.transport.answer import HttpAnswer, raise_for_status
 from tinkex_py.transport.codec import Result, decode_forward_backward, read_forward_backward
+from tinkex_py.transport.response import Response, raise_for_status
 from tinkex_py.transport.sample_codec import decode_sample, read_sample
 
 Target = Callable[[bytes], None]
@@ -75,7 +75,7 @@ def sample_result(body: bytes) -> None:
 def json_answer(body: bytes) -> None:
     """The client reads an answer in JSON, good or bad."""
     for status in (200, 400, 429):
-        answer = HttpAnswer(status, {"content-type": "application/json"}, body)
+        answer = Response(status, {"content-type": "application/json"}, body)
         with contextlib.suppress(TinkexError):
             raise_for_status(answer)
             value = answer.json()

@@ -21,7 +21,6 @@ from tests.losses.test_replay import rich_data, rich_logprobs, rich_pipeline
 from tests.runs.support import step_record
 from tests.transport.test_any_answer import ANY_JSON, NAMES, OBJECTS, SCALARS, used
 from tests.transport.test_codec import datums
-from tinkex_py.client.connection import text_of
 from tinkex_py.errors import (
     APIStatusError,
     ConfigError,
@@ -37,11 +36,10 @@ from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME
 from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STATE_FILE, STEPS_FILE, RunFolder
 from tinkex_py.runs.state import RunState, SavedCheckpoint
-from tinkex_py.texts import with_whole_texts
 from tinkex_py.transport import wire
-from tinkex_py.transport.answer import HttpAnswer, raise_for_status
+from tinkex_py.transport.api import text_of
 from tinkex_py.transport.codec import (
-    PassRequest,
+    PassHeader,
     Result,
     decode_forward_backward,
     encode_batch,
@@ -49,9 +47,11 @@ from tinkex_py.transport.codec import (
     read_forward_backward,
     request_as_json,
 )
+from tinkex_py.transport.response import Response, raise_for_status
 from tinkex_py.transport.sample_codec import decode_sample, read_sample
 from tinkex_py.types import Datum, rest as rest_types
 from tinkex_py.types.answer import Answer
+from tinkex_py.unicode import with_whole_texts
 
 SERVICES_WORD = (InvalidData, UnsupportedFeature)
 floats = st.floats(width=32, allow_nan=False)
@@ -78,7 +78,7 @@ def check_same_datums(sent: list[Datum], got: list[Any]) -> None:
 @settings(max_examples=60)
 @given(st.lists(datums(), max_size=3))
 def test_a_request_in_protobuf_arrives_as_it_was_sent(data):
-    request = PassRequest("m", 1, "ppo", {"a": 0.5, "b": "x"}, forward_only=True)
+    request = PassHeader("m", 1, "ppo", {"a": 0.5, "b": "x"}, forward_only=True)
     message = wire.ForwardBackwardRequest.FromString(b"".join(encode_request(encode_batch(data), request)))
     check_same_datums(data, wire_format.datums_from_protobuf(message.data))
     assert (message.model_id, message.seq_id, message.loss_fn, message.forward_only) == ("m", 1, "ppo", True)
@@ -87,7 +87,7 @@ def test_a_request_in_protobuf_arrives_as_it_was_sent(data):
 @settings(max_examples=60)
 @given(st.lists(datums(), max_size=3))
 def test_a_request_in_json_arrives_as_it_was_sent(data):
-    request = PassRequest("m", 1, "ppo", {}, forward_only=False)
+    request = PassHeader("m", 1, "ppo", {}, forward_only=False)
     text = json.dumps(request_as_json(encode_batch(data), request))
     check_same_datums(data, wire_format.datums_from_json(json.loads(text)["forward_backward_input"]["data"]))
 
@@ -298,7 +298,7 @@ def check_can_be_written(value: object) -> None:
 def test_half_characters_of_a_service_can_be_written_everywhere(fields, halves, form):
     body = form(json.dumps({**fields, **halves, "more": [halves]}, ensure_ascii=False))
     for status in (200, 400, 429, 500):
-        answer = HttpAnswer(status, {"content-type": "application/json", "location": "\ud800"}, body)
+        answer = Response(status, {"content-type": "application/json", "location": "\ud800"}, body)
         read = answer.json()
         check_can_be_written(read)
         assert read["more"] == [with_whole_texts(halves)]
@@ -316,7 +316,7 @@ def test_half_characters_of_a_service_can_be_written_everywhere(fields, halves, 
 def test_whole_characters_stay_as_they_are():
     told = {"\U0001f600": "\U0001f600 \ufffd é", "number": 1, "more": [None, True, 0.5, {"a": "b"}]}
     for form in FORMS:
-        assert HttpAnswer(200, {}, form(json.dumps(told, ensure_ascii=False))).json() == told
+        assert Response(200, {}, form(json.dumps(told, ensure_ascii=False))).json() == told
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,6 +1,6 @@
-"""The order of a training client's requests, whatever happens to them: the lane against a model of the service.
+"""The order of a training client's requests, whatever happens to them: the ordering against a model of the service.
 
-The model knows nothing of the lane's inside. It numbers what arrives, takes a number that comes again as the same
+The model knows nothing of the ordering's inside. It numbers what arrives, takes a number that comes again as the same
 request, and knows from the rules (which request did not take effect, which come behind it) what each must end with.
 """
 
@@ -12,6 +12,9 @@ from typing import Any
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tinkex_py.client.accumulation import Accumulation
+from tinkex_py.client.ordering import Kind, Ordering, Turn
+from tinkex_py.client.submission import Sent
 from tinkex_py.errors import (
     BadRequest,
     ConnectionFailed,
@@ -20,8 +23,6 @@ from tinkex_py.errors import (
     RequestFailed,
     SequenceLost,
 )
-from tinkex_py.transport.lane import Lane
-from tinkex_py.transport.place import Kind, Place
 
 KINDS = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}
 # Turns of the loop after which nothing moves that does not wait for the test.
@@ -47,6 +48,8 @@ class Request:
     chunks: int
     task: "asyncio.Task[None] | None" = None
     happened: bool = False
+    accepted: bool = False
+    refused: bool = False
     broken: bool = False
     left: bool = False
     cancelled: bool = False
@@ -56,6 +59,40 @@ class Request:
     @property
     def writes(self) -> bool:
         return self.kind != "read"
+
+
+@dataclass
+class Work:
+    """One submission of a request."""
+
+    machine: "Requests"
+    request: Request
+    part: str
+    count: int = 1
+
+    @property
+    def is_last(self) -> bool:
+        return self.part != "F"
+
+    async def prepare(self) -> int:
+        return self.count
+
+    def handed_over(self) -> None:
+        assert not self.request.broken, "something broken was sent"
+        self.request.happened = self.is_last
+
+    async def submit(self, numbers: Sequence[int]) -> Sequence[Sent]:
+        return await self.machine.deliver(self.request, self.part, numbers, last=self.is_last)
+
+    def submitted(self, sent: Sequence[Sent]) -> None:
+        pass
+
+    async def result(self, sent: Sequence[Sent]) -> None:
+        if sent[0].refusal is not None:
+            raise sent[0].refusal
+        if self.is_last:
+            self.request.result = asyncio.get_running_loop().create_future()
+            await self.request.result
 
 
 @dataclass
@@ -73,11 +110,11 @@ class Service:
         assert known in (None, (number, index, part)), "one number for two requests"
 
 
-class Ordering(RuleBasedStateMachine):
+class Requests(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.lane: Lane = self.run(self.make_lane)
+        self.ordering: Ordering = self.run(self.make_ordering)
         self.service = Service()
         self.requests: list[Request] = []
         self.lost = False
@@ -92,72 +129,62 @@ class Ordering(RuleBasedStateMachine):
 
         return self.loop.run_until_complete(then_settle())
 
-    async def make_lane(self) -> Lane:
-        return Lane()
+    async def make_ordering(self) -> Ordering:
+        return Ordering("model", Accumulation())
 
     # The client's side
 
-    def send(self, request: Request, part: str, *, last: bool) -> Callable[[Sequence[int]], Awaitable[str]]:
-        async def send(numbers: Sequence[int]) -> str:
-            before = [other for other in self.requests[: request.index] if not (other.happened or other.left)]
-            assert len(before) <= (part == "F" and request.early), "it goes out before its turn"
-            while True:
-                assert self.service.answer is None, "two submissions on the wire"
-                for number in numbers:
-                    self.service.receive(number, request.index, part)
-                self.service.answer = asyncio.get_running_loop().create_future()
-                try:
-                    outcome = await self.service.answer
-                finally:
-                    self.service.answer = None
-                if outcome == "again":  # the answer was lost, and the same is sent under the same number
-                    continue
-                if outcome == "refused":
-                    if last and request.writes:
-                        self.break_behind(request)
-                    raise BadRequest("refused", status=422)
-                if outcome == "gone":
-                    self.lost = True
-                    raise ConnectionFailed("nobody answers any more")
-                return part
-
-        return send
+    async def deliver(self, request: Request, part: str, numbers: Sequence[int], *, last: bool) -> Sequence[Sent]:
+        before = [other for other in self.requests[: request.index] if not (other.happened or other.left)]
+        assert len(before) <= (part == "F" and request.early), "it goes out before its turn"
+        while True:
+            assert self.service.answer is None, "two submissions on the wire"
+            for number in numbers:
+                self.service.receive(number, request.index, part)
+            self.service.answer = asyncio.get_running_loop().create_future()
+            try:
+                outcome = await self.service.answer
+            finally:
+                self.service.answer = None
+            if outcome == "again":  # the answer was lost, and the same is sent under the same number
+                continue
+            if outcome == "refused":
+                request.refused = last
+                if last and request.writes:
+                    self.break_behind(request)
+                return [Sent(number, refusal=BadRequest("refused", status=422)) for number in numbers]
+            if outcome == "gone":
+                self.lost = True
+                raise ConnectionFailed("nothing answers any more")
+            if last:
+                request.accepted = True
+            return [Sent(number, request_id=part) for number in numbers]
 
     async def work(self, request: Request) -> None:
-        place = self.lane.enter(KINDS[request.kind])
         try:
-            if request.kind == "custom":
-                await place.submit(1, self.send(request, "F", last=False), last=False, early=request.early)
-                await place.turn_of_terms()
-                await self.run_terms(request, place)
-                await self.submit(request, place, 1, "B")
-            else:
-                await self.submit(request, place, request.chunks, request.kind)
-            request.result = asyncio.get_running_loop().create_future()
-            try:
-                await request.result
-            except RequestFailed:
-                if request.writes:
-                    self.break_behind(request)
-                    place.fail_on_service()
-                raise
-        finally:
-            request.left = True
-            if request.writes and not request.happened and not request.broken:
+            async with self.ordering.enter(KINDS[request.kind], request.kind) as turn:
+                try:
+                    if request.kind == "custom":
+                        await turn.send(Work(self, request, "F"), last=False, early=request.early)
+                        await self.run_terms(request, turn)
+                        await turn.send(Work(self, request, "B"))
+                    else:
+                        await turn.send(Work(self, request, request.kind, request.chunks))
+                finally:
+                    request.left = True
+                    if request.writes and not request.happened and not request.broken:
+                        self.break_behind(request)
+        except RequestFailed:
+            if request.writes:
                 self.break_behind(request)
-            place.leave()
+            raise
 
-    async def submit(self, request: Request, place: Place, count: int, part: str) -> None:
-        def handed_over() -> None:
-            assert not request.broken, "something broken was sent"
-            request.happened = True
-
-        await place.submit(count, self.send(request, part, last=True), handed_over=handed_over)
-
-    async def run_terms(self, request: Request, place: Place) -> None:
-        with place.running_terms():
+    async def run_terms(self, request: Request, turn: Turn) -> None:
+        async with turn.running_terms():
             self.in_terms.append(request.index)
             assert len(self.in_terms) == 1, "terms of two steps overlap"
+            under_way = [r for r in self.requests[: request.index] if r.kind == "custom" and r.happened]
+            assert all(r.accepted or r.broken or r.refused for r in under_way), "terms before an acceptance"
             request.terms = asyncio.get_running_loop().create_future()
             try:
                 await request.terms
@@ -296,7 +323,7 @@ class Ordering(RuleBasedStateMachine):
                 assert not any(other < index for other in sent_later)
 
     def teardown(self) -> None:
-        """Whatever is left ends when it is answered, and the lane goes on as if nothing had been."""
+        """Whatever is left ends when it is answered, and the ordering goes on as if nothing had been."""
         for _ in range(100):
             self.go_on(2)
             if self.waiting("result"):
@@ -309,15 +336,15 @@ class Ordering(RuleBasedStateMachine):
             self.answer_the_submission("fine")
             self.give_a_result(0, False)
             assert self.service.log[count:] == [(count + 1, len(self.requests) - 1, "update")]
-        is_empty = self.lane.is_empty
+        is_empty = self.ordering.is_empty
         for request in left:
             assert request.task is not None
             request.task.cancel()
-        self.run(self.make_lane)
+        self.run(self.make_ordering)
         self.loop.close()
         assert not left, f"requests that never end: {left}"
         assert is_empty
 
 
-class TestOrdering(Ordering.TestCase):
+class TestOrdering(Requests.TestCase):
     settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

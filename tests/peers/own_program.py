@@ -41,17 +41,17 @@ FEATURES = {
     "forward_backward_custom": "custom loss",
     "custom loss with regularizers": "custom loss",
     "gradient of a custom loss arrives as computed": "custom loss",
-    "save_weights_and_get_sampling_client": "sample",
-    "sample": "sample",
-    "compute_logprobs": "sample",
-    "topk_prompt_logprobs": "(topk_prompt_logprobs|sample[.])",
-    "concurrent samplers": "sample",
-    "save_weights_for_sampler, sample by path": "sample",
-    "sample from the base model": "sample",
-    "list training runs": "list training runs",
-    "list all checkpoints": "list the checkpoints of all runs",
-    "list sessions": "list sessions",
-    "checkpoint archive URL": "give checkpoints as archives",
+    "save_weights_and_get_sampling_client": "sampling",
+    "sample": "sampling",
+    "compute_logprobs": "sampling",
+    "topk_prompt_logprobs": "(topk_prompt_logprobs|sampling[.])",
+    "concurrent samplers": "sampling",
+    "save_weights_for_sampler, sample by path": "sampling",
+    "sample from the base model": "sampling",
+    "list training runs": "listing training runs",
+    "list all checkpoints": "listing the checkpoints of all runs",
+    "list sessions": "listing sessions",
+    "checkpoint archive URL": "checkpoints as archives",
 }
 
 
@@ -336,7 +336,9 @@ async def attempt(flow: str, step: Callable[[], Awaitable[None]], host: str) -> 
         async with asyncio.timeout(PATIENCE):
             await step()
     except UnsupportedFeature as error:
-        names_both = flow in FEATURES and re.match(rf"{re.escape(host)} cannot do this: .*{FEATURES[flow]}", str(error))
+        names_both = flow in FEATURES and re.match(
+            rf"{re.escape(host)} does not support .*{FEATURES[flow]}", str(error)
+        )
         tell(flow, "unsupported" if names_both else "fail", str(error)[:500])
     except SilentServerError as error:
         tell(flow, "silent", str(error))

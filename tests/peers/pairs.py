@@ -76,7 +76,7 @@ PAIRS = (
         defects=(
             Defect(
                 flow="save_weights_for_sampler, sample by path",
-                answer=r"ServerError: POST /api/v1/create_sampling_session at \S+ was answered 500 Internal Server "
+                answer=r"ServerError: POST /api/v1/create_sampling_session at \S+ returned 500 Internal Server "
                 r"Error after \d attempts\. Sampler load_weights failed: KeyError: "
                 r"'sessions/mdl_\w+/checkpoints/sampler/lora_weights\.pt' .*",
                 reason="without vLLM its save_weights_for_sampler writes no file, and create_sampling_session fails "

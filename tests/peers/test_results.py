@@ -19,13 +19,13 @@ def test_what_a_program_did_not_reach_is_a_failure():
 
 
 def test_only_the_very_failure_that_is_known_is_a_defect_of_the_server():
-    defects = [results.Defect(flow, r"ServerError: POST /a was answered 500\..*", "broken") for flow in ("one", "two")]
-    known = results.Cell("fail", "ServerError: POST /a was answered 500. At line 1\nof it")
+    defects = [results.Defect(flow, r"ServerError: POST /a returned 500\..*", "broken") for flow in ("one", "two")]
+    known = results.Cell("fail", "ServerError: POST /a returned 500. At line 1\nof it")
     for cell, expected in (
         (results.Cell("pass"), "pass"),
         (known, "silent"),
-        (results.Cell("fail", "ServerError: POST /b was answered 500. At"), "fail"),
-        (results.Cell("fail", "AssertionError: ServerError: POST /a was answered 500. At"), "fail"),
+        (results.Cell("fail", "ServerError: POST /b returned 500. At"), "fail"),
+        (results.Cell("fail", "AssertionError: ServerError: POST /a returned 500. At"), "fail"),
         (results.Cell("fail", "the program ended or hung before this was done"), "fail"),
         (results.Cell("unsupported", known.detail), "unsupported"),
     ):

@@ -305,7 +305,7 @@ class Side:
         await self.clock.timed("close a training client", training.aclose)
 
     async def _prove(self, training: AsyncTrainingClient) -> None:
-        lane = training._requests.lane
+        lane = training._ordering
         await lane.drain(self.clock.bound)
         if not lane.is_empty:
             raise SoakFailed("something is left in the lane of a client whose callers left")

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
 from tinkex_py.transport.codec import (
-    PassRequest,
+    PassHeader,
     Result,
     decode_forward_backward,
     encode_batch,
@@ -93,7 +93,7 @@ def official_request(data: list[Datum], config: Any = None, **fields: Any) -> An
 
 
 def ours(batch: Any, config: Any = None, *, forward_only: bool = False) -> wire.ForwardBackwardRequest:
-    request = PassRequest("s:train:0", 7, "cross_entropy", config or {}, forward_only=forward_only)
+    request = PassHeader("s:train:0", 7, "cross_entropy", config or {}, forward_only=forward_only)
     return wire.ForwardBackwardRequest.FromString(b"".join(encode_request(batch, request)))
 
 
@@ -155,7 +155,7 @@ def test_lengths_at_which_varints_grow(length):
 def test_the_json_form_says_the_same(data):
     config = {"beta": 0.25, "mode": "strict"}
     batch = encode_batch(data)
-    body = request_as_json(batch, PassRequest("m", 3, "ppo", config, forward_only=False))
+    body = request_as_json(batch, PassHeader("m", 3, "ppo", config, forward_only=False))
     assert set(body) == {"model_id", "seq_id", "forward_backward_input"}
     inner = body["forward_backward_input"]
     assert inner["loss_fn"] == "ppo"
@@ -165,7 +165,7 @@ def test_the_json_form_says_the_same(data):
         assert tokens == item.model_input.to_ints()
         parsed = {name: TensorData.of(tensor) for name, tensor in given_item["loss_fn_inputs"].items()}
         assert parsed == dict(item.loss_fn_inputs)
-    forward = request_as_json(batch, PassRequest("m", 3, "ppo", {}, forward_only=True))
+    forward = request_as_json(batch, PassHeader("m", 3, "ppo", {}, forward_only=True))
     assert set(forward) == {"model_id", "seq_id", "forward_input"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tinkex_py import telemetry
+from tinkex_py import retry as retry_module, telemetry
 from tinkex_py.errors import (
     Authentication,
     BillingRequired,
@@ -21,27 +21,30 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     TinkexError,
 )
+from tinkex_py.retry import RetryPolicy
 from tinkex_py.transport import billing, futures
-from tinkex_py.transport.answer import HttpAnswer
-from tinkex_py.transport.billing import BillingPause
-from tinkex_py.transport.futures import Result, wait_for_result
-from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.transport.api import ServiceApi
+from tinkex_py.transport.auth import Auth
+from tinkex_py.transport.codec import Result
+from tinkex_py.transport.futures import PATH
+from tinkex_py.transport.request import NO_SECRET, Request, Secret
+from tinkex_py.transport.response import Response
 
 pytestmark = pytest.mark.asyncio
 RETRY = RetryPolicy(deadline=30.0, initial_wait=0.0, max_wait=0.0)
 PROTOBUF = "application/x-protobuf"
 
 
-def told(status: int = 200, fields: Any = None, **headers: str) -> HttpAnswer:
+def told(status: int = 200, fields: Any = None, **headers: str) -> Response:
     body = b"" if fields is None else json.dumps(fields).encode()
     sent = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return HttpAnswer(status=status, headers=sent, body=body)
+    return Response(status=status, headers=sent, body=body)
 
 
 PENDING = [
     told(408),
     told(408, {"queue_state": "active"}),
-    HttpAnswer(408, {}, b"<html>"),
+    Response(408, {}, b"<html>"),
     told(200, {"type": "try_again", "queue_state": "active"}),
     told(200, {"status": "pending"}),
     told(200, {"status": "queued"}),
@@ -53,12 +56,19 @@ DONE = told(200, {"metrics": {}, "type": "optim_step"})
 class Asking:
     """A service that gives one answer after the other, the last one for ever. Time passes only in pauses."""
 
-    def __init__(self, *answers: HttpAnswer | TinkexError) -> None:
+    def __init__(self, *answers: Response | TinkexError) -> None:
         self.answers = list(answers)
         self.iterations: list[int] = []
+        self.signs_of_life = 0
+        self.is_alive = False
 
-    async def __call__(self, iteration: int) -> HttpAnswer:
-        self.iterations.append(iteration)
+    async def exchange(self, sent: Request, *, key: Secret = NO_SECRET, attempt: int = 1) -> Response:
+        if sent.path != PATH:  # the sign of life that is asked for where a poll took too long
+            self.signs_of_life += 1
+            if not self.is_alive:
+                raise ConnectionFailed("dead")
+            return Response(200, {}, b"")
+        self.iterations.append(int(sent.headers["x-tinker-request-iteration"]))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, TinkexError):
             raise answer
@@ -81,14 +91,21 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             await asyncio.sleep(0)
 
     monkeypatch.setattr(futures, "asyncio", Timeless())
+    monkeypatch.setattr(retry_module, "asyncio", Timeless())
     monkeypatch.setattr(billing, "asyncio", Timeless())
     return made
 
 
 async def waited(
-    asking: Callable[..., Any], retry: RetryPolicy = RETRY, decode: Callable[[Result], Any] = lambda result: result
+    asking: Asking,
+    retry: RetryPolicy = RETRY,
+    decode: Callable[[Result], Any] = lambda result: result,
+    billing_pause: float = 0.0,
 ) -> Any:
-    return await wait_for_result(asking, decode, request_id="r1", request_type="OptimStep", retry=retry)
+    http: Any = asking
+    api = ServiceApi(http, http, Auth(Secret("key"), Secret("")), retry=retry, poll_timeout=10.0)
+    api.billing.longest = billing_pause
+    return await api.result("r1", "OptimStep", decode)
 
 
 @pytest.mark.parametrize("pending", PENDING)
@@ -158,14 +175,14 @@ async def test_no_pause_that_ends_after_the_deadline_is_begun(pauses):
 
 async def test_protobuf_and_json_by_content_type(pauses):
     for kind in (PROTOBUF, f"{PROTOBUF}; charset=utf-8", "Application/X-Protobuf"):
-        result = await waited(Asking(HttpAnswer(200, {"content-type": kind}, b"\x01\x02")))
+        result = await waited(Asking(Response(200, {"content-type": kind}, b"\x01\x02")))
         assert result == Result(b"\x01\x02", None), kind
     # Bytes that happen to be JSON are protobuf if the service says so.
-    result = await waited(Asking(HttpAnswer(200, {"content-type": PROTOBUF}, b'{"error": "no"}')))
+    result = await waited(Asking(Response(200, {"content-type": PROTOBUF}, b'{"error": "no"}')))
     assert result.fields is None
     # An error status is not a result, whatever its type.
     with pytest.raises(Authentication):
-        await waited(Asking(HttpAnswer(401, {"content-type": PROTOBUF}, b"\x01")))
+        await waited(Asking(Response(401, {"content-type": PROTOBUF}, b"\x01")))
     assert (await waited(Asking(DONE))).body == b""
 
 
@@ -227,7 +244,7 @@ async def test_a_400_is_asked_again_once(pauses):
 @pytest.mark.parametrize("body", [b"plain words", b"", b"[1]", b'{"detail": [{"msg": "odd"}]}'])
 async def test_a_400_with_any_body_is_a_failed_request(pauses, body):
     with pytest.raises(RequestFailed):
-        await waited(Asking(HttpAnswer(400, {}, body)))
+        await waited(Asking(Response(400, {}, body)))
 
 
 @pytest.mark.parametrize("status", [404, 410])
@@ -275,7 +292,7 @@ async def test_a_success_that_is_no_json_is_an_error_in_the_end(pauses):
     retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
     for body in (b"<html>", b"[]", b"3"):
         with pytest.raises(InvalidResponse):
-            await waited(Asking(HttpAnswer(200, {"content-type": "text/html"}, body)), retry)
+            await waited(Asking(Response(200, {"content-type": "text/html"}, body)), retry)
 
 
 async def test_a_result_that_cannot_be_read_is_fetched_again(pauses):
@@ -314,32 +331,16 @@ async def test_start_then_stop_or_exception(pauses):
 
 async def test_a_poll_that_takes_long_is_no_trouble_where_the_service_answers_otherwise(pauses):
     """Some services hold a poll for longer than we do, and that for as long as a compilation takes."""
-    retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
-    asked = 0
-
-    async def is_alive() -> bool:
-        nonlocal asked
-        asked += 1
-        return True
-
     asking = Asking(*[TimeoutExceeded("slow")] * 20, DONE)
-    await wait_for_result(
-        asking, lambda result: result, request_id="r1", request_type="OptimStep", retry=retry, is_alive=is_alive
-    )
-    assert asked == 20
+    asking.is_alive = True
+    await waited(asking, RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0))
+    assert asking.signs_of_life == 20
 
 
 async def test_a_service_that_answers_nothing_at_all_is_a_trouble(pauses):
-    retry = RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0)
-
-    async def is_alive() -> bool:
-        return False
-
     asking = Asking(TimeoutExceeded("slow"))
     with pytest.raises(TimeoutExceeded):
-        await wait_for_result(
-            asking, lambda result: result, request_id="r1", request_type="OptimStep", retry=retry, is_alive=is_alive
-        )
+        await waited(asking, RetryPolicy(deadline=30.0, max_attempts=3, initial_wait=0.0))
     assert len(asking.iterations) == 3
 
 
@@ -360,21 +361,6 @@ async def test_a_422_is_a_failed_request_at_once(pauses, detail):
 
 async def test_payment_is_waited_for_and_then_demanded(pauses):
     asking = Asking(*[told(402, retry_after="2")] * 3, DONE)
-    waiting = wait_for_result(
-        asking,
-        lambda result: result,
-        request_id="r1",
-        request_type="OptimStep",
-        retry=RETRY,
-        billing=BillingPause(3600.0),
-    )
-    assert (await waiting).fields == {"metrics": {}, "type": "optim_step"}
+    assert (await waited(asking, billing_pause=3600.0)).fields == {"metrics": {}, "type": "optim_step"}
     with pytest.raises(BillingRequired):
-        await wait_for_result(
-            Asking(told(402)),
-            lambda result: result,
-            request_id="r1",
-            request_type="OptimStep",
-            retry=RETRY,
-            billing=BillingPause(0.0),
-        )
+        await waited(Asking(told(402)))

@@ -18,7 +18,6 @@ import httpx2
 import pytest
 import pytest_asyncio
 import structlog
-from httpcore._backends.anyio import AnyIOStream
 
 from tests.support.scripted_server import (
     Behaviour,
@@ -33,9 +32,10 @@ from tests.support.scripted_server import (
     stall,
     stop_reading,
 )
+from tests.transport.keyed import KeyedClient
 from tinkex_py import errors, telemetry
 from tinkex_py.telemetry import Event
-from tinkex_py.transport.http import HttpClient
+from tinkex_py.transport.network import SocketStream
 from tinkex_py.version import __version__
 
 KEY = "tml-very-secret-key"
@@ -48,8 +48,8 @@ async def server() -> AsyncIterator[ScriptedServer]:
 
 
 @pytest_asyncio.fixture
-async def client(server: ScriptedServer) -> AsyncIterator[HttpClient]:
-    made = HttpClient(base_url=server.url, api_key=KEY, max_connections=4)
+async def client(server: ScriptedServer) -> AsyncIterator[KeyedClient]:
+    made = KeyedClient(base_url=server.url, api_key=KEY, max_connections=4)
     yield made
     await made.aclose()
     await server.until(lambda: server.open_connections == 0)
@@ -67,7 +67,7 @@ def events() -> Iterator[list[Event]]:
 
 
 @pytest.mark.asyncio
-async def test_headers_and_body(server: ScriptedServer, client: HttpClient):
+async def test_headers_and_body(server: ScriptedServer, client: KeyedClient):
     server.script("/a/b", answer(json={"ok": True}, headers={"X-Thing": "Yes"}))
     got = await client.exchange(
         "post", "a/b?q=1", content=b"abc", content_type="application/x-protobuf", accept="x/y", headers={"X-More": "m"}
@@ -86,7 +86,7 @@ async def test_headers_and_body(server: ScriptedServer, client: HttpClient):
 
 
 @pytest.mark.asyncio
-async def test_json_and_defaults(server: ScriptedServer, client: HttpClient):
+async def test_json_and_defaults(server: ScriptedServer, client: KeyedClient):
     server.script("/a", answer())
     await client.exchange("POST", "/a", json={"ä": [1, None, 0.5]})
     await client.exchange("POST", "/a")
@@ -105,7 +105,7 @@ async def test_json_and_defaults(server: ScriptedServer, client: HttpClient):
 async def test_the_path_of_the_base_url_is_kept(server: ScriptedServer, prefix: str):
     expected = prefix.rstrip("/") + "/api/v1/x"
     server.script(expected, answer())
-    client = HttpClient(base_url=server.url + prefix, api_key=KEY)
+    client = KeyedClient(base_url=server.url + prefix, api_key=KEY)
     for path in ("/api/v1/x", "api/v1/x"):
         assert (await client.exchange("GET", path)).status == 200
     await client.aclose()
@@ -118,7 +118,7 @@ async def test_a_proxy_that_the_environment_names(server: ScriptedServer, monkey
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     server.script("/a", answer(json={"first": True}), answer(json={"first": False}))
-    client = HttpClient(base_url="http://behind.test")
+    client = KeyedClient(base_url="http://behind.test")
     answers = [(await client.exchange("GET", "a")).json() for _ in range(2)]
     await client.aclose()
     assert answers == [{"first": True}, {"first": False}]
@@ -128,7 +128,7 @@ async def test_a_proxy_that_the_environment_names(server: ScriptedServer, monkey
 
 
 @pytest.mark.asyncio
-async def test_cookies_are_not_kept(server: ScriptedServer, client: HttpClient):
+async def test_cookies_are_not_kept(server: ScriptedServer, client: KeyedClient):
     server.script("/a", answer(json=1, headers={"set-cookie": "who=me; Path=/"}), answer(json=2))
     for _ in range(2):
         await client.exchange("GET", "a")
@@ -138,7 +138,7 @@ async def test_cookies_are_not_kept(server: ScriptedServer, client: HttpClient):
 @pytest.mark.asyncio
 async def test_client_headers_and_no_key(server: ScriptedServer):
     server.script("/a", answer())
-    client = HttpClient(base_url=server.url, api_key=None, headers={"User-Agent": "mine", "X-One": "1"})
+    client = KeyedClient(base_url=server.url, api_key=None, headers={"User-Agent": "mine", "X-One": "1"})
     await client.exchange("GET", "/a", headers={"x-one": "2"})
     await client.aclose()
     (request,) = server.requests
@@ -150,7 +150,7 @@ async def test_client_headers_and_no_key(server: ScriptedServer):
 @pytest.mark.asyncio
 async def test_no_header_of_a_caller_replaces_the_key(server: ScriptedServer):
     server.script("/a", answer())
-    client = HttpClient(base_url=server.url, api_key=KEY, headers={"x-api-key": "other"})
+    client = KeyedClient(base_url=server.url, api_key=KEY, headers={"x-api-key": "other"})
     await client.exchange("GET", "/a", headers={"X-API-KEY": "another"})
     await client.aclose()
     assert server.requests[0].headers["x-api-key"] == KEY
@@ -158,7 +158,7 @@ async def test_no_header_of_a_caller_replaces_the_key(server: ScriptedServer):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-async def test_large_bodies_both_ways(server: ScriptedServer, client: HttpClient, kind: type):
+async def test_large_bodies_both_ways(server: ScriptedServer, client: KeyedClient, kind: type):
     block = bytes(range(256)) * 4096
     payload = block * 20
     server.script("/echo", computed(lambda request: answer(200, request.body)))
@@ -169,31 +169,32 @@ async def test_large_bodies_both_ways(server: ScriptedServer, client: HttpClient
 
 
 @pytest.mark.asyncio
-async def test_a_large_answer_is_read_in_pieces_as_large_as_the_loop_gives_them(
-    server: ScriptedServer, client: HttpClient, monkeypatch: pytest.MonkeyPatch
+async def test_a_large_response_is_read_in_pieces_as_large_as_the_loop_gives_them(
+    server: ScriptedServer, client: KeyedClient, monkeypatch: pytest.MonkeyPatch
 ):
     server.script("/a", answer(200, bytes(1 << 21)))
-    asked: list[int] = []
-    read = AnyIOStream.read
+    pieces: list[int] = []
+    read = SocketStream.read
 
-    async def seen(stream: AnyIOStream, max_bytes: int, timeout: float | None = None) -> bytes:
-        asked.append(max_bytes)
-        return await read(stream, max_bytes, timeout)
+    async def seen(stream: SocketStream, max_bytes: int, timeout: float | None = None) -> bytes:
+        piece = await read(stream, max_bytes, timeout)
+        pieces.append(len(piece))
+        return piece
 
-    monkeypatch.setattr(AnyIOStream, "read", seen)
+    monkeypatch.setattr(SocketStream, "read", seen)
     assert (await client.exchange("GET", "a")).body == bytes(1 << 21)
-    assert set(asked) == {256 * 1024}
+    assert max(pieces) > 64 * 1024
 
 
 @pytest.mark.asyncio
-async def test_a_view_of_wider_items_is_sent_as_bytes(server: ScriptedServer, client: HttpClient):
+async def test_a_view_of_wider_items_is_sent_as_bytes(server: ScriptedServer, client: KeyedClient):
     server.script("/echo", computed(lambda request: answer(200, request.body)))
     view = memoryview(bytearray(range(16))).cast("f")
     assert (await client.exchange("POST", "/echo", content=view)).body == bytes(range(16))
 
 
 @pytest.mark.asyncio
-async def test_a_compressed_answer(server: ScriptedServer, client: HttpClient):
+async def test_a_compressed_answer(server: ScriptedServer, client: KeyedClient):
     body = json.dumps({"a": list(range(1000))}).encode()
     server.script("/a", answer(200, gzip.compress(body), headers={"content-encoding": "gzip"}))
     assert (await client.exchange("GET", "/a")).body == body
@@ -201,7 +202,7 @@ async def test_a_compressed_answer(server: ScriptedServer, client: HttpClient):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("status", [204, 304, 400, 401, 404, 409, 410, 429, 500, 503])
-async def test_a_status_is_returned_not_raised(server: ScriptedServer, client: HttpClient, status: int):
+async def test_a_status_is_returned_not_raised(server: ScriptedServer, client: KeyedClient, status: int):
     server.script("/a", answer(status, headers={"retry-after": "3"}))
     got = await client.exchange("GET", "/a")
     assert (got.status, got.headers["retry-after"]) == (status, "3")
@@ -211,7 +212,7 @@ async def test_a_status_is_returned_not_raised(server: ScriptedServer, client: H
 
 
 @pytest.mark.asyncio
-async def test_redirects_within_the_origin_keep_method_body_and_key(server: ScriptedServer, client: HttpClient):
+async def test_redirects_within_the_origin_keep_method_body_and_key(server: ScriptedServer, client: KeyedClient):
     server.script("/a", answer(307, headers={"location": "/b?x=1"}))
     server.script("/b", answer(308, headers={"location": f"{server.url}/c"}))
     server.script("/c", answer(json="there"))
@@ -226,7 +227,7 @@ async def test_redirects_within_the_origin_keep_method_body_and_key(server: Scri
 
 
 @pytest.mark.asyncio
-async def test_a_redirect_to_another_origin_is_not_followed(server: ScriptedServer, client: HttpClient):
+async def test_a_redirect_to_another_origin_is_not_followed(server: ScriptedServer, client: KeyedClient):
     async with ScriptedServer() as other:
         other.script("/b", answer(json="stolen"))
         for status in (301, 302, 303, 307, 308):
@@ -240,7 +241,7 @@ async def test_a_redirect_to_another_origin_is_not_followed(server: ScriptedServ
 
 
 @pytest.mark.asyncio
-async def test_a_post_never_turns_into_a_get(server: ScriptedServer, client: HttpClient):
+async def test_a_post_never_turns_into_a_get(server: ScriptedServer, client: KeyedClient):
     server.script("/b", answer())
     for status in (301, 302, 303):
         server.script("/a", answer(status, headers={"location": "/b"}))
@@ -250,7 +251,7 @@ async def test_a_post_never_turns_into_a_get(server: ScriptedServer, client: Htt
 
 
 @pytest.mark.asyncio
-async def test_a_redirect_loop_ends(server: ScriptedServer, client: HttpClient):
+async def test_a_redirect_loop_ends(server: ScriptedServer, client: KeyedClient):
     server.script("/a", answer(307, headers={"location": "/a"}))
     assert (await client.exchange("GET", "/a")).status == 307
     assert len(server.requests) == 6
@@ -287,7 +288,7 @@ def closed_port() -> int:
     ],
 )
 async def test_an_answer_that_fails_is_a_typed_error_and_the_client_goes_on(
-    server: ScriptedServer, client: HttpClient, events: list[Event], behaviour: Behaviour, kind: type[Exception]
+    server: ScriptedServer, client: KeyedClient, events: list[Event], behaviour: Behaviour, kind: type[Exception]
 ):
     server.script("/a", behaviour)
     server.script("/good", answer(json=1))
@@ -299,7 +300,7 @@ async def test_an_answer_that_fails_is_a_typed_error_and_the_client_goes_on(
     assert f"POST /a at 127.0.0.1:{server.port}" in message
     assert "hidden" not in message
     assert "body text" not in message
-    assert caught.value.__cause__ is not None
+    assert caught.value.__cause__ is None  # it may hold the request, and that the key
     start, end = events
     assert start.metadata == {"method": "POST", "path": "/a", "attempt": 1}
     assert end.name == "tinkex.http.request.exception"
@@ -310,7 +311,7 @@ async def test_an_answer_that_fails_is_a_typed_error_and_the_client_goes_on(
 
 
 @pytest.mark.asyncio
-async def test_a_body_that_nobody_reads_times_out(server: ScriptedServer, client: HttpClient):
+async def test_a_body_that_nobody_reads_times_out(server: ScriptedServer, client: KeyedClient):
     server.script("/a", stop_reading())
     with pytest.raises(errors.TimeoutExceeded):
         await client.exchange("POST", "/a", content=bytes(30 << 20), timeout=0.1)
@@ -322,26 +323,24 @@ async def test_a_body_that_nobody_reads_times_out(server: ScriptedServer, client
 @pytest.mark.asyncio
 async def test_nobody_answers_there():
     port = closed_port()
-    client = HttpClient(base_url=f"http://127.0.0.1:{port}", api_key=KEY)
-    with pytest.raises(errors.ConnectionFailed, match=f"GET /a at 127.0.0.1:{port}.*nobody answers"):
+    client = KeyedClient(base_url=f"http://127.0.0.1:{port}", api_key=KEY)
+    with pytest.raises(errors.ConnectionFailed, match=f"GET /a at 127.0.0.1:{port}.*nothing answers"):
         await client.exchange("GET", "/a")
     await client.aclose()
 
 
 @pytest.mark.asyncio
 async def test_an_unknown_host():
-    client = HttpClient(base_url="http://no-such-host.invalid", api_key=KEY)
+    client = KeyedClient(base_url="http://no-such-host.invalid", api_key=KEY)
     with pytest.raises(errors.ConnectionFailed, match=r"no-such-host\.invalid"):
         await client.exchange("GET", "/a")
     await client.aclose()
 
 
 @pytest.mark.asyncio
-async def test_input_that_cannot_be_sent(server: ScriptedServer, client: HttpClient):
-    with pytest.raises(errors.InvalidData, match="content or json, not both"):
-        await client.exchange("POST", "/a", content=b"", json=1)
+async def test_input_that_cannot_be_sent(server: ScriptedServer, client: KeyedClient):
     for value in (float("nan"), {"a": float("inf")}, {"a": object()}):
-        with pytest.raises(errors.InvalidData, match=r"POST /a at .* JSON"):
+        with pytest.raises(errors.InvalidData, match=r"POST /a: .* JSON"):
             await client.exchange("POST", "/a", json=value)
     for headers in ({"X-Bad": "line\r\nX-Other: 1"}, {"X-Bad": "ü"}, {"bad name": "1"}, {"": "1"}):
         with pytest.raises(errors.InvalidData, match="header") as caught:
@@ -364,18 +363,11 @@ async def test_input_that_cannot_be_sent(server: ScriptedServer, client: HttpCli
         ({"base_url": "http://ho st"}, "base_url"),
         ({"base_url": "http://host/?a=b"}, "query"),
         ({"base_url": f"http://user:{KEY}@host"}, "user name or password"),
-        ({"base_url": "http://host", "timeout": 0.0}, "timeout"),
-        ({"base_url": "http://host", "timeout": float("nan")}, "timeout"),
-        ({"base_url": "http://host", "max_connections": 0}, "max_connections"),
-        ({"base_url": "http://host", "api_key": KEY + "\n"}, "api_key"),
-        ({"base_url": "http://host", "api_key": KEY + "\x7f"}, "api_key"),
-        ({"base_url": "http://host", "api_key": KEY + "ü"}, "api_key"),
-        ({"base_url": "http://host", "http_client": object(), "asgi_app": object()}, "exclude"),
     ],
 )
 def test_settings_that_cannot_be_used(options: dict[str, object], told: str):
     with pytest.raises(errors.ConfigError, match=told) as caught:
-        HttpClient(**{"api_key": KEY, **options})  # type: ignore[arg-type]
+        KeyedClient(**{"api_key": KEY, **options})  # type: ignore[arg-type]
     assert KEY not in str(caught.value)
 
 
@@ -383,7 +375,7 @@ def test_settings_that_cannot_be_used(options: dict[str, object], told: str):
 
 
 @pytest.mark.asyncio
-async def test_events_of_a_good_exchange(server: ScriptedServer, client: HttpClient, events: list[Event]):
+async def test_events_of_a_good_exchange(server: ScriptedServer, client: KeyedClient, events: list[Event]):
     server.script("/a", answer(503, b"12345"))
     await client.exchange("get", "/a?secret=1", attempt=3)
     start, stop = events
@@ -400,11 +392,11 @@ async def test_events_of_a_good_exchange(server: ScriptedServer, client: HttpCli
 
 @pytest.mark.asyncio
 async def test_the_key_shows_nowhere(server: ScriptedServer, caplog: pytest.LogCaptureFixture):
-    client = HttpClient(base_url=server.url, api_key=KEY)
+    client = KeyedClient(base_url=server.url, api_key=KEY)
     server.script("/good", answer(json=1))
     server.script("/echo", answer(401, json={"detail": f"key {KEY} is wrong"}))
     server.script("/bad", raw(b"garbage\r\n\r\n"))
-    shown: list[str] = [repr(client), str(client)]
+    shown: list[str] = [repr(client.http), str(client.http)]
     telemetry_id = telemetry.attach(lambda event: shown.append(repr(event)))
     with caplog.at_level(logging.DEBUG), structlog.testing.capture_logs() as lines:
         shown.append(repr(await client.exchange("GET", "/good")))
@@ -418,21 +410,7 @@ async def test_the_key_shows_nowhere(server: ScriptedServer, caplog: pytest.LogC
     shown.append(pickle.dumps(caught.value).decode("latin-1"))
     assert not [text for text in shown if KEY in text]
     with pytest.raises(TypeError, match="make a new one"):
-        pickle.dumps(client)
-
-
-class WrappedKey:
-    def get_secret_value(self) -> str:
-        return KEY
-
-
-@pytest.mark.asyncio
-async def test_a_wrapped_key(server: ScriptedServer):
-    server.script("/a", answer())
-    client = HttpClient(base_url=server.url, api_key=WrappedKey())
-    await client.exchange("GET", "/a")
-    await client.aclose()
-    assert server.requests[0].headers["x-api-key"] == KEY
+        pickle.dumps(client.http)
 
 
 # TLS
@@ -458,7 +436,7 @@ async def test_tls_with_one_context_and_no_thread_left(certificate: tuple[Path, 
     threads = set(threading.enumerate())
     async with ScriptedServer(tls=context) as server:
         server.script("/a", answer(json=1))
-        distrusting = HttpClient(base_url=server.url, api_key=KEY)
+        distrusting = KeyedClient(base_url=server.url, api_key=KEY)
         with pytest.raises(errors.ConnectionFailed, match=r"not trusted: self.signed.*SSL_CERT_FILE"):
             await distrusting.exchange("GET", "/a")
         await distrusting.aclose()
@@ -466,7 +444,7 @@ async def test_tls_with_one_context_and_no_thread_left(certificate: tuple[Path, 
         loaded: list[int] = []
         original = httpx.create_ssl_context
         monkeypatch.setattr(httpx, "create_ssl_context", lambda *a, **k: (loaded.append(1), original(*a, **k))[1])
-        client = HttpClient(base_url=server.url, api_key=KEY, max_connections=4)
+        client = KeyedClient(base_url=server.url, api_key=KEY, max_connections=4)
         answers = await asyncio.gather(*(client.exchange("GET", "/a") for _ in range(8)))
         assert [got.json() for got in answers] == [1] * 8
         await client.aclose()
@@ -482,7 +460,7 @@ async def test_cancelled_requests_over_tls(certificate: tuple[Path, Path], monke
     async with ScriptedServer(tls=context) as server:
         server.script("/good", answer(json=1))
         server.script("/stall", stall())
-        client = HttpClient(base_url=server.url, api_key=KEY, max_connections=4)
+        client = KeyedClient(base_url=server.url, api_key=KEY, max_connections=4)
         for steps in range(40):
             tasks = [asyncio.create_task(client.exchange("GET", "/stall")) for _ in range(6)]
             for _ in range(steps):
@@ -500,7 +478,7 @@ async def test_cancelled_requests_over_tls(certificate: tuple[Path, Path], monke
 @pytest.mark.asyncio
 async def test_a_missing_certificate_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "missing.pem"))
-    client = HttpClient(base_url="https://127.0.0.1:9", api_key=KEY)
+    client = KeyedClient(base_url="https://127.0.0.1:9", api_key=KEY)
     for _ in range(2):
         with pytest.raises(errors.ConfigError, match="SSL_CERT_FILE"):
             await client.exchange("GET", "/a")
@@ -517,7 +495,7 @@ async def test_a_given_client_is_used_and_not_closed(server: ScriptedServer, lib
     server.script("/p/bad", raw(b"garbage\r\n\r\n"))
     server.script("/p/slow", stall())
     async with library.AsyncClient(headers={"X-Theirs": "1"}, follow_redirects=True) as theirs:  # type: ignore[attr-defined]
-        client = HttpClient(base_url=f"{server.url}/p", api_key=KEY, http_client=theirs)
+        client = KeyedClient(base_url=f"{server.url}/p", api_key=KEY, http_client=theirs)
         assert (await client.exchange("POST", "/a", content=bytes(2 << 20))).json() == 1
         assert (await client.exchange("GET", "/a")).json() == 2
         with pytest.raises(errors.InvalidResponse):
@@ -557,10 +535,10 @@ async def test_failures_of_a_given_client(raised: Exception, kind: type[Exceptio
         raise raised
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(broken)) as theirs:
-        client = HttpClient(base_url="http://host", api_key=KEY, http_client=theirs)
+        client = KeyedClient(base_url="http://host", api_key=KEY, http_client=theirs)
         with pytest.raises(kind) as caught:
             await client.exchange("GET", "/a")
         assert type(caught.value) is kind
-        assert kind is ZeroDivisionError or caught.value.__cause__ is raised
+        assert kind is ZeroDivisionError or caught.value.__cause__ is None
         assert "text" not in str(caught.value)
         await client.aclose()

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.transport.keyed import KeyedClient
 from tinkex_py import errors
-from tinkex_py.transport.http import HttpClient
 
 KEY = "tml-very-secret-key"
 
@@ -73,8 +73,8 @@ async def respond(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def make_client(app: App, **options: Any) -> HttpClient:
-    return HttpClient(base_url="http://embedded/prefix", api_key=KEY, asgi_app=app, **options)
+def make_client(app: App, **options: Any) -> KeyedClient:
+    return KeyedClient(base_url="http://embedded/prefix", api_key=KEY, asgi_app=app, **options)
 
 
 @pytest.mark.asyncio
@@ -113,7 +113,7 @@ async def test_an_answer_that_breaks_off_or_never_comes():
     client = make_client(App())
     with pytest.raises(errors.ConnectionFailed, match="5 of 10 bytes"):
         await client.exchange("GET", "/fails_midway")
-    with pytest.raises(errors.InvalidResponse, match="without an answer"):
+    with pytest.raises(errors.InvalidResponse, match="without a response"):
         await client.exchange("GET", "/says_nothing")
     await client.aclose()
 

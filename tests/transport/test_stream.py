@@ -11,8 +11,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from tests.support.scripted_server import ScriptedServer, answer, drip, half_a_body, reset, stall
+from tests.transport.keyed import KeyedClient
 from tinkex_py.errors import ClientClosed, ConfigError, ConnectionFailed, TimeoutExceeded
-from tinkex_py.transport.http import HttpClient
+from tinkex_py.transport.request import request
 
 pytestmark = pytest.mark.asyncio
 BODY = bytes(range(256)) * 4000
@@ -26,20 +27,20 @@ async def server() -> AsyncIterator[ScriptedServer]:
 
 
 @pytest_asyncio.fixture
-async def client(server: ScriptedServer) -> AsyncIterator[HttpClient]:
-    made = HttpClient(base_url=server.url, api_key=KEY, timeout=30.0, max_connections=2, headers={"X-Mine": "1"})
+async def client(server: ScriptedServer) -> AsyncIterator[KeyedClient]:
+    made = KeyedClient(base_url=server.url, api_key=KEY, timeout=30.0, max_connections=2, headers={"X-Mine": "1"})
     yield made
     await made.aclose()
 
 
-async def read(client: HttpClient, **options: object) -> bytes:
+async def read(client: KeyedClient, **options: object) -> bytes:
     async with client.stream("/file", **options) as stream:  # type: ignore[arg-type]
         return b"".join([piece async for piece in stream.pieces()])
 
 
 async def test_the_body_arrives_in_pieces(server, client):
     server.script("/file", answer(206, BODY, headers={"ETag": "x"}))
-    async with client.stream("/file", headers={"Range": "bytes=0-"}) as stream:
+    async with client.stream("/file", headers={"Range": "bytes=0-", "Accept-Encoding": "identity"}) as stream:
         assert (stream.status, stream.headers["etag"], stream.length, stream.received) == (206, "x", len(BODY), 0)
         pieces = [piece async for piece in stream.pieces()]
         assert stream.received == len(BODY)
@@ -63,11 +64,11 @@ async def test_a_compressed_answer_stays_compressed(server, client):
 async def test_errors_are_read_up_to_a_bound(server, client):
     server.script("/file", answer(500, BODY))
     async with client.stream("/file") as stream:
-        whole = await stream.answer()
+        whole = await stream.beginning()
     assert (whole.status, whole.body) == (500, BODY[: 1 << 16])
     server.script("/file", answer(404, json={"detail": "no"}))
     async with client.stream("/file") as stream:
-        assert (await stream.answer()).json() == {"detail": "no"}
+        assert (await stream.beginning()).json() == {"detail": "no"}
 
 
 async def test_redirections_are_not_followed(server, client):
@@ -106,7 +107,10 @@ async def test_closing_the_client_ends_a_stream_and_those_elsewhere(server, clie
     server.script("/file", drip(BODY, first=1000))
 
     async def elsewhere() -> None:
-        async with client.towards(f"{server.url}/file") as (other, path), other.stream(path) as stream:
+        async with (
+            client.http.towards(f"{server.url}/file", key=client.key) as (other, path, key),
+            other.stream(request("GET", path), key=key) as stream,
+        ):
             async for _ in stream.pieces():
                 pass
 
@@ -117,7 +121,7 @@ async def test_closing_the_client_ends_a_stream_and_those_elsewhere(server, clie
         assert isinstance(outcome, ClientClosed)
     await server.until(lambda: server.open_connections == 0)
     with pytest.raises(ClientClosed):
-        async with client.towards(server.url):
+        async with client.http.towards(server.url):
             pass
 
 
@@ -148,27 +152,33 @@ async def test_another_place_gets_neither_key_nor_headers(server, client):
     async with ScriptedServer() as other:
         other.script("/file", answer(200, BODY))
         for place, secret in ((server, KEY), (other, None)):
-            async with client.towards(f"{place.url}/file?a=b") as (there, path), there.stream(path) as stream:
+            async with (
+                client.http.towards(f"{place.url}/file?a=b", key=client.key) as (there, path, key),
+                there.stream(request("GET", path), key=key) as stream,
+            ):
                 assert stream.status == 200
-            (request,) = place.requests
-            assert request.target == "/file?a=b"
-            assert request.headers.get("x-api-key") == secret
-            assert request.headers.get("x-mine") == ("1" if secret else None)
+            (arrived,) = place.requests
+            assert arrived.target == "/file?a=b"
+            assert arrived.headers.get("x-api-key") == secret
+            assert arrived.headers.get("x-mine") == ("1" if secret else None)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "/path", "", "http://", "ftp://host/x", "http://u:p@host/x"])
 async def test_what_is_no_address_is_refused(client, url):
     with pytest.raises(ConfigError):
-        async with client.towards(url):
+        async with client.http.towards(url):
             pass
 
 
 async def test_a_service_in_this_process():
-    async def file(request: object) -> PlainTextResponse:
+    async def file(_request: object) -> PlainTextResponse:
         return PlainTextResponse(BODY)
 
-    made = HttpClient(base_url="http://inside", api_key=None, asgi_app=Starlette(routes=[Route("/file", file)]))
+    made = KeyedClient(base_url="http://inside", api_key=None, asgi_app=Starlette(routes=[Route("/file", file)]))
     assert await read(made) == BODY
-    async with made.towards("http://inside/file") as (there, path), there.stream(path) as stream:
+    async with (
+        made.http.towards("http://inside/file") as (there, path, key),
+        there.stream(request("GET", path), key=key) as stream,
+    ):
         assert b"".join([piece async for piece in stream.pieces()]) == BODY
     await made.aclose()

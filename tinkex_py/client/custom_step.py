@@ -1,187 +1,202 @@
 """A custom step: forward pass, terms, and the backward pass that carries their gradient."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tinkex_py.client.carrier import (
-    Carrier,
+from tinkex_py.client.accumulation import GradientCall
+from tinkex_py.client.batches import CustomBatch, checked_data, custom_batch
+from tinkex_py.client.ordering import Turn
+from tinkex_py.client.passes import GradientPass, Model, Pass, off_loop_if
+from tinkex_py.client.surrogate import (
     Surrogate,
-    advantages_of,
+    SurrogateOption,
     check_sequences,
-    divisors,
+    check_surrogate,
     has_candidates,
+    logprobs_of,
     measuring_sample,
     measuring_weights,
 )
-from tinkex_py.client.model_requests import ModelRequests, or_break
-from tinkex_py.client.steps import OptimizerSteps
-from tinkex_py.client.submission import count_numbers, encode_custom_chunks, replace_by_advantages, write_weights
-from tinkex_py.errors import (
-    APIStatusError,
-    InvalidResponse,
-    PartialFailure,
-    PipelineError,
-    RequestFailed,
-    ResultLost,
-)
-from tinkex_py.transport.codec import EncodedBatch
-from tinkex_py.transport.place import Place
+from tinkex_py.errors import InvalidData, PipelineError
+from tinkex_py.losses.options import DEFAULTS as PIPELINE_DEFAULTS, PipelineOptions
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
-from tinkex_py.types.tensors import Array
+from tinkex_py.types.seconds import is_seconds
 
 if TYPE_CHECKING:
     from tinkex_py.losses.output import CustomLossOutput
-    from tinkex_py.losses.pipeline import Pipeline
-    from tinkex_py.losses.recording import RecordPath
+    from tinkex_py.losses.pipeline import CustomLoss, Pipeline
+    from tinkex_py.losses.spec import RegularizerSpec, Term
+
+Execution = Literal["client", "auto", "server"]
+EXECUTIONS: tuple[Execution, ...] = ("client", "auto", "server")
+
+# Work on more tokens than this leaves the event loop's thread.
+_SMALL_TOKENS = 16_384
 
 
-@dataclass(frozen=True)
-class CustomStep:
-    """One custom step whose terms run on the client.
+class CustomStepOptions(PipelineOptions, total=False):
+    """Options of a custom step; those of a pipeline are for a step whose loss is no ready Pipeline.
 
     Attributes:
-        requests: of the training client.
-        steps: its optimizer steps.
-        place: the step's place in the lane.
-        pipeline: the loss.
-        surrogate: the service's loss that is to carry the gradient.
-        sequences_per_step: datums of all calls up to the next optimizer step; None is this step's.
-        overlap: the forward pass may go out while the step before this one still runs its terms.
-        record: where to write what the terms see.
+        deadline: seconds for everything up to the hand-over of the gradient, after which nothing cancels the step; None
+            is no limit. Default None.
+        record: a folder to write what the terms see to, for `tinkex_py.losses.replay`. Default None.
+        execution: where the terms run. "client": here. "server": the loss is traced, uploaded where it is new, and
+            the service does the whole step in one round trip, with the same gradient; terms emit no events of their
+            own, and their timeouts do not apply. "auto": on the service where that is possible. Default "client".
+        surrogate: the service's loss that carries the gradient. "auto": the one that carries it unchanged, by a table
+            of known services or by what the forward pass reports. Default "auto".
+        sequences_per_step: datums of all calls up to the next optim_step; None is this call's. Where the service
+            divides by that number ("importance_sampling"), the gradient is scaled for it. Default None.
+        overlap: where a custom step is right before this one, the forward pass goes out while that step's terms still
+            run, and the terms of this step start when the service has accepted that one's gradient. It changes no
+            number. Default True.
     """
 
-    requests: ModelRequests
-    steps: OptimizerSteps
-    place: Place
-    pipeline: "Pipeline"
-    surrogate: Surrogate
+    deadline: float | None
+    record: str | os.PathLike[str] | None
+    execution: Execution
+    surrogate: SurrogateOption
     sequences_per_step: int | None
     overlap: bool
-    record: "RecordPath | None"
 
-    async def run(self, data: Sequence[Datum], handed_over: Callable[[], None]) -> "CustomLossOutput":
-        """Runs it.
+
+_STEP_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "deadline": None,
+        "record": None,
+        "execution": "client",
+        "surrogate": "auto",
+        "sequences_per_step": None,
+        "overlap": True,
+    }
+)
+DEFAULTS: Mapping[str, Any] = MappingProxyType({**PIPELINE_DEFAULTS, **_STEP_DEFAULTS})
+"""Every option of a custom step, with the value it has when it is not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomStep:
+    """A checked custom step; its fields are those of `CustomStepOptions`."""
+
+    pipeline: "Pipeline"
+    deadline: float | None
+    record: str | os.PathLike[str] | None
+    execution: Execution
+    surrogate: SurrogateOption
+    sequences_per_step: int | None
+    overlap: bool
+
+    def __post_init__(self) -> None:
+        if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
+            raise InvalidData(f"deadline must be > 0 seconds or None, got {self.deadline!r}")
+        if self.execution not in EXECUTIONS:
+            raise InvalidData(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {self.execution!r}")
+        check_surrogate(self.surrogate, self.sequences_per_step, self.execution)
+
+    async def run(
+        self, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]
+    ) -> "CustomLossOutput":
+        """Runs it with the terms on the client.
 
         Args:
+            turn: of the step.
+            model: what is trained.
             data: the datums.
-            handed_over: called at the hand-over of the gradient, before anything else can run.
+            on_hand_over: called at the hand-over of the gradient, before anything else can run.
         """
-        chunks = await self.requests.custom_chunks(data, self.place, early=self.overlap)
-        count = sum(len(chunk.data) for chunk in chunks)
-        sequences = await or_break(lambda: check_sequences(self.sequences_per_step, count))
-        forward, carrier = await self._forward(chunks)
-        await self.place.turn_of_terms()
-        output, gradient = await self._evaluate(forward, chunks)
-        carried = await self._carried(chunks, gradient, forward, carrier, sequences)
+        datums = checked_data(data)
+        sequences = check_sequences(self.sequences_per_step, len(datums))
+        await turn.reached(early=self.overlap)
+        batch, forward, surrogate = await self._forward(turn, model, datums)
+        logprobs = logprobs_of(forward, datums)
+        async with turn.running_terms():
+            loss = await self._evaluate(model, datums, logprobs)
+        gradient = loss.gradient.reshape(-1).numpy()
+        carried = await off_loop_if(
+            gradient.size > _SMALL_TOKENS,
+            model.session,
+            lambda: surrogate.carry(gradient, batch, logprobs, sequences),
+        )
+        call = GradientCall(
+            datums=len(datums),
+            scaled_for=sequences if surrogate.divides == "sequences" else None,
+            controllers=self.pipeline.controllers,
+            output=loss.output,
+        )
+        backward = GradientPass(model, carried.chunks, surrogate.loss_fn, call=call, on_hand_over=on_hand_over)
+        return loss.output.model_copy(update={"service_output": await turn.send(backward)})
 
-        def on_hand_over() -> None:
-            self.steps.add(self.pipeline.controllers, output)
-            handed_over()
+    async def _forward(
+        self, turn: Turn, model: Model, data: Sequence[Datum]
+    ) -> tuple[CustomBatch, ForwardBackwardOutput, Surrogate]:
+        """The forward pass, and the surrogate that it shows unless that is known."""
+        surrogates = model.session.surrogates
+        surrogate = surrogates.for_step(self.surrogate, data)
+        if surrogate is None and has_candidates(data):
+            _, _, surrogate = await self._forward(turn, model, measuring_sample(data))
+            surrogates.for_step(self.surrogate, data)
+        batch = await self._laid_out(model, data, measured=surrogate is None)
+        forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
+        if surrogate is None:
+            surrogate = surrogates.learn(forward, logprobs_of(forward, data), measuring_weights(batch.size))
+        return batch, forward, surrogate
 
-        try:
-            service_output = await self.requests.run_backward(
-                self.place,
-                carried,
-                carrier.loss_fn,
-                {},
-                handed_over=on_hand_over,
-                scaled_for=sequences if carrier.divides == "sequences" else None,
-            )
-        except (APIStatusError, RequestFailed) as error:
-            if not isinstance(error, PartialFailure | ResultLost):  # of these the service may hold something
-                self.steps.discard(self.pipeline.controllers, output)
-            raise
-        return output.model_copy(update={"service_output": service_output})
+    async def _laid_out(self, model: Model, data: Sequence[Datum], *, measured: bool) -> CustomBatch:
+        def lay_out() -> CustomBatch:
+            batch = custom_batch(data, model.session.config)
+            if measured:
+                batch.write_weights(measuring_weights(batch.size))
+            return batch
 
-    async def _forward(self, chunks: Sequence[EncodedBatch]) -> tuple[ForwardBackwardOutput, Carrier]:
-        """The forward pass, and the loss that is to carry the gradient back.
+        tokens = sum(datum.model_input.length for datum in data)
+        return await off_loop_if(tokens > _SMALL_TOKENS, model.session, lay_out)
 
-        Raises:
-            UnsupportedFeature: no loss of the service carries the gradient of these datums.
-        """
-        # A step before this one may have learnt what the service does.
-        await (self.place.early_turn() if self.overlap else self.place.turn())
-        connection = self.requests.connection
-        data = _data_of(chunks)
-        carrier: Carrier | None = await or_break(lambda: connection.carrier.for_step(self.surrogate))
-        if carrier is None and has_candidates(data):
-            sample = await encode_custom_chunks(measuring_sample(data), connection)
-            _, carrier = await self._forward(sample)
-        if carrier is not None and carrier.loss_fn == "importance_sampling":
-            await or_break(lambda: connection.carrier.check_targets(data))
-        if carrier is not None:
-            return await self._run_forward(chunks), carrier
-        weights = measuring_weights(count_numbers(chunks))
-        await write_weights(chunks, weights, connection.threads)
-        forward = await self._run_forward(chunks)
-        return forward, connection.carrier.learn(forward, _logprobs_of(forward, data), weights)
-
-    async def _run_forward(self, chunks: Sequence[EncodedBatch]) -> ForwardBackwardOutput:
-        return await self.requests.run_forward(self.place, chunks, of_step=True, early=self.overlap)
-
-    async def _evaluate(
-        self, forward: ForwardBackwardOutput, chunks: Sequence[EncodedBatch]
-    ) -> "tuple[CustomLossOutput, Array]":
+    async def _evaluate(self, model: Model, data: Sequence[Datum], logprobs: PackedTensor) -> "CustomLoss":
         from tinkex_py.losses.logprobs import Logprobs
 
-        self.steps.check()
-        # As they were sent: the caller's list may have changed since.
-        data = _data_of(chunks)
-        with self.place.running_terms():
-            loss = await self.pipeline.evaluate(
-                data,
-                Logprobs.from_packed(_logprobs_of(forward, data)),
-                step=self.steps.made,
-                threads=self.requests.connection.threads,
-                thread_group=self.requests,
-                record=self.record,
-            )
+        model.accumulation.check_controllers()
+        loss = await self.pipeline.evaluate(
+            data,
+            Logprobs.from_packed(logprobs),
+            step=model.accumulation.steps,
+            workers=model.session.workers,
+            group=model,
+            record=self.record,
+        )
         if not loss.differentiable:
             raise PipelineError(
                 "no term depends on the logprobs, so there is nothing to train on; nothing was sent. A loss loses its "
                 "path to the logprobs through detach(), numpy(), torch.no_grad() or torch.tensor(x)"
             )
-        return loss.output, loss.gradient.reshape(-1).numpy()
-
-    async def _carried(
-        self,
-        chunks: Sequence[EncodedBatch],
-        gradient: Array,
-        forward: ForwardBackwardOutput,
-        carrier: Carrier,
-        sequences: int,
-    ) -> Sequence[EncodedBatch]:
-        """The datums with the numbers that make the service arrive at the gradient."""
-        threads = self.requests.connection.threads
-        if carrier.loss_fn == "cross_entropy":
-            await write_weights(chunks, -gradient, threads)
-            return chunks
-        logprobs = forward.packed["logprobs"]
-        divided_by = divisors(carrier, [chunk.data for chunk in chunks], sequences)
-        advantages = advantages_of(gradient, logprobs, divided_by)
-        return await replace_by_advantages(chunks, logprobs.values, advantages, threads)
+        return loss
 
 
-def _data_of(chunks: Sequence[EncodedBatch]) -> list[Datum]:
-    return [datum for chunk in chunks for datum in chunk.data]
-
-
-def _logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> PackedTensor:
-    """The logprobs of a forward pass, shaped like the targets.
+def custom_step(
+    base_loss: "Term | Pipeline", regularizers: "Sequence[RegularizerSpec]", options: CustomStepOptions
+) -> CustomStep:
+    """A custom step from what its caller gave.
 
     Raises:
-        InvalidResponse: they are missing, or shaped otherwise.
+        TypeError: there is no such option.
+        PipelineError: the loss cannot be composed, or options of a pipeline were given beside a ready one.
+        InvalidData: another option cannot be used.
     """
-    packed = forward.packed.get("logprobs")
-    if packed is None or len(packed) != len(data):
-        raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
-    if packed.dtype.kind != "f":
-        raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.dtype}, not float32")
-    expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
-    if packed.shapes != expected:
-        index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
-        raise InvalidResponse(
-            f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
-        )
-    return packed
+    from tinkex_py.losses.pipeline import Pipeline
+
+    for_pipeline = {name: value for name, value in options.items() if name in PIPELINE_DEFAULTS}
+    for_step = {name: value for name, value in options.items() if name not in PIPELINE_DEFAULTS}
+    for name in for_step:
+        if name not in _STEP_DEFAULTS:
+            raise TypeError(f"forward_backward_custom() got an unexpected keyword argument {name!r}")
+    if not isinstance(base_loss, Pipeline):
+        pipeline = Pipeline(base_loss, regularizers, **cast("PipelineOptions", for_pipeline))
+    else:
+        pipeline = base_loss
+        beside = (["regularizers"] if regularizers else []) + list(for_pipeline)
+        if beside:
+            raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(beside)} on it instead")
+    return CustomStep(pipeline=pipeline, **cast("Any", {**_STEP_DEFAULTS, **for_step}))

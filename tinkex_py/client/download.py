@@ -1,9 +1,7 @@
 """Downloading one checkpoint: the archive in pieces, resumed where it broke off, then its files all at once."""
 
-import asyncio
 import contextlib
 import json
-import math
 import os
 import shutil
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -13,10 +11,8 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import filelock
-import tenacity
 
 from tinkex_py.client.archive import extract
-from tinkex_py.client.file_thread import FileThread
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.errors import (
     APIStatusError,
@@ -26,10 +22,12 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     UnsupportedFeature,
 )
-from tinkex_py.transport.http import raise_for_status
-from tinkex_py.transport.request import checked_base_url
-from tinkex_py.transport.retry import RetryPolicy, is_retryable_status
-from tinkex_py.transport.stream import AnswerStream
+from tinkex_py.retry import Attempts, with_retries
+from tinkex_py.threads import FileThread
+from tinkex_py.transport.api import is_retryable_status
+from tinkex_py.transport.http import ResponseStream
+from tinkex_py.transport.request import checked_base_url, request
+from tinkex_py.transport.response import raise_for_status
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
 
@@ -129,65 +127,58 @@ class Download:
 
     async def _fetch(self, files: FileThread) -> None:
         """Goes on until the whole archive is on the disk, or for as long as the retry policy allows without a byte."""
-        patience = _Patience(self._requests.retry)
 
-        async def attempt() -> None:
+        async def attempt(attempts: Attempts) -> None:
             before = self._received
             try:
                 await self._fetch_once(files)
             finally:
                 if self._received > before:
-                    patience.renew()
+                    attempts.progressed()
 
-        await tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_is_worth_another_attempt),
-            wait=patience.wait,
-            stop=patience.is_over,
-            sleep=asyncio.sleep,
-            reraise=True,
-        )(attempt)
+        await with_retries(self._requests.retry, attempt, _is_worth_another_attempt)
 
     async def _fetch_once(self, files: FileThread) -> None:
         url = (await self._ask_where()).url
         for _ in range(_MOST_REDIRECTIONS):
-            http = self._requests.connection.http
-            _check_address(url, http.host)
-            key = await self._requests.connection.keys.current()
-            async with (
-                http.towards(url, key=key) as (client, path),
-                client.stream(path, headers=self._range()) as answer,
-            ):
-                location = answer.headers.get("location") if 300 <= answer.status < 400 else None
-                if location is None:
-                    return await self._take(answer, files)
-                url = _joined(url, location)
+            api = self._requests.api
+            _check_address(url, api.host)
+            key = await api.auth.current()
+            async with api.http.towards(url, key=key) as (client, path, key_there):
+                asking = request("GET", path, accept="*/*", headers=self._range())
+                async with client.stream(asking, key=key_there) as response:
+                    location = response.headers.get("location") if 300 <= response.status < 400 else None
+                    if location is None:
+                        return await self._take(response, files)
+                    url = _joined(url, location)
         raise InvalidResponse("the address of a checkpoint's archive leads from one place to the next without end")
 
     def _range(self) -> dict[str, str]:
-        if not self._received or self._source.validator is None:
-            return {}
-        return {"Range": f"bytes={self._received}-", "If-Range": self._source.validator}
+        headers = {"Accept-Encoding": "identity"}
+        if self._received and self._source.validator is not None:
+            headers |= {"Range": f"bytes={self._received}-", "If-Range": self._source.validator}
+        return headers
 
-    async def _take(self, answer: AnswerStream, files: FileThread) -> None:
-        place = answer.headers.get("content-range", "")
-        if answer.status == 416 and place == f"bytes */{self._received}":
+    async def _take(self, response: ResponseStream, files: FileThread) -> None:
+        place = response.headers.get("content-range", "")
+        if response.status == 416 and place == f"bytes */{self._received}":
             return  # what is there is all there is
-        if answer.status in (206, 416):
+        if response.status in (206, 416):
             if not place.startswith(f"bytes {self._received}-"):
                 await self._begin(_Source(self._source.path), files)
                 raise ConnectionFailed("the service gave another part of the archive than it was asked for")
-        elif 200 <= answer.status < 300:
-            await self._begin(_Source(self._source.path, _validator(answer), answer.length), files)
+        elif 200 <= response.status < 300:
+            await self._begin(_Source(self._source.path, _validator(response), response.length), files)
         else:
-            raise_for_status(await answer.answer())
-        await self._append(answer, files)
+            raise_for_status(await response.beginning())
+        await self._append(response, files)
 
     async def _begin(self, source: _Source, files: FileThread) -> None:
         """Forgets what is there."""
         self._source, self._received = source, 0
         await files.run(lambda: _replace(self._source_file, json.dumps(asdict(source)), self._archive))
 
-    async def _append(self, answer: AnswerStream, files: FileThread) -> None:
+    async def _append(self, response: ResponseStream, files: FileThread) -> None:
         self._report()
         waiting = bytearray()
 
@@ -199,7 +190,7 @@ class Download:
             self._report()
 
         try:
-            async with aclosing(answer.pieces()) as pieces:
+            async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
                     waiting += piece
                     if len(waiting) >= _WRITE_BYTES:
@@ -230,32 +221,6 @@ class Download:
         self._source_file.unlink()
 
 
-class _Patience:
-    """A retry policy whose time begins anew whenever bytes have arrived."""
-
-    def __init__(self, policy: RetryPolicy) -> None:
-        self._policy = policy
-        self._waits = tenacity.wait_random_exponential(multiplier=policy.initial_wait, max=policy.max_wait)
-        self.renew()
-
-    def renew(self) -> None:
-        self._since = asyncio.get_running_loop().time()
-        self._failures = 0
-
-    def wait(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome is not None else None
-        asked_for = error.retry_after if isinstance(error, APIStatusError) else None
-        return self._waits(state) if asked_for is None else asked_for
-
-    def is_over(self, _state: tenacity.RetryCallState) -> bool:
-        self._failures += 1
-        waited = asyncio.get_running_loop().time() - self._since
-        most = self._policy.max_attempts
-        return (most is not None and self._failures >= most) or (
-            math.isfinite(self._policy.deadline) and waited >= self._policy.deadline
-        )
-
-
 def _is_worth_another_attempt(error: BaseException) -> bool:
     if isinstance(error, APIStatusError):
         return is_retryable_status(error.status)
@@ -278,16 +243,16 @@ def _check_address(url: str, host: str) -> None:
     except ValueError as error:
         raise InvalidResponse(f"{host} gave an address for the archive that makes no sense") from error
     raise UnsupportedFeature(
-        f"{host} cannot do this: give checkpoints as archives to download (their address begins with {parts.scheme!r})"
+        f"{host} does not support downloads of checkpoints as archives (their address begins with {parts.scheme!r})"
     )
 
 
-def _validator(answer: AnswerStream) -> str | None:
+def _validator(response: ResponseStream) -> str | None:
     """What `If-Range` can tell a change of the archive by."""
-    if answer.headers.get("accept-ranges", "").lower() == "none" or answer.length is None:
+    if response.headers.get("accept-ranges", "").lower() == "none" or response.length is None:
         return None
-    tag = answer.headers.get("etag", "")
-    return tag if tag and not tag.startswith("W/") else answer.headers.get("last-modified")
+    tag = response.headers.get("etag", "")
+    return tag if tag and not tag.startswith("W/") else response.headers.get("last-modified")
 
 
 def _replace(source_file: Path, text: str, archive: Path) -> None:

@@ -10,7 +10,7 @@ from tinkex_py.client.download import Download
 from tinkex_py.client.paging import DEFAULT_PAGE_SIZE, Page, all_items, check_count
 from tinkex_py.client.rest_requests import RestRequests, is_lost_success
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
-from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.retry import RetryPolicy
 from tinkex_py.types import ServerCapabilities, WeightsInfo
 from tinkex_py.types.checkpoint_path import CheckpointPath, check_address, check_segment, url_segment
 from tinkex_py.types.rest import (
@@ -54,7 +54,7 @@ class AsyncRestClient:
     async def get_server_capabilities(self) -> ServerCapabilities:
         """The models of the service."""
         return ServerCapabilities.read(
-            await self._requests.ask("GET", "/api/v1/get_server_capabilities", "list models", names_nothing=True)
+            await self._requests.ask("GET", "/api/v1/get_server_capabilities", "listing models", names_nothing=True)
         )
 
     # Training runs
@@ -100,7 +100,7 @@ class AsyncRestClient:
         """
         query = {**_page(limit, offset), "access_scope": access_scope, "project_id": project_id}
         return TrainingRunsPage.read(
-            await self._requests.ask("GET", _RUNS, "list training runs", query=query, names_nothing=True)
+            await self._requests.ask("GET", _RUNS, "listing training runs", query=query, names_nothing=True)
         )
 
     async def get_training_run(self, run: str, *, access_scope: AccessScope = "owned") -> TrainingRun:
@@ -112,7 +112,7 @@ class AsyncRestClient:
         """
         path = f"{_RUNS}/{_run_segment(run)}"
         return TrainingRun.read(
-            await self._requests.ask("GET", path, "show a training run", query={"access_scope": access_scope})
+            await self._requests.ask("GET", path, "showing a training run", query={"access_scope": access_scope})
         )
 
     # Checkpoints
@@ -144,7 +144,7 @@ class AsyncRestClient:
             offset: how many to leave out at the start.
         """
         path = "/api/v1/checkpoints" if run is None else f"{_RUNS}/{_run_segment(run)}/checkpoints"
-        feature = "list the checkpoints of all runs" if run is None else "list checkpoints"
+        feature = "listing the checkpoints of all runs" if run is None else "listing checkpoints"
         return CheckpointsPage.read(
             await self._requests.ask("GET", path, feature, query=_page(limit, offset), names_nothing=run is None)
         )
@@ -169,7 +169,7 @@ class AsyncRestClient:
         """
         body = {"tinker_path": check_address(path)}
         return WeightsInfo.read(
-            await self._requests.ask("POST", "/api/v1/weights_info", "describe a checkpoint", json=body)
+            await self._requests.ask("POST", "/api/v1/weights_info", "describing a checkpoint", json=body)
         )
 
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> None:
@@ -182,7 +182,7 @@ class AsyncRestClient:
         if ttl_seconds is not None:
             check_count("ttl_seconds", ttl_seconds, least=1)
         url = f"{_checkpoint_url(CheckpointPath.parse(path))}/ttl"
-        await self._requests.ask("PUT", url, "change when a checkpoint expires", json={"ttl_seconds": ttl_seconds})
+        await self._requests.ask("PUT", url, "changing when a checkpoint expires", json={"ttl_seconds": ttl_seconds})
 
     async def publish_checkpoint(self, path: str) -> None:
         """Lets everybody use a checkpoint.
@@ -194,7 +194,7 @@ class AsyncRestClient:
             Conflict: on some services, it is public already.
         """
         url = f"{_checkpoint_url(CheckpointPath.parse(path))}/publish"
-        await self._requests.ask("POST", url, "publish checkpoints")
+        await self._requests.ask("POST", url, "publishing checkpoints")
 
     async def unpublish_checkpoint(self, path: str) -> None:
         """Makes a published checkpoint private again.
@@ -203,7 +203,7 @@ class AsyncRestClient:
             path: `tinker://{training run}/{kind}/{name}`.
         """
         url = f"{_checkpoint_url(CheckpointPath.parse(path))}/publish"
-        await self._requests.ask("DELETE", url, "publish checkpoints")
+        await self._requests.ask("DELETE", url, "publishing checkpoints")
 
     async def delete_checkpoint(self, path: str) -> None:
         """Deletes a checkpoint for good.
@@ -212,7 +212,7 @@ class AsyncRestClient:
             path: `tinker://{training run}/{kind}/{name}`.
         """
         try:
-            await self._requests.ask("DELETE", _checkpoint_url(CheckpointPath.parse(path)), "delete checkpoints")
+            await self._requests.ask("DELETE", _checkpoint_url(CheckpointPath.parse(path)), "deleting checkpoints")
         except NotFound as error:
             if not is_lost_success(error):
                 raise
@@ -256,7 +256,7 @@ class AsyncRestClient:
             headers["X-Tinker-Weights-Access-Token"] = access_token
         given = {name: value for name, value in body.items() if value is not None}
         answer = await self._requests.ask(
-            "POST", "/api/v1/copy_weights", "copy checkpoints", json=given, headers=headers
+            "POST", "/api/v1/copy_weights", "copying checkpoints", json=given, headers=headers
         )
         return CopiedCheckpoint.read(answer).tinker_path
 
@@ -269,7 +269,7 @@ class AsyncRestClient:
             path: `tinker://{training run}/{kind}/{name}`.
         """
         parsed = CheckpointPath.parse(path)
-        feature = "give checkpoints as archives"
+        feature = "checkpoints as archives"
         try:
             answer = await self._requests.ask_where(f"{_checkpoint_url(parsed)}/archive", feature)
         except UnsupportedFeature:
@@ -290,7 +290,7 @@ class AsyncRestClient:
         if parsed.kind != "external_weights":
             raise InvalidData(f"{path!r} holds no external weights: only those have an address for each file")
         url = f"{_checkpoint_url(parsed)}/external_weights_urls"
-        return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "give the addresses of external weights"))
+        return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "addresses of external weights"))
 
     async def download_checkpoint(
         self,
@@ -354,14 +354,14 @@ class AsyncRestClient:
         """
         query = {**_page(limit, offset), "access_scope": access_scope}
         return SessionsPage.read(
-            await self._requests.ask("GET", _SESSIONS, "list sessions", query=query, names_nothing=True)
+            await self._requests.ask("GET", _SESSIONS, "listing sessions", query=query, names_nothing=True)
         )
 
     async def get_session(self, session_id: str, *, access_scope: AccessScope = "owned") -> Session:
         """The training runs and samplers of a session."""
         path = f"{_SESSIONS}/{url_segment(check_segment('the id of a session', session_id))}"
         return Session.read(
-            await self._requests.ask("GET", path, "show a session", query={"access_scope": access_scope})
+            await self._requests.ask("GET", path, "showing a session", query={"access_scope": access_scope})
         )
 
     async def search_sessions(
@@ -400,14 +400,14 @@ class AsyncRestClient:
         names_nothing = wanted.project_ids is None
         return SessionSearchPage.read(
             await self._requests.ask(
-                "POST", f"{_SESSIONS}/search", "search sessions", json=body, names_nothing=names_nothing
+                "POST", f"{_SESSIONS}/search", "searching sessions", json=body, names_nothing=names_nothing
             )
         )
 
     async def assign_session_project(self, session_id: str, project_id: str) -> None:
         """Moves a session, with its runs, into a project."""
         path = f"{_SESSIONS}/{url_segment(check_segment('the id of a session', session_id))}/project"
-        await self._requests.ask("PUT", path, "put sessions into projects", json={"project_id": project_id})
+        await self._requests.ask("PUT", path, "putting sessions into projects", json={"project_id": project_id})
 
     async def get_sampler(self, sampler_id: str) -> Sampler:
         """What a sampling session draws from.
@@ -416,7 +416,7 @@ class AsyncRestClient:
             sampler_id: `sampling_session_id` of a sampling client.
         """
         path = f"/api/v1/samplers/{url_segment(check_segment('the id of a sampler', sampler_id))}"
-        return Sampler.read(await self._requests.ask("GET", path, "show a sampler"))
+        return Sampler.read(await self._requests.ask("GET", path, "showing a sampler"))
 
 
 def _page(limit: int, offset: int) -> dict[str, object]:

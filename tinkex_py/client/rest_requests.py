@@ -1,4 +1,4 @@
-"""Requests that need no session, with retries and errors that tell a missing endpoint from a missing thing."""
+"""Requests that need no session, with retries and errors that distinguish a missing endpoint from a missing thing."""
 
 import json as json_module
 import re
@@ -8,10 +8,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any, cast
 from urllib.parse import urlencode
 
-from tinkex_py.client.connection import Connection
-from tinkex_py.errors import APIStatusError, InvalidResponse, NotFound, UnsupportedFeature
-from tinkex_py.transport.answer import HttpAnswer
-from tinkex_py.transport.retry import RetryPolicy, send_with_retry
+from tinkex_py.errors import APIStatusError, NotFound, UnsupportedFeature
+from tinkex_py.retry import RetryPolicy
+from tinkex_py.transport.api import ServiceApi, fields_of
+from tinkex_py.transport.request import NO_HEADERS, request
+from tinkex_py.transport.response import Response
 
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 _NO_SUCH_METHOD = (405, 501)
@@ -24,12 +25,12 @@ class RestRequests:
     """Sends requests to one service.
 
     Args:
-        connection: the service.
+        api: the service.
         retry: how often and how long a request is repeated.
         ready: awaited before every request.
     """
 
-    connection: Connection
+    api: ServiceApi
     retry: RetryPolicy
     ready: Callable[[], Awaitable[None]]
 
@@ -44,7 +45,7 @@ class RestRequests:
         headers: Mapping[str, str] | None = None,
         names_nothing: bool = False,
     ) -> dict[str, Any]:
-        """Sends until there is a final answer, and reads it as a JSON object; an empty answer is an empty one.
+        """Sends until there is a final response, and reads it as a JSON object; an empty one has no fields.
 
         Args:
             method: HTTP method.
@@ -58,27 +59,25 @@ class RestRequests:
         Raises:
             UnsupportedFeature: the service does not have this endpoint.
             NotFound: it has no such run, checkpoint or session.
-            APIStatusError, TransportError: it refused, or nobody answered within the retry policy.
+            APIStatusError, TransportError: it refused, or did not answer within the retry policy.
         """
-        answer = await self._send(method, path, feature, query, json, headers, names_nothing=names_nothing)
-        return _object(answer)
+        return await self._send(method, path, feature, query, json, headers, names_nothing=names_nothing)
 
     async def ask_where(self, path: str, feature: str) -> dict[str, Any]:
-        """Like `ask` for a GET that is answered with the address of something; a redirection is read as one.
+        """Like `ask` for a GET that returns the address of something; a redirection is read as one.
 
         Returns:
-            `url` and, where told, `expires`.
+            `url` and, where given, `expires`.
         """
 
-        def as_fields(answer: HttpAnswer) -> HttpAnswer:
-            location = answer.headers.get("location")
-            if answer.status not in _REDIRECTIONS or not location:
-                return answer
-            fields = {"url": location, "expires": _iso_date(answer.headers.get("expires"))}
-            return replace(answer, status=200, body=json_module.dumps(fields).encode())
+        def place_of(response: Response) -> Response | None:
+            location = response.headers.get("location")
+            if response.status not in _REDIRECTIONS or not location:
+                return None
+            place = {"url": location, "expires": _iso_date(response.headers.get("expires"))}
+            return replace(response, status=200, body=json_module.dumps(place).encode())
 
-        answer = await self._send("GET", path, feature, read=as_fields, follow_redirects=False)
-        return _object(answer)
+        return await self._send("GET", path, feature, redirected=place_of)
 
     async def _send(
         self,
@@ -90,32 +89,29 @@ class RestRequests:
         headers: Mapping[str, str] | None = None,
         *,
         names_nothing: bool = False,
-        read: Callable[[HttpAnswer], HttpAnswer] = lambda answer: answer,
-        follow_redirects: bool = True,
-    ) -> HttpAnswer:
+        redirected: Callable[[Response], Response | None] | None = None,
+    ) -> dict[str, Any]:
         await self.ready()
         given = {name: value for name, value in (query or {}).items() if value is not None}
         target = f"{path}?{urlencode(given)}" if given else path
-
-        async def send(attempt: int) -> HttpAnswer:
-            answer = await self.connection.exchange(
-                method, target, json=json, headers=headers or {}, attempt=attempt, follow_redirects=follow_redirects
-            )
-            return read(answer)
-
+        asking = request(method, target, json=json, headers=headers or NO_HEADERS, follow_redirects=redirected is None)
         try:
-            return await self.connection.billing.around(lambda: send_with_retry(self.retry, send))
+            response = await self.api.send(asking, _unread, retry=self.retry, redirected=redirected)
         except APIStatusError as error:
             if _means_no_endpoint(error, names_nothing=names_nothing):
-                host = self.connection.http.host
                 raise UnsupportedFeature(
-                    f"{host} cannot do this: {feature} ({method} {path} was answered {error.status})"
+                    f"{self.api.host} does not support {feature} ({method} {path} returned {error.status})"
                 ) from error
             raise
+        return fields_of(response)
+
+
+def _unread(response: Response) -> Response:
+    return response
 
 
 def is_lost_success(error: NotFound) -> bool:
-    """Whether a repeated DELETE found nothing any more: an earlier attempt did it and its answer was lost."""
+    """Whether a repeated DELETE found nothing any more: an earlier attempt did it and its response was lost."""
     return error.attempts > 1
 
 
@@ -137,10 +133,3 @@ def _iso_date(http_date: str | None) -> str | None:
         return None if http_date is None else parsedate_to_datetime(http_date).isoformat()
     except ValueError:
         return None
-
-
-def _object(answer: HttpAnswer) -> dict[str, Any]:
-    fields: object = answer.json() if answer.body.strip() else {}
-    if not isinstance(fields, dict):
-        raise InvalidResponse(f"{answer.request} was answered with JSON that is no object")
-    return cast("dict[str, Any]", fields)

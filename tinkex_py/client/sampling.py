@@ -4,9 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from tinkex_py.client.connection import Connection, has_request_id, request_id_of, text_of
-from tinkex_py.client.queue import QueueWatch
-from tinkex_py.client.refusals import told_as_unsupported
+from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sample_request import (
     asked_parts,
     check_counts,
@@ -16,9 +14,13 @@ from tinkex_py.client.sample_request import (
     params_as_json,
     with_the_first_score,
 )
+from tinkex_py.client.session import Session
+from tinkex_py.client.submission import json_result
+from tinkex_py.client.unsupported import reported_as_unsupported
 from tinkex_py.errors import ClientClosed, RateLimited, ResultLost, UnsupportedFeature
-from tinkex_py.transport.request import encoded_json
-from tinkex_py.transport.retry import is_retryable_status
+from tinkex_py.transport.api import fields_of, is_retryable_status, request_id_of, text_of
+from tinkex_py.transport.request import encoded_json, request
+from tinkex_py.transport.response import Response
 from tinkex_py.transport.sample_codec import read_sample
 from tinkex_py.transport.sample_gate import SampleGate
 from tinkex_py.types import ModelInput, QueueState, SampleResponse, SamplingParams, TensorInput
@@ -37,19 +39,19 @@ class AsyncSamplingClient:
     turns away (429) wait and are submitted again.
 
     Args:
-        connection: the service.
+        session: with the service.
         sampling_session_id: the service's handle of the model.
     """
 
-    def __init__(self, connection: Connection, sampling_session_id: str) -> None:
+    def __init__(self, session: Session, sampling_session_id: str) -> None:
         self.sampling_session_id = sampling_session_id
-        self._connection = connection
+        self._session = session
         self._numbers = itertools.count()
-        self._queue = QueueWatch(sampling_session_id, connection.config.on_queue_state)
+        self._queue = QueueWatch(sampling_session_id, session.settings.on_queue_state)
         self._gate = SampleGate(
-            connection.sample_bytes,
-            max_in_flight=connection.flags.sample_max_concurrent_requests,
-            patience=connection.config.sampling_patience,
+            session.sample_bytes,
+            max_in_flight=session.config.sample_max_concurrent_requests,
+            patience=session.settings.sampling_patience,
         )
         self._closed = False
 
@@ -115,12 +117,12 @@ class AsyncSamplingClient:
         if prompt_logprobs_last_n is not None:
             body["prompt_logprobs_last_n"] = prompt_logprobs_last_n
         encoded_json(body, _PATH)  # before a number is taken
-        host = self._connection.http.host
-        with told_as_unsupported(host, " with ".join(["sample", *asked_parts(body)])):
+        host = self._session.api.host
+        with reported_as_unsupported(host, " with ".join(["sampling", *asked_parts(body)])):
             response = await self._draw(body, cost=_BYTES_PER_TOKEN * prompt.length)
         missing = missing_parts(response, body)
         if missing:
-            raise UnsupportedFeature(f"{host} cannot do this: the service left out {', '.join(missing)}")
+            raise UnsupportedFeature(f"{host} does not support all of this request: it left out {', '.join(missing)}")
         return with_the_first_score(response, prompt.length)
 
     async def compute_logprobs(self, prompt: ModelInput) -> list[float | None]:
@@ -137,36 +139,35 @@ class AsyncSamplingClient:
         async with self._gate.in_flight() as since:
             for lost in itertools.count(1):
                 numbered = {**body, "seq_id": next(self._numbers)}
-                answer = await self._submit(numbered, cost, since)
-                request_id = request_id_of(answer, _PATH)
+                accepted = await self._submit(numbered, cost, since)
+                request_id = request_id_of(accepted)
                 try:
-                    response = await self._connection.result(request_id, "Sample", read_sample, self._queue)
+                    response = await self._session.api.result(request_id, "Sample", read_sample, self._queue.pending)
                 except ResultLost:
-                    if lost > _MOST_LOST or self._connection.flags.sample_no_retries:
+                    if lost > _MOST_LOST or self._session.config.sample_no_retries:
                         raise
                     continue
+                self._queue.done()
                 self._gate.progressed()
-                return response.with_sequence_ids(_sequence_ids(answer, request_id, len(response.sequences)))
+                return response.with_sequence_ids(_sequence_ids(accepted, request_id, len(response.sequences)))
         raise AssertionError("the loop above ends by returning or raising")
 
-    async def _submit(self, numbered: Mapping[str, Any], cost: int, since: float) -> dict[str, Any]:
+    async def _submit(self, numbered: Mapping[str, Any], cost: int, since: float) -> Response:
         """The same request until the service takes it."""
+        sent = request("POST", _PATH, json=numbered, headers={"X-Tinker-Sampling-Backpressure": "1"})
         while True:
             try:
                 async with self._gate.submission(cost):
-                    answer = await self._connection.request(
-                        "POST",
-                        _PATH,
-                        json=numbered,
-                        headers={"X-Tinker-Sampling-Backpressure": "1"},
-                        retry_statuses=lambda status: status != 429 and is_retryable_status(status),
-                        check=has_request_id(_PATH),
+                    accepted = await self._session.api.send(
+                        sent,
+                        _with_request_id,
+                        retry_statuses=_is_retryable_sample,
                     )
             except RateLimited as error:
                 await self._gate.turned_away(error, cost=cost, since=since)
             else:
                 self._gate.progressed()
-                return answer
+                return accepted
 
     async def aclose(self) -> None:
         """Makes the client unusable; closing twice is fine."""
@@ -180,7 +181,7 @@ class AsyncSamplingClient:
 
 
 async def new_sampling_client(
-    connection: Connection, *, base_model: str | None = None, model_path: str | None = None
+    session: Session, *, base_model: str | None = None, model_path: str | None = None
 ) -> AsyncSamplingClient:
     """Opens a sampling session for a base model or a checkpoint.
 
@@ -188,12 +189,12 @@ async def new_sampling_client(
         UnsupportedFeature: the service cannot sample.
     """
     if base_model is None:
-        await connection.models.check_any("sample")
+        await session.models.check_any("sample")
     else:
-        await connection.models.check(base_model, "sample")
+        await session.models.check(base_model, "sample")
     body: dict[str, Any] = {
-        "session_id": connection.session_id,
-        "sampling_session_seq_id": connection.next_sampler_number(),
+        "session_id": session.session_id,
+        "sampling_session_seq_id": next(session.sampler_numbers),
         "type": "create_sampling_session",
     }
     if base_model is not None:
@@ -201,16 +202,32 @@ async def new_sampling_client(
     if model_path is not None:
         body["model_path"] = model_path
     path = "/api/v1/create_sampling_session"
-    with told_as_unsupported(connection.http.host, "create_sampling_session"):
-        answer = await connection.post(path, body)
-        if "sampling_session_id" not in answer and "request_id" in answer:  # hatchery answers with a future
-            answer = await connection.fields(request_id_of(answer, path), "CreateSamplingSession")
-    return AsyncSamplingClient(connection, text_of(answer, "sampling_session_id", path))
+    with reported_as_unsupported(session.api.host, "create_sampling_session"):
+        response = await session.api.send(request("POST", path, json=body), _unread)
+        fields = fields_of(response)
+        if "sampling_session_id" not in fields and "request_id" in fields:  # hatchery answers with a future
+            fields = await json_result(session.api, request_id_of(response), "CreateSamplingSession")
+    return AsyncSamplingClient(session, text_of(fields, "sampling_session_id", path))
 
 
-def _sequence_ids(answer: Mapping[str, Any], request_id: str, count: int) -> list[str]:
+def _is_retryable_sample(status: int) -> bool:
+    # Samples that the service turns away wait in the gate.
+    return status != 429 and is_retryable_status(status)
+
+
+def _unread(response: Response) -> Response:
+    fields_of(response)
+    return response
+
+
+def _with_request_id(response: Response) -> Response:
+    request_id_of(response)
+    return response
+
+
+def _sequence_ids(accepted: Response, request_id: str, count: int) -> list[str]:
     """The service's names of the sequences; older services give none."""
-    told: object = answer.get("sample_sequence_ids")
-    if isinstance(told, list) and len(told) == count and all(isinstance(name, str) for name in told):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        return [str(name) for name in told]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    given: object = fields_of(accepted).get("sample_sequence_ids")
+    if isinstance(given, list) and len(given) == count and all(isinstance(name, str) for name in given):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return [str(name) for name in given]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     return [f"{request_id}:{index}" for index in range(count)]

@@ -6,14 +6,16 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
-from tinkex_py.client.carrier import SUMMED
-from tinkex_py.client.connection import Connection, text_of
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
+from tinkex_py.client.session import Session
+from tinkex_py.client.submission import json_result
+from tinkex_py.client.surrogate import SUMMED
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import (
@@ -26,8 +28,13 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     UnsupportedFeature,
 )
-from tinkex_py.losses.threads import TermThreads, run_released
-from tinkex_py.transport.http import HttpClient
+from tinkex_py.losses.worker_pool import WorkerPool
+from tinkex_py.threads import in_own_thread
+from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
+from tinkex_py.transport.api import ServiceApi, fields_of, request_id_of, text_of
+from tinkex_py.transport.auth import Auth
+from tinkex_py.transport.http import HttpClient, Transport
+from tinkex_py.transport.request import request
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
@@ -36,6 +43,18 @@ if TYPE_CHECKING:
     from tinkex_py.local import LocalService
 
 EMBEDDED_ADDRESS = "http://embedded"
+
+
+class NotGiven(Enum):
+    """Tells an argument that was not given from one that equals a default."""
+
+    NOT_GIVEN = "not given"
+
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
 # How services answer that only know loading into a model that is there already.
 _NO_CREATE_BY_LOADING = frozenset({400, 404, 405, 422})
 
@@ -55,25 +74,28 @@ class AsyncServiceClient:
         for needed in ("build_request", "send"):
             if http_client is not None and not callable(getattr(http_client, needed, None)):
                 raise ConfigError(f"http_client has no {needed}(): give a client with httpx's interface, or none")
-        self._prepare(_checked_config(config) or TinkexConfig(), http_client=http_client, embedded=None)
+        transport = None if http_client is None else ClientTransport(http_client)
+        self._prepare(_checked_config(config) or TinkexConfig(), transport=transport, embedded=None)
 
-    def _prepare(self, config: TinkexConfig, *, http_client: object | None, embedded: "LocalService | None") -> None:
-        self.config = config
+    def _prepare(self, settings: TinkexConfig, *, transport: Transport | None, embedded: "LocalService | None") -> None:
+        self.config = settings
         self._embedded = embedded
-        http, polls = (
+        self._http, self._polls = (
             HttpClient(
-                base_url=config.base_url,
-                timeout=config.timeout,
+                base_url=settings.base_url,
+                transport=transport,
+                timeout=settings.timeout,
                 max_connections=connections,
-                headers={**config.access_headers, **config.default_headers},
-                http_client=http_client,
-                asgi_app=None if embedded is None else embedded.app,
+                headers={**settings.access_headers, **settings.default_headers},
             )
-            for connections in (config.max_connections, config.max_polls)
+            for connections in (settings.max_connections, settings.max_polls)
         )
+        auth = Auth(settings.secret_key, settings.credential_command)
+        self._api = ServiceApi(self._http, self._polls, auth, retry=settings.retry, poll_timeout=settings.poll_timeout)
+        self._workers = WorkerPool(settings.max_threads)
         # The embedded service sums, as the protocol says; other services have to show it.
-        carrier = None if embedded is None else SUMMED
-        self._connection = Connection(config, http, polls, TermThreads(config.max_threads), carrier=carrier)
+        surrogate = None if embedded is None else SUMMED
+        self._session = Session(settings, self._api, self._workers, surrogate=surrogate)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
@@ -122,7 +144,7 @@ class AsyncServiceClient:
         embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
         settings = _checked_config(config) or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
-        client._prepare(settings, http_client=None, embedded=embedded)
+        client._prepare(settings, transport=InProcessTransport(embedded.app), embedded=embedded)
         return client
 
     # Models
@@ -131,11 +153,11 @@ class AsyncServiceClient:
         self,
         base_model: str,
         *,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
+        rank: int | NotGiven = NOT_GIVEN,
+        seed: int | NotGiven | None = NOT_GIVEN,
+        train_mlp: bool | NotGiven = NOT_GIVEN,
+        train_attn: bool | NotGiven = NOT_GIVEN,
+        train_unembed: bool | NotGiven = NOT_GIVEN,
         lora_config: LoraConfig | None = None,
         user_metadata: Mapping[str, str] | None = None,
         optimizer_config: Mapping[str, Any] | None = None,
@@ -144,11 +166,11 @@ class AsyncServiceClient:
 
         Args:
             base_model: name of the base model; `get_server_capabilities` lists them.
-            rank: inner dimension of the adapters.
-            seed: of the initial weights; None lets the service choose.
-            train_mlp: adapt the feed-forward layers.
-            train_attn: adapt the attention layers.
-            train_unembed: adapt the output layer.
+            rank: inner dimension of the adapters; default 32.
+            seed: of the initial weights; None, the default, lets the service choose.
+            train_mlp: adapt the feed-forward layers; default True.
+            train_attn: adapt the attention layers; default True.
+            train_unembed: adapt the output layer; default True.
             lora_config: all of these in one value, instead of single ones.
             user_metadata: labels of the model.
             optimizer_config: family of the optimizer, such as `{"type": "dimuon", "version": 1}`; None is AdamW.
@@ -158,15 +180,14 @@ class AsyncServiceClient:
             UnsupportedFeature: the service says that it has only another model, or that it cannot train this one.
             RequestFailed, APIStatusError: the service does not have this model.
         """
-        single: dict[str, Any] = {
+        single = {
             "rank": rank,
             "seed": seed,
             "train_mlp": train_mlp,
             "train_attn": train_attn,
             "train_unembed": train_unembed,
         }
-        defaults = LoraConfig().model_dump()
-        given = {name: value for name, value in single.items() if value != defaults[name]}
+        given: dict[str, Any] = {name: value for name, value in single.items() if value is not NOT_GIVEN}
         if lora_config is not None and given:
             raise ConfigError(f"give lora_config or {', '.join(given)}, not both")
         if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -174,24 +195,22 @@ class AsyncServiceClient:
         _check_text("base_model", base_model)
         labels = _checked_metadata(user_metadata)
         settings = lora_config or LoraConfig(**given)
-        connection = await self._connected()
-        await connection.models.check(base_model, "train")
+        session = await self._connected()
+        await session.models.check(base_model, "train")
         body: dict[str, Any] = {
-            "session_id": connection.session_id,
-            "model_seq_id": connection.next_model_number(),
+            "session_id": session.session_id,
+            "model_seq_id": next(session.model_numbers),
             "base_model": base_model,
             "lora_config": settings.model_dump(exclude_none=True),
             "type": "create_model",
             **_labels(labels or None, optimizer_config),
         }
         try:
-            request_id = await connection.submit("/api/v1/create_model", body)
+            request_id = await self._api.send(request("POST", "/api/v1/create_model", json=body), request_id_of)
         except TimeoutExceeded as error:
-            error.add_note(
-                f"{connection.http.host} was asked for {base_model!r}; some services wait for a model they lack"
-            )
+            error.add_note(f"{self._api.host} was asked for {base_model!r}; some services wait for a model they lack")
             raise
-        fields = await connection.fields(request_id, "CreateModel")
+        fields = await json_result(self._api, request_id, "CreateModel")
         return self._training_client(text_of(fields, "model_id", "create_model"))
 
     async def create_training_client_from_state(
@@ -210,7 +229,7 @@ class AsyncServiceClient:
             with_optimizer: also restore the optimizer's state, so that training goes on as if it had not stopped.
             user_metadata: labels of the model.
             optimizer_config: family of the optimizer; only without the old one's state. None is AdamW.
-            weights_access_token: lets one load a checkpoint of somebody else.
+            weights_access_token: lets one load another user's checkpoint.
 
         Raises:
             ConfigError: `optimizer_config` and `with_optimizer` were both given.
@@ -220,11 +239,11 @@ class AsyncServiceClient:
         if with_optimizer and optimizer_config is not None:
             raise ConfigError("with_optimizer brings the checkpoint's optimizer along: leave out optimizer_config")
         labels = _checked_metadata(user_metadata)
-        connection = await self._connected()
-        number = connection.next_model_number()
+        session = await self._connected()
+        number = next(session.model_numbers)
         token = {} if weights_access_token is None else {"weights_access_token": weights_access_token}
         body: dict[str, Any] = {
-            "session_id": connection.session_id,
+            "session_id": session.session_id,
             "model_seq_id": number,
             "path": path,
             "optimizer": with_optimizer,
@@ -233,38 +252,38 @@ class AsyncServiceClient:
             **_labels(labels or None, optimizer_config),
         }
         try:
-            request_id = await connection.submit("/api/v1/load_weights", body)
+            request_id = await self._api.send(request("POST", "/api/v1/load_weights", json=body), request_id_of)
         except APIStatusError as error:
             if error.status not in _NO_CREATE_BY_LOADING:
                 raise
-            training = await self._create_for(connection, path, token, user_metadata, optimizer_config)
+            training = await self._create_for(path, token, user_metadata, optimizer_config)
             await training.load_state(path, with_optimizer=with_optimizer, weights_access_token=weights_access_token)
             return training
-        fields = await connection.fields(request_id, "LoadWeights")
-        told = fields.get("model_id")
-        model_id = text_of(fields, "model_id", "load_weights") if told else f"{connection.session_id}:train:{number}"
-        return self._training_client(model_id)
+        fields = await json_result(self._api, request_id, "LoadWeights")
+        if fields.get("model_id"):
+            return self._training_client(text_of(fields, "model_id", "load_weights"))
+        return self._training_client(f"{session.session_id}:train:{number}")
 
     async def _create_for(
         self,
-        connection: Connection,
         path: str,
         token: Mapping[str, str],
         user_metadata: Mapping[str, str] | None,
         optimizer_config: Mapping[str, Any] | None,
     ) -> AsyncTrainingClient:
         """A fresh model that fits a checkpoint, for services that cannot create one from it."""
-        info = WeightsInfo.read(await connection.post("/api/v1/weights_info", {"tinker_path": path, **token}))
+        asking = request("POST", "/api/v1/weights_info", json={"tinker_path": path, **token})
+        info = WeightsInfo.read(await self._api.send(asking, fields_of))
         wanted: dict[str, Any] = {
             "rank": info.lora_rank,
             "train_unembed": info.train_unembed,
             "train_mlp": info.train_mlp,
             "train_attn": info.train_attn,
         }
-        told = {name: value for name, value in wanted.items() if value is not None}
+        known = {name: value for name, value in wanted.items() if value is not None}
         return await self.create_lora_training_client(
             info.base_model,
-            lora_config=_lora_config_of(told),
+            lora_config=_lora_config_of(known),
             user_metadata=user_metadata,
             optimizer_config=optimizer_config,
         )
@@ -284,12 +303,13 @@ class AsyncServiceClient:
 
     def create_rest_client(self) -> AsyncRestClient:
         """A client for what the service keeps: training runs, checkpoints, sessions. It needs no session itself."""
-        return AsyncRestClient(RestRequests(self._connection, self.config.retry, self._reachable))
+        return AsyncRestClient(RestRequests(self._api, self.config.retry, self._reachable))
 
     async def get_server_capabilities(self) -> ServerCapabilities:
         """The models of the service."""
-        connection = await self._connected()
-        return ServerCapabilities.read(await connection.get("/api/v1/get_server_capabilities"))
+        await self._connected()
+        asking = request("GET", "/api/v1/get_server_capabilities")
+        return ServerCapabilities.read(await self._api.send(asking, fields_of))
 
     async def get_features(self) -> ServiceFeatures:
         """How the service wants to be spoken to, as this client found out; nothing is trained or drawn for it.
@@ -297,10 +317,9 @@ class AsyncServiceClient:
         Raises:
             APIStatusError, TransportError: the service could not be asked.
         """
-        connection = await self._connected()
-        return ServiceFeatures(
-            wire=(await connection.dialect()).name, uploaded_losses=connection.flags.custom_loss_server_side
-        )
+        session = await self._connected()
+        encoding = await session.encoding.current()
+        return ServiceFeatures(wire=encoding.name, uploaded_losses=session.config.custom_loss_server_side)
 
     async def get_tokenizer(self, name: str) -> Tokenizer:
         """A base model's tokenizer: the embedded service's own, else loaded with transformers.
@@ -321,22 +340,21 @@ class AsyncServiceClient:
         return await self._load_tokenizer(name)
 
     def _training_client(self, model_id: str) -> AsyncTrainingClient:
-        return AsyncTrainingClient(self._connection, model_id, load_tokenizer=self._load_tokenizer)
+        return AsyncTrainingClient(self._session, model_id, load_tokenizer=self._load_tokenizer)
 
     async def _load_tokenizer(self, name: str) -> Tokenizer:
         if self._embedded is not None:
             return self._embedded.tokenizer
-        threads = self._connection.threads
-        return await run_released(threads.arithmetic, "tokenizer", lambda: _tokenizer_by_name(name))
+        return await in_own_thread("tinkex-tokenizer", lambda: _tokenizer_by_name(name))
 
     # Opening and closing
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> Session:
         self._check_usable()
         async with self._opening:
             if not self._has_session:
                 await self._open()
-        return self._connection
+        return self._session
 
     async def _reachable(self) -> None:
         """What requests need that need no session."""
@@ -344,14 +362,14 @@ class AsyncServiceClient:
         async with self._opening:
             if self._embedded is not None:
                 await self._embedded.start()
-            await self._connection.prepare()
+            await self._session.prepare()
             self._warn_if_left_open()
 
     async def _open(self) -> None:
         with telemetry.lifecycle("tinkex.session", {"base_url": self.config.base_url}):
             if self._embedded is not None:
                 await self._embedded.start()
-            await self._connection.open_session(self)
+            await self._session.open(self)
         self._has_session = True
         self._warn_if_left_open()
 
@@ -392,11 +410,11 @@ class AsyncServiceClient:
         async with AsyncExitStack() as stack:
             if self._embedded is not None:
                 stack.push_async_callback(self._embedded.stop)
-            stack.callback(self._connection.threads.close)
-            stack.push_async_callback(self._connection.http.aclose)
-            stack.push_async_callback(self._connection.polls.aclose)
-            stack.push_async_callback(self._connection.close_session)
-            stack.push_async_callback(self._connection.close_lanes)
+            stack.callback(self._workers.close)
+            stack.push_async_callback(self._http.aclose)
+            stack.push_async_callback(self._polls.aclose)
+            stack.push_async_callback(self._session.close)
+            stack.push_async_callback(self._session.close_orderings)
 
     async def __aenter__(self) -> "AsyncServiceClient":
         try:
@@ -440,9 +458,9 @@ def _labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapping[s
     return given
 
 
-def _lora_config_of(told: Mapping[str, Any]) -> LoraConfig:
+def _lora_config_of(known: Mapping[str, Any]) -> LoraConfig:
     try:
-        return LoraConfig(**told)
+        return LoraConfig(**known)
     except InvalidData as error:
         raise InvalidResponse(f"weights_info describes adapters that cannot be: {error}") from None
 

@@ -1,31 +1,31 @@
 """What a service says about its models, and the refusals that follow from it before anything is sent."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from tinkex_py.errors import APIStatusError, TransportError, UnsupportedFeature
+from tinkex_py.retry import RetryPolicy
+from tinkex_py.transport.api import ServiceApi, fields_of
 from tinkex_py.transport.billing import BillingPause
-from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.transport.request import request
 from tinkex_py.types import ServerCapabilities, SupportedModel
 from tinkex_py.types.outputs import Ability
 
 PATH = "/api/v1/get_server_capabilities"
-# Seconds. Whoever does not answer is asked for the model itself.
+# Seconds. A service that does not answer is asked for the model itself.
 _PATIENCE = 10.0
+_NOUNS: Mapping[Ability, str] = {"train": "training", "sample": "sampling"}
 
 
 class ServiceModels:
     """The models of one service, asked for once.
 
     Args:
-        host: the service, as messages name it.
-        request: sends a request, as `Connection.request` does.
+        api: the service.
     """
 
-    def __init__(self, host: str, request: Callable[..., Awaitable[dict[str, Any]]]) -> None:
-        self._host = host
-        self._request = request
+    def __init__(self, api: ServiceApi) -> None:
+        self._api = api
         self._known: Sequence[SupportedModel] | None = None
         self._asking = asyncio.Lock()
 
@@ -38,17 +38,18 @@ class ServiceModels:
         Raises:
             UnsupportedFeature: it has one model, which is another; or it says that it cannot do this with the model.
         """
-        models = await self._listed()
-        told = {model.model_name: model for model in models if model.model_name}
-        if base_model in told:
-            if told[base_model].can(ability) is False:
+        models = await self._all()
+        listed = {model.model_name: model for model in models if model.model_name}
+        if base_model in listed:
+            if listed[base_model].can(ability) is False:
                 raise UnsupportedFeature(
-                    f"{self._host} cannot do this: {ability} {base_model!r}, as its get_server_capabilities says"
+                    f"{self._api.host} does not support {_NOUNS[ability]} {base_model!r}, as its "
+                    "get_server_capabilities says"
                 )
-        elif len(models) == len(told) == 1:
-            (only,) = told
+        elif len(models) == len(listed) == 1:
+            (only,) = listed
             raise UnsupportedFeature(
-                f"{self._host} cannot do this: {ability} {base_model!r}. Its only model is {only!r}"
+                f"{self._api.host} does not support {_NOUNS[ability]} {base_model!r}. Its only model is {only!r}"
             )
 
     async def check_any(self, ability: Ability) -> None:
@@ -57,14 +58,14 @@ class ServiceModels:
         Raises:
             UnsupportedFeature: it does.
         """
-        models = await self._listed()
+        models = await self._all()
         if models and all(model.can(ability) is False for model in models):
             names = ", ".join(repr(model.model_name) for model in models)
             raise UnsupportedFeature(
-                f"{self._host} cannot do this: {ability}. Its get_server_capabilities says so of {names}"
+                f"{self._api.host} does not support {_NOUNS[ability]}. Its get_server_capabilities says so of {names}"
             )
 
-    async def _listed(self) -> Sequence[SupportedModel]:
+    async def _all(self) -> Sequence[SupportedModel]:
         async with self._asking:
             if self._known is None:
                 self._known = await self._ask()
@@ -72,9 +73,8 @@ class ServiceModels:
 
     async def _ask(self) -> Sequence[SupportedModel]:
         try:
-            answer = await self._request(
-                "GET", PATH, retry=RetryPolicy.none(), billing=BillingPause(0.0), timeout=_PATIENCE
-            )
-            return ServerCapabilities.read(answer).supported_models
+            asking = request("GET", PATH, timeout=_PATIENCE)
+            fields = await self._api.send(asking, fields_of, retry=RetryPolicy.none(), billing=BillingPause(0.0))
+            return ServerCapabilities.read(fields).supported_models
         except (APIStatusError, TransportError):
             return ()  # it does not say; what it cannot do it refuses itself

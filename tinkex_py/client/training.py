@@ -1,29 +1,34 @@
 """Trains one model."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Unpack
 
-from tinkex_py.client.carrier import Surrogate, check_surrogate
-from tinkex_py.client.connection import Connection
-from tinkex_py.client.custom_options import check_deadline, pipeline_of, until_handed_over
-from tinkex_py.client.custom_step import CustomStep
-from tinkex_py.client.model_requests import ModelRequests, or_break
-from tinkex_py.client.refusals import told_as_unsupported, was_not_counted
+from tinkex_py.client.accumulation import Accumulation
+from tinkex_py.client.batches import checked_chunks
+from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
+from tinkex_py.client.ordering import Kind, Ordering, Turn
+from tinkex_py.client.passes import GradientPass, Model, Pass
+from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
-from tinkex_py.client.server_execution import Execution, check_execution, run_on_service
-from tinkex_py.client.steps import OptimizerSteps
+from tinkex_py.client.server_execution import run_on_service
+from tinkex_py.client.session import Session
+from tinkex_py.client.submission import NumberedRequest, OptimizerStep
 from tinkex_py.client.training_data import check_name
+from tinkex_py.client.unsupported import reported_as_unsupported, was_not_counted
 from tinkex_py.errors import (
     ClientClosed,
     InvalidData,
     InvalidResponse,
     RequestFailed,
+    TimeoutExceeded,
     UnsupportedFeature,
 )
+from tinkex_py.losses.options import shows_options
+from tinkex_py.timeouts import time_limit
+from tinkex_py.transport.api import fields_of
 from tinkex_py.transport.codec import LossConfig
-from tinkex_py.transport.place import Kind
+from tinkex_py.transport.request import request
 from tinkex_py.types import (
     AdamParams,
     Datum,
@@ -38,10 +43,8 @@ from tinkex_py.types import (
 )
 
 if TYPE_CHECKING:
-    from tinkex_py.losses.combine import Combine
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
-    from tinkex_py.losses.recording import RecordPath
     from tinkex_py.losses.spec import RegularizerSpec, Term
 
 
@@ -52,29 +55,28 @@ class AsyncTrainingClient:
     `asyncio.gather(a, b)` that is a before b. A request whose predecessor did not take effect is not sent.
 
     Args:
-        connection: the service.
+        session: with the service.
         model_id: the service's id of the model.
         load_tokenizer: gives the tokenizer of a model name.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        model_id: str,
-        *,
-        load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]",
+        self, session: Session, model_id: str, *, load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]"
     ) -> None:
         self.model_id = model_id
-        self._connection = connection
+        self._session = session
         self._load_tokenizer = load_tokenizer
-        self._requests = ModelRequests(connection, model_id)
-        self._steps = OptimizerSteps()
+        self._accumulation = Accumulation()
+        self._ordering = Ordering(model_id, self._accumulation)
+        self._queue = QueueWatch(model_id, session.settings.on_queue_state, self._ordering.check_reason)
+        self._model = Model(session, model_id, self._ordering, self._accumulation, self._queue)
         self._info: GetInfoResponse | None = None
+        session.orderings.add(self._ordering)
 
     @property
     def accumulated(self) -> int:
         """Backward passes handed over since the last optimizer step; the service cannot take them back."""
-        return self._requests.lane.accumulated
+        return self._accumulation.count
 
     @property
     def step(self) -> int:
@@ -82,18 +84,18 @@ class AsyncTrainingClient:
 
         Set it where a run is resumed, to the number of steps that were made before.
         """
-        return self._steps.made
+        return self._accumulation.steps
 
     @step.setter
     def step(self, made: int) -> None:
         if isinstance(made, bool) or not isinstance(made, int) or made < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"step must be an int >= 0, got {made!r}")
-        self._steps.made = made
+        self._accumulation.steps = made
 
     @property
     def queue_state(self) -> QueueState:
         """Whether the service works on this client's requests, as it said last."""
-        return self._requests.queue.state
+        return self._queue.state
 
     # Passes over data
 
@@ -113,10 +115,10 @@ class AsyncTrainingClient:
             InvalidData: the datums cannot be used.
             RequestFailed: the service failed the request.
         """
-        with self._requests.request(Kind.READ, "forward", forward_only=True) as place:
-            config: LossConfig = {} if loss_fn_config is None else loss_fn_config
-            chunks = await self._requests.chunks(data, loss_fn, config)
-            return await self._requests.run_forward(place, chunks, loss_fn, config)
+        config: LossConfig = {} if loss_fn_config is None else loss_fn_config
+        async with self._ordering.enter(Kind.READ, "forward", forward_only=True) as turn:
+            chunks = checked_chunks(data, loss_fn, config, self._session.config)
+            return await turn.send(Pass(self._model, chunks, loss_fn, config))
 
     async def forward_backward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", *, loss_fn_config: LossConfig | None = None
@@ -133,29 +135,19 @@ class AsyncTrainingClient:
             PrecedingRequestFailed: an earlier request did not take effect, so this was not sent.
             RequestFailed: the service failed the request.
         """
-        with self._requests.request(Kind.GRADIENT, "forward_backward") as place:
-            config: LossConfig = {} if loss_fn_config is None else loss_fn_config
-            chunks = await self._requests.chunks(data, loss_fn, config)
-            return await self._requests.run_backward(place, chunks, loss_fn, config)
+        config: LossConfig = {} if loss_fn_config is None else loss_fn_config
+        async with self._ordering.enter(Kind.GRADIENT, "forward_backward") as turn:
+            chunks = checked_chunks(data, loss_fn, config, self._session.config)
+            return await turn.send(GradientPass(self._model, chunks, loss_fn, config))
 
+    @shows_options(CustomStepOptions, CUSTOM_STEP_DEFAULTS)
     async def forward_backward_custom(
         self,
         data: Sequence[Datum],
         base_loss: "Term | Pipeline",
         *,
         regularizers: "Sequence[RegularizerSpec]" = (),
-        track_grad_norms: bool = False,
-        parallel: bool = True,
-        timeout: float | None = 30.0,
-        max_concurrency: int = 32,
-        max_threads: int | None = None,
-        combine: "Combine" = "sum",
-        deadline: float | None = None,
-        record: "RecordPath | None" = None,
-        execution: Execution = "client",
-        surrogate: Surrogate = "auto",
-        sequences_per_step: int | None = None,
-        overlap: bool = True,
+        **options: Unpack[CustomStepOptions],
     ) -> "CustomLossOutput":
         """Adds the gradient of a composed loss to what the next optimizer step uses.
 
@@ -167,65 +159,31 @@ class AsyncTrainingClient:
             data: the datums, each with `target_tokens` of `[T]` or `[T, K]`.
             base_loss: a term, or a ready Pipeline (then no other option of it may be given).
             regularizers: specs with unique names.
-            track_grad_norms: compute gradient norms.
-            parallel: False runs the terms one after another.
-            timeout: seconds per term; None is no limit.
-            max_concurrency: terms in flight at once.
-            max_threads: sync terms of this call in threads at once; the service client's threads bound it too.
-            combine: "sum" or "pcgrad", see `Pipeline`.
-            deadline: seconds for everything up to the hand-over of the gradient; after that it never cancels.
-            record: a folder to write what the terms see to, for `tinkex_py.losses.replay`.
-            execution: where the terms run. "client": here. "server": the loss is traced, uploaded where it is new, and
-                the service does the whole step in one round trip, with the same gradient; terms emit no events of their
-                own, and their timeouts do not apply. "auto": on the service where that is possible.
-            surrogate: the service's loss that carries the gradient. "auto": the one that carries it unchanged, by a
-                table of known services or by what the forward pass reports.
-            sequences_per_step: datums of all calls up to the next optim_step; default is this call's. Where the
-                service divides by that number ("importance_sampling"), the gradient is scaled for it.
-            overlap: where a custom step is right before this one, the forward pass goes out while that step's terms
-                still run. It changes no number; the terms of this step start when that step is over.
+            options: see `CustomStepOptions` and `PipelineOptions`.
 
         Raises:
             UnsupportedFeature: `execution="server"`, and the step cannot run there; or no loss of the service carries
                 the gradient of this step unchanged. The message says why.
             RegularizerError: a term failed; nothing was sent, and the client stays usable.
             PipelineError: the loss cannot be composed, or no term depends on the logprobs.
-            InvalidData: the datums cannot be used.
+            InvalidData: the datums or an option cannot be used.
             TimeoutExceeded: the deadline passed.
             PrecedingRequestFailed: an earlier request did not take effect, so this was not sent.
             RequestFailed: the service failed the request.
         """
-        with self._requests.request(Kind.GRADIENT, "forward_backward_custom") as place:
-            options: dict[str, Any] = {
-                "track_grad_norms": track_grad_norms,
-                "parallel": parallel,
-                "max_concurrency": max_concurrency,
-                "max_threads": max_threads,
-                "timeout": timeout,
-                "combine": combine,
-            }
-            await or_break(lambda: check_deadline(deadline))
-            pipeline = await or_break(lambda: pipeline_of(base_loss, regularizers, options))
-            await or_break(lambda: check_execution(execution))
-            await or_break(lambda: check_surrogate(surrogate, sequences_per_step, execution))
-            if execution != "client":
-                served = await run_on_service(
-                    self._requests,
-                    place,
-                    self._steps,
-                    data,
-                    pipeline,
-                    execution,
-                    deadline,
-                    recorded=record is not None,
-                )
-                if served is not None:
-                    return served
-            step = CustomStep(
-                self._requests, self._steps, place, pipeline, surrogate, sequences_per_step, overlap, record
-            )
-            async with until_handed_over(deadline) as handed_over:
-                return await step.run(data, handed_over)
+        async with self._ordering.enter(Kind.GRADIENT, "forward_backward_custom") as turn:
+            step = custom_step(base_loss, regularizers, options)
+            too_late = f"the custom step was not handed over within its deadline of {step.deadline} s"
+            async with time_limit(step.deadline, lambda: TimeoutExceeded(too_late)) as limit:
+
+                def on_hand_over() -> None:
+                    limit.reschedule(None)
+
+                if step.execution != "client":
+                    served = await run_on_service(step, turn, self._model, data, on_hand_over)
+                    if served is not None:
+                        return served
+                return await step.run(turn, self._model, data, on_hand_over)
 
     # Changes of the model
 
@@ -241,15 +199,13 @@ class AsyncTrainingClient:
             PrecedingRequestFailed: an earlier gradient did not take effect, so this was not sent.
             RequestFailed: the service failed the request.
         """
-        with self._requests.request(Kind.UPDATE, "optim_step") as place:
+        async with self._ordering.enter(Kind.UPDATE, "optim_step") as turn:
             if params is not None and not isinstance(params, AdamParams | OptimizerParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-                await asyncio.sleep(0)
                 raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
-
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
             body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
-            fields = await self._requests.run_optim_step(place, body, accepted=self._steps.end_step)
-            return OptimStepResponse.read(fields)
+            step = OptimizerStep(self._session.api, self.model_id, body, self._queue, self._accumulation)
+            return OptimStepResponse.read(await turn.send(step))
 
     async def load_state(
         self, path: str, *, with_optimizer: bool = False, weights_access_token: str | None = None
@@ -259,26 +215,22 @@ class AsyncTrainingClient:
         Args:
             path: what `save_state` gave.
             with_optimizer: also restore the optimizer's state.
-            weights_access_token: lets one load a checkpoint of somebody else.
+            weights_access_token: lets one load another user's checkpoint.
 
         Raises:
             UnsupportedFeature: the model is in use already; the message names the way out.
         """
-        is_unused = self._requests.lane.is_unused
-
-        def check() -> None:
+        is_unused = self._ordering.is_unused
+        async with self._ordering.enter(Kind.UPDATE, "load_state") as turn:
             if not is_unused:
                 raise UnsupportedFeature(
                     f"{path!r} cannot be loaded into a model that is in use: await "
                     "service.create_training_client_from_state(path, with_optimizer=...) makes a new one from it"
                 )
-
-        with self._requests.request(Kind.UPDATE, "load_state") as place:
-            await or_break(check)
             body: dict[str, Any] = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
             if weights_access_token is not None:
                 body["weights_access_token"] = weights_access_token
-            await self._requests.run_numbered(place, "load_weights", body, "LoadWeights")
+            await turn.send(self._numbered("load_weights", body, "LoadWeights"))
 
     # Checkpoints and sampling
 
@@ -301,11 +253,11 @@ class AsyncTrainingClient:
         Returns:
             The checkpoint's path, for `create_training_client_from_state`.
         """
-        with self._requests.request(Kind.READ, "save_state") as place:
+        async with self._ordering.enter(Kind.READ, "save_state") as turn:
             body = _named_save("save_weights", name, ttl_seconds, user_metadata)
             # Asked for only where it is wanted: services that are strict and older do not know the field.
             body.update({} if overwrite is False else {"overwrite": overwrite})
-            fields = await self._requests.run_numbered(place, "save_weights", body, "SaveWeights")
+            fields = await turn.send(self._numbered("save_weights", body, "SaveWeights"))
             return SaveWeightsResponse.read(fields)
 
     async def save_weights_for_sampler(
@@ -321,15 +273,19 @@ class AsyncTrainingClient:
     async def _save_for_sampler(
         self, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None, *, to_sample: bool = False
     ) -> SaveWeightsResponse:
-        with (
-            self._unsupported("save_weights_for_sampler"),
-            self._requests.request(Kind.READ, "save_weights_for_sampler") as place,
-        ):
+        async with self._saving_for_sampler() as turn:
             if to_sample:
-                await self._connection.models.check_any("sample")
+                await self._session.models.check_any("sample")
             body = _named_save("save_weights_for_sampler", name, ttl_seconds, user_metadata)
-            fields = await self._requests.run_numbered(place, "save_weights_for_sampler", body, "SaveWeightsForSampler")
+            fields = await turn.send(self._numbered("save_weights_for_sampler", body, "SaveWeightsForSampler"))
             return SaveWeightsResponse.read(fields)
+
+    @asynccontextmanager
+    async def _saving_for_sampler(self) -> AsyncGenerator[Turn]:
+        operation = "save_weights_for_sampler"
+        with reported_as_unsupported(self._session.api.host, operation):
+            async with self._ordering.enter(Kind.READ, operation) as turn:
+                yield turn
 
     async def save_weights_and_get_sampling_client(
         self, name: str | None = None, *, inflight: bool = False
@@ -348,40 +304,35 @@ class AsyncTrainingClient:
             if inflight:
                 raise InvalidData("inflight weights have no name: leave out one of name and inflight")
             saved = await self._save_for_sampler(name, None, None, to_sample=True)
-            return await new_sampling_client(self._connection, model_path=saved.path)
-        with (
-            self._unsupported("save_weights_for_sampler"),
-            self._requests.request(Kind.READ, "save_weights_for_sampler") as place,
-        ):
-            await self._connection.models.check_any("sample")
+            return await new_sampling_client(self._session, model_path=saved.path)
+        async with self._saving_for_sampler() as turn:
+            await self._session.models.check_any("sample")
             body: dict[str, Any] = {
-                "sampling_session_seq_id": self._connection.next_sampler_number(),
+                "sampling_session_seq_id": next(self._session.sampler_numbers),
                 "type": "save_weights_for_sampler",
             }
             body.update({"kind": "inflight"} if inflight else {})
             try:
-                fields = await self._requests.run_numbered(
-                    place, "save_weights_for_sampler", body, "SaveWeightsForSampler"
-                )
+                fields = await turn.send(self._numbered("save_weights_for_sampler", body, "SaveWeightsForSampler"))
             except RequestFailed as error:
                 if was_not_counted(error):
-                    self._requests.lane.give_back(place)
+                    self._ordering.give_back(turn)
                 raise
             saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
             if saved_session is None:
                 raise InvalidResponse("save_weights_for_sampler gave no sampling_session_id")
-            return AsyncSamplingClient(self._connection, saved_session)
+            return AsyncSamplingClient(self._session, saved_session)
 
     # About the model
 
     async def get_info(self) -> GetInfoResponse:
         """What is being trained."""
-        self._requests.lane.check_loop()
-        if isinstance(self._requests.lane.lost, ClientClosed):
+        self._ordering.check_loop()
+        if isinstance(self._ordering.lost, ClientClosed):
             raise ClientClosed("this training client is closed; make a new one")
         if self._info is None:
-            fields = await self._connection.post("/api/v1/get_info", {"model_id": self.model_id, "type": "get_info"})
-            self._info = GetInfoResponse.read(fields)
+            asking = request("POST", "/api/v1/get_info", json={"model_id": self.model_id, "type": "get_info"})
+            self._info = GetInfoResponse.read(await self._session.api.send(asking, fields_of))
         return self._info
 
     async def get_tokenizer(self) -> Tokenizer:
@@ -389,12 +340,12 @@ class AsyncTrainingClient:
 
         Raises:
             MissingExtra: transformers is not installed.
-            UnsupportedFeature: the service does not tell which tokenizer it is.
+            UnsupportedFeature: the service does not say which tokenizer it is.
         """
         info = await self.get_info()
         name = info.model_data.tokenizer_id or info.model_data.model_name or info.model_name
         if name is None:
-            raise UnsupportedFeature("the service does not tell the model's name; pass your own tokenizer")
+            raise UnsupportedFeature("the service does not give the model's name; pass your own tokenizer")
         return await self._load_tokenizer(name.partition(":")[0])
 
     # Closing
@@ -405,9 +356,9 @@ class AsyncTrainingClient:
         Raises:
             ClientClosed: the client belongs to another event loop; close it there.
         """
-        self._requests.lane.check_loop()
-        self._requests.lane.end(ClientClosed("this training client is closed; make a new one"))
-        await self._requests.lane.drain(self._connection.config.close_timeout)
+        self._ordering.check_loop()
+        self._ordering.end(ClientClosed("this training client is closed; make a new one"))
+        await self._ordering.drain(self._session.settings.close_timeout)
 
     async def __aenter__(self) -> "AsyncTrainingClient":
         return self
@@ -415,8 +366,8 @@ class AsyncTrainingClient:
     async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
 
-    def _unsupported(self, operation: str) -> AbstractContextManager[None]:
-        return told_as_unsupported(self._connection.http.host, operation)
+    def _numbered(self, endpoint: str, body: Mapping[str, Any], request_type: str) -> NumberedRequest:
+        return NumberedRequest(self._session.api, self.model_id, endpoint, body, request_type, self._queue)
 
 
 def _named_save(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.transport.codec import NO_DATUMS, PassRequest, encode_request
+from tinkex_py.transport.codec import NO_DATUMS, PassHeader, encode_request
 from tinkex_py.types import Datum
 from tinkex_py.types.datum import target_shape
 
@@ -100,7 +100,7 @@ def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
         if not isinstance(name, str) or not sendable:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {name!r}: {value!r}")
     try:
-        encode_request(NO_DATUMS, PassRequest("", 1, loss_fn, config, forward_only=True))
+        encode_request(NO_DATUMS, PassHeader("", 1, loss_fn, config, forward_only=True))
     except (ValueError, OverflowError) as error:
         raise InvalidData(f"loss_fn {loss_fn!r} with {dict(config)!r} cannot be encoded: {error}") from None
 

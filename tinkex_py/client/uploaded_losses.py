@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
+from tinkex_py.client.submission import json_result
 from tinkex_py.errors import InvalidResponse, RequestFailed, UnsupportedFeature
+from tinkex_py.transport.api import ServiceApi, request_id_of
+from tinkex_py.transport.request import request
 
 if TYPE_CHECKING:
-    from tinkex_py.client.connection import Connection
     from tinkex_py.losses.tracing import TracedPipeline
 
 # A service may forget losses that were not used for long; what this many uses ago was used, it still has.
@@ -22,12 +24,17 @@ class UploadedLosses:
 
     _ids: "OrderedDict[str, str]" = field(default_factory=OrderedDict[str, str])
     _refusals: dict[str, str] = field(default_factory=dict[str, str])
-    _told: set[str] = field(default_factory=set[str])
+    _reported: set[str] = field(default_factory=set[str])
     _numbers: int = 0
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def loss_id(self, connection: "Connection", traced: "TracedPipeline") -> str:
+    async def loss_id(self, api: ServiceApi, session_id: str, traced: "TracedPipeline") -> str:
         """The service's id of a traced loss; uploads it if it is new.
+
+        Args:
+            api: the service.
+            session_id: the session.
+            traced: the loss.
 
         Raises:
             UnsupportedFeature: the service refuses the loss.
@@ -36,31 +43,31 @@ class UploadedLosses:
             refusal = self._refusals.get(traced.digest)
             if refusal is not None:
                 raise UnsupportedFeature(refusal)
-            loss_id = self._ids.pop(traced.digest, None) or await self._upload(connection, traced)
+            loss_id = self._ids.pop(traced.digest, None) or await self._upload(api, session_id, traced)
             self._ids[traced.digest] = loss_id
             if len(self._ids) > REMEMBERED:
                 self._ids.popitem(last=False)
             return loss_id
 
-    def tell(self, reason: str) -> None:
+    def report(self, reason: str) -> None:
         """One event for each reason why steps do not run on the service."""
-        if reason not in self._told:
-            self._told.add(reason)
+        if reason not in self._reported:
+            self._reported.add(reason)
             telemetry.emit("tinkex.custom_loss.not_on_service", {}, {"explanation": reason})
 
-    async def _upload(self, connection: "Connection", traced: "TracedPipeline") -> str:
+    async def _upload(self, api: ServiceApi, session_id: str, traced: "TracedPipeline") -> str:
         number, self._numbers = self._numbers, self._numbers + 1
         body: dict[str, Any] = {
-            "session_id": connection.session_id,
+            "session_id": session_id,
             "custom_loss_seq_id": number,
             "name": "tinkex_pipeline",
             "inputs": [{"name": name, "rank": rank} for name, rank in traced.inputs],
             "graph": traced.graph,
             "type": "create_custom_loss",
         }
-        request_id = await connection.submit("/api/v1/create_custom_loss", body)
+        request_id = await api.send(request("POST", "/api/v1/create_custom_loss", json=body), request_id_of)
         try:
-            fields = await connection.fields(request_id, "CreateCustomLoss")
+            fields = await json_result(api, request_id, "CreateCustomLoss")
         except RequestFailed as error:
             if error.category != "user":
                 raise

@@ -192,8 +192,8 @@ class Pipeline:
         logprobs: Logprobs,
         *,
         step: int = 0,
-        threads: TermThreads | None = None,
-        thread_group: object = None,
+        workers: TermThreads | None = None,
+        group: object = None,
         record: RecordPath | None = None,
     ) -> CustomLoss:
         """The loss and its gradient, as the training client needs them.
@@ -209,11 +209,11 @@ class Pipeline:
         run = TermRun(
             data,
             logprobs,
-            threads or self._threads(),
+            workers or self._threads(),
             self.max_concurrency,
             self.track_grad_norms or any(controller.needs_grad_norms for controller in self.controllers),
             max_threads=self.max_threads,
-            thread_group=thread_group or self,
+            thread_group=group or self,
         )
         try:
             return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))

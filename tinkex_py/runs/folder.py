@@ -16,7 +16,7 @@ from pydantic_core import PydanticSerializationError
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, StepRecord
 from tinkex_py.runs.state import RunState
-from tinkex_py.texts import with_whole_texts
+from tinkex_py.unicode import with_whole_texts
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from tinkex_py import telemetry
-from tinkex_py.client.file_thread import FileThread
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, PipelineError, RegularizerError, TinkexError
@@ -26,6 +25,7 @@ from tinkex_py.runs.settings import TrainSettings
 from tinkex_py.runs.sink import MetricSink
 from tinkex_py.runs.sinks import Sinks
 from tinkex_py.runs.step import OptimizerStep, is_worth_repeating
+from tinkex_py.threads import FileThread
 from tinkex_py.types import AdamParams
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from tinkex_py import telemetry
-from tinkex_py.client.file_thread import FileThread
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
@@ -21,6 +20,7 @@ from tinkex_py.runs.folder import RunFolder
 from tinkex_py.runs.records import RunInfo, RunStatus, StepRecord, scalars
 from tinkex_py.runs.settings import TrainSettings
 from tinkex_py.runs.state import RunState, SavedCheckpoint
+from tinkex_py.threads import FileThread
 
 if TYPE_CHECKING:
     from tinkex_py.losses.pipeline import Pipeline

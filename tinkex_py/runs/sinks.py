@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from tinkex_py import telemetry
-from tinkex_py.client.file_thread import FileThread
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import RunInfo, RunStatus
 from tinkex_py.runs.sink import MetricSink
+from tinkex_py.threads import FileThread
 
 Call = Callable[[], None]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkex_py import telemetry
-from tinkex_py.client.server_execution import Execution
+from tinkex_py.client.custom_step import Execution
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import (
     APIStatusError,

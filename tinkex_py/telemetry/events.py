@@ -24,7 +24,7 @@ _LIFECYCLE_LEVELS = {"start": logging.DEBUG, "stop": logging.DEBUG, "exception":
 EVENT_LEVELS: Mapping[str, int] = {
     **{f"{prefix}.{phase}": level for prefix in LIFECYCLES for phase, level in _LIFECYCLE_LEVELS.items()},
     "tinkex.custom_loss.not_on_service": logging.INFO,
-    "tinkex.custom_loss.carrier": logging.INFO,
+    "tinkex.custom_loss.surrogate": logging.INFO,
     "tinkex.regularizer.not_differentiable": logging.WARNING,
     "tinkex.regularizer.abandoned": logging.WARNING,
     "tinkex.regularizer.retry": logging.WARNING,

@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from tinkex_py.texts import with_whole_texts, without_halves
+from tinkex_py.unicode import with_whole_texts, without_halves
 
 LOGGER = logging.getLogger("tinkex_py")
 LOGGER.addHandler(logging.NullHandler())

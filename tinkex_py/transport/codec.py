@@ -15,13 +15,13 @@ from google.protobuf.message import DecodeError
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.transport.frames import CustomFrame, custom_frame, custom_frame_around, data_opening
+from tinkex_py.transport.protobuf_layout import CustomFrame, custom_frame, custom_frame_around, data_opening
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
 LossConfig = Mapping[str, float | str]
-WEIGHT_BYTES = 4
+_WEIGHT_BYTES = 4
 
 _OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
 # No loss gives tensors of more dimensions than this.
@@ -46,17 +46,24 @@ class EncodedBatch:
         body: the bytes.
         weights_at: start of every datum's dense weights in `body`; empty if they cannot be replaced.
         weights_bytes: length of every datum's weights.
+        checked_fields: the datums' own floating point fields that are sent.
     """
 
     data: Sequence[Datum]
     body: bytearray
     weights_at: Sequence[int]
     weights_bytes: Sequence[int]
+    checked_fields = ("weights",)
 
     @property
     def size(self) -> int:
         """Bytes of the body."""
         return len(self.body)
+
+    @property
+    def weight_count(self) -> int:
+        """How many weights all datums have."""
+        return sum(self.weights_bytes) // _WEIGHT_BYTES
 
     def laid_out(self) -> "EncodedBatch":
         """It is already."""
@@ -106,10 +113,12 @@ class PlannedBatch:
     Attributes:
         data: the datums, which nobody can change.
         size: estimated bytes of the body.
+        checked_fields: None; all fields are sent.
     """
 
     data: Sequence[Datum]
     size: int
+    checked_fields = None
 
     def laid_out(self) -> EncodedBatch:
         """The datums with all their loss inputs."""
@@ -161,7 +170,7 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
 
 
 @dataclass(frozen=True)
-class PassRequest:
+class PassHeader:
     """What a forward or forward_backward request says beside its datums.
 
     Attributes:
@@ -179,7 +188,7 @@ class PassRequest:
     forward_only: bool
 
 
-def encode_request(batch: EncodedBatch, request: PassRequest) -> tuple[bytes, bytearray]:
+def encode_request(batch: EncodedBatch, request: PassHeader) -> tuple[bytes, bytearray]:
     """A ForwardBackwardRequest around encoded datums, in two parts: the second is the batch's own memory."""
     head = wire.ForwardBackwardRequest(
         model_id=request.model_id,
@@ -196,7 +205,7 @@ def encode_request(batch: EncodedBatch, request: PassRequest) -> tuple[bytes, by
     return head.SerializeToString(), batch.body
 
 
-def request_as_json(batch: EncodedBatch, request: PassRequest) -> dict[str, Any]:
+def request_as_json(batch: EncodedBatch, request: PassHeader) -> dict[str, Any]:
     """The same request for servers that only read JSON; it goes to `/forward` or `/forward_backward`."""
     body = wire.ForwardBackwardRequest.FromString(bytes(batch.body))
     data = [

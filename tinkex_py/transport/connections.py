@@ -16,7 +16,6 @@ from tinkex_py.transport.network import NetworkBackend
 from tinkex_py.transport.proxies import DEFAULT_PORTS, ProxyAddress, proxy_for
 
 _LOGGER = logging.getLogger("tinkex_py")
-_LONGEST_CONNECT = 10.0
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
 
@@ -26,25 +25,28 @@ class LeftoverResponse(httpcore.ReadError):
 
 
 class SocketTransport(httpx.AsyncBaseTransport):
-    """Exchanges with one service, each over a connection of its own; survives any number of cancelled exchanges.
+    """A connection for every exchange under way; survives any number of cancelled exchanges.
 
     httpx's own transport loses places in its pool to cancelled requests (encode/httpcore#830, #1093). Here every
     connection is one of httpcore's for itself, and one whose exchange did not end cleanly is closed.
 
     Args:
         service: the service's address.
-        max_connections: exchanges at a time; more wait in their order.
+
+    Attributes:
+        proxy: what the environment names between here and the service; None is nothing.
 
     Raises:
         ConfigError: the environment names a proxy that cannot be used.
     """
 
-    def __init__(self, service: SplitResult, max_connections: int) -> None:
+    def __init__(self, service: SplitResult) -> None:
         self.proxy = proxy_for(service)
         self._needs_certificates = service.scheme == "https" or (
             self.proxy is not None and self.proxy.scheme == "https"
         )
-        self._slots = asyncio.Semaphore(max_connections)
+        # Which encodings can be read depends on what is installed beside httpx.
+        self._encodings: str = httpx.AsyncClient(transport=self).headers["accept-encoding"]
         self._idle: list[_Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -57,13 +59,12 @@ class SocketTransport(httpx.AsyncBaseTransport):
             httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException: the exchange failed.
             ConfigError: the certificate store cannot be loaded.
         """
-        await self._slots.acquire()
-        connection: _Connection | None = None
+        request.headers.setdefault("accept-encoding", self._encodings)
+        connection = self._reusable() or await self._new_connection(request.url)
         try:
-            connection = self._reusable() or await self._new_connection(request.url)
             response = await connection.send(request)
         except BaseException:
-            self._give_back(connection)
+            self._discard(connection)
             raise
         body = _Body(response, functools.partial(self._give_back, connection))
         return httpx.Response(response.status, headers=response.headers, stream=body)
@@ -104,10 +105,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
                 f"the certificate store cannot be loaded ({type(error).__name__}); check SSL_CERT_FILE and SSL_CERT_DIR"
             ) from error
 
-    def _give_back(self, connection: "_Connection | None") -> None:
-        self._slots.release()
-        if connection is None:
-            return
+    def _give_back(self, connection: "_Connection") -> None:
         if connection.is_reusable and not self._closed:
             self._idle.append(connection)
         else:
@@ -146,7 +144,7 @@ class _Connection:
                 httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
                 headers=request.headers.raw,
                 content=request.stream,
-                extensions={"timeout": {"connect": _LONGEST_CONNECT}},
+                extensions=request.extensions,
             )
         )
         stream = self._network.stream

@@ -1,62 +1,63 @@
-"""What the failure of an HTTP client means, in our errors."""
+"""What the failure of an HTTP library means, in this package's errors."""
 
 import socket
 import ssl
 
-from tinkex_py.errors import ConnectionFailed, InvalidData, InvalidResponse, TimeoutExceeded, TransportError
-from tinkex_py.transport.answer import HttpAnswer
-from tinkex_py.transport.request import HttpRequest
+from tinkex_py.errors import (
+    ConnectionFailed,
+    InvalidData,
+    InvalidResponse,
+    TimeoutExceeded,
+    TinkexError,
+    TransportError,
+)
+from tinkex_py.transport.proxies import ProxyAddress
 
-_BROKEN_CONNECTION = frozenset({"TransportError", "BrokenResourceError", "ClosedResourceError", "OSError"})
+_BROKEN_CONNECTION = frozenset({"TransportError", "NetworkError", "ProtocolError", "OSError"})
+_TOO_SLOW = frozenset({"TimeoutException", "TimeoutError"})
 _CANNOT_BE_SENT = frozenset({"InvalidURL", "LocalProtocolError"})
 _SIGNS_OF_BREAKING_OFF = ("disconnected", "peer closed", "peer unexpectedly closed")
 
 
-def typed_failure(error: Exception, request: HttpRequest) -> TransportError | InvalidData | None:
-    """The typed error for a failure of the HTTP client, or None if it is something else.
+def typed_failure(
+    error: Exception, request: str, seconds: float, proxy: ProxyAddress | None
+) -> TransportError | InvalidData | None:
+    """The typed error for a failure of an HTTP library; None if it is something else.
 
-    Told by class names, because a client given by the user may be httpx's continuation with classes of its own.
+    The failure is not made its cause: it may hold the request, whose headers hold the key. Classes are known by their
+    names, because a client given by the user may be httpx's continuation with classes of its own.
+
+    Args:
+        error: the failure.
+        request: method, path and host, for messages.
+        seconds: how long the exchange was allowed to take.
+        proxy: what the request went through.
     """
+    if isinstance(error, TinkexError):
+        return None
     names = {cls.__name__ for cls in type(error).__mro__}
-    told = f"{request.description}: {type(error).__name__}"
-    if "TimeoutException" in names:
-        return TimeoutExceeded(f"{told}; the service did not respond within {request.timeout:g} s")
+    failed = f"{request}: {type(error).__name__}"
+    if names & _TOO_SLOW:
+        return TimeoutExceeded(f"{failed}; the service did not respond within {seconds:g} s")
     if "DecodingError" in names:
-        return InvalidResponse(f"{told}; the answer could not be decompressed")
+        return InvalidResponse(f"{failed}; the response could not be decompressed")
     if "RemoteProtocolError" in names and not _broke_off(error):
-        return InvalidResponse(f"{told}; the answer is not HTTP. Is base_url the address of the service?")
+        return InvalidResponse(f"{failed}; the response is not HTTP. Is base_url the address of the service?")
+    if "ProxyError" in names and proxy is not None:
+        return ConnectionFailed(f"{failed}; the proxy named by {proxy.variable} refused: {error}")
     if "ConnectError" in names:
-        return ConnectionFailed(f"{told}; {_why_no_connection(error)}")
+        return ConnectionFailed(f"{failed}; {_why_no_connection(error, proxy)}")
     if names & _CANNOT_BE_SENT:
-        return InvalidData(f"{told}; the path or a header cannot be sent")
+        return InvalidData(f"{failed}; the path or a header cannot be sent")
     if names & _BROKEN_CONNECTION:
-        return ConnectionFailed(f"{told}; the connection broke before the answer was complete")
+        return ConnectionFailed(f"{failed}; the connection broke before the response was complete")
     if "AssertionError" in names:
-        return InvalidResponse(f"{told}; the service in this process ended without an answer")
+        return InvalidResponse(f"{failed}; the service in this process ended without a response")
     return None
 
 
-def forget_request(error: BaseException | None) -> None:
-    """Take the request out of a failure of the HTTP client and of its causes: its headers hold the key."""
-    while error is not None:
-        if hasattr(error, "_request"):
-            error._request = None  # type: ignore[attr-defined]  # pyright: ignore
-        error = error.__cause__ or error.__context__
-
-
-def require_whole_body(answer: HttpAnswer, request: HttpRequest) -> None:
-    """Raise ConnectionFailed for a cut-off answer.
-
-    A service in this process that fails in the middle of an answer leaves it cut off without telling.
-    """
-    told = answer.headers.get("content-length")
-    if request.method == "HEAD" or "content-encoding" in answer.headers or told is None:
-        return
-    if told != str(len(answer.body)):
-        raise ConnectionFailed(f"{request.description}: the answer has {len(answer.body)} of {told} bytes")
-
-
-def _why_no_connection(error: BaseException | None) -> str:
+def _why_no_connection(failure: BaseException | None, proxy: ProxyAddress | None) -> str:
+    error = failure
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return (
@@ -65,10 +66,12 @@ def _why_no_connection(error: BaseException | None) -> str:
             )
         if isinstance(error, ssl.SSLError):
             return f"the TLS handshake failed ({error.reason}). Does the service speak https there?"
-        if isinstance(error, socket.gaierror):
+        if isinstance(error, socket.gaierror) and proxy is None:
             return f"the name of the host cannot be resolved ({error.strerror}). Is base_url right?"
         error = error.__cause__ or error.__context__
-    return "nobody answers there. Is the service running, and base_url right?"
+    if proxy is not None:
+        return f"no connection to the proxy {proxy.host!r}, which the environment variable {proxy.variable} names"
+    return "nothing answers there. Is the service running, and base_url right?"
 
 
 def _broke_off(error: Exception) -> bool:

@@ -1,99 +1,96 @@
-"""HTTP exchanges with the service: which connection, what is sent, what may run, and what failures mean."""
+"""HTTP exchanges with one service: what is sent, what may run, and what failures mean."""
 
 import asyncio
 import contextlib
-import contextvars
-import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import replace
-from types import MappingProxyType
-from typing import Any
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
-from tinkex_py.errors import ClientClosed, ConfigError, InvalidData, TimeoutExceeded, TransportError
-from tinkex_py.telemetry import lifecycle, request_headers
-from tinkex_py.transport.answer import HttpAnswer, Secret, raise_for_status
-from tinkex_py.transport.connection_pool import ConnectionPool
-from tinkex_py.transport.failures import forget_request, require_whole_body, typed_failure
-from tinkex_py.transport.http_connection import (
-    HttpConnection,
-    connection_to_app,
-    load_tls_context,
-    new_connection,
-    send_and_follow,
-    send_once,
-)
+import httpx
+
+from tinkex_py.errors import ClientClosed, ConnectionFailed, TimeoutExceeded
+from tinkex_py.telemetry import Measurements, lifecycle, request_headers
+from tinkex_py.timeouts import time_limit
+from tinkex_py.transport.adapters import ClientTransport
+from tinkex_py.transport.connections import SocketTransport
+from tinkex_py.transport.failures import typed_failure
+from tinkex_py.transport.proxies import ProxyAddress
 from tinkex_py.transport.request import (
-    USER_AGENT,
-    Content,
-    HttpRequest,
-    SecretText,
+    NO_HEADERS,
+    NO_SECRET,
+    Request,
+    Secret,
     checked_base_url,
-    checked_key,
-    describe,
-    encoded_json,
     join_url,
-    length_of,
     merged_headers,
-    parts_of,
     same_origin,
 )
-from tinkex_py.transport.stream import AnswerStream
-from tinkex_py.transport.tls import SharedTlsContext
+from tinkex_py.transport.response import Response
+from tinkex_py.version import __version__
 
-__all__ = ["HttpAnswer", "HttpClient", "Secret", "raise_for_status"]
+Result = TypeVar("Result")
 
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+USER_AGENT = f"tinkex-py/{__version__}"
+_LONGEST_CONNECT = 10.0
+_MOST_REDIRECTS = 5
+_MOST_OF_AN_ERROR = 1 << 16
+# A header of fewer characters is no key, and leaving it out of messages would garble them.
 _SHORTEST_KEY = 8
 
 
-class HttpClient:
-    """Exchanges with one service, over a bounded number of connections.
+class Transport(Protocol):
+    """The part of `httpx.AsyncBaseTransport` that an exchange needs."""
 
-    Constructing it does no I/O. It belongs to the event loop of its first exchange; close it there.
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends a request; the response's body is read later."""
+        ...
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        ...
+
+
+class HttpClient:
+    """Exchanges with one service. Constructing it does no I/O.
+
+    It belongs to the event loop of its first exchange; close it there.
 
     Args:
         base_url: where the service is; a path in it is kept in front of every path.
-        api_key: sent as `X-API-Key` by exchanges that are given no key of their own; never shown.
-        timeout: seconds for one exchange, from having a connection slot to the last byte.
-        max_connections: exchanges at a time; more wait in their order. Neither `http_client` nor `asgi_app` obeys it.
+        transport: carries the requests, as many at a time as come; None opens up to `max_connections` connections.
+        timeout: seconds for one exchange, from having a connection to the last byte.
+        max_connections: exchanges at a time; more wait in their order.
         headers: sent with every request; their values are left out of messages where they are long enough to be keys.
-        http_client: a client with `httpx.AsyncClient`'s interface to use instead of our own connections. It stays
-            its owner's to close. (httpx up to 0.28 loses connections of cancelled requests; httpx2 does not.)
-        asgi_app: a service in this process, called directly.
 
     Raises:
-        ConfigError: a setting cannot be used.
+        ConfigError: the address cannot be used, or the environment names a proxy that cannot be used.
     """
 
     def __init__(
         self,
         *,
         base_url: str,
-        api_key: str | SecretText | None = None,
+        transport: Transport | None = None,
         timeout: float = 60.0,
         max_connections: int = 16,
-        headers: Mapping[str, str] = _NO_HEADERS,
-        http_client: object | None = None,
-        asgi_app: object | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
-        if http_client is not None and asgi_app is not None:
-            raise ConfigError("http_client and asgi_app exclude each other: give one of them")
-        if not timeout > 0:
-            raise ConfigError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        if max_connections < 1:
-            raise ConfigError(f"max_connections must be at least 1, not {max_connections!r}")
         self._base = checked_base_url(base_url)
-        self._secret = checked_key(api_key)
+        self._given_transport = transport
+        self._proxy: ProxyAddress | None = None
+        self._slots: AbstractAsyncContextManager[None] = contextlib.nullcontext()
+        if transport is None:
+            transport = SocketTransport(self._base)
+            self._proxy = transport.proxy
+            self._slots = asyncio.Semaphore(max_connections)
+        self._transport = transport
         self._timeout = timeout
-        self._headers = merged_headers(headers)
-        self._secret_headers = [value for value in self._headers.values() if len(value) >= _SHORTEST_KEY]
-        self._http_client = http_client
-        self._asgi_app = asgi_app
+        self._given_headers = headers
+        self._headers = merged_headers({"User-Agent": USER_AGENT}, headers)
+        self._secret_headers = [value for value in headers.values() if len(value) >= _SHORTEST_KEY]
         self._may_trace = True
-        self._pool = ConnectionPool(self._open_connection, max_connections)
-        self._tls = SharedTlsContext(load_tls_context)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: set[asyncio.Timeout] = set()
         self._elsewhere: set[HttpClient] = set()
@@ -112,121 +109,76 @@ class HttpClient:
         """Host (and port) of the service, as messages name it."""
         return self._base.netloc
 
-    async def exchange(
-        self,
-        method: str,
-        path: str,
-        *,
-        content: Content | None = None,
-        json: object | None = None,
-        content_type: str | None = None,
-        accept: str = "application/json",
-        headers: Mapping[str, str] = _NO_HEADERS,
-        timeout: float | None = None,
-        attempt: int = 1,
-        key: Secret | None = None,
-        follow_redirects: bool = True,
-    ) -> HttpAnswer:
-        """Send one request and read its whole answer; no retry.
-
-        An answer that is the same to the byte as one that came before over its connection may be a copy of that: the
-        connection is given up, and the request is sent once more over a fresh one.
+    async def exchange(self, request: Request, *, key: Secret = NO_SECRET, attempt: int = 1) -> Response:
+        """Sends one request and reads its whole response; no retry.
 
         Args:
-            method: HTTP method.
-            path: path below `base_url`, with its query if it has one.
-            content: body, or its parts; do not change it until this returns.
-            json: a value to send as JSON instead of `content`.
-            content_type: media type of the body; for `json` it is known.
-            accept: media types of the answer.
-            headers: more headers; they win over those of the client.
-            timeout: seconds, instead of the client's.
+            request: what is sent.
+            key: sent as `X-API-Key`.
             attempt: which attempt of the caller this is, for events.
-            key: sent as `X-API-Key` instead of the client's.
-            follow_redirects: within the origin of `base_url`, where it does not change the method.
 
         Returns:
-            The answer, whatever its status.
+            The response, whatever its status.
 
         Raises:
-            ConnectionFailed: nobody answered, or the answer broke off.
-            TimeoutExceeded: the answer was not complete in time.
-            InvalidResponse: the answer is not HTTP, or cannot be decompressed.
+            ConnectionFailed: nothing answered, or the response broke off.
+            TimeoutExceeded: the response was not complete in time.
+            InvalidResponse: the response is not HTTP, or cannot be decompressed.
             ClientClosed: this client is closed, or belongs to another event loop.
-            InvalidData: the path, a header or the body cannot be sent.
+            InvalidData: the path or a header cannot be sent.
         """
-        self._require_usable()
-        secret = (self._secret if key is None else key).with_others(self._secret_headers)
-        request = self._request(method, path, content, json, content_type, accept, headers, timeout, secret)
-        metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
-        send = send_and_follow if follow_redirects else send_once
-
-        async def ask(*, fresh: bool) -> HttpAnswer | None:
-            async with self._connection(fresh=fresh) as connection:
-                with lifecycle("tinkex.http.request", metadata) as measurements:
-                    sent = self._traced(request)
-                    response = await self._send(lambda: send(connection, sent), sent)
-                    answer = self._answer(response, request, secret)
-                    measurements.update(status=answer.status, bytes=len(answer.body))
-                return None if connection.is_in_doubt(response) else answer
-
-        async with self._stoppable():
-            # A DELETE that is done twice is answered otherwise the second time, so it must never be in doubt.
-            answer = await ask(fresh=request.method == "DELETE") or await ask(fresh=True)
-            assert answer is not None, "nothing came before the answer over a fresh connection"
-            return answer
+        async with self._exchanging(request, attempt) as measurements:
+            seconds = self._seconds(request)
+            raw = await _bounded(self._whole(request, key), self._name(request), seconds, self._proxy)
+            measurements.update(status=raw.status_code, bytes=len(raw.content))
+            return Response(
+                status=raw.status_code,
+                headers=_lower(raw.headers),
+                body=raw.content,
+                request=self._name(request),
+                secret=key.with_others(self._secret_headers),
+            )
 
     @asynccontextmanager
     async def stream(
-        self,
-        path: str,
-        *,
-        headers: Mapping[str, str] = _NO_HEADERS,
-        timeout: float | None = None,
-        attempt: int = 1,
-        key: Secret | None = None,
-    ) -> AsyncGenerator[AnswerStream, None]:
-        """Ask for something large, and read it piece by piece; no retry, and no redirection is followed.
+        self, request: Request, *, key: Secret = NO_SECRET, attempt: int = 1
+    ) -> AsyncGenerator["ResponseStream", None]:
+        """Sends one request, whose response is read piece by piece; no retry, and no redirection is followed.
 
-        A service in this process is the exception: its answer is complete, and in memory, before it can be read.
+        A service in this process is the exception: its response is complete, and in memory, before it can be read.
 
         Args:
-            path: path below `base_url`, with its query if it has one.
-            headers: more headers; they win over those of the client.
-            timeout: seconds until the answer begins, and then between two pieces, instead of the client's.
+            request: what is sent; its timeout bounds the time until the response begins, and then between two pieces.
+            key: sent as `X-API-Key`.
             attempt: which attempt of the caller this is, for events.
-            key: sent as `X-API-Key` instead of the client's.
 
         Raises:
             ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
         """
-        self._require_usable()
-        sent = {"Accept-Encoding": "identity", **headers}
-        secret = (self._secret if key is None else key).with_others(self._secret_headers)
-        request = self._request("GET", path, None, None, None, "*/*", sent, timeout, secret)
-        metadata = {"method": request.method, "path": urlsplit(request.url).path, "attempt": attempt}
-        # Fresh, because what is read piece by piece cannot be compared with the answers before.
-        async with self._stoppable(), self._connection(fresh=True) as connection:
-            with lifecycle("tinkex.http.request", metadata) as measurements:
-                traced = self._traced(request)
-                response = await self._send(lambda: send_once(connection, traced, stream=True), traced)
-                answer = AnswerStream(response, request, secret)
-                try:
-                    yield answer
-                finally:
-                    measurements.update(status=answer.status, bytes=answer.received)
-                    await response.aclose()
+        async with self._exchanging(request, attempt) as measurements:
+            seconds = self._seconds(request)
+            sending = self._send(request, key, join_url(self._base, request.path))
+            raw = await _bounded(sending, self._name(request), seconds, self._proxy)
+            secret = key.with_others(self._secret_headers)
+            response = ResponseStream(raw, self._name(request), secret, seconds)
+            try:
+                yield response
+            finally:
+                measurements.update(status=response.status, bytes=response.received)
+                await raw.aclose()
 
     @asynccontextmanager
-    async def towards(self, url: str, *, key: Secret | None = None) -> AsyncGenerator[tuple["HttpClient", str], None]:
-        """A client of its own for an address that the service named, and the path to ask it for.
+    async def towards(
+        self, url: str, *, key: Secret = NO_SECRET
+    ) -> AsyncGenerator[tuple["HttpClient", str, Secret], None]:
+        """A client of its own for an address that the service named, the path to ask it for, and the key to use there.
 
         The key and the headers of this client go along only within the origin of `base_url`. (An `http_client` of the
         user's own sends whatever headers it has itself.)
 
         Args:
             url: the address.
-            key: goes along instead of this client's.
+            key: of this client.
 
         Raises:
             ConfigError: it is no http(s) address.
@@ -234,27 +186,26 @@ class HttpClient:
         """
         self._require_usable()
         parts = urlsplit(url)
-        base = checked_base_url(f"{parts.scheme}://{parts.netloc}")
-        at_home = same_origin(base.geturl(), self._base.geturl())
+        base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+        at_home = same_origin(base, self._base.geturl())
+        carries_all = at_home or isinstance(self._given_transport, ClientTransport)
         client = HttpClient(
-            base_url=base.geturl(),
-            api_key=(self._secret if key is None else key).reveal() if at_home else None,
+            base_url=base,
+            transport=self._given_transport if carries_all else None,
             timeout=self._timeout,
             max_connections=1,
-            headers=self._headers if at_home else _NO_HEADERS,
-            http_client=self._http_client,
-            asgi_app=self._asgi_app if at_home else None,
+            headers=self._given_headers if at_home else NO_HEADERS,
         )
         client._may_trace = at_home
         self._elsewhere.add(client)
         try:
-            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path
+            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path, key if at_home else NO_SECRET
         finally:
             self._elsewhere.discard(client)
             await client.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; exchanges under way raise ClientClosed. Calling it again does nothing.
+        """Closes all connections; exchanges under way raise ClientClosed. A second call does nothing.
 
         Raises:
             ClientClosed: the client belongs to another event loop, which must close it.
@@ -264,16 +215,13 @@ class HttpClient:
             return
         self._require_own_loop()
         self._closed = True
-        for scope in self._running:
-            if not scope.expired():
-                scope.reschedule(self._loop.time())
+        for limit in self._running:
+            if not limit.expired():
+                limit.reschedule(self._loop.time())
         for client in list(self._elsewhere):
             await client.aclose()
         await self._nothing_runs.wait()
-        await self._pool.aclose()
-        await self._tls.aclose()
-
-    # What may run
+        await self._transport.aclose()
 
     def _require_usable(self) -> None:
         if self._closed:
@@ -290,123 +238,146 @@ class HttpClient:
             )
 
     @asynccontextmanager
-    async def _stoppable(self) -> AsyncGenerator[None, None]:
-        """Let `aclose` stop the block, wherever it waits."""
-        scope = asyncio.timeout(None)
-        try:
-            async with scope:
-                self._running.add(scope)
-                self._nothing_runs.clear()
-                try:
-                    yield
-                finally:
-                    self._running.discard(scope)
-                    if not self._running:
-                        self._nothing_runs.set()
-        except TimeoutError as error:
-            if isinstance(error, TransportError) or not scope.expired():
-                raise
-            raise ClientClosed("this client was closed while the request was under way") from None
+    async def _exchanging(self, request: Request, attempt: int) -> AsyncGenerator[Measurements]:
+        """One exchange: `aclose` ends it, it waits for its turn, and events tell of it."""
+        self._require_usable()
+        closed = ClientClosed("this client was closed while the request was under way")
+        async with time_limit(None, lambda: closed) as limit:
+            self._running.add(limit)
+            self._nothing_runs.clear()
+            try:
+                async with self._slots:
+                    path = urlsplit(join_url(self._base, request.path)).path
+                    metadata = {"method": request.method, "path": path, "attempt": attempt}
+                    with lifecycle("tinkex.http.request", metadata) as measurements:
+                        yield measurements
+            finally:
+                self._running.discard(limit)
+                if not self._running:
+                    self._nothing_runs.set()
 
-    # Connections
+    async def _whole(self, request: Request, key: Secret) -> httpx.Response:
+        """The complete response at the end of the redirections that the request may follow."""
+        url = join_url(self._base, request.path)
+        for _ in range(_MOST_REDIRECTS):
+            raw = await self._send(request, key, url, read=True)
+            target = request.redirected_to(raw.status_code, raw.headers.get("location"), url)
+            if target is None:
+                return raw
+            url = target
+        return await self._send(request, key, url, read=True)
 
-    def _connection(self, *, fresh: bool) -> AbstractAsyncContextManager[HttpConnection]:
-        if self._http_client is not None:
-            return contextlib.nullcontext(HttpConnection(self._http_client, ours=False))
-        if self._asgi_app is not None:
-            return contextlib.aclosing(connection_to_app(self._asgi_app))
-        return self._pool.connection(fresh=fresh)
-
-    async def _open_connection(self) -> HttpConnection:
-        return new_connection(await self._tls.get(with_certificates=self._needs_certificates()))
-
-    def _needs_certificates(self) -> bool:
-        return self._base.scheme == "https" or bool(urllib.request.getproxies())
-
-    # One exchange
-
-    def _request(
-        self,
-        method: str,
-        path: str,
-        content: Content | None,
-        json: object | None,
-        content_type: str | None,
-        accept: str,
-        headers: Mapping[str, str],
-        timeout: float | None,
-        secret: Secret,
-    ) -> HttpRequest:
-        method = method.upper()
-        description = describe(method, path, self.host)
-        if json is not None:
-            if content is not None:
-                raise InvalidData(f"{description}: give content or json, not both")
-            content, content_type = encoded_json(json, description), "application/json"
-        sent = {"User-Agent": USER_AGENT, "Accept": accept}
-        parts = None if content is None else parts_of(content)
-        if parts is not None:
-            sent["Content-Type"] = content_type or "application/octet-stream"
-            # httpx would send a body from a generator in HTTP chunks; some servers refuse those.
-            sent["Content-Length"] = str(length_of(parts))
-        key = {"X-API-Key": secret.reveal()} if secret else {}
-        return HttpRequest(
-            method=method,
-            url=join_url(self._base, path),
-            headers=merged_headers(sent, self._headers, headers, key),
-            content=parts,
-            timeout=self._timeout if timeout is None else timeout,
-            description=description,
+    async def _send(self, request: Request, key: Secret, url: str, *, read: bool = False) -> httpx.Response:
+        seconds = self._seconds(request)
+        traced = merged_headers(request_headers()) if self._may_trace else NO_HEADERS
+        authorized = {"x-api-key": key.reveal()} if key else NO_HEADERS
+        timeouts = {"connect": min(seconds, _LONGEST_CONNECT), "read": seconds, "write": seconds, "pool": seconds}
+        raw = await self._transport.handle_async_request(
+            httpx.Request(
+                request.method,
+                _address(url),
+                headers={**traced, **self._headers, **request.headers, **authorized},
+                content=request.body(),
+                extensions={"timeout": timeouts},
+            )
         )
+        if read:
+            try:
+                await raw.aread()
+            finally:
+                await raw.aclose()
+        return raw
 
-    def _traced(self, request: HttpRequest) -> HttpRequest:
-        """The request with what observers send along, such as a trace context."""
-        more = request_headers() if self._may_trace else _NO_HEADERS
-        return replace(request, headers=merged_headers(more, request.headers)) if more else request
+    def _name(self, request: Request) -> str:
+        return f"{request.name} at {self.host}"
 
-    async def _send(self, send: Callable[[], Awaitable[Any]], request: HttpRequest) -> Any:
-        run = _in_fresh_context if self._asgi_app is not None else _here
-        try:
-            async with asyncio.timeout(request.timeout):
-                return await run(send)
-        except TimeoutError as error:
-            raise TimeoutExceeded(f"{request.description} was not answered within {request.timeout:g} s") from error
-        except Exception as error:
-            failure = typed_failure(error, request)
-            if failure is None:
-                raise
-            forget_request(error)
-            raise failure from error
-
-    def _answer(self, response: Any, request: HttpRequest, secret: Secret) -> HttpAnswer:
-        answer = HttpAnswer(
-            status=response.status_code,
-            headers={name.lower(): value for name, value in response.headers.items()},
-            body=response.content,
-            request=request.description,
-            secret=secret,
-        )
-        if self._asgi_app is not None:
-            require_whole_body(answer, request)
-        return answer
+    def _seconds(self, request: Request) -> float:
+        return self._timeout if request.timeout is None else request.timeout
 
 
-async def _here(send: Callable[[], Awaitable[Any]]) -> Any:
-    return await send()
+class ResponseStream:
+    """Status and headers of a response whose body has not been read yet.
+
+    Attributes:
+        status: HTTP status code.
+        headers: names in lower case.
+        received: bytes of the body so far.
+    """
+
+    def __init__(self, raw: httpx.Response, request: str, secret: Secret, seconds: float) -> None:
+        self.status: int = raw.status_code
+        self.headers = _lower(raw.headers)
+        self.received = 0
+        self._raw = raw
+        self._request = request
+        self._secret = secret
+        self._seconds = seconds
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the whole body, if the service announced them."""
+        announced = self.headers.get("content-length", "")
+        return int(announced) if announced.isdecimal() else None
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """The body as it arrives, once. Not decompressed: its bytes are those that `length` and ranges count.
+
+        Raises:
+            ConnectionFailed: the body broke off.
+            TimeoutExceeded: nothing came for the request's timeout.
+        """
+        async with aclosing(cast("AsyncGenerator[bytes]", self._raw.aiter_raw())) as body:
+            silent = f"{self._request}: nothing more came for {self._seconds:g} s"
+            while (piece := await _bounded(_next(body), self._request, self._seconds, None, silent)) is not None:
+                self.received += len(piece)
+                yield piece
+        if self.length is not None and self.received != self.length:
+            raise ConnectionFailed(f"{self._request}: the response has {self.received} of {self.length} bytes")
+
+    async def beginning(self) -> Response:
+        """The response with at most the first 64 KiB of its body; for errors and redirections."""
+        body = bytearray()
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) >= _MOST_OF_AN_ERROR:
+                    break
+        return Response(self.status, self.headers, bytes(body[:_MOST_OF_AN_ERROR]), self._request, self._secret)
 
 
-async def _in_fresh_context(send: Callable[[], Awaitable[Any]]) -> Any:
-    """Run the service in this process as if it were another one: the caller's contextvars do not reach it."""
-    failures: list[Exception] = []
+async def _next(body: AsyncGenerator[bytes]) -> bytes | None:
+    return await anext(body, None)
 
-    async def outcome() -> Any:
-        try:
-            return await send()
-        except Exception as error:  # noqa: BLE001  (raised below, outside of the task group, which would wrap it)
-            failures.append(error)
 
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(outcome(), context=contextvars.Context(), name="tinkex.http.in_process")
-    if failures:
-        raise failures[0]
-    return task.result()
+async def _bounded(
+    work: Coroutine[Any, Any, Result],
+    request: str,
+    seconds: float,
+    proxy: ProxyAddress | None,
+    too_late: str | None = None,
+) -> Result:
+    """Awaits a part of an exchange within a time; what fails in it becomes a typed error without a cause."""
+    message = too_late or f"{request}: no response within {seconds:g} s"
+    try:
+        async with time_limit(seconds, lambda: TimeoutExceeded(message)):
+            return await work
+    except Exception as error:
+        failure = typed_failure(error, request, seconds, proxy)
+        if failure is None:
+            raise
+    raise failure
+
+
+def _lower(headers: httpx.Headers) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _address(url: str) -> httpx.URL:
+    """An address for httpx. One with a query is not kept: it may hold secrets, and comes once."""
+    return httpx.URL(url) if "?" in url else _frequent_address(url)
+
+
+@lru_cache(maxsize=64)
+def _frequent_address(url: str) -> httpx.URL:
+    # A client asks few addresses many times, and httpx takes 0.1 ms to take one apart.
+    return httpx.URL(url)

@@ -5,6 +5,9 @@ pause and resume the socket around each read, which costs as much as the rest of
 """
 
 import asyncio
+import contextlib
+import ipaddress
+import socket
 import ssl
 from collections import deque
 from collections.abc import Iterable
@@ -14,8 +17,8 @@ import httpcore
 
 # Unread bytes above this pause the socket.
 _READ_AHEAD = 1 << 20
-# Seconds between attempts at the addresses of one host (RFC 8305).
-_HAPPY_EYEBALLS_DELAY = 0.25
+# Seconds for each address of a host but its last one.
+_PATIENCE_PER_ADDRESS = 2.0
 
 
 class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
@@ -37,7 +40,6 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         self._error: Exception | None = None
         self._arrival: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
-        self._lost: asyncio.Future[None] = self._loop.create_future()
 
     # Called by asyncio
 
@@ -62,8 +64,8 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wakes everything that waits for this connection."""
         self._ended, self._error = True, exc
-        for waiting in (self._arrival, self._drained, self._lost):
-            _finish(waiting)
+        _finish(self._arrival)
+        _finish(self._drained)
 
     def pause_writing(self) -> None:
         """Lets writers wait until the peer has taken more."""
@@ -140,7 +142,7 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         """Closes the socket at once; a second call does nothing."""
         if self._transport is not None:
             self._transport.abort()
-            await asyncio.wait([self._lost])
+            await asyncio.sleep(0)  # asyncio closes the socket in its next turn
 
     def get_extra_info(self, info: str) -> Any:
         """`is_readable` is whether bytes or the end came unasked; all else is asyncio's."""
@@ -174,21 +176,43 @@ class NetworkBackend(httpcore.AsyncNetworkBackend):
         Raises:
             httpcore.ConnectError, httpcore.ConnectTimeout: nothing answers there, or not in time.
         """
-        stream = self.stream = SocketStream()
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):
-                await loop.create_connection(lambda: stream, host, port, happy_eyeballs_delay=_HAPPY_EYEBALLS_DELAY)
+                return await self._connect(host, port)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout("connecting took too long") from error
         except OSError as error:
             raise httpcore.ConnectError(str(error)) from error
+
+    async def _connect(self, host: str, port: int) -> SocketStream:
+        """Tries one address of the host after another.
+
+        Not at the same time: asyncio's `happy_eyeballs_delay` leaks the sockets of a cancelled connect.
+        """
+        loop = asyncio.get_running_loop()
+        *first, last = await _addresses(loop, host)
+        for address in first:
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(_PATIENCE_PER_ADDRESS):
+                    return await self._connect_to(loop, address, port)
+        return await self._connect_to(loop, last, port)
+
+    async def _connect_to(self, loop: asyncio.AbstractEventLoop, address: str, port: int) -> SocketStream:
+        stream = self.stream = SocketStream()
+        await loop.create_connection(lambda: stream, address, port)
         return stream
 
     async def aclose(self) -> None:
         """Closes the stream."""
         if self.stream is not None:
             await self.stream.aclose()
+
+
+async def _addresses(loop: asyncio.AbstractEventLoop, host: str) -> list[str]:
+    with contextlib.suppress(ValueError):
+        return [str(ipaddress.ip_address(host))]  # asked of nothing, and so in no thread
+    found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
 
 
 def _finish(waiting: asyncio.Future[None] | None) -> None:

@@ -1,52 +1,89 @@
 """One HTTP request before it is sent: checked, complete, and independent of any HTTP library."""
 
 import json as json_module
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from tinkex_py.errors import ConfigError, InvalidData
-from tinkex_py.transport.answer import Secret
-from tinkex_py.version import __version__
-
-USER_AGENT = f"tinkex-py/{__version__}"
+from tinkex_py.transport.proxies import DEFAULT_PORTS
 
 Bytes = bytes | bytearray | memoryview
 Content = Bytes | Sequence[Bytes]
 """A body, or its parts in order."""
 
+JSON = "application/json"
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _PIECE_BYTES = 1 << 20
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-class SecretText(Protocol):
-    """A key in a wrapper, such as pydantic's SecretStr."""
+class Secret:
+    """A key that shows in no repr, str, format or pickle.
 
-    def get_secret_value(self) -> str:
-        """The key itself."""
-        ...
+    Args:
+        text: the key.
+        others: more texts that are kept out wherever the key is.
+    """
+
+    __slots__ = ("_others", "_text")
+
+    def __init__(self, text: str, others: Iterable[str] = ()) -> None:
+        self._text = text
+        self._others = tuple(others)
+
+    def reveal(self) -> str:
+        """The key itself; only for the header it is sent in."""
+        return self._text
+
+    def with_others(self, others: Iterable[str]) -> "Secret":
+        """The same key; `redacted_from` leaves out these texts too."""
+        return Secret(self._text, others)
+
+    def redacted_from(self, text: str) -> str:
+        """The text without the key."""
+        for secret in (self._text, *self._others):
+            text = text.replace(secret, "[redacted]") if secret else text
+        return text
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __repr__(self) -> str:
+        return "Secret('**********')"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Secret, ("",)
+
+
+NO_SECRET = Secret("")
 
 
 @dataclass(frozen=True, repr=False)
-class HttpRequest:
-    """One request, ready to be sent.
+class Request:
+    """One request, without the key and the headers that the client adds. Every attempt sends the same.
 
     Attributes:
         method: in upper case.
-        url: absolute, with its query.
-        headers: names in lower case; the key is among them.
-        content: the parts of the body, or None.
-        timeout: seconds for the whole exchange.
-        description: method, path and host, for messages.
+        path: below the service's address, with its query if it has one.
+        headers: names in lower case.
+        content: the parts of the body, or None; they must not change while the request is under way.
+        timeout: seconds for one exchange; None is the client's.
+        follow_redirects: within the origin of the service, where the method stays.
     """
 
     method: str
-    url: str
+    path: str
     headers: Mapping[str, str]
-    content: Sequence[memoryview] | None
-    timeout: float
-    description: str
+    content: Sequence[memoryview] | None = None
+    timeout: float | None = None
+    follow_redirects: bool = True
+
+    @property
+    def name(self) -> str:
+        """Method and path for messages and events; the query is left out, it may hold secrets."""
+        return f"{self.method} /{self.path.partition('?')[0].lstrip('/')}"
 
     def body(self) -> bytes | AsyncIterator[bytes] | None:
         """The body as HTTP clients take it; a new one at each call."""
@@ -55,23 +92,56 @@ class HttpRequest:
         return b"".join(self.content) if length_of(self.content) <= _PIECE_BYTES else _pieces(self.content)
 
     def redirected_to(self, status: int, location: str | None, url: str) -> str | None:
-        """Where to send this request again, or None if the answer is to be taken as it is.
+        """Where to send this request again, or None if the response is to be taken as it is.
 
         Only within the origin of `url`, because the key goes along, and never with another method.
         """
         keeps_method = status in (307, 308) or (status in (301, 302, 303) and self.method in ("GET", "HEAD"))
-        if not location or not keeps_method:
+        if not location or not keeps_method or not self.follow_redirects:
             return None
         try:
             target = urljoin(url, location)
-            return target if _origin(target) == _origin(url) else None
+            return target if same_origin(target, url) else None
         except ValueError:
             return None
 
 
-def describe(method: str, path: str, host: str) -> str:
-    """Method, path and host for messages; the query is left out, it may hold secrets."""
-    return f"{method} /{path.partition('?')[0].lstrip('/')} at {host}"
+def request(
+    method: str,
+    path: str,
+    *,
+    json: object | None = None,
+    content: Content | None = None,
+    content_type: str = "application/octet-stream",
+    accept: str = JSON,
+    headers: Mapping[str, str] = NO_HEADERS,
+    timeout: float | None = None,
+    follow_redirects: bool = True,
+) -> Request:
+    """A request, checked.
+
+    Args:
+        method: HTTP method.
+        path: below the service's address, with its query if it has one.
+        json: a value to send as JSON instead of `content`.
+        content: body, or its parts; not copied.
+        content_type: media type of `content`.
+        accept: media types of the response.
+        headers: more headers; they win.
+        timeout: seconds for one exchange; None is the client's.
+        follow_redirects: within the origin of the service, where the method stays.
+
+    Raises:
+        InvalidData: a header or the body cannot be sent.
+    """
+    sent = {"accept": accept}
+    parts = None if content is None else parts_of(content)
+    if json is not None:
+        parts, content_type = parts_of(encoded_json(json, f"{method} {path.partition('?')[0]}")), JSON
+    if parts is not None:
+        # The length, because httpx would send a body from a generator in HTTP chunks; some servers refuse those.
+        sent |= {"content-type": content_type, "content-length": str(length_of(parts))}
+    return Request(method.upper(), path, merged_headers(sent, headers), parts, timeout, follow_redirects)
 
 
 def join_url(base: SplitResult, path: str) -> str:
@@ -115,7 +185,7 @@ def checked_base_url(base_url: str) -> SplitResult:
     way_out = "give something like https://host:port/prefix"
     try:
         base = urlsplit(base_url)
-        usable = base.scheme in _DEFAULT_PORTS and bool(base.hostname) and base.port != 0
+        usable = base.scheme in DEFAULT_PORTS and bool(base.hostname) and base.port != 0
     except ValueError:
         raise ConfigError(f"base_url cannot be understood as an address; {way_out}") from None
     if base.username is not None or base.password is not None:
@@ -125,20 +195,6 @@ def checked_base_url(base_url: str) -> SplitResult:
     if base.query or base.fragment:
         raise ConfigError(f"base_url has a query or fragment behind its path {base.path!r}; {way_out}")
     return base
-
-
-def checked_key(api_key: str | SecretText | None) -> Secret:
-    """The key, wrapped so that it does not show.
-
-    Raises:
-        ConfigError: it has characters that no header can hold.
-    """
-    if api_key is None:
-        return Secret("")
-    text = api_key if isinstance(api_key, str) else api_key.get_secret_value()
-    if not text.isascii() or not text.isprintable() or text != text.strip():
-        raise ConfigError("api_key has spaces around it or characters that cannot be sent; was it copied completely?")
-    return Secret(text)
 
 
 def parts_of(content: Content) -> list[memoryview]:
@@ -166,4 +222,4 @@ def same_origin(one: str, other: str) -> bool:
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)
+    return parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS.get(parts.scheme)

@@ -27,7 +27,7 @@ from tinkex_py import (
     UnsupportedFeature,
     telemetry,
 )
-from tinkex_py.client.carrier import PER_REQUEST, PER_SEQUENCE, advantages_of, divisors
+from tinkex_py.client.surrogate import PER_REQUEST, PER_SEQUENCE, advantages_of
 from tinkex_py.transport import wire
 from tinkex_py.types import PackedTensor
 
@@ -74,7 +74,7 @@ async def bench_that(
             yield Bench(service, recorder)
 
 
-# Both carriers end at the same weights
+# Both surrogates end at the same weights
 
 
 @pytest.mark.parametrize("surrogate", ["auto", "importance_sampling"])
@@ -315,10 +315,10 @@ async def test_a_service_that_sums_takes_candidates(http_bench):
 
 @pytest.fixture
 def choices() -> Iterator[list[str]]:
-    """What the carrier events say."""
+    """What the events of the choice say."""
     told: list[str] = []
     handler = telemetry.attach(
-        lambda event: told.append(event.metadata["carrier"]), events="tinkex.custom_loss.carrier"
+        lambda event: told.append(event.metadata["surrogate"]), events="tinkex.custom_loss.surrogate"
     )
     yield told
     telemetry.detach(handler)
@@ -389,7 +389,7 @@ async def test_a_service_whose_loss_betrays_it_gets_no_backward(http_bench, choi
     )
     assert isinstance(step, UnsupportedFeature), step
     host = http_bench.service.config.base_url.removeprefix("http://")
-    assert str(step).startswith(f"{host} cannot do this: carry the gradient of a custom loss. ")
+    assert str(step).startswith(f"{host} does not support the gradients of custom losses. ")
     assert "loss:sum" in str(step)
     assert isinstance(update, PrecedingRequestFailed)
     with pytest.raises(UnsupportedFeature):
@@ -485,8 +485,8 @@ def test_advantages_by_hand():
 
 def test_divisors_by_hand():
     requests = [[datum(2), datum(1)], [datum(4)]]
-    assert divisors(PER_SEQUENCE, requests, 10).tolist() == [20.0, 10.0, 40.0]
-    assert divisors(PER_REQUEST, requests, 10).tolist() == [3.0, 3.0, 4.0]
+    assert PER_SEQUENCE.divisors(requests, 10).tolist() == [20.0, 10.0, 40.0]
+    assert PER_REQUEST.divisors(requests, 10).tolist() == [3.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(

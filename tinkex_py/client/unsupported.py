@@ -20,12 +20,12 @@ def was_not_counted(error: RequestFailed) -> bool:
 
 
 @contextmanager
-def told_as_unsupported(host: str, feature: str) -> Generator[None]:
+def reported_as_unsupported(host: str, feature: str) -> Generator[None]:
     """Turns such a refusal into the error that names service and feature.
 
     Args:
         host: the service, as messages name it.
-        feature: what was asked for.
+        feature: the name of what is requested.
 
     Raises:
         UnsupportedFeature: instead of a refusal whose words or status say that the service lacks it.
@@ -35,7 +35,7 @@ def told_as_unsupported(host: str, feature: str) -> Generator[None]:
     except (RequestFailed, APIStatusError) as error:
         if not _says_that_it_lacks_it(error):
             raise
-        raise UnsupportedFeature(f"{host} cannot do this: {feature}. {error}") from error
+        raise UnsupportedFeature(f"{host} does not support {feature}. {error}") from error
 
 
 def _says_that_it_lacks_it(error: RequestFailed | APIStatusError) -> bool:

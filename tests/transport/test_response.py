@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tinkex_py import errors
-from tinkex_py.transport.answer import LONGEST_RETRY_AFTER, HttpAnswer, Secret, raise_for_status, retry_after
+from tinkex_py.transport.request import Secret
+from tinkex_py.transport.response import LONGEST_RETRY_AFTER, Response, raise_for_status, retry_after
 
 KEY = "tml-very-secret-key"
 
 
-def make_answer(status: int, body: object = b"", headers: dict[str, str] | None = None) -> HttpAnswer:
+def make_answer(status: int, body: object = b"", headers: dict[str, str] | None = None) -> Response:
     payload = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return HttpAnswer(status, headers or {}, payload, "POST /api/v1/thing at host:1", Secret(KEY))
+    return Response(status, headers or {}, payload, "POST /api/v1/thing at host:1", Secret(KEY))
 
 
-def error_of(answer: HttpAnswer, attempts: int = 1) -> errors.APIStatusError:
+def error_of(answer: Response, attempts: int = 1) -> errors.APIStatusError:
     with pytest.raises(errors.APIStatusError) as caught:
         raise_for_status(answer, attempts)
     return caught.value
@@ -54,7 +55,7 @@ def test_the_class_fits_the_status(status: int, kind: type[errors.APIStatusError
     assert type(error) is kind
     assert error.status == status
     assert error.attempts == 3
-    assert f"POST /api/v1/thing at host:1 was answered {status}" in str(error)
+    assert f"POST /api/v1/thing at host:1 returned {status}" in str(error)
     assert "after 3 attempts" in str(error)
 
 
@@ -73,7 +74,7 @@ def test_the_class_fits_the_status(status: int, kind: type[errors.APIStatusError
 )
 def test_the_message_has_what_the_service_says(body: object, told: str):
     message = str(error_of(make_answer(422, body)))
-    assert message == f"POST /api/v1/thing at host:1 was answered 422 Unprocessable Entity. {told}"
+    assert message == f"POST /api/v1/thing at host:1 returned 422 Unprocessable Entity. {told}"
 
 
 def test_fields_of_the_error():
@@ -99,7 +100,7 @@ def test_ways_out():
     assert "https://elsewhere.example" in redirect
     assert "base_url" in redirect
     assert "token" not in redirect
-    assert "an address that makes no sense" in str(error_of(make_answer(302, b"", {"location": "http://[::"})))
+    assert "an invalid address" in str(error_of(make_answer(302, b"", {"location": "http://[::"})))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_a_secret_shows_nowhere():
 
 
 def test_an_answer_pickles_without_the_key():
-    answer = HttpAnswer(200, {}, b"1", "r", Secret(KEY))
+    answer = Response(200, {}, b"1", "r", Secret(KEY))
     assert KEY.encode() not in pickle.dumps(answer)
     assert pickle.loads(pickle.dumps(answer)) == answer
     assert copy.copy(answer) == answer

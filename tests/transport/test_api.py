@@ -1,17 +1,20 @@
-"""When a request is sent again, how long it waits, and when it stops."""
+"""When a request is sent again, how long the client waits, and when it gives up."""
 
 import asyncio
 import pickle
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import tenacity
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tinkex_py import errors
-from tinkex_py.transport import retry as retry_module
-from tinkex_py.transport.answer import HttpAnswer
-from tinkex_py.transport.retry import RetryPolicy, is_retryable_status, send_with_retry
+from tinkex_py.retry import Attempts, RetryPolicy
+from tinkex_py.transport.api import ServiceApi, is_retryable_status
+from tinkex_py.transport.auth import Auth
+from tinkex_py.transport.request import Request, Secret, request
+from tinkex_py.transport.response import Response, raise_for_status
 
 AT_ONCE = RetryPolicy(initial_wait=0.0, max_wait=0.0)
 
@@ -19,11 +22,11 @@ AT_ONCE = RetryPolicy(initial_wait=0.0, max_wait=0.0)
 class Script:
     """Sends what a list says; the last item is repeated."""
 
-    def __init__(self, *outcomes: HttpAnswer | BaseException) -> None:
+    def __init__(self, *outcomes: Response | BaseException) -> None:
         self.outcomes = list(outcomes)
         self.attempts: list[int] = []
 
-    async def __call__(self, attempt: int) -> HttpAnswer:
+    async def __call__(self, attempt: int) -> Response:
         self.attempts.append(attempt)
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
         await asyncio.sleep(0)
@@ -32,8 +35,30 @@ class Script:
         return outcome
 
 
-def status(code: int, **headers: str) -> HttpAnswer:
-    return HttpAnswer(code, {name.replace("_", "-"): value for name, value in headers.items()}, b"")
+class ScriptedHttp:
+    """Exchanges that a script answers."""
+
+    host = "scripted"
+
+    def __init__(self, script: Callable[[int], Awaitable[Response]]) -> None:
+        self._script = script
+
+    async def exchange(self, sent: Request, *, key: Secret, attempt: int) -> Response:
+        return await self._script(attempt)
+
+
+async def send_with_retry(
+    policy: RetryPolicy,
+    script: Callable[[int], Awaitable[Response]],
+    retry_statuses: Callable[[int], bool] | None = None,
+) -> Response:
+    http: Any = ScriptedHttp(script)
+    api = ServiceApi(http, http, Auth(Secret("key"), Secret("")), retry=policy, poll_timeout=1.0)
+    return await api.send(request("POST", "/x"), lambda response: response, retry_statuses=retry_statuses)
+
+
+def status(code: int, **headers: str) -> Response:
+    return Response(code, {name.replace("_", "-"): value for name, value in headers.items()}, b"")
 
 
 OK = status(200)
@@ -57,7 +82,7 @@ OK = status(200)
         errors.InvalidResponse("x"),
     ],
 )
-async def test_what_is_worth_another_attempt(trouble: HttpAnswer | BaseException):
+async def test_what_is_worth_another_attempt(trouble: Response | BaseException):
     send = Script(trouble, trouble, OK)
     assert await send_with_retry(AT_ONCE, send) is OK
     assert send.attempts == [1, 2, 3]
@@ -85,7 +110,7 @@ async def test_what_is_worth_another_attempt(trouble: HttpAnswer | BaseException
         (KeyError("x"), KeyError),
     ],
 )
-async def test_what_is_final(final: HttpAnswer | BaseException, kind: type[BaseException]):
+async def test_what_is_final(final: Response | BaseException, kind: type[BaseException]):
     send = Script(final)
     with pytest.raises(kind) as caught:
         await send_with_retry(AT_ONCE, send)
@@ -133,7 +158,7 @@ async def test_a_caller_may_choose_the_statuses():
 
 @pytest.mark.asyncio
 async def test_the_deadline_bounds_an_attempt_that_stalls():
-    async def stalls(attempt: int) -> HttpAnswer:
+    async def stalls(attempt: int) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -145,7 +170,7 @@ async def test_the_deadline_bounds_an_attempt_that_stalls():
 async def test_the_deadline_ends_the_retries_with_the_last_error():
     sent: list[int] = []
 
-    async def answers_at_once(attempt: int) -> HttpAnswer:
+    async def answers_at_once(attempt: int) -> Response:
         # Without a suspension the deadline cannot fall into an attempt, only between two.
         sent.append(attempt)
         return status(503)
@@ -170,7 +195,7 @@ async def test_no_wait_that_ends_after_the_deadline_is_begun():
 async def test_a_cancellation_ends_it_at_once(where: str):
     reached = asyncio.Event()
 
-    async def send(attempt: int) -> HttpAnswer:
+    async def send(attempt: int) -> Response:
         reached.set()
         if where == "in an attempt":
             await asyncio.Event().wait()
@@ -190,7 +215,7 @@ async def test_a_cancellation_ends_it_at_once(where: str):
 async def test_a_cancellation_that_meets_the_deadline_wins():
     """The caller's own timeout expires in the same step as the deadline: it must still fire."""
 
-    async def stalls(attempt: int) -> HttpAnswer:
+    async def stalls(attempt: int) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -231,18 +256,28 @@ def test_retryable_statuses(code: int):
     assert is_retryable_status(code) == (code in (408, 425, 429) or code >= 500)
 
 
-def state_after(attempt: int, outcome: HttpAnswer) -> tenacity.RetryCallState:
-    state = tenacity.RetryCallState(tenacity.AsyncRetrying(), None, (), {})
-    state.attempt_number = attempt
-    state.set_result(outcome)
-    return state
+def pauses_after(policy: RetryPolicy, outcome: Response, count: int = 1) -> list[float]:
+    """The pauses after so many failures in a row."""
+    try:
+        raise_for_status(outcome)
+    except errors.APIStatusError as error:
+        failure = error
+
+    async def drawn() -> list[float]:
+        attempts = Attempts(policy)
+        state = tenacity.RetryCallState(tenacity.AsyncRetrying(), None, (), {})
+        state.set_exception((type(failure), failure, None))
+        return [attempts.pause_after(state) for _ in range(count)]
+
+    return asyncio.run(drawn())
 
 
-@given(st.integers(1, 200), st.floats(0, 10), st.floats(0, 100))
+@settings(max_examples=30)
+@given(st.integers(1, 40), st.floats(0, 10), st.floats(0, 100))
 def test_the_wait_is_random_below_an_exponential_bound(attempt: int, initial: float, longest: float):
-    wait = retry_module._Wait(RetryPolicy(initial_wait=initial, max_wait=longest))
-    drawn = wait(state_after(attempt, status(503)))
-    assert 0.0 <= drawn <= min(longest, initial * 2.0 ** (attempt - 1)) * (1 + 1e-12)
+    drawn = pauses_after(RetryPolicy(initial_wait=initial, max_wait=longest), status(503), attempt)
+    for number, pause in enumerate(drawn):
+        assert 0.0 <= pause <= min(longest, initial * 2.0**number) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -250,23 +285,22 @@ def test_the_wait_is_random_below_an_exponential_bound(attempt: int, initial: fl
     [({"retry_after": "7"}, 7.0), ({"retry_after_ms": "20"}, 0.02), ({"retry_after": "1e9"}, 60.0)],
 )
 def test_the_wait_that_the_service_asks_for(headers: dict[str, str], expected: float):
-    wait = retry_module._Wait(RetryPolicy(initial_wait=1000.0, max_wait=1000.0))
-    assert wait(state_after(3, status(503, **headers))) == expected
+    policy = RetryPolicy(initial_wait=1000.0, max_wait=1000.0)
+    assert pauses_after(policy, status(503, **headers)) == [expected]
 
 
 @pytest.mark.parametrize(
-    "told", ["0", "-1", "nan", "inf", "garbage", "", "1e-9", "0.000001", "Thu, 01 Jan 1970 00:00:00 GMT"]
+    "asked", ["0", "-1", "nan", "inf", "garbage", "", "1e-9", "0.000001", "Thu, 01 Jan 1970 00:00:00 GMT"]
 )
-def test_a_service_cannot_ask_to_be_asked_at_network_speed(told: str):
-    wait = retry_module._Wait(RetryPolicy(initial_wait=1000.0, max_wait=1000.0))
-    for headers in ({"retry_after": told}, {"retry_after_ms": told}):
+def test_a_service_cannot_ask_to_be_asked_at_network_speed(asked: str):
+    policy = RetryPolicy(initial_wait=1000.0, max_wait=1000.0)
+    for headers in ({"retry_after": asked}, {"retry_after_ms": asked}):
         # Drawn from 0 to 1000 s: to be below a microsecond by chance has the odds of 1e-9.
-        assert wait(state_after(1, status(503, **headers))) > 1e-6
+        assert pauses_after(policy, status(503, **headers))[0] > 1e-6
 
 
 def test_full_jitter_spreads_over_the_whole_range():
-    wait: Callable[[tenacity.RetryCallState], float] = retry_module._Wait(RetryPolicy(initial_wait=1.0, max_wait=1.0))
-    drawn = sorted(wait(state_after(1, status(503))) for _ in range(200))
+    drawn = sorted(pauses_after(RetryPolicy(initial_wait=1.0, max_wait=1.0), status(503), 200))
     # The chance that 200 uniform draws miss the lower or the upper fifth is 2 * 0.8**200, about 1e-19.
     assert drawn[0] < 0.2
     assert drawn[-1] > 0.8

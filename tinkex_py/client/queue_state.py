@@ -1,4 +1,4 @@
-"""What one client hears about the queue in front of it."""
+"""The queue in front of one client, as the service reports it."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ class QueueWatch:
 
     Args:
         source: the client's model id or sampling session.
-        callback: called at every change; None calls nobody.
+        callback: called at every change.
         check: looks at the reason that a service gives, and may raise.
     """
 
@@ -29,17 +29,17 @@ class QueueWatch:
         self._check = check
         self.state = QueueState("active", None, time.time(), source)
 
-    def hear(self, fields: Mapping[str, Any]) -> None:
-        """Takes in an answer that says "not yet"."""
-        told = fields.get("queue_state")
+    def pending(self, fields: Mapping[str, Any]) -> None:
+        """Reads a response that says "not yet"."""
+        given = fields.get("queue_state")
         reason = fields.get("queue_state_reason")
         reason = reason if isinstance(reason, str) and reason else None
-        if told is not None:
-            self._change(queue_state_name(told), reason)
+        if given is not None:
+            self._change(queue_state_name(given), reason)
         if reason is not None and self._check is not None:
             self._check(reason)
 
-    def hear_done(self) -> None:
+    def done(self) -> None:
         """A request is done, so the service is at work."""
         self._change("active", None)
 

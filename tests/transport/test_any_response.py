@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tinkex_py.client.connection import request_id_of, text_of
 from tinkex_py.errors import InvalidResponse, TinkexError, status_error_class
-from tinkex_py.transport.answer import HttpAnswer, raise_for_status, retry_after
+from tinkex_py.retry import RetryPolicy
+from tinkex_py.transport.api import ServiceApi, request_id_of, text_of
+from tinkex_py.transport.auth import Auth, rejects_token
 from tinkex_py.transport.codec import Result, read_forward_backward
-from tinkex_py.transport.flags import ClientFlags
-from tinkex_py.transport.futures import wait_for_result
-from tinkex_py.transport.keys import rejects_token
-from tinkex_py.transport.negotiation import choose_dialect, refuses_protobuf
-from tinkex_py.transport.retry import RetryPolicy
+from tinkex_py.transport.encodings import choose_encoding, refuses_protobuf
+from tinkex_py.transport.request import NO_SECRET, Request, Secret
+from tinkex_py.transport.response import Response, raise_for_status, retry_after
 from tinkex_py.transport.sample_codec import read_sample
+from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import (
     ForwardBackwardOutput,
     GetInfoResponse,
@@ -116,11 +116,11 @@ def test_a_count_that_nothing_has():
 @settings(max_examples=200)
 @given(OBJECTS, st.sampled_from(NAMES))
 def test_any_json_answer(fields, name):
-    ClientFlags.read(fields)
+    ServerConfig.read(fields)
     with contextlib.suppress(InvalidResponse):
         assert text_of(fields, name, "path").isprintable()
     with contextlib.suppress(InvalidResponse):
-        assert request_id_of(fields, "path").isprintable()
+        assert request_id_of(Response(200, {}, json.dumps(fields).encode())).isprintable()
 
 
 BODIES = st.one_of(
@@ -148,7 +148,7 @@ STATUSES = st.one_of(
 @settings(max_examples=200)
 @given(STATUSES, HEADERS, BODIES)
 def test_any_answer(status, headers, body):
-    answer = HttpAnswer(status, headers, body)
+    answer = Response(status, headers, body)
     told = retry_after(headers)
     assert told is None or 0 <= told <= 60
     rejects_token(answer)
@@ -167,16 +167,21 @@ async def test_any_answer_to_a_poll(monkeypatch):
     policy = RetryPolicy(deadline=5.0, max_attempts=1, initial_wait=0.0, max_wait=0.0)
     monkeypatch.setattr("tinkex_py.transport.futures._FIRST_PAUSE", 0.0)
 
-    async def outcome(answer: HttpAnswer, decode: Any) -> None:
+    async def outcome(answer: Response, decode: Any) -> None:
         left = [answer, answer]
 
-        async def poll(iteration: int) -> HttpAnswer:
-            if not left:
-                raise Ended
-            return left.pop()
+        class Http:
+            host = "scripted"
 
+            async def exchange(self, sent: Request, *, key: Secret = NO_SECRET, attempt: int = 1) -> Response:
+                if not left:
+                    raise Ended
+                return left.pop()
+
+        http: Any = Http()
+        api = ServiceApi(http, http, Auth(Secret("key"), Secret("")), retry=policy, poll_timeout=1.0)
         with contextlib.suppress(TinkexError, Ended):
-            used(await wait_for_result(poll, decode, request_id="r", request_type="Any", retry=policy))
+            used(await api.result("r", "Any", decode))
 
     cases: list[tuple[int, dict[str, str], bytes]] = []
 
@@ -190,7 +195,7 @@ async def test_any_answer_to_a_poll(monkeypatch):
     cases += [(200, {}, json.dumps(other).encode()) for other in ([1], 1, 0.5, "x", None, True)]
     for status, headers, body in cases:
         for decode in (read_forward_backward, read_sample, lambda result: result):
-            await outcome(HttpAnswer(status, headers, body), decode)
+            await outcome(Response(status, headers, body), decode)
     assert len(cases) >= 100
 
 
@@ -211,4 +216,4 @@ async def test_any_answer_to_a_probe():
         async def send(_encoded: object, error: Exception = error) -> object:
             raise error
 
-        assert (await choose_dialect("auto", ClientFlags(), send)).name in ("protobuf", "json")
+        assert (await choose_encoding("auto", ServerConfig(), send)).name in ("protobuf", "json")

@@ -1,11 +1,11 @@
-"""The service's answer to one exchange, and what it means when it is not a success."""
+"""The service's response to one request, and what it means when it is not a success."""
 
 import contextlib
 import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -13,7 +13,8 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from tinkex_py.errors import InvalidResponse, status_error_class
-from tinkex_py.texts import with_whole_texts, without_halves
+from tinkex_py.transport.request import NO_SECRET, Secret
+from tinkex_py.unicode import with_whole_texts, without_halves
 
 LONGEST_RETRY_AFTER = 60.0
 """Seconds; a service that asks for more is asked again after this long."""
@@ -21,49 +22,12 @@ LONGEST_RETRY_AFTER = 60.0
 _LONGEST_DETAIL = 300
 # Escaped, as bytes that are nearly UTF-8, or in UTF-16, whose brackets and quotes have a zero byte.
 _MAY_HOLD_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
+_SHOULD_RETRY: Mapping[str, bool] = {"true": True, "false": False}
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id")
 
 
-class Secret:
-    """A key that shows in no repr, str, format or pickle.
-
-    Args:
-        text: the key.
-        others: more texts that are kept out wherever the key is.
-    """
-
-    __slots__ = ("_others", "_text")
-
-    def __init__(self, text: str, others: Iterable[str] = ()) -> None:
-        self._text = text
-        self._others = tuple(others)
-
-    def reveal(self) -> str:
-        """The key itself; only for the header it is sent in."""
-        return self._text
-
-    def with_others(self, others: Iterable[str]) -> "Secret":
-        """The same key; `redacted_from` leaves out these texts too."""
-        return Secret(self._text, others)
-
-    def redacted_from(self, text: str) -> str:
-        """The text without the key."""
-        for secret in (self._text, *self._others):
-            text = text.replace(secret, "[redacted]") if secret else text
-        return text
-
-    def __bool__(self) -> bool:
-        return bool(self._text)
-
-    def __repr__(self) -> str:
-        return "Secret('**********')"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Secret, ("",)
-
-
 @dataclass(frozen=True, repr=False)
-class HttpAnswer:
+class Response:
     """What came back from one exchange, of any status.
 
     Attributes:
@@ -78,7 +42,7 @@ class HttpAnswer:
     headers: Mapping[str, str]
     body: bytes
     request: str = "the request"
-    secret: Secret = field(default=Secret(""), compare=False)
+    secret: Secret = field(default=NO_SECRET, compare=False)
 
     @property
     def is_success(self) -> bool:
@@ -87,7 +51,7 @@ class HttpAnswer:
 
     @property
     def media_type(self) -> str:
-        """Media type of the body in lower case, without parameters; empty if not told."""
+        """Media type of the body in lower case, without parameters; empty if there is none."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     def json(self) -> Any:
@@ -100,36 +64,37 @@ class HttpAnswer:
             return _parsed(self.body)
         # Raised out here, because json's own error holds the whole body, in which a service may echo the key.
         raise InvalidResponse(
-            f"{self.request} was answered {self.status} with {len(self.body)} bytes of "
-            f"{self.media_type or 'an untold type'} that are not JSON. "
+            f"{self.request} returned {self.status} with {len(self.body)} bytes of "
+            f"{self.media_type or 'an unnamed type'} that are not JSON. "
             "Is base_url the address of the service itself, and not of a proxy or a login page?"
         )
 
     def __repr__(self) -> str:
-        return f"HttpAnswer(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"
+        return f"Response(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"
 
 
-def raise_for_status(answer: HttpAnswer, attempts: int = 1) -> None:
-    """Raise the typed error of an answer that is not 2xx.
+def raise_for_status(response: Response, attempts: int = 1) -> None:
+    """Raise the typed error of a response that is not 2xx.
 
     Args:
-        answer: the answer.
-        attempts: how often the request was sent; told by the error.
+        response: the response.
+        attempts: how often the request was sent; the error says so.
 
     Raises:
         APIStatusError: the status is not 2xx; the class fits the status.
     """
-    if answer.is_success:
+    if response.is_success:
         return
-    body = _parsed_body(answer)
-    raise status_error_class(answer.status)(
-        _message(answer, body, attempts),
-        status=answer.status,
+    body = _parsed_body(response)
+    raise status_error_class(response.status)(
+        _message(response, body, attempts),
+        status=response.status,
         code=_code(body),
-        request_id=_request_id(answer, body),
+        request_id=_request_id(response, body),
         body=body,
-        retry_after=retry_after(answer.headers),
+        retry_after=retry_after(response.headers),
         attempts=attempts,
+        should_retry=_SHOULD_RETRY.get(response.headers.get("x-should-retry", "").strip().lower()),
     )
 
 
@@ -137,7 +102,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the service asks to wait before the next attempt, at most `LONGEST_RETRY_AFTER`.
 
     Reads `retry-after-ms`, then `retry-after` as seconds or as an HTTP date. What is not a finite number
-    of seconds from now on counts as not told.
+    of seconds from now on is ignored.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
@@ -170,11 +135,11 @@ def _parsed(body: bytes) -> Any:
     return with_whole_texts(value) if _MAY_HOLD_HALVES.search(body) else value
 
 
-def _parsed_body(answer: HttpAnswer) -> object:
+def _parsed_body(response: Response) -> object:
     try:
-        return _redacted(_parsed(answer.body), answer.secret)
+        return _redacted(_parsed(response.body), response.secret)
     except (ValueError, RecursionError):
-        return answer.secret.redacted_from(answer.body.decode("utf-8", errors="replace"))
+        return response.secret.redacted_from(response.body.decode("utf-8", errors="replace"))
 
 
 def _redacted(value: Any, secret: Secret) -> Any:
@@ -189,25 +154,25 @@ def _redacted(value: Any, secret: Secret) -> Any:
     return value
 
 
-def _message(answer: HttpAnswer, body: object, attempts: int) -> str:
+def _message(response: Response, body: object, attempts: int) -> str:
     try:
-        phrase = f" {HTTPStatus(answer.status).phrase}"
+        phrase = f" {HTTPStatus(response.status).phrase}"
     except ValueError:
         phrase = ""
     times = f" after {attempts} attempts" if attempts > 1 else ""
     detail = " ".join(_detail(body).split())
     if len(detail) > _LONGEST_DETAIL:
         detail = detail[: _LONGEST_DETAIL - 1] + "…"
-    parts = [f"{answer.request} was answered {answer.status}{phrase}{times}", detail, _way_out(answer)]
+    parts = [f"{response.request} returned {response.status}{phrase}{times}", detail, _way_out(response)]
     return without_halves(". ".join(part for part in parts if part))
 
 
-def _way_out(answer: HttpAnswer) -> str:
-    if answer.status == HTTPStatus.UNAUTHORIZED:
+def _way_out(response: Response) -> str:
+    if response.status == HTTPStatus.UNAUTHORIZED:
         return "Check the key: TINKER_API_KEY, or api_key of the configuration"
-    location = answer.headers.get("location")
-    if 300 <= answer.status < 400 and location:
-        where = _origin(location) or "another place of the same host"
+    location = response.headers.get("location")
+    if 300 <= response.status < 400 and location:
+        where = _origin(location) or "another path of the same host"
         return f"It points to {where}, which is not followed because the key goes along: set base_url to it"
     return ""
 
@@ -216,7 +181,7 @@ def _origin(location: str) -> str | None:
     try:
         parts = urlsplit(location)
     except ValueError:
-        return "an address that makes no sense"
+        return "an invalid address"
     return f"{parts.scheme}://{parts.hostname}" if parts.hostname else None
 
 
@@ -243,10 +208,10 @@ def _code(body: object) -> str | None:
     return _first_text(body, ("code", "error_code"))
 
 
-def _request_id(answer: HttpAnswer, body: object) -> str | None:
-    told = (answer.headers.get(name) for name in _REQUEST_ID_HEADERS)
+def _request_id(response: Response, body: object) -> str | None:
+    told = (response.headers.get(name) for name in _REQUEST_ID_HEADERS)
     header = next(filter(None, told), None)
-    return answer.secret.redacted_from(header) if header else _first_text(body, ("request_id",))
+    return response.secret.redacted_from(header) if header else _first_text(body, ("request_id",))
 
 
 def _first_text(body: object, names: tuple[str, ...]) -> str | None:

@@ -1,4 +1,4 @@
-"""How a service wants to be used: its answer to `client/config`, read leniently."""
+"""How a service wants to be used: its response to `client/config`, read leniently."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -6,7 +6,7 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientFlags:
+class ServerConfig:
     """The settings of a service that this client follows (protocol: "Client config flags").
 
     Attributes:
@@ -21,7 +21,7 @@ class ClientFlags:
         sample_dispatch_bytes_semaphore_size: most estimated bytes of prompts that are being posted at once.
         sample_max_concurrent_requests: most samples in flight of one sampling client.
         sample_no_retries: a sample whose result was lost is not asked for again.
-        billing_exception_max_pause_duration_sec: seconds that answers 402 may pause the client.
+        billing_exception_max_pause_duration_sec: seconds that responses 402 may pause the client.
         custom_loss_server_side: takes uploaded losses.
     """
 
@@ -40,14 +40,14 @@ class ClientFlags:
     custom_loss_server_side: bool = False
 
     @classmethod
-    def read(cls, answer: Mapping[str, Any]) -> Self:
-        """The flags of an answer. What is unknown is ignored; what makes no sense counts as not told."""
-        told: dict[str, Any] = {}
+    def read(cls, response: Mapping[str, Any]) -> Self:
+        """The settings of a response. What is unknown or makes no sense is ignored."""
+        given: dict[str, Any] = {}
         for field in fields(cls):
-            value = _understood(answer.get(field.name), field.default)
+            value = _understood(response.get(field.name), field.default)
             if value is not None:
-                told[field.name] = value
-        return cls(**told)
+                given[field.name] = value
+        return cls(**given)
 
     @classmethod
     def of_an_old_service(cls) -> Self:

@@ -1,4 +1,4 @@
-"""How passes are written, and how a service's dialect is found out without risk."""
+"""How passes are written, and how a service's encoding is found out without risk."""
 
 import json
 from collections.abc import Sequence
@@ -8,33 +8,33 @@ import pytest
 import zstandard
 
 from tinkex_py.errors import APIStatusError, ConnectionFailed, status_error_class
-from tinkex_py.transport import dialects, wire
-from tinkex_py.transport.codec import PassRequest, encode_batch
-from tinkex_py.transport.dialects import EncodedRequest, JsonDialect, ProtobufDialect
-from tinkex_py.transport.flags import ClientFlags
-from tinkex_py.transport.negotiation import choose_dialect, refuses_protobuf
+from tinkex_py.transport import encodings, wire
+from tinkex_py.transport.codec import PassHeader, encode_batch
+from tinkex_py.transport.encodings import JsonEncoding, ProtobufEncoding, choose_encoding, refuses_protobuf
+from tinkex_py.transport.request import Request
+from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import Datum, ModelInput
 
 DATUM = Datum(model_input=ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3], "weights": [1.0, 0.5]})
-FORWARD = PassRequest("m", 3, "cross_entropy", {}, forward_only=True)
-BACKWARD = PassRequest("m", 4, "ppo", {"beta": 0.5}, forward_only=False)
+FORWARD = PassHeader("m", 3, "cross_entropy", {}, forward_only=True)
+BACKWARD = PassHeader("m", 4, "ppo", {"beta": 0.5}, forward_only=False)
 
 
 def test_protobuf_has_one_endpoint():
     for request in (FORWARD, BACKWARD):
-        encoded = ProtobufDialect().encode(encode_batch([DATUM]), request)
-        assert (encoded.path, encoded.content_type) == ("/api/v1/forward_backward", "application/x-protobuf")
-        assert encoded.content_encoding is None
+        encoded = ProtobufEncoding().encode(encode_batch([DATUM]), request)
+        assert (encoded.path, type_of(encoded)) == ("/api/v1/forward_backward", "application/x-protobuf")
+        assert "content-encoding" not in encoded.headers
         message = wire.ForwardBackwardRequest.FromString(body_of(encoded))
         assert (message.seq_id, message.forward_only) == (request.seq_id, request.forward_only)
 
 
 def test_json_has_two_endpoints():
     batch = encode_batch([DATUM])
-    forward = JsonDialect().encode(batch, FORWARD)
-    assert (forward.path, forward.content_type) == ("/api/v1/forward", "application/json")
+    forward = JsonEncoding().encode(batch, FORWARD)
+    assert (forward.path, type_of(forward)) == ("/api/v1/forward", "application/json")
     assert set(json.loads(body_of(forward))) == {"model_id", "seq_id", "forward_input"}
-    backward = JsonDialect().encode(batch, BACKWARD)
+    backward = JsonEncoding().encode(batch, BACKWARD)
     assert backward.path == "/api/v1/forward_backward"
     assert json.loads(body_of(backward))["forward_backward_input"]["loss_fn_config"] == {"beta": 0.5}
     assert batch.data[0] == DATUM
@@ -42,9 +42,9 @@ def test_json_has_two_endpoints():
 
 def test_zstd_is_the_same_message():
     batch = encode_batch([DATUM] * 50)
-    plain = ProtobufDialect().encode(batch, BACKWARD)
-    packed = ProtobufDialect(compress=True).encode(batch, BACKWARD)
-    assert packed.content_encoding == "zstd"
+    plain = ProtobufEncoding().encode(batch, BACKWARD)
+    packed = ProtobufEncoding(compress=True).encode(batch, BACKWARD)
+    assert packed.headers["content-encoding"] == "zstd"
     assert len(body_of(packed)) < len(body_of(plain))
     assert zstandard.ZstdDecompressor().decompress(body_of(packed)) == body_of(plain)
 
@@ -53,14 +53,18 @@ def test_without_zstandard_it_goes_plain(monkeypatch):
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(dialects.importlib, "import_module", missing)
-    encoded = ProtobufDialect(compress=True).encode(encode_batch([DATUM]), FORWARD)
-    assert encoded.content_encoding is None
+    monkeypatch.setattr(encodings.importlib, "import_module", missing)
+    encoded = ProtobufEncoding(compress=True).encode(encode_batch([DATUM]), FORWARD)
+    assert "content-encoding" not in encoded.headers
     assert wire.ForwardBackwardRequest.FromString(body_of(encoded)).model_id == "m"
 
 
-def body_of(encoded: EncodedRequest) -> bytes:
-    return b"".join(encoded.parts)
+def body_of(encoded: Request) -> bytes:
+    return b"".join(encoded.content or ())
+
+
+def type_of(encoded: Request) -> str:
+    return encoded.headers["content-type"]
 
 
 class Service:
@@ -68,9 +72,9 @@ class Service:
 
     def __init__(self, *answers: tuple[int, object] | Exception) -> None:
         self.answers = list(answers)
-        self.probes: list[EncodedRequest] = []
+        self.probes: list[Request] = []
 
-    async def __call__(self, encoded: EncodedRequest) -> object:
+    async def __call__(self, encoded: Request) -> object:
         self.probes.append(encoded)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
@@ -99,6 +103,7 @@ ANSWERS = {
         "json",
     ),
     "500 at bytes, and JSON is not read either": ([(500, ""), (422, fastapi(["body"]))], "protobuf"),
+    "500 at bytes, and JSON is accepted": ([(500, ""), (200, {"request_id": "1"})], "json"),
     "500 whatever comes": ([(500, ""), (500, "")], "protobuf"),
     "no such address, but one for JSON": ([(404, {"detail": "Not Found"}), (404, NO_MODEL)], "json"),
     "no such address at all": ([(404, {"detail": "Not Found"}), (404, {"detail": "Not Found"})], "protobuf"),
@@ -112,8 +117,8 @@ ANSWERS = {
 async def test_what_a_probe_finds_out(name):
     answers, expected = ANSWERS[name]
     service = Service(*answers)
-    dialect = await choose_dialect("auto", ClientFlags(), service)
-    assert dialect.name == expected
+    encoding = await choose_encoding("auto", ServerConfig(), service)
+    assert encoding.name == expected
     assert service.answers == []
     first = wire.ForwardBackwardRequest.FromString(body_of(service.probes[0]))
     assert (first.model_id, first.seq_id, first.forward_only, len(first.data)) == ("probe-nonexistent", 1, True, 0)
@@ -136,18 +141,18 @@ async def test_what_a_probe_finds_out(name):
 )
 async def test_nobody_is_probed_where_it_is_known(wanted, told, expected):
     service = Service()
-    flags = ClientFlags(proto_write_fwdbwd=told, proto_compress_fwdbwd=True)
-    dialect = await choose_dialect(wanted, flags, service)
-    assert dialect.name == expected
+    flags = ServerConfig(proto_write_fwdbwd=told, proto_compress_fwdbwd=True)
+    encoding = await choose_encoding(wanted, flags, service)
+    assert encoding.name == expected
     assert service.probes == []
-    encoded = dialect.encode(encode_batch([DATUM]), BACKWARD)
-    assert encoded.content_encoding == ("zstd" if expected == "protobuf" else None)
+    encoded = encoding.encode(encode_batch([DATUM]), BACKWARD)
+    assert encoded.headers.get("content-encoding") == ("zstd" if expected == "protobuf" else None)
 
 
 @pytest.mark.asyncio
 async def test_a_service_that_cannot_be_asked_is_not_guessed():
     with pytest.raises(ConnectionFailed):
-        await choose_dialect("auto", ClientFlags(), Service(ConnectionFailed("gone")))
+        await choose_encoding("auto", ServerConfig(), Service(ConnectionFailed("gone")))
 
 
 def test_which_refusals_are_about_the_body():
@@ -167,8 +172,8 @@ def test_which_refusals_are_about_the_body():
 
 
 def test_flags_are_read_leniently():
-    assert ClientFlags.read({}) == ClientFlags()
-    told = ClientFlags.read(
+    assert ServerConfig.read({}) == ServerConfig()
+    told = ServerConfig.read(
         {
             "pjwt_auth_enabled": True,
             "fwdbwd_max_chunk_len": 7,
@@ -181,5 +186,5 @@ def test_flags_are_read_leniently():
             "something_new": {"a": 1},
         }
     )
-    assert told == ClientFlags(pjwt_auth_enabled=True, fwdbwd_max_chunk_len=7, proto_write_fwdbwd=False)
-    assert ClientFlags.read({"proto_write_fwdbwd": 1, "fwdbwd_max_chunk_len": None}) == ClientFlags()
+    assert told == ServerConfig(pjwt_auth_enabled=True, fwdbwd_max_chunk_len=7, proto_write_fwdbwd=False)
+    assert ServerConfig.read({"proto_write_fwdbwd": 1, "fwdbwd_max_chunk_len": None}) == ServerConfig()

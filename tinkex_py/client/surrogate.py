@@ -1,4 +1,4 @@
-"""Which of a service's losses carries the gradient of a custom step, and with which numbers.
+"""The surrogate: which of a service's losses carries the gradient of a custom step, and with which numbers.
 
 The protocol defines `cross_entropy` as `-sum(weights * logprobs)`, so weights of minus the gradient arrive as computed.
 Some services normalize instead. Two things tell them apart before the first backward pass: a table of known services,
@@ -15,23 +15,29 @@ of requests. There advantages of `-gradient * tokens of the request` arrive as c
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from tinkex_py import telemetry
-from tinkex_py.errors import InvalidData, PipelineError, SurrogateMismatch, UnsupportedFeature
+from tinkex_py.client.batches import CustomBatch
+from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
 
-Surrogate = Literal["auto", "cross_entropy", "importance_sampling"]
-SURROGATES: tuple[Surrogate, ...] = ("auto", "cross_entropy", "importance_sampling")
+SurrogateOption = Literal["auto", "cross_entropy", "importance_sampling"]
+SURROGATES: tuple[SurrogateOption, ...] = ("auto", "cross_entropy", "importance_sampling")
+
+# Services may sum in bfloat16; every way to normalize changes the loss of the measuring weights far more.
+_TOLERANCE = 0.01
+# Below this the logprobs of a pass are too close to 0 to measure anything with.
+_LEAST_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
-class Carrier:
-    """What carries a gradient.
+class Surrogate:
+    """A loss that carries a gradient.
 
     Attributes:
         loss_fn: one of the service's losses.
@@ -42,31 +48,56 @@ class Carrier:
     loss_fn: Literal["cross_entropy", "importance_sampling"]
     divides: Literal["nothing", "sequences", "tokens"]
 
+    def carry(self, gradient: Array, batch: CustomBatch, logprobs: PackedTensor, sequences: int) -> CustomBatch:
+        """The datums with the numbers that make the service arrive at a gradient.
 
-SUMMED = Carrier("cross_entropy", "nothing")
-PER_SEQUENCE = Carrier("importance_sampling", "sequences")
-PER_REQUEST = Carrier("importance_sampling", "tokens")
-_CHOSEN: dict[Surrogate, Carrier] = {"cross_entropy": SUMMED, "importance_sampling": PER_SEQUENCE}
+        Args:
+            gradient: d(loss)/d(logprobs) of all datums end to end, float32 `[N]`.
+            batch: the datums; with cross_entropy its own memory is overwritten.
+            logprobs: of the step's forward pass.
+            sequences: number of datums since the last optimizer step, this call's and later ones' included.
 
-# Services may sum in bfloat16; every way to normalize changes the loss of the measuring weights far more.
-_TOLERANCE = 0.01
-# Below this the logprobs of a pass are too close to 0 to measure anything with.
-_LEAST_LOSS = 1e-3
+        Raises:
+            PipelineError: the numbers cannot be written in float32.
+        """
+        if self.loss_fn == "cross_entropy":
+            batch.write_weights(-gradient)
+            return batch
+        divided_by = self.divisors([chunk.data for chunk in batch.chunks], sequences)
+        return batch.with_advantages(logprobs.values, advantages_of(gradient, logprobs, divided_by))
+
+    def divisors(self, requests: Sequence[Sequence[Datum]], sequences: int) -> Array:
+        """What the service divides each datum's importance_sampling gradient by, float64 `[datums]`.
+
+        Args:
+            requests: the datums of each request.
+            sequences: as for `carry`.
+        """
+        lengths = [np.array([datum.model_input.length for datum in data], dtype=np.float64) for data in requests]
+        if self.divides == "sequences":
+            return np.concatenate(lengths) * sequences
+        return np.concatenate([np.full(len(part), part.sum()) for part in lengths])
+
+
+SUMMED = Surrogate("cross_entropy", "nothing")
+PER_SEQUENCE = Surrogate("importance_sampling", "sequences")
+PER_REQUEST = Surrogate("importance_sampling", "tokens")
+_CHOSEN: dict[SurrogateOption, Surrogate] = {"cross_entropy": SUMMED, "importance_sampling": PER_SEQUENCE}
 
 
 @dataclass(frozen=True)
 class KnownService:
-    """A service that its forward passes betray.
+    """A backend recognized by its forward output.
 
     Attributes:
         title: for messages.
-        carrier: what carries a gradient there.
-        answers: whether the result of a forward pass is of this service.
+        surrogate: what carries a gradient there.
+        recognizes: whether the result of a forward pass is of this service.
     """
 
     title: str
-    carrier: Carrier
-    answers: Callable[[ForwardBackwardOutput], bool]
+    surrogate: Surrogate
+    recognizes: Callable[[ForwardBackwardOutput], bool]
 
 
 def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
@@ -79,8 +110,8 @@ def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
 
 def _is_hatchery(forward: ForwardBackwardOutput) -> bool:
     # It counts the tokens of a backward pass, and says 0 on a forward pass.
-    told = forward.metrics
-    return "accum_steps:mean" in told and told.get("num_tokens:sum") == 0 and told.get("loss:sum") == 0
+    reported = forward.metrics
+    return "accum_steps:mean" in reported and reported.get("num_tokens:sum") == 0 and reported.get("loss:sum") == 0
 
 
 KNOWN_SERVICES = (
@@ -90,32 +121,33 @@ KNOWN_SERVICES = (
 
 
 @dataclass
-class ServiceCarrier:
-    """What this session has learnt about its service.
+class SurrogateChoice:
+    """What this session knows about its service.
 
     Attributes:
         host: the service, as messages name it.
-        known: the carrier; None until a forward pass has shown it.
+        known: the surrogate; None until a forward pass has shown it.
         refusal: why there is none.
     """
 
     host: str
-    known: Carrier | None = None
+    known: Surrogate | None = None
     refusal: str | None = None
 
-    def for_step(self, surrogate: Surrogate) -> Carrier | None:
-        """The carrier of a step, or None if its forward pass has to show it.
+    def for_step(self, option: SurrogateOption, data: Sequence[Datum]) -> Surrogate | None:
+        """The surrogate of a step, or None if its forward pass has to show it.
 
         Raises:
-            UnsupportedFeature: the service has none.
+            UnsupportedFeature: the service has none for these datums.
         """
-        if surrogate != "auto":
-            return _CHOSEN[surrogate]
-        if self.refusal is not None:
+        if option == "auto" and self.refusal is not None:
             raise UnsupportedFeature(self.refusal)
-        return self.known
+        surrogate = self.known if option == "auto" else _CHOSEN[option]
+        if surrogate is not None and surrogate.loss_fn == "importance_sampling":
+            self._check_targets(data)
+        return surrogate
 
-    def learn(self, forward: ForwardBackwardOutput, logprobs: PackedTensor, weights: Array) -> Carrier:
+    def learn(self, forward: ForwardBackwardOutput, logprobs: PackedTensor, weights: Array) -> Surrogate:
         """What a forward pass shows.
 
         Args:
@@ -124,11 +156,11 @@ class ServiceCarrier:
             weights: the weights that were sent with it, float32, all datums' end to end.
 
         Raises:
-            UnsupportedFeature: the service normalizes in a way that no carrier makes up for.
+            UnsupportedFeature: the service normalizes in a way that no surrogate makes up for.
         """
         for service in KNOWN_SERVICES:
-            if service.answers(forward):
-                return self._keep(service.carrier, f"its forward pass is that of {service.title}")
+            if service.recognizes(forward):
+                return self._keep(service.surrogate, f"its forward pass is that of {service.title}")
         reported = forward.metrics.get("loss:sum")
         if reported is None:
             return self._keep(SUMMED, "its forward pass reports no loss:sum, so the protocol is taken at its word")
@@ -138,7 +170,7 @@ class ServiceCarrier:
             return SUMMED
         if not abs(reported - expected) <= _TOLERANCE * abs(expected):
             self.refusal = (
-                f"{self.host} cannot do this: carry the gradient of a custom loss. Its cross_entropy is not "
+                f"{self.host} does not support the gradients of custom losses. Its cross_entropy is not "
                 f"-sum(weights * logprobs): its forward pass reports loss:sum {reported:.6g} where that is "
                 f"{expected:.6g}, so the gradient would not arrive as computed, and no backward pass was sent. If you "
                 "know better, choose surrogate='cross_entropy', or 'importance_sampling' for a service that divides "
@@ -150,30 +182,25 @@ class ServiceCarrier:
             self._keep(SUMMED, "loss:sum of its forward pass is -sum(weights * logprobs)")
         return SUMMED
 
-    def check_targets(self, data: Sequence[Datum]) -> None:
-        """Checks that importance_sampling can carry a gradient of these targets.
-
-        Raises:
-            UnsupportedFeature: naming the first datum whose targets are not `[T]`.
-        """
+    def _check_targets(self, data: Sequence[Datum]) -> None:
         for index, datum in enumerate(data):
             shape = datum.loss_fn_inputs["target_tokens"].shape
             if len(shape) != 1:
                 raise UnsupportedFeature(
-                    f"{self.host} cannot do this: carry the gradient of a custom loss for targets with candidates. "
+                    f"{self.host} does not support the gradients of custom losses for targets with candidates: "
                     f"target_tokens of datum {index} have shape {shape}, but there gradients travel in "
                     "importance_sampling, which only takes targets of [T]; nothing was sent for these datums"
                 )
 
-    def _keep(self, carrier: Carrier, explanation: str) -> Carrier:
+    def _keep(self, surrogate: Surrogate, explanation: str) -> Surrogate:
         if self.known is None:
-            metadata = {"carrier": carrier.loss_fn, "explanation": explanation}
-            telemetry.emit("tinkex.custom_loss.carrier", {}, metadata)
-        self.known = carrier
-        return carrier
+            metadata = {"surrogate": surrogate.loss_fn, "explanation": explanation}
+            telemetry.emit("tinkex.custom_loss.surrogate", {}, metadata)
+        self.known = surrogate
+        return surrogate
 
 
-def check_surrogate(surrogate: str, sequences_per_step: int | None, execution: str) -> None:
+def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> None:
     """Checks the options that say how a gradient travels.
 
     Raises:
@@ -181,9 +208,10 @@ def check_surrogate(surrogate: str, sequences_per_step: int | None, execution: s
     """
     if surrogate not in SURROGATES:
         raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {surrogate!r}")
-    if sequences_per_step is not None and (
-        isinstance(sequences_per_step, bool) or not isinstance(sequences_per_step, int) or sequences_per_step < 1  # pyright: ignore[reportUnnecessaryIsInstance]
-    ):
+    is_count = (
+        isinstance(sequences_per_step, int) and not isinstance(sequences_per_step, bool) and sequences_per_step >= 1
+    )
+    if sequences_per_step is not None and not is_count:
         raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {sequences_per_step!r}")
     if execution == "server" and surrogate != "auto":
         raise InvalidData(f"surrogate={surrogate!r} has no meaning with execution='server': no gradient travels then")
@@ -223,18 +251,24 @@ def measuring_weights(size: int) -> Array:
     return (2 + np.arange(size) % 3).astype(np.float32)
 
 
-def divisors(carrier: Carrier, requests: Sequence[Sequence[Datum]], sequences: int) -> Array:
-    """What the service divides each datum's importance_sampling gradient by, float64 `[datums]`.
+def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> PackedTensor:
+    """The logprobs of a forward pass, shaped like the targets.
 
-    Args:
-        carrier: of the step.
-        requests: the datums of each request.
-        sequences: number of datums since the last optimizer step, this call's and later ones' included.
+    Raises:
+        InvalidResponse: they are missing, or shaped otherwise.
     """
-    lengths = [np.array([datum.model_input.length for datum in data], dtype=np.float64) for data in requests]
-    if carrier.divides == "sequences":
-        return np.concatenate(lengths) * sequences
-    return np.concatenate([np.full(len(part), part.sum()) for part in lengths])
+    packed = forward.packed.get("logprobs")
+    if packed is None or len(packed) != len(data):
+        raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
+    if packed.dtype.kind != "f":
+        raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.dtype}, not float32")
+    expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
+    if packed.shapes != expected:
+        index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
+        raise InvalidResponse(
+            f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
+        )
+    return packed
 
 
 def advantages_of(gradient: Array, logprobs: PackedTensor, divided_by: Array) -> Array:
@@ -265,43 +299,3 @@ def advantages_of(gradient: Array, logprobs: PackedTensor, divided_by: Array) ->
             "backward pass was sent"
         )
     return advantages
-
-
-@dataclass
-class HeldCall:
-    """One gradient call whose datums the service holds.
-
-    Attributes:
-        datums: how many of them, as far as is known.
-        promised: the number of datums that its gradient was scaled for; None if it does not depend on that.
-    """
-
-    datums: int
-    promised: int | None
-
-
-@dataclass
-class HeldSequences:
-    """The gradient calls since the last optimizer step."""
-
-    calls: list[HeldCall] = field(default_factory=list[HeldCall])
-
-    def check(self) -> None:
-        """Checks that the service divides by the number that the gradients were scaled for.
-
-        Raises:
-            SurrogateMismatch: it holds another number of datums.
-        """
-        held = sum(call.datums for call in self.calls)
-        promised = {call.promised for call in self.calls if call.datums and call.promised is not None}
-        wrong = sorted(promised - {held})
-        if not wrong:
-            return
-        way_out = "make a new client from the last checkpoint, and give every call sequences_per_step=" + str(held)
-        if promised == {wrong[0]} and held < wrong[0]:
-            way_out = f"send the other {wrong[0] - held} datums with sequences_per_step={wrong[0]} first, or {way_out}"
-        raise SurrogateMismatch(
-            f"the service divides by the {held} datums since the last optim_step, but gradients were scaled for "
-            f"{' and '.join(map(str, wrong))} (sequences_per_step; the default is one call's datums). The optim_step "
-            f"was not sent: {way_out}"
-        )
