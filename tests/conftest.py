@@ -107,7 +107,7 @@ def tasks_may_be_left() -> None:
 
 
 def _reset_observers() -> None:
-    for attachment in handlers._ATTACHMENTS.snapshot():
+    for attachment in handlers._ATTACHMENTS.current:
         telemetry.detach(attachment.handler_id)
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()

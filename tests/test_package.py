@@ -240,7 +240,7 @@ def test_only_the_transport_knows_the_http_libraries():
         for path in root.rglob("*.py")
         if re.search(r"^\s*(import|from) (httpx|httpcore|h11)", path.read_text(), re.MULTILINE)
     }
-    assert knowing == {f"transport/{name}.py" for name in ("adapters", "connections", "http", "network")}
+    assert knowing == {f"transport/{name}.py" for name in ("adapters", "connections", "http")}
 
 
 def test_every_pin_admits_the_oldest_python_that_the_package_admits():

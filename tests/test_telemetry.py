@@ -21,9 +21,9 @@ from tinkex_py.telemetry import Event, handlers, logs
 
 @pytest.fixture(autouse=True)
 def nothing_attached() -> Iterator[None]:
-    assert handlers._ATTACHMENTS.snapshot() == ()
+    assert handlers._ATTACHMENTS.current == ()
     yield
-    for attachment in handlers._ATTACHMENTS.snapshot():
+    for attachment in handlers._ATTACHMENTS.current:
         telemetry.detach(attachment.handler_id)
     structlog.reset_defaults()
 
@@ -217,7 +217,7 @@ def test_attach_and_detach_from_many_threads_lose_nothing():
     for thread in threads:
         thread.join()
     assert len(set(ids)) == 400
-    assert {attachment.handler_id for attachment in handlers._ATTACHMENTS.snapshot()} == set(ids)
+    assert {attachment.handler_id for attachment in handlers._ATTACHMENTS.current} == set(ids)
 
 
 # Lifecycle
@@ -388,20 +388,23 @@ def test_any_difference_from_the_defaults_is_a_configuration(options: dict[str, 
     assert logs.structlog_is_configured()
 
 
-def test_the_defaults_are_known_even_when_imported_after_a_configuration(monkeypatch: pytest.MonkeyPatch):
-    before = logs._default_configuration()
-    structlog.configure(processors=[structlog.processors.JSONRenderer()])
-    after = logs._default_configuration()
-    assert before is not None
-    assert after is not None
-    for key, value in after.items():
-        assert before[key] == value
-    # A structlog that no longer tells its defaults: whatever was configured then counts as the host's.
-    with monkeypatch.context() as another_structlog:
-        another_structlog.delattr("structlog._config._BUILTIN_DEFAULT_PROCESSORS")
-        assert logs._default_configuration() is None
-    monkeypatch.setattr(logs, "_DEFAULT_CONFIGURATION", None)
-    assert logs.structlog_is_configured()
+@pytest.mark.parametrize(
+    ("configure", "configured"),
+    [
+        ("structlog.testing.capture_logs().__enter__()", False),
+        ("structlog.configure()", False),
+        ("structlog.configure(processors=[structlog.processors.JSONRenderer()])", True),
+        ("structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(20))", True),
+        ("structlog.configure(logger_factory=structlog.stdlib.LoggerFactory())", True),
+    ],
+)
+def test_a_configuration_from_before_the_import_is_told_from_the_defaults(configure: str, configured: bool):
+    program = f"import structlog\n{configure}\n"
+    if "capture_logs" in configure:
+        program = "import structlog\nwith structlog.testing.capture_logs():\n    pass\n"
+    program += "from tinkex_py.telemetry import logs\nprint(logs.structlog_is_configured())"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"{configured}\n"
 
 
 def test_an_unheard_logger_is_heard_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -48,6 +48,9 @@ from .errors import (
     Unprocessable as Unprocessable,
     UnsupportedFeature as UnsupportedFeature,
 )
+from .limits import (
+    RetryPolicy as RetryPolicy,
+)
 from .losses import (
     BaseLossOutput as BaseLossOutput,
     CustomLossOutput as CustomLossOutput,
@@ -69,9 +72,6 @@ from .losses import (
     schedules as schedules,
     split as split,
     sum_over_datums as sum_over_datums,
-)
-from .retry import (
-    RetryPolicy as RetryPolicy,
 )
 from .types import (
     AdamParams as AdamParams,

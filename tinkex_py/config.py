@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from tinkex_py.errors import ConfigError, InvalidData
-from tinkex_py.retry import RetryPolicy
+from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
-from tinkex_py.transport.request import Secret, checked_base_url, merged_headers
+from tinkex_py.transport.messages import Secret, checked_base_url, merged_headers
 from tinkex_py.types import QueueState
-from tinkex_py.types.seconds import is_seconds
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
 KEY_VARIABLE = "TINKER_API_KEY"

@@ -10,7 +10,6 @@ from hypothesis import given, settings, strategies as st
 
 from tinkex_py.client.accumulation import Accumulation
 from tinkex_py.client.ordering import Kind, Ordering, Turn
-from tinkex_py.client.submission import Sent
 from tinkex_py.errors import (
     APIStatusError,
     BadRequest,
@@ -22,6 +21,7 @@ from tinkex_py.errors import (
     SequenceLost,
     TinkexError,
 )
+from tinkex_py.transport.api import Sent
 
 pytestmark = pytest.mark.asyncio
 

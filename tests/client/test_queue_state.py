@@ -18,7 +18,7 @@ from tinkex_py import (
     SequenceLost,
     telemetry,
 )
-from tinkex_py.transport.codec import read_forward_backward
+from tinkex_py.transport.decoding import read_forward_backward
 
 pytestmark = pytest.mark.asyncio
 DATA = [datum(3, 1), datum(2, 2)]

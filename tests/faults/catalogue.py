@@ -110,20 +110,6 @@ async def answered_twice(passing: Passing) -> None:
     await passing.send(encoded + encoded)
 
 
-async def answered_twice_late(passing: Passing) -> None:
-    encoded = (await passing.ask()).encoded()
-    await passing.send(encoded)
-    await asyncio.sleep(0)
-    await passing.send(encoded)
-
-
-async def answered_again_to_the_next(passing: Passing) -> None:
-    """The copy comes when the next request of the connection is there: in HTTP/1.1 nothing says that it is none."""
-    encoded = (await passing.ask()).encoded()
-    passing.proxy.copies[passing.writer] = encoded
-    await passing.send(encoded)
-
-
 async def surplus_bytes(passing: Passing) -> None:
     await passing.send((await passing.ask()).encoded() + b"\r\nHTTP/1.1 200 OK\r\n")
 
@@ -222,8 +208,6 @@ RECOVERS: dict[str, list[Fault]] = {
         after(f"status {status}", answering(busy(status))) for status in (408, 425, 429, 500, 502, 503, 504)
     ],
     "answered twice": [Fault("answered twice", answered_twice, answers=True)],
-    "answered twice, late": [Fault("answered twice, late", answered_twice_late, answers=True)],
-    "answered again to the next": [Fault("answered again to the next", answered_again_to_the_next, answers=True)],
     "surplus bytes": [Fault("surplus bytes behind the answer", surplus_bytes, answers=True)],
     "passed on twice": [Fault("passed on twice", passed_on_twice, answers=True)],
     "answered after another": [Fault("answered after another", answered_after_another, answers=True)],

@@ -14,6 +14,7 @@ from tests.support.scripted_server import ScriptedServer, answer, drip, held, st
 from tinkex_py import AsyncServiceClient, AsyncTrainingClient, PrecedingRequestFailed, RegularizerSpec, telemetry
 from tinkex_py.telemetry import Event
 from tinkex_py.transport.http import HttpClient
+from tinkex_py.transport.messages import request
 
 pytestmark = pytest.mark.asyncio
 REQUESTS, SLOTS, WAVE = 1000, 8, 50
@@ -36,7 +37,7 @@ class Storm:
     async def ask(self, number: int, path: str) -> None:
         content = LARGE if path == "/unread" else b"small"
         # The number of the attempt tells the events of the requests apart.
-        await self._client.exchange("POST", f"{path}?{number}", content=content, attempt=number)
+        await self._client.exchange(request("POST", f"{path}?{number}", content=content), attempt=number)
 
     def note(self, number: int, path: str, task: asyncio.Task[None]) -> None:
         """Where a request is that is about to be cancelled."""
@@ -77,13 +78,13 @@ async def test_a_thousand_cancelled_requests(tally, seed: int):
             await asyncio.wait(tasks.values())
             server.reading_again.set()  # so that the server sees that they left
         # All slots at once: a single lost one would hang.
-        last = [asyncio.create_task(client.exchange("GET", "/held")) for _ in range(SLOTS)]
+        last = [asyncio.create_task(client.exchange(request("GET", "/held"))) for _ in range(SLOTS)]
         await server.until(lambda: len(server.requests_to("/held")) == SLOTS)
         release.set()
         assert [told.status for told in await asyncio.gather(*last)] == [200] * SLOTS
         await client.aclose()
         await server.until(lambda: server.open_connections == 0)
-        # httpx leaves generators of half-sent bodies to the collector, which ends each in a task of the loop.
+        # httpcore leaves generators of half-sent bodies to the collector, which ends each in a task of the loop.
         del tasks, last
         gc.collect()
         for _ in range(3):

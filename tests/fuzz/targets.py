@@ -22,9 +22,14 @@ from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
 from tinkex_py.transport import wire
-from tinkex_py.transport.codec import Result, decode_forward_backward, read_forward_backward
-from tinkex_py.transport.response import Response, raise_for_status
-from tinkex_py.transport.sample_codec import decode_sample, read_sample
+from tinkex_py.transport.decoding import (
+    Result,
+    decode_forward_backward,
+    decode_sample,
+    read_forward_backward,
+    read_sample,
+)
+from tinkex_py.transport.messages import Response, raise_for_status
 
 Target = Callable[[bytes], None]
 LIMIT = 1 << 20

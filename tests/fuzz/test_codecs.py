@@ -1,6 +1,6 @@
 """Whatever is written is read again as it was, and whatever else is read is one typed error: what no other test covers.
 
-Results of passes and samples on the client: tests/transport/test_codec.py, test_sample_codec.py, test_any_answer.py.
+Results of passes and samples on the client: tests/transport/test_codec.py, test_sample_codec.py, test_any_response.py.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as arrays
 
 from tests.losses.test_replay import rich_data, rich_logprobs, rich_pipeline
 from tests.runs.support import step_record
-from tests.transport.test_any_answer import ANY_JSON, NAMES, OBJECTS, SCALARS, used
+from tests.transport.test_any_response import ANY_JSON, NAMES, OBJECTS, SCALARS, used
 from tests.transport.test_codec import datums
 from tinkex_py.errors import (
     APIStatusError,
@@ -38,17 +38,15 @@ from tinkex_py.runs.folder import RUN_FILE, STATE_FILE, STEPS_FILE, RunFolder
 from tinkex_py.runs.state import RunState, SavedCheckpoint
 from tinkex_py.transport import wire
 from tinkex_py.transport.api import text_of
-from tinkex_py.transport.codec import (
-    PassHeader,
+from tinkex_py.transport.decoding import (
     Result,
     decode_forward_backward,
-    encode_batch,
-    encode_request,
+    decode_sample,
     read_forward_backward,
-    request_as_json,
+    read_sample,
 )
-from tinkex_py.transport.response import Response, raise_for_status
-from tinkex_py.transport.sample_codec import decode_sample, read_sample
+from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_request, request_as_json
+from tinkex_py.transport.messages import Response, raise_for_status
 from tinkex_py.types import Datum, rest as rest_types
 from tinkex_py.types.answer import Answer
 from tinkex_py.unicode import with_whole_texts

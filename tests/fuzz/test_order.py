@@ -14,7 +14,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tinkex_py.client.accumulation import Accumulation
 from tinkex_py.client.ordering import Kind, Ordering, Turn
-from tinkex_py.client.submission import Sent
 from tinkex_py.errors import (
     BadRequest,
     ConnectionFailed,
@@ -23,6 +22,7 @@ from tinkex_py.errors import (
     RequestFailed,
     SequenceLost,
 )
+from tinkex_py.transport.api import Sent
 
 KINDS = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}
 # Turns of the loop after which nothing moves that does not wait for the test.

@@ -24,12 +24,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.client.data import datum, nll
 from tests.client.recorder import KEY, Recorder, answering, http_client, http_recorder, quick_config
 from tests.support.scripted_server import ScriptedServer, answer
+from tests.transport.keyed import KeyedClient
 from tinkex_py import AsyncServiceClient, Pipeline, RegularizerError, RegularizerSpec, telemetry
 from tinkex_py.integrations import opentelemetry_metrics
 from tinkex_py.integrations.opentelemetry import OpenTelemetry
 from tinkex_py.integrations.opentelemetry_metrics import endpoint
 from tinkex_py.telemetry import handlers
-from tinkex_py.transport.http import HttpClient
+from tinkex_py.transport.messages import request
 
 SECRET_TEXT = "the text of a prompt"
 
@@ -90,7 +91,7 @@ def observed() -> Iterator[Observed]:
     made = Observed()
     with made.observer:
         yield made
-    assert handlers._ATTACHMENTS.snapshot() == ()
+    assert handlers._ATTACHMENTS.current == ()
     assert telemetry.request_headers() == {}
     made.tracers.shutdown()
     made.meters.shutdown()
@@ -303,7 +304,7 @@ async def test_detaching_in_the_middle_ends_what_is_open() -> None:
     with made.observer:
         late = asyncio.create_task(step("late", late_started))
         await late_started.wait()
-    assert handlers._ATTACHMENTS.snapshot() == ()
+    assert handlers._ATTACHMENTS.current == ()
     assert {span.name for span in made.spans} == {"tinkex.custom_loss", "tinkex.regularizer.compute late"}
     assert all(span.attributes["tinkex.detached"] is True for span in made.spans)
     before = len(made.spans)
@@ -391,11 +392,11 @@ async def test_the_trace_goes_to_the_service_only_and_replaces_nothing(observed:
     async with ScriptedServer() as home, ScriptedServer() as elsewhere:
         home.script("/thing", answer(json={}))
         elsewhere.script("/file", answer(body=b"x"))
-        client = HttpClient(base_url=home.url, api_key=KEY, headers={"tracestate": "own=1"})
+        client = KeyedClient(base_url=home.url, api_key=KEY, headers={"tracestate": "own=1"})
         with observed.tracer.start_as_current_span("outside"):
             await client.exchange("GET", "/thing")
-            async with client.towards(f"{elsewhere.url}/file") as (other, path):
-                await other.exchange("GET", path)
+            async with client.http.towards(f"{elsewhere.url}/file", key=client.key) as (other, path, key):
+                await other.exchange(request("GET", path), key=key)
             async with client.stream("/thing") as stream:
                 assert stream.status == 200
         await client.aclose()
@@ -413,7 +414,7 @@ async def test_without_propagation_nothing_is_sent() -> None:
     quiet = OpenTelemetry(tracer_provider=made.tracers, meter_provider=made.meters, propagate=False)
     async with ScriptedServer() as server:
         server.script("/thing", answer(json={}))
-        client = HttpClient(base_url=server.url, api_key=KEY)
+        client = KeyedClient(base_url=server.url, api_key=KEY)
         with quiet:
             await client.exchange("GET", "/thing")
         with made.observer:
@@ -435,7 +436,7 @@ async def test_bad_headers_of_an_observer_detach_it_and_break_nothing(
     telemetry.attach(lambda event: None, handler_id="mine", request_headers=lambda: headers)
     async with ScriptedServer() as server:
         server.script("/thing", answer(json={}))
-        client = HttpClient(base_url=server.url)
+        client = KeyedClient(base_url=server.url)
         assert (await client.exchange("GET", "/thing")).status == 200
         await client.aclose()
     assert not telemetry.detach("mine")
@@ -447,7 +448,7 @@ async def test_an_abandoned_stream_ends_its_span_and_leaves_the_context_alone(ob
     """Its generator is closed by a task of the loop, not by the one that began it."""
     async with ScriptedServer() as server:
         server.script("/file", answer(body=b"x" * 10))
-        client = HttpClient(base_url=server.url)
+        client = KeyedClient(base_url=server.url)
 
         async def begin() -> None:
             manager = client.stream("/file")

@@ -5,8 +5,7 @@ from typing import Any
 
 from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
 from tinkex_py.transport.http import HttpClient, ResponseStream
-from tinkex_py.transport.request import Secret, request
-from tinkex_py.transport.response import Response
+from tinkex_py.transport.messages import Response, Secret, request
 
 
 class KeyedClient:

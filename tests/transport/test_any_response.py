@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tinkex_py.errors import InvalidResponse, TinkexError, status_error_class
-from tinkex_py.retry import RetryPolicy
+from tinkex_py.limits import RetryPolicy
 from tinkex_py.transport.api import ServiceApi, request_id_of, text_of
 from tinkex_py.transport.auth import Auth, rejects_token
-from tinkex_py.transport.codec import Result, read_forward_backward
-from tinkex_py.transport.encodings import choose_encoding, refuses_protobuf
-from tinkex_py.transport.request import NO_SECRET, Request, Secret
-from tinkex_py.transport.response import Response, raise_for_status, retry_after
-from tinkex_py.transport.sample_codec import read_sample
+from tinkex_py.transport.decoding import Result, read_forward_backward, read_sample
+from tinkex_py.transport.messages import NO_SECRET, Request, Response, Secret, raise_for_status, retry_after
+from tinkex_py.transport.negotiation import choose_encoding, refuses_protobuf
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import (
     ForwardBackwardOutput,
@@ -165,7 +163,7 @@ class Ended(Exception):
 async def test_any_answer_to_a_poll(monkeypatch):
     """Pending or troubled answers are asked again, which here ends the script; anything else is a result or typed."""
     policy = RetryPolicy(deadline=5.0, max_attempts=1, initial_wait=0.0, max_wait=0.0)
-    monkeypatch.setattr("tinkex_py.transport.futures._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("tinkex_py.transport.api._FIRST_PAUSE", 0.0)
 
     async def outcome(answer: Response, decode: Any) -> None:
         left = [answer, answer]

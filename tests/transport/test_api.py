@@ -10,11 +10,10 @@ import tenacity
 from hypothesis import given, settings, strategies as st
 
 from tinkex_py import errors
-from tinkex_py.retry import Attempts, RetryPolicy
+from tinkex_py.limits import Attempts, RetryPolicy
 from tinkex_py.transport.api import ServiceApi, is_retryable_status
 from tinkex_py.transport.auth import Auth
-from tinkex_py.transport.request import Request, Secret, request
-from tinkex_py.transport.response import Response, raise_for_status
+from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
 
 AT_ONCE = RetryPolicy(initial_wait=0.0, max_wait=0.0)
 

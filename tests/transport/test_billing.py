@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from tinkex_py import BillingRequired, telemetry
-from tinkex_py.transport import billing
-from tinkex_py.transport.billing import BillingPause
+from tinkex_py import BillingRequired, limits, telemetry
+from tinkex_py.limits import BillingPause
 
 pytestmark = pytest.mark.asyncio
 
@@ -37,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(billing, "asyncio", made)
+    monkeypatch.setattr(limits, "asyncio", made)
     return made
 
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tinkex_py.transport.byte_budget import ByteBudget
+from tinkex_py.limits import ByteBudget
 
 
 async def turns() -> None:

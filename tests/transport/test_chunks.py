@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from tinkex_py.transport.chunks import merge_metrics, merge_outputs, plan_chunks
+from tinkex_py.client.batches import merge_metrics, merge_outputs, plan_chunks
 from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput, PackedTensor
 
 

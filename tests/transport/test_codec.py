@@ -12,16 +12,8 @@ from hypothesis.extra import numpy as arrays
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.transport.codec import (
-    PassHeader,
-    Result,
-    decode_forward_backward,
-    encode_batch,
-    encode_custom_batch,
-    encode_request,
-    read_forward_backward,
-    request_as_json,
-)
+from tinkex_py.transport.decoding import Result, decode_forward_backward, read_forward_backward
+from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_custom_batch, encode_request, request_as_json
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 tinker_types = importlib.import_module("tinker.types")

@@ -8,10 +8,10 @@ import pytest
 import zstandard
 
 from tinkex_py.errors import APIStatusError, ConnectionFailed, status_error_class
-from tinkex_py.transport import encodings, wire
-from tinkex_py.transport.codec import PassHeader, encode_batch
-from tinkex_py.transport.encodings import JsonEncoding, ProtobufEncoding, choose_encoding, refuses_protobuf
-from tinkex_py.transport.request import Request
+from tinkex_py.transport import encoding, wire
+from tinkex_py.transport.encoding import JsonEncoding, PassHeader, ProtobufEncoding, encode_batch
+from tinkex_py.transport.messages import Request
+from tinkex_py.transport.negotiation import choose_encoding, refuses_protobuf
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import Datum, ModelInput
 
@@ -53,7 +53,7 @@ def test_without_zstandard_it_goes_plain(monkeypatch):
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(encodings.importlib, "import_module", missing)
+    monkeypatch.setattr(encoding.importlib, "import_module", missing)
     encoded = ProtobufEncoding(compress=True).encode(encode_batch([DATUM]), FORWARD)
     assert "content-encoding" not in encoded.headers
     assert wire.ForwardBackwardRequest.FromString(body_of(encoded)).model_id == "m"

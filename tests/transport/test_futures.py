@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tinkex_py import retry as retry_module, telemetry
+from tinkex_py import limits, telemetry
 from tinkex_py.errors import (
     Authentication,
     BillingRequired,
@@ -21,14 +21,12 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     TinkexError,
 )
-from tinkex_py.retry import RetryPolicy
-from tinkex_py.transport import billing, futures
-from tinkex_py.transport.api import ServiceApi
+from tinkex_py.limits import RetryPolicy
+from tinkex_py.transport import api as service_api
+from tinkex_py.transport.api import RETRIEVE_FUTURE, ServiceApi
 from tinkex_py.transport.auth import Auth
-from tinkex_py.transport.codec import Result
-from tinkex_py.transport.futures import PATH
-from tinkex_py.transport.request import NO_SECRET, Request, Secret
-from tinkex_py.transport.response import Response
+from tinkex_py.transport.decoding import Result
+from tinkex_py.transport.messages import NO_SECRET, Request, Response, Secret
 
 pytestmark = pytest.mark.asyncio
 RETRY = RetryPolicy(deadline=30.0, initial_wait=0.0, max_wait=0.0)
@@ -63,7 +61,7 @@ class Asking:
         self.is_alive = False
 
     async def exchange(self, sent: Request, *, key: Secret = NO_SECRET, attempt: int = 1) -> Response:
-        if sent.path != PATH:  # the sign of life that is asked for where a poll took too long
+        if sent.path != RETRIEVE_FUTURE:  # the sign of life that is asked for where a poll took too long
             self.signs_of_life += 1
             if not self.is_alive:
                 raise ConnectionFailed("dead")
@@ -90,9 +88,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             made.append(seconds)
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(futures, "asyncio", Timeless())
-    monkeypatch.setattr(retry_module, "asyncio", Timeless())
-    monkeypatch.setattr(billing, "asyncio", Timeless())
+    monkeypatch.setattr(service_api, "asyncio", Timeless())
+    monkeypatch.setattr(limits, "asyncio", Timeless())
     return made
 
 

@@ -35,7 +35,7 @@ from tests.support.scripted_server import (
 from tests.transport.keyed import KeyedClient
 from tinkex_py import errors, telemetry
 from tinkex_py.telemetry import Event
-from tinkex_py.transport.network import SocketStream
+from tinkex_py.transport.connections import SocketStream
 from tinkex_py.version import __version__
 
 KEY = "tml-very-secret-key"

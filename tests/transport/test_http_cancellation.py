@@ -27,7 +27,7 @@ from tinkex_py.telemetry import Event
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.http import HttpClient
-from tinkex_py.transport.request import Secret, request as new_request
+from tinkex_py.transport.messages import Secret, request as new_request
 
 KEY = "tml-very-secret-key"
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tinkex_py import errors
-from tinkex_py.transport.request import Secret
-from tinkex_py.transport.response import LONGEST_RETRY_AFTER, Response, raise_for_status, retry_after
+from tinkex_py.transport.messages import LONGEST_RETRY_AFTER, Response, Secret, raise_for_status, retry_after
 
 KEY = "tml-very-secret-key"
 

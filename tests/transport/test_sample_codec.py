@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.transport.sample_codec import decode_sample
+from tinkex_py.transport.decoding import decode_sample
 
 response_conv = importlib.import_module("tinker.proto.response_conv")
 finite = st.floats(-1e6, 1e6, width=32)

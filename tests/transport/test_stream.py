@@ -13,7 +13,7 @@ from starlette.routing import Route
 from tests.support.scripted_server import ScriptedServer, answer, drip, half_a_body, reset, stall
 from tests.transport.keyed import KeyedClient
 from tinkex_py.errors import ClientClosed, ConfigError, ConnectionFailed, TimeoutExceeded
-from tinkex_py.transport.request import request
+from tinkex_py.transport.messages import request
 
 pytestmark = pytest.mark.asyncio
 BODY = bytes(range(256)) * 4000

@@ -1,15 +1,40 @@
-"""The datums of one call, checked and cut into the chunks that the service takes."""
+"""The datums of one call: checked, cut into the chunks that the service takes, and the chunks' results as one."""
 
 import itertools
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tinkex_py.client.training_data import check_data, check_inputs, check_loss
-from tinkex_py.transport.chunks import bytes_of, plan_chunks
-from tinkex_py.transport.codec import EncodedBatch, LossConfig, PlannedBatch, encode_custom_batch
+import numpy as np
+
+from tinkex_py.errors import InvalidData
+from tinkex_py.transport.encoding import (
+    NO_DATUMS,
+    EncodedBatch,
+    LossConfig,
+    PassHeader,
+    PlannedBatch,
+    encode_custom_batch,
+    encode_request,
+)
 from tinkex_py.transport.server_config import ServerConfig
-from tinkex_py.types import Datum
+from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
+from tinkex_py.types.datum import target_shape
 from tinkex_py.types.tensors import Array
+
+# The protocol's own losses, and what they need beside target_tokens. Other names are a service's own affair.
+_SAMPLED = ("logprobs", "advantages")
+_NEEDED: Mapping[str, Sequence[str]] = {
+    "cross_entropy": (),
+    "importance_sampling": _SAMPLED,
+    "ppo": _SAMPLED,
+    "cispo": _SAMPLED,
+    "dro": _SAMPLED,
+    "gspo": (*_SAMPLED, "sequence_ratio_mask"),
+}
+
+_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -101,3 +126,218 @@ def custom_batch(data: Sequence[Datum], limits: ServerConfig) -> CustomBatch:
         custom=True,
     )
     return CustomBatch(data, [encode_custom_batch(part) for part in parts])
+
+
+def check_data(data: Sequence[Datum]) -> Sequence[Datum]:
+    """The datums, if they are datums and there is at least one.
+
+    Raises:
+        InvalidData: no datum, or something that is none.
+    """
+    if isinstance(data, Datum) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
+    if not data:
+        raise InvalidData("data is empty: a training request needs at least one datum")
+    for index, datum in enumerate(data):
+        if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
+        if datum.model_input.length == 0:
+            raise InvalidData(f"model_input of datum {index} is empty")
+    return list(data)
+
+
+def check_targets(data: Sequence[Datum]) -> None:
+    """Checks that every datum has targets that fit its input, and weights that fit its targets.
+
+    Raises:
+        InvalidData: naming the datum, the field and both shapes.
+    """
+    for index, datum in enumerate(data):
+        shape = target_shape(datum, index)
+        targets = datum.loss_fn_inputs["target_tokens"]
+        if targets.dtype != "int64":
+            raise InvalidData(f"target_tokens of datum {index} must be integers, got {targets.dtype}")
+        if shape[0] != datum.model_input.length:
+            raise InvalidData(
+                f"target_tokens of datum {index} have shape {shape}, but its model_input has "
+                f"{datum.model_input.length} tokens: one target per input position is needed (targets are pre-shifted)"
+            )
+        weights = datum.loss_fn_inputs.get("weights")
+        if weights is not None and weights.shape != shape:
+            raise InvalidData(
+                f"weights of datum {index} have shape {weights.shape}, its target_tokens {shape}; they must be equal"
+            )
+
+
+def check_inputs(data: Sequence[Datum], loss_fn: str) -> None:
+    """Checks that every datum has what one of the protocol's losses needs; other losses are not checked.
+
+    Raises:
+        InvalidData: as `check_targets`, or naming the datum and the missing field.
+    """
+    needed = _NEEDED.get(loss_fn)
+    if needed is None:
+        return
+    check_targets(data)
+    for index, datum in enumerate(data if needed else ()):
+        missing = [name for name in needed if name not in datum.loss_fn_inputs]
+        if missing:
+            raise InvalidData(
+                f"datum {index} has no {', '.join(map(repr, missing))} in loss_fn_inputs, which loss_fn {loss_fn!r} "
+                f"needs (it has {sorted(datum.loss_fn_inputs)})"
+            )
+
+
+def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
+    """Checks the name and the settings of one of the service's losses.
+
+    Raises:
+        InvalidData: naming what cannot be sent.
+    """
+    if not isinstance(loss_fn, str) or not loss_fn:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"loss_fn must be the name of a loss, got {loss_fn!r}")
+    if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {config!r}")
+    for name, value in config.items():
+        sendable = isinstance(value, str | int | float) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(name, str) or not sendable:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {name!r}: {value!r}")
+    try:
+        encode_request(NO_DATUMS, PassHeader("", 1, loss_fn, config, forward_only=True))
+    except (ValueError, OverflowError) as error:
+        raise InvalidData(f"loss_fn {loss_fn!r} with {dict(config)!r} cannot be encoded: {error}") from None
+
+
+def check_finite(data: Sequence[Datum], config: Mapping[str, float | str], *, fields: Collection[str] | None) -> None:
+    """Checks that JSON, which has neither NaN nor infinity, can hold all numbers.
+
+    Args:
+        data: the datums.
+        config: settings of the loss.
+        fields: the loss inputs that are sent; None is all.
+
+    Raises:
+        InvalidData: naming the datum and the field.
+    """
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidData(f"loss_fn_config[{name!r}] is {value}, which JSON cannot hold: use wire='protobuf'")
+    for index, datum in enumerate(data):
+        for name, tensor in datum.loss_fn_inputs.items():
+            is_sent = fields is None or name in fields
+            if is_sent and tensor.dtype == "float32" and not np.isfinite(tensor.data).all():
+                raise InvalidData(
+                    f"{name!r} of datum {index} is not finite, which JSON cannot hold: use wire='protobuf'"
+                )
+
+
+def check_name(name: str) -> str:
+    """A checkpoint name the service can use as a path segment.
+
+    Raises:
+        InvalidData: it is not one.
+    """
+    if not isinstance(name, str) or not _CHECKPOINT_NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"a checkpoint name has 1 to 128 letters, digits, '_', '.', '-', got {name!r}")
+    return name
+
+
+def plan_chunks(
+    data: Sequence[Datum], *, max_datums: int, max_bytes: int, custom: bool = False
+) -> list[Sequence[Datum]]:
+    """Cuts data greedily into chunks; a datum that is too large alone is a chunk of its own.
+
+    Args:
+        data: all datums, in order.
+        max_datums: most datums of a chunk.
+        max_bytes: most bytes of a chunk: 4 per token, and the stored bytes of every loss input.
+        custom: of a custom step, which sends only targets, and a float32 for each of their numbers.
+    """
+    chunks: list[Sequence[Datum]] = []
+    start, size = 0, 0
+    for index, datum in enumerate(data):
+        estimate = _bytes_of_custom(datum) if custom else bytes_of(datum)
+        if index > start and (size + estimate > max_bytes or index - start >= max_datums):
+            chunks.append(data[start:index])
+            start, size = index, 0
+        size += estimate
+    if start < len(data):
+        chunks.append(data[start:])
+    return chunks
+
+
+def bytes_of(datum: Datum) -> int:
+    """Estimated bytes of a datum: 4 per token, and the stored bytes of every loss input."""
+    return 4 * datum.model_input.length + sum(_bytes_stored(tensor) for tensor in datum.loss_fn_inputs.values())
+
+
+def _bytes_of_custom(datum: Datum) -> int:
+    targets = datum.loss_fn_inputs["target_tokens"]
+    return 4 * datum.model_input.length + _bytes_stored(targets) + 4 * math.prod(targets.shape)
+
+
+def _bytes_stored(tensor: TensorData) -> int:
+    crow, col = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    return tensor.data.nbytes + (0 if crow is None or col is None else crow.nbytes + col.nbytes)
+
+
+def merge_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
+    """The result of one call from the results of its chunks, in chunk order."""
+    if len(outputs) == 1:
+        return outputs[0]
+    names = list(dict.fromkeys(name for output in outputs for name in output.packed))
+    return ForwardBackwardOutput(
+        loss_fn_output_type=outputs[0].loss_fn_output_type,
+        num_datums=sum(output.num_datums for output in outputs),
+        packed={name: PackedTensor.join([_field(output, name) for output in outputs]) for name in names},
+        metrics=merge_metrics([output.metrics for output in outputs], [output.num_datums for output in outputs]),
+    )
+
+
+def _field(output: ForwardBackwardOutput, name: str) -> PackedTensor:
+    return output.packed.get(name) or PackedTensor.empty(output.num_datums)
+
+
+def merge_metrics(parts: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
+    """Merges metrics by the suffix behind their last colon (protocol: "Merging chunk results").
+
+    Args:
+        parts: metrics of every chunk.
+        weights: datums of every chunk.
+
+    Returns:
+        Merged metrics. A name that is unknown or not in every chunk is kept from the first chunk that has it.
+    """
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        suffix = name.rpartition(":")[2]
+        if suffix == "unique":
+            merged[name] = values[0]
+            merged.update({f"{name}_{index}": value for index, value in enumerate(values[1:], start=1)})
+        elif suffix in _REDUCTIONS and len(values) == len(parts):
+            merged[name] = _REDUCTIONS[suffix](values, weights)
+        else:
+            merged[name] = values[0]
+    return merged
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    total = sum(weights)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else values[0]
+
+
+def _hash(values: Sequence[float], _weights: Sequence[int]) -> float:
+    if not all(math.isfinite(value) for value in values):
+        return values[0]
+    return float(sum(int(value) % 2**64 for value in values) % 2**64)
+
+
+_REDUCTIONS: Mapping[str, Callable[[Sequence[float], Sequence[int]], float]] = {
+    "sum": lambda values, _weights: sum(values),
+    "min": lambda values, _weights: min(values),
+    "max": lambda values, _weights: max(values),
+    "mean": _mean,
+    "slack": lambda values, weights: max(values) - _mean(values, weights),
+    "hash2": _hash,
+}

@@ -21,9 +21,9 @@ from tinkex_py.client.surrogate import (
     measuring_weights,
 )
 from tinkex_py.errors import InvalidData, PipelineError
+from tinkex_py.limits import is_seconds
 from tinkex_py.losses.options import DEFAULTS as PIPELINE_DEFAULTS, PipelineOptions
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
-from tinkex_py.types.seconds import is_seconds
 
 if TYPE_CHECKING:
     from tinkex_py.losses.output import CustomLossOutput

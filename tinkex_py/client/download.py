@@ -22,12 +22,11 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     UnsupportedFeature,
 )
-from tinkex_py.retry import Attempts, with_retries
+from tinkex_py.limits import Attempts, with_retries
 from tinkex_py.threads import FileThread
 from tinkex_py.transport.api import is_retryable_status
 from tinkex_py.transport.http import ResponseStream
-from tinkex_py.transport.request import checked_base_url, request
-from tinkex_py.transport.response import raise_for_status
+from tinkex_py.transport.messages import checked_base_url, raise_for_status, request
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
 

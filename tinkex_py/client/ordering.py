@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from tinkex_py import telemetry
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.submission import Sent, Submission
+from tinkex_py.client.submission import Submission
 from tinkex_py.errors import (
     ClientClosed,
     PrecedingRequestFailed,
@@ -28,6 +28,7 @@ from tinkex_py.errors import (
     SequenceLost,
     TinkexError,
 )
+from tinkex_py.transport.api import Sent
 
 Value = TypeVar("Value")
 
@@ -277,7 +278,6 @@ class Ordering:
         turn.accepted = turn.happened and len(refused) < len(sent)
         if refused and turn.happened and turn.kind is not Kind.READ:
             self.break_behind(turn)
-        self.wake_all()
         return sent
 
     def _landed(self, task: asyncio.Task[Sequence[Sent]]) -> None:

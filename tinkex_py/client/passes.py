@@ -7,11 +7,10 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from tinkex_py.client.accumulation import Accumulation, GradientCall
+from tinkex_py.client.batches import check_finite, merge_outputs
 from tinkex_py.client.ordering import Ordering
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.session import Session
-from tinkex_py.client.submission import Sent, sent_under
-from tinkex_py.client.training_data import check_finite
 from tinkex_py.errors import (
     APIStatusError,
     InvalidResponse,
@@ -20,12 +19,11 @@ from tinkex_py.errors import (
     ResultLost,
     TransportError,
 )
-from tinkex_py.timeouts import time_limit
-from tinkex_py.transport.api import request_id_of
-from tinkex_py.transport.chunks import merge_outputs
-from tinkex_py.transport.codec import EncodedBatch, LossConfig, PassHeader, PlannedBatch, read_forward_backward
-from tinkex_py.transport.encodings import Encoding
-from tinkex_py.transport.request import NO_HEADERS
+from tinkex_py.limits import time_limit
+from tinkex_py.transport.api import Sent
+from tinkex_py.transport.decoding import read_forward_backward
+from tinkex_py.transport.encoding import EncodedBatch, Encoding, LossConfig, PassHeader, PlannedBatch
+from tinkex_py.transport.messages import NO_HEADERS
 from tinkex_py.types import ForwardBackwardOutput
 
 # Work on more bytes than this leaves the event loop's thread.
@@ -166,7 +164,8 @@ class Pass:
         Raises:
             InvalidData: a number of the datums cannot be written in that encoding.
         """
-        self._encoding = await self._session.encoding.current()
+        encoding = self._session.encoding
+        self._encoding = encoding.chosen or await encoding.choose()
         if not self._encoding.holds_any_number:
             data = [datum for chunk in self.chunks for datum in chunk.data]
             check_finite(data, self._config, fields=self.chunks[0].checked_fields)
@@ -183,7 +182,7 @@ class Pass:
         """
         numbered = list(zip(numbers, self.chunks, strict=True))
         if len(numbered) == 1 or not self._session.config.parallel_fwdbwd_chunks:
-            return [await sent_under(number, self._post(number, chunk)) for number, chunk in numbered]
+            return [await self._post(number, chunk) for number, chunk in numbered]
         return await self._submit_at_once(numbered)
 
     def submitted(self, sent: Sequence[Sent]) -> None:
@@ -204,7 +203,7 @@ class Pass:
 
         async def outcome(number: int, chunk: Chunk) -> Sent | None:
             try:
-                return await sent_under(number, self._post(number, chunk))
+                return await self._post(number, chunk)
             except (APIStatusError, TransportError) as error:
                 undecided.append(error)
                 return None
@@ -215,24 +214,24 @@ class Pass:
             raise undecided[0]
         return [sent for task in tasks if (sent := task.result()) is not None]
 
-    async def _post(self, number: int, chunk: Chunk) -> str:
+    async def _post(self, number: int, chunk: Chunk) -> Sent:
         assert self._encoding is not None, "prepared first"
-        header = PassHeader(self._model.model_id, number, self._loss_fn, self._config, forward_only=self.forward_only)
-        try:
-            return await self._post_in(self._encoding, chunk, header)
-        except APIStatusError as error:
-            if self._encoding.name != "protobuf" or not self._session.encoding.falls_back_to_json(error):
-                raise
-            return await self._post_in(await self._session.encoding.current(), chunk, header)
+        sent = await self._post_in(self._encoding, number, chunk)
+        if sent.refusal is None or self._encoding.name != "protobuf":
+            return sent
+        if not self._session.encoding.falls_back_to_json(sent.refusal):
+            return sent
+        return await self._post_in(await self._session.encoding.choose(), number, chunk)
 
-    async def _post_in(self, encoding: Encoding, chunk: Chunk, header: PassHeader) -> str:
+    async def _post_in(self, encoding: Encoding, number: int, chunk: Chunk) -> Sent:
+        header = PassHeader(self._model.model_id, number, self._loss_fn, self._config, forward_only=self.forward_only)
         # Written within the budget: of what waits for it there are no bytes yet.
         async with self._session.pass_bytes.hold(chunk.size):
             slow = (encoding.is_slow or isinstance(chunk, PlannedBatch)) and chunk.size > SMALL_BYTES
             written = await off_loop_if(
                 slow, self._session, lambda: encoding.encode(chunk.laid_out(), header, self._headers)
             )
-            return await self._session.api.send(written, request_id_of)
+            return await self._session.api.submit(number, written)
 
     async def _results(self, sent: Sequence[Sent]) -> PassResult:
         refused = [one.number for one in sent if one.refusal is not None]
@@ -265,7 +264,8 @@ class Pass:
             return ChunkResult(start, stop, Effect.UNKNOWN, error=error)
         except RequestFailed as error:
             return ChunkResult(start, stop, Effect.MISSING, error=error)
-        self._model.queue.done()
+        if self._model.queue.is_waiting:
+            self._model.queue.done()
         if output.num_datums not in (0, stop - start):  # some services strip the outputs
             raise InvalidResponse(
                 f"the result of {request_type} has {output.num_datums} datums, but {stop - start} were sent"

@@ -28,6 +28,7 @@ class QueueWatch:
         self._callback = callback
         self._check = check
         self.state = QueueState("active", None, time.time(), source)
+        self.is_waiting = False
 
     def pending(self, fields: Mapping[str, Any]) -> None:
         """Reads a response that says "not yet"."""
@@ -48,6 +49,7 @@ class QueueWatch:
         if (state, reason) == (before.state, before.reason):
             return
         self.state = QueueState(state, reason, time.time(), before.source)
+        self.is_waiting = state != "active" or reason is not None
         if self._callback is None:
             return
         try:

@@ -10,7 +10,7 @@ from tinkex_py.client.download import Download
 from tinkex_py.client.paging import DEFAULT_PAGE_SIZE, Page, all_items, check_count
 from tinkex_py.client.rest_requests import RestRequests, is_lost_success
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
-from tinkex_py.retry import RetryPolicy
+from tinkex_py.limits import RetryPolicy
 from tinkex_py.types import ServerCapabilities, WeightsInfo
 from tinkex_py.types.checkpoint_path import CheckpointPath, check_address, check_segment, url_segment
 from tinkex_py.types.rest import (

@@ -9,10 +9,9 @@ from typing import Any, cast
 from urllib.parse import urlencode
 
 from tinkex_py.errors import APIStatusError, NotFound, UnsupportedFeature
-from tinkex_py.retry import RetryPolicy
+from tinkex_py.limits import RetryPolicy
 from tinkex_py.transport.api import ServiceApi, fields_of
-from tinkex_py.transport.request import NO_HEADERS, request
-from tinkex_py.transport.response import Response
+from tinkex_py.transport.messages import NO_HEADERS, Response, request
 
 _REDIRECTIONS = (301, 302, 303, 307, 308)
 _NO_SUCH_METHOD = (405, 501)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkex_py import telemetry
-from tinkex_py.client.batches import checked_chunks
+from tinkex_py.client.batches import check_data, check_targets, checked_chunks
 from tinkex_py.client.custom_step import CustomStep
 from tinkex_py.client.ordering import Turn
 from tinkex_py.client.passes import GradientPass, Model
 from tinkex_py.client.session import Session
-from tinkex_py.client.training_data import check_data, check_targets
 from tinkex_py.errors import InvalidData, PipelineError, UnsupportedFeature
-from tinkex_py.transport.codec import LossConfig
+from tinkex_py.transport.encoding import LossConfig
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
 from tinkex_py.transport.api import ServiceApi, fields_of, request_id_of, text_of
 from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.http import HttpClient, Transport
-from tinkex_py.transport.request import request
+from tinkex_py.transport.messages import request
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class AsyncServiceClient:
             APIStatusError, TransportError: the service could not be asked.
         """
         session = await self._connected()
-        encoding = await session.encoding.current()
+        encoding = await session.encoding.choose()
         return ServiceFeatures(wire=encoding.name, uploaded_losses=session.config.custom_loss_server_side)
 
     async def get_tokenizer(self, name: str) -> Tokenizer:

@@ -4,10 +4,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from tinkex_py.errors import APIStatusError, TransportError, UnsupportedFeature
-from tinkex_py.retry import RetryPolicy
+from tinkex_py.limits import BillingPause, RetryPolicy
 from tinkex_py.transport.api import ServiceApi, fields_of
-from tinkex_py.transport.billing import BillingPause
-from tinkex_py.transport.request import request
+from tinkex_py.transport.messages import request
 from tinkex_py.types import ServerCapabilities, SupportedModel
 from tinkex_py.types.outputs import Ability
 

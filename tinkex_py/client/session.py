@@ -23,13 +23,11 @@ from tinkex_py.errors import (
     TransportError,
     status_error_class,
 )
+from tinkex_py.limits import BillingPause, ByteBudget
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.transport.api import ServiceApi, fields_of, is_retryable_status, text_of
-from tinkex_py.transport.billing import BillingPause
-from tinkex_py.transport.byte_budget import ByteBudget
-from tinkex_py.transport.encodings import PassEncoding
-from tinkex_py.transport.request import Request, Secret, request
-from tinkex_py.transport.response import Response
+from tinkex_py.transport.messages import Request, Response, Secret, request
+from tinkex_py.transport.negotiation import PassEncoding
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.version import __version__
 

@@ -1,35 +1,17 @@
 """What a turn hands over to the wire, and what became of it."""
 
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from tinkex_py.client.accumulation import Accumulation, GradientCall
 from tinkex_py.client.queue_state import QueueWatch
-from tinkex_py.errors import APIStatusError, InvalidResponse, RequestFailed
-from tinkex_py.transport.api import ServiceApi, request_id_of
-from tinkex_py.transport.codec import PROTOBUF, Result
-from tinkex_py.transport.request import encoded_json, request
+from tinkex_py.errors import InvalidResponse, RequestFailed
+from tinkex_py.transport.api import Sent, ServiceApi
+from tinkex_py.transport.decoding import Result
+from tinkex_py.transport.encoding import PROTOBUF
+from tinkex_py.transport.messages import encoded_json, request
 
 Value_co = TypeVar("Value_co", covariant=True)
-
-# Statuses of a retried request that never got a final response: whether the number arrived is unknown.
-_UNDECIDED_STATUSES = frozenset({408, 425, 429})
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What became of one numbered request: accepted, or refused for good. Its number is spent either way.
-
-    Attributes:
-        number: its sequence number.
-        request_id: the future of an accepted one.
-        refusal: the service's final refusal.
-    """
-
-    number: int
-    request_id: str = ""
-    refusal: APIStatusError | None = None
 
 
 class Submission(Protocol[Value_co]):
@@ -58,24 +40,6 @@ class Submission(Protocol[Value_co]):
     async def result(self, sent: Sequence[Sent]) -> Value_co:
         """Waits for the result."""
         ...
-
-
-async def sent_under(number: int, posting: Awaitable[str]) -> Sent:
-    """What became of one numbered request.
-
-    Args:
-        number: its number.
-        posting: sends it and gives its future.
-
-    Raises:
-        APIStatusError, TransportError: it is unknown whether the number arrived.
-    """
-    try:
-        return Sent(number, request_id=await posting)
-    except APIStatusError as error:
-        if error.status >= 500 or error.status in _UNDECIDED_STATUSES:
-            raise
-        return Sent(number, refusal=error)
 
 
 class NumberedRequest:
@@ -118,7 +82,7 @@ class NumberedRequest:
         """See `Submission.submit`."""
         (number,) = numbers
         numbered = request("POST", self._path, json={**self._body, "seq_id": number})
-        return [await sent_under(number, self._api.send(numbered, request_id_of))]
+        return [await self._api.submit(number, numbered)]
 
     def submitted(self, sent: Sequence[Sent]) -> None:
         """Nothing follows from it."""

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.batches import checked_chunks
+from tinkex_py.client.batches import check_name, checked_chunks
 from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
 from tinkex_py.client.ordering import Kind, Ordering, Turn
 from tinkex_py.client.passes import GradientPass, Model, Pass
@@ -14,7 +14,6 @@ from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import run_on_service
 from tinkex_py.client.session import Session
 from tinkex_py.client.submission import NumberedRequest, OptimizerStep
-from tinkex_py.client.training_data import check_name
 from tinkex_py.client.unsupported import reported_as_unsupported, was_not_counted
 from tinkex_py.errors import (
     ClientClosed,
@@ -24,11 +23,11 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     UnsupportedFeature,
 )
+from tinkex_py.limits import time_limit
 from tinkex_py.losses.options import shows_options
-from tinkex_py.timeouts import time_limit
 from tinkex_py.transport.api import fields_of
-from tinkex_py.transport.codec import LossConfig
-from tinkex_py.transport.request import request
+from tinkex_py.transport.encoding import LossConfig
+from tinkex_py.transport.messages import request
 from tinkex_py.types import (
     AdamParams,
     Datum,

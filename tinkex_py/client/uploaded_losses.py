@@ -9,7 +9,7 @@ from tinkex_py import telemetry
 from tinkex_py.client.submission import json_result
 from tinkex_py.errors import InvalidResponse, RequestFailed, UnsupportedFeature
 from tinkex_py.transport.api import ServiceApi, request_id_of
-from tinkex_py.transport.request import request
+from tinkex_py.transport.messages import request
 
 if TYPE_CHECKING:
     from tinkex_py.losses.tracing import TracedPipeline

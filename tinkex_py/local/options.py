@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.types.seconds import is_seconds
+from tinkex_py.limits import is_seconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidData, InvalidSpec, PipelineError
+from tinkex_py.limits import is_seconds
 from tinkex_py.losses.spec import RegularizerSpec
 from tinkex_py.types import Datum
-from tinkex_py.types.seconds import is_seconds
 
 
 def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_type_hints
 
 from tinkex_py.errors import PipelineError
-from tinkex_py.types.seconds import is_seconds
+from tinkex_py.limits import is_seconds
 
 Combine = Literal["sum", "pcgrad"]
 COMBINES: tuple[Combine, ...] = ("sum", "pcgrad")

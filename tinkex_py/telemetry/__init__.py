@@ -8,8 +8,16 @@ Events belong to the thread of the event loop: call `emit` and `lifecycle` there
 """
 
 from tinkex_py.telemetry.events import Event, Measurement, Measurements, events
-from tinkex_py.telemetry.handlers import Handler, attach, attach_logger, detach, emit, request_headers
-from tinkex_py.telemetry.lifecycle import failure_reason, lifecycle
+from tinkex_py.telemetry.handlers import (
+    Handler,
+    attach,
+    attach_logger,
+    detach,
+    emit,
+    failure_reason,
+    lifecycle,
+    request_headers,
+)
 
 __all__ = [
     "Event",

@@ -68,12 +68,6 @@ def events() -> tuple[str, ...]:
     return tuple(EVENT_LEVELS)
 
 
-def require_known(name: str) -> None:
-    """Raise ValueError if no event has this name."""
-    if name not in EVENT_LEVELS:
-        raise ValueError(f"unknown event {name!r}; the events are: {', '.join(events())}")
-
-
 def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
     """The event names that one pattern, several patterns, or None (all) stand for.
 

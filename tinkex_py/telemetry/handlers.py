@@ -1,4 +1,4 @@
-"""Who listens: the process-wide list of handlers, and `emit`, which calls them."""
+"""The process-wide list of handlers, `emit`, which calls them, and `lifecycle`, which emits a start and its end."""
 
 import asyncio
 import functools
@@ -6,14 +6,17 @@ import inspect
 import itertools
 import logging
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from tinkex_py.telemetry.events import EVENT_LEVELS, Event, matching_events, require_known
+from tinkex_py.errors import RegularizerError
+from tinkex_py.telemetry.events import EVENT_LEVELS, Event, Measurements, matching_events
 from tinkex_py.telemetry.logs import parse_level, would_write, write_line
 
 Handler = Callable[[Event], object]
@@ -40,10 +43,7 @@ class _Attachments:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._current: tuple[_Attachment, ...] = ()
-
-    def snapshot(self) -> tuple[_Attachment, ...]:
-        return self._current
+        self.current: tuple[_Attachment, ...] = ()
 
     def add(
         self,
@@ -55,13 +55,13 @@ class _Attachments:
         request_headers: RequestHeaders | None = None,
     ) -> str:
         with self._lock:
-            taken = {attachment.handler_id for attachment in self._current}
+            taken = {attachment.handler_id for attachment in self.current}
             if handler_id is None:
                 handler_id = next(name for name in map("handler-{}".format, self._numbers) if name not in taken)
             elif handler_id in taken:
                 raise ValueError(f"handler id {handler_id!r} is in use; detach it first or choose another id")
             added = _Attachment(handler_id, handler, names, is_logger, request_headers)
-            self._current = (*self._current, added)
+            self.current = (*self.current, added)
             return handler_id
 
     def remove_id(self, handler_id: str) -> bool:
@@ -72,10 +72,18 @@ class _Attachments:
 
     def _keep(self, wanted: Callable[[_Attachment], bool]) -> bool:
         with self._lock:
-            before = len(self._current)
-            self._current = tuple(filter(wanted, self._current))
-            return len(self._current) < before
+            before = len(self.current)
+            self.current = tuple(filter(wanted, self.current))
+            return len(self.current) < before
 
+
+# Metadata that an end does not repeat from its start, as the table of events has it.
+_LEFT_OUT_AT_STOP: Mapping[str, frozenset[str]] = {"tinkex.custom_loss": frozenset({"track_grad_norms"})}
+_LEFT_OUT_AT_EXCEPTION: Mapping[str, frozenset[str]] = {
+    "tinkex.custom_loss": frozenset({"regularizer_count", "track_grad_norms"}),
+    "tinkex.regularizer.compute": frozenset({"is_async"}),
+}
+_UNITS = itertools.count(1)
 
 _ATTACHMENTS = _Attachments()
 
@@ -153,25 +161,74 @@ def emit(
     Raises:
         ValueError: no event has this name.
     """
-    require_known(name)
-    attachments = _ATTACHMENTS.snapshot()
-    if not attachments and not would_write(EVENT_LEVELS[name]):
+    level = EVENT_LEVELS.get(name)
+    if level is None:
+        raise ValueError(f"unknown event {name!r}; the events are: {', '.join(EVENT_LEVELS)}")
+    attachments = _ATTACHMENTS.current
+    if not attachments and not would_write(level):
         return
     event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception, unit)
     for attachment in attachments:
         if name in attachment.names:
             _call(attachment, event)
     if not any(attachment.is_logger for attachment in attachments):
-        _log_event(event, level=EVENT_LEVELS[name])
+        _log_event(event, level=level)
+
+
+def failure_reason(error: BaseException) -> str:
+    """The class name that tells why something failed; for a failed term, the class of its own exception."""
+    if type(error) is RegularizerError and error.__cause__ is not None:
+        return type(error.__cause__).__name__
+    return type(error).__name__
+
+
+@contextmanager
+def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurements, None, None]:
+    """Emit `<prefix>.start` now, and `<prefix>.stop` or `<prefix>.exception` at the end of the block.
+
+    A plain `with`, also around awaits. A cancellation is an exception event with the reason "CancelledError".
+
+    Args:
+        prefix: the event's name without its last part, e.g. "tinkex.http.request".
+        metadata: what the work is about.
+
+    Yields:
+        The measurements of the stop event, to be filled by the block; `duration` (seconds) is added.
+
+    Raises:
+        ValueError: no event has this prefix.
+    """
+    measurements: Measurements = {}
+    unit = next(_UNITS)
+    if _ATTACHMENTS.current or would_write(EVENT_LEVELS[f"{prefix}.start"]):
+        emit(f"{prefix}.start", {"system_time": time.time()}, metadata, unit=unit)
+    started = time.monotonic()
+    try:
+        yield measurements
+    except BaseException as error:
+        duration = time.monotonic() - started
+        failed = {**_kept(metadata, _LEFT_OUT_AT_EXCEPTION, prefix), "reason": failure_reason(error)}
+        emit(f"{prefix}.exception", {"duration": duration}, failed, error, unit=unit)
+        raise
+    if not _ATTACHMENTS.current and not would_write(EVENT_LEVELS[f"{prefix}.stop"]):
+        return
+    measurements["duration"] = time.monotonic() - started
+    kept = _kept(metadata, _LEFT_OUT_AT_STOP, prefix) if prefix in _LEFT_OUT_AT_STOP else metadata
+    emit(f"{prefix}.stop", measurements, kept, unit=unit)
 
 
 def request_headers() -> dict[str, str]:
-    """The headers that handlers want sent with the HTTP request that is about to be made; empty unless asked for."""
+    """The headers that handlers want sent with the HTTP request that is about to be made, names in lower case."""
     headers: dict[str, str] = {}
-    for attachment in _ATTACHMENTS.snapshot():
+    for attachment in _ATTACHMENTS.current:
         if attachment.request_headers is not None:
             headers |= _guarded(attachment, "the headers of a request", attachment.request_headers, _checked) or {}
-    return headers
+    return {name.lower(): value for name, value in headers.items()} if headers else headers
+
+
+def _kept(metadata: Mapping[str, Any], left_out: Mapping[str, frozenset[str]], prefix: str) -> Mapping[str, Any]:
+    unwanted = left_out.get(prefix, frozenset())
+    return {key: value for key, value in metadata.items() if key not in unwanted}
 
 
 def _checked(headers: Mapping[str, str]) -> Mapping[str, str]:

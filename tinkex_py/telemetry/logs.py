@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping
+from inspect import isfunction
 from typing import Any
 
 import structlog
@@ -22,28 +23,8 @@ _LEVEL_NAMES = {
 _LEVELS = {name: level for level, name in _LEVEL_NAMES.items()}
 _STDERR_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
 _COMPARED = ("wrapper_class", "logger_factory", "context_class")
-_DEFAULTS_IN_STRUCTLOG = {
-    "processors": "_BUILTIN_DEFAULT_PROCESSORS",
-    "wrapper_class": "_BUILTIN_DEFAULT_WRAPPER_CLASS",
-    "logger_factory": "_BUILTIN_DEFAULT_LOGGER_FACTORY",
-    "context_class": "_BUILTIN_DEFAULT_CONTEXT_CLASS",
-}
-
-
-def _default_configuration() -> dict[str, Any] | None:
-    """What structlog does unasked, or None if that cannot be told any more."""
-    configuration: dict[str, Any] = structlog.get_config()
-    if structlog.is_configured():
-        # A host (or an earlier capture_logs) was here before this import; structlog keeps its own copy of the defaults.
-        internals: dict[str, Any] = vars(sys.modules["structlog._config"])
-        try:
-            configuration = {key: internals[name] for key, name in _DEFAULTS_IN_STRUCTLOG.items()}
-        except KeyError:
-            return None
-    return {**configuration, "processors": list(configuration["processors"])}
-
-
-_DEFAULT_CONFIGURATION = _default_configuration()
+# What structlog does unasked; None where the host configured it before this package was imported.
+_DEFAULT_CONFIGURATION: dict[str, Any] | None = None if structlog.is_configured() else structlog.get_config()
 
 
 def parse_level(level: str) -> int:
@@ -66,13 +47,32 @@ def structlog_is_configured() -> bool:
     """
     if not structlog.is_configured():
         return False
-    if _DEFAULT_CONFIGURATION is None:
-        return True
     now = structlog.get_config()
+    if _DEFAULT_CONFIGURATION is None:
+        return not _looks_like_the_defaults(now)
     if any(now[key] is not _DEFAULT_CONFIGURATION[key] for key in _COMPARED):
         return True
-    processors, defaults = list(now["processors"]), _DEFAULT_CONFIGURATION["processors"]
+    processors, defaults = list(now["processors"]), list(_DEFAULT_CONFIGURATION["processors"])
     return len(processors) != len(defaults) or any(a is not b for a, b in zip(processors, defaults, strict=True))
+
+
+def _looks_like_the_defaults(configuration: Mapping[str, Any]) -> bool:
+    """Whether it is structlog's own configuration, as its documentation describes it ("Configuration")."""
+    default_processors = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.StackInfoRenderer,
+        structlog.dev.set_exc_info,
+        structlog.processors.TimeStamper,
+        structlog.dev.ConsoleRenderer,
+    ]
+    kinds: list[object] = [one if isfunction(one) else type(one) for one in configuration["processors"]]
+    return (
+        kinds == default_processors
+        and configuration["wrapper_class"] is structlog.make_filtering_bound_logger(logging.NOTSET)
+        and configuration["context_class"] is dict
+        and type(configuration["logger_factory"]) is structlog.PrintLoggerFactory
+    )
 
 
 def logging_is_configured() -> bool:
@@ -87,7 +87,7 @@ def logging_is_configured() -> bool:
 
 def would_write(level: int) -> bool:
     """Whether `write_line` does anything with a line of this level that nobody asked for."""
-    return structlog_is_configured() or LOGGER.isEnabledFor(level)
+    return (structlog.is_configured() and structlog_is_configured()) or LOGGER.isEnabledFor(level)
 
 
 def write_line(event: str, fields: Mapping[str, Any], level: int, *, asked_for: bool = False) -> None:

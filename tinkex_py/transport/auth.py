@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from tinkex_py.errors import APIStatusError, ConfigError, InvalidResponse, TransportError
-from tinkex_py.timeouts import time_limit
-from tinkex_py.transport.request import Secret
-from tinkex_py.transport.response import Response
+from tinkex_py.limits import time_limit
+from tinkex_py.transport.messages import Response, Secret
 
 COMMAND_VARIABLE = "TINKER_CREDENTIAL_CMD"
 COMMAND_TIMEOUT = 30.0
@@ -42,6 +41,7 @@ class Auth:
     def __init__(self, given: Secret, command: Secret) -> None:
         self._given = given
         self._command = command
+        self._given_ends = expiry_of(given) if _is_jwt(given) else None  # Unix seconds
         self._uses_command = not given
         self._exchange: Exchange | None = None
         self._token: Secret | None = None
@@ -83,9 +83,9 @@ class Auth:
             ConfigError: the key has ended, or the command gave none.
             APIStatusError, TransportError: the exchange failed.
         """
-        if self._exchange is None:
-            return await self._raw()
-        return await self._fresh_token(self._exchange)
+        if self._exchange is not None:
+            return await self._fresh_token(self._exchange)
+        return self._given if self._given_ends is None and not self._uses_command else await self._raw()
 
     async def renewed(self, rejected: Secret) -> Secret | None:
         """Another token in place of one that the service rejected; None if there is no exchange.
@@ -126,13 +126,13 @@ class Auth:
     async def _raw(self) -> Secret:
         if self._uses_command:
             return await key_from_command(self._command)
-        check_not_expired(self._given)
+        check_not_expired(self._given_ends)
         return self._given
 
 
 def rejects_token(response: Response) -> bool:
-    """Whether a response says that the token, and not the right to do this, is the trouble."""
-    return response.status == 401 and 'error="invalid_token"' in response.headers.get("www-authenticate", "")
+    """Whether a 401 says that the token, and not the right to do this, is the trouble."""
+    return 'error="invalid_token"' in response.headers.get("www-authenticate", "")
 
 
 def credentials_file() -> Path | None:
@@ -228,13 +228,15 @@ def expiry_of(token: Secret) -> float | None:
     return float(ends) if isinstance(ends, int | float) and not isinstance(ends, bool) and 0 < ends < 1e12 else None
 
 
-def check_not_expired(key: Secret) -> None:
-    """Checks a key that is a JWT against its own end.
+def check_not_expired(ends: float | None) -> None:
+    """Checks the end of a key that says when it ends.
+
+    Args:
+        ends: Unix seconds; None if it does not end.
 
     Raises:
         ConfigError: it has ended, so no service will take it.
     """
-    ends = expiry_of(key) if _is_jwt(key) else None
     if ends is not None and ends <= time.time():
         raise ConfigError(f"the API key is a token that ended {time.time() - ends:.0f} s ago: get a new one")
 

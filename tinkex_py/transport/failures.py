@@ -11,6 +11,7 @@ from tinkex_py.errors import (
     TinkexError,
     TransportError,
 )
+from tinkex_py.transport.connections import HandshakeFailed
 from tinkex_py.transport.proxies import ProxyAddress
 
 _BROKEN_CONNECTION = frozenset({"TransportError", "NetworkError", "ProtocolError", "OSError"})
@@ -57,21 +58,27 @@ def typed_failure(
 
 
 def _why_no_connection(failure: BaseException | None, proxy: ProxyAddress | None) -> str:
-    error = failure
+    error, handshake = failure, ""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return (
                 f"the certificate of the service is not trusted: {error.verify_message}. If it is your own, name it in "
                 "SSL_CERT_FILE"
             )
-        if isinstance(error, ssl.SSLError):
-            return f"the TLS handshake failed ({error.reason}). Does the service speak https there?"
+        if isinstance(error, HandshakeFailed | ssl.SSLError):
+            handshake = f"the TLS handshake failed ({_reason(error)}). Does the service speak https there?"
         if isinstance(error, socket.gaierror) and proxy is None:
             return f"the name of the host cannot be resolved ({error.strerror}). Is base_url right?"
         error = error.__cause__ or error.__context__
+    if handshake:
+        return handshake
     if proxy is not None:
         return f"no connection to the proxy {proxy.host!r}, which the environment variable {proxy.variable} names"
     return "nothing answers there. Is the service running, and base_url right?"
+
+
+def _reason(error: Exception) -> str:
+    return error.reason if isinstance(error, ssl.SSLError) else str(error) or "the peer closed the connection"
 
 
 def _broke_off(error: Exception) -> bool:

@@ -11,23 +11,23 @@ from urllib.parse import urlsplit
 import httpx
 
 from tinkex_py.errors import ClientClosed, ConnectionFailed, TimeoutExceeded
+from tinkex_py.limits import time_limit
 from tinkex_py.telemetry import Measurements, lifecycle, request_headers
-from tinkex_py.timeouts import time_limit
 from tinkex_py.transport.adapters import ClientTransport
 from tinkex_py.transport.connections import SocketTransport
 from tinkex_py.transport.failures import typed_failure
-from tinkex_py.transport.proxies import ProxyAddress
-from tinkex_py.transport.request import (
+from tinkex_py.transport.messages import (
     NO_HEADERS,
     NO_SECRET,
     Request,
+    Response,
     Secret,
     checked_base_url,
     join_url,
     merged_headers,
     same_origin,
 )
-from tinkex_py.transport.response import Response
+from tinkex_py.transport.proxies import ProxyAddress
 from tinkex_py.version import __version__
 
 Result = TypeVar("Result")
@@ -38,6 +38,10 @@ _MOST_REDIRECTS = 5
 _MOST_OF_AN_ERROR = 1 << 16
 # A header of fewer characters is no key, and leaving it out of messages would garble them.
 _SHORTEST_KEY = 8
+
+
+# A client asks few addresses many times, and httpx takes 0.1 ms to parse one.
+_frequent_url = lru_cache(maxsize=64)(httpx.URL)
 
 
 class Transport(Protocol):
@@ -127,17 +131,12 @@ class HttpClient:
             ClientClosed: this client is closed, or belongs to another event loop.
             InvalidData: the path or a header cannot be sent.
         """
+        name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
-            seconds = self._seconds(request)
-            raw = await _bounded(self._whole(request, key), self._name(request), seconds, self._proxy)
-            measurements.update(status=raw.status_code, bytes=len(raw.content))
-            return Response(
-                status=raw.status_code,
-                headers=_lower(raw.headers),
-                body=raw.content,
-                request=self._name(request),
-                secret=key.with_others(self._secret_headers),
-            )
+            raw = await _bounded(self._whole(request, key, seconds), name, seconds, self._proxy)
+            measurements |= {"status": raw.status_code, "bytes": len(raw.content)}
+            secret = key.with_others(self._secret_headers)
+            return Response(raw.status_code, dict(raw.headers.items()), raw.content, name, secret)
 
     @asynccontextmanager
     async def stream(
@@ -155,16 +154,15 @@ class HttpClient:
         Raises:
             ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
         """
+        name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
-            seconds = self._seconds(request)
-            sending = self._send(request, key, join_url(self._base, request.path))
-            raw = await _bounded(sending, self._name(request), seconds, self._proxy)
-            secret = key.with_others(self._secret_headers)
-            response = ResponseStream(raw, self._name(request), secret, seconds)
+            sending = self._send(request, key, join_url(self._base, request.path), seconds)
+            raw = await _bounded(sending, name, seconds, self._proxy)
+            response = ResponseStream(raw, name, key.with_others(self._secret_headers), seconds)
             try:
                 yield response
             finally:
-                measurements.update(status=response.status, bytes=response.received)
+                measurements |= {"status": response.status, "bytes": response.received}
                 await raw.aclose()
 
     @asynccontextmanager
@@ -226,12 +224,13 @@ class HttpClient:
     def _require_usable(self) -> None:
         if self._closed:
             raise ClientClosed("this client is closed; make a new one")
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        self._require_own_loop()
+        if self._loop is not asyncio.get_running_loop():
+            self._require_own_loop()
 
     def _require_own_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._loop:
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._loop is not loop:
             raise ClientClosed(
                 "this client belongs to the event loop of its first request, and this is another one: "
                 "make one client per event loop, and close it there"
@@ -242,13 +241,13 @@ class HttpClient:
         """One exchange: `aclose` ends it, it waits for its turn, and events tell of it."""
         self._require_usable()
         closed = ClientClosed("this client was closed while the request was under way")
+        path = f"{self._base.path.rstrip('/')}/{request.path.partition('?')[0].lstrip('/')}"
+        metadata = {"method": request.method, "path": path, "attempt": attempt}
         async with time_limit(None, lambda: closed) as limit:
             self._running.add(limit)
             self._nothing_runs.clear()
             try:
                 async with self._slots:
-                    path = urlsplit(join_url(self._base, request.path)).path
-                    metadata = {"method": request.method, "path": path, "attempt": attempt}
                     with lifecycle("tinkex.http.request", metadata) as measurements:
                         yield measurements
             finally:
@@ -256,26 +255,30 @@ class HttpClient:
                 if not self._running:
                     self._nothing_runs.set()
 
-    async def _whole(self, request: Request, key: Secret) -> httpx.Response:
+    async def _whole(self, request: Request, key: Secret, seconds: float) -> httpx.Response:
         """The complete response at the end of the redirections that the request may follow."""
         url = join_url(self._base, request.path)
         for _ in range(_MOST_REDIRECTS):
-            raw = await self._send(request, key, url, read=True)
+            raw = await self._send(request, key, url, seconds, read=True)
+            if not raw.is_redirect:
+                return raw
             target = request.redirected_to(raw.status_code, raw.headers.get("location"), url)
             if target is None:
                 return raw
             url = target
-        return await self._send(request, key, url, read=True)
+        return await self._send(request, key, url, seconds, read=True)
 
-    async def _send(self, request: Request, key: Secret, url: str, *, read: bool = False) -> httpx.Response:
-        seconds = self._seconds(request)
-        traced = merged_headers(request_headers()) if self._may_trace else NO_HEADERS
-        authorized = {"x-api-key": key.reveal()} if key else NO_HEADERS
+    async def _send(
+        self, request: Request, key: Secret, url: str, seconds: float, *, read: bool = False
+    ) -> httpx.Response:
+        traced = request_headers() if self._may_trace else NO_HEADERS
+        authorized = {"x-api-key": key.reveal()} if key else {}
         timeouts = {"connect": min(seconds, _LONGEST_CONNECT), "read": seconds, "write": seconds, "pool": seconds}
         raw = await self._transport.handle_async_request(
             httpx.Request(
                 request.method,
-                _address(url),
+                # An address with a query is not kept: it may hold secrets, and comes once.
+                httpx.URL(url) if "?" in url else _frequent_url(url),
                 headers={**traced, **self._headers, **request.headers, **authorized},
                 content=request.body(),
                 extensions={"timeout": timeouts},
@@ -288,11 +291,10 @@ class HttpClient:
                 await raw.aclose()
         return raw
 
-    def _name(self, request: Request) -> str:
-        return f"{request.name} at {self.host}"
-
-    def _seconds(self, request: Request) -> float:
-        return self._timeout if request.timeout is None else request.timeout
+    def _name_and_seconds(self, request: Request) -> tuple[str, float]:
+        """What messages call an exchange, without the query, which may hold secrets; and how long it may take."""
+        name = f"{request.method} /{request.path.partition('?')[0].lstrip('/')} at {self._base.netloc}"
+        return name, self._timeout if request.timeout is None else request.timeout
 
 
 class ResponseStream:
@@ -306,7 +308,7 @@ class ResponseStream:
 
     def __init__(self, raw: httpx.Response, request: str, secret: Secret, seconds: float) -> None:
         self.status: int = raw.status_code
-        self.headers = _lower(raw.headers)
+        self.headers: dict[str, str] = dict(raw.headers.items())
         self.received = 0
         self._raw = raw
         self._request = request
@@ -366,18 +368,3 @@ async def _bounded(
         if failure is None:
             raise
     raise failure
-
-
-def _lower(headers: httpx.Headers) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
-
-
-def _address(url: str) -> httpx.URL:
-    """An address for httpx. One with a query is not kept: it may hold secrets, and comes once."""
-    return httpx.URL(url) if "?" in url else _frequent_address(url)
-
-
-@lru_cache(maxsize=64)
-def _frequent_address(url: str) -> httpx.URL:
-    # A client asks few addresses many times, and httpx takes 0.1 ms to take one apart.
-    return httpx.URL(url)

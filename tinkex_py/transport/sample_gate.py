@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from tinkex_py import telemetry
 from tinkex_py.errors import RateLimited
-from tinkex_py.transport.byte_budget import ByteBudget
+from tinkex_py.limits import ByteBudget
 
 # After the service turned a sample away, for so many seconds ...
 NARROW_SECONDS = 10.0

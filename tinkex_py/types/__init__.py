@@ -1,9 +1,8 @@
 """Values that cross the wire or the public boundary."""
 
 from tinkex_py.types.checkpoint_path import CheckpointPath
-from tinkex_py.types.datum import Datum
+from tinkex_py.types.datum import Datum, EncodedTextChunk, Encoder, ModelInput, Tokenizer
 from tinkex_py.types.features import ServiceFeatures
-from tinkex_py.types.model_input import EncodedTextChunk, Encoder, ModelInput, Tokenizer
 from tinkex_py.types.outputs import (
     ForwardBackwardOutput,
     GetInfoResponse,

@@ -25,7 +25,7 @@ from tinkex_py.errors import (
     TinkexError,
     UnsupportedFeature,
 )
-from tinkex_py.retry import RetryPolicy
+from tinkex_py.limits import RetryPolicy
 from tinkex_py.types import SupportedModel
 
 LATENCY_SAMPLES = 3

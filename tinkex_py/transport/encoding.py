@@ -1,40 +1,39 @@
-"""Requests and results of forward and backward as bytes, with the packed buffers untouched.
+"""Passes over data as bytes, with the packed buffers untouched.
 
-The protobuf form of a datum is laid out once. A custom step sends the same datums twice, first for the forward
-pass and then with other weights, so `EncodedBatch.write_weights` only overwrites the weights' bytes. Where the gradient
-travels as advantages, `EncodedBatch.with_advantages` lays other fields beside the targets.
+The protobuf form of a datum is laid out once. A custom step sends the same datums twice, first for the forward pass and
+then with other weights, so `EncodedBatch.write_weights` only overwrites the weights' bytes. What stands around the
+numbers depends on lengths alone: it is made once for all datums of one shape, and the numbers are copied once, from
+their arrays into the request. Where the gradient travels as advantages, `EncodedBatch.with_advantages` lays other
+fields beside the targets.
 """
 
+import importlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.transport.protobuf_layout import CustomFrame, custom_frame, custom_frame_around, data_opening
-from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
+from tinkex_py.transport.messages import JSON, NO_HEADERS, Request, request
+from tinkex_py.types import Datum, TensorData
 from tinkex_py.types.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
 LossConfig = Mapping[str, float | str]
+EncodingName = Literal["protobuf", "json"]
+
+_BACKWARD_PATH = "/api/v1/forward_backward"
+_FORWARD_PATH = "/api/v1/forward"
+# ForwardBackwardRequest.data: field 3, length-delimited.
+_DATA_TAG = bytes([3 << 3 | 2])
+_TOKEN_BYTES = 4
+_TARGET_BYTES = 8
 _WEIGHT_BYTES = 4
-
-_OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
-# No loss gives tensors of more dimensions than this.
-_MOST_DIMENSIONS = 8
-# More than any service answers at once; a few bytes can claim any number.
-_MOST_DATUMS = 2**24
-
-DTYPES = {
-    wire.DTYPE_FLOAT32: np.dtype("<f4"),
-    wire.DTYPE_INT64: np.dtype("<i8"),
-    wire.DTYPE_INT32: np.dtype("<i4"),
-    wire.DTYPE_BFLOAT16: np.dtype("<u2"),
-}
+_NUMPY_DTYPES = {wire.DTYPE_FLOAT32: np.dtype("<f4"), wire.DTYPE_INT64: np.dtype("<i8")}
 
 
 @dataclass(frozen=True)
@@ -146,17 +145,15 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
     parts: list[bytes | Array] = []
     positions: list[int] = []
     sizes: list[int] = []
-    frames: dict[object, CustomFrame] = {}
     length = 0
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"]
-        if targets.is_sparse:
-            frame = custom_frame_around(_head_of(datum, targets), targets.shape)
+        if targets.sparse_crow_indices is not None:
+            frame = _custom_frame_around(_head_of(datum, targets), targets.shape)
         else:
             tokens = [chunk.tokens for chunk in datum.model_input.chunks]
             lengths = [array.size for array in tokens]
-            key = (*lengths, targets.shape)
-            frame = frames.get(key) or frames.setdefault(key, custom_frame(lengths, targets.shape))
+            frame = _custom_frame(tuple(lengths), targets.shape)
             for before, array in zip(frame.before_chunks, tokens, strict=True):
                 parts += (before, array)
             parts += (frame.before_targets, targets.data)
@@ -225,93 +222,186 @@ def request_as_json(batch: EncodedBatch, request: PassHeader) -> dict[str, Any]:
     }
 
 
+class Encoding(Protocol):
+    """One way to write a pass over data."""
+
+    @property
+    def name(self) -> EncodingName:
+        """Which one it is."""
+        ...
+
+    @property
+    def holds_any_number(self) -> bool:
+        """Whether NaN and infinity can be written."""
+        ...
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether writing much leaves the event loop's thread; a plain copy does not."""
+        ...
+
+    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
+        """Writes one request.
+
+        Args:
+            batch: the datums.
+            header: what the request says beside them.
+            headers: further HTTP headers.
+        """
+        ...
+
+
+class ProtobufEncoding:
+    """`ForwardBackwardRequest` messages to one endpoint.
+
+    Args:
+        compress: with zstd, where `zstandard` is installed (the extra `zstd`). Without it the body goes plain, which
+            every service reads.
+    """
+
+    name: EncodingName = "protobuf"
+    holds_any_number = True
+
+    def __init__(self, *, compress: bool = False) -> None:
+        self._zstandard: Any = _zstandard() if compress else None
+        self.is_slow = self._zstandard is not None
+
+    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
+        """A ForwardBackwardRequest."""
+        parts = encode_request(batch, header)
+        if self._zstandard is None:
+            return request("POST", _BACKWARD_PATH, content=parts, content_type=PROTOBUF, headers=headers)
+        body = self._zstandard.ZstdCompressor().compress(b"".join(parts))
+        compressed = {**headers, "Content-Encoding": "zstd"}
+        return request("POST", _BACKWARD_PATH, content=body, content_type=PROTOBUF, headers=compressed)
+
+
+class JsonEncoding:
+    """JSON objects; forward passes have an endpoint of their own."""
+
+    name: EncodingName = "json"
+    holds_any_number = False
+    is_slow = True
+
+    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
+        """A `forward_input` or `forward_backward_input`."""
+        path = _FORWARD_PATH if header.forward_only else _BACKWARD_PATH
+        written = json.dumps(request_as_json(batch, header), allow_nan=False, separators=(",", ":")).encode()
+        return request("POST", path, content=written, content_type=JSON, headers=headers)
+
+
 @dataclass(frozen=True)
-class Result:
-    """A finished future: protobuf bytes, or a JSON object."""
+class _CustomFrame:
+    """The frame of all datums whose inputs and targets have the same lengths.
 
-    body: bytes
-    fields: Mapping[str, Any] | None
-
-
-def read_forward_backward(result: Result) -> ForwardBackwardOutput:
-    """The result of forward or forward_backward, whichever way it is written.
-
-    Raises:
-        InvalidResponse: it is neither.
+    Attributes:
+        before_chunks: before the int32 tokens of every chunk of the input.
+        before_targets: between them and the int64 targets.
+        before_weights: between those and the float32 weights.
+        after_weights: the end.
+        zeros: weights for a datum that has none.
+        weights_at: where the weights start.
+        length: of the whole element.
     """
-    if result.fields is None:
-        return decode_forward_backward(result.body)
-    told = {name: result.fields[name] for name in _OUTPUT_FIELDS if name in result.fields}
-    return ForwardBackwardOutput.read(told)
+
+    before_chunks: Sequence[bytes]
+    before_targets: bytes
+    before_weights: bytes
+    after_weights: bytes
+    zeros: bytes
+    weights_at: int
+    length: int
 
 
-def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
-    """A protobuf ForwardBackwardOutput, its numbers still packed.
+@lru_cache(maxsize=256)
+def _custom_frame(chunk_lengths: tuple[int, ...], shape: tuple[int, ...]) -> _CustomFrame:
+    """The frame of an element of ForwardBackwardRequest.data with `target_tokens` and `weights`.
 
-    Raises:
-        InvalidResponse: the bytes are no such message, or its parts contradict each other.
+    Args:
+        chunk_lengths: tokens of every chunk of the input.
+        shape: of the targets.
     """
-    try:
-        message = wire.ForwardBackwardOutput.FromString(body)
-    except DecodeError as error:
-        raise InvalidResponse(f"the result is no ForwardBackwardOutput ({len(body)} bytes)") from error
-    records = list(message.loss_fn_outputs)
-    counts = [record.num_datums for record in records]
-    if any(count < 0 for count in counts) or sum(counts) > _MOST_DATUMS:
-        raise InvalidResponse(f"the result claims to hold {counts} datums")
-    names = list(dict.fromkeys(name for record in records for name in record.fields))
-    return ForwardBackwardOutput(
-        loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
-        num_datums=sum(counts),
-        packed={
-            name: PackedTensor.join([_packed(record.fields.get(name), record.num_datums, name) for record in records])
-            for name in names
-        },
-        metrics=dict(message.metrics),
+    before_chunks = [_before_tokens(length) for length in chunk_lengths]
+    size = math.prod(shape)
+    before_targets, after_targets = _around_tensor("target_tokens", wire.DTYPE_INT64, _TARGET_BYTES * size, shape)
+    before_weights, after_weights = _around_tensor("weights", wire.DTYPE_FLOAT32, _WEIGHT_BYTES * size, shape)
+    inputs = sum(map(len, before_chunks)) + _TOKEN_BYTES * sum(chunk_lengths)
+    targets = len(before_targets) + _TARGET_BYTES * size + len(after_targets)
+    message = inputs + targets + len(before_weights) + _WEIGHT_BYTES * size + len(after_weights)
+    opening = _data_opening(message)
+    # An input without chunks has no part that could hold the opening.
+    first = [opening + before_chunks[0], *before_chunks[1:]] if before_chunks else []
+    return _CustomFrame(
+        before_chunks=first,
+        before_targets=before_targets if before_chunks else opening + before_targets,
+        before_weights=after_targets + before_weights,
+        after_weights=after_weights,
+        zeros=bytes(_WEIGHT_BYTES * size),
+        weights_at=len(opening) + inputs + targets + len(before_weights),
+        length=len(opening) + message,
     )
 
 
-def numbers_of(buffer: bytes, dtype: "str | np.dtype[Any]", name: str) -> Array:
-    """A buffer of an answer as numbers.
+def _custom_frame_around(head: bytes, shape: tuple[int, ...]) -> _CustomFrame:
+    """The frame of an element whose input and targets are laid out already, in `head`.
 
-    Raises:
-        InvalidResponse: it is cut off within a number.
+    Args:
+        head: the two, serialized.
+        shape: of the targets.
     """
-    if len(buffer) % np.dtype(dtype).itemsize:
-        raise InvalidResponse(f"{name} have {len(buffer)} bytes, which is no whole number of {dtype}")
-    return np.frombuffer(buffer, dtype)
+    size = _WEIGHT_BYTES * math.prod(shape)
+    before, after = _around_tensor("weights", wire.DTYPE_FLOAT32, size, shape)
+    message = len(head) + len(before) + size + len(after)
+    before_weights = _data_opening(message) + head + before
+    return _CustomFrame(
+        before_chunks=(),
+        before_targets=b"",
+        before_weights=before_weights,
+        after_weights=after,
+        zeros=bytes(size),
+        weights_at=len(before_weights),
+        length=len(before_weights) + size + len(after),
+    )
 
 
-def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> PackedTensor:
-    if field is None:
-        return PackedTensor.empty(num_datums)
-    dtype = DTYPES.get(field.dtype)
-    if dtype is None:
-        raise InvalidResponse(f"output field {name!r} has the unknown dtype {field.dtype}")
-    trailing = tuple(field.trailing_shape)
-    if len(trailing) > _MOST_DIMENSIONS or any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
-        raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
-    size = dtype.itemsize * math.prod(trailing)
-    data = field.data  # each look copies it
-    offsets = numbers_of(field.offsets, "<i8", f"the offsets of output field {name!r}")
-    if (
-        offsets.size != num_datums + 1
-        or offsets[0] != 0
-        or offsets[-1] != len(data)
-        or (np.diff(offsets) < 0).any()
-        or (offsets % size).any()
-    ):
-        raise InvalidResponse(f"the offsets of output field {name!r} do not fit its {len(data)} bytes")
-    values = np.frombuffer(data, dtype)
-    if field.dtype == wire.DTYPE_BFLOAT16:
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    elif field.dtype == wire.DTYPE_INT32:
-        values = values.astype(np.int64)
-    return PackedTensor(values, offsets // dtype.itemsize, [trailing] * num_datums)
+def _data_opening(length: int) -> bytes:
+    """Opens one element of `data`. Lengths are base-128 varints, low bits first (protobuf encoding guide)."""
+    opening = bytearray(_DATA_TAG)
+    while length > 0x7F:
+        opening.append(length & 0x7F | 0x80)
+        length >>= 7
+    opening.append(length)
+    return bytes(opening)
+
+
+def _before_tokens(length: int) -> bytes:
+    numbers = bytes(_TOKEN_BYTES * length)
+    chunk = wire.Chunk(encoded_text=wire.EncodedTextChunk(tokens=numbers))
+    message = wire.Datum(model_input=[chunk]).SerializeToString()
+    return message[: len(message) - len(numbers)]
+
+
+def _around_tensor(name: str, dtype: "wire.DType", size: int, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What stands before and after the numbers of a loss input.
+
+    In the serialized entry the numbers are followed by dtype and shape only, since fields are written in
+    the order of their numbers.
+    """
+    tensor = wire.Tensor(dense=bytes(size), dtype=dtype, shape=shape)
+    entry = wire.Datum(loss_fn_inputs={name: tensor}).SerializeToString()
+    after = wire.Tensor(dtype=dtype, shape=shape).SerializeToString()
+    return entry[: len(entry) - len(after) - size], after
+
+
+def _zstandard() -> Any:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError:
+        return None
 
 
 def _append(body: bytearray, message: bytes) -> None:
-    body += data_opening(len(message))
+    body += _data_opening(len(message))
     body += message
 
 
@@ -350,7 +440,7 @@ def _floats(values: Array, shape: tuple[int, ...]) -> wire.Tensor:
 
 def _tensor_as_json(tensor: wire.Tensor) -> dict[str, Any]:
     dtype = "int64" if tensor.dtype == wire.DTYPE_INT64 else "float32"
-    element = DTYPES[tensor.dtype]
+    element = _NUMPY_DTYPES[tensor.dtype]
     if tensor.WhichOneof("encoding") == "sparse_csr":
         sparse = tensor.sparse_csr
         return {

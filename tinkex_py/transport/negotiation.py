@@ -1,112 +1,20 @@
-"""How a pass over data is written, and which way a service reads.
-
-Both ways give the same requests. Which one a service reads is found out without putting a numbered request at risk
-(protocol: 9.3 item 2).
-"""
+"""Which encoding a service reads, found out without putting a numbered request at risk (protocol: 9.3 item 2)."""
 
 import asyncio
-import importlib
-import json
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Literal, Protocol, cast
+from typing import Any, cast
 
 from tinkex_py.errors import APIStatusError
-from tinkex_py.transport.codec import (
-    NO_DATUMS,
-    PROTOBUF,
-    EncodedBatch,
-    PassHeader,
-    encode_request,
-    request_as_json,
-)
-from tinkex_py.transport.request import JSON, NO_HEADERS, Request, request
+from tinkex_py.transport.encoding import NO_DATUMS, Encoding, EncodingName, JsonEncoding, PassHeader, ProtobufEncoding
+from tinkex_py.transport.messages import Request
 from tinkex_py.transport.server_config import ServerConfig
 
-EncodingName = Literal["protobuf", "json"]
-
-_BACKWARD_PATH = "/api/v1/forward_backward"
-_FORWARD_PATH = "/api/v1/forward"
 # No service can have a model of this name, so a request for it cannot do anything.
 NO_MODEL = "probe-nonexistent"
 _PROBE = PassHeader(NO_MODEL, 1, "cross_entropy", {}, forward_only=True)
 _NOT_THIS_BODY = frozenset({415, 422})
 
 Send = Callable[[Request], Awaitable[object]]
-
-
-class Encoding(Protocol):
-    """One way to write a pass over data."""
-
-    @property
-    def name(self) -> EncodingName:
-        """Which one it is."""
-        ...
-
-    @property
-    def holds_any_number(self) -> bool:
-        """Whether NaN and infinity can be written."""
-        ...
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether writing much leaves the event loop's thread; a plain copy does not."""
-        ...
-
-    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """Writes one request.
-
-        Args:
-            batch: the datums.
-            header: what the request says beside them.
-            headers: further HTTP headers.
-        """
-        ...
-
-
-class ProtobufEncoding:
-    """`ForwardBackwardRequest` messages to one endpoint.
-
-    Args:
-        compress: with zstd, where `zstandard` is installed (the extra `zstd`). Without it the body goes plain, which
-            every service reads.
-    """
-
-    name: EncodingName = "protobuf"
-    holds_any_number = True
-
-    def __init__(self, *, compress: bool = False) -> None:
-        self._zstandard: Any = _zstandard() if compress else None
-        self.is_slow = self._zstandard is not None
-
-    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """A ForwardBackwardRequest."""
-        parts = encode_request(batch, header)
-        if self._zstandard is None:
-            return request("POST", _BACKWARD_PATH, content=parts, content_type=PROTOBUF, headers=headers)
-        body = self._zstandard.ZstdCompressor().compress(b"".join(parts))
-        compressed = {**headers, "Content-Encoding": "zstd"}
-        return request("POST", _BACKWARD_PATH, content=body, content_type=PROTOBUF, headers=compressed)
-
-
-class JsonEncoding:
-    """JSON objects; forward passes have an endpoint of their own."""
-
-    name: EncodingName = "json"
-    holds_any_number = False
-    is_slow = True
-
-    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """A `forward_input` or `forward_backward_input`."""
-        path = _FORWARD_PATH if header.forward_only else _BACKWARD_PATH
-        written = json.dumps(request_as_json(batch, header), allow_nan=False, separators=(",", ":")).encode()
-        return request("POST", path, content=written, content_type=JSON, headers=headers)
-
-
-def _zstandard() -> Any:
-    try:
-        return importlib.import_module("zstandard")
-    except ImportError:
-        return None
 
 
 class PassEncoding:
@@ -117,27 +25,25 @@ class PassEncoding:
         send: sends one probe; raises APIStatusError for a response that is not 2xx.
 
     Attributes:
-        config: what the service says about itself.
+        chosen: how this service reads passes over data; None before it was asked.
     """
 
     def __init__(self, wanted: str, config: ServerConfig, send: Send) -> None:
-        self.config = config
+        self.chosen: Encoding | None = None
+        self._config = config
         self._wanted = wanted
         self._send = send
-        self._chosen: Encoding | None = None
         self._choosing = asyncio.Lock()
 
-    async def current(self) -> Encoding:
+    async def choose(self) -> Encoding:
         """How this service reads passes over data.
 
         Raises:
             APIStatusError, TransportError: the service could not be asked.
         """
-        if self._chosen is None:
-            async with self._choosing:
-                if self._chosen is None:
-                    self._chosen = await choose_encoding(self._wanted, self.config, self._send)
-        return self._chosen
+        async with self._choosing:
+            self.chosen = self.chosen or await choose_encoding(self._wanted, self._config, self._send)
+            return self.chosen
 
     def falls_back_to_json(self, error: APIStatusError) -> bool:
         """Whether a refused pass is to be written in JSON instead, and all later ones too.
@@ -146,7 +52,7 @@ class PassEncoding:
         """
         if self._wanted != "auto" or not refuses_protobuf(error):
             return False
-        self._chosen = JsonEncoding()
+        self.chosen = JsonEncoding()
         return True
 
 

@@ -1,6 +1,8 @@
-"""Results of sampling, from bytes."""
+"""Results of passes and samples from bytes or JSON, with the packed buffers untouched."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,12 +10,116 @@ from google.protobuf.message import DecodeError
 
 from tinkex_py.errors import InvalidData, InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.transport.codec import DTYPES, Result, numbers_of
-from tinkex_py.types import PromptAltTokens, SampledSequence, SampleResponse, TensorData
+from tinkex_py.types import (
+    ForwardBackwardOutput,
+    PackedTensor,
+    PromptAltTokens,
+    SampledSequence,
+    SampleResponse,
+    TensorData,
+)
 from tinkex_py.types.samples import TopLogprobs
+from tinkex_py.types.tensors import Array
 
+_OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
+# No loss gives tensors of more dimensions than this.
+_MOST_DIMENSIONS = 8
+# More than any service answers at once; a few bytes can claim any number.
+_MOST_DATUMS = 2**24
 # A cell of a top-k row that holds nothing.
 _UNUSED_LOGPROB = -99999.0
+
+DTYPES = {
+    wire.DTYPE_FLOAT32: np.dtype("<f4"),
+    wire.DTYPE_INT64: np.dtype("<i8"),
+    wire.DTYPE_INT32: np.dtype("<i4"),
+    wire.DTYPE_BFLOAT16: np.dtype("<u2"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished future: protobuf bytes, or a JSON object."""
+
+    body: bytes
+    fields: Mapping[str, Any] | None
+
+
+def read_forward_backward(result: Result) -> ForwardBackwardOutput:
+    """The result of forward or forward_backward, whichever way it is written.
+
+    Raises:
+        InvalidResponse: it is neither.
+    """
+    if result.fields is None:
+        return decode_forward_backward(result.body)
+    told = {name: result.fields[name] for name in _OUTPUT_FIELDS if name in result.fields}
+    return ForwardBackwardOutput.read(told)
+
+
+def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
+    """A protobuf ForwardBackwardOutput, its numbers still packed.
+
+    Raises:
+        InvalidResponse: the bytes are no such message, or its parts contradict each other.
+    """
+    try:
+        message = wire.ForwardBackwardOutput.FromString(body)
+    except DecodeError as error:
+        raise InvalidResponse(f"the result is no ForwardBackwardOutput ({len(body)} bytes)") from error
+    records = list(message.loss_fn_outputs)
+    counts = [record.num_datums for record in records]
+    if any(count < 0 for count in counts) or sum(counts) > _MOST_DATUMS:
+        raise InvalidResponse(f"the result claims to hold {counts} datums")
+    names = list(dict.fromkeys(name for record in records for name in record.fields))
+    return ForwardBackwardOutput(
+        loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
+        num_datums=sum(counts),
+        packed={
+            name: PackedTensor.join([_packed(record.fields.get(name), record.num_datums, name) for record in records])
+            for name in names
+        },
+        metrics=dict(message.metrics),
+    )
+
+
+def numbers_of(buffer: bytes, dtype: "str | np.dtype[Any]", name: str) -> Array:
+    """A buffer of an answer as numbers.
+
+    Raises:
+        InvalidResponse: it is cut off within a number.
+    """
+    if len(buffer) % np.dtype(dtype).itemsize:
+        raise InvalidResponse(f"{name} have {len(buffer)} bytes, which is no whole number of {dtype}")
+    return np.frombuffer(buffer, dtype)
+
+
+def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> PackedTensor:
+    if field is None:
+        return PackedTensor.empty(num_datums)
+    dtype = DTYPES.get(field.dtype)
+    if dtype is None:
+        raise InvalidResponse(f"output field {name!r} has the unknown dtype {field.dtype}")
+    trailing = tuple(field.trailing_shape)
+    if len(trailing) > _MOST_DIMENSIONS or any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
+        raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
+    size = dtype.itemsize * math.prod(trailing)
+    data = field.data  # each look copies it
+    offsets = numbers_of(field.offsets, "<i8", f"the offsets of output field {name!r}")
+    if (
+        offsets.size != num_datums + 1
+        or offsets[0] != 0
+        or offsets[-1] != len(data)
+        or (np.diff(offsets) < 0).any()
+        or (offsets % size).any()
+    ):
+        raise InvalidResponse(f"the offsets of output field {name!r} do not fit its {len(data)} bytes")
+    values = np.frombuffer(data, dtype)
+    if field.dtype == wire.DTYPE_BFLOAT16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif field.dtype == wire.DTYPE_INT32:
+        values = values.astype(np.int64)
+    return PackedTensor(values, offsets // dtype.itemsize, [trailing] * num_datums)
 
 
 def read_sample(result: Result) -> SampleResponse:
@@ -42,7 +148,7 @@ def decode_sample(body: bytes) -> SampleResponse:
         sequences=[_sequence(sequence) for sequence in message.sequences],
         prompt_logprobs=None if prompt is None else [None if np.isnan(value) else float(value) for value in prompt],
         topk_prompt_logprobs=None if topk is None else _top(topk, "topk_prompt_logprobs"),
-        target_prompt_logprobs=None if targets is None else _tensor(targets, "target_prompt_logprobs"),
+        target_prompt_logprobs=None if targets is None else _sampled_tensor(targets, "target_prompt_logprobs"),
         prompt_alt_tokens=_alternatives(message.prompt_alt_tokens) if message.HasField("prompt_alt_tokens") else None,
         prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
     )
@@ -83,12 +189,12 @@ def _row(cells: list[tuple[int, float]]) -> list[tuple[int, float]] | None:
 
 def _alternatives(message: wire.PromptAltTokens) -> PromptAltTokens:
     return PromptAltTokens(
-        tokens=_tensor(message.tokens, "tokens of prompt_alt_tokens"),
-        logprobs=_tensor(message.logprobs, "logprobs of prompt_alt_tokens"),
+        tokens=_sampled_tensor(message.tokens, "tokens of prompt_alt_tokens"),
+        logprobs=_sampled_tensor(message.logprobs, "logprobs of prompt_alt_tokens"),
     )
 
 
-def _tensor(message: wire.Tensor, name: str) -> TensorData:
+def _sampled_tensor(message: wire.Tensor, name: str) -> TensorData:
     dtype = DTYPES.get(message.dtype)
     shape = tuple(message.shape)
     if dtype is None or message.dtype == wire.DTYPE_BFLOAT16:  # not allowed in plain tensors (protocol: 4.4)
