@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from tinkex_py.client.completions import SampleCompletions
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sample_request import (
     asked_parts,
@@ -52,6 +53,7 @@ class AsyncSamplingClient:
             max_in_flight=session.config.sample_max_concurrent_requests,
             patience=session.settings.sampling_patience,
         )
+        self._completions = SampleCompletions(session, sampling_session_id)
         self._closed = False
 
     @property
@@ -141,7 +143,10 @@ class AsyncSamplingClient:
                 accepted = await self._submit(numbered, cost, since)
                 request_id = request_id_of(accepted)
                 try:
-                    response = await self._session.api.result(request_id, "Sample", read_sample, self._queue.pending)
+                    async with self._completions.awaited(request_id):
+                        response = await self._session.api.result(
+                            request_id, "Sample", read_sample, self._queue.pending
+                        )
                 except ResultLost:
                     if lost > _MOST_LOST or self._session.config.sample_no_retries:
                         raise

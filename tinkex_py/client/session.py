@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 from urllib.parse import quote
 
@@ -75,7 +75,7 @@ class Session:
         self._follow(ServerConfig())
         self._prepared = False
         self._session_id: str | None = None
-        self._heartbeat: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def session_id(self) -> str:
@@ -114,10 +114,17 @@ class Session:
             lambda response: text_of(fields_of(response), "session_id", _CREATE),
             billing=BillingPause(0.0),
         )
-        self._heartbeat = asyncio.create_task(
+        self.start_task(
             send_heartbeats(self.api.exchange, self._session_id, self.settings.heartbeat_interval, weakref.ref(owner)),
-            name="tinkex.heartbeat",
+            "tinkex.heartbeat",
         )
+
+    def start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Starts a task that ends with the session."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def close_orderings(self) -> None:
         """Ends all training clients; waits a while for what they have in flight."""
@@ -129,12 +136,13 @@ class Session:
                 group.create_task(ordering.drain(self.settings.close_timeout), name="tinkex.closing")
 
     async def close(self) -> None:
-        """Ends the heartbeat and tells the service that the session is over, if it listens."""
+        """Ends the tasks of the session and tells the service that the session is over, if it listens."""
         if self._session_id is None:
             return
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            await asyncio.wait([self._heartbeat])
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         path = f"/api/v1/sessions/{quote(self._session_id, safe=':')}/finish"
         self._session_id = None
         # Courtesy only: a service that does not know the call, or is gone, will expire the session by itself.

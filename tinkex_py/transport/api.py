@@ -129,6 +129,7 @@ class ServiceApi:
         billing: BillingPause | None = None,
         retry_statuses: Callable[[int], bool] | None = None,
         key: Secret | None = None,
+        held: bool = False,
         redirected: Callable[[Response], Read | None] | None = None,
     ) -> Read:
         """Sends a request until there is a final response, and reads it.
@@ -141,6 +142,7 @@ class ServiceApi:
             billing: how long the service may ask for payment; default is the client's.
             retry_statuses: which statuses are worth another attempt; default `is_retryable_status`.
             key: instead of the current key.
+            held: whether the service may hold the request, as it holds polls.
             redirected: reads a redirection where it is what was asked for; None for any other response.
 
         Raises:
@@ -158,7 +160,9 @@ class ServiceApi:
             try:
                 async with time_limit(attempts.seconds_left, too_late):
                     if key is None:
-                        response = await self.exchange(sent, attempt=attempts.number)
+                        response = await self.exchange(
+                            sent, attempt=attempts.number, over=self._polls if held else None
+                        )
                     else:
                         response = await self.http.exchange(sent, key=key, attempt=attempts.number)
                 place = None if redirected is None else redirected(response)
@@ -284,6 +288,25 @@ def request_id_of(response: Response) -> str:
     return text_of(fields, "request_id", response.request)
 
 
+class PollPace:
+    """Pauses between polls that the service does not hold."""
+
+    def __init__(self) -> None:
+        self._pause = _FIRST_PAUSE
+
+    async def wait(self, took: float) -> None:
+        """Waits before the next poll, longer each time.
+
+        Args:
+            took: seconds that the service took to say "not yet".
+        """
+        if took >= _HELD_SECONDS:
+            self._pause = _FIRST_PAUSE
+            return
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+
 class PendingResult(Generic[Decoded]):
     """One future that is being waited for.
 
@@ -309,7 +332,7 @@ class PendingResult(Generic[Decoded]):
         self._timeout = timeout
         self._on_pending = on_pending
         self._polls = 0
-        self._pause = _FIRST_PAUSE
+        self._pace = PollPace()
         self._bad_requests = 0
         self._wants_payload = False
         self._queue_state: object = None
@@ -346,7 +369,7 @@ class PendingResult(Generic[Decoded]):
             if result is not None:
                 return self._decode(result)
             attempts.progressed()
-            await self._pace(loop.time() - started)
+            await self._pace.wait(loop.time() - started)
 
     def _next_poll(self) -> Request:
         fields: dict[str, Any] = {"request_id": self._request_id}
@@ -407,13 +430,6 @@ class PendingResult(Generic[Decoded]):
             category="server",
             request_id=self._request_id,
         )
-
-    async def _pace(self, took: float) -> None:
-        if took >= _HELD_SECONDS:
-            self._pause = _FIRST_PAUSE
-            return
-        await asyncio.sleep(self._pause)
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _report_pending(self, fields: Mapping[str, Any]) -> None:
         if self._on_pending is not None:

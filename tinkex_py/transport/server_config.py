@@ -20,6 +20,7 @@ class ServerConfig:
         proto_write_fwdbwd: whether passes are read as protobuf; None if the service does not say.
         sample_dispatch_bytes_semaphore_size: most estimated bytes of prompts that are being posted at once.
         sample_max_concurrent_requests: most samples in flight of one sampling client.
+        sample_use_retrieve_futures: many samples can be waited for with one poll.
         sample_no_retries: a sample whose result was lost is not asked for again.
         billing_exception_max_pause_duration_sec: seconds that responses 402 may pause the client.
         custom_loss_server_side: takes uploaded losses.
@@ -35,6 +36,7 @@ class ServerConfig:
     proto_write_fwdbwd: bool | None = None
     sample_dispatch_bytes_semaphore_size: int = 10_485_760
     sample_max_concurrent_requests: int = 2000
+    sample_use_retrieve_futures: bool = False
     sample_no_retries: bool = False
     billing_exception_max_pause_duration_sec: int = 3600
     custom_loss_server_side: bool = False
