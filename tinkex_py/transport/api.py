@@ -150,6 +150,7 @@ class ServiceApi:
             TransportError: there was no usable response within the retry policy.
         """
         policy = retry or self._retry
+        http = self._polls if held else self.http
 
         async def attempt(attempts: Attempts) -> Read:
             def too_late() -> TimeoutExceeded:
