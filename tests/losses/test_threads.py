@@ -24,7 +24,7 @@ from tests.losses.support import (
     until,
 )
 from tinkex_py import Pipeline, RegularizerTimeout
-from tinkex_py.losses.threads import TermThreads, WorkerThreads, usable_cpu_count
+from tinkex_py.losses.worker_pool import WorkerPool, usable_cpu_count
 
 pytestmark = pytest.mark.asyncio
 
@@ -81,32 +81,32 @@ async def test_an_abandoned_term_that_ends_makes_room(waiting: Any):
 
 async def test_the_bound_holds_across_pipelines_that_share_threads():
     gate = Gate()
-    threads = TermThreads(2)
+    workers = WorkerPool(2)
     logprobs = [np.array([-0.5, -1.0])]
     try:
         with gate.opening():
             pipelines = [Pipeline(async_nll, skipping(gate, 3)) for _ in range(3)]
             async with asyncio.timeout(LIMIT):
-                losses = await asyncio.gather(*(p.evaluate([], packed(logprobs), threads=threads) for p in pipelines))
+                losses = await asyncio.gather(*(p.evaluate([], packed(logprobs), workers=workers) for p in pipelines))
             assert [len(loss.output.skipped) for loss in losses] == [3, 3, 3]
             assert (gate.peak, gate.running, gate.calls) == (2, 2, 2)
         await until(lambda: gate.running == 0)
     finally:
-        threads.close()
+        workers.close()
 
 
 async def test_the_bound_is_the_smaller_limit_also_on_shared_threads():
     gate = Gate()
-    threads = TermThreads(4)
+    workers = WorkerPool(4)
     try:
         with gate.opening():
             pipeline = Pipeline(async_nll, skipping(gate, 4), max_concurrency=2)
             async with asyncio.timeout(LIMIT):
-                await pipeline.evaluate([], packed([np.zeros(2)]), threads=threads)
+                await pipeline.evaluate([], packed([np.zeros(2)]), workers=workers)
             assert gate.peak == 2
         await until(lambda: gate.running == 0)
     finally:
-        threads.close()
+        workers.close()
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -242,27 +242,27 @@ async def test_a_late_coroutine_is_closed():
     gc.collect()
 
 
-async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed(monkeypatch: pytest.MonkeyPatch):
-    async def later() -> None:
-        raise AssertionError("nobody awaits this")
+async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed():
+    """The term has returned it, and the loop is busy until the caller is cancelled."""
+    may_return = threading.Event()
+    left: list[Any] = []
 
-    class RunsAtOnce:
-        def submit(self, function: Any, *arguments: Any) -> None:
-            function(*arguments)
+    def term(data: Any, logprobs: torch.Tensor) -> Any:
+        assert may_return.wait(LIMIT)
+        left.append(async_l2(data, logprobs))
+        return left[0]
 
-    workers = WorkerThreads(1, "test")
-    monkeypatch.setattr(workers, "_executor", RunsAtOnce)
-    slot = await workers.slots.acquire("term")
-    returned = later()
-    closed: list[Any] = []
-    task = asyncio.create_task(workers.run(lambda: returned, slot=slot, release=slot.release, discard=closed.append))
-    for _ in range(2):  # the work is done; its result is delivered, and the task has not run since
-        await asyncio.sleep(0)
-    task.cancel()
+    workers = WorkerPool(1)
+    computing = asyncio.ensure_future(Pipeline(term).evaluate([], packed([np.zeros(2)]), workers=workers))
+    await until(lambda: workers.limiter.holders() == ["base_loss"])
+    may_return.set()
+    while workers.limiter.holders():  # without a turn of the loop
+        threading.Event().wait(0.001)
+    computing.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
-    returned.close()
-    assert closed == [returned]
+        await computing
+    workers.close()
+    assert left[0].cr_frame is None, "closed"
 
 
 async def test_a_cancelled_queue_runs_nothing():
@@ -311,14 +311,17 @@ async def test_contextvars_reach_terms_and_do_not_leak_back(form: str):
 async def test_a_worker_computes_alone_and_later_threads_as_usual():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    threads = TermThreads(2)
+    seen: list[int] = []
+
+    def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return logprobs.sum()
+
     try:
-        slot = await threads.terms.slots.acquire("term")
-        assert await threads.terms.run(torch.get_num_threads, slot=slot, release=slot.release) == 1
-        slot.release()
+        await Pipeline(term, max_threads=2).compute([], guide_logprobs())
+        assert seen == [1]
         assert torch.get_num_threads() == 2
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 2
     finally:
-        threads.close()
         torch.set_num_threads(before)

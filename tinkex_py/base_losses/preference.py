@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import softplus
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.reduction import Reduction
-from tinkex_py.losses.reference import ReferenceTerm
 from tinkex_py.losses.spec import TermResult
+from tinkex_py.terms.reduction import Reduction
+from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
 

@@ -13,7 +13,7 @@ from tinkex_py.client.session import Session, session_request
 from tinkex_py.client.uploaded_losses import UploadedLosses
 from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, NotFound, TransportError
-from tinkex_py.losses.threads import TermThreads
+from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.texts import REPLACED
 from tinkex_py.transport.answer import HttpAnswer, Secret
 from tinkex_py.transport.billing import BillingPause
@@ -52,7 +52,7 @@ class Connection:
         config: TinkexConfig,
         http: HttpClient,
         polls: HttpClient,
-        threads: TermThreads,
+        threads: WorkerPool,
         *,
         carrier: Carrier | None = None,
     ) -> None:

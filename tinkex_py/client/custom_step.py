@@ -92,7 +92,7 @@ class CustomStep:
             if not isinstance(error, PartialFailure | ResultLost):  # of these the service may hold something
                 self.steps.discard(self.pipeline.controllers, output)
             raise
-        return output.model_copy(update={"service_output": service_output})
+        return output.with_service(service_output)
 
     async def _forward(self, chunks: Sequence[EncodedBatch]) -> tuple[ForwardBackwardOutput, Carrier]:
         """The forward pass, and the loss that is to carry the gradient back.
@@ -133,8 +133,8 @@ class CustomStep:
                 data,
                 Logprobs.from_packed(_logprobs_of(forward, data)),
                 step=self.steps.made,
-                threads=self.requests.connection.threads,
-                thread_group=self.requests,
+                workers=self.requests.connection.threads,
+                group=self.requests,
                 record=self.record,
             )
         if not loss.differentiable:

@@ -26,7 +26,7 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     UnsupportedFeature,
 )
-from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.transport.http import HttpClient
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
@@ -73,7 +73,7 @@ class AsyncServiceClient:
         )
         # The embedded service sums, as the protocol says; other services have to show it.
         carrier = None if embedded is None else SUMMED
-        self._connection = Connection(config, http, polls, TermThreads(config.max_threads), carrier=carrier)
+        self._connection = Connection(config, http, polls, WorkerPool(config.max_threads), carrier=carrier)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
@@ -327,7 +327,7 @@ class AsyncServiceClient:
         if self._embedded is not None:
             return self._embedded.tokenizer
         threads = self._connection.threads
-        return await run_released(threads.arithmetic, "tokenizer", lambda: _tokenizer_by_name(name))
+        return await threads.compute("tokenizer", lambda: _tokenizer_by_name(name))
 
     # Opening and closing
 

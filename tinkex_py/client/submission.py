@@ -18,7 +18,7 @@ from tinkex_py.errors import (
     TinkexError,
     TransportError,
 )
-from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.transport.chunks import bytes_of, merge_outputs, plan_chunks
 from tinkex_py.transport.codec import (
     WEIGHT_BYTES,
@@ -67,7 +67,7 @@ def _cut(data: Sequence[Datum], connection: Connection, *, custom: bool) -> list
     )
 
 
-async def write_weights(chunks: Sequence[EncodedBatch], weights: Array, threads: TermThreads) -> None:
+async def write_weights(chunks: Sequence[EncodedBatch], weights: Array, threads: WorkerPool) -> None:
     """Gives the chunks other weights, in place: no request of theirs may be under way.
 
     Args:
@@ -84,7 +84,7 @@ async def write_weights(chunks: Sequence[EncodedBatch], weights: Array, threads:
 
 
 async def replace_by_advantages(
-    chunks: Sequence[EncodedBatch], logprobs: Array, advantages: Array, threads: TermThreads
+    chunks: Sequence[EncodedBatch], logprobs: Array, advantages: Array, threads: WorkerPool
 ) -> list[EncodedBatch]:
     """The chunks with logprobs and advantages instead of weights.
 
@@ -115,8 +115,8 @@ def _parts(chunks: Sequence[EncodedBatch]) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
 
 
-async def _off_loop_if(large: bool, threads: TermThreads, work: Callable[[], Value]) -> Value:
-    return await run_released(threads.arithmetic, "encode", work) if large else work()
+async def _off_loop_if(large: bool, threads: WorkerPool, work: Callable[[], Value]) -> Value:
+    return await threads.compute("encode", work) if large else work()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from tinkex_py.types import (
 )
 
 if TYPE_CHECKING:
-    from tinkex_py.losses.combine import Combine
+    from tinkex_py.losses.options import Combine
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
     from tinkex_py.losses.recording import RecordPath

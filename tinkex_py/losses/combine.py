@@ -1,60 +1,23 @@
-"""From the gradients of the terms to the gradient that is sent, and how the terms get along in it. No event loop."""
+"""From the gradients of the terms to the gradient of the whole, with diagnostics of their alignment. No event loop."""
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
 
 import numpy as np
 import torch
 
-from tinkex_py.losses.gradients import check_weights, norm
+from tinkex_py.losses.gradients import BLOCK, block_dot, check_finite, check_weights, dot, flat, norm
 from tinkex_py.losses.output import GradientDiagnosis
 
-Combine = Literal["sum", "pcgrad"]
-COMBINES: tuple[Combine, ...] = ("sum", "pcgrad")
-
-# Float32 products of this many elements are summed in float32, the sums of blocks in double precision. Smaller blocks
-# would fit the processor's cache, but threads that make many small calls wait for each other to let go of Python.
-_BLOCK = 262_144
-_dot = cast("Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", torch.dot)
-
 
 @dataclass(frozen=True)
-class Combined:
-    """The gradient of the whole.
-
-    Attributes:
-        gradient: d(loss_total)/d(logprobs).
-        diagnosis: how each term gets along, by name; empty if not asked for.
-        norm: the L2 norm of `gradient`; None if no diagnosis was asked for.
-    """
-
-    gradient: torch.Tensor
-    diagnosis: dict[str, GradientDiagnosis]
-    norm: float | None
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Products of one block: of each term's gradient with that of the base loss and the total; the total's norm."""
-
-    with_base: Sequence[float]
-    with_total: Sequence[float]
-    norm: float
-
-
-Spread = Callable[[Callable[[range], list[_Block]], int], list[_Block]]
-"""Does some work for the numbers below a count, cut into ranges as it likes; gives the results in order."""
-
-
-@dataclass(frozen=True)
-class Part:
+class WeightedGradient:
     """One term's share in the total gradient.
 
     Attributes:
-        name: of the term; the first part is the base loss.
+        name: of the term; the first one is the base loss.
         scale: what its gradient is multiplied by: the weight, and less where the gradient is clipped.
         gradient: d(term)/d(logprobs), unweighted; None if it is zero.
         norm: its L2 norm; None if it is not known.
@@ -66,75 +29,110 @@ class Part:
     norm: float | None
 
 
-def in_this_thread(work: Callable[[range], list[_Block]], count: int) -> list[_Block]:
-    """All in one range."""
-    return work(range(count))
+@dataclass(frozen=True)
+class Combined:
+    """The gradient of the whole.
+
+    Attributes:
+        gradient: d(loss_total)/d(logprobs).
+        diagnosis: alignment of each term's gradient, by name; empty if not asked for.
+        norm: the L2 norm of `gradient`; None if no diagnosis was asked for.
+    """
+
+    gradient: torch.Tensor
+    diagnosis: dict[str, GradientDiagnosis]
+    norm: float | None
 
 
-def summed(parts: Sequence[Part], like: torch.Tensor, *, diagnose: bool, spread: Spread = in_this_thread) -> Combined:
-    """The weighted sum of the gradients.
+@dataclass(frozen=True)
+class AddedBlock:
+    """What is known of one block of the total.
+
+    Attributes:
+        size: its L2 norm, without a diagnosis its sum; NaN or infinite if one of its elements is.
+        with_base: products of each term's gradient with that of the base loss; empty without a diagnosis.
+        with_total: products of each term's gradient with the total.
+    """
+
+    size: float
+    with_base: Sequence[float] = ()
+    with_total: Sequence[float] = ()
+
+
+class WeightedSum:
+    """The weighted sum of the gradients, added up block by block, by several threads if they are given.
 
     Args:
         parts: the base loss first.
-        like: shape and dtype of the result; contiguous.
-        diagnose: also say how the terms get along, which needs the norms.
-        spread: does the work. The result is the same to the last bit however it is cut.
+        like: shape, dtype and device of the result; contiguous.
+        diagnose: take the products for the diagnosis too, which needs the norms.
 
     Raises:
         NonFiniteLoss: a weight is too large for that dtype.
     """
-    check_weights([part.scale for part in parts], like.dtype)
-    total = torch.empty_like(like, requires_grad=False)
-    flat = total.view(-1)
-    gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
 
-    def work(blocks: range) -> list[_Block]:
+    def __init__(self, parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> None:
+        check_weights([part.scale for part in parts], like.dtype)
+        self._parts = parts
+        self._diagnose = diagnose
+        with torch.inference_mode(False):
+            self._total = torch.empty_like(like, requires_grad=False)
+        self._gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
+
+    def blocks(self, ranges: int = 1) -> list[range]:
+        """All blocks, cut into so many ranges or fewer. The result is the same to the last bit however they are cut."""
+        count = math.ceil(self._total.numel() / BLOCK)
+        length = max(1, math.ceil(count / ranges))
+        return [range(first, min(first + length, count)) for first in range(0, count, length)]
+
+    def add(self, blocks: range) -> list[AddedBlock]:
+        """Adds up some blocks."""
         with torch.no_grad():
-            return [_summed_block(parts, gradients, flat, block, diagnose=diagnose) for block in blocks]
+            return [self._add_block(slice(block * BLOCK, (block + 1) * BLOCK)) for block in blocks]
 
-    done = spread(work, math.ceil(flat.numel() / _BLOCK))
-    if not diagnose:
-        return Combined(total, {}, None)
-    total_norm = math.hypot(*(block.norm for block in done))
-    diagnosis: dict[str, GradientDiagnosis] = {}
-    for index, part in enumerate(parts):
-        with_total = math.fsum(block.with_total[index] for block in done)
-        with_base = math.fsum(block.with_base[index] for block in done)
-        diagnosis[part.name] = _diagnosis(
-            _cosine(with_base, _norm(part), _norm(parts[0])),
-            _cosine(with_total, _norm(part), total_norm),
-            part.scale * with_total / total_norm / total_norm if total_norm > 0 else None,
-        )
-    return Combined(total, diagnosis, total_norm)
+    def _add_block(self, where: slice) -> AddedBlock:
+        pieces = [None if gradient is None else gradient[where] for gradient in self._gradients]
+        own = self._total.view(-1)[where].zero_()
+        for part, piece in zip(self._parts, pieces, strict=True):
+            if piece is not None and part.scale:
+                own.add_(piece, alpha=part.scale)
+        if not self._diagnose:
+            return AddedBlock(own.sum().item())
+        wide = [None if piece is None else flat(piece) for piece in pieces]
+        own = flat(own)
+        return AddedBlock(norm(own), [block_dot(piece, wide[0]) for piece in wide], [block_dot(p, own) for p in wide])
 
+    def combined(self, added: Sequence[AddedBlock]) -> Combined:
+        """The result, from what `add` returned for all blocks in order.
 
-def _summed_block(
-    parts: Sequence[Part],
-    gradients: Sequence[torch.Tensor | None],
-    total: torch.Tensor,
-    block: int,
-    *,
-    diagnose: bool,
-) -> _Block:
-    """Adds up one block of the total, and takes the products of that block."""
-    where = slice(block * _BLOCK, (block + 1) * _BLOCK)
-    pieces = [None if gradient is None else gradient[where] for gradient in gradients]
-    own = total[where].zero_()
-    for part, piece in zip(parts, pieces, strict=True):
-        if piece is not None and part.scale:
-            own.add_(piece, alpha=part.scale)
-    if not diagnose:
-        return _Block((), (), 0.0)
-    own = _flat(own)
-    flat = [None if piece is None else _flat(piece) for piece in pieces]
-    return _Block(
-        with_base=[_product(piece, flat[0]) for piece in flat],
-        with_total=[_product(piece, own) for piece in flat],
-        norm=norm(own),
-    )
+        Raises:
+            NonFiniteLoss: the total has NaN or infinite elements.
+        """
+        if not all(math.isfinite(block.size) for block in added):
+            check_finite(self._total, "loss_total")
+        if not self._diagnose:
+            return Combined(self._total, {}, None)
+        total_norm = math.hypot(*(block.size for block in added))
+        base_norm = self._parts[0].norm
+        diagnosis: dict[str, GradientDiagnosis] = {}
+        for index, part in enumerate(self._parts):
+            with_base = math.fsum(block.with_base[index] for block in added)
+            with_total = math.fsum(block.with_total[index] for block in added)
+            diagnosis[part.name] = _diagnosis(
+                _cosine(with_base, part.norm, base_norm),
+                _cosine(with_total, part.norm, total_norm),
+                part.scale * with_total / total_norm / total_norm if total_norm > 0 else None,
+            )
+        return Combined(self._total, diagnosis, total_norm)
 
 
-def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -> Combined:
+def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
+    """The weighted sum of the gradients, added up here and now; see `WeightedSum`."""
+    total = WeightedSum(parts, like, diagnose=diagnose)
+    return total.combined([added for blocks in total.blocks() for added in total.add(blocks)])
+
+
+def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, step: int) -> Combined:
     """The sum of the weighted gradients, each freed of what points against another one ("PCGrad").
 
     Every term's weighted gradient is projected, one other term after another, onto the plane that is normal to the
@@ -146,7 +144,7 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
 
     Args:
         parts: the base loss first.
-        like: shape and dtype of the result.
+        like: shape, dtype and device of the result.
         step: seeds the order.
 
     Returns:
@@ -183,33 +181,12 @@ def without_conflicts(parts: Sequence[Part], like: torch.Tensor, *, step: int) -
     return Combined(total, diagnosis, norm(total))
 
 
-def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """Sum of the products of all elements, in double precision over blocks; None is zero."""
-    if first is None or second is None:
-        return 0.0
-    pieces = zip(torch.split(_flat(first), _BLOCK), torch.split(_flat(second), _BLOCK), strict=True)
-    return math.fsum(_product(one, other) for one, other in pieces)
-
-
-def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    return 0.0 if first is None or second is None else _dot(first, second).item()
-
-
-def _products(parts: Sequence[Part]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _products(parts: Sequence[WeightedGradient]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     products = np.zeros((len(parts), len(parts)))
     for row, part in enumerate(parts):
         for column in range(row + 1):
             products[row, column] = products[column, row] = dot(part.gradient, parts[column].gradient)
     return products
-
-
-def _flat(gradient: torch.Tensor) -> torch.Tensor:
-    flat = gradient.detach().reshape(-1).contiguous()
-    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-
-
-def _norm(part: Part) -> float:
-    return part.norm or 0.0
 
 
 def _diagnosis(with_base: float | None, with_total: float | None, share: float | None) -> GradientDiagnosis:
@@ -221,7 +198,7 @@ def _diagnosis(with_base: float | None, with_total: float | None, share: float |
     )
 
 
-def _cosine(product: float, norm: float, other_norm: float) -> float | None:
-    if not (norm > 0 and other_norm > 0):
+def _cosine(product: float, norm: float | None, other_norm: float | None) -> float | None:
+    if not norm or not other_norm:
         return None
     return float(min(max(product / norm / other_norm, -1.0), 1.0))

@@ -1,4 +1,4 @@
-"""The arithmetic of a composed loss: what one term gave, and the weighted sum. No event loop here."""
+"""The arithmetic of one term: value, gradient and norm. No event loop here, and any device."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,13 @@ import torch
 from tinkex_py.errors import InvalidTermResult, NonFiniteLoss
 from tinkex_py.losses.output import MetricValue
 
-_NORM_BLOCK = 4096
-# Squares of float32 numbers below this lose digits or vanish.
-_SMALL_NORM = 1e-15
+# Products of this many float32 numbers are summed in float32, the sums of blocks in double precision: as fast as a
+# float32 sum, and exact enough for millions of numbers. Smaller blocks would fit the processor's cache, but threads
+# that make many small calls wait for each other to let go of Python.
+BLOCK = 262_144
 _vector_norm = cast("Callable[..., torch.Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
+_split = cast("Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]]", torch.split)
+_dot = cast("Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", torch.dot)
 
 
 @dataclass(frozen=True)
@@ -88,28 +91,27 @@ def check_finite(gradient: torch.Tensor, name: str) -> None:
 
 
 def norm(gradient: torch.Tensor) -> float:
-    """L2 norm over all elements.
-
-    Float32 norms of blocks are combined in double precision: as fast as a float32 norm, and exact enough
-    for millions of elements.
-    """
-    flat = gradient.detach().reshape(-1)
-    if flat.numel() <= _NORM_BLOCK:
-        return _exact_norm(flat)
-    if not flat.stride(0):  # one number everywhere, as a plain sum of all logprobs has it
-        return abs(flat[0].item()) * math.sqrt(flat.numel())
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
-    whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
-    blocks = _vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1).double()
-    quick = math.hypot(_vector_norm(blocks).item(), _exact_norm(flat[whole:]))
-    if math.isfinite(quick) and quick > _SMALL_NORM:
-        return quick
-    return _exact_norm(flat)
+    """L2 norm over all elements."""
+    wide = torch.float32 if gradient.device.type == "mps" else torch.float64  # which that device lacks
+    return float(_vector_norm(gradient.detach(), dtype=wide).item())
 
 
-def _exact_norm(flat: torch.Tensor) -> float:
-    return float(_vector_norm(flat, dtype=torch.float64).item())
+def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
+    """Sum of the products of all elements, in double precision over blocks; None is zero."""
+    if first is None or second is None:
+        return 0.0
+    return sum(map(block_dot, _split(flat(first), BLOCK), _split(flat(second), BLOCK)))
+
+
+def block_dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
+    """`dot` of flat tensors of at most `BLOCK` elements."""
+    return 0.0 if first is None or second is None else _dot(first, second).item()
+
+
+def flat(gradient: torch.Tensor) -> torch.Tensor:
+    """All elements in one row, at least float32."""
+    row = gradient.detach().reshape(-1)
+    return row.float() if row.dtype in (torch.float16, torch.bfloat16) else row
 
 
 def check_weights(weights: Sequence[float], dtype: torch.dtype) -> None:

@@ -7,12 +7,12 @@ from typing import Literal, cast
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.fields import aligned_field
-from tinkex_py.losses.numerics import safe_sqrt
-from tinkex_py.losses.reduction import ReducedTerm, Reduction
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.distributions import OVERS, Distributions, Over, kl_parts
 from tinkex_py.regularizers.norms import NormTerm
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.numerics import safe_sqrt
+from tinkex_py.terms.reduction import ReducedTerm, Reduction
 from tinkex_py.types import Datum
 
 ConsistencyMetric = Literal["mse", "l1", "cosine", "kl"]

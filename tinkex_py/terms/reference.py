@@ -4,19 +4,16 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 
 from tinkex_py.errors import InvalidData, InvalidSpec
-from tinkex_py.losses.fields import aligned_field
-from tinkex_py.losses.reduction import ReducedTerm
-from tinkex_py.losses.spec import TermResult, is_async_term
+from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
-
-if TYPE_CHECKING:
-    from tinkex_py.losses.spec import TermFunction
 
 ReferenceLogprobs = torch.Tensor | Sequence[torch.Tensor | TensorData] | ForwardBackwardOutput
 Reference = torch.Tensor | Callable[[Sequence[Datum]], ReferenceLogprobs | Awaitable[ReferenceLogprobs]]
@@ -65,7 +62,7 @@ class ReferenceTerm(ReducedTerm):
         """The formula; `reference` has the shape and dtype of the logprobs."""
 
     @property
-    def compute(self) -> "TermFunction":
+    def compute(self) -> TermFunction:
         """`compute(data, logprobs, **settings)`; a coroutine function if the reference is one."""
         if not (callable(self.reference) and is_async_term(self.reference)):
             return super().compute

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.fields import aligned_field, datum_lengths, has_field
-from tinkex_py.losses.numerics import segment_sum
-from tinkex_py.losses.ready_made import ReadyMadeTerm
+from tinkex_py.terms.fields import aligned_field, datum_lengths, has_field
+from tinkex_py.terms.numerics import segment_sum
+from tinkex_py.terms.ready_made import ReadyMadeTerm
 from tinkex_py.types import Datum
 
 Reduction = Literal["sum", "mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]

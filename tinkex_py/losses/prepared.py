@@ -2,27 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tenacity import AsyncRetrying, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying
 
-from tinkex_py.errors import InPlaceMutation, RegularizerError
+from tinkex_py.errors import InPlaceMutation, PipelineError, RegularizerError
 from tinkex_py.losses.gradients import Evaluation
-from tinkex_py.losses.spec import (
-    BASE_LOSS_NAME,
-    OnError,
-    PerDatum,
-    RegularizerSpec,
-    Term,
-    is_async_term,
-    term_function,
-)
+from tinkex_py.losses.output import BASE_LOSS_NAME
+from tinkex_py.losses.spec import OnError, PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import weight_at
-
-# Upper bounds of the random waits between the attempts of `retry=<number>`, in seconds.
-_FIRST_WAIT = 0.1
-_LONGEST_WAIT = 5.0
+from tinkex_py.retry import RetryPolicy
 
 
 @dataclass(frozen=True)
@@ -36,10 +26,9 @@ class PreparedTerm:
         is_async: True: called on the loop; False: called in a thread, must not return an awaitable; None: called
             in a thread, an awaitable it returns is awaited on the loop.
         per_datum: wants a list with one tensor per datum.
-        timeout: seconds, None for no limit.
+        timeout: seconds; infinity is no limit, None that of the pipeline.
         weight: None for the base loss, which has none and emits no events of its own.
         on_error: whether a failure fails the step.
-        needs_gradient: whether its gradient enters the total.
         max_grad_norm: its gradient is scaled down to this norm; None leaves it.
         retry: says when to call again after a failure; None never does.
     """
@@ -49,15 +38,14 @@ class PreparedTerm:
     options: Mapping[str, Any]
     is_async: bool | None
     per_datum: bool
-    timeout: float | None
+    timeout: float | None = None
     weight: float | None = None
     on_error: OnError = "raise"
-    needs_gradient: bool = True
     max_grad_norm: float | None = None
-    retry: AsyncRetrying | None = None
+    retry: RetryPolicy | AsyncRetrying | None = None
 
 
-def prepare_base_loss(base_loss: Term, timeout: float | None) -> PreparedTerm:
+def prepare_base_loss(base_loss: Term) -> PreparedTerm:
     """The base loss as a term."""
     return PreparedTerm(
         name=BASE_LOSS_NAME,
@@ -65,47 +53,47 @@ def prepare_base_loss(base_loss: Term, timeout: float | None) -> PreparedTerm:
         options={},
         is_async=True if is_async_term(base_loss) else None,
         per_datum=isinstance(base_loss, PerDatum),
-        timeout=_limit(timeout),
     )
 
 
-def prepare_regularizer(spec: RegularizerSpec, timeout: float | None, *, step: int) -> PreparedTerm:
-    """A regularizer as a term.
-
-    Args:
-        spec: the regularizer; its own timeout wins.
-        timeout: seconds, or None.
-        step: optimizer steps made before; the weight may depend on it.
-
-    Raises:
-        InvalidSpec: the schedule of the weight gave no finite number >= 0.
-    """
-    weight = weight_at(spec.weight, spec.name, step)
+def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
+    """A regularizer as a term; a weight that moves is 0 until `with_weight_at` sets it."""
     return PreparedTerm(
         name=spec.name,
         function=term_function(spec.fn),
         options=spec.options,
         is_async=spec.awaits,
         per_datum=isinstance(spec.fn, PerDatum),
-        timeout=_limit(timeout if spec.timeout is None else spec.timeout),
-        weight=weight,
+        timeout=spec.timeout,
+        weight=spec.weight if isinstance(spec.weight, float) else 0.0,
         on_error=spec.on_error,
-        needs_gradient=weight > 0,
         max_grad_norm=spec.max_grad_norm,
-        retry=_retrying(spec.retry),
+        retry=_retry_policy(spec.retry),
     )
 
 
-def _retrying(retry: int | AsyncRetrying | None) -> AsyncRetrying | None:
+def with_weight_at(step: int, term: PreparedTerm, spec: RegularizerSpec) -> PreparedTerm:
+    """The term of a spec with the weight that it has after so many optimizer steps.
+
+    Raises:
+        InvalidSpec: the schedule of the weight failed, or gave no finite number >= 0.
+    """
+    if isinstance(spec.weight, float):
+        return term
+    return replace(term, weight=weight_at(spec.weight, spec.name, step))
+
+
+def _retry_policy(retry: int | AsyncRetrying | None) -> RetryPolicy | AsyncRetrying | None:
     if not isinstance(retry, int):
         return retry
-    return AsyncRetrying(
-        stop=stop_after_attempt(retry), wait=wait_random_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT)
-    )
+    return RetryPolicy(deadline=math.inf, max_attempts=retry, initial_wait=0.1, max_wait=5.0)
 
 
-def _limit(timeout: float | None) -> float | None:
-    return None if timeout is None or math.isinf(timeout) else timeout
+def checked_step(step: int) -> int:
+    """An int >= 0."""
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"step must be an int >= 0, got {step!r}")
+    return step
 
 
 @dataclass(frozen=True)

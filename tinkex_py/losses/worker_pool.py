@@ -1,0 +1,173 @@
+"""Worker threads: bounded and abandonable ones for terms, others for this package's own arithmetic.
+
+Python cannot stop a thread. A term that outlives its timeout is abandoned: its caller goes on, its late result is
+dropped, and it keeps its permit until its function has returned. So there are never more live term threads than
+permits, however many terms time out. The process waits for abandoned threads when it ends.
+"""
+
+import asyncio
+import contextvars
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar, cast
+
+from tinkex_py.errors import ClientClosed
+from tinkex_py.losses.limiter import Limiter, Permit
+
+Result = TypeVar("Result")
+
+
+def usable_cpu_count() -> int:
+    """CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def compute_alone() -> None:
+    """Lets torch use no further threads for what this thread computes.
+
+    There is a worker for each CPU. If each of them had torch's own threads too, they would take the CPUs from each
+    other, and wait for each other spinning.
+    """
+    import torch
+
+    usual = torch.get_num_threads()
+    if usual == 1:
+        return
+    torch.set_num_threads(1)
+    # Torch applies that to all threads that start later, too; set again from another thread, the usual number does.
+    restoring = threading.Thread(target=torch.set_num_threads, args=(usual,), name="tinkex-restore")
+    restoring.start()
+    restoring.join()
+
+
+class _Call(Generic[Result]):
+    """Work that runs once, and its outcome, taken once.
+
+    Neither is kept after that: both hold the logprobs, which must not live as long as an idle thread. An outcome is no
+    exception of the future, because asyncio translates some exceptions and refuses others.
+    """
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work: Callable[[], Result] | None = work
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        work, self._work = self._work, None
+        assert work is not None, "a call runs once"
+        try:
+            self._result = work()
+        except BaseException as error:  # noqa: BLE001  # raised where the result is awaited
+            self._error = error
+
+    def take(self) -> Result:
+        result, self._result = self._result, None
+        error, self._error = self._error, None
+        if error is None:
+            return cast("Result", result)
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame
+
+    def drop(self) -> None:
+        """Forgets an outcome that nobody awaits any more."""
+        result, self._result, self._error = self._result, None, None
+        if inspect.iscoroutine(result):
+            result.close()
+
+
+class WorkerPool:
+    """The threads of one service client, or of one pipeline.
+
+    Args:
+        max_threads: most live term threads; None is the usable CPU count.
+
+    Attributes:
+        limiter: its permits are the term threads.
+    """
+
+    def __init__(self, max_threads: int | None = None) -> None:
+        limit = max_threads or usable_cpu_count()
+        self.limiter = Limiter(limit)
+        self._unfinished: set[Future[None]] = set()
+        self._left: dict[Future[None], str] = {}  # backward passes that nobody waits for
+        # Threads start when they are needed. A coroutine that holds its permit must never wait for a thread whose
+        # term waits for a permit, and no sum for a backward pass that hangs in a user's code: so each has its own.
+        self._terms, self._backward, self._arithmetic = (
+            ThreadPoolExecutor(limit, f"tinkex-{kind}", initializer=compute_alone if limit > 1 else None)
+            for kind in ("term", "backward", "arithmetic")
+        )
+
+    async def call_term(self, name: str, work: Callable[[], Result], thread: Permit, permit: Permit) -> Result:
+        """Runs a term's function.
+
+        Args:
+            name: of the term.
+            work: calls it.
+            thread: a permit of `limiter`, released when the function has returned.
+            permit: another one that the term holds. Releasing it stays with the caller, unless that leaves while the
+                function runs: then both are abandoned and released when it has returned.
+
+        Raises:
+            ClientClosed: the pool was closed.
+        """
+        call = _Call(work)
+        future = self._submit(self._terms, name, call)
+        future.add_done_callback(lambda _: thread.release())
+        try:
+            await asyncio.wrap_future(future)
+        except BaseException:
+            if not future.cancel() and not future.done():
+                thread.abandon()
+                permit.abandon()
+            future.add_done_callback(lambda _: permit.release())
+            future.add_done_callback(lambda _: call.drop())
+            raise
+        return call.take()
+
+    async def differentiate(self, name: str, work: Callable[[], Result]) -> Result:
+        """Runs the backward pass of a coroutine term, which may be a user's code."""
+        call = _Call(work)
+        future = self._submit(self._backward, name, call)
+        try:
+            await asyncio.wrap_future(future)
+        except BaseException:
+            if not future.cancel():
+                self._left[future] = name
+                future.add_done_callback(self._left.pop)
+            raise
+        return call.take()
+
+    async def compute(self, name: str, work: Callable[[], Result]) -> Result:
+        """Runs arithmetic or encoding of this package, never a user's code. It waits for no term.
+
+        Raises:
+            ClientClosed: the pool was closed.
+        """
+        call = _Call(work)
+        await asyncio.wrap_future(self._submit(self._arithmetic, name, call))
+        return call.take()
+
+    def abandoned(self) -> list[str]:
+        """Names of the terms whose threads outlived them."""
+        return [*self.limiter.abandoned(), *self._left.values()]
+
+    def close(self) -> None:
+        """Ends the threads: at once if all are idle, else each when its work has ended."""
+        for executor in (self._terms, self._backward, self._arithmetic):
+            executor.shutdown(wait=not self._unfinished)
+
+    def _submit(self, executor: ThreadPoolExecutor, name: str, call: _Call[Result]) -> "Future[None]":
+        try:
+            future: Future[None] = executor.submit(contextvars.copy_context().run, call.run)
+        except RuntimeError as error:
+            raise ClientClosed(f"{name!r} cannot run: its worker pool takes no more work ({error})") from error
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
+        return future
