@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.losses.support import (
     spec,
     until,
 )
-from tinkex_py import Pipeline, RegularizerTimeout
+from tinkex_py import ClientClosed, Pipeline, RegularizerError, RegularizerTimeout
 from tinkex_py.losses.worker_pool import WorkerPool, usable_cpu_count
 
 pytestmark = pytest.mark.asyncio
@@ -242,22 +243,30 @@ async def test_a_late_coroutine_is_closed():
     gc.collect()
 
 
-async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed():
-    """The term has returned it, and the loop is busy until the caller is cancelled."""
-    may_return = threading.Event()
+async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed(monkeypatch: pytest.MonkeyPatch):
+    """The term has returned it, and the loop has no turn before the caller is cancelled."""
+    may_return, delivered = threading.Event(), threading.Event()
     left: list[Any] = []
+    loop = asyncio.get_running_loop()
+    deliver = loop.call_soon_threadsafe
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        handle = deliver(*arguments, **options)
+        if left:
+            delivered.set()
+        return handle
 
     def term(data: Any, logprobs: torch.Tensor) -> Any:
         assert may_return.wait(LIMIT)
         left.append(async_l2(data, logprobs))
         return left[0]
 
+    monkeypatch.setattr(loop, "call_soon_threadsafe", seen)
     workers = WorkerPool(1)
     computing = asyncio.ensure_future(Pipeline(term).evaluate([], packed([np.zeros(2)]), workers=workers))
     await until(lambda: workers.limiter.holders() == ["base_loss"])
     may_return.set()
-    while workers.limiter.holders():  # without a turn of the loop
-        threading.Event().wait(0.001)
+    assert delivered.wait(LIMIT)
     computing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await computing
@@ -325,3 +334,91 @@ async def test_a_worker_computes_alone_and_later_threads_as_usual():
             assert later.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
+
+
+# Work of the package itself
+
+
+async def test_computations_wait_neither_for_terms_nor_for_each_other():
+    gate = Gate()
+    workers = WorkerPool(2)
+    meet = threading.Barrier(2)
+    try:
+        with gate.opening():
+            steps = [
+                asyncio.ensure_future(Pipeline(gate).evaluate([], packed([np.zeros(2)]), workers=workers))
+                for _ in range(2)
+            ]
+            await until(lambda: gate.running == 2)
+            async with asyncio.timeout(LIMIT):
+                places = await asyncio.gather(*(workers.compute("meet", lambda: meet.wait(LIMIT)) for _ in range(2)))
+            assert sorted(places) == [0, 1]
+            assert gate.running == 2
+        await asyncio.gather(*steps)
+    finally:
+        workers.close()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("own"), asyncio.CancelledError("own"), KeyError("own"), SystemExit(3)])
+async def test_a_computation_raises_its_own_exception(error: BaseException):
+    def fails() -> None:
+        raise error
+
+    workers = WorkerPool(1)
+    try:
+        with pytest.raises(type(error)) as caught:
+            await workers.compute("fails", fails)
+        assert caught.value is error
+    finally:
+        workers.close()
+
+
+async def test_a_computation_keeps_neither_its_work_nor_its_result():
+    workers = WorkerPool(1)
+    given = torch.zeros(3)
+    made = await workers.compute("clone", given.clone)
+    references = [weakref.ref(given), weakref.ref(made)]
+    del given, made
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    workers.close()
+
+
+async def test_a_closed_pool_takes_no_more_work():
+    workers = WorkerPool(1)
+    assert await workers.compute("three", lambda: 3) == 3
+    workers.close()
+    workers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tinkex-")]
+    with pytest.raises(ClientClosed, match="'three' cannot run"):
+        await workers.compute("three", lambda: 3)
+    with pytest.raises(RegularizerError) as caught:
+        await Pipeline(l1).evaluate([], packed([np.zeros(2)]), workers=workers)
+    assert isinstance(caught.value.__cause__, ClientClosed)
+
+
+async def test_a_backward_pass_that_outlives_its_term_is_counted_and_holds_nobody_up():
+    gate = Gate()
+
+    class Hangs(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+            return values.sum()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            gate([], gradient)
+            return gradient.expand(10_000)
+
+    async def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        return Hangs.apply(logprobs)  # type: ignore[no-untyped-call]
+
+    specs = [spec(term, "hangs", timeout=SHORT, on_error="skip"), spec(l1, "l1")]
+    pipeline = Pipeline(l1, specs, max_threads=1)
+    with gate.opening():
+        async with asyncio.timeout(LIMIT):
+            output = await pipeline.compute([], torch.full((10_000,), -0.5))
+        assert output.skipped == {"hangs": "RegularizerTimeout"}
+        assert output.abandoned_threads == 1
+        assert list(output.regularizers) == ["l1"]
+    await until(lambda: gate.running == 0)

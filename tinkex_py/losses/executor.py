@@ -76,16 +76,20 @@ class TermRun:
         try:
             async with asyncio.TaskGroup() as group:
                 await self._start(group, terms, parallel=parallel)
+            if not self._stopping:
+                started = zip(terms, self._tasks, strict=True)
+                self._failures += [_cancelled_from_outside(term) for term, task in started if task.cancelled()]
+            if self._failures:
+                raise self._first_failure()
+            return [task.result() for task in self._tasks]
         except asyncio.CancelledError as cancelled:
             for failure in self._failures:
                 cancelled.add_note(described(failure.exception))
             raise
-        if not self._stopping:
-            started = zip(terms, self._tasks, strict=True)
-            self._failures += [_cancelled_from_outside(term) for term, task in started if task.cancelled()]
-        if self._failures:
-            raise self._first_failure()
-        return [task.result() for task in self._tasks]
+        finally:
+            # An abandoned thread holds this run. It must not hold what the other terms made.
+            self._tasks.clear()
+            self._failures.clear()
 
     async def _start(self, group: asyncio.TaskGroup, terms: Sequence[PreparedTerm], *, parallel: bool) -> None:
         try:
@@ -198,6 +202,7 @@ class TermRun:
                 returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
                 if isinstance(returned, Evaluation):
                     return returned
+                thread.release()
                 result, attempts = await with_own_grad_mode(returned, must_end), 1
             if leaf.numel() <= SMALL_LOGPROBS:
                 evaluation = self._arithmetic(term, result, leaf)

@@ -20,7 +20,7 @@ class Permit:
         self.group = group
         self.group_limit = group_limit
         self._limiter = limiter
-        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._waiting: tuple[asyncio.AbstractEventLoop, int, asyncio.Event] | None = None
 
     def release(self) -> None:
         """Gives it back, from any thread; a second call does nothing."""
@@ -33,13 +33,16 @@ class Permit:
     def wait(self) -> asyncio.Event:
         """The event that `wake` sets; called on the loop that waits."""
         changed = asyncio.Event()
-        self._waiting = asyncio.get_running_loop(), changed
+        self._waiting = asyncio.get_running_loop(), threading.get_ident(), changed
         return changed
 
     def wake(self) -> bool:
         """Lets whoever waits for it look again; False if its loop is closed."""
         assert self._waiting is not None, "only a permit that is waited for is woken"
-        loop, changed = self._waiting
+        loop, thread, changed = self._waiting
+        if thread == threading.get_ident() and loop.is_running():
+            changed.set()
+            return True
         try:
             loop.call_soon_threadsafe(changed.set)
         except RuntimeError:

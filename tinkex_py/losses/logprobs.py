@@ -68,7 +68,7 @@ class _Seal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sealed: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(sealed)
-        return sealed.new_empty(0)
+        return sealed.data
 
     @staticmethod
     def backward(ctx: Any, *_outer: torch.Tensor) -> None:  # noqa: ARG004
@@ -191,7 +191,7 @@ class Logprobs:
                 "wrap the function in per_datum(...)"
             )
         with autograd_on():
-            # Other ways to share memory let other threads run Python in between, and the event loop waits for them.
+            # Other operations let other threads run Python in between, and the event loop waits for them.
             leaf = self.buffer.data
             if self._guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)

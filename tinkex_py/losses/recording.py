@@ -218,7 +218,7 @@ class _Tensors:
 
     def add(self, key: str, values: torch.Tensor | Array) -> None:
         tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))  # pyright: ignore[reportUnknownMemberType]
-        self._parts.setdefault(key, []).append(tensor.detach())
+        self._parts.setdefault(key, []).append(tensor.detach().cpu())
 
     def packed(self) -> dict[str, torch.Tensor]:
         return {key: parts[0].clone() if len(parts) == 1 else torch.cat(parts) for key, parts in self._parts.items()}

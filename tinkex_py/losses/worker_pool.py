@@ -110,22 +110,22 @@ class WorkerPool:
         Args:
             name: of the term.
             work: calls it.
-            thread: a permit of `limiter`, released when the function has returned.
-            permit: another one that the term holds. Releasing it stays with the caller, unless that leaves while the
-                function runs: then both are abandoned and released when it has returned.
+            thread: the permit of `limiter` that the term holds.
+            permit: the other one that it holds. Releasing both stays with the caller, unless that leaves while the
+                function runs: then they are abandoned, and released when it has returned.
 
         Raises:
             ClientClosed: the pool was closed.
         """
         call = _Call(work)
         future = self._submit(self._terms, name, call)
-        future.add_done_callback(lambda _: thread.release())
         try:
             await asyncio.wrap_future(future)
         except BaseException:
             if not future.cancel() and not future.done():
                 thread.abandon()
                 permit.abandon()
+            future.add_done_callback(lambda _: thread.release())
             future.add_done_callback(lambda _: permit.release())
             future.add_done_callback(lambda _: call.drop())
             raise

@@ -178,7 +178,11 @@ def _gram_squares(vectors: torch.Tensor, *, hard: bool) -> torch.Tensor:
     count, dimensions = vectors.shape
     if count <= dimensions:
         gram = vectors @ vectors.T
-        difference = gram - torch.eye(count, dtype=gram.dtype) if hard else gram - torch.diag(gram.diagonal())
+        difference = (
+            gram - torch.eye(count, dtype=gram.dtype, device=gram.device)
+            if hard
+            else gram - torch.diag(gram.diagonal())
+        )
         return difference.square().sum()
     # X X^T and X^T X have the same sum of squares, and the diagonal is at hand without the large one.
     squares = (vectors.T @ vectors).square().sum()

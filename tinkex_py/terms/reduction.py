@@ -72,13 +72,14 @@ class Positions:
         sequences = None
         if by_datum and len(data) > 1:
             lengths = torch.tensor(datum_lengths(data, leading[0] if leading else 1)) * each
-            sequences = torch.repeat_interleave(torch.arange(len(data)), lengths)
+            sequences = torch.repeat_interleave(torch.arange(len(data)), lengths).to(logprobs.device)
         count = len(data) if by_datum and data else 1
         if mask is None:
             return cls(rows, None, None, sequences, count)
         weights = _mask(data, mask, logprobs, by_row=by_row)
         # numpy's is ten times faster than torch's nonzero
-        kept = torch.from_numpy(np.flatnonzero((weights != 0).numpy()))  # pyright: ignore[reportUnknownMemberType]
+        kept = torch.from_numpy(np.flatnonzero((weights != 0).cpu().numpy()))  # pyright: ignore[reportUnknownMemberType]
+        kept = kept.to(logprobs.device)
         if kept.numel() < weights.numel():
             weights = weights.index_select(0, kept)
             sequences = None if sequences is None else sequences.index_select(0, kept)

@@ -10,7 +10,7 @@ import torch
 
 from tinkex_py.errors import InvalidData, InvalidSpec
 from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
-from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.fields import aligned_field, like
 from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
@@ -97,13 +97,13 @@ class ReferenceTerm(ReducedTerm):
 
 def _broadcast(reference: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     try:
-        return reference.detach().to(logprobs.dtype).expand(logprobs.shape)
+        return like(reference, logprobs).expand(logprobs.shape)
     except RuntimeError:
         raise _misfit(tuple(reference.shape), logprobs) from None
 
 
 def _aligned(found: object, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
-    """What a reference gave, as one tensor of the logprobs' shape and dtype."""
+    """What a reference gave, as one tensor of the logprobs' shape and dtype on their device."""
     if isinstance(found, ForwardBackwardOutput):
         found = found.packed.get("logprobs")
         if found is None:
@@ -119,7 +119,7 @@ def _aligned(found: object, data: Sequence[Datum], logprobs: torch.Tensor) -> to
         )
     if found.shape != logprobs.shape:
         raise _misfit(tuple(found.shape), logprobs)
-    return found.detach().to(logprobs.dtype)
+    return like(found, logprobs)
 
 
 def _joined(parts: Sequence[object], data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
