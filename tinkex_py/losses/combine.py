@@ -137,7 +137,7 @@ def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, 
 
     Every term's weighted gradient is projected, one other term after another, onto the plane that is normal to the
     other's gradient, where the two conflict (their product is negative); the results are summed. The order in which a
-    term meets the others is drawn anew each step, from the step and the names alone, so that a resumed run and a run
+    term meets the others is drawn in each step, from the step and the names alone, so that a resumed run and a run
     with the specs in another order give the same.
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning" (2020), algorithm 1.

@@ -296,7 +296,7 @@ def _timed_out(term: PreparedTerm, timeout: float | None) -> RegularizerTimeout:
 
 
 def _cancelled_from_outside(term: PreparedTerm, cause: asyncio.CancelledError | None = None) -> Outcome:
-    error = RegularizerError(f"term {term.name!r} ended in a cancellation nobody asked for", name=term.name)
+    error = RegularizerError(f"term {term.name!r} was cancelled from outside the pipeline", name=term.name)
     error.__cause__ = cause
     return Outcome(term, error=error)
 

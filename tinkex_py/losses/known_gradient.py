@@ -40,7 +40,7 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logprobs, gradients = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         scaled = [gradient * outer[0].to(gradient.dtype) for gradient in gradients]
-        if torch.is_grad_enabled():  # somebody asked for a graph of the gradient
+        if torch.is_grad_enabled():  # create_graph=True
             scaled = [_only_once(gradient, part) for gradient, part in zip(scaled, logprobs, strict=True)]
         return None, None, *scaled, *([None] * ctx.count)
 

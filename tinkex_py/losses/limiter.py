@@ -11,7 +11,7 @@ class Permit:
     """A unit of a `Limiter`, waited for or held.
 
     Attributes:
-        abandoned: nobody waits for its holder any more, which still runs.
+        abandoned: its holder still runs, although its caller has left.
     """
 
     def __init__(self, limiter: "Limiter", holder: str, group: object, group_limit: int) -> None:
@@ -31,13 +31,13 @@ class Permit:
         self._limiter.abandon(self)
 
     def wait(self) -> asyncio.Event:
-        """The event that `wake` sets; called on the loop that waits."""
+        """Makes the event that `wake` sets, on the loop that waits."""
         changed = asyncio.Event()
         self._waiting = asyncio.get_running_loop(), threading.get_ident(), changed
         return changed
 
     def wake(self) -> bool:
-        """Lets whoever waits for it look again; False if its loop is closed."""
+        """Sets that event, from any thread; False if its loop is closed."""
         assert self._waiting is not None, "only a permit that is waited for is woken"
         loop, thread, changed = self._waiting
         if thread == threading.get_ident() and loop.is_running():

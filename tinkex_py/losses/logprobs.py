@@ -62,7 +62,7 @@ def _is_integer(index: object) -> bool:
 class _Seal(torch.autograd.Function):
     """Saves a tensor for a backward pass that never comes.
 
-    Reading `saved_tensors` raises RuntimeError once somebody has changed the tensor in place.
+    Reading `saved_tensors` raises RuntimeError once the tensor was changed in place.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ class Logprobs:
     """The logprobs of one step.
 
     Args:
-        buffer: a tensor nobody else holds, on any device: packed `[N]` or `[N, K]`, flat if the datums' shapes are
+        buffer: a tensor of their own, on any device: packed `[N]` or `[N, K]`, flat if the datums' shapes are
             mixed, or any shape if it was given directly.
         unchanged: compares the buffer with the numbers it was copied from.
         shapes: shape of every datum's slice, in order; None if one tensor was given directly.

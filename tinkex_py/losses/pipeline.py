@@ -231,12 +231,12 @@ class Pipeline:
         run = TermRun(
             data,
             logprobs,
-            workers or self._workers(),
+            self._workers() if workers is None else workers,
             self.max_concurrency,
             self.track_grad_norms or any(controller.needs_grad_norms for controller in self.controllers),
             timeout=self.timeout,
             max_threads=self.max_threads,
-            group=group or self,
+            group=self if group is None else group,
         )
         try:
             return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))

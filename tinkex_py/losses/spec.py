@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying
 
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
 from tinkex_py.html_table import html_facts
-from tinkex_py.losses.checks import checked_number
+from tinkex_py.losses.checks import checked_number, number_or_nan
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.types import Datum
@@ -282,12 +282,7 @@ def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
 
 
 def _checked_timeout(timeout: object, name: str) -> float | None:
-    if timeout is None:
-        return None
-    try:
-        seconds = math.nan if isinstance(timeout, bool) else float(timeout)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
-    if not seconds > 0 or isinstance(timeout, str | bytes):
+    seconds = None if timeout is None else number_or_nan(timeout)
+    if seconds is not None and not seconds > 0:
         raise InvalidSpec(f"regularizer {name!r}: timeout must be > 0 seconds or None, got {timeout!r}")
     return seconds

@@ -19,6 +19,9 @@ from tinkex_py.losses.limiter import Limiter, Permit
 
 Result = TypeVar("Result")
 
+# Some of this work waits for files; the rest must not wait for it.
+_LEAST_ARITHMETIC = 4
+
 
 def usable_cpu_count() -> int:
     """CPUs this process may use."""
@@ -76,7 +79,7 @@ class _Call(Generic[Result]):
             del error  # its traceback holds this frame
 
     def drop(self) -> None:
-        """Forgets an outcome that nobody awaits any more."""
+        """Forgets the outcome, after its caller has left."""
         result, self._result, self._error = self._result, None, None
         if inspect.iscoroutine(result):
             result.close()
@@ -96,13 +99,13 @@ class WorkerPool:
         limit = max_threads or usable_cpu_count()
         self.limiter = Limiter(limit)
         self._unfinished: set[Future[None]] = set()
-        self._left: dict[Future[None], str] = {}  # backward passes that nobody waits for
+        self._left: dict[Future[None], str] = {}  # backward passes whose callers have left
         # Threads start when they are needed. A coroutine that holds its permit must never wait for a thread whose
         # term waits for a permit, and no sum for a backward pass that hangs in a user's code: so each has its own.
-        self._terms, self._backward, self._arithmetic = (
-            ThreadPoolExecutor(limit, f"tinkex-{kind}", initializer=compute_alone if limit > 1 else None)
-            for kind in ("term", "backward", "arithmetic")
-        )
+        alone = compute_alone if limit > 1 else None
+        self._terms = ThreadPoolExecutor(limit, "tinkex-term", alone)
+        self._backward = ThreadPoolExecutor(limit, "tinkex-backward", alone)
+        self._arithmetic = ThreadPoolExecutor(max(limit, _LEAST_ARITHMETIC), "tinkex-arithmetic", compute_alone)
 
     async def call_term(self, name: str, work: Callable[[], Result], thread: Permit, permit: Permit) -> Result:
         """Runs a term's function.

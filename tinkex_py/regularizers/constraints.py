@@ -178,12 +178,8 @@ def _gram_squares(vectors: torch.Tensor, *, hard: bool) -> torch.Tensor:
     count, dimensions = vectors.shape
     if count <= dimensions:
         gram = vectors @ vectors.T
-        difference = (
-            gram - torch.eye(count, dtype=gram.dtype, device=gram.device)
-            if hard
-            else gram - torch.diag(gram.diagonal())
-        )
-        return difference.square().sum()
+        wanted = torch.ones_like(gram.diagonal()) if hard else gram.diagonal()
+        return (gram - torch.diag(wanted)).square().sum()
     # X X^T and X^T X have the same sum of squares, and the diagonal is at hand without the large one.
     squares = (vectors.T @ vectors).square().sum()
     diagonal = vectors.square().sum(1)

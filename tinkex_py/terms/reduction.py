@@ -33,7 +33,7 @@ class Positions:
         rows: K, if each position is a row of K numbers; None if each number counts for itself.
         kept: indices of those that count, `[M]`; None if all do.
         weights: what each counts, `[M]`; None if each counts 1.
-        sequences: index of the datum that each belongs to, `[M]`; None if there is only one, or nobody asked.
+        sequences: index of the datum that each belongs to, `[M]`; None if there is only one, or it was not asked for.
         sequence_count: number of datums.
     """
 
