@@ -43,7 +43,7 @@ async def pipeline(tokens: int, gradient_to: str, repeat: int = 1) -> AsyncGener
     composed = Pipeline(base_loss, regularizers(), track_grad_norms=True)
 
     async def evaluate() -> torch.Tensor:
-        return (await composed.evaluate([], Logprobs.from_tensors(logprobs, datums=0))).gradient
+        return (await composed.evaluate([], Logprobs.from_tensors(logprobs))).gradient
 
     keep(await evaluate(), gradient_to)
 
@@ -59,7 +59,7 @@ async def pipeline_on_cpus(tokens: int, gradient_to: str) -> AsyncGenerator[Work
     """The same, with every thread kept on one CPU: what is left when the kernel moves none of them."""
     async with pipeline(tokens, gradient_to) as work:
         cpus = sorted(os.sched_getaffinity(0))
-        for prefix, first in (("tinkex-term", 0), ("tinkex-arithmetic", 0), ("tinkex-sum", 1)):
+        for prefix, first in (("tinkex-term", 0), ("tinkex-arithmetic", 0)):
             named = [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]
             for number, thread in enumerate(sorted(named, key=lambda thread: thread.name), start=first):
                 assert thread.native_id is not None

@@ -271,7 +271,7 @@ class DuplicateRegularizerNames(PipelineError, ValueError):
     """Two regularizers of one pipeline share a name."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(f"Duplicate regularizer names: {list(names)}. Give each RegularizerSpec its own name.")
+        super().__init__(f"Duplicate regularizer names: {list(names)}. Give each RegularizerSpec its own name=...")
         self.names = tuple(names)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, is_typeddict
 
 import pytest
 from pydantic import BaseModel
@@ -30,6 +30,9 @@ CLASSES_WITH_METHODS = (
     tinkex_py.Pipeline,
     tinkex_py.WeightController,
 )
+
+# Keywords that a signature of the site shows as `**options: Unpack[...]`, with a link to their own entry.
+OPTIONS = {"PipelineOptions": tinkex_py.losses.PipelineOptions}
 
 
 def directives() -> dict[str, Path]:
@@ -88,7 +91,9 @@ def members(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_signature(value: Any) -> bool:
-    """Functions, and classes that are made with arguments of their own; models list their fields instead."""
+    """Functions, and classes made with arguments of their own; models and options list their fields instead."""
+    if is_typeddict(value):
+        return False
     if inspect.isclass(value):
         return not issubclass(value, BaseModel | Exception) and not getattr(value, "_is_protocol", False)
     return inspect.isroutine(value)
@@ -100,6 +105,8 @@ def missing_of(name: str, value: Any, page: str) -> list[str]:
     assert heading > 0, f"{name} is not in the site"
     signature = page[page.find("doc-signature", heading) :].split("</div>")[0]
     shown = set(re.findall(r"\w+", html.unescape(re.sub(r"<[^>]+>", "", signature))))
+    for options in shown & set(OPTIONS):
+        shown |= set(OPTIONS[options].__annotations__)
     return [parameter for parameter in inspect.signature(value).parameters if parameter not in shown | {"self"}]
 
 
@@ -121,6 +128,13 @@ def test_the_site_builds_strictly_and_has_the_true_signatures(tmp_path: Path) ->
                 assert missing_of(name, value, text) == [], name
                 seen += 1
     assert seen > 100
+
+
+@pytest.mark.parametrize("options", OPTIONS.values())
+def test_the_docstrings_have_every_option(options: Any) -> None:
+    assert f"tinkex_py.losses.{options.__name__}" in directives()
+    section = (inspect.getdoc(options) or "").split("Attributes:\n")[1]
+    assert re.findall(r"^    (\w+): ", section, re.MULTILINE) == list(options.__annotations__)
 
 
 def test_a_parameter_that_the_site_does_not_show_is_noticed() -> None:

@@ -11,8 +11,10 @@ from tests.losses.support import LIMIT, Gate, async_l2, async_nll, guide_logprob
 from tinkex_py import (
     Pipeline,
     RegularizerError,
+    RegularizerTimeout,
     TinkexError,
 )
+from tinkex_py.losses import grad_mode
 
 pytestmark = pytest.mark.asyncio
 
@@ -214,3 +216,133 @@ async def test_row_120_a_term_that_somebody_cancels_before_it_starts():
     with pytest.raises(RegularizerError) as caught:
         await Pipeline(cancels_its_sibling, [spec(async_l2, "victim")]).compute([], guide_logprobs())
     assert caught.value.name == "victim"
+
+
+# What goes on although it was asked to end
+
+
+class Stubborn:
+    """A coroutine term that goes on after every cancellation, and notes how it was ended at last."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.cancellations = 0
+        self.closed = False
+
+    async def compute(self, data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        try:
+            while True:
+                self.started.set()
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    self.cancellations += 1
+        except GeneratorExit:
+            self.closed = True
+            raise
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grad_mode, "GRACE", SHORT)
+
+
+@pytest.mark.usefixtures("short_grace")
+async def test_rule_5_a_term_that_swallows_its_timeout_is_left_after_its_grace():
+    term = Stubborn()
+    async with asyncio.timeout(LIMIT):
+        with pytest.raises(RegularizerTimeout) as caught:
+            await Pipeline(nll, [spec(term, "stubborn", timeout=SHORT)]).compute([], guide_logprobs())
+    assert caught.value.name == "stubborn"
+    assert (term.cancellations, term.closed) == (1, True)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+@pytest.mark.usefixtures("short_grace")
+@pytest.mark.parametrize("form", ["object", "plain function"])
+async def test_rule_5_a_term_that_swallows_the_end_of_its_siblings_is_left_after_its_grace(form: str):
+    term = Stubborn()
+
+    async def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        await term.started.wait()
+        raise OwnError("first")
+
+    def returns_it(data: Any, logprobs: torch.Tensor) -> Any:
+        return term.compute(data, logprobs)
+
+    stubborn: Any = term if form == "object" else returns_it
+    before = asyncio.all_tasks()
+    async with asyncio.timeout(LIMIT):
+        with pytest.raises(RegularizerError) as caught:
+            await Pipeline(async_nll, [spec(stubborn, "stubborn"), spec(fails, "fails")]).compute([], guide_logprobs())
+    assert caught.value.name == "fails"
+    assert not hasattr(caught.value, "__notes__")
+    assert (term.cancellations, term.closed) == (1, True)
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.usefixtures("short_grace")
+async def test_rule_5_a_term_that_swallows_the_callers_cancellation_is_left_after_its_grace():
+    term = Stubborn()
+    computing = asyncio.ensure_future(Pipeline(async_nll, [spec(term, "stubborn")]).compute([], guide_logprobs()))
+    await term.started.wait()
+    computing.cancel()
+    async with asyncio.timeout(LIMIT):
+        with pytest.raises(asyncio.CancelledError):
+            await computing
+    assert (term.cancellations, term.closed) == (1, True)
+
+
+@pytest.mark.usefixtures("short_grace")
+async def test_rule_5_a_terms_own_timeouts_need_no_grace():
+    """A cancellation that the term itself asked for is not final, however long it takes to clean up after it."""
+
+    async def recovers(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        try:
+            async with asyncio.timeout(0):
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await asyncio.sleep(3 * SHORT)
+        except TimeoutError:
+            await asyncio.sleep(3 * SHORT)
+        return logprobs.sum()
+
+    output = await Pipeline(nll, [spec(recovers, "recovers")]).compute([], guide_logprobs())
+    assert list(output.regularizers) == ["recovers"]
+
+
+async def test_rule_5_a_term_may_clean_up_within_its_grace():
+    cleaned: list[str] = []
+
+    async def tidy(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(SHORT)
+            cleaned.append("tidy")
+        return logprobs.sum()
+
+    with pytest.raises(RegularizerTimeout):
+        await Pipeline(nll, [spec(tidy, "tidy", timeout=SHORT)]).compute([], guide_logprobs())
+    assert cleaned == ["tidy"]
+
+
+@pytest.mark.usefixtures("short_grace")
+async def test_rule_5_a_term_that_refuses_to_be_closed_is_left_too():
+    attempts = 0
+
+    async def refuses(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        nonlocal attempts
+        while attempts < 3:
+            try:
+                await asyncio.Event().wait()
+            except BaseException:  # noqa: BLE001  # that is the point
+                attempts += 1
+        return logprobs.sum()
+
+    async with asyncio.timeout(LIMIT):
+        with pytest.raises(RegularizerTimeout):
+            await Pipeline(nll, [spec(refuses, "refuses", timeout=SHORT)]).compute([], guide_logprobs())

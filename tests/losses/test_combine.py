@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import guide_logprobs, guide_specs, l1, l2, nll, spec
 from tinkex_py import Executor, InvalidSpec, NonFiniteLoss, Pipeline, PipelineError
-from tinkex_py.losses.combine import Part, dot, summed, without_conflicts
+from tinkex_py.losses.gradients import WeightedGradient, WeightedSum, dot, summed, without_conflicts
 from tinkex_py.losses.logprobs import Logprobs
 
 
@@ -141,7 +141,7 @@ def test_surgery_is_the_algorithm_of_the_paper(seed: int, count: int, step: int)
     scales = draw.uniform(0.1, 3.0, count)
     names = [f"term {index}" for index in draw.permutation(count)]
     parts = [
-        Part(name, scale, torch.tensor(row), float(np.linalg.norm(row)))
+        WeightedGradient(name, scale, torch.tensor(row), float(np.linalg.norm(row)))
         for name, scale, row in zip(names, scales, rows, strict=True)
     ]
     total = without_conflicts(parts, torch.zeros(9, dtype=torch.float64), step=step).gradient
@@ -152,7 +152,10 @@ def test_surgery_is_the_algorithm_of_the_paper(seed: int, count: int, step: int)
 
 
 def test_surgery_with_terms_that_have_no_gradient():
-    parts = [Part("base_loss", 1.0, torch.tensor([1.0, 1.0]), None), Part("zero", 1.0, None, None)]
+    parts = [
+        WeightedGradient("base_loss", 1.0, torch.tensor([1.0, 1.0]), None),
+        WeightedGradient("zero", 1.0, None, None),
+    ]
     combined = without_conflicts(parts, torch.zeros(2), step=0)
     assert combined.gradient.tolist() == [1.0, 1.0]
     assert combined.diagnosis["zero"].cosine_with_total is None
@@ -221,15 +224,14 @@ def test_products_of_gradients_that_share_memory_with_one_number():
 def test_the_sum_of_any_size_and_dtype_is_the_same_however_it_is_cut(dtype: torch.dtype, size: int):
     generator = torch.Generator().manual_seed(size)
     gradients = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5)]
-    parts = [Part(str(index), 0.3 * index - 0.5, gradient, 1.0) for index, gradient in enumerate(gradients)]
-    parts.append(Part("none", 2.0, None, 0.0))
+    parts = [WeightedGradient(str(index), 0.3 * index - 0.5, gradient, 1.0) for index, gradient in enumerate(gradients)]
+    parts.append(WeightedGradient("none", 2.0, None, 0.0))
     exact = sum(((0.3 * index - 0.5) * gradient.double() for index, gradient in enumerate(gradients)), start=0.0)
 
-    def one_by_one(work: Any, count: int) -> Any:
-        return [found for number in reversed(range(count)) for found in work(range(number, number + 1))][::-1]
-
     whole = summed(parts, gradients[0], diagnose=True)
-    cut = summed(parts, gradients[0], diagnose=True, spread=one_by_one)
+    in_pieces = WeightedSum(parts, gradients[0], diagnose=True)
+    added = [in_pieces.add(blocks) for blocks in reversed(in_pieces.blocks(ranges=3))]
+    cut = in_pieces.combined([block for blocks in reversed(added) for block in blocks])
     assert whole.gradient.dtype is dtype
     assert torch.equal(whole.gradient, cut.gradient)
     assert (whole.norm, whole.diagnosis) == (cut.norm, cut.diagnosis)
@@ -259,5 +261,5 @@ async def test_the_sum_is_the_gradient_of_the_written_out_loss():
         [], Logprobs.from_tensors(guide_logprobs())
     )
     assert float((loss.gradient - expected).norm()) <= 1e-6 * float(expected.norm())
-    parts = [Part("base_loss", 1.0, expected, float(expected.norm()))]
+    parts = [WeightedGradient("base_loss", 1.0, expected, float(expected.norm()))]
     assert torch.equal(summed(parts, expected, diagnose=False).gradient, expected)

@@ -40,7 +40,6 @@ from tinkex_py import (
     TinkexError,
     telemetry,
 )
-from tinkex_py.losses.terms import prepare_base_loss, prepare_regularizer
 from tinkex_py.telemetry import Event
 
 pytestmark = pytest.mark.asyncio
@@ -88,24 +87,34 @@ async def test_row_57_waiting_for_a_permit_does_not_count():
 
 
 @pytest.mark.parametrize(
-    ("pipelines", "specs", "expected"),
+    ("pipelines", "specs", "ends"),
     [
-        (None, None, None),
-        (30.0, None, 30.0),
-        (None, 5.0, 5.0),
-        (30.0, 5.0, 5.0),
-        (5.0, 30.0, 30.0),
-        (5.0, math.inf, None),
-        (math.inf, None, None),
+        (None, None, True),
+        (LIMIT, None, True),
+        (math.inf, None, True),
+        (SHORT, LIMIT, True),
+        (SHORT, math.inf, True),
+        (SHORT, None, False),
+        (None, SHORT, False),
+        (LIMIT, SHORT, False),
+        (math.inf, SHORT, False),
     ],
 )
-async def test_row_57_none_and_infinity_are_no_limit(
-    pipelines: float | None, specs: float | None, expected: float | None
-):
-    pipeline = Pipeline(nll, [spec(l1, "l1", timeout=specs)], timeout=pipelines)
-    assert prepare_regularizer(pipeline.regularizers[0], pipeline.timeout, step=0).timeout == expected
-    base_limit = None if pipelines == math.inf else pipelines
-    assert prepare_base_loss(pipeline.base_loss, pipeline.timeout).timeout == base_limit
+async def test_row_57_none_and_infinity_are_no_limit(pipelines: float | None, specs: float | None, ends: bool):
+    async def patient(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        await anyio.sleep(3 * SHORT)
+        return logprobs.sum()
+
+    pipeline = Pipeline(nll, [spec(patient, "patient", timeout=specs, on_error="skip")], timeout=pipelines)
+    output = await pipeline.compute([], guide_logprobs())
+    assert list(output.skipped) == ([] if ends else ["patient"])
+
+
+async def test_row_57_an_option_that_is_set_later_holds():
+    pipeline = Pipeline(slow)
+    pipeline.timeout = SHORT
+    with pytest.raises(RegularizerTimeout):
+        await pipeline.compute([], guide_logprobs())
 
 
 async def test_row_59_as_many_threads_as_usable_cpus():

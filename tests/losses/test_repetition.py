@@ -1,6 +1,7 @@
 """Retry policies of async terms."""
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ async def test_the_last_failure_is_the_cause(reraise: bool):
 
 @pytest.mark.asyncio
 async def test_a_number_is_a_number_of_calls(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tinkex_py.losses.terms._FIRST_WAIT", 0.0)
+    monkeypatch.setattr(random, "uniform", lambda _low, _high: 0.0)
     term = Flaky(2)
     assert (await Executor.execute_one(spec(term, "flaky", retry=3), [], guide_logprobs())).attempts == 3
     with pytest.raises(RegularizerError):

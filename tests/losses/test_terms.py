@@ -24,6 +24,7 @@ from tinkex_py import (
     RegularizerSpec,
     execute,
     per_datum,
+    sum_over_datums,
 )
 
 pytestmark = pytest.mark.asyncio
@@ -181,10 +182,59 @@ async def test_rows_10_and_11_the_name_of_the_object():
     assert RegularizerSpec(fn=per_datum(L1Sparsity()), weight=1.0).name == "l1_sparsity"
 
 
-@pytest.mark.parametrize("fn", [l1, lambda d, p: p.sum(), functools.partial(l1), math])
+async def base_loss(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+    return logprobs.sum()
+
+
+def named_otherwise(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+    return logprobs.sum()
+
+
+setattr(named_otherwise, "name", "own_name")  # noqa: B010
+
+
+def of_one_datum(logprobs: torch.Tensor) -> torch.Tensor:
+    return logprobs.sum()
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (l1, "l1"),
+        (async_l2, "async_l2"),
+        (functools.partial(l1), "l1"),
+        (per_datum(l1), "l1"),
+        (per_datum(functools.partial(functools.partial(l1))), "l1"),
+        (sum_over_datums(of_one_datum), "of_one_datum"),
+        (named_otherwise, "own_name"),
+        (functools.partial(named_otherwise), "own_name"),
+    ],
+)
+async def test_row_11_the_name_of_a_function(fn: Any, name: str):
+    assert RegularizerSpec(fn=fn, weight=1.0).name == name
+    assert RegularizerSpec(fn=fn, weight=1.0, name="given").name == "given"
+
+
+class Unnamed:
+    def __call__(self, data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.sum()
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda d, p: p.sum(), per_datum(lambda d, p: p[0].sum()), Unnamed(), functools.partial(Unnamed()), math],
+    ids=["lambda", "lambda per datum", "object", "partial of an object", "module"],
+)
 async def test_row_11_no_name_anywhere(fn: Any):
-    with pytest.raises(InvalidSpec):
+    with pytest.raises(InvalidSpec, match=r"no name: pass name="):
         RegularizerSpec(fn=fn, weight=1.0)
+
+
+@pytest.mark.parametrize("fn", [base_loss, functools.partial(base_loss), per_datum(base_loss)])
+async def test_row_11_a_function_named_base_loss_needs_another_name(fn: Any):
+    with pytest.raises(InvalidSpec, match=r"reserved for the base loss: pass another name="):
+        RegularizerSpec(fn=fn, weight=1.0)
+    assert RegularizerSpec(fn=fn, weight=1.0, name="again").name == "again"
 
 
 async def test_row_10_a_name_method_is_not_a_name():

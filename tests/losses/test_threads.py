@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,8 +24,8 @@ from tests.losses.support import (
     spec,
     until,
 )
-from tinkex_py import Pipeline, RegularizerTimeout
-from tinkex_py.losses.threads import TermThreads, WorkerThreads, usable_cpu_count
+from tinkex_py import ClientClosed, Pipeline, RegularizerError, RegularizerTimeout
+from tinkex_py.losses.worker_pool import WorkerPool, usable_cpu_count
 
 pytestmark = pytest.mark.asyncio
 
@@ -81,32 +82,32 @@ async def test_an_abandoned_term_that_ends_makes_room(waiting: Any):
 
 async def test_the_bound_holds_across_pipelines_that_share_threads():
     gate = Gate()
-    threads = TermThreads(2)
+    workers = WorkerPool(2)
     logprobs = [np.array([-0.5, -1.0])]
     try:
         with gate.opening():
             pipelines = [Pipeline(async_nll, skipping(gate, 3)) for _ in range(3)]
             async with asyncio.timeout(LIMIT):
-                losses = await asyncio.gather(*(p.evaluate([], packed(logprobs), threads=threads) for p in pipelines))
+                losses = await asyncio.gather(*(p.evaluate([], packed(logprobs), workers=workers) for p in pipelines))
             assert [len(loss.output.skipped) for loss in losses] == [3, 3, 3]
             assert (gate.peak, gate.running, gate.calls) == (2, 2, 2)
         await until(lambda: gate.running == 0)
     finally:
-        threads.close()
+        workers.close()
 
 
 async def test_the_bound_is_the_smaller_limit_also_on_shared_threads():
     gate = Gate()
-    threads = TermThreads(4)
+    workers = WorkerPool(4)
     try:
         with gate.opening():
             pipeline = Pipeline(async_nll, skipping(gate, 4), max_concurrency=2)
             async with asyncio.timeout(LIMIT):
-                await pipeline.evaluate([], packed([np.zeros(2)]), threads=threads)
+                await pipeline.evaluate([], packed([np.zeros(2)]), workers=workers)
             assert gate.peak == 2
         await until(lambda: gate.running == 0)
     finally:
-        threads.close()
+        workers.close()
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -243,26 +244,34 @@ async def test_a_late_coroutine_is_closed():
 
 
 async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed(monkeypatch: pytest.MonkeyPatch):
-    async def later() -> None:
-        raise AssertionError("nobody awaits this")
+    """The term has returned it, and the loop has no turn before the caller is cancelled."""
+    may_return, delivered = threading.Event(), threading.Event()
+    left: list[Any] = []
+    loop = asyncio.get_running_loop()
+    deliver = loop.call_soon_threadsafe
 
-    class RunsAtOnce:
-        def submit(self, function: Any, *arguments: Any) -> None:
-            function(*arguments)
+    def seen(*arguments: Any, **options: Any) -> Any:
+        handle = deliver(*arguments, **options)
+        if left:
+            delivered.set()
+        return handle
 
-    workers = WorkerThreads(1, "test")
-    monkeypatch.setattr(workers, "_executor", RunsAtOnce)
-    slot = await workers.slots.acquire("term")
-    returned = later()
-    closed: list[Any] = []
-    task = asyncio.create_task(workers.run(lambda: returned, slot=slot, release=slot.release, discard=closed.append))
-    for _ in range(2):  # the work is done; its result is delivered, and the task has not run since
-        await asyncio.sleep(0)
-    task.cancel()
+    def term(data: Any, logprobs: torch.Tensor) -> Any:
+        assert may_return.wait(LIMIT)
+        left.append(async_l2(data, logprobs))
+        return left[0]
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", seen)
+    workers = WorkerPool(1)
+    computing = asyncio.ensure_future(Pipeline(term).evaluate([], packed([np.zeros(2)]), workers=workers))
+    await until(lambda: workers.limiter.holders() == ["base_loss"])
+    may_return.set()
+    assert delivered.wait(LIMIT)
+    computing.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
-    returned.close()
-    assert closed == [returned]
+        await computing
+    workers.close()
+    assert left[0].cr_frame is None, "closed"
 
 
 async def test_a_cancelled_queue_runs_nothing():
@@ -311,14 +320,105 @@ async def test_contextvars_reach_terms_and_do_not_leak_back(form: str):
 async def test_a_worker_computes_alone_and_later_threads_as_usual():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    threads = TermThreads(2)
+    seen: list[int] = []
+
+    def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return logprobs.sum()
+
     try:
-        slot = await threads.terms.slots.acquire("term")
-        assert await threads.terms.run(torch.get_num_threads, slot=slot, release=slot.release) == 1
-        slot.release()
+        await Pipeline(term, max_threads=2).compute([], guide_logprobs())
+        assert seen == [1]
         assert torch.get_num_threads() == 2
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 2
     finally:
-        threads.close()
         torch.set_num_threads(before)
+
+
+# Work of the package itself
+
+
+async def test_computations_wait_neither_for_terms_nor_for_each_other():
+    gate = Gate()
+    workers = WorkerPool(2)
+    meet = threading.Barrier(2)
+    try:
+        with gate.opening():
+            steps = [
+                asyncio.ensure_future(Pipeline(gate).evaluate([], packed([np.zeros(2)]), workers=workers))
+                for _ in range(2)
+            ]
+            await until(lambda: gate.running == 2)
+            async with asyncio.timeout(LIMIT):
+                places = await asyncio.gather(*(workers.compute("meet", lambda: meet.wait(LIMIT)) for _ in range(2)))
+            assert sorted(places) == [0, 1]
+            assert gate.running == 2
+        await asyncio.gather(*steps)
+    finally:
+        workers.close()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("own"), asyncio.CancelledError("own"), KeyError("own"), SystemExit(3)])
+async def test_a_computation_raises_its_own_exception(error: BaseException):
+    def fails() -> None:
+        raise error
+
+    workers = WorkerPool(1)
+    try:
+        with pytest.raises(type(error)) as caught:
+            await workers.compute("fails", fails)
+        assert caught.value is error
+    finally:
+        workers.close()
+
+
+async def test_a_computation_keeps_neither_its_work_nor_its_result():
+    workers = WorkerPool(1)
+    given = torch.zeros(3)
+    made = await workers.compute("clone", given.clone)
+    references = [weakref.ref(given), weakref.ref(made)]
+    del given, made
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    workers.close()
+
+
+async def test_a_closed_pool_takes_no_more_work():
+    workers = WorkerPool(1)
+    assert await workers.compute("three", lambda: 3) == 3
+    workers.close()
+    workers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tinkex-")]
+    with pytest.raises(ClientClosed, match="'three' cannot run"):
+        await workers.compute("three", lambda: 3)
+    with pytest.raises(RegularizerError) as caught:
+        await Pipeline(l1).evaluate([], packed([np.zeros(2)]), workers=workers)
+    assert isinstance(caught.value.__cause__, ClientClosed)
+
+
+async def test_a_backward_pass_that_outlives_its_term_is_counted_and_holds_nobody_up():
+    gate = Gate()
+
+    class Hangs(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+            return values.sum()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            gate([], gradient)
+            return gradient.expand(10_000)
+
+    async def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        return Hangs.apply(logprobs)  # type: ignore[no-untyped-call]
+
+    specs = [spec(term, "hangs", timeout=SHORT, on_error="skip"), spec(l1, "l1")]
+    pipeline = Pipeline(l1, specs, max_threads=1)
+    with gate.opening():
+        async with asyncio.timeout(LIMIT):
+            output = await pipeline.compute([], torch.full((10_000,), -0.5))
+        assert output.skipped == {"hangs": "RegularizerTimeout"}
+        assert output.abandoned_threads == 1
+        assert list(output.regularizers) == ["l1"]
+    await until(lambda: gate.running == 0)

@@ -71,7 +71,7 @@ async def both(pipeline, candidates=None, step=0):
     server = traced.output(result, weights)
     from tinkex_py.losses.logprobs import Logprobs
 
-    client = await pipeline.evaluate(data, Logprobs.from_tensors(logprobs, datums=3), step=step)
+    client = await pipeline.evaluate(data, Logprobs.from_tensors(logprobs, data), step=step)
     assert server.loss_total == pytest.approx(client.output.loss_total, rel=1e-5)
     assert loss == pytest.approx(client.output.loss_total, rel=1e-4)
     torch.testing.assert_close(torch.cat(gradients), client.gradient, rtol=1e-4, atol=1e-5)

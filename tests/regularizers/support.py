@@ -8,7 +8,7 @@ import torch
 
 from tinkex_py import Datum, ModelInput
 from tinkex_py.losses.logprobs import PackedLogprobs
-from tinkex_py.losses.ready_made import ReadyMadeTerm
+from tinkex_py.terms.ready_made import ReadyMadeTerm
 
 LENGTHS = (3, 1, 4)
 

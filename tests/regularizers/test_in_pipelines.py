@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.losses.devices import DEVICES
 from tests.regularizers.support import datum, datums, random_logprobs
 from tinkex_py import AsyncServiceClient, Executor, Pipeline, RegularizerSpec
 from tinkex_py.base_losses import CISPO, DPO, NLL, PPO, ImportanceSampling
@@ -61,11 +62,14 @@ def data_for(candidates):
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("terms", "candidates"), [(ON_TOKENS, None), (ON_CANDIDATES, 3)])
-async def test_packed_leaves_give_what_the_plain_tensor_gives(dtype, terms, candidates):
+async def test_packed_leaves_give_what_the_plain_tensor_gives(device, dtype, terms, candidates):
+    if device == "mps" and dtype is torch.float64:
+        pytest.skip("there are no float64 numbers on this device")
     logprobs = random_logprobs(8) if candidates is None else random_logprobs(8, candidates)
-    logprobs = logprobs.to(dtype)
+    logprobs = logprobs.to(dtype).to(device)
     data = data_for(candidates)
     specs = [RegularizerSpec(fn=term, weight=0.1) for term in terms]
     tensors = list(torch.split(logprobs, [3, 1, 2, 2]))

@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 
 from tests.regularizers.support import LENGTHS, datum, datums, evaluated, random_logprobs
 from tinkex_py import InvalidData
-from tinkex_py.losses.reduction import REDUCTIONS
 from tinkex_py.regularizers import L1, Entropy, SampledEntropy
+from tinkex_py.terms.reduction import REDUCTIONS
 
 MASK = [1.0, 0.0, 1.0, 0.0, 2.0, 0.5, 0.0, 1.0]
 

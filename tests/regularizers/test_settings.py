@@ -10,7 +10,6 @@ from tests.regularizers.support import datums, evaluated
 from tinkex_py import Executor, InvalidSpec, Pipeline, Regularizer, RegularizerSpec, per_datum
 from tinkex_py.base_losses import CISPO, DPO, NLL, PPO, ImportanceSampling
 from tinkex_py.errors import InvalidBaseLoss
-from tinkex_py.losses.ready_made import ReadyMadeTerm
 from tinkex_py.regularizers import (
     L1,
     L2,
@@ -24,6 +23,7 @@ from tinkex_py.regularizers import (
     SampledEntropy,
     SampledKL,
 )
+from tinkex_py.terms.ready_made import ReadyMadeTerm
 
 REFERENCE = {"reference_field": "reference_logprobs"}
 PENALIZED = {"fn": L2()}

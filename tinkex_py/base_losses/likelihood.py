@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tinkex_py.losses.reduction import ReducedTerm
 from tinkex_py.losses.spec import TermResult
+from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.fields import aligned_field
-from tinkex_py.losses.numerics import safe_exp
-from tinkex_py.losses.reduction import ReducedTerm
 from tinkex_py.losses.spec import TermResult
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.numerics import safe_exp
+from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum
 
 Gains = tuple[torch.Tensor, Mapping[str, torch.Tensor]]

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import softplus
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.reduction import Reduction
-from tinkex_py.losses.reference import ReferenceTerm
 from tinkex_py.losses.spec import TermResult
+from tinkex_py.terms.reduction import Reduction
+from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
 
@@ -73,7 +73,7 @@ class DPO(ReferenceTerm):
         if self.label_smoothing:
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * softplus(margins)
         return (losses.mean() if self.reduction == "mean" else losses.sum()), {
-            "accuracy": (margins > 0).double().mean(),
+            "accuracy": (margins > 0).float().mean(),
             "margin": margins.detach().mean(),
             "chosen_reward": chosen.detach().mean(),
             "rejected_reward": rejected.detach().mean(),

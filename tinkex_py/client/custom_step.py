@@ -128,7 +128,7 @@ class CustomStep:
             output=loss.output,
         )
         backward = GradientPass(model, carried.chunks, surrogate.loss_fn, call=call, on_hand_over=on_hand_over)
-        return loss.output.model_copy(update={"service_output": await turn.send(backward)})
+        return loss.with_service(await turn.send(backward))
 
     async def _forward(
         self, turn: Turn, model: Model, data: Sequence[Datum]
@@ -167,11 +167,7 @@ class CustomStep:
             group=model,
             record=self.record,
         )
-        if not loss.differentiable:
-            raise PipelineError(
-                "no term depends on the logprobs, so there is nothing to train on; nothing was sent. A loss loses its "
-                "path to the logprobs through detach(), numpy(), torch.no_grad() or torch.tensor(x)"
-            )
+        loss.check_differentiable()
         return loss
 
 

@@ -16,6 +16,9 @@ from .logprobs import (
     packed_field as packed_field,
     split as split,
 )
+from .options import (
+    PipelineOptions as PipelineOptions,
+)
 from .output import (
     BaseLossOutput as BaseLossOutput,
     CustomLossOutput as CustomLossOutput,

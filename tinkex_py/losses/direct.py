@@ -1,39 +1,33 @@
-"""Doors to parts of the pipeline: run single terms, or only look at gradients."""
+"""Low-level entry points: run single terms, or only look at gradients."""
 
 import dataclasses
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.arguments import (
-    checked_count,
-    checked_data,
-    checked_flag,
-    checked_specs,
-    checked_step,
-    checked_timeout,
-)
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
-from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.logprobs import Logprobs, checked_data
+from tinkex_py.losses.options import TERM_DEFAULTS, PipelineOptions, checked_options, shows_options
+from tinkex_py.losses.outcomes import PreparedTerm, checked_step, prepare_regularizer, report, with_weight_at
 from tinkex_py.losses.output import RegularizerOutput
 from tinkex_py.losses.pipeline import Pipeline
-from tinkex_py.losses.report import report
 from tinkex_py.losses.spec import (
     RegularizerSpec,
     Term,
     TermResult,
+    checked_specs,
     is_async_term,
     term_function,
     term_name,
     why_not_a_term,
 )
-from tinkex_py.losses.terms import PreparedTerm, prepare_regularizer
-from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.losses.worker_pool import WorkerPool
+from tinkex_py.threads import in_own_thread
 from tinkex_py.types import Datum
 
 TensorOrList = torch.Tensor | Sequence[torch.Tensor]
@@ -63,11 +57,7 @@ async def execute(
     if is_async_term(term):
         result = await with_own_grad_mode(function(data, logprobs, **options))
     else:
-        threads = TermThreads(1)
-        try:
-            result = await run_released(threads.terms, "execute", lambda: function(data, logprobs, **options))
-        finally:
-            threads.close()
+        result = await in_own_thread("tinkex-execute", lambda: function(data, logprobs, **options))
         if inspect.isawaitable(result):
             result = await with_own_grad_mode(cast("Awaitable[TermResult]", result))
     name = term_name(term) or "execute"
@@ -109,38 +99,50 @@ class Executor:
         return output
 
     @staticmethod
+    @shows_options(PipelineOptions, TERM_DEFAULTS)
     async def execute_all(
         regularizers: Sequence[RegularizerSpec],
         data: Sequence[Datum],
         logprobs: TensorOrList,
         *,
-        parallel: bool = True,
-        timeout: float | None = 30.0,
-        track_grad_norms: bool = False,
-        max_concurrency: int = 32,
-        max_threads: int | None = None,
         step: int = 0,
+        **options: Unpack[PipelineOptions],
     ) -> list[RegularizerOutput]:
-        """Runs regularizers; outputs in spec order, without skipped and disabled ones. Options as in `Pipeline`.
+        """Runs regularizers; outputs in spec order, without skipped and disabled ones.
+
+        Args:
+            regularizers: specs with unique names.
+            data: handed to the terms.
+            logprobs: a tensor of any shape, or one tensor per datum.
+            step: optimizer steps made before, for weights that depend on it.
+            **options: see `PipelineOptions`; there is no `combine`, because nothing is combined.
 
         Raises:
             DuplicateRegularizerNames: two specs share a name.
             RegularizerError: a term failed.
+            PipelineError: an option is out of range.
+            TypeError: there is no such option.
         """
+        given = checked_options(options, of="Executor.execute_all()", defaults=TERM_DEFAULTS)
+        checked = {**TERM_DEFAULTS, **given}
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
-        limit = checked_timeout(timeout)
-        terms = [prepare_regularizer(spec, limit, step=checked_step(step)) for spec in specs]
+        terms = [with_weight_at(checked_step(step), prepare_regularizer(spec), spec) for spec in specs]
         datums = checked_data(data)
-        norms = checked_flag("track_grad_norms", track_grad_norms)
-        at_once = checked_flag("parallel", parallel)
-        threads = TermThreads(None if max_threads is None else checked_count("max_threads", max_threads))
-        shared = Logprobs.from_tensors(logprobs, datums=len(datums))
-        run = TermRun(datums, shared, threads, checked_count("max_concurrency", max_concurrency), norms)
+        shared = Logprobs.from_tensors(logprobs, datums)
+        workers = WorkerPool(checked["max_threads"])
+        run = TermRun(
+            datums,
+            shared,
+            workers,
+            checked["max_concurrency"],
+            checked["track_grad_norms"],
+            timeout=checked["timeout"],
+        )
         try:
-            outcomes = await run.all(terms, parallel=at_once)
+            outcomes = await run.all(terms, parallel=checked["parallel"])
             shared.check_unchanged()
         finally:
-            threads.close()
+            workers.close()
         return [report(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
 
 
@@ -165,14 +167,13 @@ class GradientTracker:
             options={},
             is_async=True if is_async_term(loss_fn) else None,
             per_datum=False,
-            timeout=None,
         )
-        threads = TermThreads()
+        workers = WorkerPool()
         try:
-            run = TermRun([], Logprobs.from_tensors(logprobs), threads, 1, track_grad_norms=True)
+            run = TermRun([], Logprobs.from_tensors(logprobs), workers, 1, track_grad_norms=True)
             (outcome,) = await run.all([term], parallel=True)
         finally:
-            threads.close()
+            workers.close()
         assert outcome.evaluation is not None
         return cast("float", outcome.evaluation.grad_norm)
 

@@ -1,37 +1,31 @@
-"""Runs terms: one task each, under a semaphore, with a timeout; sync ones in worker threads. No gradients here."""
+"""Runs terms: one task each, under a limiter, with a timeout; sync ones in worker threads. No gradients here."""
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from tenacity import RetryError
+from tenacity import AsyncRetrying, RetryCallState, RetryError
 
 from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
+from tinkex_py.limits import RetryPolicy, time_limit, with_retries
 from tinkex_py.losses.grad_mode import autograd_on, with_own_grad_mode
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
-from tinkex_py.losses.repetition import repeated
-from tinkex_py.losses.slots import Slot, Slots, SlotsAbandoned
-from tinkex_py.losses.terms import Outcome, PreparedTerm, described, failed_with
-from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_with
+from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
 from tinkex_py.types import Datum
 
 # Below this a backward pass is cheaper than the way to a thread and back.
 SMALL_LOGPROBS = 4096
 # How long a term without a timeout waits when abandoned terms hold every thread, in seconds.
 DEFAULT_PATIENCE = 60.0
-
-
-@dataclass(frozen=True)
-class _Returned:
-    """What a term gave in the thread, where it turned out to be an awaitable."""
-
-    awaitable: Awaitable[object]
+# Calling again would fail again, or work on logprobs that are spoilt.
+_NEVER_REPEATED = (InPlaceMutation, InvalidTermResult)
 
 
 @dataclass
@@ -41,29 +35,33 @@ class TermRun:
     Args:
         data: the datums, handed to every term.
         logprobs: the shared buffer.
-        threads: where sync terms run.
+        workers: where sync terms run.
         max_concurrency: terms in flight at once.
         track_grad_norms: whether norms are computed.
-        max_threads: most live term threads of this group; None leaves it to `threads`.
-        thread_group: whose runs share the bounds `max_concurrency` and `max_threads` on live term threads.
+        timeout: seconds for a term that has no timeout of its own; None is no limit.
+        max_threads: most live term threads of this group; None leaves it to `workers`.
+        group: whose runs share the bounds `max_concurrency` and `max_threads` on live term threads.
     """
 
     data: Sequence[Datum]
     logprobs: Logprobs
-    threads: TermThreads
+    workers: WorkerPool
     max_concurrency: int
     track_grad_norms: bool
+    timeout: float | None = None
     max_threads: int | None = None
-    thread_group: object = None
-    _permits: Slots = field(init=False)
+    group: object = None
+    _permits: Limiter = field(init=False)
+    _tasks: list[asyncio.Task[Outcome]] = field(init=False, default_factory=list[asyncio.Task[Outcome]])
+    _failures: list[Outcome] = field(init=False, default_factory=list[Outcome])
     _stopping: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._permits = Slots(self.max_concurrency)
-        self._thread_limit = min(self.max_concurrency, self.max_threads or self.max_concurrency)
+        self._permits = Limiter(self.max_concurrency)
+        self._most_threads = min(self.max_concurrency, self.max_threads or self.max_concurrency)
 
     async def all(self, terms: Sequence[PreparedTerm], *, parallel: bool) -> list[Outcome]:
-        """Runs the terms; outcomes in the order of `terms`.
+        """Runs the terms, once; outcomes in the order of `terms`.
 
         The first failure cancels the rest and is raised, with further failures as its notes. If the caller is
         cancelled, that wins, and the failures become notes of the cancellation.
@@ -71,170 +69,151 @@ class TermRun:
         Raises:
             RegularizerError: the first failure.
         """
-        failures: list[Outcome] = []
-        tasks: list[asyncio.Task[Outcome]] = []
-
-        async def run(term: PreparedTerm) -> Outcome:
-            outcome = await self._outcome(term)
-            if outcome.fails_step:
-                failures.append(outcome)
-                self._stop(task for task in tasks if task is not asyncio.current_task())
-            return outcome
-
+        if not terms:
+            return []
         try:
             async with asyncio.TaskGroup() as group:
-                for term in terms:
-                    tasks.append(group.create_task(run(term), name=f"tinkex.regularizer.{term.name}"))
-                    if not parallel:
-                        await self._wait(tasks)
-                        if failures:
-                            break
-                await self._wait(tasks)
+                await self._start(group, terms, parallel=parallel)
+            if not self._stopping:
+                started = zip(terms, self._tasks, strict=True)
+                self._failures += [_cancelled_from_outside(term) for term, task in started if task.cancelled()]
+            if self._failures:
+                raise self._first_failure()
+            return [task.result() for task in self._tasks]
         except asyncio.CancelledError as cancelled:
-            for failure in failures:
+            for failure in self._failures:
                 cancelled.add_note(described(failure.exception))
             raise
-        if not self._stopping:
-            started = zip(terms, tasks, strict=True)
-            failures += [_cancelled_from_outside(term) for term, task in started if task.cancelled()]
-        if failures:
-            raise self._first_of(failures)
-        return [task.result() for task in tasks]
+        finally:
+            # An abandoned thread holds this run. It must not hold what the other terms made.
+            self._tasks.clear()
+            self._failures.clear()
 
-    def _stop(self, others: Iterable[asyncio.Task[Outcome]]) -> None:
-        if self._stopping:  # a second cancellation would interrupt the clean-up that the first one started
-            return
-        self._stopping = True
-        for task in others:
-            task.cancel()
-
-    async def _wait(self, tasks: Sequence[asyncio.Task[Outcome]]) -> None:
-        if not tasks:
-            return
+    async def _start(self, group: asyncio.TaskGroup, terms: Sequence[PreparedTerm], *, parallel: bool) -> None:
         try:
-            await asyncio.wait(tasks)
+            for term in terms:
+                self._tasks.append(group.create_task(self._run(term), name=f"tinkex.regularizer.{term.name}"))
+                if not parallel:
+                    await asyncio.wait(self._tasks)
+                    if self._failures:
+                        return
+            await asyncio.wait(self._tasks)
         except asyncio.CancelledError:
             self._stopping = True
             raise
 
-    def _first_of(self, failures: Sequence[Outcome]) -> BaseException:
+    async def _run(self, term: PreparedTerm) -> Outcome:
+        try:
+            return Outcome(term, evaluation=await self._admitted(term))
+        except asyncio.CancelledError as error:
+            if self._stopping:
+                raise
+            outcome = _cancelled_from_outside(term, error)
+        except RegularizerError as error:
+            outcome = Outcome(term, error=error if error.name == term.name else failed_with(term, error))
+        except Exception as error:  # noqa: BLE001  # a term may raise anything; it is reported under the term's name
+            outcome = Outcome(term, error=failed_with(term, error))
+        except BaseException as fatal:  # noqa: BLE001
+            # Raised inside a task, KeyboardInterrupt and its like would stop the loop before the siblings.
+            outcome = Outcome(term, fatal=fatal)
+        if outcome.fails_step:
+            self._failures.append(outcome)
+            self._stop_others()
+        return outcome
+
+    def _stop_others(self) -> None:
+        if self._stopping:  # a second cancellation would interrupt the clean-up that the first one started
+            return
+        self._stopping = True
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    def _first_failure(self) -> BaseException:
         """KeyboardInterrupt and its like win, then a write into the shared logprobs, then the first error."""
-        errors = [failure.exception for failure in failures if failure.fatal is not None]
+        errors = [failure.exception for failure in self._failures if failure.fatal is not None]
         try:
             # A term that failed may be the victim of another one that wrote into the shared logprobs.
             self.logprobs.check_unchanged()
         except InPlaceMutation as mutation:
             errors.append(mutation)
-        errors += [failure.exception for failure in failures if failure.fatal is None]
+        errors += [failure.exception for failure in self._failures if failure.fatal is None]
         first, *others = errors
         for other in others:
             if described(other) != described(first):
                 first.add_note(described(other))
         return first
 
-    async def _outcome(self, term: PreparedTerm) -> Outcome:
-        try:
-            return Outcome(term, evaluation=await self._one(term))
-        except asyncio.CancelledError as error:
-            if self._stopping:
-                raise
-            return _cancelled_from_outside(term, error)
-        except RegularizerError as error:
-            if error.name == term.name:
-                return Outcome(term, error=error)
-            return Outcome(term, error=failed_with(term, error))
-        except Exception as error:  # noqa: BLE001  # a term may raise anything; it is reported under the term's name
-            return Outcome(term, error=failed_with(term, error))
-        except BaseException as fatal:  # noqa: BLE001
-            # Raised inside a task, KeyboardInterrupt and its like would stop the loop before the siblings.
-            return Outcome(term, fatal=fatal)
-
-    async def _one(self, term: PreparedTerm) -> Evaluation:
-        slot: Slot | None = None
-        permit: Slot | None = None
+    async def _admitted(self, term: PreparedTerm) -> Evaluation:
+        """Runs a term as soon as it has its permits: a thread where it needs one, then one of the terms in flight."""
+        timeout = self.timeout if term.timeout is None else term.timeout
+        thread: Permit | None = None
+        permit: Permit | None = None
         try:
             if term.is_async is not True:
-                slot = await self._turn(self.threads.terms.slots, term, self._thread_limit)
-            permit = await self._turn(self._permits, term, self.max_concurrency)
+                thread = await self._permit(self.workers.limiter, term, self._most_threads, timeout)
+            permit = await self._permit(self._permits, term, self.max_concurrency, timeout)
             with _events(term) as measurements:
-                evaluation = await self._within_timeout(term, slot, permit)
+                async with time_limit(timeout, lambda: _timed_out(term, timeout)) as limit:
+                    evaluation = await self._evaluated(term, thread, permit, limit)
+                    if limit.expired():  # the term swallowed that
+                        raise TimeoutError
                 if term.weight is not None:
                     measurements["value"] = evaluation.value
                     measurements["contribution"] = term.weight * evaluation.value
                     measurements["grad_norm"] = evaluation.grad_norm
                 return evaluation
         finally:
-            if slot is not None and slot.abandoned:
+            if thread is not None and thread.abandoned:
                 telemetry.emit("tinkex.regularizer.abandoned", {}, {"regularizer_name": term.name})
-                if permit is not None:
-                    self._permits.abandon(permit)
             else:
-                for held in (permit, slot):
+                for held in (permit, thread):
                     if held is not None:
                         held.release()
 
-    async def _turn(self, slots: Slots, term: PreparedTerm, limit: int) -> Slot:
-        patience = DEFAULT_PATIENCE if term.timeout is None else term.timeout
+    async def _permit(self, limiter: Limiter, term: PreparedTerm, limit: int, timeout: float | None) -> Permit:
+        patience = DEFAULT_PATIENCE if timeout is None else timeout
         try:
-            return await slots.acquire(term.name, group=self.thread_group, group_limit=limit, patience=patience)
-        except SlotsAbandoned as error:
-            with _events(term):  # it never ran, but whoever watches the events is to see it fail
+            return await limiter.acquire(term.name, group=self.group, group_limit=limit, patience=patience)
+        except TimeoutError:
+            with _events(term):  # it never ran, but its failure is an event like others
                 raise RegularizerTimeout(
                     f"term {term.name!r} did not get to run within {patience} s: every place is held by abandoned "
-                    f"terms ({', '.join(error.holders)}), which cannot be stopped. Give them a way to end, or raise "
-                    "max_threads",
+                    f"terms ({', '.join(limiter.holders())}), which cannot be stopped. Give them a way to end, or "
+                    "raise max_threads",
                     name=term.name,
                     timeout=patience,
                 ) from None
 
-    async def _within_timeout(self, term: PreparedTerm, slot: Slot | None, permit: Slot) -> Evaluation:
-        expired: BaseException | None = None
-        scope = asyncio.timeout(term.timeout)
-        try:
-            async with scope:
-                evaluation = await self._evaluate(term, slot, permit)
-            if not scope.expired():
-                return evaluation
-        except Exception as error:
-            if not scope.expired():
-                raise
-            expired = error if not isinstance(error, TimeoutError) else None
-        timeout = cast("float", term.timeout)
-        raise RegularizerTimeout(
-            f"term {term.name!r} did not end within its timeout of {timeout} s", name=term.name, timeout=timeout
-        ) from expired
+    async def _evaluated(
+        self, term: PreparedTerm, thread: Permit | None, permit: Permit, limit: asyncio.Timeout
+    ) -> Evaluation:
+        leaf = self.logprobs.leaf(term.name, packed=not term.per_datum)
 
-    async def _evaluate(self, term: PreparedTerm, slot: Slot | None, permit: Slot) -> Evaluation:
-        leaf = self.logprobs.leaf(term.name)
+        def must_end() -> bool:
+            return self._stopping or limit.expired()
+
         try:
-            return await self._call_and_differentiate(term, leaf, slot, permit)
+            if thread is None:
+                result, attempts = await with_own_grad_mode(self._attempts(term, leaf), must_end)
+            else:
+                returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
+                if isinstance(returned, Evaluation):
+                    return returned
+                thread.release()
+                result, attempts = await with_own_grad_mode(returned, must_end), 1
+            if leaf.numel() <= SMALL_LOGPROBS:
+                evaluation = self._arithmetic(term, result, leaf)
+            else:
+                evaluation = await self.workers.differentiate(term.name, lambda: self._arithmetic(term, result, leaf))
         except Exception:
             # Torch notices some in-place changes itself, in words that do not name the term.
             self.logprobs.check_leaf(leaf)
             raise
-
-    async def _call_and_differentiate(
-        self, term: PreparedTerm, leaf: torch.Tensor, slot: Slot | None, permit: Slot
-    ) -> Evaluation:
-        if slot is None:
-            result, attempts = await with_own_grad_mode(self._attempts(term, leaf))
-            return replace(await self._gradient(term, result, leaf), attempts=attempts)
-
-        def release() -> None:
-            permit.release()
-            slot.release()
-
-        returned = await self.threads.terms.run(
-            lambda: self._in_thread(term, leaf), slot=slot, release=release, discard=_close_coroutine
-        )
-        if isinstance(returned, Evaluation):
-            return returned
-        slot.release()
-        result = await with_own_grad_mode(returned.awaitable)
-        return await self._gradient(term, result, leaf)
+        return replace(evaluation, attempts=attempts)
 
     async def _attempts(self, term: PreparedTerm, leaf: torch.Tensor) -> tuple[object, int]:
-        """The term's result, and how often it was called for it."""
+        """A coroutine term's result, and how often it was called for it."""
         attempts = 0
 
         async def call() -> object:
@@ -243,7 +222,7 @@ class TermRun:
             if attempts > 1:
                 telemetry.emit("tinkex.regularizer.retry", {"attempt": attempts}, {"regularizer_name": term.name})
             try:
-                return await self._awaitable(term, leaf)
+                return await self._called_on_the_loop(term, leaf)
             except Exception:
                 self.logprobs.check_leaf(leaf)
                 raise
@@ -251,14 +230,15 @@ class TermRun:
         if term.retry is None:
             return await call(), attempts
         try:
-            return await repeated(term.retry, call), attempts
-        except RetryError as error:
-            failure = error.last_attempt.exception() or error
+            return await _repeated(term.retry, call), attempts
+        except Exception as error:  # noqa: BLE001  # raised again, or what it stands for
+            last = error.last_attempt.exception() if isinstance(error, RetryError) else None
+            failure = last or error
             failure.add_note(f"attempts: {attempts}")
             raise failure from None
 
-    async def _awaitable(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
-        result = self._call(term, leaf)
+    async def _called_on_the_loop(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
+        result = self._called(term, leaf)
         if not inspect.isawaitable(result):
             raise InvalidTermResult(
                 f"term {term.name!r} has is_async=True but returned a {type(result).__name__}, not an awaitable",
@@ -266,35 +246,25 @@ class TermRun:
             )
         return await result
 
-    def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | _Returned:
+    def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | Awaitable[object]:
         with autograd_on():
             try:
-                result = self._call(term, leaf)
+                result = self._called(term, leaf)
             except StopIteration as error:  # it would end the coroutine that waits for this thread
                 raise failed_with(term, error) from error
             if not inspect.isawaitable(result):
                 return self._arithmetic(term, result, leaf)
             if term.is_async is None:
-                return _Returned(result)
+                return result
             if inspect.iscoroutine(result):
                 result.close()
             raise InvalidTermResult(
                 f"term {term.name!r} has is_async=False but returned an awaitable; pass is_async=True", name=term.name
             )
 
-    def _call(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
-        return term.function(self.data, self._input(term, leaf), **term.options)
-
-    def _input(self, term: PreparedTerm, leaf: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        if term.per_datum:
-            return self.logprobs.views(leaf, self.data)
-        self.logprobs.check_packable(term.name)
-        return leaf
-
-    async def _gradient(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
-        if leaf.numel() <= SMALL_LOGPROBS:
-            return self._arithmetic(term, result, leaf)
-        return await run_released(self.threads.backward, term.name, lambda: self._arithmetic(term, result, leaf))
+    def _called(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
+        given = self.logprobs.views(leaf, self.data) if term.per_datum else leaf
+        return term.function(self.data, given, **term.options)
 
     def _arithmetic(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
         with autograd_on():
@@ -302,7 +272,7 @@ class TermRun:
                 result,
                 leaf,
                 name=term.name,
-                needs_gradient=term.needs_gradient,
+                needs_gradient=term.weight != 0,
                 needs_norm=self.track_grad_norms or term.max_grad_norm is not None,
             )
         self.logprobs.check_leaf(leaf)
@@ -316,12 +286,41 @@ def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:
     return telemetry.lifecycle("tinkex.regularizer.compute", metadata)
 
 
-def _close_coroutine(returned: Evaluation | _Returned) -> None:
-    if isinstance(returned, _Returned) and inspect.iscoroutine(returned.awaitable):
-        returned.awaitable.close()
+def _timed_out(term: PreparedTerm, timeout: float | None) -> RegularizerTimeout:
+    assert timeout is not None, "what has no limit does not time out"
+    return RegularizerTimeout(
+        f"term {term.name!r} did not end within its timeout of {timeout} s", name=term.name, timeout=timeout
+    )
 
 
 def _cancelled_from_outside(term: PreparedTerm, cause: asyncio.CancelledError | None = None) -> Outcome:
-    error = RegularizerError(f"term {term.name!r} ended in a cancellation nobody asked for", name=term.name)
+    error = RegularizerError(f"term {term.name!r} was cancelled from outside the pipeline", name=term.name)
     error.__cause__ = cause
     return Outcome(term, error=error)
+
+
+async def _repeated(policy: RetryPolicy | AsyncRetrying, call: Callable[[], Awaitable[object]]) -> object:
+    """The result of the first call that the policy accepts.
+
+    A user's policy object is not changed, so that many terms may share it at once. Whatever it says, a cancellation
+    and KeyboardInterrupt are never followed by another call.
+
+    Raises:
+        RetryError: a user's policy gave up; it holds the last attempt.
+    """
+    if isinstance(policy, RetryPolicy):
+        return await with_retries(policy, lambda _: call(), _may_be_repeated)
+    wanted = cast("Callable[[RetryCallState], bool | Awaitable[bool]]", policy.retry)
+
+    async def again(state: RetryCallState) -> bool:
+        failure = state.outcome.exception() if state.outcome is not None else None
+        if failure is not None and not _may_be_repeated(failure):
+            return False
+        answer = wanted(state)
+        return await answer if inspect.isawaitable(answer) else answer
+
+    return await policy.copy(retry=again)(call)
+
+
+def _may_be_repeated(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, _NEVER_REPEATED)

@@ -8,6 +8,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, SupportsIndex, cast
 
 import numpy as np
@@ -19,7 +20,10 @@ from tinkex_py.types import Datum, PackedTensor
 from tinkex_py.types.datum import target_shape
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-LIST_HINT = "packed logprobs: wrap the function in per_datum(...) to see one tensor per datum"
+LIST_HINT = (
+    "packed logprobs: wrap the function in per_datum(...) to see one tensor per datum; a slice such as logprobs[0:1] "
+    "takes positions"
+)
 
 
 class PackedLogprobs(torch.Tensor):
@@ -28,7 +32,8 @@ class PackedLogprobs(torch.Tensor):
     Iterating or taking `logprobs[i]` would silently mean token i where datum i was meant.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+    # A parameter is a subclass whose operations give plain tensors at no cost; so is this.
+    __torch_function__ = torch.nn.Parameter.__torch_function__  # pyright: ignore
 
     def __iter__(self) -> NoReturn:
         raise TypeError(LIST_HINT)
@@ -54,14 +59,40 @@ def _is_integer(index: object) -> bool:
     return True
 
 
+class _Seal(torch.autograd.Function):
+    """Saves a tensor for a backward pass that never comes.
+
+    Reading `saved_tensors` raises RuntimeError once the tensor was changed in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sealed: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(sealed)
+        return sealed.data
+
+    @staticmethod
+    def backward(ctx: Any, *_outer: torch.Tensor) -> None:  # noqa: ARG004
+        return None
+
+
+_seal = cast("Callable[[torch.Tensor], torch.Tensor]", _Seal.apply)  # pyright: ignore[reportUnknownMemberType]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    term: str
+    tensor: torch.Tensor
+    seal: torch.Tensor
+
+
 class Logprobs:
     """The logprobs of one step.
 
     Args:
-        buffer: a tensor nobody else holds: packed `[N]` or `[N, K]`, flat if the datums' shapes are mixed,
-            or any shape if it was given directly.
+        buffer: a tensor of their own, on any device: packed `[N]` or `[N, K]`, flat if the datums' shapes are
+            mixed, or any shape if it was given directly.
         unchanged: compares the buffer with the numbers it was copied from.
-        shapes: shape of every datum's slice, in order; None if there are no known boundaries.
+        shapes: shape of every datum's slice, in order; None if one tensor was given directly.
         packable: False if datums have mixed rank or K.
         guarded: leaves refuse to be used as a list of datums.
     """
@@ -80,7 +111,7 @@ class Logprobs:
         self.packable = packable
         self._unchanged = unchanged
         self._guarded = guarded
-        self._leaves: dict[int, tuple[str, torch.Tensor, int]] = {}  # by the id of the leaf
+        self._leaves: dict[int, _Leaf] = {}  # by the id of the tensor
 
     @classmethod
     def from_packed(cls, packed: PackedTensor) -> "Logprobs":
@@ -106,48 +137,65 @@ class Logprobs:
             )
 
     @classmethod
-    def from_tensors(cls, logprobs: torch.Tensor | Sequence[torch.Tensor], *, datums: int = 0) -> "Logprobs":
+    def from_tensors(cls, logprobs: torch.Tensor | Sequence[torch.Tensor], data: Sequence[Datum] = ()) -> "Logprobs":
         """From one tensor of any shape, or from one tensor per datum; the caller's tensors are never changed.
 
         Args:
-            logprobs: the numbers.
-            datums: how many tensors a list must have; 0 takes any number.
+            logprobs: the numbers, on any device.
+            data: the datums. A list must have a tensor for each. One tensor is guarded, as in a client, if its first
+                axis has as many positions as they have; else it stays plain.
 
         Raises:
-            PipelineError: not a floating point tensor, tensors of different dtypes, or too few or many of them.
+            PipelineError: not a dense floating point tensor, tensors of different dtypes or devices, or too few or
+                many of them.
         """
         if isinstance(logprobs, torch.Tensor):
-            _check_floating(logprobs)
+            _check_usable(logprobs)
             with torch.inference_mode(False):
-                own = _copied([logprobs], logprobs.shape)
-                return cls(own, _comparison(own), shapes=None, packable=True, guarded=False)
+                own = _copied([logprobs]).reshape(logprobs.shape)
+                guarded = _add_up(data, logprobs)
+                return cls(own, _comparison(own), shapes=None, packable=True, guarded=guarded)
         if not isinstance(logprobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(logprobs).__name__}")
         parts = list(logprobs)
-        if datums and len(parts) != datums:
-            raise PipelineError(f"{datums} datums need as many logprobs tensors, got {len(parts)}")
+        if data and len(parts) != len(data):
+            raise PipelineError(f"{len(data)} datums need as many logprobs tensors, got {len(parts)}")
         for part in parts:
-            _check_floating(part)
-        if len({part.dtype for part in parts}) > 1:
-            raise PipelineError(f"logprobs must share one dtype, got {sorted({str(part.dtype) for part in parts})}")
+            _check_usable(part)
+        for what in ("dtype", "device"):
+            kinds = {str(getattr(part, what)) for part in parts}
+            if len(kinds) > 1:
+                raise PipelineError(f"logprobs must share one {what}, got {sorted(kinds)}")
         shapes = [tuple(part.shape) for part in parts]
         if any(not shape for shape in shapes):
             raise PipelineError("a datum's logprobs must be [T] or [T, K], got a 0-d tensor")
-        packable = len({shape[1:] for shape in shapes}) <= 1
+        trailing = {shape[1:] for shape in shapes}
+        packed = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(trailing) == 1 else (-1,)
         with torch.inference_mode(False):
-            packed = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if packable and shapes else (-1,)
-            own = _copied(parts, packed) if parts else torch.zeros(0)
-            return cls(own, _comparison(own), shapes=shapes, packable=packable, guarded=True)
+            own = _copied(parts).reshape(packed) if parts else torch.zeros(0)
+            return cls(own, _comparison(own), shapes=shapes, packable=len(trailing) <= 1, guarded=True)
 
-    def leaf(self, name: str) -> torch.Tensor:
-        """A new leaf for the term `name`."""
+    def leaf(self, name: str, *, packed: bool = True) -> torch.Tensor:
+        """A new leaf for the term `name`.
+
+        Args:
+            name: of the term.
+            packed: whether it sees the leaf itself and not one view per datum.
+
+        Raises:
+            PipelineError: the datums' shapes are mixed, so that there is no packed tensor.
+        """
+        if packed and not self.packable:
+            raise PipelineError(
+                f"term {name!r} wants packed logprobs, but the datums' target_tokens have different rank or K: "
+                "wrap the function in per_datum(...)"
+            )
         with autograd_on():
-            # Other ways to share memory let other threads run Python in between, and the event loop waits for them.
+            # Other operations let other threads run Python in between, and the event loop waits for them.
             leaf = self.buffer.data
             if self._guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)
-            leaf.requires_grad_()
-        self._leaves[id(leaf)] = (name, leaf, leaf._version)  # pyright: ignore
+            self._leaves[id(leaf)] = _Leaf(name, leaf, _seal(leaf.requires_grad_()))
         return leaf
 
     def views(self, leaf: torch.Tensor, data: Sequence[Datum]) -> list[torch.Tensor]:
@@ -166,30 +214,21 @@ class Logprobs:
         flat = torch.split(leaf, [math.prod(shape) for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(flat, shapes, strict=True)]
 
-    def check_packable(self, name: str) -> None:
-        """Raises PipelineError if the datums' shapes are mixed, so that there is no packed tensor."""
-        if not self.packable:
-            raise PipelineError(
-                f"term {name!r} wants packed logprobs, but the datums' target_tokens have different rank or K: "
-                "wrap the function in per_datum(...)"
-            )
-
     def check_leaf(self, leaf: torch.Tensor) -> None:
         """Raises InPlaceMutation if the term that got this leaf wrote into it."""
         known = self._leaves.get(id(leaf))
-        if known is not None and self._was_changed(leaf, known[2]):
-            raise _mutation(known[0])
+        if known is not None:
+            self._check(known)
 
     def check_unchanged(self) -> None:
         """Raises InPlaceMutation if anybody wrote into the shared buffer."""
-        for name, leaf, version in self._leaves.values():
-            if self._was_changed(leaf, version):
-                raise _mutation(name)
+        leaves = list(self._leaves.values())
+        for leaf in leaves:
+            self._check(leaf)
         if not self._unchanged():
-            names = ", ".join(repr(name) for name, _, _ in self._leaves.values())
             raise InPlaceMutation(
                 f"the shared logprobs were overwritten past autograd (.data or numpy); the writer is unknown, one of "
-                f"{names}. Work on a copy: logprobs.clone()",
+                f"{', '.join(repr(leaf.term) for leaf in leaves)}. Work on a copy: logprobs.clone()",
                 name="unknown",
             )
 
@@ -197,10 +236,29 @@ class Logprobs:
         """Forgets the leaves, once all terms have ended: an abandoned thread must not keep those of other terms."""
         self._leaves.clear()
 
-    def _was_changed(self, leaf: torch.Tensor, version: int) -> bool:
-        # `leaf.data = other` puts other numbers under the leaf without a new version.
-        was_moved = leaf.shape != self.buffer.shape or leaf.data_ptr() != self.buffer.data_ptr()
-        return was_moved or leaf._version != version  # pyright: ignore
+    def _check(self, leaf: _Leaf) -> None:
+        # `leaf.data = other` puts other numbers under the leaf, which breaks no seal.
+        was_moved = leaf.tensor.shape != self.buffer.shape or leaf.tensor.data_ptr() != self.buffer.data_ptr()
+        try:
+            was_written = not cast("Any", leaf.seal.grad_fn).saved_tensors
+        except RuntimeError:
+            was_written = True
+        if was_moved or was_written:
+            raise InPlaceMutation(
+                f"term {leaf.term!r} changed the shared logprobs in place. Work on a copy: logprobs.clone()",
+                name=leaf.term,
+            )
+
+
+def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:
+    """The datums, if they are a list; it may be empty.
+
+    Raises:
+        InvalidData: they are something else.
+    """
+    if isinstance(data, Datum | str) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
+    return data
 
 
 def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
@@ -253,39 +311,44 @@ def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(arrays))  # pyright: ignore[reportUnknownMemberType]
 
 
-def _mutation(name: str) -> InPlaceMutation:
-    return InPlaceMutation(
-        f"term {name!r} changed the shared logprobs in place. Work on a copy: logprobs.clone()", name=name
-    )
+def _add_up(data: Sequence[Datum], logprobs: torch.Tensor) -> bool:
+    """Whether a tensor has the positions of these datums on its first axis."""
+    targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data if isinstance(datum, Datum)]  # pyright: ignore[reportUnnecessaryIsInstance]
+    lengths = [target.shape[0] for target in targets if target is not None and target.shape]
+    known = bool(lengths) and len(lengths) == len(data)
+    return known and logprobs.ndim > 0 and sum(lengths) == logprobs.shape[0]
 
 
-def _check_floating(tensor: object) -> None:
+def _check_usable(tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise PipelineError(f"logprobs must be on the CPU, got device {tensor.device}: pass logprobs.cpu()")
+    if tensor.device.type == "meta":
+        raise PipelineError("logprobs are on device meta, where tensors have no numbers")
     if tensor.layout is not torch.strided:
         raise PipelineError(f"logprobs must be dense, got layout {tensor.layout}: pass logprobs.to_dense()")
 
 
-def _copied(tensors: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    """All elements in one contiguous tensor of our own.
+def _copied(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All elements in one flat tensor of our own.
 
-    Numpy copies with the calling thread alone. Torch's further threads would go on spinning for a while, on the CPUs
-    that the terms' threads are about to need.
+    On the CPU, numpy copies with the calling thread alone. Torch's further threads would go on spinning for a while, on
+    the CPUs that the terms' threads are about to need.
     """
-    array = np.concatenate([_bits(tensor) for tensor in tensors])
-    copy: torch.Tensor = torch.from_numpy(array).view(tensors[0].dtype)  # pyright: ignore[reportUnknownMemberType]
-    return copy.reshape(tuple(shape))
+    if tensors[0].device.type != "cpu":
+        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    array = np.concatenate([_bits(tensor).numpy() for tensor in tensors])
+    return torch.from_numpy(array).view(tensors[0].dtype)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _comparison(own: torch.Tensor) -> Callable[[], bool]:
-    untouched = _bits(own).copy()  # not the caller's tensor: the caller may change that
-    return lambda: np.array_equal(_bits(own), untouched)
+    untouched = _copied([own])  # not the caller's tensor: the caller may change that
+    if own.device.type != "cpu":
+        return lambda: torch.equal(_bits(own), _bits(untouched))
+    return lambda: np.array_equal(_bits(own).numpy(), _bits(untouched).numpy())  # much faster there
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.signedinteger[Any]]]:
-    """The same memory as integers, which NaN cannot hide in: numpy compares them much faster than torch."""
-    return tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()]).numpy()
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers, flat, which NaN cannot hide in."""
+    return tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])

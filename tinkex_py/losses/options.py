@@ -55,7 +55,7 @@ TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: DEFAULTS[name] for na
 
 
 def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str, Any] = DEFAULTS) -> Mapping[str, Any]:
-    """The value of every option: those given, checked, and the defaults of the others.
+    """The options that were given, checked.
 
     Args:
         given: options by name.
@@ -66,10 +66,11 @@ def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str,
         TypeError: there is no such option.
         PipelineError: a value cannot be used.
     """
-    for name in given:
+    for name, value in given.items():
         if name not in defaults:
             raise TypeError(f"{of} got an unexpected keyword argument {name!r}")
-    return {name: _CHECKS[name](name, given.get(name, default)) for name, default in defaults.items()}
+        _CHECKS[name](name, value)
+    return given
 
 
 def shows_options(options: type[Any], defaults: Mapping[str, Any]) -> Callable[[Function], Function]:

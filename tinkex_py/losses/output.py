@@ -1,10 +1,18 @@
 """What a custom loss reports. Every output goes to JSON and back unchanged."""
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from tinkex_py.html_table import html_table
 from tinkex_py.types import ForwardBackwardOutput
 
+BASE_LOSS_NAME = "base_loss"
+"""The name of the base loss among the terms."""
+
 MetricValue = bool | int | float
+
+_COLUMNS = ("value", "weight", "weight x value", "gradient norm", "x weight", "share", "cosine with base")
 
 
 class LossReport(BaseModel):
@@ -56,7 +64,7 @@ class RegularizerOutput(LossReport):
 
 
 class GradientDiagnosis(LossReport):
-    """How one term's gradient lies to the others; None where it, or what it is compared with, is zero.
+    """Alignment of one term's gradient with the others; None where it, or what it is compared with, is zero.
 
     Attributes:
         cosine_with_base: with the gradient of the base loss, in [-1, 1].
@@ -81,7 +89,7 @@ class CustomLossOutput(LossReport):
         regularizers: by name, in spec order; skipped and disabled ones are not in it.
         regularizer_total: sum of all contributions.
         total_grad_norm: L2 norm of the whole gradient (not the sum of norms); None unless norms are tracked.
-        diagnosis: how the gradients get along, by term, "base_loss" first; empty unless norms are tracked.
+        diagnosis: alignment of the gradients, by term, "base_loss" first; empty unless norms are tracked.
         skipped: name -> class of the error, for terms with `on_error="skip"` that failed.
         abandoned_threads: worker threads of this pipeline's terms that still run although their timeout is over.
         service_output: the service's own result of the backward pass; None when computed offline.
@@ -98,6 +106,30 @@ class CustomLossOutput(LossReport):
     service_output: ForwardBackwardOutput | None = None
 
     def _repr_html_(self) -> str:
-        from tinkex_py.losses.notebook import output_html
-
         return output_html(self)
+
+
+def output_html(output: CustomLossOutput) -> str:
+    """A table for notebooks: a row per term, then the total."""
+    base, unknown = output.base_loss, GradientDiagnosis()
+    own = output.diagnosis.get(BASE_LOSS_NAME, unknown)
+    rows: list[Sequence[object]] = [
+        ("base loss", base.value, None, base.value, base.grad_norm, base.grad_norm, own.share_of_total, None)
+    ]
+    for name, term in output.regularizers.items():
+        diagnosis = output.diagnosis.get(name, unknown)
+        rows.append(
+            (
+                name,
+                term.value,
+                term.weight,
+                term.contribution,
+                term.grad_norm,
+                term.grad_norm_weighted,
+                diagnosis.share_of_total,
+                diagnosis.cosine_with_base,
+            )
+        )
+    rows.append(("total", None, None, output.loss_total, None, output.total_grad_norm, None, None))
+    skipped = ", ".join(f"{name} ({reason})" for name, reason in output.skipped.items())
+    return html_table("Composed loss", ("term", *_COLUMNS), rows, below=f"skipped: {skipped}" if skipped else "")

@@ -1,58 +1,43 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
+import asyncio
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 
 from tinkex_py import telemetry
 from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
-from tinkex_py.losses import gradients
-from tinkex_py.losses.arguments import (
-    checked_count,
-    checked_data,
-    checked_flag,
-    checked_specs,
-    checked_step,
-    checked_timeout,
-)
-from tinkex_py.losses.combine import COMBINES, Combine, summed, without_conflicts
+from tinkex_py.html_table import html_table
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
-from tinkex_py.losses.logprobs import Logprobs
-from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput
+from tinkex_py.losses.gradients import Combined, WeightedGradient, WeightedSum, summed, without_conflicts
+from tinkex_py.losses.known_gradient import with_known_gradient
+from tinkex_py.losses.logprobs import Logprobs, checked_data
+from tinkex_py.losses.options import DEFAULTS, Combine, PipelineOptions, checked_options, shows_options
+from tinkex_py.losses.outcomes import (
+    CustomLoss,
+    Outcome,
+    PreparedTerm,
+    checked_step,
+    custom_loss,
+    diagnosis_measurements,
+    prepare_base_loss,
+    prepare_regularizer,
+    weighted_gradients,
+    with_weight_at,
+)
+from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.recording import RecordPath, start_recording
-from tinkex_py.losses.report import diagnosis_measurements, part_of, report, total
-from tinkex_py.losses.spec import RegularizerSpec, Term, why_not_a_term
-from tinkex_py.losses.terms import Outcome, PreparedTerm, prepare_base_loss, prepare_regularizer
-from tinkex_py.losses.threads import TermThreads, run_released
+from tinkex_py.losses.spec import RegularizerSpec, Term, checked_specs, described_term, why_not_a_term
 from tinkex_py.losses.weights import WeightController
+from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
     from tinkex_py.losses.tinker_loss import TinkerLoss
-
-OPTIONS = ("track_grad_norms", "parallel", "timeout", "max_concurrency", "max_threads", "combine")
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class CustomLoss:
-    """A composed loss with its gradient.
-
-    Attributes:
-        output: what the user sees.
-        gradient: d(loss_total)/d(logprobs), laid out like the logprobs' buffer.
-        differentiable: False if no term at all depends on the logprobs.
-    """
-
-    output: CustomLossOutput
-    gradient: torch.Tensor
-    differentiable: bool
 
 
 class Pipeline:
@@ -61,59 +46,62 @@ class Pipeline:
     Args:
         base_loss: a term: `(data, logprobs)` -> loss or `(loss, metrics)`; sync, async or an object.
         regularizers: specs with unique names.
-        track_grad_norms: compute the L2 norm of every term's gradient and of the total.
-        parallel: False runs one term after another, the base loss first, then in spec order.
-        timeout: seconds per term, the base loss included; a spec's own timeout wins. None is no limit.
-        max_concurrency: terms in flight at once.
-        max_threads: sync terms in threads at once; None is the usable CPU count. Live term threads never exceed
-            `min(max_threads, max_concurrency)`, abandoned ones included.
-        combine: "sum" sends the gradient of `loss_total`; "pcgrad" first frees every term's weighted gradient of what
-            points against another term's (Yu et al. 2020), so that what is sent is the gradient of no single loss.
+        **options: how they are evaluated, see `PipelineOptions`. Each is an attribute of the pipeline, too.
 
     Raises:
         InvalidBaseLoss: the base loss cannot be called.
         InvalidSpec: an element of `regularizers` is no RegularizerSpec.
         DuplicateRegularizerNames: two enabled or disabled specs share a name.
         PipelineError: an option is out of range.
+        TypeError: there is no such option.
     """
 
+    @shows_options(PipelineOptions, DEFAULTS)
     def __init__(
-        self,
-        base_loss: Term,
-        regularizers: Sequence[RegularizerSpec] = (),
-        *,
-        track_grad_norms: bool = False,
-        parallel: bool = True,
-        timeout: float | None = 30.0,
-        max_concurrency: int = 32,
-        max_threads: int | None = None,
-        combine: Combine = "sum",
+        self, base_loss: Term, regularizers: Sequence[RegularizerSpec] = (), **options: Unpack[PipelineOptions]
     ) -> None:
         problem = why_not_a_term(base_loss, {})
         if problem is not None:
             raise InvalidBaseLoss(f"base loss: {problem}")
-        self.base_loss = base_loss
-        self.regularizers = checked_specs(regularizers)
-        self.track_grad_norms = checked_flag("track_grad_norms", track_grad_norms)
-        self.parallel = checked_flag("parallel", parallel)
-        self.timeout = checked_timeout(timeout)
-        self.max_concurrency = checked_count("max_concurrency", max_concurrency)
-        self.max_threads = None if max_threads is None else checked_count("max_threads", max_threads)
-        if combine not in COMBINES:
-            raise PipelineError(f"combine must be one of {', '.join(map(repr, COMBINES))}, got {combine!r}")
-        self.combine: Combine = combine
-        self._own_threads: TermThreads | None = None
-        self._told_not_differentiable: set[str] = set()
+        self._base_loss = base_loss
+        self._regularizers = checked_specs(regularizers)
+        checked = {**DEFAULTS, **checked_options(options, of="Pipeline.__init__()")} if options else DEFAULTS
+        self.track_grad_norms: bool = checked["track_grad_norms"]
+        self.parallel: bool = checked["parallel"]
+        self.timeout: float | None = checked["timeout"]
+        self.max_concurrency: int = checked["max_concurrency"]
+        self.max_threads: int | None = checked["max_threads"]
+        self.combine: Combine = checked["combine"]
+        self._own_workers: WorkerPool | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def base_loss(self) -> Term:
+        """The base loss."""
+        return self._base_loss
+
+    @property
+    def regularizers(self) -> tuple[RegularizerSpec, ...]:
+        """The regularizers, those that are not enabled included."""
+        return self._regularizers
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as they are now, by name."""
+        return {name: getattr(self, name) for name in DEFAULTS}
 
     def _repr_html_(self) -> str:
-        from tinkex_py.losses.notebook import pipeline_html
-
-        return pipeline_html(self.base_loss, self.regularizers, {name: getattr(self, name) for name in OPTIONS})
+        facts: list[tuple[str, Mapping[str, object]]] = [("base loss", {"fn": described_term(self._base_loss)})]
+        facts += [(spec.name, spec.facts()) for spec in self._regularizers]
+        columns = list(dict.fromkeys(column for _, own in facts for column in own))
+        rows = [(name, *(own.get(column) for column in columns)) for name, own in facts]
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return html_table("Pipeline", ("term", *columns), rows, below=options)
 
     @property
     def controllers(self) -> list[WeightController]:
         """The controllers among the weights, each once, in spec order."""
-        return [controller for _, controller in self._named_controllers()]
+        return [controller for _, controller in self._named_controllers]
 
     def update_controllers(self, outputs: Sequence[CustomLossOutput]) -> None:
         """Tells the controllers among the weights that an optimizer step was made. A training client does it itself.
@@ -126,7 +114,7 @@ class Pipeline:
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the controllers among the weights, as plain JSON values, by the first regularizer of each."""
-        return {"controllers": {name: controller.state_dict() for name, controller in self._named_controllers()}}
+        return {"controllers": {name: controller.state_dict() for name, controller in self._named_controllers}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` of a pipeline with the same specs was taken.
@@ -135,15 +123,16 @@ class Pipeline:
             InvalidSpec: the state belongs to other specs, or to none.
         """
         states = state.get("controllers") if isinstance(state, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
-        named = dict(self._named_controllers())
+        named = dict(self._named_controllers)
         if not isinstance(states, Mapping) or set(cast("Mapping[str, Any]", states)) != set(named):
             raise InvalidSpec(f"this pipeline has controllers for {sorted(named)}, the saved state is {state!r}")
         for name, controller in named.items():
             controller.load_state_dict(cast("Mapping[str, Any]", states)[name])
 
+    @functools.cached_property
     def _named_controllers(self) -> list[tuple[str, WeightController]]:
         firsts: dict[WeightController, str] = {}
-        for spec in self.regularizers:
+        for spec in self._regularizers:
             if isinstance(spec.weight, WeightController):
                 firsts.setdefault(spec.weight, spec.name)
         return [(name, controller) for controller, name in firsts.items()]
@@ -160,7 +149,8 @@ class Pipeline:
 
         Args:
             data: the datums, handed to every term; may be empty.
-            logprobs: one floating point tensor of any shape, or one tensor per datum. Never changed.
+            logprobs: one floating point tensor of any shape on any device, or one tensor per datum. Never changed. One
+                tensor that has the positions of the datums is packed logprobs, as in a client.
             step: optimizer steps made before, for weights that depend on it.
             record: a folder to write what the terms see to, for `replay`.
 
@@ -169,9 +159,45 @@ class Pipeline:
             PipelineError: the logprobs cannot be used, or the record cannot be written.
             InvalidData: `data` is no list.
         """
-        datums = checked_data(data)
-        own = Logprobs.from_tensors(logprobs, datums=len(datums))
-        return (await self.evaluate(datums, own, step=step, record=record)).output
+        own = Logprobs.from_tensors(logprobs, checked_data(data))
+        return (await self.evaluate(data, own, step=step, record=record)).output
+
+    async def loss(
+        self,
+        data: Sequence[Datum],
+        logprobs: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        step: int = 0,
+        record: RecordPath | None = None,
+    ) -> torch.Tensor:
+        """The loss as a tensor whose `backward()` reaches whatever made the logprobs.
+
+        The terms are evaluated on a copy of the logprobs; their combined gradient is what `backward()` hands on.
+
+        Args:
+            data: the datums, handed to every term; may be empty.
+            logprobs: as for `compute`, usually with a graph of their own.
+            step: optimizer steps made before, for weights that depend on it.
+            record: a folder to write what the terms see to, for `replay`.
+
+        Returns:
+            `loss_total`, 0-d, on the device of the logprobs and in their dtype, but at least float32. A second
+            derivative raises PipelineError.
+
+        Raises:
+            RegularizerError: a term failed; its `name` says which.
+            PipelineError: the logprobs cannot be used, no term depends on them, or the record cannot be written.
+            InvalidData: `data` is no list.
+        """
+        own = Logprobs.from_tensors(logprobs, checked_data(data))
+        custom = await self.evaluate(data, own, step=step, record=record)
+        custom.check_differentiable()
+        if isinstance(logprobs, torch.Tensor):
+            parts, gradients = [logprobs], [custom.gradient]
+        else:
+            parts, gradients = list(logprobs), own.views(custom.gradient, data)
+        dtype = torch.promote_types(custom.gradient.dtype, torch.float32)
+        return with_known_gradient(custom.output.loss_total, dtype, parts, gradients)
 
     def as_tinker_loss(self, *, step: int = 0) -> "TinkerLoss":
         """This pipeline as a loss function of the official SDK, with the same gradient.
@@ -184,7 +210,7 @@ class Pipeline:
         """
         from tinkex_py.losses.tinker_loss import TinkerLoss
 
-        return TinkerLoss(self, checked_step(step))
+        return TinkerLoss(functools.partial(self.evaluate, step=checked_step(step)))
 
     async def evaluate(
         self,
@@ -192,7 +218,7 @@ class Pipeline:
         logprobs: Logprobs,
         *,
         step: int = 0,
-        workers: TermThreads | None = None,
+        workers: WorkerPool | None = None,
         group: object = None,
         record: RecordPath | None = None,
     ) -> CustomLoss:
@@ -202,18 +228,19 @@ class Pipeline:
             data: the datums, handed to every term.
             logprobs: the shared buffer.
             step: optimizer steps made before.
-            threads: where sync terms run; default are this pipeline's own.
-            thread_group: whose live term threads count against this pipeline's bounds; default is the pipeline.
+            workers: where sync terms run; default are this pipeline's own.
+            group: whose live term threads count against this pipeline's bounds; default is the pipeline.
             record: a folder to write what the terms see to.
         """
         run = TermRun(
             data,
             logprobs,
-            workers or self._threads(),
+            self._workers() if workers is None else workers,
             self.max_concurrency,
-            self.track_grad_norms or any(controller.needs_grad_norms for controller in self.controllers),
+            self.track_grad_norms or any(controller.needs_grad_norms for _, controller in self._named_controllers),
+            timeout=self.timeout,
             max_threads=self.max_threads,
-            thread_group=group or self,
+            group=self if group is None else group,
         )
         try:
             return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
@@ -221,91 +248,86 @@ class Pipeline:
             logprobs.release_leaves()
 
     async def _observed(self, run: TermRun, step: int, record: RecordPath | None) -> CustomLoss:
-        specs = [spec for spec in self.regularizers if spec.enabled]
-        metadata = {"regularizer_count": len(specs), "track_grad_norms": self.track_grad_norms}
+        base, *regularizers = self._prepared
+        enabled = [(spec, term) for spec, term in zip(self._regularizers, regularizers, strict=True) if spec.enabled]
+        metadata = {"regularizer_count": len(enabled), "track_grad_norms": self.track_grad_norms}
         with telemetry.lifecycle("tinkex.custom_loss", metadata) as measurements:
-            loss = await self._recorded(run, specs, step, record)
+            weighted = [with_weight_at(step, term, spec) for spec, term in enabled]
+            if record is None:
+                loss = await self._evaluated(run, [base, *weighted], step)
+            else:
+                loss = await self._recorded(run, [base, *weighted], [spec for spec, _ in enabled], step, record)
             measurements["loss_total"] = loss.output.loss_total
             measurements["regularizer_total"] = loss.output.regularizer_total
             measurements.update(diagnosis_measurements(loss.output))
             return loss
 
+    @functools.cached_property
+    def _prepared(self) -> list[PreparedTerm]:
+        return [prepare_base_loss(self._base_loss), *(prepare_regularizer(spec) for spec in self._regularizers)]
+
     async def _recorded(
-        self, run: TermRun, specs: Sequence[RegularizerSpec], step: int, record: RecordPath | None
+        self,
+        run: TermRun,
+        terms: Sequence[PreparedTerm],
+        specs: Sequence[RegularizerSpec],
+        step: int,
+        record: RecordPath,
     ) -> CustomLoss:
-        regularizers = [prepare_regularizer(spec, self.timeout, step=step) for spec in specs]
-        if record is None:
-            return await self._evaluate(run, regularizers, step)
-
-        async def off_the_loop(work: Callable[[], Result]) -> Result:
-            return await run_released(run.threads.arithmetic, "record", work)
-
-        weighted = [(spec, term.weight or 0.0) for spec, term in zip(specs, regularizers, strict=True)]
-        options = {name: getattr(self, name) for name in OPTIONS}
-        recording = await off_the_loop(
+        write = functools.partial(run.workers.compute, "record")
+        weights = [term.weight or 0.0 for term in terms[1:]]
+        weighted = list(zip(specs, weights, strict=True))
+        recording = await write(
             lambda: start_recording(
-                record, run.data, run.logprobs, self.base_loss, weighted, step=step, options=options
+                record, run.data, run.logprobs, self._base_loss, weighted, step=step, options=self.options
             )
         )
         try:
-            loss = await self._evaluate(run, regularizers, step)
+            loss = await self._evaluated(run, terms, step)
         except PipelineError as error:
             failure = error
-            await off_the_loop(lambda: recording.fail(failure))
+            await write(lambda: recording.fail(failure))
             raise
-        await off_the_loop(lambda: recording.end(loss.output))
+        await write(lambda: recording.end(loss.output))
         return loss
 
-    async def _evaluate(self, run: TermRun, regularizers: Sequence[PreparedTerm], step: int) -> CustomLoss:
-        terms = [self._prepared_base_loss, *regularizers]
+    async def _evaluated(self, run: TermRun, terms: Sequence[PreparedTerm], step: int) -> CustomLoss:
         outcomes = await run.all(terms, parallel=self.parallel)
-        self._tell_not_differentiable(outcomes)
-        if run.logprobs.buffer.numel() <= SMALL_LOGPROBS:
-            return self._compose(outcomes, run, step)
-        return await run_released(run.threads.arithmetic, "sum", lambda: self._compose(outcomes, run, step))
-
-    @functools.cached_property
-    def _prepared_base_loss(self) -> PreparedTerm:
-        return prepare_base_loss(self.base_loss, self.timeout)
-
-    def _compose(self, outcomes: Sequence[Outcome], run: TermRun, step: int) -> CustomLoss:
-        run.logprobs.check_unchanged()
-        base = outcomes[0].evaluation
-        assert base is not None, "a base loss that failed has raised"
-        done = [(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
-        parts = [part_of(term, evaluation) for term, evaluation in done]
-        with torch.inference_mode(False), torch.no_grad():
-            if self.combine == "pcgrad":
-                combined = without_conflicts(parts, run.logprobs.buffer, step=step)
-            else:
-                combined = summed(parts, run.logprobs.buffer, diagnose=run.track_grad_norms, spread=run.threads.spread)
-            if combined.norm is None or not math.isfinite(combined.norm):  # NaN and infinity survive in a norm
-                gradients.check_finite(combined.gradient, "loss_total")
-        regularizers = {term.name: report(term, result) for term, result in done[1:]}
-        contributions = [output.contribution for output in regularizers.values()]
-        output = CustomLossOutput(
-            loss_total=total([base.value, *contributions]),
-            base_loss=BaseLossOutput(value=base.value, metrics=base.metrics, grad_norm=base.grad_norm),
-            regularizers=regularizers,
-            regularizer_total=total(contributions),
-            total_grad_norm=combined.norm if run.track_grad_norms else None,
-            diagnosis=combined.diagnosis if run.track_grad_norms else {},
-            skipped={
-                outcome.term.name: telemetry.failure_reason(outcome.error) for outcome in outcomes if outcome.error
-            },
-            abandoned_threads=len(run.threads.abandoned()),
+        self._warn_not_differentiable(outcomes)
+        combined = await self._combined(run, weighted_gradients(outcomes), step)
+        return custom_loss(
+            outcomes,
+            combined,
+            track_grad_norms=run.track_grad_norms,
+            abandoned_threads=len(run.workers.abandoned()),
         )
-        return CustomLoss(output, combined.gradient, differentiable=any(result.differentiable for _, result in done))
 
-    def _tell_not_differentiable(self, outcomes: Sequence[Outcome]) -> None:
+    async def _combined(self, run: TermRun, parts: Sequence[WeightedGradient], step: int) -> Combined:
+        buffer, norms = run.logprobs.buffer, run.track_grad_norms
+        check = run.logprobs.check_unchanged
+        surgery = functools.partial(without_conflicts, parts, buffer, step=step)
+        if buffer.numel() <= SMALL_LOGPROBS:
+            check()
+            return surgery() if self.combine == "pcgrad" else summed(parts, buffer, diagnose=norms)
+        compute = functools.partial(run.workers.compute, "sum")
+        if self.combine == "pcgrad":
+            await compute(check)
+            return await compute(surgery)
+        total = WeightedSum(parts, buffer, diagnose=norms)
+        ranges = total.blocks(run.workers.limiter.limit if buffer.device.type == "cpu" else 1)
+        adding = asyncio.gather(*(compute(functools.partial(total.add, blocks)) for blocks in ranges))
+        _, added = await asyncio.gather(compute(check), adding)
+        return total.combined(list(itertools.chain.from_iterable(added)))
+
+    def _warn_not_differentiable(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             name = outcome.term.name
-            if outcome.evaluation is None or outcome.evaluation.differentiable or name in self._told_not_differentiable:
+            if outcome.evaluation is None or outcome.evaluation.differentiable or name in self._warned:
                 continue
-            self._told_not_differentiable.add(name)
+            self._warned.add(name)
             telemetry.emit("tinkex.regularizer.not_differentiable", {}, {"regularizer_name": name})
 
-    def _threads(self) -> TermThreads:
-        if self._own_threads is None:
-            self._own_threads = TermThreads(self.max_threads)
-        return self._own_threads
+    def _workers(self) -> WorkerPool:
+        if self._own_workers is None:
+            self._own_workers = WorkerPool(self.max_threads)
+        return self._own_workers

@@ -4,7 +4,6 @@ A record is a folder: `tensors.safetensors` holds the logprobs, the tokens and t
 The inputs are written before the first term runs, so that a step that hangs or kills its process leaves them too.
 """
 
-import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -24,10 +23,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from tinkex_py.errors import MissingExtra, PipelineError
 from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.outcomes import described
 from tinkex_py.losses.output import CustomLossOutput
-from tinkex_py.losses.ready_made import ReadyMadeTerm
-from tinkex_py.losses.spec import PerDatum, RegularizerSpec, Term, term_function
-from tinkex_py.losses.terms import described
+from tinkex_py.losses.spec import ConfiguredTerm, PerDatum, RegularizerSpec, Term, term_function
 from tinkex_py.types import Datum
 from tinkex_py.types.tensors import Array
 from tinkex_py.version import __version__
@@ -101,7 +99,7 @@ class RecordedFailure(RecordPart):
     term: str | None = None
 
 
-class StepRecord(RecordPart):
+class RecordedStep(RecordPart):
     """What `record.json` holds.
 
     Attributes:
@@ -135,7 +133,7 @@ class Recording:
     """
 
     folder: Path
-    record: StepRecord
+    record: RecordedStep
 
     def end(self, output: CustomLossOutput) -> None:
         """Adds what the step gave."""
@@ -179,7 +177,7 @@ def start_recording(
     folder = Path(path)
     tensors = _Tensors()
     tensors.add("logprobs", logprobs.buffer)
-    record = StepRecord(
+    record = RecordedStep(
         step=step,
         datums=tuple(_datum(datum, tensors) for datum in data),
         logprob_shapes=None if logprobs.shapes is None else tuple(logprobs.shapes),
@@ -220,7 +218,7 @@ class _Tensors:
 
     def add(self, key: str, values: torch.Tensor | Array) -> None:
         tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))  # pyright: ignore[reportUnknownMemberType]
-        self._parts.setdefault(key, []).append(tensor.detach())
+        self._parts.setdefault(key, []).append(tensor.detach().cpu())
 
     def packed(self) -> dict[str, torch.Tensor]:
         return {key: parts[0].clone() if len(parts) == 1 else torch.cat(parts) for key, parts in self._parts.items()}
@@ -265,17 +263,17 @@ def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
 def term_fields(term: Term) -> dict[str, Any]:
     """What a record says about a term: the fields of `RecordedTerm` but its name."""
     inner: Any = term.fn if isinstance(term, PerDatum) else term
-    code: Any = cast("object", type(inner)) if isinstance(inner, ReadyMadeTerm) else term_function(inner)
+    code: Any = cast("object", type(inner)) if isinstance(inner, ConfiguredTerm) else term_function(inner)
     name = getattr(code, "__qualname__", type(code).__qualname__)
     return {
         "source": f"{getattr(code, '__module__', type(code).__module__)}:{name}",
-        "ready_made": _settings(inner) if isinstance(inner, ReadyMadeTerm) else None,
+        "ready_made": _settings(inner) if isinstance(inner, ConfiguredTerm) else None,
         "per_datum": isinstance(term, PerDatum),
     }
 
 
-def _settings(term: ReadyMadeTerm) -> dict[str, Any] | None:
-    settings = {field.name: getattr(term, field.name) for field in dataclasses.fields(term)}
+def _settings(term: ConfiguredTerm) -> dict[str, Any] | None:
+    settings = term.settings()
     return settings if is_plain(settings) else None
 
 
@@ -292,7 +290,7 @@ def is_plain(value: object) -> bool:
         return False
 
 
-def _write_folder(folder: Path, record: StepRecord, tensors: _Tensors) -> None:
+def _write_folder(folder: Path, record: RecordedStep, tensors: _Tensors) -> None:
     library = safetensors_library()
     if folder.exists() and not (folder / JSON_NAME).is_file():
         raise PipelineError(f"{str(folder)!r} exists and is no record; name a folder that may be made")
@@ -312,13 +310,13 @@ def _write_folder(folder: Path, record: StepRecord, tensors: _Tensors) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _write_json(folder: Path, record: StepRecord) -> None:
+def _write_json(folder: Path, record: RecordedStep) -> None:
     partial = folder / f".{JSON_NAME}"
     partial.write_text(record.model_dump_json(indent=1), encoding="utf-8")
     partial.replace(folder / JSON_NAME)
 
 
-def read_record(path: RecordPath) -> tuple[StepRecord, dict[str, torch.Tensor]]:
+def read_record(path: RecordPath) -> tuple[RecordedStep, dict[str, torch.Tensor]]:
     """A record and its tensors.
 
     Raises:
@@ -328,7 +326,7 @@ def read_record(path: RecordPath) -> tuple[StepRecord, dict[str, torch.Tensor]]:
     folder = Path(path)
     library = safetensors_library()
     try:
-        record = StepRecord.model_validate_json((folder / JSON_NAME).read_text(encoding="utf-8"))
+        record = RecordedStep.model_validate_json((folder / JSON_NAME).read_text(encoding="utf-8"))
         tensors = cast("dict[str, torch.Tensor]", library.torch.load_file(folder / TENSORS_NAME))
     except (OSError, ValueError, library.SafetensorError) as error:
         raise PipelineError(f"{str(folder)!r} is no readable record: {described(error)}") from error

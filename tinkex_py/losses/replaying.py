@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 
 from tinkex_py.errors import PipelineError
+from tinkex_py.losses.options import DEFAULTS, PipelineOptions
 from tinkex_py.losses.output import CustomLossOutput
-from tinkex_py.losses.pipeline import OPTIONS, Pipeline
-from tinkex_py.losses.ready_made import ReadyMadeTerm
-from tinkex_py.losses.recording import RecordedTerm, RecordPath, StepRecord, field_key, read_record
-from tinkex_py.losses.spec import RegularizerSpec, Term, per_datum
+from tinkex_py.losses.pipeline import Pipeline
+from tinkex_py.losses.recording import RecordedStep, RecordedTerm, RecordPath, field_key, read_record
+from tinkex_py.losses.spec import ConfiguredTerm, RegularizerSpec, Term, per_datum
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 
@@ -40,7 +40,7 @@ async def replay(path: RecordPath, pipeline: Pipeline | None = None) -> CustomLo
     return await recorded.compute(data, logprobs, step=record.step)
 
 
-def with_recorded_weights(pipeline: Pipeline, record: StepRecord) -> Pipeline:
+def with_recorded_weights(pipeline: Pipeline, record: RecordedStep) -> Pipeline:
     """The pipeline with the weights of the record.
 
     Raises:
@@ -54,11 +54,10 @@ def with_recorded_weights(pipeline: Pipeline, record: StepRecord) -> Pipeline:
             "be the same, in the same order"
         )
     weighted = [dataclasses.replace(spec, weight=weights[spec.name]) for spec in specs]
-    options = {name: getattr(pipeline, name) for name in OPTIONS}
-    return Pipeline(pipeline.base_loss, weighted, **options)
+    return Pipeline(pipeline.base_loss, weighted, **cast("PipelineOptions", pipeline.options))
 
 
-def rebuilt_pipeline(record: StepRecord) -> Pipeline:
+def rebuilt_pipeline(record: RecordedStep) -> Pipeline:
     """The pipeline of a record whose terms are all this package's own.
 
     Raises:
@@ -77,8 +76,8 @@ def rebuilt_pipeline(record: StepRecord) -> Pipeline:
         )
         for recorded in record.regularizers
     ]
-    options = {name: record.options[name] for name in OPTIONS if name in record.options}
-    return Pipeline(_rebuilt_term(record.base_loss), specs, **options)
+    options = {name: value for name, value in record.options.items() if name in DEFAULTS}
+    return Pipeline(_rebuilt_term(record.base_loss), specs, **cast("PipelineOptions", options))
 
 
 def _rebuilt_term(recorded: RecordedTerm) -> Term:
@@ -92,10 +91,10 @@ def _rebuilt_term(recorded: RecordedTerm) -> Term:
         made = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise PipelineError(f"term {recorded.name!r}: there is no {recorded.source}: {error}") from error
-    if not (isinstance(made, type) and issubclass(made, ReadyMadeTerm)):
+    if not (isinstance(made, type) and issubclass(made, ConfiguredTerm)):
         raise PipelineError(f"term {recorded.name!r}: {recorded.source} is no ready-made term")
     try:
-        term = made(**recorded.ready_made)
+        term = cast("Term", made(**recorded.ready_made))
     except TypeError as error:
         raise PipelineError(f"term {recorded.name!r}: {recorded.source} has other settings now: {error}") from error
     return per_datum(term) if recorded.per_datum else term
@@ -117,7 +116,7 @@ class _Reader:
         return part
 
 
-def _data(record: StepRecord, tensors: Mapping[str, torch.Tensor]) -> list[Datum]:
+def _data(record: RecordedStep, tensors: Mapping[str, torch.Tensor]) -> list[Datum]:
     reader = _Reader(tensors)
     data: list[Datum] = []
     for datum in record.datums:
@@ -136,7 +135,7 @@ def _data(record: StepRecord, tensors: Mapping[str, torch.Tensor]) -> list[Datum
     return data
 
 
-def _logprobs(record: StepRecord, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+def _logprobs(record: RecordedStep, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     buffer = tensors["logprobs"]
     if record.logprob_shapes is None:
         return buffer

@@ -7,23 +7,23 @@ Source: the regularizers guide, "Core Concepts". A term turns `(data, logprobs)`
 import functools
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import textwrap
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, runtime_checkable
 
 from tenacity import AsyncRetrying
 
-from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.checks import checked_number
-from tinkex_py.losses.ready_made import ReadyMadeTerm
-from tinkex_py.losses.weights import Weight, checked_weight
+from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
+from tinkex_py.html_table import html_facts
+from tinkex_py.losses.checks import checked_number, number_or_nan
+from tinkex_py.losses.output import BASE_LOSS_NAME
+from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
     import torch
-
-BASE_LOSS_NAME = "base_loss"
 
 Metric = Union[bool, int, float, "torch.Tensor"]
 TermResult = Union["torch.Tensor", tuple["torch.Tensor", Mapping[str, Metric]]]
@@ -45,6 +45,19 @@ class Regularizer(Protocol):
         `data` are the datums of this step, `logprobs` is packed, `[sum(T_i)]` or `[sum(T_i), K]`; the result is the
         loss, or `(loss, metrics)`.
         """
+        ...
+
+
+@runtime_checkable
+class ConfiguredTerm(Protocol):
+    """A term object that consists of settings, as the ready-made ones do. It takes packed logprobs."""
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises InvalidSpec if options of a spec cannot replace settings."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that make an equal object of the same class."""
         ...
 
 
@@ -84,7 +97,8 @@ class RegularizerSpec:
             of these under `per_datum`. Called as `fn(data, logprobs, **options)`.
         weight: finite and >= 0; multiplies the value and the gradient. Or a schedule, any callable `step -> weight`
             (see `tinkex_py.losses.schedules`), or a controller (see `tinkex_py.losses.controllers`).
-        name: unique within a pipeline; default is `fn.name`.
+        name: unique within a pipeline; default is `fn.name`, else the `__name__` of a function, also of one inside
+            `functools.partial` or `per_datum`. Lambdas and other objects need a name.
         timeout: seconds for this term; None takes the pipeline's, `math.inf` is no limit.
         options: keyword arguments for `fn`.
         on_error: "skip" leaves a failing term out of the step instead of failing it.
@@ -100,7 +114,7 @@ class RegularizerSpec:
 
     fn: Term
     weight: Weight
-    name: str = None  # type: ignore[assignment]  # None asks for fn.name; after construction it is a str
+    name: str = None  # type: ignore[assignment]  # None asks for that of fn; after construction it is a str
     timeout: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     on_error: OnError = "raise"
@@ -112,11 +126,13 @@ class RegularizerSpec:
     def __post_init__(self) -> None:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
         if name is None:
-            raise InvalidSpec("this regularizer has no name: pass name=..., or give fn a `name` attribute")
+            raise InvalidSpec(
+                f"this regularizer has no name: pass name=..., or give {described_term(self.fn)} a `name` attribute"
+            )
         if not isinstance(name, str) or not name:
             raise InvalidSpec(f"name must be a non-empty str, got {name!r}")
         if name == BASE_LOSS_NAME:
-            raise InvalidSpec(f"the name {BASE_LOSS_NAME!r} is reserved for the base loss")
+            raise InvalidSpec(f"the name {BASE_LOSS_NAME!r} is reserved for the base loss: pass another name=...")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "weight", checked_weight(self.weight, name))
         options = cast("object", self.options)
@@ -132,8 +148,8 @@ class RegularizerSpec:
         problem = why_not_a_term(self.fn, self.options)
         if problem is not None:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
-        if isinstance(self.fn, ReadyMadeTerm):
-            self.fn.with_options(self.options)
+        if isinstance(self.fn, ConfiguredTerm):
+            self.fn.check_options(self.options)
         if self.retry is not None:
             _check_retry(self.retry, name, can_await=is_async_term(self.fn) or self.is_async is True)
         if self.max_grad_norm is not None:
@@ -147,15 +163,71 @@ class RegularizerSpec:
             return self.is_async
         return True if is_async_term(self.fn) else None
 
-    def _repr_html_(self) -> str:
-        from tinkex_py.losses.notebook import spec_html
+    def facts(self) -> dict[str, object]:
+        """The settings as short texts for tables; None where one is at its default."""
+        timeout = self.timeout
+        return {
+            "fn": described_term(self.fn),
+            "weight": self._described_weight(),
+            "timeout": None if timeout is None else "no limit" if math.isinf(timeout) else f"{timeout:g} s",
+            "options": dict(self.options) or None,
+            "on error": None if self.on_error == "raise" else self.on_error,
+            "enabled": None if self.enabled else False,
+            "max_grad_norm": self.max_grad_norm,
+            "retry": type(self.retry).__name__ if isinstance(self.retry, AsyncRetrying) else self.retry,
+        }
 
-        return spec_html(self)
+    def _described_weight(self) -> object:
+        weight = self.weight
+        if isinstance(weight, WeightController):
+            return f"{type(weight).__name__}, now {weight.weights.get(self.name, weight.initial):.5g}"
+        return float(weight) if isinstance(weight, int | float) else described_term(weight)
+
+    def _repr_html_(self) -> str:
+        return html_facts(f"Regularizer {self.name}", self.facts())
+
+
+def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
+    """The specs, if they are specs and have unique names.
+
+    Raises:
+        InvalidSpec: something is no spec.
+        DuplicateRegularizerNames: two share a name.
+    """
+    given = cast("object", regularizers)
+    if isinstance(given, RegularizerSpec) or not isinstance(given, Iterable):
+        raise InvalidSpec(f"regularizers must be a list of RegularizerSpec, got a {type(given).__name__}")
+    specs = tuple(regularizers)
+    for index, spec in enumerate(specs):
+        if not isinstance(spec, RegularizerSpec):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidSpec(f"regularizers[{index}] must be a RegularizerSpec, got a {type(spec).__name__}")
+    names = [spec.name for spec in specs]
+    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if duplicates:
+        raise DuplicateRegularizerNames(duplicates)
+    return specs
+
+
+def described_term(term: object) -> str:
+    """A term or schedule as the user wrote it, without its address in memory."""
+    if isinstance(term, PerDatum):
+        return f"per_datum({described_term(term.fn)})"
+    if isinstance(term, functools.partial):
+        return f"partial({described_term(term.func)})"
+    if is_dataclass(term):
+        return textwrap.shorten(repr(term), 120, placeholder=" ...")
+    named: Any = term if hasattr(term, "__qualname__") or hasattr(term, "__name__") else type(term)
+    return str(getattr(named, "__qualname__", named.__name__))
 
 
 def term_name(term: object) -> str | None:
-    """The term's own `name`, or None; a module's `__name__` is not one."""
-    return getattr(term, "name", None)
+    """The term's own `name`, else the `__name__` of a function that is no lambda, else None."""
+    name = getattr(term, "name", None)
+    if name is not None:
+        return name
+    if isinstance(term, functools.partial):
+        return term_name(term.func)
+    return term.__name__ if inspect.isfunction(term) and term.__name__ != "<lambda>" else None
 
 
 def term_function(term: Any) -> Callable[..., Any]:
@@ -179,7 +251,7 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     inner: object = term.fn if isinstance(term, PerDatum) else term
     if isinstance(inner, type):
         return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
-    if isinstance(term, PerDatum) and isinstance(inner, ReadyMadeTerm):
+    if isinstance(term, PerDatum) and isinstance(inner, ConfiguredTerm):
         return f"{type(inner).__name__} takes packed logprobs: leave per_datum(...) out"
     function: object = term_function(inner)
     if not callable(function):
@@ -210,12 +282,7 @@ def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
 
 
 def _checked_timeout(timeout: object, name: str) -> float | None:
-    if timeout is None:
-        return None
-    try:
-        seconds = math.nan if isinstance(timeout, bool) else float(timeout)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
-    if not seconds > 0 or isinstance(timeout, str | bytes):
+    seconds = None if timeout is None else number_or_nan(timeout)
+    if seconds is not None and not seconds > 0:
         raise InvalidSpec(f"regularizer {name!r}: timeout must be > 0 seconds or None, got {timeout!r}")
     return seconds

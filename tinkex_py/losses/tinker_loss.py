@@ -1,18 +1,19 @@
 """A pipeline as a loss function of the official SDK, `(data, logprobs_list) -> (loss, metrics)`, with its gradient."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import torch
 from anyio.from_thread import start_blocking_portal
 
-from tinkex_py.errors import InvalidData, PipelineError
+from tinkex_py.errors import InvalidData
+from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.outcomes import CustomLoss
 from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.types import Datum, ModelInput, TensorData
 
-if TYPE_CHECKING:
-    from tinkex_py.losses.pipeline import CustomLoss, Pipeline
+Evaluate = Callable[[Sequence[Datum], Logprobs], Awaitable[CustomLoss]]
 
 
 class TinkerLoss:
@@ -21,17 +22,15 @@ class TinkerLoss:
     The terms get this package's own `Datum`, made from the official ones.
 
     Args:
-        pipeline: what is evaluated.
-        step: optimizer steps made before, for weights that depend on it.
+        evaluate: evaluates the pipeline.
 
     Attributes:
         output: what the pipeline gave at the last call; None before the first.
     """
 
-    def __init__(self, pipeline: "Pipeline", step: int) -> None:
+    def __init__(self, evaluate: Evaluate) -> None:
         self.output: CustomLossOutput | None = None
-        self._pipeline = pipeline
-        self._step = step
+        self._evaluate = evaluate
 
     def __call__(
         self, data: Sequence[Any], logprobs_list: Sequence[torch.Tensor]
@@ -51,36 +50,18 @@ class TinkerLoss:
             InvalidData: a datum holds something other than text tokens and tensors.
         """
         datums = [_own_datum(datum, index) for index, datum in enumerate(data)]
-        logprobs = Logprobs.from_tensors(logprobs_list, datums=len(datums))
+        logprobs = Logprobs.from_tensors(logprobs_list, datums)
 
-        async def evaluate() -> "CustomLoss":
-            return await self._pipeline.evaluate(datums, logprobs, step=self._step)
+        async def evaluate() -> CustomLoss:
+            return await self._evaluate(datums, logprobs)
 
         with start_blocking_portal("asyncio") as portal:
             custom = portal.call(evaluate)
-        if not custom.differentiable:
-            raise PipelineError("no term depends on the logprobs, so there is nothing to train on")
+        custom.check_differentiable()
         self.output = custom.output
         gradients = logprobs.views(custom.gradient, datums)
-        loss = _with_gradient(custom.output.loss_total, gradients, *logprobs_list)
+        loss = with_known_gradient(custom.output.loss_total, torch.float64, logprobs_list, gradients)
         return loss, flat_metrics(custom.output)
-
-
-class _WithGradient(torch.autograd.Function):
-    """A known value with a known gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, value: float, gradients: list[torch.Tensor], *_logprobs: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
-        return torch.tensor(value, dtype=torch.float64)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [gradient * outer[0].to(gradient.dtype) for gradient in ctx.gradients]
-        return None, None, *scaled
-
-
-_with_gradient = cast("Callable[..., torch.Tensor]", _WithGradient.apply)  # pyright: ignore[reportUnknownMemberType]
 
 
 def flat_metrics(output: CustomLossOutput) -> dict[str, float]:

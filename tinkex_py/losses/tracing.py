@@ -19,10 +19,10 @@ from tinkex_py.errors import InvalidData, InvalidResponse, UnsupportedFeature
 from tinkex_py.losses.additivity import check_sum_over_positions
 from tinkex_py.losses.datum_sums import SumOverDatums, metric_over_datums
 from tinkex_py.losses.graph_encoding import encode_graph
-from tinkex_py.losses.output import BaseLossOutput, CustomLossOutput, MetricValue, RegularizerOutput
+from tinkex_py.losses.outcomes import total
+from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOutput, MetricValue, RegularizerOutput
 from tinkex_py.losses.pipeline import Pipeline
-from tinkex_py.losses.report import total
-from tinkex_py.losses.spec import BASE_LOSS_NAME, PerDatum, RegularizerSpec, Term, is_async_term, term_function
+from tinkex_py.losses.spec import PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import WeightController, weight_at
 from tinkex_py.types import Datum, ForwardBackwardOutput, TensorData
 

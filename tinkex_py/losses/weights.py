@@ -20,7 +20,7 @@ class WeightController(ABC):
 
     One controller may weigh several regularizers, of several pipelines; it keeps a weight for each name. A training
     client updates the controllers of its custom steps once per optimizer step, with the outputs of all custom steps
-    since the one before. A pipeline used alone is told by `Pipeline.update_controllers`.
+    since the one before. Where a pipeline is used alone, call `Pipeline.update_controllers`.
 
     Subclasses say in `next_weights` how the weights move.
 

@@ -7,12 +7,12 @@ from typing import Literal, cast
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.fields import aligned_field
-from tinkex_py.losses.numerics import safe_sqrt
-from tinkex_py.losses.reduction import ReducedTerm, Reduction
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.distributions import OVERS, Distributions, Over, kl_parts
 from tinkex_py.regularizers.norms import NormTerm
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.numerics import safe_sqrt
+from tinkex_py.terms.reduction import ReducedTerm, Reduction
 from tinkex_py.types import Datum
 
 ConsistencyMetric = Literal["mse", "l1", "cosine", "kl"]
@@ -178,8 +178,8 @@ def _gram_squares(vectors: torch.Tensor, *, hard: bool) -> torch.Tensor:
     count, dimensions = vectors.shape
     if count <= dimensions:
         gram = vectors @ vectors.T
-        difference = gram - torch.eye(count, dtype=gram.dtype) if hard else gram - torch.diag(gram.diagonal())
-        return difference.square().sum()
+        wanted = torch.ones_like(gram.diagonal()) if hard else gram.diagonal()
+        return (gram - torch.diag(wanted)).square().sum()
     # X X^T and X^T X have the same sum of squares, and the diagonal is at hand without the large one.
     squares = (vectors.T @ vectors).square().sum()
     diagonal = vectors.square().sum(1)

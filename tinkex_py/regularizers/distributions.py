@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.fields import is_one_number_per_position
-from tinkex_py.losses.numerics import segment_log_softmax
-from tinkex_py.losses.reduction import Positions, ReducedTerm, Reduction
+from tinkex_py.terms.fields import is_one_number_per_position
+from tinkex_py.terms.numerics import segment_log_softmax
+from tinkex_py.terms.reduction import Positions, ReducedTerm, Reduction
 from tinkex_py.types import Datum
 
 Over = Literal["candidates", "tokens"]

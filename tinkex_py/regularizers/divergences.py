@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from tinkex_py.losses.reference import ReferenceTerm
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.distributions import OVERS, Distributions, Over, js_parts, kl_parts
+from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
 Direction = Literal["forward", "reverse"]

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from tinkex_py.losses.reduction import ReducedTerm
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.distributions import OVERS, Distributions, Over, entropy_parts
+from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum
 
 Mode = Literal["maximize", "minimize"]

@@ -7,13 +7,13 @@ from typing import Literal, cast
 import torch
 
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.fields import aligned_field
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import split
-from tinkex_py.losses.numerics import safe_sqrt
-from tinkex_py.losses.ready_made import ReadyMadeTerm
-from tinkex_py.losses.reduction import Positions
 from tinkex_py.losses.spec import PerDatum, Term, TermResult, is_async_term, term_function, why_not_a_term
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.numerics import safe_sqrt
+from tinkex_py.terms.ready_made import ReadyMadeTerm
+from tinkex_py.terms.reduction import Positions
 from tinkex_py.types import Datum
 
 Mode = Literal["output", "interpolated"]
@@ -89,6 +89,7 @@ class GradientPenalty(ReadyMadeTerm):
         reference = aligned_field(data, cast("str", self.reference_field), logprobs)
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         shares = torch.rand(positions.sequence_count, generator=generator, dtype=logprobs.dtype)
+        shares = shares.to(logprobs.device)
         share = shares if positions.sequences is None else shares[positions.sequences].reshape(logprobs.shape)
         return share * logprobs + (1.0 - share) * reference
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tinkex_py.losses.fields import aligned_field
-from tinkex_py.losses.reduction import Positions, ReducedTerm
 from tinkex_py.losses.spec import TermResult
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.types import Datum
 
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 
-from tinkex_py.losses.numerics import safe_expm1, valued_as
-from tinkex_py.losses.reduction import ReducedTerm
-from tinkex_py.losses.reference import ReferenceTerm
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.entropy import MODES, Mode
+from tinkex_py.terms.numerics import safe_expm1, valued_as
+from tinkex_py.terms.reduction import ReducedTerm
+from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
 Estimator = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]

@@ -20,7 +20,6 @@ Optimizer = AdamParams | OptimizerParams | Callable[[int], AdamParams | Optimize
 
 def pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
     """The terms of a pipeline, their settings and weights, and its options."""
-    from tinkex_py.losses.pipeline import OPTIONS
     from tinkex_py.losses.recording import term_fields
 
     regularizers: dict[str, JsonValue] = {
@@ -32,8 +31,7 @@ def pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
         }
         for spec in pipeline.regularizers
     }
-    options = {name: getattr(pipeline, name) for name in OPTIONS}
-    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": options}
+    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": pipeline.options}
 
 
 def optimizer_description(optimizer: Optimizer) -> JsonValue:

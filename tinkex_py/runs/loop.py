@@ -54,7 +54,7 @@ class TrainedRun:
 
     def _repr_html_(self) -> str:
         from tinkex_py.html_table import html_facts
-        from tinkex_py.losses.notebook import output_html
+        from tinkex_py.losses.output import output_html
 
         last = None if self.last is None else output_html(self.last.losses[-1])
         done = {"steps": 0 if self.last is None else self.last.step, "checkpoint": self.checkpoint}

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import structlog
+
 from tinkex_py.errors import RegularizerError
 from tinkex_py.telemetry.events import EVENT_LEVELS, Event, Measurements, matching_events
-from tinkex_py.telemetry.logs import parse_level, would_write, write_line
+from tinkex_py.telemetry.logs import LOGGER, parse_level, would_write, write_line
 
 Handler = Callable[[Event], object]
 RequestHeaders = Callable[[], Mapping[str, str]]
@@ -200,7 +202,7 @@ def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurement
     """
     measurements: Measurements = {}
     unit = next(_UNITS)
-    if _ATTACHMENTS.current or would_write(EVENT_LEVELS[f"{prefix}.start"]):
+    if _ATTACHMENTS.current or structlog.is_configured() or LOGGER.isEnabledFor(EVENT_LEVELS[f"{prefix}.start"]):
         emit(f"{prefix}.start", {"system_time": time.time()}, metadata, unit=unit)
     started = time.monotonic()
     try:
@@ -210,11 +212,9 @@ def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurement
         failed = {**_kept(metadata, _LEFT_OUT_AT_EXCEPTION, prefix), "reason": failure_reason(error)}
         emit(f"{prefix}.exception", {"duration": duration}, failed, error, unit=unit)
         raise
-    if not _ATTACHMENTS.current and not would_write(EVENT_LEVELS[f"{prefix}.stop"]):
-        return
-    measurements["duration"] = time.monotonic() - started
-    kept = _kept(metadata, _LEFT_OUT_AT_STOP, prefix) if prefix in _LEFT_OUT_AT_STOP else metadata
-    emit(f"{prefix}.stop", measurements, kept, unit=unit)
+    if _ATTACHMENTS.current or structlog.is_configured() or LOGGER.isEnabledFor(EVENT_LEVELS[f"{prefix}.stop"]):
+        measurements["duration"] = time.monotonic() - started
+        emit(f"{prefix}.stop", measurements, _kept(metadata, _LEFT_OUT_AT_STOP, prefix), unit=unit)
 
 
 def request_headers() -> dict[str, str]:

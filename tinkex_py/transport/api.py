@@ -161,11 +161,9 @@ class ServiceApi:
             try:
                 async with time_limit(attempts.seconds_left, too_late):
                     if key is None:
-                        response = await self.exchange(
-                            sent, attempt=attempts.number, over=self._polls if held else None
-                        )
+                        response = await self.exchange(sent, attempt=attempts.number, over=http)
                     else:
-                        response = await self.http.exchange(sent, key=key, attempt=attempts.number)
+                        response = await http.exchange(sent, key=key, attempt=attempts.number)
                 place = None if redirected is None else redirected(response)
                 if place is not None:
                     return place

@@ -23,7 +23,6 @@ from tinkex_py.transport.messages import (
     Response,
     Secret,
     checked_base_url,
-    join_url,
     merged_headers,
     same_origin,
 )
@@ -82,6 +81,7 @@ class HttpClient:
         headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
         self._base = checked_base_url(base_url)
+        self._root = self._base.geturl().rstrip("/")  # its own path is kept
         self._given_transport = transport
         self._proxy: ProxyAddress | None = None
         self._slots: AbstractAsyncContextManager[None] = contextlib.nullcontext()
@@ -156,7 +156,7 @@ class HttpClient:
         """
         name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
-            sending = self._send(request, key, join_url(self._base, request.path), seconds)
+            sending = self._send(request, key, f"{self._root}/{request.path.lstrip('/')}", seconds)
             raw = await _bounded(sending, name, seconds, self._proxy)
             response = ResponseStream(raw, name, key.with_others(self._secret_headers), seconds)
             try:
@@ -224,8 +224,7 @@ class HttpClient:
     def _require_usable(self) -> None:
         if self._closed:
             raise ClientClosed("this client is closed; make a new one")
-        if self._loop is not asyncio.get_running_loop():
-            self._require_own_loop()
+        self._require_own_loop()
 
     def _require_own_loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -239,7 +238,8 @@ class HttpClient:
     @asynccontextmanager
     async def _exchanging(self, request: Request, attempt: int) -> AsyncGenerator[Measurements]:
         """One exchange: `aclose` ends it, it waits for its turn, and events tell of it."""
-        self._require_usable()
+        if self._closed or self._loop is not asyncio.get_running_loop():
+            self._require_usable()
         closed = ClientClosed("this client was closed while the request was under way")
         path = f"{self._base.path.rstrip('/')}/{request.path.partition('?')[0].lstrip('/')}"
         metadata = {"method": request.method, "path": path, "attempt": attempt}
@@ -257,7 +257,7 @@ class HttpClient:
 
     async def _whole(self, request: Request, key: Secret, seconds: float) -> httpx.Response:
         """The complete response at the end of the redirections that the request may follow."""
-        url = join_url(self._base, request.path)
+        url = f"{self._root}/{request.path.lstrip('/')}"
         for _ in range(_MOST_REDIRECTS):
             raw = await self._send(request, key, url, seconds, read=True)
             if not raw.is_redirect:

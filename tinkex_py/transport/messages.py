@@ -158,11 +158,6 @@ def request(
     return Request(method.upper(), path, {**described, **sent}, parts, timeout, follow_redirects)
 
 
-def join_url(base: SplitResult, path: str) -> str:
-    """The path below the base, whose own path is kept."""
-    return f"{base.geturl().rstrip('/')}/{path.lstrip('/')}"
-
-
 def encoded_json(value: object, description: str) -> bytes:
     """A body as compact JSON.
 

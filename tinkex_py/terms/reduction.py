@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.losses.fields import aligned_field, datum_lengths, has_field
-from tinkex_py.losses.numerics import segment_sum
-from tinkex_py.losses.ready_made import ReadyMadeTerm
+from tinkex_py.terms.fields import aligned_field, datum_lengths, has_field
+from tinkex_py.terms.numerics import segment_sum
+from tinkex_py.terms.ready_made import ReadyMadeTerm
 from tinkex_py.types import Datum
 
 Reduction = Literal["sum", "mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -33,7 +33,7 @@ class Positions:
         rows: K, if each position is a row of K numbers; None if each number counts for itself.
         kept: indices of those that count, `[M]`; None if all do.
         weights: what each counts, `[M]`; None if each counts 1.
-        sequences: index of the datum that each belongs to, `[M]`; None if there is only one, or nobody asked.
+        sequences: index of the datum that each belongs to, `[M]`; None if there is only one, or it was not asked for.
         sequence_count: number of datums.
     """
 
@@ -72,13 +72,14 @@ class Positions:
         sequences = None
         if by_datum and len(data) > 1:
             lengths = torch.tensor(datum_lengths(data, leading[0] if leading else 1)) * each
-            sequences = torch.repeat_interleave(torch.arange(len(data)), lengths)
+            sequences = torch.repeat_interleave(torch.arange(len(data)), lengths).to(logprobs.device)
         count = len(data) if by_datum and data else 1
         if mask is None:
             return cls(rows, None, None, sequences, count)
         weights = _mask(data, mask, logprobs, by_row=by_row)
         # numpy's is ten times faster than torch's nonzero
-        kept = torch.from_numpy(np.flatnonzero((weights != 0).numpy()))  # pyright: ignore[reportUnknownMemberType]
+        kept = torch.from_numpy(np.flatnonzero((weights != 0).cpu().numpy()))  # pyright: ignore[reportUnknownMemberType]
+        kept = kept.to(logprobs.device)
         if kept.numel() < weights.numel():
             weights = weights.index_select(0, kept)
             sequences = None if sequences is None else sequences.index_select(0, kept)

@@ -5,16 +5,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
+
+import torch
 
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.checks import checked_number
+from tinkex_py.losses.spec import TermFunction, TermResult
 from tinkex_py.types import Datum
-
-if TYPE_CHECKING:
-    import torch
-
-    from tinkex_py.losses.spec import TermFunction, TermResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +36,16 @@ class ReadyMadeTerm(ABC):
         """Raises InvalidSpec if a setting cannot be used."""
 
     @abstractmethod
-    def loss(self, data: Sequence[Datum], logprobs: "torch.Tensor") -> "TermResult | Awaitable[TermResult]":
+    def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult | Awaitable[TermResult]:
         """The formula."""
 
     @property
-    def compute(self) -> "TermFunction":
+    def compute(self) -> TermFunction:
         """`compute(data, logprobs, **settings)`: the formula; settings given here override those of the object."""
 
         def compute(
-            data: Sequence[Datum], logprobs: "torch.Tensor", **settings: Any
-        ) -> "TermResult | Awaitable[TermResult]":
+            data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
+        ) -> TermResult | Awaitable[TermResult]:
             return self.with_options(settings).loss(data, logprobs)
 
         return self._with_settings_in_signature(compute)
@@ -62,6 +60,14 @@ class ReadyMadeTerm(ABC):
         if "name" in options:
             raise TypeError(f"{type(self).__name__}: the name is not an option; give it to the spec")
         return dataclasses.replace(self, **options) if options else self
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises InvalidSpec if a spec's options cannot replace settings."""
+        self.with_options(options)
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that make an equal term."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def _with_settings_in_signature(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """Lists the settings in the function's signature, so that a spec refuses one that does not exist."""

@@ -34,7 +34,7 @@ def datum_lengths(data: Sequence[Datum], positions: int) -> list[int]:
 def aligned_field(
     data: Sequence[Datum], name: str, logprobs: torch.Tensor, *, per_position: bool = False
 ) -> torch.Tensor:
-    """A field of every datum, packed, in the shape and dtype of the logprobs.
+    """A field of every datum, packed, in the shape and dtype of the logprobs and on their device.
 
     A datum's own shape follows from its `target_tokens`; where it has none, from the field itself.
 
@@ -65,7 +65,12 @@ def aligned_field(
             f"{tuple(logprobs.shape)}"
         )
     arrays = [datum.loss_fn_inputs[name].to_numpy() for datum in data]
-    return torch.from_numpy(np.concatenate(arrays)).to(logprobs.dtype)  # pyright: ignore[reportUnknownMemberType]
+    return like(torch.from_numpy(np.concatenate(arrays)), logprobs)  # pyright: ignore[reportUnknownMemberType]
+
+
+def like(constants: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Constants in the dtype of the logprobs and on their device."""
+    return constants.detach().to(logprobs.dtype).to(logprobs.device)
 
 
 def has_field(data: Sequence[Datum], name: str) -> bool:

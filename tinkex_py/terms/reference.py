@@ -4,19 +4,16 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 
 from tinkex_py.errors import InvalidData, InvalidSpec
-from tinkex_py.losses.fields import aligned_field
-from tinkex_py.losses.reduction import ReducedTerm
-from tinkex_py.losses.spec import TermResult, is_async_term
+from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
+from tinkex_py.terms.fields import aligned_field, like
+from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
-
-if TYPE_CHECKING:
-    from tinkex_py.losses.spec import TermFunction
 
 ReferenceLogprobs = torch.Tensor | Sequence[torch.Tensor | TensorData] | ForwardBackwardOutput
 Reference = torch.Tensor | Callable[[Sequence[Datum]], ReferenceLogprobs | Awaitable[ReferenceLogprobs]]
@@ -65,7 +62,7 @@ class ReferenceTerm(ReducedTerm):
         """The formula; `reference` has the shape and dtype of the logprobs."""
 
     @property
-    def compute(self) -> "TermFunction":
+    def compute(self) -> TermFunction:
         """`compute(data, logprobs, **settings)`; a coroutine function if the reference is one."""
         if not (callable(self.reference) and is_async_term(self.reference)):
             return super().compute
@@ -100,13 +97,13 @@ class ReferenceTerm(ReducedTerm):
 
 def _broadcast(reference: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     try:
-        return reference.detach().to(logprobs.dtype).expand(logprobs.shape)
+        return like(reference, logprobs).expand(logprobs.shape)
     except RuntimeError:
         raise _misfit(tuple(reference.shape), logprobs) from None
 
 
 def _aligned(found: object, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
-    """What a reference gave, as one tensor of the logprobs' shape and dtype."""
+    """What a reference gave, as one tensor of the logprobs' shape and dtype on their device."""
     if isinstance(found, ForwardBackwardOutput):
         found = found.packed.get("logprobs")
         if found is None:
@@ -122,7 +119,7 @@ def _aligned(found: object, data: Sequence[Datum], logprobs: torch.Tensor) -> to
         )
     if found.shape != logprobs.shape:
         raise _misfit(tuple(found.shape), logprobs)
-    return found.detach().to(logprobs.dtype)
+    return like(found, logprobs)
 
 
 def _joined(parts: Sequence[object], data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:

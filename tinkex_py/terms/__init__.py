@@ -1,0 +1,1 @@
+"""What the ready-made regularizers and base losses are built from."""
