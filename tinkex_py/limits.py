@@ -155,13 +155,17 @@ async def with_retries(
         is_worth_another: whether another attempt may succeed after this error.
     """
     attempts = Attempts(policy)
-    return await tenacity.AsyncRetrying(
+    retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(is_worth_another),
         wait=attempts.pause_after,
         stop=attempts.are_over,
         sleep=asyncio.sleep,
         reraise=True,
-    )(attempt, attempts)
+    )
+    async for one in retrying:
+        with one:
+            return await attempt(attempts)
+    raise AssertionError("the last attempt returned or raised")
 
 
 class ByteBudget:

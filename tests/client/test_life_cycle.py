@@ -19,6 +19,11 @@ DATA = [datum(3, 1)]
 HEARTBEAT = "/api/v1/session_heartbeat"
 
 
+def heartbeat_task() -> "asyncio.Task[Any]":
+    (task,) = (task for task in asyncio.all_tasks() if task.get_name() == "tinkex.heartbeat")
+    return task
+
+
 def forget(holder: list[Any]) -> None:
     holder.clear()
     gc.collect()
@@ -148,7 +153,7 @@ async def test_a_client_left_open_warns_and_its_heartbeat_ends():
         await service.__aenter__()
         await server.until(lambda: len(server.requests_to(HEARTBEAT)) >= 2)
         http = service._http
-        heartbeat = service._session._heartbeat
+        heartbeat = heartbeat_task()
         gone = weakref.ref(service)
         holder = [service]
         del service
@@ -207,7 +212,7 @@ async def test_the_heartbeat_ends_and_says_so_when_the_session_is_over():
     telemetry.attach(events.append, events="tinkex.session.over")
     async with ScriptedServer() as server, scripted(server, answer(json={}), answer(410)) as service:
         async with asyncio.timeout(5):
-            await asyncio.wait([service._session._heartbeat])
+            await asyncio.wait([heartbeat_task()])
         assert len(server.requests_to(HEARTBEAT)) == 2
     assert [event.metadata for event in events] == [{"session_id": "s1"}]
 
