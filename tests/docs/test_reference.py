@@ -91,7 +91,7 @@ def members(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_signature(value: Any) -> bool:
-    """Functions, and classes that are made with arguments of their own; models and options list their fields instead."""
+    """Functions, and classes made with arguments of their own; models and options list their fields instead."""
     if is_typeddict(value):
         return False
     if inspect.isclass(value):
