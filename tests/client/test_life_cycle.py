@@ -210,7 +210,7 @@ async def test_a_heartbeat_that_is_heard_again_ends_the_count_of_failures():
 async def test_the_heartbeat_ends_and_says_so_when_the_session_is_over():
     events: list[Any] = []
     telemetry.attach(events.append, events="tinkex.session.over")
-    async with ScriptedServer() as server, scripted(server, answer(json={}), answer(410)) as service:
+    async with ScriptedServer() as server, scripted(server, answer(json={}), answer(410)):
         async with asyncio.timeout(5):
             await asyncio.wait([heartbeat_task()])
         assert len(server.requests_to(HEARTBEAT)) == 2

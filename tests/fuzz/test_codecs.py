@@ -37,13 +37,13 @@ from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STATE_FILE, STEPS_FILE, RunFolder
 from tinkex_py.runs.state import RunState, SavedCheckpoint
 from tinkex_py.transport import wire
-from tinkex_py.transport.api import text_of
 from tinkex_py.transport.decoding import (
     Result,
     decode_forward_backward,
     decode_sample,
     read_forward_backward,
     read_sample,
+    text_of,
 )
 from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_request, request_as_json
 from tinkex_py.transport.messages import Response, raise_for_status

@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 
 from tinkex_py.errors import InvalidResponse, TinkexError, status_error_class
 from tinkex_py.limits import RetryPolicy
-from tinkex_py.transport.api import ServiceApi, request_id_of, text_of
+from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth, rejects_token
-from tinkex_py.transport.decoding import Result, read_forward_backward, read_sample
+from tinkex_py.transport.decoding import Result, read_forward_backward, read_sample, request_id_of, text_of
 from tinkex_py.transport.messages import NO_SECRET, Request, Response, Secret, raise_for_status, retry_after
 from tinkex_py.transport.negotiation import choose_encoding, refuses_protobuf
 from tinkex_py.transport.server_config import ServerConfig

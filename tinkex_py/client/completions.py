@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from tinkex_py.client.session import Session
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, TinkexError
-from tinkex_py.transport.api import PollPace, fields_of, is_retryable_status
+from tinkex_py.transport.api import PollPace, is_retryable_status
+from tinkex_py.transport.decoding import fields_of
 from tinkex_py.transport.messages import Request, Response, request
 
 _PATH = "/api/v1/retrieve_futures"

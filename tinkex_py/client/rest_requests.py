@@ -10,7 +10,8 @@ from urllib.parse import urlencode
 
 from tinkex_py.errors import APIStatusError, NotFound, UnsupportedFeature
 from tinkex_py.limits import RetryPolicy
-from tinkex_py.transport.api import ServiceApi, fields_of
+from tinkex_py.transport.api import ServiceApi
+from tinkex_py.transport.decoding import fields_of
 from tinkex_py.transport.messages import NO_HEADERS, Response, request
 
 _REDIRECTIONS = (301, 302, 303, 307, 308)

@@ -19,8 +19,8 @@ from tinkex_py.client.session import Session
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.unsupported import reported_as_unsupported
 from tinkex_py.errors import ClientClosed, RateLimited, ResultLost, UnsupportedFeature
-from tinkex_py.transport.api import fields_of, is_retryable_status, request_id_of, text_of
-from tinkex_py.transport.decoding import read_sample
+from tinkex_py.transport.api import is_retryable_status
+from tinkex_py.transport.decoding import fields_of, read_sample, request_id_of, text_of
 from tinkex_py.transport.messages import Response, encoded_json, request
 from tinkex_py.transport.sample_gate import SampleGate
 from tinkex_py.types import ModelInput, QueueState, SampleResponse, SamplingParams, TensorInput

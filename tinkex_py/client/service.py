@@ -6,10 +6,17 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
+from tinkex_py.client.model_settings import (
+    NOT_GIVEN,
+    NotGiven,
+    check_text,
+    lora_config_of,
+    lora_settings,
+    model_labels,
+)
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
@@ -22,8 +29,6 @@ from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
     ConfigError,
-    InvalidData,
-    InvalidResponse,
     MissingExtra,
     TimeoutExceeded,
     UnsupportedFeature,
@@ -31,8 +36,9 @@ from tinkex_py.errors import (
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.threads import in_own_thread
 from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
-from tinkex_py.transport.api import ServiceApi, fields_of, request_id_of, text_of
+from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
+from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
 from tinkex_py.transport.http import HttpClient, Transport
 from tinkex_py.transport.messages import request
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
@@ -45,16 +51,6 @@ if TYPE_CHECKING:
 EMBEDDED_ADDRESS = "http://embedded"
 
 
-class NotGiven(Enum):
-    """Tells an argument that was not given from one that equals a default."""
-
-    NOT_GIVEN = "not given"
-
-    def __repr__(self) -> str:
-        return "NOT_GIVEN"
-
-
-NOT_GIVEN = NotGiven.NOT_GIVEN
 # How services answer that only know loading into a model that is there already.
 _NO_CREATE_BY_LOADING = frozenset({400, 404, 405, 422})
 
@@ -180,21 +176,16 @@ class AsyncServiceClient:
             UnsupportedFeature: the service says that it has only another model, or that it cannot train this one.
             RequestFailed, APIStatusError: the service does not have this model.
         """
-        single = {
-            "rank": rank,
-            "seed": seed,
-            "train_mlp": train_mlp,
-            "train_attn": train_attn,
-            "train_unembed": train_unembed,
-        }
-        given: dict[str, Any] = {name: value for name, value in single.items() if value is not NOT_GIVEN}
-        if lora_config is not None and given:
-            raise ConfigError(f"give lora_config or {', '.join(given)}, not both")
-        if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
-        _check_text("base_model", base_model)
-        labels = _checked_metadata(user_metadata)
-        settings = lora_config or LoraConfig(**given)
+        settings = lora_settings(
+            lora_config,
+            rank=rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+        )
+        check_text("base_model", base_model)
+        labels = model_labels(user_metadata, optimizer_config)
         session = await self._connected()
         await session.models.check(base_model, "train")
         body: dict[str, Any] = {
@@ -203,7 +194,7 @@ class AsyncServiceClient:
             "base_model": base_model,
             "lora_config": settings.model_dump(exclude_none=True),
             "type": "create_model",
-            **_labels(labels or None, optimizer_config),
+            **labels,
         }
         try:
             request_id = await self._api.send(request("POST", "/api/v1/create_model", json=body), request_id_of)
@@ -235,10 +226,10 @@ class AsyncServiceClient:
             ConfigError: `optimizer_config` and `with_optimizer` were both given.
             RequestFailed, APIStatusError: there is no such checkpoint.
         """
-        _check_text("path", path)
+        check_text("path", path)
         if with_optimizer and optimizer_config is not None:
             raise ConfigError("with_optimizer brings the checkpoint's optimizer along: leave out optimizer_config")
-        labels = _checked_metadata(user_metadata)
+        labels = model_labels(user_metadata, optimizer_config)
         session = await self._connected()
         number = next(session.model_numbers)
         token = {} if weights_access_token is None else {"weights_access_token": weights_access_token}
@@ -249,7 +240,7 @@ class AsyncServiceClient:
             "optimizer": with_optimizer,
             "type": "load_weights",
             **token,
-            **_labels(labels or None, optimizer_config),
+            **labels,
         }
         try:
             request_id = await self._api.send(request("POST", "/api/v1/load_weights", json=body), request_id_of)
@@ -274,16 +265,9 @@ class AsyncServiceClient:
         """A fresh model that fits a checkpoint, for services that cannot create one from it."""
         asking = request("POST", "/api/v1/weights_info", json={"tinker_path": path, **token})
         info = WeightsInfo.read(await self._api.send(asking, fields_of))
-        wanted: dict[str, Any] = {
-            "rank": info.lora_rank,
-            "train_unembed": info.train_unembed,
-            "train_mlp": info.train_mlp,
-            "train_attn": info.train_attn,
-        }
-        known = {name: value for name, value in wanted.items() if value is not None}
         return await self.create_lora_training_client(
             info.base_model,
-            lora_config=_lora_config_of(known),
+            lora_config=lora_config_of(info),
             user_metadata=user_metadata,
             optimizer_config=optimizer_config,
         )
@@ -332,7 +316,7 @@ class AsyncServiceClient:
             MissingExtra: transformers is not installed.
             UnsupportedFeature: there is no tokenizer of this name.
         """
-        _check_text("name", name)
+        check_text("name", name)
         if self._embedded is not None:
             await self._reachable()
             return self._embedded.tokenizer_for(name)
@@ -435,34 +419,6 @@ def _checked_config(config: TinkexConfig | None) -> TinkexConfig | None:
     if config is not None and not isinstance(config, TinkexConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"config must be a TinkexConfig, got a {type(config).__name__}: TinkexConfig(base_url=...)")
     return config
-
-
-def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
-    if user_metadata is not None and not isinstance(user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"user_metadata must map names to texts, got a {type(user_metadata).__name__}")
-    return dict(user_metadata or {})
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise InvalidData(f"{name} must be a non-empty text, got {value!r}")
-
-
-def _labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Optional fields, only where they are wanted: strict services refuse what they do not know."""
-    given: dict[str, Any] = {}
-    if user_metadata:
-        given["user_metadata"] = dict(user_metadata)
-    if optimizer_config is not None:
-        given["optimizer_config"] = dict(optimizer_config)
-    return given
-
-
-def _lora_config_of(known: Mapping[str, Any]) -> LoraConfig:
-    try:
-        return LoraConfig(**known)
-    except InvalidData as error:
-        raise InvalidResponse(f"weights_info describes adapters that cannot be: {error}") from None
 
 
 def _warn_left_open(base_url: str) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from tinkex_py.errors import APIStatusError, TransportError, UnsupportedFeature
 from tinkex_py.limits import BillingPause, RetryPolicy
-from tinkex_py.transport.api import ServiceApi, fields_of
+from tinkex_py.transport.api import ServiceApi
+from tinkex_py.transport.decoding import fields_of
 from tinkex_py.transport.messages import request
 from tinkex_py.types import ServerCapabilities, SupportedModel
 from tinkex_py.types.outputs import Ability

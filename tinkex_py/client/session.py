@@ -25,7 +25,8 @@ from tinkex_py.errors import (
 )
 from tinkex_py.limits import BillingPause, ByteBudget
 from tinkex_py.losses.worker_pool import WorkerPool
-from tinkex_py.transport.api import ServiceApi, fields_of, is_retryable_status, text_of
+from tinkex_py.transport.api import ServiceApi, is_retryable_status
+from tinkex_py.transport.decoding import fields_of, text_of
 from tinkex_py.transport.messages import Request, Response, Secret, request
 from tinkex_py.transport.negotiation import PassEncoding
 from tinkex_py.transport.server_config import ServerConfig

@@ -25,7 +25,7 @@ from tinkex_py.errors import (
 )
 from tinkex_py.limits import time_limit
 from tinkex_py.losses.options import shows_options
-from tinkex_py.transport.api import fields_of
+from tinkex_py.transport.decoding import fields_of
 from tinkex_py.transport.encoding import LossConfig
 from tinkex_py.transport.messages import request
 from tinkex_py.types import (

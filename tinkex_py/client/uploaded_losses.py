@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tinkex_py import telemetry
 from tinkex_py.client.submission import json_result
 from tinkex_py.errors import InvalidResponse, RequestFailed, UnsupportedFeature
-from tinkex_py.transport.api import ServiceApi, request_id_of
+from tinkex_py.transport.api import ServiceApi
+from tinkex_py.transport.decoding import request_id_of
 from tinkex_py.transport.messages import request
 
 if TYPE_CHECKING:

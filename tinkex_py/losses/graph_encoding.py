@@ -1,12 +1,12 @@
 """A traced loss as plain data, as `create_custom_loss` takes it (protocol: "Custom losses on the server")."""
 
+import builtins
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.fx
-from torch.fx.node import _get_qualified_name  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 
 from tinkex_py.errors import UnsupportedFeature
 
@@ -42,9 +42,21 @@ def _target(node: torch.fx.Node) -> str:
         raise UnsupportedFeature(f"it calls {node.target}(), which changes a tensor in place")
     if node.op != "call_function":
         return str(node.target)
-    name = _get_qualified_name(cast("Any", node.target))
+    name = _qualified_name(cast("Callable[..., Any]", node.target))
     # Python's operators live in a private module; the wire has the public one's name.
     return name.removeprefix("_") if name.startswith("_operator.") else name
+
+
+def _qualified_name(function: Callable[..., Any]) -> str:
+    """The name under which a function can be imported, as torch.fx writes it into the code of a graph."""
+    name = function.__name__
+    if getattr(builtins, name, None) is function:
+        return name
+    if getattr(torch.Tensor, name, None) is function:
+        return f"torch.Tensor.{name}"
+    # Torch's built-in functions do not know their modules.
+    module = function.__module__ or ("torch" if getattr(torch, name, None) is function else "torch.nn.functional")
+    return f"{module.replace('torch._ops', 'torch.ops')}.{name}"
 
 
 def _encoded(value: Any) -> Any:

@@ -21,11 +21,10 @@ from tinkex_py.errors import (
 )
 from tinkex_py.limits import Attempts, BillingPause, RetryPolicy, time_limit, with_retries
 from tinkex_py.transport.auth import Auth, rejects_token
-from tinkex_py.transport.decoding import Result
+from tinkex_py.transport.decoding import Result, request_id_of
 from tinkex_py.transport.encoding import PROTOBUF
 from tinkex_py.transport.http import HttpClient
 from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
-from tinkex_py.unicode import REPLACED
 
 Read = TypeVar("Read")
 Decoded = TypeVar("Decoded")
@@ -246,45 +245,6 @@ def _should_repeat(error: APIStatusError, retry_statuses: Callable[[int], bool])
     if error.status == _CONFLICT:
         return False
     return retry_statuses(error.status) if error.should_retry is None else error.should_retry
-
-
-def fields_of(response: Response) -> dict[str, Any]:
-    """The fields of a successful response; an empty body has none.
-
-    Raises:
-        InvalidResponse: it is no JSON object.
-    """
-    fields: object = response.json() if response.body.strip() else {}
-    if not isinstance(fields, dict):
-        raise InvalidResponse(f"{response.request} returned JSON that is no object")
-    return cast("dict[str, Any]", fields)
-
-
-def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
-    """A text that a service must give, and that goes into later requests.
-
-    Raises:
-        InvalidResponse: there is none, or it cannot be sent.
-    """
-    value = fields.get(name)
-    if not isinstance(value, str) or not value:
-        raise InvalidResponse(f"{path} returned no {name}")
-    if not value.isprintable() or REPLACED in value:
-        raise InvalidResponse(f"{path} returned a {name} that holds characters which cannot be sent")
-    return value
-
-
-def request_id_of(response: Response) -> str:
-    """The future that a submission made.
-
-    Raises:
-        InvalidResponse: there is none.
-    """
-    fields = fields_of(response)
-    given = fields.get("request_id")
-    if isinstance(given, int) and not isinstance(given, bool):
-        return str(given)
-    return text_of(fields, "request_id", response.request)
 
 
 class PollPace:

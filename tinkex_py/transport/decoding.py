@@ -1,15 +1,16 @@
-"""Results of passes and samples from bytes or JSON, with the packed buffers untouched."""
+"""What services return: the fields of responses, and results of passes and samples with their buffers untouched."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from tinkex_py.errors import InvalidData, InvalidResponse
 from tinkex_py.transport import wire
+from tinkex_py.transport.messages import Response
 from tinkex_py.types import (
     ForwardBackwardOutput,
     PackedTensor,
@@ -20,6 +21,7 @@ from tinkex_py.types import (
 )
 from tinkex_py.types.samples import TopLogprobs
 from tinkex_py.types.tensors import Array
+from tinkex_py.unicode import REPLACED
 
 _OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
 # No loss gives tensors of more dimensions than this.
@@ -213,3 +215,42 @@ def _sampled_tensor(message: wire.Tensor, name: str) -> TensorData:
         return TensorData(**parts)
     except InvalidData as error:
         raise InvalidResponse(f"{name}: {error}") from None
+
+
+def fields_of(response: Response) -> dict[str, Any]:
+    """The fields of a successful response; an empty body has none.
+
+    Raises:
+        InvalidResponse: it is no JSON object.
+    """
+    fields: object = response.json() if response.body.strip() else {}
+    if not isinstance(fields, dict):
+        raise InvalidResponse(f"{response.request} returned JSON that is no object")
+    return cast("dict[str, Any]", fields)
+
+
+def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
+    """A text that a service must give, and that goes into later requests.
+
+    Raises:
+        InvalidResponse: there is none, or it cannot be sent.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or not value:
+        raise InvalidResponse(f"{path} returned no {name}")
+    if not value.isprintable() or REPLACED in value:
+        raise InvalidResponse(f"{path} returned a {name} that holds characters which cannot be sent")
+    return value
+
+
+def request_id_of(response: Response) -> str:
+    """The future that a submission made.
+
+    Raises:
+        InvalidResponse: there is none.
+    """
+    fields = fields_of(response)
+    given = fields.get("request_id")
+    if isinstance(given, int) and not isinstance(given, bool):
+        return str(given)
+    return text_of(fields, "request_id", response.request)

@@ -1,10 +1,8 @@
 """Passes over data as bytes, with the packed buffers untouched.
 
-The protobuf form of a datum is laid out once. A custom step sends the same datums twice, first for the forward pass and
-then with other weights, so `EncodedBatch.write_weights` only overwrites the weights' bytes. What stands around the
-numbers depends on lengths alone: it is made once for all datums of one shape, and the numbers are copied once, from
-their arrays into the request. Where the gradient travels as advantages, `EncodedBatch.with_advantages` lays other
-fields beside the targets.
+A custom step sends the same datums twice, so their protobuf form is laid out once and only the bytes of the weights are
+overwritten for the backward pass. What surrounds the numbers depends on lengths alone: it is made once for all datums
+of one shape, and the numbers are copied once, from their arrays into the request.
 """
 
 import importlib
@@ -65,7 +63,7 @@ class EncodedBatch:
         return sum(self.weights_bytes) // _WEIGHT_BYTES
 
     def laid_out(self) -> "EncodedBatch":
-        """It is already."""
+        """Itself; see `PlannedBatch`."""
         return self
 
     def write_weights(self, packed: Array) -> None:
