@@ -100,7 +100,7 @@ def test_a_short_run_is_summed_up_in_words_and_taken_up(inside: Path) -> None:
     code, out, err = call("short.yaml", "--runs-dir", "somewhere", "--name", "mine", "--json")
     assert code == 0
     assert json.loads(out)["steps"] == 2
-    assert "goes on after step 2" in err
+    assert "resumed after step 2" in err
     # The run's folder goes with its checkpoints.
     assert (inside / "somewhere" / "mine" / "service").is_dir()
 
@@ -171,7 +171,7 @@ def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
     assert run.status == "stopped"
     assert len(steps) < 9
     if code == 3:
-        assert (json.loads(out)["steps"], json.loads(out)["reason"]) == (len(steps), "asked to stop")
+        assert (json.loads(out)["steps"], json.loads(out)["reason"]) == (len(steps), "stop was requested")
 
 
 def test_the_file_in_the_guide_and_the_example_say_the_same(inside: Path) -> None:
@@ -258,7 +258,7 @@ def test_another_configuration_of_the_same_run_is_refused(inside: Path) -> None:
     (inside / "run.yaml").write_text(TINY.replace("rank: 4", "rank: 8") + "optimizer: {weight_decay: 0.1}\n")
     code, _, err = call("run.yaml")
     assert code == 2
-    assert "config.lora.rank was 4 and is 8; optimizer.weight_decay was not there and is 0.1" in err
+    assert "config.lora.rank was 4 and is 8; optimizer.weight_decay was not set and is 0.1" in err
     (inside / "run.yaml").write_text(TINY)
     (inside / "pairs.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')
     code, _, err = call("run.yaml")

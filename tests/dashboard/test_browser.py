@@ -67,7 +67,8 @@ async def test_somebody_looks_at_runs(tmp_path: Path):
         # It goes on, and ends.
         with (run / "steps.jsonl").open("a") as file:
             file.writelines(made_up_step(step).model_dump_json() + "\n" for step in (3, 4))
-        (run / "run.json").write_text(run_info(status="finished", total_steps=4, started_at=1e9).model_dump_json())
+        finished = run_info(status="finished", total_steps=4, started_at=1e9, config={EVIL: EVIL})
+        (run / "run.json").write_text(finished.model_dump_json())
         await expect(live.locator(".about")).to_contain_text("finished · 4 of 4 steps")
         await expect(page.locator("#losses output").nth(1)).to_have_text(f"{base_loss(4):g}")
         total = base_loss(4) + sum(contribution(place, 4) for place in range(3))

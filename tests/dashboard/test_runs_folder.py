@@ -111,7 +111,7 @@ def test_problems_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs_folder, "LARGEST_RUN_FILE", 4_000)
     folder = RunsFolder(tmp_path)
     folder.refresh()
-    assert "run.json is no RunInfo" in (folder.lines["broken"].problem or "")
+    assert "run.json is not a valid RunInfo" in (folder.lines["broken"].problem or "")
     assert folder.lines["large"].problem == "run.json is larger than 4000 bytes"
     assert (folder.lines["infinite"].loss_total, folder.lines["infinite"].problem) == (None, None)
     with pytest.raises(ConfigError, match="broken"):

@@ -102,7 +102,7 @@ async def test_what_is_wrong_with_a_file_reaches_the_page(tmp_path: Path):
             file.write("no step\n")
         await seen.until(stream, lambda seen: seen.problems["a"] == "steps.jsonl, line 2 is no step")
         (run / "run.json").write_text("{")
-        await seen.until(stream, lambda seen: "is no RunInfo" in (seen.lines["a"]["problem"] or ""))
+        await seen.until(stream, lambda seen: "is not a valid RunInfo" in (seen.lines["a"]["problem"] or ""))
 
 
 @pytest.mark.asyncio
@@ -137,7 +137,7 @@ async def test_stopping_ends_open_streams(tmp_path: Path):
 
 @pytest.mark.asyncio
 async def test_the_page_and_its_files(tmp_path: Path):
-    made_up_run(tmp_path / "a run", 1, config={"optimizer": {"lr": 0.5}}, seed=3)
+    made_up_run(tmp_path / "a run", 1, config={"optimizer": {"lr": 0.5}, "seed": 3}, seed=3)
     async with dashboard(tmp_path) as address, httpx.AsyncClient(base_url=address) as client:
         page = await client.get("/")
         assert page.headers["content-security-policy"].startswith("default-src 'none'")

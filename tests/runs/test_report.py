@@ -80,7 +80,7 @@ def paint(colour: str) -> int:
 
 
 def test_one_run(tmp_path: Path):
-    run = made_up_run(tmp_path / "my run", 30, config={"optimizer": {"lr": 5e-4}}, seed=7)
+    run = made_up_run(tmp_path / "my run", 30, config={"optimizer": {"lr": 5e-4}, "seed": 7}, seed=7)
     report = write_report([run], tmp_path / "out")
     assert list(report.pictures) == [picture.key for picture in PICTURES]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html"} | {f"{p.key}.png" for p in PICTURES}
@@ -113,13 +113,13 @@ def test_a_page_needs_nothing_else(tmp_path: Path):
 def test_several_runs_are_overlaid(tmp_path: Path):
     folders = [
         made_up_run(tmp_path / "a", 30, ["l2"], config={"lr": 1e-3, "rank": 8}),
-        made_up_run(tmp_path / "b", 400, ["l2"], config={"lr": 1, "rank": 8}, seed=3),
+        made_up_run(tmp_path / "b", 400, ["l2"], config={"lr": 1, "rank": 8, "seed": 3}),
         made_up_run(tmp_path / "c", 1, norms=False, config={"lr": 1.0, "rank": 8, "only here": [1, 2]}),
     ]
     report = write_report(folders, tmp_path / "out")
     assert report.differing_settings == {
         "lr": {"a": 1e-3, "b": 1, "c": 1.0},
-        "seed": {"a": None, "b": 3, "c": None},
+        "seed": {"b": 3},
         "only here": {"c": [1, 2]},
     }
     page = Page(report.page.read_text())

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tinkex_py.losses import Pipeline, RegularizerSpec
     from tinkex_py.losses.weights import Schedule, Weight
     from tinkex_py.runs import ProgressView, TrainedRun
-    from tinkex_py.runs.description import Optimizer
     from tinkex_py.runs.pairs import Pair
+    from tinkex_py.runs.plan import Evaluate, Optimizer
     from tinkex_py.types import AdamParams, Datum
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
@@ -79,12 +79,14 @@ class DataSection(Section):
         batch_size: datums per batch.
         reference_logprobs: put the base model's logprobs into the field `reference_logprobs` of every datum.
         held_out: another such file; the mean negative log-likelihood of its answers is the evaluation `held_out_nll`.
+        samples: number of prompts of `held_out` that the model answers at each evaluation.
     """
 
     path: Path
     batch_size: Annotated[int, Field(ge=1)] = 8
     reference_logprobs: bool = False
     held_out: Path | None = None
+    samples: Annotated[int, Field(ge=0)] = 0
 
 
 class TermSection(Section):
@@ -140,7 +142,7 @@ class OptimizerSection(Section):
 
 
 class LoraSection(Section):
-    """The adapters; the fields of `LoraConfig`. Their seed is that of the run."""
+    """The adapters; the fields of `LoraConfig`."""
 
     rank: Annotated[int, Field(ge=1)] = 16
     train_unembed: bool = True
@@ -160,6 +162,7 @@ class TrainConfig(Section):
         loss: the loss.
         optimizer: the optimizer.
         training: settings of the run, the fields of `TrainSettings`.
+        seed: of the adapters and of the order of the data.
     """
 
     model: str
@@ -169,16 +172,18 @@ class TrainConfig(Section):
     loss: LossSection = LossSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainSettings = TrainSettings()
+    seed: int | None = None
 
     def decisive(self) -> dict[str, JsonValue]:
-        """Whatever else decides the results: model, adapters, and the content of the data.
+        """What else decides the numbers: model, adapters, seed, and the content of the data.
 
         Raises:
             ConfigError: the data cannot be read.
         """
-        fields = self.model_dump(mode="json", include={"model", "lora", "data"})
+        fields = self.model_dump(mode="json", include={"model", "lora", "data", "seed"})
         # The location of the files and the evaluation may change.
-        del fields["data"]["path"], fields["data"]["held_out"]
+        for name in ("path", "held_out", "samples"):
+            del fields["data"][name]
         try:
             fields["data"]["sha256"] = hashlib.sha256(self.data.path.read_bytes()).hexdigest()
         except OSError as error:
@@ -246,21 +251,21 @@ async def train_from_config(
 
     pipeline, optimizer = _pipeline(config.loss), _optimizer(config.optimizer)
     pairs, decisive = read_pairs(config.data.path), config.decisive()
-    held_out_pairs = [] if config.data.held_out is None else read_pairs(config.data.held_out)
+    held_out = [] if config.data.held_out is None else read_pairs(config.data.held_out)
     with runs.RunFolder(folder):
         pass  # fails before a model is loaded if another process trains the run
     async with _service(config, folder) as service:
-        data, held_out = await _datums(service, config, pairs, held_out_pairs)
+        data, evaluate = await _prepared(service, config, pairs, held_out)
         return await runs.train(
             service,
             partial(_new_model, service, config),
-            partial(shuffled_batches, data, config.data.batch_size, config.training.seed or 0),
+            partial(shuffled_batches, data, config.data.batch_size, config.seed or 0),
             pipeline,
             folder=folder,
             optimizer=optimizer,
             settings=config.training,
             config=decisive,
-            evaluate=partial(_held_out_nll, held_out) if held_out else None,
+            evaluate=evaluate,
             stop=stop,
             progress=progress,
         )
@@ -279,14 +284,15 @@ def _service(config: TrainConfig, folder: Path) -> "AsyncServiceClient":
 async def _new_model(service: "AsyncServiceClient", config: TrainConfig) -> "AsyncTrainingClient":
     from tinkex_py.types import LoraConfig
 
-    lora = LoraConfig(**config.lora.model_dump(), seed=config.training.seed)
+    lora = LoraConfig(**config.lora.model_dump(), seed=config.seed)
     return await service.create_lora_training_client(config.model, lora_config=lora)
 
 
-async def _datums(
+async def _prepared(
     service: "AsyncServiceClient", config: TrainConfig, pairs: "Sequence[Pair]", held_out: "Sequence[Pair]"
-) -> "tuple[list[Datum], list[Datum]]":
-    from tinkex_py.runs.pairs import make_datum, with_reference
+) -> "tuple[list[Datum], Evaluate | None]":
+    """The training data, and the evaluation hook if there is held-out data."""
+    from tinkex_py.runs.pairs import make_datum, sample_answers, with_reference
 
     # A new adapter changes nothing, so this is the base model, also where the run is resumed.
     async with await _new_model(service, config) as base:
@@ -294,17 +300,24 @@ async def _datums(
         data = [make_datum(tokenizer, pair) for pair in pairs]
         if config.data.reference_logprobs:
             data = with_reference(data, await base.forward(data))
-        return data, [make_datum(tokenizer, pair) for pair in held_out]
+    held_out_data = [make_datum(tokenizer, pair) for pair in held_out]
+    prompts = [pair.prompt for pair in held_out[: config.data.samples]]
+
+    async def evaluate(training: "AsyncTrainingClient", _: int) -> dict[str, float | str]:
+        samples = await sample_answers(training, tokenizer, prompts) if prompts else {}
+        return {"held_out_nll": await _mean_nll(training, held_out_data), **samples}
+
+    return data, evaluate if held_out else None
 
 
-async def _held_out_nll(held_out: "Sequence[Datum]", training: "AsyncTrainingClient", _: int) -> dict[str, float]:
-    """Mean negative log-likelihood of the held-out answers, in nats per token."""
+async def _mean_nll(training: "AsyncTrainingClient", data: "Sequence[Datum]") -> float:
+    """Mean negative log-likelihood of the answers, in nats per token."""
     import numpy as np
 
-    output = await training.forward(held_out)
+    output = await training.forward(data)
     logprobs = np.concatenate([outputs["logprobs"].to_numpy() for outputs in output.loss_fn_outputs])
-    weights = np.concatenate([datum.loss_fn_inputs["weights"].to_numpy() for datum in held_out])
-    return {"held_out_nll": float(-(weights * logprobs).sum() / weights.sum())}
+    weights = np.concatenate([datum.loss_fn_inputs["weights"].to_numpy() for datum in data])
+    return float(-(weights * logprobs).sum() / weights.sum())
 
 
 def _summary(run: "TrainedRun") -> dict[str, Any]:

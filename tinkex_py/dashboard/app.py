@@ -15,8 +15,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tinkex_py.dashboard.feed import Feed
 from tinkex_py.dashboard.runs_folder import RunLine
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.flat_settings import settings_of
 from tinkex_py.runs.pictures import MOST_COLOURS
+from tinkex_py.runs.records import flattened
 
 FILES = Path(__file__).parent / "static"
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -79,7 +79,7 @@ async def settings(name: str, feed: TheFeed) -> dict[str, JsonValue]:
         raise HTTPException(422, str(error)) from None
     if info is None:
         raise HTTPException(404, f"there is no run {name!r}")
-    return settings_of(info)
+    return flattened(info.config)
 
 
 @routes.get("/api/events", response_class=EventSourceResponse)

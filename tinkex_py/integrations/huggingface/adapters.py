@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tinkex_py.client.archive import extract
-from tinkex_py.client.file_thread import FileThread
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.errors import InvalidData
 from tinkex_py.integrations.huggingface.adapter_files import (
@@ -19,6 +18,7 @@ from tinkex_py.integrations.huggingface.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from tinkex_py.threads import FileThread
 from tinkex_py.types.rest import DownloadProgress
 
 AnyPath = str | os.PathLike[str]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from tinkex_py.runs.flat_settings import settings_of
-from tinkex_py.runs.records import RunStatus, StepRecord, scalars
+from tinkex_py.runs.records import RunStatus, StepRecord, flattened, scalars
 from tinkex_py.runs.report.loading import LoadedRun
 
 
@@ -76,7 +75,7 @@ def summary_of(run: LoadedRun) -> RunSummary:
 
 def differing_settings(runs: Sequence[LoadedRun]) -> dict[str, dict[str, JsonValue]]:
     """Settings that are not the same in all runs: setting -> run -> value. A run without the setting is left out."""
-    by_run = {run.label: settings_of(run.info) for run in runs}
+    by_run = {run.label: flattened(run.info.config) for run in runs}
     names = dict.fromkeys(name for settings in by_run.values() for name in settings)
     table = {name: {label: settings[name] for label, settings in by_run.items() if name in settings} for name in names}
     return {name: values for name, values in table.items() if len(values) < len(runs) or _differ(values.values())}

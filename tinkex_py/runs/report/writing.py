@@ -6,8 +6,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.flat_settings import settings_of
 from tinkex_py.runs.pictures import PICTURES, drawings
+from tinkex_py.runs.records import flattened
 from tinkex_py.runs.report.drawing import picture_of
 from tinkex_py.runs.report.loading import load_runs
 from tinkex_py.runs.report.page import page_of
@@ -53,7 +53,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     if len(runs) > 1:
         settings = differing
     else:
-        settings = {name: {runs[0].label: value} for name, value in settings_of(runs[0].info).items()}
+        settings = {name: {runs[0].label: value} for name, value in flattened(runs[0].info.config).items()}
     page = page_of(summaries, settings, laid_out, pictures)
     files = {f"{key}.png": content for key, content in pictures.items()} | {PAGE_FILE: page.encode()}
     _write(Path(out), files)
