@@ -11,7 +11,7 @@ from playwright.async_api import Page, async_playwright, expect
 from tests.dashboard.served import dashboard
 from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_up_step, write_run
 from tests.runs.support import run_info
-from tinkex_py.runs.pictures import PICTURES
+from tinkex_py.dashboard.pictures import PICTURES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<img src=x onerror=alert(1)>"

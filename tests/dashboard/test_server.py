@@ -19,9 +19,9 @@ from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_u
 from tests.runs.support import run_info
 from tinkex_py.cli import app
 from tinkex_py.dashboard import serve_dashboard
+from tinkex_py.dashboard.curves import POINTS
+from tinkex_py.dashboard.pictures import PICTURES
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.curves import POINTS
-from tinkex_py.runs.pictures import PICTURES
 
 
 def append(run: Path, first: int, last: int, *terms: Sequence[str], norms: bool = True) -> None:

@@ -29,4 +29,4 @@ def report(
             losses = [run.first.get("loss/total"), run.last.get("loss/total")]
             change = "" if None in losses else f", loss {losses[0]:.4f} -> {losses[1]:.4f}"
             typer.echo(f"{run.label}: {run.status}, {run.steps} steps{change}")
-        typer.echo(f"{written.page} and {len(written.pictures)} pictures")
+        typer.echo(f"{written.page} and {len(written.charts)} charts")

@@ -13,9 +13,9 @@ from pydantic import JsonValue
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tinkex_py.dashboard.feed import Feed
+from tinkex_py.dashboard.pictures import MOST_COLOURS
 from tinkex_py.dashboard.runs_folder import RunLine
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.pictures import MOST_COLOURS
 from tinkex_py.runs.records import flattened
 
 FILES = Path(__file__).parent / "static"

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tinkex_py.dashboard.curves import Curves
 from tinkex_py.dashboard.following import FollowedSteps
+from tinkex_py.dashboard.pictures import PALETTE_ON_DARK, PALETTE_ON_LIGHT, Drawing, drawings
 from tinkex_py.dashboard.runs_folder import RunLine, RunsFolder
-from tinkex_py.runs.curves import Curves
-from tinkex_py.runs.pictures import PALETTE_ON_DARK, PALETTE_ON_LIGHT, Drawing, drawings
 from tinkex_py.runs.records import RunInfo
 
 INTERVAL = 0.5  # seconds between two looks at the files

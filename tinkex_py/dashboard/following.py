@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tinkex_py.runs.curves import Curves
+from tinkex_py.dashboard.curves import Curves
 from tinkex_py.runs.records import StepRecord, scalars
 
 BLOCK = 1 << 20  # bytes read at once

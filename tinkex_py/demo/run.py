@@ -94,7 +94,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
         report=report.page,
     )
     for line in (
-        f"pictures in {summary.report}",
+        f"charts in {summary.report}",
         f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {summary.steps} steps, files in {folder}",
     ):
         console.print(line, soft_wrap=True)

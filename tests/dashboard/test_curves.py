@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from tinkex_py.runs.curves import Curves
+from tinkex_py.dashboard.curves import Curves
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.sampled_from([2, 4, 10]))

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.runs.made_up_runs import TERMS, made_up_step
-from tinkex_py.runs.pictures import BLACK, GREY, MOST_COLOURS, PICTURES, Drawing, drawings
+from tinkex_py.dashboard.pictures import BLACK, GREY, MOST_COLOURS, PICTURES, Drawing, drawings
 from tinkex_py.runs.records import scalars
 
 NAMES = list(scalars(made_up_step(5)))  # it is evaluated too
