@@ -53,7 +53,7 @@ def test_curves_of_those_that_are_wanted(tmp_path: Path):
     assert folder.followed("nowhere") is None
     steps = folder.followed("00")
     assert steps is not None
-    assert steps.curves.values("loss/base").tolist() == [base_loss(1)]
+    assert steps.curves.values("loss/base") == [base_loss(1)]
     for name in list(folder.lines):
         folder.refresh([name])
     kept = [name for name in folder.lines if folder.followed(name)]
@@ -102,7 +102,7 @@ def test_a_pipe_is_never_opened(tmp_path: Path):
     assert list(folder.lines) == ["b"]
 
 
-def test_problems_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_problems_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, content in (("broken", "{"), ("large", " " * 5_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(content)

@@ -19,7 +19,7 @@ STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 BASE_LOSS = "base_loss"
 MOST_POINTS_UNSMOOTHED, MOST_POINTS_MARKED = 120, 40
 LONGEST_LABEL = 44  # characters
-LOG_RANGE = 1e-6  # a norm near zero would squeeze the other curves into one line
+LOG_RANGE = 1e-5  # a norm near zero would squeeze the other curves into one line
 
 Numbers = NDArray[np.float64]
 

@@ -142,7 +142,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
         for name, value in _of_output(output):
             if value is not None:
                 gathered.setdefault(name, []).append(value)
-    named = {name: statistics.fmean(values) for name, values in gathered.items()}
+    named = {name: values[0] if len(values) == 1 else statistics.fmean(values) for name, values in gathered.items()}
     named |= {
         "time/step": record.seconds,
         "time/queue": record.queue_seconds,
