@@ -169,6 +169,11 @@ async def test_zoom_hover_and_curves_on_and_off(tmp_path: Path):
         shown = f"document.querySelector({LOSSES!r}).panel.plot.series.slice(1).map((one) => one.show)"
         await page.locator(f"{LOSSES} .u-series:visible").nth(1).locator(".u-label").click()
         assert await page.evaluate(shown) == [False, False, True, True]
+        await page.locator(f"{LOSSES} .u-label:visible").nth(1).click(modifiers=["Control"])
+        assert await page.evaluate(shown) == [True, True, False, False]
+        await page.locator(f"{LOSSES} .u-label:visible").nth(1).click(modifiers=["Control"])
+        assert await page.evaluate(shown) == [True, True, True, True]
+        await page.locator(f"{LOSSES} .u-label:visible").nth(1).click()
         await page.locator(f"{LOSSES} button", has_text="log").click()
         assert await page.evaluate(f"document.querySelector({LOSSES!r}).panel.plot.scales.y.distr") == 3
         assert await page.evaluate(shown) == [False, False, True, True]

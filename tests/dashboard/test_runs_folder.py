@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_up_step, write_run
 from tests.runs.support import run_info, step_record
-from tinkex_py.dashboard import runs_folder
+from tinkex_py.dashboard import following, runs_folder
 from tinkex_py.dashboard.runs_folder import MOST_IDLE_RUNS, RunsFolder
 from tinkex_py.errors import ConfigError
 
@@ -60,6 +60,23 @@ def test_curves_of_those_that_are_wanted(tmp_path: Path):
     assert kept == list(folder.lines)[-MOST_IDLE_RUNS - 1 :]
     folder.refresh(kept[:1])
     assert folder.followed(kept[0]) is not None
+
+
+def test_a_long_file_is_behind_only_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(following, "BLOCK", 4_000)
+    made_up_run(tmp_path / "long", 8)
+    made_up_run(tmp_path / "short", 1)
+    folder = RunsFolder(tmp_path)
+    folder.refresh(["long"])
+    assert folder.is_behind
+    folder.refresh(["short"])
+    assert not folder.is_behind
+    while folder.refresh(["long"]):
+        continue
+    assert not folder.is_behind
+    steps = folder.followed("long")
+    assert steps is not None
+    assert steps.curves.steps_made == 8
 
 
 def test_links_lead_nowhere(tmp_path: Path):

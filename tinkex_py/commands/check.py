@@ -106,7 +106,8 @@ async def checked_service(base_url: str | None, timeout: float) -> ServiceReport
     from tinkex_py.config import TinkexConfig
     from tinkex_py.transport.retry import RetryPolicy
 
-    retry, close_timeout = RetryPolicy(deadline=timeout), min(timeout, TinkexConfig.close_timeout)
+    # Half of the time, so that the cause is reported and not that time is up.
+    retry, close_timeout = RetryPolicy(deadline=timeout / 2), min(timeout, TinkexConfig.close_timeout)
     options: dict[str, Any] = {"timeout": timeout, "retry": retry, "close_timeout": close_timeout}
     try:
         config = TinkexConfig(base_url=base_url or "", billing_pause=0.0, **options)

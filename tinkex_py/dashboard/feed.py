@@ -19,7 +19,7 @@ from tinkex_py.dashboard.following import FollowedSteps
 from tinkex_py.dashboard.runs_folder import RunLine, RunsFolder
 from tinkex_py.runs.records import RunInfo
 
-INTERVAL = 0.5  # seconds between two looks at the files, and between two messages to a browser
+INTERVAL = 0.5  # seconds between two reads of the files, and between two messages to a browser
 DIGITS = 7
 
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ class Feed:
 
     Args:
         runs_dir: the folder.
-        interval: seconds between two looks.
+        interval: seconds between two reads of the files.
 
     Raises:
         ConfigError: it is not a folder.

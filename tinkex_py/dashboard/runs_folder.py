@@ -58,6 +58,7 @@ class RunsFolder:
 
     Attributes:
         lines: the runs by name, as of the last `refresh`; a line that did not change is the same object.
+        is_behind: whether the files of wanted runs hold more than the last `refresh` has read.
 
     Raises:
         ConfigError: it is not a folder.
@@ -68,6 +69,7 @@ class RunsFolder:
         if not self._path.is_dir():
             raise ConfigError(f"{path} is not a folder; name the one that holds the folders of the runs")
         self.lines: dict[str, RunLine] = {}
+        self.is_behind = False
         self._stamps: dict[str, tuple[Stamp, Stamp]] = {}
         self._followed: dict[str, FollowedSteps] = {}
 
@@ -86,12 +88,9 @@ class RunsFolder:
             else:
                 lines[name], changed = self._line(name, has_steps=stamp[1] is not None), True
         self.lines, self._stamps = lines, stamps
-        return any([changed, *self._follow(wanted)])
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether a file holds more than was read."""
-        return any(steps.is_behind for steps in self._followed.values())
+        changed = any([changed, *self._follow(wanted)])
+        self.is_behind = any(steps.is_behind for name, steps in self._followed.items() if name in wanted)
+        return changed
 
     def followed(self, name: str) -> FollowedSteps | None:
         """The steps of a wanted run; None if there is no such run."""

@@ -25,7 +25,7 @@ async def serve_dashboard(
         host: address to listen on.
         port: TCP port; 0 selects a free one.
         allow_other_machines: permits a host that others can reach; they see every run, without a login.
-        interval: seconds between two looks at the files while a page is open.
+        interval: seconds between two reads of the files while a page is open.
         on_listening: called once with the address of the page when connections are accepted.
 
     Raises:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from tinkex_py.types import QueueState
 
-INTERVAL = 0.1  # seconds between two looks at the client's queue state
+INTERVAL = 0.1  # seconds between two reads of the client's queue state
 
 _REASONS = {"paused_capacity": "the service is at capacity", "paused_rate_limit": "the account's rate limit is reached"}
 
@@ -33,7 +33,7 @@ class QueueWait:
 
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None]:
-        """Looks at the state regularly while the block runs."""
+        """Reads the state regularly while the block runs."""
         done = asyncio.Event()
         watcher = asyncio.create_task(self._watch(done), name="tinkex.queue")
         try:

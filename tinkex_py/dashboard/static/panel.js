@@ -108,6 +108,7 @@ export class Panel {
     const button = (textContent, onclick) => element("button", { type: "button", textContent, onclick });
     this.logButton = button("log", () => { this.log = !this.log; this.draw(); });
     this.place = element("div");
+    this.place.addEventListener("click", (event) => this.isolate(event), true); // before uPlot gets it
     const caption = element("figcaption", {}, [
       element("h3", { textContent: title }),
       this.logButton,
@@ -233,6 +234,16 @@ export class Panel {
     this.hidden[show ? "delete" : "add"](plot.series[number].label);
     const before = plot.series[number - 1];
     if (before.class && before.show !== show) plot.setSeries(number - 1, { show }, false);
+  }
+
+  // With Ctrl, a click on the legend hides all other curves, and then shows them again.
+  isolate(event) {
+    const row = event.target.closest(".u-series");
+    if (!row || !(event.ctrlKey || event.metaKey)) return;
+    event.stopPropagation();
+    const { series } = this.plot, { label } = series[[...row.parentNode.children].indexOf(row)];
+    const isAlone = series.slice(1).every((one) => one.show === (one.label === label));
+    series.forEach((one, number) => number && this.plot.setSeries(number, { show: isAlone || one.label === label }));
   }
 
   csv() {
