@@ -15,8 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tinkex_py.cli import app
-from tinkex_py.commands.train import read_config, train_from_config
+from tinkex_py.commands.train import train_from_config
 from tinkex_py.runs import read_run, read_steps
+from tinkex_py.runs.config import read_config
 from tinkex_py.runs.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "configs" / "sft_kl.yaml"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinkex_py.commands.common.options import AsJson, named_object
+from tinkex_py.commands.common.options import AsJson
 from tinkex_py.commands.common.running import one_line_errors, run
 from tinkex_py.commands.common.tables import cell_text, show_table
 from tinkex_py.errors import ConfigError
@@ -44,6 +44,7 @@ def replay(
 
 def _loaded(reference: str) -> "Pipeline":
     from tinkex_py.losses import Pipeline
+    from tinkex_py.runs.config import named_object
 
     found = named_object(reference, "--pipeline")
     made = found() if callable(found) else found

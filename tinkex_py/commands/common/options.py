@@ -1,15 +1,10 @@
-"""Options that several commands take, and what is made of them."""
+"""Options that several commands take."""
 
-import importlib
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from tinkex_py.errors import ConfigError
 
 if TYPE_CHECKING:
     from tinkex_py.client.service import AsyncServiceClient
@@ -45,24 +40,3 @@ def announcement(words: str, *, as_json: bool) -> Callable[[str], None]:
         as_json: print `{"address": ...}` instead.
     """
     return lambda address: typer.echo(json.dumps({"address": address}) if as_json else f"{words} {address}")
-
-
-def named_object(reference: str, where: str) -> object:
-    """Imports `module:name`; modules of the working folder are found too.
-
-    Args:
-        reference: the name.
-        where: the option or setting that holds it, for the error.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    module, _, name = reference.partition(":")
-    if not module or not name:
-        raise ConfigError(f"{where} must be MODULE:NAME, got {reference!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}: {reference!r} cannot be imported: {error}") from error
