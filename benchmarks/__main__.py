@@ -16,6 +16,7 @@ from rich.console import Console
 
 from benchmarks import (
     against_official,
+    dashboard_page,
     embedded,
     growth,
     imports,
@@ -45,6 +46,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     many_clients.BENCHMARK,
     overlap.BENCHMARK,
     embedded.BENCHMARK,
+    dashboard_page.BENCHMARK,
 )
 
 

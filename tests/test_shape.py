@@ -115,11 +115,7 @@ def private_names_of_others() -> Iterator[str]:
                 names = [*node.module.split("."), *(alias.name for alias in node.names)]
                 if foreign and any(map(is_private, names)) and node.module != "__future__":
                     yield f"{where}:{node.lineno} from {node.module} import {', '.join(a.name for a in node.names)}"
-            elif (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in _BY_NAME
-            ):
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME:
                 name = node.args[1] if len(node.args) > 1 else None
                 if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in own:
                     yield f"{where}:{node.lineno} {node.func.id} {name.value!r}"

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.support.scripted_server import ScriptedServer, answer
-from tinkex_py.commands.work.service_check import checked_service
+from tinkex_py.commands.check import checked_service
 
 
 def test_a_service_that_is_well(command, address):
@@ -123,7 +123,7 @@ async def test_a_part_that_fails(monkeypatch):
     )
     assert not report.works
     assert findings["sampling"].state == "failed"
-    assert findings["sampling"].way_out == "the service asks for payment first"
+    assert findings["sampling"].way_out == "the service requires payment first"
     assert findings["training runs"].state == "failed"
     assert "TINKER_PROJECT_ID" in findings["training runs"].way_out
     assert findings["checkpoints"].state == "missing"  # it went on

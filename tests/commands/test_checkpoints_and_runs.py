@@ -113,7 +113,7 @@ def test_download_as_an_adapter(command, saved, tmp_path):
     assert command("checkpoints", "download", paths[1], target, "--adapter", "--overwrite").exit_code == 0
     wrong = command("checkpoints", "download", paths[1], target, "--overwrite")
     assert wrong.exit_code == 2
-    assert "--overwrite goes with --adapter" in wrong.stderr
+    assert "--overwrite needs --adapter" in wrong.stderr
 
 
 def test_ttl(command, saved):
@@ -147,7 +147,7 @@ def test_delete_without_a_terminal_deletes_nothing(command, saved):
     run_id, paths = saved
     result = command("checkpoints", "delete", paths[0], stdin="y\n")
     assert result.exit_code == 2
-    assert "there is no terminal to ask in; pass --yes" in result.stderr
+    assert "stdin is no terminal: pass --yes" in result.stderr
     result = command("checkpoints", "delete", paths[0], "nonsense", "--yes")
     assert result.exit_code == 2
     assert paths_left(command, run_id) == paths[::-1]
@@ -179,7 +179,7 @@ def test_delete_asks(command, address, saved, typed, code):
     run_id, paths = saved
     got, out, err = on_a_terminal(address, "checkpoints", "delete", paths[0], typed=typed)
     assert (got, out) == (code, "" if code else f"deleted {paths[0]}\n")
-    assert f"{paths[0]}\nDelete 1 checkpoint(s) for good? [y/N]: " in err
+    assert f"{paths[0]}\nDelete 1 checkpoint(s) permanently? [y/N]: " in err
     assert paths_left(command, run_id) == (paths[::-1] if code else [paths[2], paths[1]])
 
 

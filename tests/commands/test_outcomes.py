@@ -10,8 +10,7 @@ import pytest
 import typer
 
 from tinkex_py import errors
-from tinkex_py.commands.common.outcomes import exit_code, told_in_one_line
-from tinkex_py.commands.common.running import run
+from tinkex_py.commands.common.running import exit_code, one_line_errors, run
 
 
 @pytest.mark.parametrize(
@@ -35,29 +34,29 @@ from tinkex_py.commands.common.running import run
 )
 def test_errors_and_their_codes(error, code, capsys):
     assert exit_code(error) == code
-    with pytest.raises(typer.Exit) as caught, told_in_one_line("thing"):
+    with pytest.raises(typer.Exit) as caught, one_line_errors("thing"):
         raise error
     assert caught.value.exit_code == code
     assert capsys.readouterr().err == f"tinkex-py thing: {error}\n"
 
 
 def test_a_message_of_several_lines_is_one(capsys):
-    with pytest.raises(typer.Exit), told_in_one_line("thing"):
+    with pytest.raises(typer.Exit), one_line_errors("thing"):
         raise errors.ConfigError("one\ntwo")
     assert capsys.readouterr().err == "tinkex-py thing: one two\n"
 
 
 def test_a_missing_library_names_its_extra(capsys):
-    with pytest.raises(typer.Exit) as caught, told_in_one_line("thing", extra="local"):
+    with pytest.raises(typer.Exit) as caught, one_line_errors("thing", extra="local"):
         raise ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
     assert caught.value.exit_code == 2
     assert capsys.readouterr().err == ("tinkex-py thing: peft is not installed. Run: pip install 'tinkex-py[local]'\n")
 
 
 def test_errors_of_our_own_code_are_not_hidden():
-    with pytest.raises(ZeroDivisionError), told_in_one_line("thing"):
+    with pytest.raises(ZeroDivisionError), one_line_errors("thing"):
         raise ZeroDivisionError
-    with pytest.raises(BrokenPipeError), told_in_one_line("thing"):  # typer ends in silence
+    with pytest.raises(BrokenPipeError), one_line_errors("thing"):  # typer ends in silence
         raise BrokenPipeError
 
 
@@ -73,7 +72,7 @@ def test_a_signal_ends_the_work_in_order(number):
             ended.append(True)
 
     before = signal.getsignal(number)
-    with pytest.raises(typer.Exit) as caught, told_in_one_line("thing"):
+    with pytest.raises(typer.Exit) as caught, one_line_errors("thing"):
         run(work())
     assert caught.value.exit_code == 130
     assert ended == [True]

@@ -94,8 +94,8 @@ def test_in_this_process(command, tmp_path, monkeypatch):
         (("--prompt", "a"), 2, "give MODEL_OR_PATH, or --local MODEL"),
         (("tiny", "--prompt", ""), 2, "prompt"),
         (("tiny", "--prompt", "a", "--temperature", "inf"), 2, "temperature"),
-        (("tiny", "--prompt", "a", "--state-dir", "x"), 2, "--state-dir goes with --local"),
-        (("--local", "tiny", "--prompt", "a", "--tokenizer", "x"), 2, "do not go with --local"),
+        (("tiny", "--prompt", "a", "--state-dir", "x"), 2, "--state-dir needs --local"),
+        (("--local", "tiny", "--prompt", "a", "--tokenizer", "x"), 2, "cannot be combined with --local"),
         (("--local", "nothing-there", "--prompt", "a"), 2, "there is no such model"),
         (("tiny", "--prompt", "a", "--chat"), 2, "the tokenizer of tiny has no chat template"),
         (("tiny", "--prompt", "a", "--tokenizer", "./nothing-there"), 2, "no tokenizer './nothing-there'"),
@@ -113,7 +113,7 @@ def test_what_cannot_be_drawn(command, arguments, code, reason):
 @pytest.mark.parametrize(
     ("arguments", "stdin", "reason"),
     [
-        ((), b"\xff\xfe", b"what came from stdin is not UTF-8 text"),
+        ((), b"\xff\xfe", b"stdin is not UTF-8 text"),
         ((b"--prompt", b"\xff"), b"", b"--prompt is not UTF-8 text"),
     ],
 )

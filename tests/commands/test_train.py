@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tinkex_py.cli import app
-from tinkex_py.commands.work.train_config import read_config
-from tinkex_py.commands.work.training import train_from_config
+from tinkex_py.commands.train import train_from_config
 from tinkex_py.runs import read_run, read_steps
+from tinkex_py.runs.config import read_config
 from tinkex_py.runs.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "configs" / "sft_kl.yaml"
@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_numbers_of_one_that_was_not
     assert read_run(folder).status == "running"
     assert 0 < len(read_steps(folder)) < 40
     run, whole = train_here(folder), train_here(tmp_path / "whole")
-    assert (run.status, run.steps, whole.steps) == ("finished", 40, 40)
+    assert (run.info.status, run.last.step, whole.last.step) == ("finished", 40, 40)
     steps, expected = read_steps(folder), read_steps(tmp_path / "whole")
     losses, unbroken = ([step.losses[0].loss_total for step in of] for of in (steps, expected))
     assert losses == pytest.approx(unbroken, abs=1e-5)
@@ -101,7 +101,7 @@ def test_a_short_run_is_summed_up_in_words_and_taken_up(inside: Path) -> None:
     code, out, err = call("short.yaml", "--runs-dir", "somewhere", "--name", "mine", "--json")
     assert code == 0
     assert json.loads(out)["steps"] == 2
-    assert "goes on after step 2" in err
+    assert "resumed after step 2" in err
     # The run's folder goes with its checkpoints.
     assert (inside / "somewhere" / "mine" / "service").is_dir()
 
@@ -151,7 +151,7 @@ def loss(data, logprobs):
     [
         ("[signal.SIGINT]", 3, "stopped"),
         ("[signal.SIGTERM]", 3, "stopped"),
-        ("[signal.SIGINT, signal.SIGTERM]", 1, "ended at once"),
+        ("[signal.SIGINT, signal.SIGTERM]", 1, "cancelled; the run can be resumed"),
     ],
 )
 def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
@@ -172,7 +172,7 @@ def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
     assert run.status == "stopped"
     assert len(steps) < 9
     if code == 3:
-        assert (json.loads(out)["steps"], json.loads(out)["reason"]) == (len(steps), "asked to stop")
+        assert (json.loads(out)["steps"], json.loads(out)["reason"]) == (len(steps), "stop was requested")
 
 
 def test_the_file_in_the_guide_and_the_example_say_the_same(inside: Path) -> None:
@@ -197,7 +197,10 @@ BAD_FILES = [
     ),
     (TINY + "loss: {base: {term: NLL, options: {mean: 1}}}\n", "loss.base: NLL: .*unexpected keyword argument 'mean'"),
     (TINY + "loss: {base: {term: 'nowhere:f'}}\n", "loss.base.term: 'nowhere:f' cannot be imported"),
-    (TINY + "loss: {base: {term: 'math:sqrt', options: {a: 1}}}\n", "math:sqrt is a function, which takes no options"),
+    (
+        TINY + "loss: {base: {term: 'math:sqrt', options: {a: 1}}}\n",
+        "math:sqrt is a function; a base loss that is a function takes no options",
+    ),
     (TINY + "loss: {regularizers: [{term: L2, weight: -1}]}\n", "loss.regularizers.0: .*weight must be"),
     (
         TINY + "loss: {regularizers: [{term: L2, weight: {schedule: Cubic}}]}\n",
@@ -214,7 +217,7 @@ BAD_FILES = [
     (TINY + "optimizer: {learning_rate: -1.0}\n", "optimizer: .*learning_rate"),
     (TINY.replace("pairs", "peers"), "peers.jsonl cannot be read"),
     (TINY.replace("model: tiny", "model: no-such-model"), "no-such-model"),
-    ("a: [", "is no YAML"),
+    ("a: [", "is not valid YAML"),
     ("- 1\n", "valid dictionary"),
 ]
 
@@ -244,8 +247,6 @@ def test_bad_options_are_named(inside: Path) -> None:
 
 
 def test_a_missing_library_gives_one_line(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("tinkex_py.commands.work.train")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "yaml", None)
     code, _, err = call("run.yaml")
     assert code == 2
@@ -258,7 +259,7 @@ def test_another_configuration_of_the_same_run_is_refused(inside: Path) -> None:
     (inside / "run.yaml").write_text(TINY.replace("rank: 4", "rank: 8") + "optimizer: {weight_decay: 0.1}\n")
     code, _, err = call("run.yaml")
     assert code == 2
-    assert "config.lora.rank was 4 and is 8; optimizer.weight_decay was not there and is 0.1" in err
+    assert "config.lora.rank was 4 and is 8; optimizer.weight_decay was not set and is 0.1" in err
     (inside / "run.yaml").write_text(TINY)
     (inside / "pairs.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')
     code, _, err = call("run.yaml")

@@ -60,27 +60,32 @@ class Seen:
 
     def __init__(self) -> None:
         self.lines: dict[str, dict[str, Any]] = {}
-        self.pictures: list[dict[str, Any]] = []
-        self.steps: dict[str, list[int]] = {}
+        self.axes: dict[str, dict[str, list[float]]] = {}
         self.values: dict[str, dict[str, list[float | None]]] = {}
+        self.samples: dict[str, list[Any]] = {}
         self.problems: dict[str, str | None] = {}
         self.sizes: list[int] = []
 
-    def take(self, kind: str, told: dict[str, Any]) -> None:
+    @property
+    def steps(self) -> dict[str, list[float]]:
+        return {run: axes["step"] for run, axes in self.axes.items()}
+
+    def take(self, kind: str, data: dict[str, Any]) -> None:
         if kind == "runs":
-            self.lines |= {line["name"]: line for line in told["changed"]}
-            for name in told["gone"]:
+            self.lines |= {line["name"]: line for line in data["changed"]}
+            for name in data["gone"]:
                 del self.lines[name]
-        elif kind == "charts":
-            self.pictures, self.steps, self.values = told["pictures"], {}, {}
+                self.axes.pop(name, None)
+        elif kind == "samples":
+            self.samples[data["run"]] = data["samples"]
         else:
-            run, start = told["run"], told["from"]
-            self.sizes.append(len(told["steps"]))
-            self.problems[run] = told["problem"]
-            self.steps[run] = self.steps.get(run, [])[:start] + told["steps"]
-            values = self.values.setdefault(run, {})
-            for name, points in told["values"].items():
-                values[name] = values.get(name, [])[:start] + points
+            run, start = data["run"], data["from"]
+            self.sizes.append(len(data["axes"]["step"]))
+            self.problems[run] = data["problem"]
+            for known, new in ((self.axes, data["axes"]), (self.values, data["values"])):
+                for name, points in new.items():
+                    own = known.setdefault(run, {})
+                    own[name] = own.get(name, [])[:start] + points
 
     async def until(self, stream: AsyncIterator[tuple[str, Any]], enough: Any) -> None:
         """Takes events until `enough(self)`."""

@@ -21,6 +21,11 @@ def append(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def read_all(followed: FollowedSteps) -> None:
+    while followed.read_more() or followed.is_behind:
+        continue
+
+
 @given(cuts=st.lists(st.integers(0, 3_000), max_size=8))
 def test_it_does_not_matter_where_a_look_cuts_the_file(tmp_path_factory: pytest.TempPathFactory, cuts: list[int]):
     path = tmp_path_factory.mktemp("run") / "steps.jsonl"
@@ -33,8 +38,8 @@ def test_it_does_not_matter_where_a_look_cuts_the_file(tmp_path_factory: pytest.
         before = followed.curves.steps_made
         assert followed.read_more() == (followed.curves.steps_made > before)
         assert followed.curves.steps_made == content[:end].count(b"\n")
-    assert followed.curves.steps() == [1, 2, 3, 4, 5, 6]
-    assert followed.curves.values("loss/base").tolist() == [1.5] * 6
+    assert followed.curves.axes["step"] == [1, 2, 3, 4, 5, 6]
+    assert followed.curves.values("loss/base") == [1.5] * 6
     assert (followed.restarts, followed.problem) == (0, None)
 
 
@@ -43,8 +48,8 @@ def test_blocks_smaller_than_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "steps.jsonl"
     path.write_bytes(lines(1, 5) + b'{"step": 6')
     followed = FollowedSteps(path)
-    followed.read_more()
-    assert followed.curves.steps() == [1, 2, 3, 4, 5]
+    read_all(followed)
+    assert followed.curves.axes["step"] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("way", ["replaced", "cut and written on", "removed and written on"])
@@ -68,7 +73,7 @@ def test_a_resumed_run_is_read_anew(tmp_path: Path, way: str):
         path.write_bytes(resumed)
     assert followed.read_more()
     assert followed.version != version
-    assert followed.curves.values("loss/base").tolist() == [1.5, 1.5, *[9.0] * 5]
+    assert followed.curves.values("loss/base") == [1.5, 1.5, *[9.0] * 5]
     assert not followed.read_more()
 
 
@@ -77,8 +82,8 @@ def test_a_line_that_is_no_step_is_told_and_passed_over(tmp_path: Path):
     path.write_bytes(lines(1, 1) + b'{"step": "two"}\n' + lines(3, 3))
     followed = FollowedSteps(path)
     assert followed.read_more()
-    assert followed.curves.steps() == [1, 3]
-    assert followed.problem == "steps.jsonl, line 2 is no step"
+    assert followed.curves.axes["step"] == [1, 3]
+    assert followed.problem == "steps.jsonl, line 2 is not a step"
 
 
 def test_a_line_without_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -87,8 +92,8 @@ def test_a_line_without_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "steps.jsonl"
     path.write_bytes(lines(1, 1) + b"x" * 5_000)
     followed = FollowedSteps(path)
-    followed.read_more()
-    assert followed.curves.steps() == [1]
+    read_all(followed)
+    assert followed.curves.axes["step"] == [1]
     assert followed.problem == "steps.jsonl, line 2 is longer than any step"
 
 
@@ -99,6 +104,33 @@ def test_what_cannot_be_read_is_told_once(tmp_path: Path):
     assert not followed.read_more()
     assert followed.problem is not None
     assert followed.problem.startswith("steps.jsonl cannot be read: ")
+
+
+def test_a_long_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(lines(1, 6))
+    monkeypatch.setattr(following, "BLOCK", len(lines(1, 2)) + 10)
+    followed = FollowedSteps(path)
+    seen = []
+    while followed.read_more():
+        seen.append((followed.curves.axes["step"][-1], followed.is_behind))
+    assert seen == [(2, True), (4, True), (6, False)]
+
+
+def test_further_axes_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(following, "MOST_SAMPLES", 2)
+    path = tmp_path / "steps.jsonl"
+    for step in range(1, 5):
+        # On the third step the run was resumed on a machine whose clock is behind.
+        finished = 100.0 + step - (50 if step >= 3 else 0)
+        record = step_record(
+            step, finished_at=finished, seconds=1.0, tokens=7, samples={"q": "x" * 9_000} if step > 1 else {}
+        )
+        append(path, record.model_dump_json().encode() + b"\n")
+    followed = FollowedSteps(path)
+    read_all(followed)
+    assert followed.curves.axes == {"step": [1, 2, 3, 4], "tokens": [7, 14, 21, 28], "seconds": [1.0, 2.0, 2.0, 2.0]}
+    assert list(followed.samples) == [(step, {"q": "x" * following.LONGEST_SAMPLE}) for step in (3, 4)]
 
 
 @pytest.mark.parametrize("end", [b"", b'{"step": 4'])

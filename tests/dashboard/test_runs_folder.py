@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_up_step, write_run
 from tests.runs.support import run_info, step_record
-from tinkex_py.dashboard import runs_folder
+from tinkex_py.dashboard import following, runs_folder
 from tinkex_py.dashboard.runs_folder import MOST_IDLE_RUNS, RunsFolder
 from tinkex_py.errors import ConfigError
 
@@ -53,13 +53,30 @@ def test_curves_of_those_that_are_wanted(tmp_path: Path):
     assert folder.followed("nowhere") is None
     steps = folder.followed("00")
     assert steps is not None
-    assert steps.curves.values("loss/base").tolist() == [base_loss(1)]
+    assert steps.curves.values("loss/base") == [base_loss(1)]
     for name in list(folder.lines):
         folder.refresh([name])
     kept = [name for name in folder.lines if folder.followed(name)]
     assert kept == list(folder.lines)[-MOST_IDLE_RUNS - 1 :]
     folder.refresh(kept[:1])
     assert folder.followed(kept[0]) is not None
+
+
+def test_a_long_file_is_behind_only_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(following, "BLOCK", 4_000)
+    made_up_run(tmp_path / "long", 8)
+    made_up_run(tmp_path / "short", 1)
+    folder = RunsFolder(tmp_path)
+    folder.refresh(["long"])
+    assert folder.is_behind
+    folder.refresh(["short"])
+    assert not folder.is_behind
+    while folder.refresh(["long"]):
+        continue
+    assert not folder.is_behind
+    steps = folder.followed("long")
+    assert steps is not None
+    assert steps.curves.steps_made == 8
 
 
 def test_links_lead_nowhere(tmp_path: Path):
@@ -102,7 +119,7 @@ def test_a_pipe_is_never_opened(tmp_path: Path):
     assert list(folder.lines) == ["b"]
 
 
-def test_problems_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_problems_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, content in (("broken", "{"), ("large", " " * 5_000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(content)
@@ -111,7 +128,7 @@ def test_problems_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs_folder, "LARGEST_RUN_FILE", 4_000)
     folder = RunsFolder(tmp_path)
     folder.refresh()
-    assert "run.json is no RunInfo" in (folder.lines["broken"].problem or "")
+    assert "run.json is not a valid RunInfo" in (folder.lines["broken"].problem or "")
     assert folder.lines["large"].problem == "run.json is larger than 4000 bytes"
     assert (folder.lines["infinite"].loss_total, folder.lines["infinite"].problem) == (None, None)
     with pytest.raises(ConfigError, match="broken"):

@@ -1,6 +1,9 @@
 """The dashboard over real HTTP."""
 
 import asyncio
+import hashlib
+import json
+import math
 import os
 import signal
 import socket
@@ -19,9 +22,10 @@ from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_u
 from tests.runs.support import run_info
 from tinkex_py.cli import app
 from tinkex_py.dashboard import serve_dashboard
+from tinkex_py.dashboard.app import FILES, MOST_RUNS
+from tinkex_py.dashboard.curves import POINTS
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.curves import POINTS
-from tinkex_py.runs.pictures import PICTURES
+from tinkex_py.runs.records import scalars
 
 
 def append(run: Path, first: int, last: int, *terms: Sequence[str], norms: bool = True) -> None:
@@ -36,7 +40,6 @@ async def test_a_running_run_is_followed(tmp_path: Path):
     async with dashboard(tmp_path) as address, events(address, "live") as stream:
         seen = Seen()
         await seen.until(stream, lambda seen: seen.steps.get("live") == [1])
-        assert [picture["key"] for picture in seen.pictures] == [picture.key for picture in PICTURES]
         assert seen.lines["live"]["steps"] == 1
         append(run, 2, 4)
         await seen.until(stream, lambda seen: seen.steps["live"] == [1, 2, 3, 4])
@@ -48,8 +51,11 @@ async def test_a_running_run_is_followed(tmp_path: Path):
             assert values[f"term/{term}/weight"] == pytest.approx([weight(place, n) for n in range(1, 5)], rel=1e-6)
             expected = [contribution(place, n) for n in range(1, 5)]
             assert values[f"term/{term}/contribution"] == pytest.approx(expected, rel=1e-6)
-        drawn = {line["name"] for picture in seen.pictures for chart in picture["charts"] for line in chart["lines"]}
-        assert values.keys() == drawn
+        assert values.keys() == scalars(made_up_step(4)).keys()
+        assert seen.axes["live"]["tokens"] == [512, 1024, 1536, 2048]
+        assert seen.axes["live"]["seconds"] == pytest.approx(
+            [1.5 + 0.5 * math.sin(1) + 2.0 * step for step in range(4)]
+        )
         # Only what is new is sent, with the point that may have changed.
         assert seen.sizes[0] == 1
         assert sum(seen.sizes) < 1 + 2 * 3 + 1
@@ -59,13 +65,13 @@ async def test_a_running_run_is_followed(tmp_path: Path):
 async def test_a_run_that_appears_and_one_that_goes(tmp_path: Path):
     async with dashboard(tmp_path) as address, events(address, "new") as stream:
         seen = Seen()
-        kind, told = await anext(stream)
-        assert (kind, told) == ("runs", {"changed": [], "gone": []})
+        assert await anext(stream) == ("runs", {"changed": [], "gone": []})
         run = made_up_run(tmp_path / "new", 2)
         await seen.until(stream, lambda seen: seen.steps.get("new") == [1, 2])
         (run / "run.json").unlink()
         await seen.until(stream, lambda seen: seen.lines == {})
-        await seen.until(stream, lambda seen: not any(picture["charts"] for picture in seen.pictures))
+        made_up_run(tmp_path / "new again", 1)
+        await seen.until(stream, lambda seen: seen.lines.keys() == {"new again"})
 
 
 @pytest.mark.asyncio
@@ -77,19 +83,41 @@ async def test_long_runs_are_thinned_and_stay_whole(tmp_path: Path):
         append(run, POINTS + 1, POINTS + 3, ["l2"], norms=False)
         await seen.until(stream, lambda seen: seen.steps["long"][-1] == POINTS + 3)
         assert seen.steps["long"] == [*range(2, POINTS + 3, 2), POINTS + 3]
+        assert seen.values["long"]["loss/base"][-1] == pytest.approx(base_loss(POINTS + 3), rel=1e-6)
         losses = np.array([base_loss(step) for step in range(1, POINTS + 3)])
         assert seen.values["long"]["loss/base"][:-1] == pytest.approx(losses.reshape(-1, 2).mean(axis=1), rel=1e-6)
 
 
 @pytest.mark.asyncio
-async def test_several_runs_keep_their_colours(tmp_path: Path):
-    for name in ("a", "b"):
+async def test_only_selected_runs_are_sent_and_each_once(tmp_path: Path):
+    for name in ("a", "b", "c"):
         made_up_run(tmp_path / name, 2)
-    async with dashboard(tmp_path) as address, events(address, "b", "", "gone", "a") as stream:
+    async with dashboard(tmp_path) as address, events(address, "b", "", "gone", "a", "b") as stream:
         seen = Seen()
         await seen.until(stream, lambda seen: len(seen.steps) == 2)
-        (losses,) = seen.pictures[0]["charts"]
-        assert {(line["run"], line["colour"]) for line in losses["lines"]} == {("b", 0), ("a", 3)}
+        assert seen.steps == {"a": [1, 2], "b": [1, 2]}
+        assert seen.sizes == [2, 2]
+
+
+@pytest.mark.asyncio
+async def test_samples_are_sent_as_they_come(tmp_path: Path):
+    record = made_up_step(1).model_copy(update={"samples": {"a prompt": "an answer"}})
+    run = write_run(tmp_path / "a", [record])
+    async with dashboard(tmp_path) as address, events(address, "a") as stream:
+        seen = Seen()
+        await seen.until(stream, lambda seen: seen.samples.get("a") == [[1, {"a prompt": "an answer"}]])
+        with (run / "steps.jsonl").open("a") as file:
+            file.write(made_up_step(2).model_copy(update={"samples": {"a prompt": "another"}}).model_dump_json() + "\n")
+        await seen.until(stream, lambda seen: [step for step, _ in seen.samples["a"]] == [1, 2])
+
+
+def test_the_files_of_uplot_are_those_of_its_release():
+    folder = FILES / "vendor"
+    facts = json.loads((folder / "uPlot.json").read_text())
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    assert found == {**facts["sha256"], "uPlot.json": found["uPlot.json"]}
+    assert f"uPlot (v{facts['version']})" in (folder / "uPlot.iife.min.js").read_text()
+    assert (folder / "uPlot.LICENSE").read_text().startswith("The MIT License (MIT)")
 
 
 @pytest.mark.asyncio
@@ -100,9 +128,9 @@ async def test_what_is_wrong_with_a_file_reaches_the_page(tmp_path: Path):
         await seen.until(stream, lambda seen: "a" in seen.steps)
         with (run / "steps.jsonl").open("a") as file:
             file.write("no step\n")
-        await seen.until(stream, lambda seen: seen.problems["a"] == "steps.jsonl, line 2 is no step")
+        await seen.until(stream, lambda seen: seen.problems["a"] == "steps.jsonl, line 2 is not a step")
         (run / "run.json").write_text("{")
-        await seen.until(stream, lambda seen: "is no RunInfo" in (seen.lines["a"]["problem"] or ""))
+        await seen.until(stream, lambda seen: "is not a valid RunInfo" in (seen.lines["a"]["problem"] or ""))
 
 
 @pytest.mark.asyncio
@@ -137,11 +165,12 @@ async def test_stopping_ends_open_streams(tmp_path: Path):
 
 @pytest.mark.asyncio
 async def test_the_page_and_its_files(tmp_path: Path):
-    made_up_run(tmp_path / "a run", 1, config={"optimizer": {"lr": 0.5}}, seed=3)
+    made_up_run(tmp_path / "a run", 1, config={"optimizer": {"lr": 0.5}, "seed": 3}, seed=3)
     async with dashboard(tmp_path) as address, httpx.AsyncClient(base_url=address) as client:
         page = await client.get("/")
         assert page.headers["content-security-policy"].startswith("default-src 'none'")
         assert "//" not in page.text.replace("<!doctype html>", "")  # nothing from elsewhere
+        assert (await client.get("/static/panel.js")).status_code == 200
         for name in ("style.css", "dashboard.js", "vendor/uPlot.iife.min.js", "vendor/uPlot.min.css"):
             assert f"/static/{name}" in page.text
             assert (await client.get(f"/static/{name}")).status_code == 200
@@ -149,7 +178,7 @@ async def test_the_page_and_its_files(tmp_path: Path):
         settings = await client.get("/api/runs/a%20run/settings")
         assert settings.json() == {"optimizer.lr": 0.5, "seed": 3}
         assert (await client.get("/docs")).status_code == 404
-        too_many = await client.get("/api/events", params={"run": list("abcdefgh")})
+        too_many = await client.get("/api/events", params={"run": [str(number) for number in range(MOST_RUNS + 1)]})
         assert too_many.status_code == 422
 
 
@@ -167,9 +196,9 @@ async def test_nothing_outside_the_folder_is_served(tmp_path: Path):
                 assert "hidden" not in answer
         async with events(address, "../secret", "link", str(secret)) as stream:
             assert await anext(stream) == ("runs", {"changed": [], "gone": []})
-            kind, told = await anext(stream)
-            assert kind == "charts"
-            assert not any(picture["charts"] for picture in told["pictures"])
+            own = made_up_run(tmp_path / "runs" / "own", 1)
+            kind, data = await anext(stream)  # and no curves before it
+            assert (kind, [line["name"] for line in data["changed"]]) == ("runs", [own.name])
 
 
 async def raw_answer(port: int, target: str) -> str:
@@ -202,7 +231,7 @@ async def test_other_machines_need_permission(tmp_path: Path):
 
 @pytest.mark.asyncio
 async def test_what_cannot_be_served_is_named(tmp_path: Path):
-    with pytest.raises(ConfigError, match="nowhere is no folder"):
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
         await serve_dashboard(tmp_path / "nowhere", on_listening=print)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -210,7 +239,7 @@ async def test_what_cannot_be_served_is_named(tmp_path: Path):
             await serve_dashboard(tmp_path, port=port, on_listening=print)
 
 
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path):
+def test_the_command_serves_until_a_signal(tmp_path: Path):
     made_up_run(tmp_path / "a", 1)
     command = [sys.executable, "-W", "error", "-m", "tinkex_py", "dashboard", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -231,7 +260,7 @@ def test_the_command_fails_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         (line,) = done.stderr.splitlines()
         return line
 
-    assert "nowhere is no folder" in told(str(tmp_path / "nowhere"))
+    assert "nowhere is not a folder" in told(str(tmp_path / "nowhere"))
     assert "--allow-other-machines" in told(str(tmp_path), "--host", "0.0.0.0")
     monkeypatch.setitem(sys.modules, "fastapi.sse", None)
     assert told(os.fspath(tmp_path)).endswith("Run: pip install 'tinkex-py[dashboard]'")

@@ -56,7 +56,7 @@ def test_a_short_run_lowers_the_loss_and_writes_its_folder(tmp_path: Path):
         assert all(term.grad_norm is not None for term in output.regularizers.values())
     assert f"{steps[0].losses[0].loss_total:.4f}" == found[1]
     assert f"{steps[-1].losses[0].loss_total:.4f}" == found[2]
-    assert f"pictures in {found[3]}/report/index.html" in done.stdout
+    assert f"charts in {found[3]}/report/index.html" in done.stdout
     pictures = {path.stem: path.read_bytes() for path in (folder / "report").glob("*.png")}
     assert {"losses", "contributions", "gradient_norms"} <= set(pictures)
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())

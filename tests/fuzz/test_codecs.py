@@ -35,7 +35,7 @@ from tinkex_py.losses import replay
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME
 from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STATE_FILE, STEPS_FILE, RunFolder
-from tinkex_py.runs.state import RunState, SavedCheckpoint
+from tinkex_py.runs.records import RunState, SavedCheckpoint
 from tinkex_py.transport import wire
 from tinkex_py.transport.decoding import (
     Result,

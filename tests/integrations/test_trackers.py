@@ -16,7 +16,7 @@ from tinkex_py.integrations.trackers import JsonlSink, MlflowSink, TensorBoardSi
 from tinkex_py.integrations.trackers.identity import run_key
 from tinkex_py.integrations.trackers.mlflow import allowed_key
 from tinkex_py.runs.records import RunInfo
-from tinkex_py.runs.sink import MetricSink
+from tinkex_py.runs.sinks import MetricSink
 
 SWITCHED_OFF = {
     "WANDB_MODE": "offline",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from tinkex_py.runs.records import RunInfo
-from tinkex_py.runs.sink import MetricSink
+from tinkex_py.runs.sinks import MetricSink
 
 RUN = RunInfo(
     name="sft kl/1",

@@ -88,8 +88,8 @@ async def run_to(
 ) -> TrainedRun:
     """A run of the tiny model; settings by their names, the rest as `train` takes it."""
     own = {name: options.pop(name) for name in list(options) if name in TrainSettings.model_fields}
-    settings = TrainSettings(**{"steps": steps, "checkpoint_every": 2, "seed": 3, **own})
-    given = {"batches": batches, "pipeline": pipeline(), "optimizer": learning_rate, **options}
+    settings = TrainSettings(**{"steps": steps, "checkpoint_every": 2, **own})
+    given = {"batches": batches, "pipeline": pipeline(), "optimizer": learning_rate, "config": {"seed": 3}, **options}
     return await train(
         service,
         model or Calls(service),

@@ -11,7 +11,7 @@ from hypothesis import given, strategies
 from tests.runs.support import run_info, step_record
 from tinkex_py import ConfigError
 from tinkex_py.runs.folder import RUN_FILE, STATE_FILE, STEPS_FILE, RunFolder, read_run, read_steps
-from tinkex_py.runs.state import RunState, SavedCheckpoint
+from tinkex_py.runs.records import RunState, SavedCheckpoint
 
 
 def state_at(step: int) -> RunState:
@@ -61,7 +61,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     with (tmp_path / STEPS_FILE).open("ab") as file:
         file.write(b'{"step": 2}\n')
     folder.append_step(step_record(3))
-    with pytest.raises(ConfigError, match=r"steps\.jsonl, line 2 is no StepRecord: finished_at: Field required"):
+    with pytest.raises(
+        ConfigError, match=r"steps\.jsonl, line 2 is not a valid StepRecord: finished_at: Field required"
+    ):
         read_steps(tmp_path)
 
 
@@ -69,9 +71,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_a_broken_run_or_state_is_named(tmp_path: Path, content: bytes) -> None:
     for name in (RUN_FILE, STATE_FILE):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"run\.json is no RunInfo"):
+    with pytest.raises(ConfigError, match=r"run\.json is not a valid RunInfo"):
         read_run(tmp_path)
-    with pytest.raises(ConfigError, match=r"state\.json is no RunState"):
+    with pytest.raises(ConfigError, match=r"state\.json is not a valid RunState"):
         RunFolder(tmp_path).read_state()
 
 

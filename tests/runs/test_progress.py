@@ -1,5 +1,6 @@
 """What a run shows: lines, a bar or a table; and why it waits."""
 
+import asyncio
 import io
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.client.recorder import answering
+from tests.client.recorder import after, answering
 from tests.runs.support import run_info, run_to, step_record
 from tinkex_py.runs import RunInfo, StepRecord, read_steps
 from tinkex_py.runs.progress import NoProgress, ProgressBar, ProgressLines, ProgressView, chosen_view, notebook_bar
@@ -19,21 +20,21 @@ def shown(view: ProgressView) -> None:
     """A short run."""
     view.start(run_info(total_steps=3), 1)
     view.doing("step 2")
-    view.doing("waiting: the service is full")
+    view.doing("waiting: the service is at capacity")
     view.step(step_record(2, loss=1.25, evaluation={"held_out": 0.5}))
     view.step(step_record(3, loss=1.0))
-    view.finish(run_info(status="stopped", reason="asked to stop"))
+    view.finish(run_info(status="stopped", reason="stop was requested"))
 
 
 def test_lines() -> None:
     stream = io.StringIO()
     shown(ProgressLines(stream))
     assert stream.getvalue().splitlines() == [
-        "somewhere: goes on after step 1",
-        "waiting: the service is full",
+        "somewhere: resumed after step 1",
+        "waiting: the service is at capacity",
         "step 2  loss 1.7500  base 1.2500  held_out 0.5000  0.25 s",
         "step 3  loss 1.5000  base 1.0000  0.25 s",
-        "somewhere: stopped: asked to stop",
+        "somewhere: stopped: stop was requested",
     ]
 
 
@@ -44,9 +45,9 @@ def test_a_bar_as_in_notebooks() -> None:
         return notebook_bar()(file=stream, mininterval=0, ncols=100, **options)
 
     shown(ProgressBar(bar))
-    assert "waiting: the service is full" in stream.getvalue()
+    assert "waiting: the service is at capacity" in stream.getvalue()
     last = stream.getvalue().rstrip().splitlines()[-1].rpartition("\r")[2]
-    assert last.startswith("stopped: asked to stop: 100%")
+    assert last.startswith("stopped: stop was requested: 100%")
     assert "3/3" in last
     assert "loss 1.5000  base 1.0000" in last
 
@@ -63,7 +64,7 @@ def test_a_table_in_a_terminal() -> None:
         ["l2", "5.0000", "0.1", "0.5000", "0.5000", "-"],
         ["total", "", "", "1.5000", "1.7500", "-"],
     ]
-    assert "stopped: asked to stop" in table
+    assert "stopped: stop was requested" in table
     assert "3/3" in table
 
 
@@ -84,26 +85,28 @@ def test_the_view_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.asyncio
-async def test_waiting_for_ones_turn_is_told_and_measured(bench: Any, tmp_path: Path) -> None:
-    told: list[str] = []
+async def test_a_wait_in_the_queue_is_shown_and_measured(bench: Any, tmp_path: Path) -> None:
+    shown: list[str] = []
+    waits = asyncio.Event()
 
     class View(NoProgress):
         def doing(self, text: str) -> None:
-            told.append(text)
+            shown.append(text)
+            if text.startswith("waiting"):
+                waits.set()
 
         def step(self, record: StepRecord) -> None:
-            told.append(f"made {record.step}")
+            shown.append(f"made {record.step}")
 
         def finish(self, run: RunInfo) -> None:
-            told.append(run.status)
+            shown.append(run.status)
 
     full = {"queue_state": "paused_capacity", "queue_state_reason": "42 before you"}
-    # create_model, checkpoint, F B U of the first step, then the forward pass of the second.
-    bench.recorder.faults["retrieve_future"] = [*[None] * 5, answering(408, full), answering(408, full)]
+    # create_model, checkpoint, then the forward pass of the first step.
+    bench.recorder.faults["retrieve_future"] = [None, None, answering(408, full), after(waits)]
     await run_to(bench.service, tmp_path, steps=2, checkpoint_every=None, progress=View())
-    waiting = told.index("waiting: the service is full (42 before you)")
-    assert told[waiting + 1 :].count("waiting: the service is full (42 before you)") == 0
-    assert "made 2" in told[waiting:]
-    assert told[-1] == "finished"
-    waited = [step.queue_seconds for step in read_steps(tmp_path)]
-    assert 0 < waited[1] < read_steps(tmp_path)[1].seconds
+    assert shown.count("waiting: the service is at capacity (42 before you)") == 1
+    assert shown[-1] == "finished"
+    first, second = read_steps(tmp_path)
+    assert 0 < first.queue_seconds < first.seconds
+    assert second.queue_seconds == 0

@@ -1,32 +1,212 @@
 """`tinkex-py check`."""
 
-from typing import Annotated
+import json
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tinkex_py import errors
 from tinkex_py.commands.common.options import AsJson, BaseUrl
-from tinkex_py.commands.common.outcomes import FAILED, UNUSABLE, told_in_one_line
-from tinkex_py.commands.common.running import run
+from tinkex_py.commands.common.running import FAILED, UNUSABLE, one_line_errors, run
+from tinkex_py.commands.common.tables import cell_text, show_table
+
+if TYPE_CHECKING:
+    from tinkex_py.client.service import AsyncServiceClient
+
+LATENCY_SAMPLES = 3
+
+State = Literal["works", "missing", "failed"]
+
+_MARKS: dict[State, str] = {"works": "ok", "missing": "--", "failed": "FAILED"}
+_NOT_TINKER = "this server does not speak the Tinker API: check the URL and its path"
+_ADVICE: tuple[tuple[type[errors.TinkexError], str], ...] = (
+    (errors.Authentication, "the key is missing or wrong: check TINKER_API_KEY, TINKER_CREDENTIAL_CMD or your login"),
+    (errors.PermissionDenied, "the key has no permission: check its owner, and TINKER_PROJECT_ID"),
+    (errors.BillingRequired, "the service requires payment first"),
+    (errors.RateLimited, "the service is busy: try again later"),
+    (errors.ServerError, "the service failed: try again later, or read its log"),
+    (errors.TimeoutExceeded, "the service or a proxy is slow: try again, or pass a longer --timeout"),
+    (errors.ConnectionFailed, "check that the service runs and the URL is right; `tinkex-py serve` starts a local one"),
+    (errors.NotFound, _NOT_TINKER),
+    (errors.InvalidResponse, _NOT_TINKER),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        name: of the check.
+        state: "works"; "missing" for an optional feature that the service does not have; "failed".
+        detail: what was found, or the error.
+        way_out: what to do about it.
+    """
+
+    name: str
+    state: State
+    detail: str
+    way_out: str | None = None
+
+
+@dataclass
+class ServiceReport:
+    """All results.
+
+    Attributes:
+        base_url: the service; None if the settings are not valid, so that nothing was sent.
+        latency_seconds: median of a few short requests.
+        models: what the service offers.
+        findings: in order; a failed connection is the last.
+    """
+
+    base_url: str | None
+    latency_seconds: float | None = None
+    models: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    @property
+    def works(self) -> bool:
+        """Whether no check failed."""
+        return all(finding.state != "failed" for finding in self.findings)
 
 
 def check(
     base_url: BaseUrl = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that each question to the service may take")] = 15.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="timeout of each request, in seconds")] = 15.0,
     as_json: AsJson = False,
 ) -> None:
-    """Connect to a service and say what works, what it offers, and what to do where something fails.
+    """Connect to a service, check what works and what it offers, and give advice about failures.
 
-    Nothing is trained or drawn, so nothing is billed.
+    Nothing is trained or sampled, so nothing is billed.
     """
-    with told_in_one_line("check"):
-        from tinkex_py.commands.work.service_check import checked_service, show
-
+    with one_line_errors("check"):
         report = run(checked_service(base_url, timeout))
         if as_json:
-            typer.echo(report.model_dump_json())
+            typer.echo(json.dumps({**asdict(report), "works": report.works}))
         else:
-            show(report)
-        if report.unusable:
-            raise typer.Exit(UNUSABLE)
+            _show(report)
         if not report.works:
-            raise typer.Exit(FAILED)
+            raise typer.Exit(UNUSABLE if report.base_url is None else FAILED)
+
+
+async def checked_service(base_url: str | None, timeout: float) -> ServiceReport:
+    """Checks what a service supports.
+
+    Args:
+        base_url: of the service; None takes it from the environment.
+        timeout: of each request, in seconds.
+    """
+    from tinkex_py.client.service import AsyncServiceClient
+    from tinkex_py.config import TinkexConfig
+    from tinkex_py.limits import RetryPolicy
+
+    # Half of the time, so that the cause is reported and not that time is up.
+    retry, close_timeout = RetryPolicy(deadline=timeout / 2), min(timeout, TinkexConfig.close_timeout)
+    options: dict[str, Any] = {"timeout": timeout, "retry": retry, "close_timeout": close_timeout}
+    try:
+        config = TinkexConfig(base_url=base_url or "", billing_pause=0.0, **options)
+        service = AsyncServiceClient(config)
+    except errors.ConfigError as error:
+        return ServiceReport(None, findings=[Finding("settings", "failed", _line(error))])
+    report = ServiceReport(config.base_url)
+    async with aclosing(service):
+        for name, question in _CHECKS.items():
+            report.findings.append(await _finding(name, question(service, report)))
+            if name in ("connection", "session") and not report.works:
+                break
+    return report
+
+
+async def _finding(name: str, question: Awaitable[str]) -> Finding:
+    try:
+        return Finding(name, "works", await question)
+    except errors.UnsupportedFeature as error:
+        return Finding(name, "missing", _line(error))
+    except errors.TinkexError as error:
+        advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), None)
+        return Finding(name, "failed", _line(error), advice)
+
+
+async def _connection(service: "AsyncServiceClient", report: ServiceReport) -> str:
+    rest = service.create_rest_client()  # opens no session, but needs the key
+    supported = (await rest.get_server_capabilities()).supported_models
+    report.models = [model.model_dump(mode="json") for model in supported]
+    times: list[float] = []
+    for _ in range(LATENCY_SAMPLES):
+        started = time.perf_counter()
+        await rest.get_server_capabilities()
+        times.append(time.perf_counter() - started)
+    report.latency_seconds = statistics.median(times)
+    return f"{len(report.models)} model(s), {1000 * report.latency_seconds:.1f} ms for a short request"
+
+
+async def _session(service: "AsyncServiceClient", _: ServiceReport) -> str:
+    await service.get_server_capabilities()
+    return "opened"
+
+
+async def _wire(service: "AsyncServiceClient", _: ServiceReport) -> str:
+    return (await service.get_features()).wire
+
+
+async def _sampling(service: "AsyncServiceClient", report: ServiceReport) -> str:
+    names = [model["model_name"] for model in report.models if model["sampleable"] is not False and model["model_name"]]
+    if not names:
+        raise errors.UnsupportedFeature("no model of this service can be sampled from")
+    await service.create_sampling_client(base_model=names[0])
+    return f"opened a sampler of {names[0]}, sampled nothing"
+
+
+async def _uploaded_losses(service: "AsyncServiceClient", _: ServiceReport) -> str:
+    if not (await service.get_features()).uploaded_losses:
+        raise errors.UnsupportedFeature("the service does not run losses; custom steps take two round trips")
+    return 'execution="server" runs a custom step in one round trip'
+
+
+async def _training_runs(service: "AsyncServiceClient", _: ServiceReport) -> str:
+    page = await service.create_rest_client().training_runs_page(limit=1)
+    return "listed" if page.cursor is None else f"{page.cursor.total_count} kept"
+
+
+async def _checkpoints(service: "AsyncServiceClient", _: ServiceReport) -> str:
+    page = await service.create_rest_client().checkpoints_page(limit=1)
+    return "listed" if page.cursor is None else f"{page.cursor.total_count} kept"
+
+
+_CHECKS: "dict[str, Callable[[AsyncServiceClient, ServiceReport], Awaitable[str]]]" = {
+    "connection": _connection,
+    "session": _session,
+    "wire": _wire,
+    "sampling": _sampling,
+    "uploaded losses": _uploaded_losses,
+    "training runs": _training_runs,
+    "checkpoints": _checkpoints,
+}
+
+
+def _show(report: ServiceReport) -> None:
+    if report.base_url is not None:
+        typer.echo(report.base_url)
+    show_table(("", "", ""), [(_MARKS[one.state], one.name, one.detail) for one in report.findings])
+    if report.models:
+        typer.echo()
+        titles = {
+            "model_name": "model",
+            "max_context_length": "context",
+            "trainable": "trains",
+            "sampleable": "samples",
+        }
+        show_table(tuple(titles.values()), [[model[name] for name in titles] for model in report.models])
+    for finding in report.findings:
+        if finding.way_out is not None:
+            typer.echo(f"\n{finding.name}: {cell_text(finding.way_out)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())

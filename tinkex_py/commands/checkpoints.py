@@ -2,22 +2,25 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
-from tinkex_py.commands.common.outcomes import INTERRUPTED, told_in_one_line
-from tinkex_py.commands.common.running import run
+from tinkex_py.commands.common.running import INTERRUPTED, one_line_errors, run
+from tinkex_py.commands.common.tables import PAGE_SIZE, show_listing, size_text
 from tinkex_py.errors import InvalidData
 
 if TYPE_CHECKING:
-    from tinkex_py.types.rest import Checkpoint
+    from tinkex_py.client.rest import AsyncRestClient
+    from tinkex_py.types.rest import Checkpoint, DownloadProgress
 
-checkpoints = typer.Typer(no_args_is_help=True, help="Look through, download and delete checkpoints.")
+Result = TypeVar("Result")
+
+checkpoints = typer.Typer(no_args_is_help=True, help="List, download and delete checkpoints.")
 
 CheckpointArgument = Annotated[str, typer.Argument(metavar="PATH", help="tinker://RUN/KIND/NAME")]
 
@@ -25,33 +28,54 @@ CheckpointArgument = Annotated[str, typer.Argument(metavar="PATH", help="tinker:
 @checkpoints.command("list")
 def list_checkpoints(
     run_id: Annotated[
-        str | None, typer.Option("--run", help="only those of this run: its id, or a checkpoint's path")
+        str | None, typer.Option("--run", help="id of a run, or a path of one of its checkpoints")
     ] = None,
     limit: Limit = 20,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """List checkpoints, newest first."""
-    with told_in_one_line("checkpoints list"):
-        run(_listed(run_id, limit=limit, base_url=base_url, as_json=as_json))
+
+    async def listed(rest: "AsyncRestClient") -> None:
+        columns = ("path", "type", "saved", "size", "expires", "shared")
+        items = rest.checkpoints(run_id, page_size=PAGE_SIZE)
+        await show_listing(items, columns, _row, limit=limit, as_json=as_json, nothing="no checkpoints")
+
+    with one_line_errors("checkpoints list"):
+        run(_with_rest(base_url, listed))
 
 
 @checkpoints.command()
 def download(
     path: CheckpointArgument,
     folder: Annotated[
-        Path | None, typer.Argument(help="new or empty folder; the checkpoint's name by default", show_default=False)
+        Path | None, typer.Argument(help="new or empty folder; default the checkpoint's name", show_default=False)
     ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="as a LoRA adapter that peft loads")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an adapter that is there")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing adapter")] = False,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download a checkpoint's files into a folder. Called again, it goes on where it broke off."""
-    with told_in_one_line("checkpoints download", extra="huggingface"):
+    """Download a checkpoint's files into a folder. A second call resumes an interrupted download."""
+
+    async def downloaded(rest: "AsyncRestClient") -> Path:
+        from tinkex_py.types import CheckpointPath
+
+        target = folder or Path(CheckpointPath.parse(path).name)
+        with _progress(path) as show:
+            if not adapter:
+                return await rest.download_checkpoint(path, target, on_progress=show)
+            from tinkex_py.integrations.huggingface import download_adapter
+
+            return await download_adapter(rest, path, target, overwrite=overwrite, on_progress=show)
+
+    with one_line_errors("checkpoints download", extra="huggingface"):
         if overwrite and not adapter:
-            raise InvalidData("--overwrite goes with --adapter: a checkpoint is downloaded into a new or empty folder")
-        run(_downloaded(path, folder, adapter=adapter, overwrite=overwrite, base_url=base_url, as_json=as_json))
+            raise InvalidData("--overwrite needs --adapter: a checkpoint is downloaded into a new or empty folder")
+        made = run(_with_rest(base_url, downloaded)).absolute()
+        files = sorted(file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file())
+        result = {"path": path, "folder": str(made), "files": files}
+        typer.echo(json.dumps(result) if as_json else f"{path} is in {made}")
 
 
 @checkpoints.command()
@@ -61,12 +85,21 @@ def delete(
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete checkpoints for good. Asks before, unless --yes is given."""
-    with told_in_one_line("checkpoints delete"):
-        checked = _checked(paths)
+    """Delete checkpoints permanently. Asks first, unless --yes is given."""
+
+    async def deleted(rest: "AsyncRestClient") -> None:
+        for path in checked:
+            await rest.delete_checkpoint(path)
+            typer.echo(json.dumps({"path": path, "deleted": True}) if as_json else f"deleted {path}")
+
+    with one_line_errors("checkpoints delete"):
+        from tinkex_py.types import CheckpointPath
+
+        # All paths are parsed before the first one is deleted.
+        checked = list(dict.fromkeys(str(CheckpointPath.parse(path)) for path in paths))
         if not yes:
             _ask(checked)
-        run(_deleted(checked, base_url=base_url, as_json=as_json))
+        run(_with_rest(base_url, deleted))
 
 
 @checkpoints.command()
@@ -75,88 +108,52 @@ def ttl(
     seconds: Annotated[
         int | None, typer.Argument(min=1, help="seconds from now until it is deleted", show_default=False)
     ] = None,
-    never: Annotated[bool, typer.Option("--never", help="let it live for ever")] = False,
+    never: Annotated[bool, typer.Option("--never", help="never delete it")] = False,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Set when a checkpoint expires."""
-    with told_in_one_line("checkpoints ttl"):
+    with one_line_errors("checkpoints ttl"):
         if (seconds is None) != never:
             raise InvalidData("give either SECONDS or --never")
-        run(_expiring(path, seconds, base_url=base_url, as_json=as_json))
+        run(_with_rest(base_url, lambda rest: rest.set_checkpoint_ttl(path, seconds)))
+        when = "never expires" if seconds is None else f"expires in {seconds} s"
+        typer.echo(json.dumps({"path": path, "ttl_seconds": seconds}) if as_json else f"{path} {when}")
 
 
-async def _listed(run_id: str | None, *, limit: int, base_url: str | None, as_json: bool) -> None:
-    from tinkex_py.commands.common.listing import PAGE_SIZE, show_listing
-
+async def _with_rest(base_url: str | None, work: "Callable[[AsyncRestClient], Coroutine[Any, Any, Result]]") -> Result:
     async with aclosing(service_at(base_url)) as service:
-        await show_listing(
-            service.create_rest_client().checkpoints(run_id, page_size=PAGE_SIZE),
-            ("path", "type", "saved", "size", "expires", "shared"),
-            _row,
-            limit=limit,
-            as_json=as_json,
-            nothing="no checkpoints",
-        )
+        return await work(service.create_rest_client())
 
 
 def _row(item: "Checkpoint") -> Sequence[object]:
-    from tinkex_py.commands.common.tables import size_text
-
     shared = "public" if item.public else None
     return item.tinker_path, item.checkpoint_type, item.time, size_text(item.size_bytes), item.expires_at, shared
 
 
-async def _downloaded(
-    path: str, folder: Path | None, *, adapter: bool, overwrite: bool, base_url: str | None, as_json: bool
-) -> None:
-    from tinkex_py.commands.work.download_progress import download_progress
-    from tinkex_py.types import CheckpointPath
+@contextmanager
+def _progress(title: str) -> "Generator[Callable[[DownloadProgress], None] | None]":
+    """A progress bar on stderr; None if stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    target = folder or Path(CheckpointPath.parse(path).name)
-    async with aclosing(service_at(base_url)) as service:
-        rest = service.create_rest_client()
-        with download_progress(path) as told:
-            if adapter:
-                from tinkex_py.integrations.huggingface import download_adapter
-
-                made = await download_adapter(rest, path, target, overwrite=overwrite, on_progress=told)
-            else:
-                made = await rest.download_checkpoint(path, target, on_progress=told)
-    made = made.absolute()
-    files = sorted(file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file())
-    typer.echo(json.dumps({"path": path, "folder": str(made), "files": files}) if as_json else f"{path} is in {made}")
-
-
-async def _deleted(paths: Sequence[str], *, base_url: str | None, as_json: bool) -> None:
-    async with aclosing(service_at(base_url)) as service:
-        rest = service.create_rest_client()
-        for path in paths:
-            await rest.delete_checkpoint(path)
-            typer.echo(json.dumps({"path": path, "deleted": True}) if as_json else f"deleted {path}")
-
-
-async def _expiring(path: str, seconds: int | None, *, base_url: str | None, as_json: bool) -> None:
-    async with aclosing(service_at(base_url)) as service:
-        await service.create_rest_client().set_checkpoint_ttl(path, seconds)
-    when = "never expires" if seconds is None else f"expires in {seconds} s"
-    typer.echo(json.dumps({"path": path, "ttl_seconds": seconds}) if as_json else f"{path} {when}")
-
-
-def _checked(paths: Sequence[str]) -> list[str]:
-    """The paths in their full form, each once; none is touched if one cannot be a path."""
-    from tinkex_py.types import CheckpointPath
-
-    return list(dict.fromkeys(str(CheckpointPath.parse(path)) for path in paths))
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda state: progress.update(task, completed=state.received_bytes, total=state.total_bytes)
 
 
 def _ask(paths: Sequence[str]) -> None:
     if not sys.stdin.isatty():
-        raise InvalidData("there is no terminal to ask in; pass --yes to delete without a question")
+        raise InvalidData("stdin is no terminal: pass --yes to delete without a question")
     for path in paths:
         typer.echo(path, err=True)
-    # typer.confirm writes to stdout too, which belongs to the result.
-    typer.echo(f"Delete {len(paths)} checkpoint(s) for good? [y/N]: ", nl=False, err=True)
+    # typer.confirm would write to stdout, which is reserved for the result.
+    typer.echo(f"Delete {len(paths)} checkpoint(s) permanently? [y/N]: ", nl=False, err=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         typer.echo("nothing was deleted", err=True)
         raise typer.Exit(INTERRUPTED)

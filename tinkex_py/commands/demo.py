@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson
-from tinkex_py.commands.common.outcomes import told_in_one_line
-from tinkex_py.commands.common.running import run
+from tinkex_py.commands.common.running import one_line_errors, run
 from tinkex_py.integrations.extras import imported
 
 
@@ -16,12 +15,12 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="datums per step")] = 8,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="of AdamW")] = 5e-4,
-    runs_dir: Annotated[Path, typer.Option(help="where the run's folder is made")] = Path("runs"),
-    data: Annotated[Path | None, typer.Option(help="JSON Lines file of prompt and answer")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="where the run's folder is created")] = Path("runs"),
+    data: Annotated[Path | None, typer.Option(help="JSON Lines file of prompts and answers")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a real language model with a composed loss, and watch it."""
-    with told_in_one_line("demo", extra="demo"):
+    """Fine-tune a pretrained language model with a composed loss, and show progress and samples."""
+    with one_line_errors("demo", extra="demo"):
         for library in ("jinja2", "matplotlib.figure"):
             imported(library, "demo")
         from rich.console import Console

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
-from tinkex_py.commands.common.outcomes import told_in_one_line
-from tinkex_py.commands.common.running import run
+from tinkex_py.commands.common.running import one_line_errors, run
+from tinkex_py.commands.common.tables import PAGE_SIZE, show_listing
 
 if TYPE_CHECKING:
     from tinkex_py.types.rest import TrainingRun
@@ -16,24 +16,22 @@ if TYPE_CHECKING:
 
 def runs(
     run_id: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="only this one: its id, or a checkpoint's path")
+        str | None, typer.Argument(metavar="RUN", help="id of one run, or a path of one of its checkpoints")
     ] = None,
     project: Annotated[str | None, typer.Option(help="only runs of this project", show_default=False)] = None,
-    others: Annotated[bool, typer.Option("--others", help="also runs of others that you may see")] = False,
+    others: Annotated[bool, typer.Option("--others", help="include runs of others that you may see")] = False,
     limit: Limit = 20,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """List the training runs that the service keeps, newest first."""
-    with told_in_one_line("runs"):
+    with one_line_errors("runs"):
         run(_listed(run_id, project, others=others, limit=limit, base_url=base_url, as_json=as_json))
 
 
 async def _listed(
     run_id: str | None, project: str | None, *, others: bool, limit: int, base_url: str | None, as_json: bool
 ) -> None:
-    from tinkex_py.commands.common.listing import PAGE_SIZE, show_listing
-
     scope = "accessible" if others else "owned"
     async with aclosing(service_at(base_url)) as service:
         rest = service.create_rest_client()
@@ -42,14 +40,9 @@ async def _listed(
             yield await rest.get_training_run(run_id, access_scope=scope)
 
         found = rest.training_runs(page_size=PAGE_SIZE, access_scope=scope, project_id=project)
-        await show_listing(
-            found if run_id is None else one(run_id),
-            ("run", "base model", "rank", "last request", "last checkpoint", "state"),
-            _row,
-            limit=limit,
-            as_json=as_json,
-            nothing="no training runs",
-        )
+        columns = ("run", "base model", "rank", "last request", "last checkpoint", "state")
+        items = found if run_id is None else one(run_id)
+        await show_listing(items, columns, _row, limit=limit, as_json=as_json, nothing="no training runs")
 
 
 def _row(item: "TrainingRun") -> Sequence[object]:

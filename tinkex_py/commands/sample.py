@@ -1,18 +1,21 @@
 """`tinkex-py sample`."""
 
+import asyncio
+import json
 import sys
+from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
-from tinkex_py.commands.common.outcomes import told_in_one_line
-from tinkex_py.commands.common.running import run
-from tinkex_py.errors import ConfigError, InvalidData
+from tinkex_py.commands.common.running import one_line_errors, run
+from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
 
 if TYPE_CHECKING:
     from tinkex_py.client.service import AsyncServiceClient
+    from tinkex_py.types import SampledSequence
 
 
 def sample(
@@ -20,57 +23,101 @@ def sample(
         str | None,
         typer.Argument(metavar="MODEL_OR_PATH", help="a base model, or tinker://RUN/sampler_weights/NAME"),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="what the model continues; read from stdin by default")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens to draw")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 draws the likeliest")] = 1.0,
-    count: Annotated[int, typer.Option("--n", min=1, help="how many samples")] = 1,
-    seed: Annotated[int | None, typer.Option(help="makes the draw repeatable", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="text to continue; default stdin")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="maximum number of tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 selects the most likely token")] = 1.0,
+    count: Annotated[int, typer.Option("--n", min=1, help="number of samples")] = 1,
+    seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
     tokenizer: Annotated[
-        str | None, typer.Option(help="name or folder; that of the base model by default", show_default=False)
+        str | None, typer.Option(help="name or folder; default that of the base model", show_default=False)
     ] = None,
     local: Annotated[
         str | None, typer.Option(help="tiny, smollm2 or a model folder, in this process instead of a service")
     ] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="with --local: where its checkpoints are")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="folder of the checkpoints of --local")] = None,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw from a base model or a checkpoint."""
-    with told_in_one_line("sample", extra="local"):
+    """Sample from a base model or a checkpoint."""
+    with one_line_errors("sample", extra="local"):
         if local is None and (model is None or state_dir is not None):
-            raise ConfigError("give MODEL_OR_PATH, or --local MODEL; --state-dir goes with --local")
+            raise ConfigError("give MODEL_OR_PATH, or --local MODEL; --state-dir needs --local")
         if local is not None and (base_url is not None or tokenizer is not None):
-            raise ConfigError("--base-url and --tokenizer do not go with --local, which has its own")
+            raise ConfigError("--base-url and --tokenizer cannot be combined with --local")
         text = _from_stdin() if prompt is None else prompt
-        if not _is_text(text):
+        if not _is_unicode(text):
             raise InvalidData("--prompt is not UTF-8 text")
 
-        from tinkex_py.commands.work.sampling import Draw, draw
-        from tinkex_py.types import SamplingParams
+        from tinkex_py.client.service import AsyncServiceClient
+        from tinkex_py.types import ModelInput, SamplingParams
 
-        wanted = Draw(
-            source=model or local or "",
-            prompt=text,
-            params=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed),
-            count=count,
-            chat=chat,
-            tokenizer=tokenizer,
-            in_process=local is not None,
-        )
-        run(draw(wanted, _service(local, state_dir, base_url), as_json=as_json))
+        service = service_at(base_url) if local is None else AsyncServiceClient.local(local, state_dir=state_dir)
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+        async def sampled() -> "list[tuple[SampledSequence, str]]":
+            source = model or local or ""
+            is_path = source.startswith("tinker://")
+            async with aclosing(service):
+                # First, because the tokenizer of a model that does not exist can take minutes to look for.
+                sampler = await service.create_sampling_client(
+                    base_model=None if is_path else source, model_path=source if is_path else None
+                )
+                loaded = await _tokenizer(service, tokenizer, source, in_process=local is not None)
+                tokens = ModelInput.from_ints(_prompt_tokens(loaded, source, text, chat=chat))
+                response = await sampler.sample(tokens, num_samples=count, sampling_params=params)
+            return [(sequence, _decoded(loaded, sequence)) for sequence in response.sequences]
+
+        _show(run(sampled()), as_json=as_json)
 
 
-def _service(local: str | None, state_dir: Path | None, base_url: str | None) -> "AsyncServiceClient":
-    from tinkex_py.client.service import AsyncServiceClient
+def _show(samples: "list[tuple[SampledSequence, str]]", *, as_json: bool) -> None:
+    for number, (sequence, text) in enumerate(samples, start=1):
+        if as_json:
+            typer.echo(json.dumps({**json.loads(sequence.model_dump_json(exclude_none=True)), "text": text}))
+        else:
+            if len(samples) > 1:
+                typer.echo(f"--- {number} ({sequence.stop_reason})")
+            typer.echo(text)
 
-    return service_at(base_url) if local is None else AsyncServiceClient.local(local, state_dir=state_dir)
+
+async def _tokenizer(service: "AsyncServiceClient", name: str | None, source: str, *, in_process: bool) -> Any:
+    if name is None:
+        name = source
+        if source.startswith("tinker://"):
+            name = (await service.create_rest_client().get_weights_info(source)).base_model
+    if not in_process:
+        # The names of `tinkex-py serve` are unknown to transformers.
+        from tinkex_py.local.models import load_tokenizer
+
+        own = await asyncio.to_thread(load_tokenizer, name)
+        if own is not None:
+            return own
+    try:
+        return await service.get_tokenizer(name)
+    except UnsupportedFeature as error:
+        raise ConfigError(f"no tokenizer {name!r} could be loaded; name another one with --tokenizer") from error
 
 
-def _is_text(prompt: str) -> bool:
-    """Whether nothing in it came from bytes that are no text, which Python keeps as lone surrogates."""
+def _prompt_tokens(tokenizer: Any, source: str, prompt: str, *, chat: bool) -> list[int]:
+    if not chat:
+        return list(tokenizer.encode(prompt))
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"the tokenizer of {source} has no chat template: remove --chat")
+    message = {"role": "user", "content": prompt}
+    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _decoded(tokenizer: Any, sequence: "SampledSequence") -> str:
+    """The text without the token that ends it."""
+    tokens = list(sequence.tokens)
+    if tokens and sequence.stop_reason == "stop" and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
+    return str(tokenizer.decode(tokens))
+
+
+def _is_unicode(prompt: str) -> bool:
+    """False if it holds bytes that are no text, which Python keeps as lone surrogates."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -80,8 +127,8 @@ def _is_text(prompt: str) -> bool:
 
 def _from_stdin() -> str:
     if sys.stdin.isatty():
-        raise InvalidData("give a prompt with --prompt, or pipe one in")
+        raise InvalidData("give a prompt with --prompt, or pipe one to stdin")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidData("what came from stdin is not UTF-8 text") from error
+        raise InvalidData("stdin is not UTF-8 text") from error

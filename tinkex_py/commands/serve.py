@@ -1,22 +1,20 @@
 """`tinkex-py serve`."""
 
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tinkex_py.commands.common.addresses import announce_address
-from tinkex_py.commands.common.options import AsJson, Host, Port
-from tinkex_py.commands.common.outcomes import told_in_one_line
-from tinkex_py.commands.common.running import run_until_signalled
+from tinkex_py.commands.common.options import AsJson, Host, Port, announcement
+from tinkex_py.commands.common.running import one_line_errors, run
 
 
 def serve(
     model: Annotated[str, typer.Option(help="tiny, smollm2, or a local Hugging Face folder")] = "tiny",
     host: Host = "127.0.0.1",
     port: Port = 0,
-    device: Annotated[str | None, typer.Option(help="torch device; the best there is by default")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default the best available")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="keep checkpoints, runs and sessions in this folder")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="TINKEX_SERVE_API_KEY", help="the only key that is accepted")
@@ -24,13 +22,13 @@ def serve(
     custom_losses: Annotated[bool, typer.Option("--custom-losses", help="let clients upload losses")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model on this machine with the Tinker protocol, until a signal ends it."""
-    with told_in_one_line("serve", extra="local"):
+    """Serve a model on this machine with the Tinker protocol, until a signal stops the server."""
+    with one_line_errors("serve", extra="local"):
         from tinkex_py.local import LocalOptions
         from tinkex_py.local.server import serve as serve_until_cancelled
 
         options = LocalOptions(
             model=model, device=device, state_dir=state_dir, api_key=api_key, custom_losses=custom_losses
         )
-        announce = partial(announce_address, "Listening on", as_json=as_json)
-        run_until_signalled(serve_until_cancelled(options, host, port, on_listening=announce))
+        with suppress(KeyboardInterrupt):
+            run(serve_until_cancelled(options, host, port, on_listening=announcement("Listening on", as_json=as_json)))

@@ -9,12 +9,12 @@ import typer
 from tinkex_py.commands.common.options import AsJson
 from tinkex_py.version import __version__
 
-# What decides how a run behaves; those that are not installed are left out.
+# Libraries that affect results; those not installed are omitted.
 _LIBRARIES = ("torch", "transformers", "peft", "httpx", "pydantic")
 
 
 def version(as_json: AsJson = False) -> None:
-    """Say which version this is, and what it runs on."""
+    """Print the versions of this package and of the libraries it runs on."""
     versions = {"tinkex_py": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""`tinkex-py dashboard`: a page that follows the runs of a folder."""
+"""`tinkex-py dashboard`: a page that shows the runs of a folder, during and after training."""
 
 from tinkex_py.dashboard.server import serve_dashboard
 

@@ -1,4 +1,4 @@
-"""The dashboard's web application: one page, its files, and the events that keep it up to date."""
+"""The dashboard's web application: one page, its files, and events that update it."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -15,12 +15,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tinkex_py.dashboard.feed import Feed
 from tinkex_py.dashboard.runs_folder import RunLine
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.flat_settings import settings_of
-from tinkex_py.runs.pictures import MOST_COLOURS
+from tinkex_py.runs.records import flattened
 
 FILES = Path(__file__).parent / "static"
+MOST_RUNS = 28  # at once: as many as there are combinations of colours and dashes
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1", "[::1]")
-# Everything comes from this server; nothing of a run's can become a script, and no other page can frame this one.
+# Everything is loaded from this server, no data of a run can become a script, and no other page can frame this one.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -33,9 +33,8 @@ def dashboard_app(feed: Feed, *, hosts: Sequence[str] = THIS_MACHINE) -> FastAPI
     """The application over a feed.
 
     Args:
-        feed: of the folder of runs; the application runs it.
-        hosts: names under which browsers may ask for it, so that no foreign page can read it through a name of its
-            own that leads here; `*` is any.
+        feed: of the folder of runs; runs as long as the application.
+        hosts: permitted host names, against DNS rebinding; `*` is any.
     """
 
     @asynccontextmanager
@@ -79,13 +78,13 @@ async def settings(name: str, feed: TheFeed) -> dict[str, JsonValue]:
         raise HTTPException(422, str(error)) from None
     if info is None:
         raise HTTPException(404, f"there is no run {name!r}")
-    return settings_of(info)
+    return flattened(info.config)
 
 
 @routes.get("/api/events", response_class=EventSourceResponse)
 async def events(
-    feed: TheFeed, run: Annotated[list[str] | None, Query(max_length=MOST_COLOURS)] = None
+    feed: TheFeed, run: Annotated[list[str] | None, Query(max_length=MOST_RUNS)] = None
 ) -> AsyncGenerator[ServerSentEvent]:
-    """What `Feed.events` tells, as server-sent events."""
-    async for kind, told in feed.events(run or []):
-        yield ServerSentEvent(event=kind, raw_data=told)
+    """`Feed.events` as server-sent events."""
+    async for kind, data in feed.events(run or []):
+        yield ServerSentEvent(event=kind, raw_data=data)

@@ -1,12 +1,10 @@
-"""What a browser is told, and when: the state of the runs as server-sent events.
+"""The state of the runs as server-sent events.
 
 Nothing is queued for a browser. Each stream remembers what it has sent and, when something changes, sends the
-difference to what is there now; so a slow browser costs no memory and skips what it was too slow for.
+difference to the present state; so a slow browser costs no memory and skips intermediate states.
 """
 
 import asyncio
-import json
-import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -14,21 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from pydantic_core import to_json
+
 from tinkex_py.dashboard.following import FollowedSteps
 from tinkex_py.dashboard.runs_folder import RunLine, RunsFolder
-from tinkex_py.runs.curves import Curves
-from tinkex_py.runs.pictures import PALETTE_ON_DARK, PALETTE_ON_LIGHT, Drawing, drawings
 from tinkex_py.runs.records import RunInfo
 
-INTERVAL = 0.5  # seconds between two looks at the files
+INTERVAL = 0.5  # seconds between two reads of the files, and between two messages to a browser
+DIGITS = 7
 
 Result = TypeVar("Result")
 Event = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class State:
-    """What is known of a run's steps; as long as `version` is the same, points are only added."""
+class _State:
+    """State of a run's steps; while `version` is the same, points are only added."""
 
     version: tuple[int, int]
     steps_made: int
@@ -36,31 +36,29 @@ class State:
 
 
 @dataclass
-class Sent:
+class _Sent:
     """What one stream has sent.
 
     Attributes:
-        lines: of the list of runs.
-        layout: the names of the curves by run; None before anything was sent.
-        drawn: what they are drawn as.
-        points: name of the run -> what the next points are compared with, and how many were sent.
+        lines: of the list of runs; None before anything was sent.
+        points: name of the run -> its state, and the number of points.
+        samples: name of the run -> step of the last sample.
     """
 
-    lines: dict[str, RunLine] = field(default_factory=dict[str, RunLine])
-    layout: dict[str, list[str]] | None = None
-    drawn: list[Drawing] = field(default_factory=list[Drawing])
-    points: dict[str, tuple["State", int]] = field(default_factory=dict[str, tuple["State", int]])
+    lines: dict[str, RunLine] | None = None
+    points: dict[str, tuple[_State, int]] = field(default_factory=dict[str, tuple[_State, int]])
+    samples: dict[str, int] = field(default_factory=dict[str, int])
 
 
 class Feed:
-    """Looks at a folder of runs as long as somebody listens.
+    """Follows a folder of runs as long as a stream is open.
 
     Args:
         runs_dir: the folder.
-        interval: seconds between two looks.
+        interval: seconds between two reads of the files.
 
     Raises:
-        ConfigError: it is no folder.
+        ConfigError: it is not a folder.
     """
 
     def __init__(self, runs_dir: Path | str, *, interval: float = INTERVAL) -> None:
@@ -74,8 +72,8 @@ class Feed:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
-        """Looks at the folder while the block runs; all streams end with it."""
-        # One thread for all reading: files may be slow, and the folder is not safe to use from two.
+        """Follows the folder while the block runs; all streams end with it."""
+        # One thread for all reading: files may be slow, and the folder is not thread-safe.
         with ThreadPoolExecutor(1, thread_name_prefix="dashboard") as thread:
             self._thread = thread
             async with asyncio.TaskGroup() as tasks:
@@ -86,7 +84,7 @@ class Feed:
                     self.close()
 
     def close(self) -> None:
-        """Ends all streams, now and later ones."""
+        """Ends all streams, present and future ones."""
         self._closing.set()
         self._listened.set()
         self._changed.set()
@@ -97,7 +95,7 @@ class Feed:
         return list(self._folder.lines.values())
 
     async def info(self, name: str) -> RunInfo | None:
-        """What `run.json` of a run says; None if there is no such run.
+        """`run.json` of a run; None if there is no such run.
 
         Raises:
             ConfigError: it cannot be read.
@@ -106,24 +104,24 @@ class Feed:
         return await self._in_thread(lambda: self._folder.info(name))
 
     async def events(self, selected: Sequence[str]) -> AsyncGenerator[Event]:
-        """The state of the runs, then what changes, until the feed closes; each event as its name and its JSON.
+        """The state of the runs, then its changes, until the feed closes; each event as its name and its JSON.
 
-        Events: `runs` (lines that changed, names that are gone), `charts` (what to draw, when that changes), and
-        `curves` (points of one run from some point on, in place of all from there).
+        Events: `runs` (lines that changed, names that are gone), `curves` (points of one run, which replace all from
+        some point on), and `samples` (texts of one run, which replace all).
 
         Args:
-            selected: names of the runs whose curves are told; the place of each is its colour. An empty one keeps a
-                colour free, and one that is no run is left out for as long as that is so.
+            selected: names of the runs whose curves are sent; one that is not a run is ignored while that is so.
         """
-        own, sent = object(), Sent()
+        own, sent = object(), _Sent()
         self._selections[own] = selected
         self._listened.set()
         try:
             await self._refresh()
             while not self._closing.is_set():
                 changed = self._changed
-                for kind, told in await self._in_thread(lambda: list(self._news(selected, sent))):
-                    yield kind, told
+                for event in await self._in_thread(lambda: list(self._news(selected, sent))):
+                    yield event
+                await self._pause()
                 await changed.wait()
         finally:
             del self._selections[own]
@@ -134,11 +132,16 @@ class Feed:
         while not self._closing.is_set():
             await self._listened.wait()
             await self._refresh()
-            try:
-                async with asyncio.timeout(self._interval):
-                    await self._closing.wait()
-            except TimeoutError:
-                continue
+            if not self._folder.is_behind:
+                await self._pause()
+
+    async def _pause(self) -> None:
+        """Waits for the interval, or until the feed closes."""
+        try:
+            async with asyncio.timeout(self._interval):
+                await self._closing.wait()
+        except TimeoutError:
+            return
 
     async def _refresh(self) -> None:
         wanted = list(dict.fromkeys(name for selected in self._selections.values() for name in selected if name))
@@ -150,72 +153,46 @@ class Feed:
         assert self._thread is not None, "the feed is not running"
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _news(self, selected: Sequence[str], sent: Sent) -> Iterator[Event]:
-        lines = self._folder.lines
-        changed = [line.model_dump() for name, line in lines.items() if sent.lines.get(name) is not line]
-        gone = [name for name in sent.lines if name not in lines]
-        if changed or gone or sent.layout is None:
+    def _news(self, selected: Sequence[str], sent: _Sent) -> Iterator[Event]:
+        lines, before = self._folder.lines, sent.lines or {}
+        changed = [line.model_dump() for name, line in lines.items() if before.get(name) is not line]
+        gone = [name for name in before if name not in lines]
+        if changed or gone or sent.lines is None:
             yield _event("runs", {"changed": changed, "gone": gone})
             sent.lines = lines
-        followed = {name: steps for name in selected if (steps := self._folder.followed(name)) is not None}
-        layout = {name: steps.curves.names for name, steps in followed.items()}
-        if layout != sent.layout:
-            sent.drawn = drawings(layout, {name: selected.index(name) for name in layout})
-            yield _event("charts", _as_json(sent.drawn))
-            sent.layout, sent.points = layout, {}
-        for name, steps in followed.items():
-            yield from _points(name, steps, sent)
+        for name in dict.fromkeys(selected):
+            steps = self._folder.followed(name)
+            if steps is None:
+                sent.points.pop(name, None)
+            else:
+                yield from _news_of(name, steps, sent)
 
 
-def _points(run: str, steps: FollowedSteps, sent: Sent) -> Iterator[Event]:
+def _news_of(run: str, steps: FollowedSteps, sent: _Sent) -> Iterator[Event]:
     curves = steps.curves
-    state = State(steps.version, curves.steps_made, steps.problem)
+    state = _State(steps.version, curves.steps_made, steps.problem)
     before, points = sent.points.get(run, (None, 0))
     if state == before:
         return
     # The last point that was sent may stand for more steps by now.
     start = max(0, points - 1) if before is not None and before.version == state.version else 0
     sent.points[run] = state, curves.points
-    values = {name: _numbers(curves, name, start) for name in _names_drawn(run, sent.drawn)}
-    told = {"run": run, "from": start, "stride": curves.stride, "problem": steps.problem}
-    yield _event("curves", {**told, "steps": curves.steps(start), "values": values})
+    axes = {axis: positions[start:] for axis, positions in curves.axes.items()}
+    values = {name: _rounded(curves.values(name, start)) for name in curves.names}
+    yield _event("curves", {"run": run, "from": start, "problem": steps.problem, "axes": axes, "values": values})
+    last = steps.samples[-1][0] if steps.samples else 0
+    if last != sent.samples.get(run, 0) or start == 0:
+        sent.samples[run] = last
+        yield _event("samples", {"run": run, "samples": list(steps.samples)})
 
 
-def _event(kind: str, told: dict[str, Any]) -> Event:
-    return kind, json.dumps(told, allow_nan=False)
+def _event(kind: str, content: dict[str, Any]) -> Event:
+    return kind, to_json(content, inf_nan_mode="null").decode()
 
 
-def _numbers(curves: Curves, name: str, start: int) -> list[float | None]:
-    """With as many digits as a picture can show."""
-    return [None if math.isnan(value) else float(f"{value:.7g}") for value in curves.values(name, start).tolist()]
-
-
-def _names_drawn(run: str, laid_out: Sequence[Drawing]) -> list[str]:
-    lines = [line for drawing in laid_out for chart in drawing.charts for line in chart.lines]
-    return list(dict.fromkeys(line.name for line in lines if line.run == run))
-
-
-def _as_json(laid_out: Sequence[Drawing]) -> dict[str, Any]:
-    pictures = [
-        {
-            "key": drawing.picture.key,
-            "title": drawing.picture.title,
-            "caption": drawing.picture.caption if drawing.charts else f"Nothing to show: {drawing.picture.absent}.",
-            "columns": drawing.columns,
-            "charts": [
-                {
-                    "title": chart.title,
-                    "axis": chart.panel.axis,
-                    "scale": chart.panel.scale,
-                    "stacked": chart.panel.stacked,
-                    "noisy": chart.panel.noisy,
-                    "sparse": chart.panel.sparse,
-                    "limits": chart.panel.limits,
-                    "lines": [vars(line) for line in chart.lines],
-                }
-                for chart in drawing.charts
-            ],
-        }
-        for drawing in laid_out
-    ]
-    return {"pictures": pictures, "palettes": {"light": PALETTE_ON_LIGHT, "dark": PALETTE_ON_DARK}}
+def _rounded(values: Sequence[float | None]) -> list[float]:
+    """The values with as many digits as a chart can show; None becomes NaN, which is null in JSON."""
+    numbers = np.array(values, dtype=np.float64)
+    sizes = np.where(np.isfinite(numbers) & (numbers != 0), np.abs(numbers), 1.0)
+    scales = 10.0 ** np.clip(DIGITS - np.ceil(np.log10(sizes)), -300, 300)
+    return (np.round(numbers * scales) / scales).tolist()

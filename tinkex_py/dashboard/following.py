@@ -1,30 +1,35 @@
 """Reads a `steps.jsonl` that grows: only what is new, in bounded memory."""
 
 import os
+from collections import deque
 from io import BufferedReader
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from tinkex_py.runs.curves import Curves
+from tinkex_py.dashboard.curves import Curves
 from tinkex_py.runs.records import StepRecord, scalars
 
-BLOCK = 1 << 20  # bytes read at once
-LONGEST_LINE = 64 << 20  # bytes; more than that is no step
+BLOCK = 1 << 18  # bytes per call, unless a line is longer
+LONGEST_LINE = 64 << 20  # bytes; a longer line is not a step
+MOST_SAMPLES = 30  # evaluations whose texts are kept
+LONGEST_SAMPLE = 2000  # characters
 
 
 class FollowedSteps:
     """The steps of one run so far.
 
-    A file that was replaced or cut, as a resumed run does it, is read anew.
+    A file that was replaced or truncated, as by a resumed run, is read again from the start.
 
     Args:
-        path: of `steps.jsonl`; it need not be there yet.
+        path: of `steps.jsonl`; it may not exist yet.
 
     Attributes:
-        curves: what was read.
-        restarts: how often it was read anew.
-        problem: what is wrong with the file; None if nothing is. The other lines are read all the same.
+        curves: the numbers.
+        samples: step and texts of the last evaluations.
+        restarts: how often the file was read from the start again.
+        is_behind: whether there is more to read.
+        problem: what is wrong with the file; None if nothing is. Its other lines are read nevertheless.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +43,8 @@ class FollowedSteps:
         return self.restarts, self.curves.stride
 
     def read_more(self) -> bool:
-        """Reads what was added since the last call. Returns whether anything did."""
+        """Reads a block of what was added since the last call. Returns whether anything changed."""
+        self.is_behind = False
         try:
             with self._path.open("rb") as file:
                 return self._read_from(file)
@@ -53,11 +59,16 @@ class FollowedSteps:
 
     def _begin(self) -> None:
         self.curves = Curves()
+        self.samples: deque[tuple[int, dict[str, str]]] = deque(maxlen=MOST_SAMPLES)
+        self.is_behind = False
         self.problem: str | None = None
         self._identity: tuple[int, int] | None = None
-        self._offset = 0  # where the first line begins that was not read
+        self._offset = 0  # of the first line that was not read
         self._lines = 0
         self._last_line = b""
+        self._tokens = 0
+        self._started_at: float | None = None
+        self._elapsed = 0.0
 
     def _restart(self) -> None:
         self._begin()
@@ -88,6 +99,9 @@ class FollowedSteps:
             if len(rest) > LONGEST_LINE:
                 self.problem = f"{self._path.name}, line {self._lines + 1} is longer than any step"
                 break
+            if lines:
+                self.is_behind = len(block) == BLOCK
+                break
         return self._offset != begin
 
     def _add(self, line: bytes) -> None:
@@ -97,13 +111,21 @@ class FollowedSteps:
         try:
             record = StepRecord.model_validate_json(line)
         except ValidationError:
-            self.problem = f"{self._path.name}, line {self._lines} is no step"
+            self.problem = f"{self._path.name}, line {self._lines} is not a step"
             return
-        self.curves.add(record.step, scalars(record))
+        if self._started_at is None:
+            self._started_at = record.finished_at - record.seconds
+        self._tokens += record.tokens
+        # The clock of another machine, on which a run was resumed, may be behind.
+        self._elapsed = max(self._elapsed, record.finished_at - self._started_at)
+        self.curves.add(record.step, scalars(record), tokens=self._tokens, seconds=self._elapsed)
+        if record.samples:
+            texts = {name[:LONGEST_SAMPLE]: text[:LONGEST_SAMPLE] for name, text in record.samples.items()}
+            self.samples.append((record.step, texts))
 
 
 def last_step(path: Path) -> StepRecord | None:
-    """The last whole line of `steps.jsonl`; None if there is none, or if it is no step.
+    """The last complete line of `steps.jsonl`; None if there is none, or if it is not a step.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,7 +1,4 @@
-"""The runs in one folder: a line about each, and the curves of those that somebody looks at.
-
-Nothing here is safe to call from two threads at once; the feed calls it from one.
-"""
+"""The runs in one folder: a line about each, and the curves of the selected ones. Not thread-safe."""
 
 import math
 import os
@@ -16,8 +13,8 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE, read_run
 from tinkex_py.runs.records import RunInfo, RunStatus, scalars
 
-# Curves of runs that nobody looks at any more are kept for a while: somebody may go back to them.
-MOST_IDLE_RUNS = 8
+# Curves of runs that are not selected any more are kept for a while.
+MOST_IDLE_RUNS = 28
 LARGEST_RUN_FILE = 16 << 20  # bytes
 
 Stamp = tuple[int, int, int] | None
@@ -28,13 +25,13 @@ class RunLine(BaseModel):
 
     Attributes:
         name: of its folder.
-        status: as `run.json` has it; a process that was killed could not change "running".
+        status: of `run.json`; a process that was killed leaves "running".
         reason: why it stopped or failed; None otherwise.
         model: name of the base model; None if unknown.
         steps: number of the last step; 0 before any.
-        total_steps: how many there are to be; None if only the data tells.
+        total_steps: planned steps; None if the run ends with its data.
         started_at: in seconds since the epoch; 0 if `run.json` cannot be read.
-        last_step_at: when the last step ended, in seconds since the epoch; None if no step was made.
+        last_step_at: end of the last step, in seconds since the epoch; None if no step was made.
         loss_total: of the last step; None if there is none, or if it is not finite.
         problem: what is wrong with its files; None if nothing is.
     """
@@ -61,21 +58,23 @@ class RunsFolder:
 
     Attributes:
         lines: the runs by name, as of the last `refresh`; a line that did not change is the same object.
+        is_behind: whether the files of wanted runs hold more than the last `refresh` has read.
 
     Raises:
-        ConfigError: it is no folder.
+        ConfigError: it is not a folder.
     """
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path).resolve()
         if not self._path.is_dir():
-            raise ConfigError(f"{path} is no folder; name the one that holds the folders of the runs")
+            raise ConfigError(f"{path} is not a folder; name the one that holds the folders of the runs")
         self.lines: dict[str, RunLine] = {}
+        self.is_behind = False
         self._stamps: dict[str, tuple[Stamp, Stamp]] = {}
         self._followed: dict[str, FollowedSteps] = {}
 
     def refresh(self, wanted: Collection[str] = ()) -> bool:
-        """Looks at the files again. Returns whether anything changed.
+        """Reads what is new in the files. Returns whether anything changed.
 
         Args:
             wanted: names of the runs whose curves are needed.
@@ -89,14 +88,16 @@ class RunsFolder:
             else:
                 lines[name], changed = self._line(name, has_steps=stamp[1] is not None), True
         self.lines, self._stamps = lines, stamps
-        return any([changed, *self._follow(wanted)])
+        changed = any([changed, *self._follow(wanted)])
+        self.is_behind = any(steps.is_behind for name, steps in self._followed.items() if name in wanted)
+        return changed
 
     def followed(self, name: str) -> FollowedSteps | None:
-        """The steps of a run that was wanted; None if there is no such run."""
+        """The steps of a wanted run; None if there is no such run."""
         return self._followed.get(name)
 
     def info(self, name: str) -> RunInfo | None:
-        """What `run.json` of a run says; None if there is no such run.
+        """`run.json` of a run; None if there is no such run.
 
         Raises:
             ConfigError: it cannot be read.
@@ -107,7 +108,7 @@ class RunsFolder:
         try:
             with os.scandir(self._path) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except OSError:  # the folder is gone, and may come back
+        except OSError:  # the folder is gone, and may return
             return
         for name in filter(_is_text, names):
             run = _stamp(self._path / name / RUN_FILE)
@@ -143,7 +144,7 @@ class RunsFolder:
         for name in wanted:
             if name in self.lines:
                 steps = self._followed.pop(name, None) or FollowedSteps(self._path / name / STEPS_FILE)
-                self._followed[name] = steps  # last in the order, so that the longest idle one is first
+                self._followed[name] = steps  # last in the order, so that the run that was idle longest is first
                 yield self._stamps[name][1] is not None and steps.read_more()
         idle = [name for name in self._followed if name not in wanted]
         for name in idle[: max(0, len(idle) - MOST_IDLE_RUNS)]:
@@ -157,13 +158,13 @@ def _finite(value: float | None) -> float | None:
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8, which JSON cannot carry
+    except UnicodeEncodeError:  # not UTF-8, so not possible in JSON
         return False
     return True
 
 
 def _stamp(path: Path) -> Stamp:
-    """Changes whenever a regular file does; None if it is none, or a link, which may lead elsewhere."""
+    """Changes with a regular file; None for anything else, such as links, which may lead out of the folder."""
     try:
         status = path.lstat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The dashboard behind a real socket."""
+"""Serves the dashboard on a socket."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +18,18 @@ async def serve_dashboard(
     interval: float = INTERVAL,
     on_listening: Callable[[str], None],
 ) -> None:
-    """Serve until cancelled; open pages lose their stream at once. Leaves the process's signals alone.
+    """Serves until cancelled; the streams of open pages end at once. Installs no signal handlers.
 
     Args:
         runs_dir: the folder that holds the runs' folders.
         host: address to listen on.
-        port: TCP port; 0 takes a free one.
-        allow_other_machines: permits a host that others can reach: they see every run, and nobody is asked for a key.
-        interval: seconds between two looks at the files, as long as a page is open.
+        port: TCP port; 0 selects a free one.
+        allow_other_machines: permits a host that others can reach; they see every run, without a login.
+        interval: seconds between two reads of the files while a page is open.
         on_listening: called once with the address of the page when connections are accepted.
 
     Raises:
-        ConfigError: `runs_dir` is no folder, others can reach the host and that is not permitted, or the address
+        ConfigError: `runs_dir` is not a folder, others can reach the host and that is not permitted, or the address
             cannot be used.
     """
     if not is_loopback(host) and not allow_other_machines:

@@ -1,4 +1,4 @@
-"""`tinkex-py demo`: fine-tunes a real language model with a composed loss, and shows what happens."""
+"""`tinkex-py demo`: fine-tunes a pretrained language model with a composed loss, and shows progress and samples."""
 
 from tinkex_py.demo.run import DemoOptions, DemoSummary, run_demo
 

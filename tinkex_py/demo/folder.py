@@ -1,4 +1,4 @@
-"""Where a run of the demo is written to."""
+"""The folder of a run of the demo."""
 
 from datetime import datetime
 from pathlib import Path
@@ -7,10 +7,10 @@ from tinkex_py.errors import ConfigError
 
 
 def new_run_folder(runs_dir: Path) -> Path:
-    """A fresh folder named after the time; a second run in the same second gets a number.
+    """A new folder named after the time; a second run in the same second gets a number.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be created.
     """
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
@@ -20,6 +20,6 @@ def new_run_folder(runs_dir: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"the run's folder {folder} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"the run's folder {folder} cannot be created: {error.strerror}") from error
         return folder
     raise ConfigError(f"{runs_dir / stamp} and 998 siblings exist already")

@@ -14,7 +14,7 @@ from tinkex_py.types import Datum
 if TYPE_CHECKING:
     import torch
 
-# A batch's tokens go as one line, and so do the answers.
+# The tokens of a batch are one line, and so is the response.
 _LONGEST_LINE = 2**24
 
 
@@ -24,12 +24,12 @@ def masked_nll(data: Sequence[Datum], logprobs: "torch.Tensor") -> "torch.Tensor
 
 
 def l2(data: Sequence[Datum], logprobs: "torch.Tensor") -> "torch.Tensor":
-    """Mean square of the logprobs: holds back single very unlikely tokens."""
+    """Mean square of the logprobs: penalizes single very unlikely tokens."""
     return _answer_mean(data, logprobs.pow(2))
 
 
 def kl_to_base(data: Sequence[Datum], logprobs: "torch.Tensor") -> "torch.Tensor":
-    """How far the model has moved from the frozen base model on these tokens.
+    """KL divergence from the frozen base model on these tokens.
 
     The k3 estimator `exp(r) - 1 - r` with `r = reference - logprobs`, which is never negative
     (J. Schulman, "Approximating KL Divergence").
@@ -40,7 +40,7 @@ def kl_to_base(data: Sequence[Datum], logprobs: "torch.Tensor") -> "torch.Tensor
 
 @dataclass(frozen=True)
 class RarityTerm:
-    """Asks a server over the network how rare each token is, and weighs its loss by the answer."""
+    """Asks a server how rare each token is, and weights the loss with the response."""
 
     host: str
     port: int
@@ -67,7 +67,7 @@ class RarityTerm:
 
 @asynccontextmanager
 async def rarity_server(data: Sequence[Datum]) -> AsyncGenerator[RarityTerm]:
-    """A small server on loopback that knows how often each token occurs, and the term that asks it."""
+    """A server on loopback that knows how often each token occurs, and a term that queries it."""
     counts: Counter[int] = Counter()
     for datum in data:
         counts.update(cast("list[int]", datum.loss_fn_inputs["target_tokens"].tolist()))

@@ -1,4 +1,4 @@
-"""The demo itself: load, sample, train, sample again, write the run's folder."""
+"""The demo: load, sample, train, sample again, write a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from tinkex_py.demo.folder import new_run_folder
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
 from tinkex_py.losses import Pipeline
 from tinkex_py.runs import TrainSettings, train
-from tinkex_py.runs.pairs import Pair, make_datum, prompt_tokens, read_pairs, shuffled_batches, with_reference
+from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, shuffled_batches, with_reference
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
-from tinkex_py.types import AdamParams, Datum, ModelInput, SamplingParams, Tokenizer
+from tinkex_py.types import AdamParams, Datum, Tokenizer
 
 HELD_OUT_PROMPTS = 2
 
@@ -32,8 +32,8 @@ class DemoOptions:
         batch_size: datums per step.
         learning_rate: of AdamW.
         rank: of the LoRA adapters.
-        runs_dir: where the run's folder is made.
-        data: JSON Lines file of pairs; None is the data set that ships with the project.
+        runs_dir: where the run's folder is created.
+        data: JSON Lines file of pairs; None selects the data set of the project.
         seed: of the adapters and the order of the data.
     """
 
@@ -48,14 +48,14 @@ class DemoOptions:
 
 
 class DemoSummary(BaseModel):
-    """What a run came to.
+    """Summary of a run.
 
     Attributes:
         first_loss: loss_total of the first step.
         last_loss: loss_total of the last step.
         steps: optimizer steps made.
         folder: the run's files.
-        report: the page about it.
+        report: its page.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -94,7 +94,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
         report=report.page,
     )
     for line in (
-        f"pictures in {summary.report}",
+        f"charts in {summary.report}",
         f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {summary.steps} steps, files in {folder}",
     ):
         console.print(line, soft_wrap=True)
@@ -110,7 +110,7 @@ async def _train(
     adam: AdamParams,
 ) -> Path:
     with console.status(f"reference logprobs of the frozen model on {len(data)} datums"):
-        # A fresh adapter changes nothing yet, so this is the base model.
+        # A new adapter changes nothing, so this is the base model.
         data = with_reference(data, await training.forward(data))
     folder = new_run_folder(options.runs_dir)
     async with rarity_server(data) as rarity:
@@ -121,7 +121,8 @@ async def _train(
             Pipeline(masked_nll, regularizers(rarity), track_grad_norms=True),
             folder=folder,
             optimizer=adam,
-            settings=TrainSettings(steps=options.steps, checkpoint_every=None, seed=options.seed),
+            settings=TrainSettings(steps=options.steps, checkpoint_every=None),
+            config={"seed": options.seed},
             progress=RichProgress(console),
         )
     return folder
@@ -131,12 +132,7 @@ async def _show_samples(
     console: Console, title: str, training: AsyncTrainingClient, tokenizer: Tokenizer, pairs: Sequence[Pair]
 ) -> None:
     console.rule(title, align="left")
-    sampler = await training.save_weights_and_get_sampling_client()
-    for pair in pairs:
-        response = await sampler.sample(
-            ModelInput.from_ints(prompt_tokens(tokenizer, pair.prompt)),
-            sampling_params=SamplingParams(max_tokens=40, temperature=0.0),
-        )
-        answer = tokenizer.decode(response.sequences[0].tokens).replace("<|im_end|>", "").strip()
-        console.print(f"{pair.prompt}", style="bold", markup=False, highlight=False)
+    answers = await sample_answers(training, tokenizer, [pair.prompt for pair in pairs])
+    for prompt, answer in answers.items():
+        console.print(prompt, style="bold", markup=False, highlight=False)
         console.print(f"  {answer!r}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Training runs: a loop, the folder it writes, and what is drawn from it. Its names are in `__init__.pyi`."""
+"""Training runs: the loop, the folder it writes, and reports. The public names are listed in `__init__.pyi`."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The names that `__init__.py` loads at their first use."""
+"""The names that `__init__.py` loads on first use."""
 
 from .folder import (
     RunFolder as RunFolder,
@@ -21,6 +21,6 @@ from .settings import (
     EarlyStop as EarlyStop,
     TrainSettings as TrainSettings,
 )
-from .sink import (
+from .sinks import (
     MetricSink as MetricSink,
 )

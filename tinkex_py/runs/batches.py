@@ -1,4 +1,4 @@
-"""Reads a run's data, and knows how far it has come."""
+"""Reads the data of a run and tracks the position in it."""
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -13,39 +13,39 @@ Batches = BatchStream | Callable[[int], BatchStream]
 
 
 class BatchReader:
-    """Batches one after another.
+    """Reads batches in order.
 
     Args:
-        batches: an iterable, plain or async; or a function that is called with the number of batches to leave out and
-            gives one.
+        batches: an iterable, sync or async; or a function that is called with the number of batches to skip and returns
+            one.
 
     Raises:
         ConfigError: it is neither.
 
     Attributes:
-        position: batches taken so far, those before a resumed run included.
+        position: number of batches read, those of earlier processes included.
     """
 
     def __init__(self, batches: Batches) -> None:
         if not _is_stream(batches) and not callable(batches):
             raise ConfigError(
                 "batches must be an iterable of batches, or a function that is called with the number of batches to "
-                f"leave out, got a {type(batches).__name__}"
+                f"skip, got a {type(batches).__name__}"
             )
         self._batches = batches
         self._current: Iterator[Batch] | AsyncIterator[Batch] | None = None
         self.position = 0
 
     async def go_to(self, position: int) -> None:
-        """The next batch is the one after so many.
+        """Makes the batch after `position` batches the next one.
 
         Raises:
-            ConfigError: the batches cannot be read again, or there are not so many.
+            ConfigError: the batches cannot be read again, or there are fewer.
         """
         if self._current is not None and not self.can_begin_again:
             raise ConfigError(
-                "batches is an iterator, which cannot begin again: give a list, or a function that is called with the "
-                "number of batches to leave out"
+                "batches is an iterator, which cannot be read again: give a list, or a function that is called with "
+                "the number of batches to skip"
             )
         await self.aclose()
         if _is_stream(self._batches):
@@ -53,17 +53,19 @@ class BatchReader:
             self.position = 0
             while self.position < position:
                 if not await self.take(1):
-                    raise ConfigError(f"batches ends after {self.position}, but the run has taken {position} already")
+                    raise ConfigError(
+                        f"batches ended after {self.position} batches, but the run has already read {position}"
+                    )
         else:
             stream = cast("Callable[[int], BatchStream]", self._batches)(position)
             if not _is_stream(stream):
-                raise ConfigError(f"batches({position}) gave no iterable, but a {type(stream).__name__}")
+                raise ConfigError(f"batches({position}) must return an iterable, got a {type(stream).__name__}")
             self._current = _iterator_of(stream)
             self.position = position
 
     @property
     def can_begin_again(self) -> bool:
-        """False for a plain iterator, which can be read once."""
+        """False for an iterator, which can be read only once."""
         return not isinstance(self._batches, Iterator | AsyncIterator)
 
     async def take(self, count: int) -> list[Batch]:
@@ -78,9 +80,9 @@ class BatchReader:
         return taken
 
     async def take_unless(self, stop: asyncio.Event, count: int) -> list[Batch]:
-        """The next batches; none if `stop` is set while they are awaited, and then nothing more can be taken.
+        """The next batches; none if `stop` is set while they are awaited, and then no more can be read.
 
-        They are awaited in the caller's own task: the source may hold something open that belongs to one task.
+        They are awaited in the caller's task, because the source may hold a cancel scope, which belongs to one task.
         """
         position = self.position
         scope = asyncio.timeout(None)
@@ -112,7 +114,7 @@ class BatchReader:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Ends generators that were made here."""
+        """Closes the generators that were created here."""
         current: Any = self._current
         self._current = None
         if current is None or not self.can_begin_again:

@@ -1,4 +1,4 @@
-"""Whether a number still gets better."""
+"""Early-stopping state."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from tinkex_py.runs.settings import EarlyStop
 
 
 class Patience(BaseModel):
-    """What early stopping has seen.
+    """The best measurement and how long ago it was.
 
     Attributes:
         best: the best measurement; None before the first.
-        since: measurements after the best one.
+        since: number of measurements after the best one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -23,14 +23,14 @@ class Patience(BaseModel):
     since: int = 0
 
     def after(self, rule: EarlyStop, numbers: Mapping[str, float]) -> "Patience":
-        """The same after one more step.
+        """The state after one more step.
 
         Args:
-            rule: what is watched.
-            numbers: of the step. Numbers of evaluations may be missing: not every step has one.
+            rule: what is monitored.
+            numbers: of the step. Evaluations may be missing: not every step has one.
 
         Raises:
-            ConfigError: the number that is watched is not among them.
+            ConfigError: the monitored number is missing.
         """
         value = numbers.get(rule.metric)
         if value is None:
@@ -43,7 +43,7 @@ class Patience(BaseModel):
         return Patience(best=self.best, since=self.since + 1)
 
     def is_over(self, rule: EarlyStop) -> bool:
-        """Whether the run is to end."""
+        """Whether the run must end."""
         return self.since >= rule.patience
 
     def _is_better(self, rule: EarlyStop, value: float) -> bool:

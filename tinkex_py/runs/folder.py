@@ -1,6 +1,6 @@
-"""The folder of one run: `run.json` about it, `steps.jsonl` with a line per step, `state.json` to go on from.
+"""The folder of one run: `run.json`, `steps.jsonl` with a line per step, and `state.json` to resume from.
 
-Files that are replaced are written whole under another name first, so that a process may be killed at any time.
+Files are replaced atomically, so that a process may be killed at any time.
 """
 
 import os
@@ -14,8 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.records import Record, RunInfo, StepRecord
-from tinkex_py.runs.state import RunState
+from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
 from tinkex_py.unicode import with_whole_texts
 
 RUN_FILE = "run.json"
@@ -27,19 +26,19 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def read_run(folder: Path | str) -> RunInfo:
-    """What `run.json` of a run's folder says. Reading needs no lock.
+    """Reads `run.json` of a run's folder. Reading needs no lock.
 
     Raises:
-        ConfigError: naming the file, if there is none or it cannot be read.
+        ConfigError: naming the file, if it does not exist or cannot be read.
     """
     path = Path(folder) / RUN_FILE
     return _parsed(RunInfo, _bytes_of(path), str(path))
 
 
 def read_steps(folder: Path | str) -> list[StepRecord]:
-    """The steps of a run so far, in order; none if it has made none. Reading needs no lock.
+    """Reads the steps of a run so far, in order. Reading needs no lock.
 
-    A last line that is not finished, because it is being written or its process died, is left out.
+    An incomplete last line, which is being written or whose process died, is ignored.
 
     Raises:
         ConfigError: naming the file, if there is no run, or another line cannot be read.
@@ -60,10 +59,10 @@ class RunFolder:
     """A run's folder while one process writes to it. Use it with `with`; the methods may be called from any thread.
 
     Args:
-        path: the folder; made with those above it.
+        path: the folder; created with its parents.
 
     Raises:
-        ConfigError: when entered: another process has the run, or the folder cannot be made.
+        ConfigError: when entered: another process trains the run, or the folder cannot be created.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -90,7 +89,7 @@ class RunFolder:
             self._lock = None
 
     def read_run(self) -> RunInfo | None:
-        """What `run.json` says; None if there is none yet.
+        """Reads `run.json`; None if it does not exist yet.
 
         Raises:
             ConfigError: it cannot be read.
@@ -107,10 +106,10 @@ class RunFolder:
             file.write(_line(step))
 
     def keep_steps(self, last: int) -> list[StepRecord]:
-        """Forgets the steps after step `last`, and a line that was not finished.
+        """Removes the steps after step `last`, and an incomplete line.
 
         Returns:
-            The steps that are left.
+            The remaining steps.
 
         Raises:
             ConfigError: `steps.jsonl` cannot be read, or a step up to `last` is missing.
@@ -123,7 +122,7 @@ class RunFolder:
         return kept
 
     def read_state(self) -> RunState | None:
-        """Where the run can go on; None if it made no checkpoint yet.
+        """Reads what the run resumes from; None before the first checkpoint.
 
         Raises:
             ConfigError: the file cannot be read.
@@ -160,7 +159,7 @@ def _document(record: Record) -> bytes:
 def _json(record: Record, indent: int | None) -> bytes:
     try:
         return record.model_dump_json(indent=indent).encode()
-    except PydanticSerializationError:  # half a character, in a name or a setting
+    except PydanticSerializationError:  # a lone surrogate, in a name or a setting
         whole = with_whole_texts(record.model_dump())
     return type(record).model_validate(whole).model_dump_json(indent=indent).encode()
 
@@ -177,9 +176,9 @@ def _parsed(model: type[AnyRecord], content: bytes, where: str) -> AnyRecord:
         return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"])) or "the whole"
-    # Raised out here, because pydantic's own error holds what the file says.
-    raise ConfigError(f"{where} is no {model.__name__}: {place}: {first['msg']}")
+    place = ".".join(map(str, first["loc"])) or "content"
+    # Raised outside of the except block, because pydantic's error contains the content of the file.
+    raise ConfigError(f"{where} is not a valid {model.__name__}: {place}: {first['msg']}")
 
 
 def _flush(path: Path) -> None:

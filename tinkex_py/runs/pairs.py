@@ -1,5 +1,6 @@
-"""Prompts and their answers as datums, in batches."""
+"""Prompts and answers as datums, in batches."""
 
+import asyncio
 import contextlib
 import itertools
 import random
@@ -9,8 +10,9 @@ from typing import Protocol
 
 from pydantic import BaseModel, ValidationError
 
+from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
-from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput
+from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput, SamplingParams, Tokenizer
 
 CHAT_START = "<|im_start|>"
 
@@ -23,7 +25,7 @@ class Pair(BaseModel):
 
 
 class Encoder(Protocol):
-    """The part of a tokenizer that is needed here."""
+    """The part of a tokenizer that is used here."""
 
     def encode(self, text: str, /) -> list[int]:
         """Token ids of a text."""
@@ -35,9 +37,9 @@ def read_pairs(path: Path) -> list[Pair]:
 
     Raises:
         ConfigError: the file cannot be read.
-        InvalidData: a line is no pair, naming it.
+        InvalidData: a line is not a pair; names the line.
     """
-    # Errors that hold what the file says are left behind: it is prompts.
+    # The errors of the parsers contain prompts, so they must not become the cause of ours.
     lines: list[str] | None = None
     try:
         with contextlib.suppress(UnicodeDecodeError):
@@ -60,7 +62,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def prompt_tokens(tokenizer: Encoder, prompt: str) -> list[int]:
-    """A question up to where the answer begins; in chat form if the tokenizer knows chat marks."""
+    """A prompt up to the beginning of the answer; in ChatML if the tokenizer has its tokens."""
     if len(tokenizer.encode(CHAT_START)) == 1:
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     else:
@@ -69,7 +71,7 @@ def prompt_tokens(tokenizer: Encoder, prompt: str) -> list[int]:
 
 
 def answer_tokens(tokenizer: Encoder, answer: str) -> list[int]:
-    """An answer with the mark that ends it."""
+    """An answer with its end token."""
     end = "<|im_end|>" if len(tokenizer.encode(CHAT_START)) == 1 else "\n"
     return list(tokenizer.encode(answer + end))
 
@@ -98,14 +100,29 @@ def with_reference(data: Sequence[Datum], reference: ForwardBackwardOutput) -> l
     ]
 
 
+async def sample_answers(
+    training: AsyncTrainingClient, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int = 40
+) -> dict[str, str]:
+    """The most likely answers of the model with its current weights, by prompt."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    async with await training.save_weights_and_get_sampling_client() as sampler:
+
+        async def answer(prompt: str) -> str:
+            tokens = ModelInput.from_ints(prompt_tokens(tokenizer, prompt))
+            response = await sampler.sample(tokens, sampling_params=params)
+            return str(tokenizer.decode(response.sequences[0].tokens)).replace("<|im_end|>", "").strip()
+
+        return dict(zip(prompts, await asyncio.gather(*map(answer, prompts)), strict=True))
+
+
 def shuffled_batches(data: Sequence[Datum], size: int, seed: int, start: int = 0) -> Iterator[list[Datum]]:
-    """Shuffled batches, epoch after epoch, without end.
+    """Shuffled batches, epoch after epoch, endless.
 
     Args:
-        data: the datums; what does not fill a batch is left out of its epoch.
+        data: the datums; an incomplete batch at the end of an epoch is dropped.
         size: datums per batch.
         seed: of the order.
-        start: batches to leave out at the beginning.
+        start: number of batches to skip.
     """
     return itertools.islice(_epochs(data, size, seed), start, None)
 

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: nothing, lines, or a bar."""
+"""Progress of a run: nothing, lines, or a bar."""
 
 import importlib
 import importlib.util
@@ -14,11 +14,11 @@ class ProgressView(Protocol):
     """Shows a run. Called on the event loop, so it must be quick."""
 
     def start(self, run: RunInfo, made: int) -> None:
-        """The run starts, or goes on after `made` steps."""
+        """The run starts, or resumes after `made` steps."""
         ...
 
     def doing(self, text: str) -> None:
-        """What the run does, or waits for, now."""
+        """The current activity of the run, or what it waits for."""
         ...
 
     def step(self, record: StepRecord) -> None:
@@ -26,7 +26,7 @@ class ProgressView(Protocol):
         ...
 
     def finish(self, run: RunInfo) -> None:
-        """The run is over; nothing is shown after this."""
+        """The run ended; nothing is shown after this."""
         ...
 
 
@@ -47,10 +47,10 @@ class NoProgress:
 
 
 class ProgressLines:
-    """One line per step, for logs and pipes; and one when the run has to wait for its turn.
+    """One line per step, for logs and pipes; and one when the run waits or restarts.
 
     Args:
-        stream: where to.
+        stream: where the lines are written.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -58,11 +58,11 @@ class ProgressLines:
 
     def start(self, run: RunInfo, made: int) -> None:
         """See ProgressView."""
-        self._write(f"{run.name}: " + ("begins" if made == 0 else f"goes on after step {made}"))
+        self._write(f"{run.name}: " + ("started" if made == 0 else f"resumed after step {made}"))
 
     def doing(self, text: str) -> None:
         """See ProgressView."""
-        if text.startswith(("waiting", "going back")):
+        if text.startswith(("waiting", "restarting")):
             self._write(text)
 
     def step(self, record: StepRecord) -> None:
@@ -82,7 +82,7 @@ class ProgressBar:
     """A bar of the tqdm library, for notebooks.
 
     Args:
-        make: makes the bar, as `tqdm.tqdm` does.
+        make: creates the bar, as `tqdm.tqdm` does.
     """
 
     def __init__(self, make: Any) -> None:
@@ -109,10 +109,10 @@ class ProgressBar:
 
 
 def chosen_view(progress: bool | ProgressView) -> ProgressView:
-    """The view that was asked for; True is the one that fits where this process writes to.
+    """The requested view; True selects one by where this process writes to.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a view.
     """
     if isinstance(progress, ProgressView):
         return progress
@@ -132,7 +132,7 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
 
 
 def summary(record: StepRecord) -> str:
-    """The losses of a step in a few words, and its evaluation."""
+    """The losses and the evaluation of a step in one line."""
     numbers = scalars(record)
     shown = {"loss": numbers["loss/total"], "base": numbers["loss/base"], **record.evaluation}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
@@ -150,8 +150,8 @@ def _in_notebook() -> bool:
 
 
 def notebook_bar() -> Any:
-    """The library's bar for notebooks, without the thread that it would leave behind."""
-    # Without widgets tqdm.auto would warn, and fall back to the same.
+    """The bar class of tqdm for notebooks, without its monitor thread."""
+    # Without ipywidgets, tqdm.auto warns and falls back to the plain bar.
     bar: Any = importlib.import_module("tqdm.auto" if _has("ipywidgets") else "tqdm").tqdm
     return type("ProgressBar", (bar,), {"monitor_interval": 0})
 

@@ -1,11 +1,10 @@
-"""What a run writes down: `run.json` about the run, and `steps.jsonl` with one line per optimizer step.
+"""The files of a run: `run.json` (the run), `steps.jsonl` (a line per optimizer step), `state.json` (to resume from).
 
-These two models are the only form in which a run is read: the loop writes them, and reports, dashboards and metric
-sinks read them.
+Runs are read and written only through these models.
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -16,7 +15,7 @@ RunStatus = Literal["running", "finished", "stopped", "failed"]
 
 
 class Record(BaseModel):
-    """Common to both: frozen, JSON all the way, and readable by older versions that do not know a field."""
+    """Base of the models: frozen, plain JSON, and unknown fields of newer versions are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
@@ -25,16 +24,16 @@ class RunInfo(Record):
     """`run.json`.
 
     Attributes:
-        name: of the run, which is its folder's name.
+        name: name of the run's folder.
         started_at: when the run was first started, in seconds since the epoch.
         updated_at: when this file was written, in seconds since the epoch.
-        status: "running", "finished" (all steps made), "stopped" (asked to, or stopped early), "failed".
-        reason: why it stopped or failed; None otherwise. Holds no data of the user's.
-        total_steps: optimizer steps the run is to make; None if only the data tells.
-        model: name of the base model, as the service told it; None if it did not.
+        status: "running", "finished" (all steps made), "stopped" (on request, or early), "failed".
+        reason: why it stopped or failed; None otherwise. Contains no user data.
+        total_steps: planned optimizer steps; None if the run ends with its data.
+        model: name of the base model as the service reported it; None if it did not.
         config: settings of the run, as given.
-        versions: of Python, this package and what computes; for reading results later.
-        seed: of the run; None if it was given none.
+        versions: of Python, this package and torch.
+        seed: `seed` of the `config=` that `train` was called with; None without one.
     """
 
     name: str
@@ -50,10 +49,9 @@ class RunInfo(Record):
 
     def _repr_html_(self) -> str:
         from tinkex_py.html_table import html_facts
-        from tinkex_py.runs.flat_settings import settings_of
 
-        facts = self.model_dump(include={"status", "reason", "model", "total_steps"})
-        return html_facts(f"Run {self.name}", facts) + html_facts("Settings", settings_of(self))
+        facts = self.model_dump(include={"status", "reason", "model", "total_steps", "seed"})
+        return html_facts(f"Run {self.name}", facts) + html_facts("Settings", flattened(self.config))
 
 
 class StepRecord(Record):
@@ -63,13 +61,14 @@ class StepRecord(Record):
         step: number of the optimizer step, from 1.
         finished_at: in seconds since the epoch.
         seconds: from the start of the step to its end.
-        queue_seconds: the part of `seconds` in which the service said that the request waits for its turn.
+        queue_seconds: the part of `seconds` in which the service held requests in its queue.
         datums: of all micro-batches.
         tokens: of all micro-batches.
         learning_rate: of the optimizer step; None if the optimizer has none.
         losses: the composed loss of each micro-batch, without the service's own output.
         metrics: what the service reported about the optimizer step.
-        evaluation: what the evaluation hook returned after this step; empty if it did not run.
+        evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
+        samples: texts that the evaluation hook returned after this step, by name or prompt.
     """
 
     step: int
@@ -82,21 +81,68 @@ class StepRecord(Record):
     losses: tuple[CustomLossOutput, ...]
     metrics: dict[str, float] = Field(default_factory=dict)
     evaluation: dict[str, float] = Field(default_factory=dict)
+    samples: dict[str, str] = Field(default_factory=dict)
+
+
+class SavedCheckpoint(Record):
+    """A checkpoint that the service keeps for the run.
+
+    Attributes:
+        step: optimizer steps of the run that it contains.
+        path: on the service.
+    """
+
+    step: int
+    path: str
+
+
+class RunState(Record):
+    """`state.json`: the state between two optimizer steps.
+
+    Attributes:
+        checkpoints: those that the service keeps, oldest first; the run resumes from the last.
+        batches: number of batches (micro-batches) that the steps consumed.
+        client_step: value of `AsyncTrainingClient.step`, the argument of weight schedules.
+        pipeline: `Pipeline.state_dict()`: weights that depend on measurements.
+        patience: early-stopping state; empty without early stopping.
+    """
+
+    checkpoints: tuple[SavedCheckpoint, ...] = Field(min_length=1)
+    batches: int
+    client_step: int
+    pipeline: dict[str, JsonValue] = Field(default_factory=dict)
+    patience: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that were made."""
+        return self.checkpoints[-1].step
+
+
+def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Nested settings under dotted names; lists are kept whole."""
+    flat: dict[str, JsonValue] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= {f"{name}.{inner}": setting for inner, setting in flattened(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """The numbers of one step under flat names, for plots and metric sinks; micro-batches are averaged.
+    """The numbers of one step under flat names, for charts and metric sinks; micro-batches are averaged.
 
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
-    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. What was not measured is left out.
+    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. Unmeasured values are omitted.
     """
     gathered: dict[str, list[float]] = {}
     for output in record.losses:
         for name, value in _of_output(output):
             if value is not None:
                 gathered.setdefault(name, []).append(value)
-    named = {name: statistics.fmean(values) for name, values in gathered.items()}
+    named = {name: values[0] if len(values) == 1 else statistics.fmean(values) for name, values in gathered.items()}
     named |= {
         "time/step": record.seconds,
         "time/queue": record.queue_seconds,

@@ -1,4 +1,4 @@
-"""A run in a terminal: a progress bar and a live table of the terms."""
+"""Progress of a run in a terminal: a bar and a live table of the terms."""
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,7 +13,7 @@ class RichProgress:
     """Live display of a run.
 
     Args:
-        console: where to draw.
+        console: where it is drawn.
     """
 
     def __init__(self, console: Console) -> None:
@@ -57,8 +57,8 @@ def terms_table(record: StepRecord, first: StepRecord) -> Table:
     """One row per term: value, weight, contribution and gradient norm, and the contribution in another step.
 
     Args:
-        record: the step that is shown.
-        first: the step it is compared with.
+        record: the step to show.
+        first: the step to compare it with.
     """
     table = Table(title=f"terms of step {record.step}", title_justify="left")
     table.add_column("term", no_wrap=True)

@@ -1,139 +1,136 @@
-"""A run between its start and its end: its model, its place in the data, and what its folder holds."""
+"""A run: it starts or resumes, makes optimizer steps, saves checkpoints, recovers from failures, and ends."""
 
-import json
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from pydantic import JsonValue
+from collections.abc import Mapping
 
 from tinkex_py import telemetry
-from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.runs.batches import BatchReader
-from tinkex_py.runs.checkpoints import delete_old, save_checkpoint
-from tinkex_py.runs.description import Optimizer, check_same, optimizer_description, pipeline_description, versions
 from tinkex_py.runs.early_stop import Patience
 from tinkex_py.runs.folder import RunFolder
-from tinkex_py.runs.records import RunInfo, RunStatus, StepRecord, scalars
-from tinkex_py.runs.settings import TrainSettings
-from tinkex_py.runs.state import RunState, SavedCheckpoint
+from tinkex_py.runs.plan import Plan, check_same, versions
+from tinkex_py.runs.progress import ProgressView
+from tinkex_py.runs.queue_wait import QueueWait
+from tinkex_py.runs.records import RunInfo, RunState, RunStatus, SavedCheckpoint, StepRecord, scalars
+from tinkex_py.runs.recovery import (
+    ModelLost,
+    complete,
+    delete_old_checkpoints,
+    is_untouched,
+    reason_of,
+    save_checkpoint,
+)
+from tinkex_py.runs.sinks import Sinks
+from tinkex_py.runs.step import Flight, OptimizerStep, Start, owned_tasks
 from tinkex_py.threads import FileThread
-
-if TYPE_CHECKING:
-    from tinkex_py.losses.pipeline import Pipeline
-
-Model = AsyncTrainingClient | Callable[[], Awaitable[AsyncTrainingClient]]
-
-# The settings that decide what numbers come out.
-_DECISIVE = ("accumulate", "seed", "execution")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is to do.
-
-    Attributes:
-        service: where.
-        model: the model that a new run trains, or what makes it.
-        pipeline: the loss.
-        optimizer: its settings, or a function of the steps made before that gives them.
-        settings: of the run.
-        config: what else decides the numbers.
-    """
-
-    service: AsyncServiceClient
-    model: Model
-    pipeline: "Pipeline"
-    optimizer: Optimizer
-    settings: TrainSettings
-    config: Mapping[str, JsonValue]
-
-    def written(self) -> dict[str, JsonValue]:
-        """As it is in `run.json`.
-
-        Raises:
-            ConfigError: `config` is no JSON.
-        """
-        fields = {
-            "config": dict(self.config),
-            "settings": self.settings.model_dump(),
-            "optimizer": optimizer_description(self.optimizer),
-            "pipeline": pipeline_description(self.pipeline),
-        }
-        try:
-            return json.loads(json.dumps(fields))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config must be plain JSON values, for run.json: {error}") from None
 
 
 class Run:
-    """One run. `open` it first.
+    """One run of `train`.
 
     Args:
-        plan: what it is to do.
-        folder: where it is written to, locked by the caller.
-        files: where file work is done.
+        plan: what to do.
+        folder: the run's files, locked by the caller.
+        files: thread for file work.
         reader: the data.
+        sinks: further receivers of the numbers.
+        view: shows the progress.
+        stop: ends the run after the steps in flight once it is set.
 
     Attributes:
-        training: the model that is trained now.
-        state: where the run can go on from.
-        info: what `run.json` says.
-        made: optimizer steps made.
-        last: the last of them; None before the first.
-        patience: what early stopping has seen.
-        is_begun: whether `run.json` tells of this process; before that nothing in the folder was changed.
+        training: client of the model.
+        info: content of `run.json`.
+        state: what the run resumes from; None before the first checkpoint.
+        last: the last optimizer step; None before the first.
     """
 
     training: AsyncTrainingClient
-    state: RunState
     info: RunInfo
 
-    def __init__(self, plan: Plan, folder: RunFolder, files: FileThread, reader: BatchReader) -> None:
-        self.plan = plan
-        self.reader = reader
-        self.made = 0
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        files: FileThread,
+        reader: BatchReader,
+        sinks: Sinks,
+        view: ProgressView,
+        stop: asyncio.Event,
+    ) -> None:
+        self.state: RunState | None = None
         self.last: StepRecord | None = None
-        self.patience = Patience()
-        self.is_begun = False
+        self._plan = plan
+        self._settings = plan.settings
         self._folder = folder
         self._files = files
+        self._reader = reader
+        self._sinks = sinks
+        self._view = view
+        self._stop = stop
+        self._queue = QueueWait(lambda: self.training.queue_state, self._show_waiting)
+        self._patience = Patience()
         self._restarts_left = plan.settings.restarts
+        self._logged = 0
+        self._is_begun = False  # before that, nothing in the folder was changed and nothing was shown
 
-    async def open(self) -> None:
-        """Starts the run, or takes it up where its last checkpoint is.
+    async def execute(self) -> None:
+        """Trains to the end.
 
         Raises:
             ConfigError: the folder holds a run with other settings, or cannot be read.
+            TinkexError: a step failed, and recovery was not possible.
         """
-        written = self.plan.written()
+        try:
+            await self._open()
+            async with self._queue.watching():
+                await self._train()
+        except asyncio.CancelledError:
+            await self._end("stopped", "cancelled", discard_waiting=True)
+            raise
+        except Exception as error:
+            await self._end("failed", reason_of(error))
+            raise
+        await self._end(*self._outcome())
+
+    @property
+    def _made(self) -> int:
+        return 0 if self.last is None else self.last.step
+
+    # Start, resume, restart
+
+    async def _open(self) -> None:
+        described = self._plan.described()
         before = await self._files.run(self._folder.read_run)
         state = await self._files.run(self._folder.read_state)
         if before is not None:
-            check_same(_decisive(before.config), _decisive(written), self._folder.path)
+            check_same(before.config, described, self._folder.path)
         elif state is not None:
-            raise ConfigError(f"{self._folder.path} has a state.json, but no run.json that tells what it belongs to")
-        self.training = await self._new_model() if state is None else await self._model_of(state)
-        self.info = await self._described(written, before)
-        if state is None:
-            await self.reader.go_to(0)
-            await self._begin()
-            await self._files.run(lambda: self._folder.keep_steps(0))
-            await self.save(())
-        else:
-            await self._take_up(state)
-            await self._begin()
-
-    async def _begin(self) -> None:
-        self.is_begun = True
+            raise ConfigError(f"{self._folder.path} has a state.json, but no run.json that says what it belongs to")
+        self.training = await (self._new_model() if state is None else self._model_of(state))
+        model, now, seed = await self.training.get_info(), time.time(), self._plan.config.get("seed")
+        self.info = RunInfo(
+            name=self._folder.path.resolve().name,
+            started_at=now if before is None else before.started_at,
+            updated_at=now,
+            total_steps=self._settings.steps,
+            model=model.model_data.model_name or model.model_name,
+            config=described,
+            versions=versions(),
+            seed=seed if isinstance(seed, int) else None,
+        )
+        await (self._reader.go_to(0) if state is None else self._resume(state))
+        self._is_begun = True
         await self._files.run(lambda: self._folder.write_run(self.info))
+        self._sinks.start(self.info)
+        self._view.start(self.info, self._made)
+        if state is None:
+            await self._files.run(lambda: self._folder.keep_steps(0))
 
     async def _new_model(self) -> AsyncTrainingClient:
-        made = self.plan.model
-        training = made if isinstance(made, AsyncTrainingClient) else await made()
+        model = self._plan.model
+        training = model if isinstance(model, AsyncTrainingClient) else await model()
         if training.accumulated:
             raise InvalidData(
                 f"the training client holds {training.accumulated} backward passes that no optimizer step applied; a "
@@ -143,94 +140,201 @@ class Run:
 
     async def _model_of(self, state: RunState) -> AsyncTrainingClient:
         path = state.checkpoints[-1].path
-        return await self.plan.service.create_training_client_from_state(path, with_optimizer=True)
+        return await self._plan.service.create_training_client_from_state(path, with_optimizer=True)
 
-    async def _described(self, written: dict[str, JsonValue], before: RunInfo | None) -> RunInfo:
-        model, now = await self.training.get_info(), time.time()
-        return RunInfo(
-            name=self._folder.path.resolve().name,
-            started_at=now if before is None else before.started_at,
-            updated_at=now,
-            total_steps=self.plan.settings.steps,
-            model=model.model_data.model_name or model.model_name,
-            config=written,
-            versions=versions(),
-            seed=self.plan.settings.seed,
-        )
-
-    async def _take_up(self, state: RunState) -> None:
-        await self.reader.go_to(state.batches)
-        self.plan.pipeline.load_state_dict(state.pipeline)
+    async def _resume(self, state: RunState) -> None:
+        await self._reader.go_to(state.batches)
+        self._plan.pipeline.load_state_dict(state.pipeline)
         self.training.step = state.client_step
-        self.patience = Patience.model_validate(state.patience)
+        self._patience = Patience.model_validate(state.patience)
         kept = await self._files.run(lambda: self._folder.keep_steps(state.step))
-        self.state, self.made, self.last = state, state.step, kept[-1] if kept else None
+        self.state, self.last = state, kept[-1] if kept else None
 
-    async def go_back(self, cause: Exception) -> None:
-        """Takes the run up at its last checkpoint, with a new model.
-
-        Args:
-            cause: why the model cannot be used any more.
-
-        Raises:
-            Exception: the cause, if the run has gone back as often as it may, or its data cannot be read again.
-        """
-        if self._restarts_left == 0:
+    async def _restart(self, cause: Exception) -> None:
+        """Resumes from the last checkpoint with a new model; raises the cause if that is not possible."""
+        state = self.state
+        if state is None or self._restarts_left == 0:
             raise cause
-        if not self.reader.can_begin_again:
+        if not self._reader.can_begin_again:
             cause.add_note(
-                "the run could not go back to its last checkpoint because batches is an iterator: give a list, or a "
-                "function that is called with the number of batches to leave out"
+                "the run could not restart from its last checkpoint because batches is an iterator: give a list, or a "
+                "function that is called with the number of batches to skip"
             )
             raise cause
         self._restarts_left -= 1
-        metadata = {"step": self.made + 1, "checkpoint_step": self.state.step, "reason": type(cause).__name__}
+        self._view.doing(f"restarting from the checkpoint of step {state.step}")
+        metadata = {"step": self._made + 1, "checkpoint_step": state.step, "reason": type(cause).__name__}
         telemetry.emit("tinkex.run.restarted", {}, metadata, cause)
-        if self.training is not self.plan.model:
+        if self.training is not self._plan.model:
             await self.training.aclose()
-        self.training = await self._model_of(self.state)
-        await self._take_up(self.state)
+        self.training = await self._model_of(state)
+        await self._resume(state)
 
-    def at_step(self, number: int) -> None:
-        """Lets schedules of weights see optimizer step `number` as the next, whatever was counted before."""
-        self.training.step = self.state.client_step + number - 1 - self.state.step
+    # Steps
 
-    async def record(self, step: StepRecord) -> None:
-        """An optimizer step was made."""
-        await self._files.run(lambda: self._folder.append_step(step))
-        self.made, self.last = step.step, step
-        rule = self.plan.settings.early_stop
-        if rule is not None:
-            self.patience = self.patience.after(rule, scalars(step))
+    async def _train(self) -> None:
+        while True:
+            try:
+                if self.state is None:
+                    await self._save()
+                async with owned_tasks() as start:
+                    await self._steps(start)
+                if self.state is None or self._made > self.state.step:
+                    await self._save()
+            except ModelLost as lost:
+                await self._restart(lost.cause)
+            else:
+                return
 
-    async def save(self, checkpoints: tuple[SavedCheckpoint, ...] | None = None) -> None:
-        """Makes a checkpoint, writes down how to go on from it, and deletes old ones.
+    async def _steps(self, start: Start) -> None:
+        """Makes the steps; the next one is sent while an update is in flight, unless something comes between them."""
+        flight = await self._begin(start, None)
+        while flight is not None:
+            step, following = flight.step, None
+            await step.gradients_settled.wait()
+            if step.has_gradients and not self._pauses_after(step):
+                following = await self._begin(start, flight)
+            await flight.task
+            if not step.is_made:
+                following = await self._repair(start, step, following)
+            await self._finish(flight)
+            flight = following or await self._begin(start, None)
 
-        Args:
-            checkpoints: those before it; default are those of the run.
-        """
-        settings = self.plan.settings
-        saved = await save_checkpoint(self.training, self.made, settings)
-        self.state = RunState(
-            checkpoints=(*(self.state.checkpoints if checkpoints is None else checkpoints), saved),
-            batches=self.reader.position,
+    async def _begin(self, start: Start, before: Flight | None) -> Flight | None:
+        """Sends the next step; None if there is none."""
+        number = self._made + 1 if before is None else before.step.number + 1
+        steps = self._settings.steps
+        if self._stop.is_set() or self._is_out_of_patience() or (steps is not None and number > steps):
+            return None
+        batches = await self._reader.take_unless(self._stop, self._settings.accumulate)
+        if not batches:
+            return None
+        self._view.doing(f"step {number}")
+        return self._send(start, OptimizerStep(number, batches, self._plan.optimizer_params(number - 1)), before)
+
+    def _send(self, start: Start, step: OptimizerStep, before: Flight | None) -> Flight:
+        after = None if before is None else before.step
+        sending = step.send(self.training, self._plan.pipeline, self._settings.execution, after=after)
+        return Flight(step, start(sending), self._queue.seconds())
+
+    async def _repair(self, start: Start, step: OptimizerStep, following: Flight | None) -> Flight | None:
+        """Completes a step that failed in part, then sends the one behind it again."""
+        if following is not None:
+            await following.task
+            if not is_untouched(following.step):
+                raise ModelLost(step.failures[0])
+
+        async def send() -> None:
+            assert self.state is not None
+            # Weight schedules must see the step's own number, whatever the client counted before.
+            self.training.step = self.state.client_step + step.number - 1 - self.state.step
+            await step.send(self.training, self._plan.pipeline, self._settings.execution)
+
+        await complete(step, self.training, send, self._settings.resends)
+        return None if following is None else self._send(start, following.step, None)
+
+    async def _finish(self, flight: Flight) -> None:
+        step = flight.step
+        evaluated: Mapping[str, float | str] = {}
+        if self._plan.evaluates_after(step.number):
+            self._view.doing(f"evaluation after step {step.number}")
+            evaluated = await self._evaluate(step.number)
+        record = _record(step, evaluated, self._queue.seconds() - flight.queued_before)
+        await self._files.run(lambda: self._folder.append_step(record))
+        self.last = record
+        self._patience = self._patience_with(record)
+        self._view.step(record)
+        if record.step > self._logged:  # a step that is made again after a restart was logged before
+            self._logged = record.step
+            self._sinks.log(record.step, scalars(record))
+        if self._plan.saves_after(step.number):
+            await self._save()
+
+    async def _evaluate(self, number: int) -> Mapping[str, float | str]:
+        assert self._plan.evaluate is not None
+        result = await self._plan.evaluate(self.training, number)
+        if not isinstance(result, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"evaluate must return a mapping of names to numbers, got a {type(result).__name__}")
+        return result
+
+    async def _save(self) -> None:
+        """Saves a checkpoint and the state that belongs to it, and deletes old checkpoints."""
+        self._view.doing(f"saving a checkpoint after step {self._made}")
+        saved = await save_checkpoint(self.training, self._made, self._settings)
+        before: tuple[SavedCheckpoint, ...] = () if self.state is None else self.state.checkpoints
+        state = RunState(
+            checkpoints=(*before, saved),
+            batches=self._reader.position,
             client_step=self.training.step,
-            pipeline=self.plan.pipeline.state_dict(),
-            patience=self.patience.model_dump(),
+            pipeline=self._plan.pipeline.state_dict(),
+            patience=self._patience.model_dump(),
         )
-        await self._files.run(lambda: self._folder.write_state(self.state))
-        rest = self.plan.service.create_rest_client()
-        left = await delete_old(rest, self.state.checkpoints, settings.keep_checkpoints)
-        self.state = self.state.model_copy(update={"checkpoints": left})
-        await self.tell("running")
+        await self._files.run(lambda: self._folder.write_state(state))
+        rest = self._plan.service.create_rest_client()
+        left = await delete_old_checkpoints(rest, state.checkpoints, self._settings.keep_checkpoints)
+        self.state = state.model_copy(update={"checkpoints": left})
+        await self._write_status("running", None)
 
-    async def tell(self, status: RunStatus, reason: str | None = None) -> None:
-        """Writes how the run stands."""
+    # What ends or interrupts the steps
+
+    def _pauses_after(self, step: OptimizerStep) -> bool:
+        """Whether the next step must wait until this one is finished."""
+        number = step.number
+        return self._plan.evaluates_after(number) or self._plan.saves_after(number) or self._ends_after(step)
+
+    def _ends_after(self, step: OptimizerStep) -> bool:
+        """Whether early stopping will end the run after this step, whose losses are known."""
+        rule = self._settings.early_stop
+        if rule is None or rule.metric.startswith("evaluation/"):
+            return False
+        return self._patience_with(_record(step, {}, 0.0)).is_over(rule)
+
+    def _patience_with(self, record: StepRecord) -> Patience:
+        rule = self._settings.early_stop
+        return self._patience if rule is None else self._patience.after(rule, scalars(record))
+
+    def _is_out_of_patience(self) -> bool:
+        rule = self._settings.early_stop
+        return rule is not None and self._patience.is_over(rule)
+
+    def _outcome(self) -> tuple[RunStatus, str | None]:
+        steps, rule = self._settings.steps, self._settings.early_stop
+        if steps is not None and self._made >= steps:
+            return "finished", None
+        if rule is not None and self._is_out_of_patience():
+            return "stopped", f"{rule.metric} did not improve in {rule.patience} measurements"
+        if self._stop.is_set():
+            return "stopped", "stop was requested"
+        return "finished", None if steps is None else f"the batches ended after {self._made} of {steps} steps"
+
+    async def _end(self, status: RunStatus, reason: str | None, *, discard_waiting: bool = False) -> None:
+        if not self._is_begun:
+            return
+        self._sinks.finish(status, discard_waiting=discard_waiting)
+        await self._write_status(status, reason)
+        self._view.finish(self.info)
+
+    async def _write_status(self, status: RunStatus, reason: str | None) -> None:
         self.info = self.info.model_copy(update={"status": status, "reason": reason, "updated_at": time.time()})
         await self._files.run(lambda: self._folder.write_run(self.info))
 
+    def _show_waiting(self, reason: str | None) -> None:
+        self._view.doing(f"step {self._made + 1}" if reason is None else f"waiting: {reason}")
 
-def _decisive(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    settings = config.get("settings")
-    kept = {name: settings.get(name) for name in _DECISIVE} if isinstance(settings, dict) else {}
-    return {**config, "settings": kept}
+
+def _record(step: OptimizerStep, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
+    outputs = [part.output for part in step.parts if part.output is not None]
+    return StepRecord(
+        step=step.number,
+        finished_at=time.time(),
+        seconds=time.monotonic() - step.started_at,
+        queue_seconds=queue_seconds,
+        datums=sum(len(part.batch) for part in step.parts),
+        tokens=sum(datum.model_input.length for part in step.parts for datum in part.batch),
+        learning_rate=step.params.learning_rate,
+        # The service's own output repeats the logprobs.
+        losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),
+        metrics={} if step.response is None else dict(step.response.metrics or {}),
+        evaluation={name: float(value) for name, value in evaluated.items() if not isinstance(value, str)},
+        samples={name: value for name, value in evaluated.items() if isinstance(value, str)},
+    )

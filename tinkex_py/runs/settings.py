@@ -9,12 +9,12 @@ from tinkex_py.errors import ConfigError
 Count = Annotated[int, Field(ge=1, strict=True)]
 Times = Annotated[int, Field(ge=0, strict=True)]
 
-# What may be watched: the loop knows these before it goes on.
-_WATCHABLE = ("loss/", "grad_norm/", "term/", "evaluation/")
+# Numbers that are known before the next step is sent.
+_MONITORED = ("loss/", "grad_norm/", "term/", "evaluation/")
 
 
 class Settings(BaseModel):
-    """Common to all: frozen, and a setting that does not exist is an error.
+    """Base of the settings: frozen, and an unknown setting is an error.
 
     Raises:
         ConfigError: naming the setting and the value.
@@ -30,14 +30,14 @@ class Settings(BaseModel):
 
 
 class EarlyStop(Settings):
-    """Ends a run whose number does not get better any more.
+    """Ends a run whose metric does not improve any more.
 
     Args:
         metric: one of the names of `tinkex_py.runs.scalars` that begin with `loss/`, `grad_norm/`, `term/` or
             `evaluation/`.
-        patience: measurements without a better one after which the run ends, >= 1.
+        patience: number of measurements without improvement after which the run ends, >= 1.
         better: whether lower or higher is better.
-        min_change: by how much a measurement must be better than the best before it, >= 0, to count.
+        min_change: smallest change that counts as an improvement, >= 0.
     """
 
     metric: str
@@ -46,27 +46,26 @@ class EarlyStop(Settings):
     min_change: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
-    def _can_be_watched(self) -> Self:
-        if not self.metric.startswith(_WATCHABLE):
-            raise ValueError(f"metric must begin with one of {', '.join(_WATCHABLE)}, got {self.metric!r}")
+    def _can_be_monitored(self) -> Self:
+        if not self.metric.startswith(_MONITORED):
+            raise ValueError(f"metric must begin with one of {', '.join(_MONITORED)}, got {self.metric!r}")
         return self
 
 
 class TrainSettings(Settings):
-    """How a run goes. All but `accumulate`, `seed` and `execution` may be changed when a run is resumed.
+    """Settings of a run. All but `accumulate` and `execution` may be changed when a run is resumed.
 
     Args:
-        steps: optimizer steps; None is until the batches end.
-        accumulate: batches whose gradients one optimizer step adds up; fewer where the batches end.
-        evaluate_every: optimizer steps between two evaluations; there is one after the last of `steps` too.
-        checkpoint_every: optimizer steps between two checkpoints; None is only at the start and at the end.
-        keep_checkpoints: how many of the last checkpoints the service keeps; older ones are deleted.
+        steps: optimizer steps; None trains until the batches end.
+        accumulate: batches whose gradients one optimizer step adds up; fewer at the end of the data.
+        evaluate_every: optimizer steps between two evaluations; the last of `steps` is always evaluated.
+        checkpoint_every: optimizer steps between two checkpoints; None saves only at the start and at the end.
+        keep_checkpoints: number of checkpoints that the service keeps; older ones are deleted.
         checkpoint_ttl: seconds after which the service may delete a checkpoint; None is never.
-        resends: how often what is missing of a failed optimizer step is sent again.
-        restarts: how often a run goes back to its last checkpoint before it gives up.
-        early_stop: ends the run early; None never does.
-        seed: of the run, for `run.json`; data and model get theirs where they are made.
-        execution: where the terms run, as `forward_backward_custom` takes it.
+        resends: how often the missing part of a failed optimizer step is sent again.
+        restarts: how often a run restarts from its last checkpoint before it fails.
+        early_stop: ends the run early; None disables it.
+        execution: where the terms run, as for `forward_backward_custom`.
     """
 
     steps: Count | None = None
@@ -78,12 +77,11 @@ class TrainSettings(Settings):
     resends: Times = 2
     restarts: Times = 2
     early_stop: EarlyStop | None = None
-    seed: int | None = None
     execution: Literal["client", "auto", "server"] = "client"
 
 
 def problems_of(error: ValidationError) -> str:
-    """What is wrong with some settings, in one line; each names the setting, and the value where it is plain."""
+    """Describes invalid settings in one line: the name of each, and its value if that is plain."""
     problems: list[str] = []
     for problem in error.errors(include_url=False):
         place = ".".join(map(str, problem["loc"]))
@@ -92,6 +90,6 @@ def problems_of(error: ValidationError) -> str:
             continue
         given = problem["input"]
         shown = f", got {given!r}" if isinstance(given, str | bool | int | float | None) else ""
-        told = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ") + shown
-        problems.append(f"{place}: {told}" if place else told)
+        text = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ") + shown
+        problems.append(f"{place}: {text}" if place else text)
     return "; ".join(problems)

@@ -1,67 +1,87 @@
-"""Hands the numbers of a run to its metric sinks, each in a thread of its own."""
+"""Metric sinks: receivers of a run's numbers beside its folder, each called in its own thread."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from tinkex_py import telemetry
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import RunInfo, RunStatus
-from tinkex_py.runs.sink import MetricSink
 from tinkex_py.threads import FileThread
 
 Call = Callable[[], None]
 
 
+@runtime_checkable
+class MetricSink(Protocol):
+    """Receives the numbers of one run. It is called in a thread, so it may block.
+
+    An exception does not interrupt the training: the sink is not called again, and one warning event reports it.
+    """
+
+    def start(self, run: RunInfo) -> None:
+        """The run starts or resumes; called once, before anything else."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of one optimizer step, under the names of `tinkex_py.runs.scalars`."""
+        ...
+
+    def finish(self, status: RunStatus) -> None:
+        """The run ended; nothing is logged after this."""
+        ...
+
+
 class Sinks:
-    """The sinks of one run. Calls are handed over at once and made in order; one that fails ends its sink.
+    """The sinks of one run. Calls are queued and made in order; a call that raises ends its sink.
 
     Use it with `async with`; leaving it waits until all calls are made.
 
     Args:
-        sinks: where the numbers go.
+        sinks: receivers of the numbers.
 
     Raises:
-        ConfigError: one of them is no sink.
+        ConfigError: one of them is not a sink.
     """
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         for sink in sinks:
             if not isinstance(sink, MetricSink):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ConfigError(f"sinks: a {type(sink).__name__} has no start, log and finish")
-        self._lines = [_Line(sink) for sink in sinks]
+        self._queues = [_SinkQueue(sink) for sink in sinks]
 
     def start(self, run: RunInfo) -> None:
-        """The run starts, or goes on."""
-        for line in self._lines:
-            line.put(lambda sink=line.sink: sink.start(run))
+        """The run starts or resumes."""
+        for queue in self._queues:
+            queue.put(lambda sink=queue.sink: sink.start(run))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of one optimizer step."""
-        for line in self._lines:
-            line.put(lambda sink=line.sink: sink.log(step, metrics))
+        """The numbers of one optimizer step."""
+        for queue in self._queues:
+            queue.put(lambda sink=queue.sink: sink.log(step, metrics))
 
-    def finish(self, status: RunStatus, *, at_once: bool = False) -> None:
-        """The run is over.
+    def finish(self, status: RunStatus, *, discard_waiting: bool = False) -> None:
+        """The run ended.
 
         Args:
             status: how it ended.
-            at_once: leave out the calls that still wait.
+            discard_waiting: drop the calls that still wait.
         """
-        for line in self._lines:
-            if at_once:
-                line.forget()
-            line.put(lambda sink=line.sink: sink.finish(status))
+        for queue in self._queues:
+            if discard_waiting:
+                queue.discard()
+            queue.put(lambda sink=queue.sink: sink.finish(status))
 
     async def __aenter__(self) -> "Sinks":
-        for line in self._lines:
-            line.open()
+        for queue in self._queues:
+            queue.open()
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        await asyncio.gather(*(line.aclose() for line in self._lines), return_exceptions=True)
+        await asyncio.gather(*(queue.aclose() for queue in self._queues), return_exceptions=True)
 
 
-class _Line:
+class _SinkQueue:
     """The calls that wait for one sink."""
 
     def __init__(self, sink: MetricSink) -> None:
@@ -72,8 +92,7 @@ class _Line:
     def put(self, call: Call) -> None:
         self._calls.put_nowait(call)
 
-    def forget(self) -> None:
-        """Leaves out the calls that wait."""
+    def discard(self) -> None:
         while not self._calls.empty():
             self._calls.get_nowait()
 
@@ -81,7 +100,7 @@ class _Line:
         self._worker = asyncio.create_task(self._work(), name="tinkex.sink")
 
     async def aclose(self) -> None:
-        """Waits for the calls; a cancelled caller waits only for the one in hand."""
+        """Waits for the calls; a cancelled caller waits only for the one that runs."""
         if self._worker is None:
             return
         self._calls.put_nowait(None)
@@ -95,7 +114,7 @@ class _Line:
             while (call := await self._calls.get()) is not None:
                 try:
                     await thread.run(call)
-                except Exception as error:  # noqa: BLE001  (the host's code must not break training)
+                except Exception as error:  # noqa: BLE001  (an exception of a sink must not interrupt the training)
                     name, reason = type(self.sink).__name__, type(error).__name__
                     telemetry.emit("tinkex.run.sink_failed", {}, {"sink": name, "reason": reason}, error)
                     return

@@ -31,10 +31,11 @@ async def train_job(
             make_pipeline(request.regularizers),
             folder=folder,
             optimizer=AdamParams(learning_rate=request.learning_rate),
-            settings=TrainSettings(steps=request.steps, checkpoint_every=None, seed=request.seed),
+            settings=TrainSettings(steps=request.steps, checkpoint_every=None),
+            config={"seed": request.seed},
             progress=view,
         )
-        await trained.training.aclose()  # another one than ours, if the run had to go back to a checkpoint
+        await trained.training.aclose()  # another one than ours, if the run restarted from a checkpoint
         return trained
 
 

@@ -1,1 +1,1 @@
-"""What several commands share: options, outcomes, running, tables."""
+"""Shared by several commands: options, how a command runs and ends, tables."""

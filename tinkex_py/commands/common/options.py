@@ -1,5 +1,7 @@
-"""Options that several commands have."""
+"""Options that several commands take."""
 
+import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,22 +11,32 @@ if TYPE_CHECKING:
 
 BaseUrl = Annotated[
     str | None,
-    typer.Option(help="where the service is; else TINKER_BASE_URL, else the hosted service", show_default=False),
+    typer.Option(help="URL of the service; default TINKER_BASE_URL, else the hosted service", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
-Limit = Annotated[int, typer.Option(min=0, help="at most so many; 0 for all")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object per line")]
+Limit = Annotated[int, typer.Option(min=0, help="maximum number of items; 0 lists all")]
 Host = Annotated[str, typer.Option(help="address to listen on")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 selects a free one")]
 
 
 def service_at(base_url: str | None) -> "AsyncServiceClient":
     """A client of a service; the key comes from the environment or the credentials file.
 
     Raises:
-        ConfigError: there is no key, or the address cannot be used.
+        ConfigError: there is no key, or the URL is not valid.
     """
     from tinkex_py.client.service import AsyncServiceClient
     from tinkex_py.config import TinkexConfig
 
-    # A command is not to wait for an hour until somebody has paid.
+    # A command must not block until a bill is paid.
     return AsyncServiceClient(TinkexConfig(base_url=base_url or "", billing_pause=0.0))
+
+
+def announcement(words: str, *, as_json: bool) -> Callable[[str], None]:
+    """Returns a function that prints the address on which a command listens.
+
+    Args:
+        words: printed before the address.
+        as_json: print `{"address": ...}` instead.
+    """
+    return lambda address: typer.echo(json.dumps({"address": address}) if as_json else f"{words} {address}")

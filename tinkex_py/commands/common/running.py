@@ -1,102 +1,102 @@
-"""Runs the asynchronous work of a command, and lets signals end it in good order."""
+"""How a command runs and ends: signals, exit codes, and one line per error."""
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Callable, Coroutine, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+
+import typer
+
+from tinkex_py.errors import ConfigError, InvalidData, MissingExtra, PipelineError, RegularizerError, TinkexError
 
 Result = TypeVar("Result")
 
-BOTH = (signal.SIGINT, signal.SIGTERM)
+FAILED = 1
+"""The service refused or failed, did not respond, or does not support it; or a term of a loss failed."""
+UNUSABLE = 2
+"""The input is not valid: an option, an address, a key, a file, a missing extra. Nothing was done."""
+STOPPED = 3
+"""A signal stopped `train`; its checkpoint can be resumed."""
+INTERRUPTED = 130
+"""The user interrupted it: SIGINT, SIGTERM, or "no" to a question."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs work on a loop of its own; SIGTERM ends it as orderly as SIGINT.
-
-    Raises:
-        KeyboardInterrupt: one of both came.
-    """
-    return asyncio.run(_ended_by_sigterm(work))
-
-
-def run_until_signalled(work: Coroutine[Any, Any, None]) -> None:
-    """Runs work that ends only when SIGINT or SIGTERM cancels it, which is success."""
-    asyncio.run(_ended_by_signals(work))
-
-
-def run_stoppable(
-    work: Callable[[asyncio.Event], Coroutine[Any, Any, Result]], on_stop: Callable[[], object]
-) -> tuple[Result, bool]:
-    """Runs work that ends soon after an event is set.
-
-    The first SIGINT or SIGTERM sets the event, a second one cancels the work.
-
-    Args:
-        work: gets the event.
-        on_stop: called at the first signal.
-
-    Returns:
-        What the work gave, and whether there was a signal.
-
-    Raises:
-        asyncio.CancelledError: there was a second signal.
-    """
-    return asyncio.run(_stopped_by_signals(work, on_stop))
-
-
-async def _ended_by_sigterm(work: Coroutine[Any, Any, Result]) -> Result:
-    task = asyncio.current_task()
-    assert task is not None
-    terminated = asyncio.Event()
-
-    def terminate() -> None:
-        terminated.set()
-        task.cancel()
-
-    with _heard((signal.SIGTERM,), terminate):
-        try:
-            return await work
-        except asyncio.CancelledError:
-            if terminated.is_set():
-                raise KeyboardInterrupt from None
-            raise
-
-
-async def _ended_by_signals(work: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.create_task(work)
-    with _heard(BOTH, task.cancel), contextlib.suppress(asyncio.CancelledError):
-        await task
-
-
-async def _stopped_by_signals(
-    work: Callable[[asyncio.Event], Coroutine[Any, Any, Result]], on_stop: Callable[[], object]
-) -> tuple[Result, bool]:
-    stop = asyncio.Event()
-    task = asyncio.create_task(work(stop))
-
-    def heard() -> None:
-        if stop.is_set():
-            task.cancel()
-        else:
-            stop.set()
-            on_stop()
-
-    with _heard(BOTH, heard):
-        return await task, stop.is_set()
+def exit_code(error: Exception) -> int:
+    """The exit code of an error."""
+    if isinstance(error, RegularizerError):
+        return FAILED
+    unusable = ConfigError | InvalidData | MissingExtra | PipelineError
+    return FAILED if isinstance(error, TinkexError) and not isinstance(error, unusable) else UNUSABLE
 
 
 @contextmanager
-def _heard(signals: tuple[signal.Signals, ...], handler: Callable[[], object]) -> Generator[None]:
-    loop = asyncio.get_running_loop()
-    for number in signals:
-        # Windows has no signal handlers on its loops; there Ctrl-C cancels the main task.
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, handler)
+def one_line_errors(command: str, *, extra: str = "cli") -> Generator[None]:
+    """Turns errors into one line on stderr and an exit code.
+
+    Args:
+        command: name of the command, which begins the line.
+        extra: what to install if a library is missing.
+
+    Raises:
+        Exit: of typer, with the code.
+    """
     try:
         yield
+    except BrokenPipeError:
+        raise  # typer exits silently when the reader of stdout is gone
+    except ModuleNotFoundError as error:
+        _end(command, MissingExtra(str(error.name).partition(".")[0], extra))
+    except (TinkexError, OSError) as error:
+        _end(command, error)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _end(command: str, error: Exception) -> None:
+    typer.echo(f"tinkex-py {command}: {' '.join(str(error).splitlines())}", err=True)
+    raise typer.Exit(exit_code(error)) from None
+
+
+def run(work: Coroutine[Any, Any, Result], *, on_first_signal: Callable[[], object] | None = None) -> Result:
+    """Runs work on a new event loop. SIGINT and SIGTERM cancel it.
+
+    Args:
+        work: what to run.
+        on_first_signal: called by the first signal, which then does not cancel the work.
+
+    Raises:
+        KeyboardInterrupt: a signal cancelled the work.
+    """
+    return asyncio.run(_with_signals(work, on_first_signal))
+
+
+async def _with_signals(work: Coroutine[Any, Any, Result], on_first_signal: Callable[[], object] | None) -> Result:
+    task = asyncio.create_task(work)
+    pending = [] if on_first_signal is None else [on_first_signal]
+    cancelled = asyncio.Event()
+
+    def handle() -> None:
+        if pending:
+            pending.pop()()
+        else:
+            cancelled.set()
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    # Windows has no signal handlers on its loops; there Ctrl-C cancels this coroutine.
+    with suppress(NotImplementedError):
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, handle)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if cancelled.is_set():
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        for number in signals:
-            with contextlib.suppress(NotImplementedError):
+        with suppress(NotImplementedError):
+            for number in _SIGNALS:
                 loop.remove_signal_handler(number)

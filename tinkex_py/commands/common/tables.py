@@ -1,19 +1,68 @@
-"""Tables for people: nothing is cut off, and nothing that a service says can steer the terminal."""
+"""Tables and listings. Nothing is truncated, and nothing that a service sends can control the terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import typer
 
-# Where nobody looks, such as in a pipe, rows are not folded.
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+Item = TypeVar("Item", bound="BaseModel")
+
+PAGE_SIZE = 100
+"""Items per request."""
+# Rows in a pipe are not folded.
 _WIDE = 400
 
 
+async def show_listing(
+    items: AsyncGenerator[Item, None],
+    columns: Sequence[str],
+    row: Callable[[Item], Sequence[object]],
+    *,
+    limit: int,
+    as_json: bool,
+    nothing: str,
+) -> None:
+    """Prints items as they arrive, one line of JSON each, or all of them as a table.
+
+    Args:
+        items: closed at the end.
+        columns: titles of the table's columns.
+        row: the cells of one item.
+        limit: maximum number of items; 0 for all.
+        as_json: print lines of JSON.
+        nothing: printed if there is no item.
+    """
+    rows: list[Sequence[object]] = []
+    count, more = 0, False
+    async with aclosing(items) as found:
+        async for item in found:
+            if limit and count == limit:
+                more = True
+                break
+            count += 1
+            if as_json:
+                typer.echo(item.model_dump_json())
+            else:
+                rows.append(row(item))
+    if rows:
+        show_table(columns, rows)
+    elif not as_json:
+        typer.echo(nothing, err=True)
+    if more:
+        typer.echo(f"there are more than {limit}: --limit 0 lists all", err=True)
+
+
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; a value that is None is an empty cell."""
+    """Prints a table; None is an empty cell."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -22,14 +71,16 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     console().print(table)
 
 
-def console() -> Console:
-    """What a command prints to."""
+def console() -> "Console":
+    """The console of stdout."""
+    from rich.console import Console
+
     made = Console()
     return made if made.is_terminal else Console(width=_WIDE)
 
 
 def cell_text(value: Any) -> str:
-    """A value as one line."""
+    """A value as one line of printable characters."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -40,7 +91,7 @@ def cell_text(value: Any) -> str:
 
 
 def size_text(count: int | None) -> str | None:
-    """Bytes in the largest unit that leaves at least one."""
+    """A number of bytes in the largest unit that gives at least 1."""
     if count is None:
         return None
     size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]

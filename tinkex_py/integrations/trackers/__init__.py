@@ -1,6 +1,6 @@
 """Metric sinks: the numbers of a run go to files and experiment trackers while it trains.
 
-Each is a `tinkex_py.runs.sink.MetricSink`. Importing this loads none of the trackers; making a sink does.
+Each is a `tinkex_py.runs.MetricSink`. Importing this loads none of the trackers; making a sink does.
 """
 
 from tinkex_py.integrations.trackers.jsonl import JsonlSink

@@ -1,1 +1,0 @@
-"""What commands do that is more than a call of the library; imported when the command is called."""

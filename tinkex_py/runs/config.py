@@ -1,0 +1,297 @@
+"""A run described by a YAML file: the content of the file, and the loss and optimizer that it names."""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from tinkex_py.errors import ConfigError
+from tinkex_py.runs.settings import TrainSettings, problems_of
+from tinkex_py.types import AdamParams
+
+if TYPE_CHECKING:
+    from tinkex_py.losses import Pipeline, RegularizerSpec
+    from tinkex_py.losses.weights import Schedule, Weight
+    from tinkex_py.runs.plan import Optimizer
+
+_SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
+_CONTROLLERS = ("AdaptiveKL", "TargetGradientRatio", "GradNormBalance")
+
+
+class Section(BaseModel):
+    """A part of the file; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """The data.
+
+    Attributes:
+        path: JSON Lines file of `{"prompt": ..., "answer": ...}`, relative to the configuration file; only the answers
+            have weight.
+        batch_size: datums per batch.
+        reference_logprobs: put the base model's logprobs into the field `reference_logprobs` of every datum.
+        held_out: another such file; the mean negative log-likelihood of its answers is the evaluation `held_out_nll`.
+        samples: number of prompts of `held_out` that the model answers at each evaluation.
+    """
+
+    path: Path
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    reference_logprobs: bool = False
+    held_out: Path | None = None
+    samples: Annotated[int, Field(ge=0)] = 0
+
+
+class TermSection(Section):
+    """A term.
+
+    Attributes:
+        term: class name of a ready-made term, such as `NLL`, or `module:name` of a custom one.
+        options: its settings.
+    """
+
+    term: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RegularizerSection(TermSection):
+    """A regularizer; further keys are fields of `RegularizerSpec`, such as `name` and `timeout`.
+
+    Attributes:
+        weight: a number; or `{schedule: Linear, ...}` or `{controller: AdaptiveKL, ...}` with its settings.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    weight: float | dict[str, Any]
+
+
+class LossSection(Section):
+    """The loss: `base + sum(weight * regularizer)`.
+
+    Attributes:
+        base: the base loss.
+        regularizers: the other terms.
+        track_grad_norms: compute gradient norms.
+        combine: how the gradients are combined, see `Pipeline`.
+    """
+
+    base: TermSection = TermSection(term="NLL", options={"reduction": "token-mean"})
+    regularizers: tuple[RegularizerSection, ...] = ()
+    track_grad_norms: bool = False
+    combine: Literal["sum", "pcgrad"] = "sum"
+
+
+class OptimizerSection(Section):
+    """AdamW; further keys are fields of `AdamParams`.
+
+    Attributes:
+        learning_rate: a number, or `{schedule: Linear, ...}`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    learning_rate: float | dict[str, Any] = 1e-4
+
+
+class LoraSection(Section):
+    """The adapters; the fields of `LoraConfig`."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class TrainConfig(Section):
+    """A configuration file.
+
+    Attributes:
+        model: name of the base model; for the embedded service "tiny", "smollm2" or a local folder.
+        data: the training data.
+        base_url: a service; the key is TINKER_API_KEY. None selects the embedded service, which keeps its checkpoints
+            in the run's folder.
+        lora: the adapters.
+        loss: the loss.
+        optimizer: the optimizer.
+        training: settings of the run, the fields of `TrainSettings`.
+        seed: of the adapters and of the order of the data.
+    """
+
+    model: str
+    data: DataSection
+    base_url: str | None = None
+    lora: LoraSection = LoraSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainSettings = TrainSettings()
+    seed: int | None = None
+
+    def decisive(self) -> dict[str, JsonValue]:
+        """What else decides the numbers: model, adapters, seed, and the content of the data.
+
+        Raises:
+            ConfigError: the data cannot be read.
+        """
+        fields = self.model_dump(mode="json", include={"model", "lora", "data", "seed"})
+        # The location of the files and the evaluation may change.
+        for name in ("path", "held_out", "samples"):
+            del fields["data"][name]
+        try:
+            fields["data"]["sha256"] = hashlib.sha256(self.data.path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"{self.data.path} cannot be read: {error.strerror}") from error
+        return fields
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Reads a configuration file; its paths become relative to the working folder.
+
+    Raises:
+        ConfigError: naming the file and the invalid key.
+    """
+    import yaml
+
+    try:
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        config = TrainConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {problems_of(error)}") from None
+    data = config.data
+    found = {"path": path.parent / data.path, "held_out": data.held_out and path.parent / data.held_out}
+    return config.model_copy(update={"data": data.model_copy(update=found)})
+
+
+def pipeline_of(loss: LossSection) -> "Pipeline":
+    """The loss of a configuration.
+
+    Raises:
+        ConfigError: naming the invalid part.
+    """
+    from tinkex_py.losses import Pipeline
+
+    base, options = _term(loss.base, "loss.base")
+    if options:
+        raise ConfigError(f"loss.base: {loss.base.term} is a function; a base loss that is a function takes no options")
+    specs = [_regularizer(section, f"loss.regularizers.{at}") for at, section in enumerate(loss.regularizers)]
+    return Pipeline(base, specs, track_grad_norms=loss.track_grad_norms, combine=loss.combine)
+
+
+def _regularizer(section: RegularizerSection, where: str) -> "RegularizerSpec":
+    from tinkex_py.losses import RegularizerSpec
+
+    fn, options = _term(section, where)
+    weight = _weight(section.weight, f"{where}.weight")
+    fields = {"fn": fn, "weight": weight, "options": options, **(section.model_extra or {})}
+    return _made(RegularizerSpec, fields, where)
+
+
+def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
+    """The term, and those options that its constructor did not take."""
+    from tinkex_py import base_losses, regularizers
+
+    if ":" in section.term:
+        found = named_object(section.term, f"{where}.term")
+        if not isinstance(found, type):
+            return found, section.options
+        return _made(found, section.options, where), {}
+    for module in (base_losses, regularizers):
+        if section.term in dir(module):
+            return _made(getattr(module, section.term), section.options, where), {}
+    names = ", ".join([*dir(base_losses), *dir(regularizers)])
+    raise ConfigError(f"{where}.term: there is no {section.term!r}; there are {names}, and module:name")
+
+
+def optimizer_of(section: OptimizerSection) -> "Optimizer":
+    """The optimizer of a configuration.
+
+    Raises:
+        ConfigError: naming the invalid setting.
+    """
+    rate, settings = section.learning_rate, section.model_extra or {}
+    if not isinstance(rate, dict):
+        return _made(AdamParams, {"learning_rate": rate, **settings}, "optimizer")
+    return ScheduledAdam(_made(AdamParams, settings, "optimizer"), _schedule(rate, "optimizer.learning_rate"))
+
+
+def _weight(given: float | dict[str, Any], where: str) -> "Weight":
+    from tinkex_py.losses import controllers
+
+    if not isinstance(given, dict):
+        return given
+    if "controller" in given:
+        return _chosen(given, "controller", controllers, _CONTROLLERS, where)
+    return _schedule(given, where)
+
+
+def _schedule(given: Mapping[str, Any], where: str) -> "Schedule":
+    from tinkex_py.losses import schedules
+
+    settings = dict(given)
+    if isinstance(settings.get("then"), dict):  # the schedule after a warm-up
+        settings["then"] = _schedule(settings["then"], f"{where}.then")
+    return _chosen(settings, "schedule", schedules, _SCHEDULES, where)
+
+
+def _chosen(given: Mapping[str, Any], key: str, module: object, names: tuple[str, ...], where: str) -> Any:
+    name = given.get(key)
+    if name not in names:
+        raise ConfigError(f"{where}: {key} must be one of {', '.join(names)}, got {name!r}")
+    settings = {setting: value for setting, value in given.items() if setting != key}
+    return _made(getattr(module, str(name)), settings, where)
+
+
+def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
+    try:
+        return kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {kind.__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ScheduledAdam:
+    """AdamW whose learning rate depends on the step.
+
+    Args:
+        params: all other settings.
+        learning_rate: called with the number of steps made before.
+    """
+
+    params: AdamParams
+    learning_rate: "Schedule"
+
+    def __call__(self, step: int) -> AdamParams:
+        """The settings of one step."""
+        return self.params.model_copy(update={"learning_rate": self.learning_rate(step)})
+
+
+def named_object(reference: str, where: str) -> object:
+    """Imports `module:name`; modules of the working folder are found too.
+
+    Args:
+        reference: the name.
+        where: the option or setting that holds it, for the error.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module, _, name = reference.partition(":")
+    if not module or not name:
+        raise ConfigError(f"{where} must be MODULE:NAME, got {reference!r}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}: {reference!r} cannot be imported: {error}") from error

@@ -1,0 +1,171 @@
+"""What a run is to do, and its description in plain JSON, which a resumed run is compared with."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import JsonValue
+
+from tinkex_py.client.service import AsyncServiceClient
+from tinkex_py.client.training import AsyncTrainingClient
+from tinkex_py.errors import ConfigError
+from tinkex_py.runs.records import flattened
+from tinkex_py.runs.settings import TrainSettings
+from tinkex_py.types import AdamParams, OptimizerParams
+from tinkex_py.version import __version__
+
+if TYPE_CHECKING:
+    from tinkex_py.losses.pipeline import Pipeline
+
+Model = AsyncTrainingClient | Callable[[], Awaitable[AsyncTrainingClient]]
+Optimizer = AdamParams | OptimizerParams | Callable[[int], AdamParams | OptimizerParams]
+Evaluate = Callable[[AsyncTrainingClient, int], Awaitable[Mapping[str, float | str]]]
+
+# The settings that decide the numbers of a run.
+_DECISIVE = ("accumulate", "execution")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arguments of `train` that describe a run.
+
+    Attributes:
+        service: where the model is trained.
+        model: the model of a new run, or a function that creates it.
+        pipeline: the loss.
+        optimizer: its settings, or a function from the number of steps made before to its settings.
+        settings: of the run.
+        config: other values that decide the numbers.
+        evaluate: the evaluation hook.
+    """
+
+    service: AsyncServiceClient
+    model: Model
+    pipeline: "Pipeline"
+    optimizer: Optimizer
+    settings: TrainSettings
+    config: Mapping[str, JsonValue]
+    evaluate: Evaluate | None
+
+    def described(self) -> dict[str, JsonValue]:
+        """The `config` of `run.json`.
+
+        Raises:
+            ConfigError: `config` is not JSON.
+        """
+        optimizer = self.optimizer
+        fields = {
+            "config": dict(self.config),
+            "settings": self.settings.model_dump(),
+            "optimizer": _code_name(optimizer) if callable(optimizer) else optimizer.on_the_wire(),
+            "pipeline": _pipeline_description(self.pipeline),
+        }
+        try:
+            return json.loads(json.dumps(fields))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config must be plain JSON values, for run.json: {error}") from None
+
+    def optimizer_params(self, made: int) -> AdamParams | OptimizerParams:
+        """The optimizer's settings after `made` steps."""
+        return self.optimizer(made) if callable(self.optimizer) else self.optimizer
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the hook runs after this step."""
+        due = step % self.settings.evaluate_every == 0 or step == self.settings.steps
+        return self.evaluate is not None and due
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is saved after this step."""
+        every = self.settings.checkpoint_every
+        return every is not None and step % every == 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and torch."""
+    return {
+        "python": platform.python_version(),
+        "tinkex_py": __version__,
+        "torch": importlib.metadata.version("torch"),
+    }
+
+
+def check_same(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], folder: object) -> None:
+    """Refuses to resume a run with settings that would give other numbers.
+
+    Args:
+        before: the `config` of `run.json`.
+        now: what it would be.
+        folder: of the run, for the error.
+
+    Raises:
+        ConfigError: naming each setting with both values.
+    """
+    old, new = flattened(_decisive(before)), flattened(_decisive(now))
+    differences = [
+        f"{name} was {_shown(old, name)} and is {_shown(new, name)}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+    ]
+    if differences:
+        raise ConfigError(
+            f"the run in {folder} was started with other settings: {'; '.join(differences)}. Resume it with the same "
+            "settings, or use another folder"
+        )
+
+
+_ABSENT = object()
+
+
+def _decisive(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    settings = config.get("settings")
+    kept = {name: settings.get(name) for name in _DECISIVE} if isinstance(settings, dict) else {}
+    return {**config, "settings": kept}
+
+
+def _shown(values: Mapping[str, JsonValue], name: str) -> str:
+    return repr(values[name]) if name in values else "not set"
+
+
+def _pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
+    """The terms of a pipeline, their settings and weights, and its options."""
+    from tinkex_py.losses.recording import term_fields
+
+    regularizers: dict[str, JsonValue] = {
+        spec.name: {
+            **term_fields(spec.fn),
+            "weight": _weight_description(spec.weight),
+            "options": {name: _plain(value) for name, value in spec.options.items()},
+            "enabled": spec.enabled,
+        }
+        for spec in pipeline.regularizers
+    }
+    options = pipeline.options
+    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": options}
+
+
+def _weight_description(weight: object) -> JsonValue:
+    from tinkex_py.losses.weights import WeightController
+
+    if isinstance(weight, WeightController):
+        settings = {name: _plain(value) for name, value in vars(weight).items() if not name.startswith("_")}
+        return {"controller": _code_name(type(weight)), **settings}
+    return _plain(weight)
+
+
+def _plain(value: object) -> JsonValue:
+    """The value if it is JSON, else a name that is the same in every process."""
+    from tinkex_py.losses.recording import is_plain
+
+    if is_plain(value):
+        return cast("JsonValue", value)
+    return repr(value) if isinstance(value, float) else _code_name(value)
+
+
+def _code_name(code: object) -> str:
+    if is_dataclass(code) and not isinstance(code, type):
+        return repr(code)
+    named: Any = code if hasattr(code, "__qualname__") else cast("object", type(code))
+    return f"{named.__module__}:{named.__qualname__}"
