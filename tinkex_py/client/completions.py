@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from tinkex_py.client.session import Session
+from tinkex_py.client.session import ClientSession
 from tinkex_py.errors import APIStatusError, ClientClosed, InvalidResponse, TinkexError
 from tinkex_py.transport.api import PollPace, is_retryable_status
 from tinkex_py.transport.decoding import fields_of
@@ -27,7 +27,7 @@ class SampleCompletions:
         sampling_session_id: the service's handle of the model.
     """
 
-    def __init__(self, session: Session, sampling_session_id: str) -> None:
+    def __init__(self, session: ClientSession, sampling_session_id: str) -> None:
         self._session = session
         self._target = {
             "type": "sampling_session",

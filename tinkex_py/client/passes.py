@@ -10,7 +10,7 @@ from tinkex_py.client.accumulation import Accumulation, GradientCall
 from tinkex_py.client.batches import check_finite, merge_outputs
 from tinkex_py.client.ordering import Ordering
 from tinkex_py.client.queue_state import QueueWatch
-from tinkex_py.client.session import Session
+from tinkex_py.client.session import ClientSession
 from tinkex_py.errors import (
     APIStatusError,
     InvalidResponse,
@@ -46,7 +46,7 @@ class Model:
         queue: what the service says about its queue.
     """
 
-    session: Session
+    session: ClientSession
     model_id: str
     ordering: Ordering
     accumulation: Accumulation
@@ -318,7 +318,7 @@ class GradientPass(Pass):
         return result.output(forward_only=False)
 
 
-async def off_loop_if(large: bool, session: Session, work: Callable[[], Value]) -> Value:
+async def off_loop_if(large: bool, session: ClientSession, work: Callable[[], Value]) -> Value:
     """Runs work in a worker thread if it is large, else here."""
     return await session.workers.compute("encode", work) if large else work()
 

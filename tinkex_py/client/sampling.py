@@ -15,7 +15,7 @@ from tinkex_py.client.sample_request import (
     params_as_json,
     with_the_first_score,
 )
-from tinkex_py.client.session import Session
+from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.unsupported import reported_as_unsupported
 from tinkex_py.errors import ClientClosed, RateLimited, ResultLost, UnsupportedFeature
@@ -43,7 +43,7 @@ class AsyncSamplingClient:
         sampling_session_id: the service's handle of the model.
     """
 
-    def __init__(self, session: Session, sampling_session_id: str) -> None:
+    def __init__(self, session: ClientSession, sampling_session_id: str) -> None:
         self.sampling_session_id = sampling_session_id
         self._session = session
         self._numbers = itertools.count()
@@ -185,7 +185,7 @@ class AsyncSamplingClient:
 
 
 async def new_sampling_client(
-    session: Session, *, base_model: str | None = None, model_path: str | None = None
+    session: ClientSession, *, base_model: str | None = None, model_path: str | None = None
 ) -> AsyncSamplingClient:
     """Opens a sampling session for a base model or a checkpoint.
 

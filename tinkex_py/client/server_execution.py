@@ -10,7 +10,7 @@ from tinkex_py.client.batches import check_data, check_targets, checked_chunks
 from tinkex_py.client.custom_step import CustomStep
 from tinkex_py.client.ordering import Turn
 from tinkex_py.client.passes import GradientPass, Model
-from tinkex_py.client.session import Session
+from tinkex_py.client.session import ClientSession
 from tinkex_py.errors import InvalidData, PipelineError, UnsupportedFeature
 from tinkex_py.transport.encoding import LossConfig
 from tinkex_py.types import Datum
@@ -61,7 +61,7 @@ async def run_on_service(
     return output
 
 
-async def _server_step(step: CustomStep, session: Session, data: Sequence[Datum]) -> ServerStep | None:
+async def _server_step(step: CustomStep, session: ClientSession, data: Sequence[Datum]) -> ServerStep | None:
     """Prepares a step for the service, or says why it runs on the client: an event with "auto", else an error.
 
     Raises:
@@ -80,7 +80,7 @@ async def _server_step(step: CustomStep, session: Session, data: Sequence[Datum]
         return None
 
 
-async def _prepared(step: CustomStep, session: Session, data: Sequence[Datum]) -> ServerStep:
+async def _prepared(step: CustomStep, session: ClientSession, data: Sequence[Datum]) -> ServerStep:
     from tinkex_py.losses.tracing import trace_pipeline
 
     if not session.config.custom_loss_server_side:

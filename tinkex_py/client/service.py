@@ -20,7 +20,7 @@ from tinkex_py.client.model_settings import (
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
-from tinkex_py.client.session import Session
+from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.surrogate import SUMMED
 from tinkex_py.client.training import AsyncTrainingClient
@@ -91,7 +91,7 @@ class AsyncServiceClient:
         self._workers = WorkerPool(settings.max_threads)
         # The embedded service sums, as the protocol says; other services have to show it.
         surrogate = None if embedded is None else SUMMED
-        self._session = Session(settings, self._api, self._workers, surrogate=surrogate)
+        self._session = ClientSession(settings, self._api, self._workers, surrogate=surrogate)
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finalizer: weakref.finalize[..., AsyncServiceClient] | None = None
@@ -333,7 +333,7 @@ class AsyncServiceClient:
 
     # Opening and closing
 
-    async def _connected(self) -> Session:
+    async def _connected(self) -> ClientSession:
         self._check_usable()
         async with self._opening:
             if not self._has_session:

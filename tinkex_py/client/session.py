@@ -41,7 +41,7 @@ _HEARTBEAT_TIMEOUT = 10.0
 _CREATE = "/api/v1/create_session"
 
 
-class Session:
+class ClientSession:
     """One session with a service.
 
     Args:

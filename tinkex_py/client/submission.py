@@ -100,7 +100,7 @@ class NumberedRequest:
         return await json_result(self._api, one.request_id, self._request_type, self._queue)
 
 
-class OptimizerStep(NumberedRequest):
+class OptimizerRequest(NumberedRequest):
     """An optim_step: it uses up the gradients, unless the service refuses or fails it.
 
     Args:

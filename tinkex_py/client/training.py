@@ -12,8 +12,8 @@ from tinkex_py.client.passes import GradientPass, Model, Pass
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import run_on_service
-from tinkex_py.client.session import Session
-from tinkex_py.client.submission import NumberedRequest, OptimizerStep
+from tinkex_py.client.session import ClientSession
+from tinkex_py.client.submission import NumberedRequest, OptimizerRequest
 from tinkex_py.client.unsupported import reported_as_unsupported, was_not_counted
 from tinkex_py.errors import (
     ClientClosed,
@@ -60,7 +60,7 @@ class AsyncTrainingClient:
     """
 
     def __init__(
-        self, session: Session, model_id: str, *, load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]"
+        self, session: ClientSession, model_id: str, *, load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]"
     ) -> None:
         self.model_id = model_id
         self._session = session
@@ -203,7 +203,7 @@ class AsyncTrainingClient:
                 raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
             body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
-            step = OptimizerStep(self._session.api, self.model_id, body, self._queue, self._accumulation)
+            step = OptimizerRequest(self._session.api, self.model_id, body, self._queue, self._accumulation)
             return OptimStepResponse.read(await turn.send(step))
 
     async def load_state(

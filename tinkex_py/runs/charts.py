@@ -25,7 +25,7 @@ Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Curves:
+class RunCurves:
     """The numbers of one run.
 
     Attributes:
@@ -102,7 +102,7 @@ CHARTS = {
 _LABELS = {"loss/base": "base loss", "grad_norm/base_loss": "base loss", "time/queue": "in the queue"}
 
 
-def draw(chart: Chart, runs: Mapping[str, Curves], size: Size) -> bytes | None:
+def draw(chart: Chart, runs: Mapping[str, RunCurves], size: Size) -> bytes | None:
     """A chart as PNG; None if no run has data for it.
 
     Of one run, all curves share a panel. Of several runs, each curve has a panel, in which the runs are compared. All
@@ -165,7 +165,7 @@ def smoothed(values: Numbers) -> Numbers:
     return np.divide(sums[after] - sums[before], count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def _names(chart: Chart, runs: Mapping[str, Curves]) -> list[str]:
+def _names(chart: Chart, runs: Mapping[str, RunCurves]) -> list[str]:
     """The curves of a chart, in the order of the patterns."""
     known = dict.fromkeys(name for run in runs.values() for name in run.values if np.isfinite(run.values[name]).any())
     return [name for pattern in chart.names for name in known if _matches(name, *pattern.partition("*"))]
@@ -179,7 +179,7 @@ def _matches(name: str, before: str, star: str, after: str) -> bool:
 
 
 def _draw_curves(
-    axes: Any, chart: Chart, name: str, runs: Mapping[str, Curves], names: Sequence[str]
+    axes: Any, chart: Chart, name: str, runs: Mapping[str, RunCurves], names: Sequence[str]
 ) -> dict[str, Any]:
     """Draws one curve of every run. Returns the lines of the legend by their labels."""
     lines: dict[str, Any] = {}

@@ -6,13 +6,12 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from pydantic import BaseModel, ValidationError
 
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
-from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput, SamplingParams, Tokenizer
+from tinkex_py.types import Datum, Encoder, ForwardBackwardOutput, ModelInput, SamplingParams, Tokenizer
 
 CHAT_START = "<|im_start|>"
 
@@ -22,14 +21,6 @@ class Pair(BaseModel):
 
     prompt: str
     answer: str
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer that is used here."""
-
-    def encode(self, text: str, /) -> list[int]:
-        """Token ids of a text."""
-        ...
 
 
 def read_pairs(path: Path) -> list[Pair]:

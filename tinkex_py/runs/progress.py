@@ -71,7 +71,7 @@ class ProgressLines:
 
     def finish(self, run: RunInfo) -> None:
         """See ProgressView."""
-        self._write(f"{run.name}: {outcome(run)}")
+        self._write(f"{run.name}: {run.outcome}")
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -104,7 +104,7 @@ class ProgressBar:
 
     def finish(self, run: RunInfo) -> None:
         """See ProgressView."""
-        self._bar.set_description(outcome(run))
+        self._bar.set_description(run.outcome)
         self._bar.close()
 
 
@@ -136,11 +136,6 @@ def summary(record: StepRecord) -> str:
     numbers = scalars(record)
     shown = {"loss": numbers["loss/total"], "base": numbers["loss/base"], **record.evaluation}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-
-
-def outcome(run: RunInfo) -> str:
-    """How a run ended."""
-    return run.status if run.reason is None else f"{run.status}: {run.reason}"
 
 
 def _in_notebook() -> bool:

@@ -47,6 +47,11 @@ class RunInfo(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int | None = None
 
+    @property
+    def outcome(self) -> str:
+        """The status, and its reason if there is one."""
+        return self.status if self.reason is None else f"{self.status}: {self.reason}"
+
     def _repr_html_(self) -> str:
         from tinkex_py.html_table import html_facts
 

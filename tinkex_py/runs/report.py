@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.charts import CHARTS, NARROW, PALETTE, WIDE, Curves, draw
+from tinkex_py.runs.charts import CHARTS, NARROW, PALETTE, WIDE, RunCurves, draw
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import RunStatus, flattened, scalars
 
@@ -108,7 +108,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     return Report(page=out / PAGE_FILE, charts=charts, runs=runs, differing_settings=differing)
 
 
-def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, Curves, dict[str, JsonValue]]]:
+def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
     """Summary, numbers and settings of each run; a folder that is named twice is read once."""
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not places:
@@ -124,7 +124,7 @@ def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, Curves, dict[
     return [_load_one(place, "/".join(place.parts[-depth:])) for place in places]
 
 
-def _load_one(folder: Path, label: str) -> tuple[RunSummary, Curves, dict[str, JsonValue]]:
+def _load_one(folder: Path, label: str) -> tuple[RunSummary, RunCurves, dict[str, JsonValue]]:
     info, records = read_run(folder), read_steps(folder)
     rows = [scalars(record) for record in records]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -142,7 +142,7 @@ def _load_one(folder: Path, label: str) -> tuple[RunSummary, Curves, dict[str, J
         non_finite=Counter(name for row in rows for name, value in row.items() if not math.isfinite(value)),
         **info.model_dump(include={"model", "status", "reason", "total_steps", "started_at", "seed", "versions"}),
     )
-    return summary, Curves(np.array([float(record.step) for record in records]), finite), flattened(info.config)
+    return summary, RunCurves(np.array([float(record.step) for record in records]), finite), flattened(info.config)
 
 
 def _by_setting(runs: Mapping[str, Mapping[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:

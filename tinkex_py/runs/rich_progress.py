@@ -5,7 +5,6 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinkex_py.runs.progress import outcome
 from tinkex_py.runs.records import RunInfo, StepRecord, scalars
 
 
@@ -48,7 +47,7 @@ class RichProgress:
 
     def finish(self, run: RunInfo) -> None:
         """See ProgressView."""
-        self._progress.update(self._task, description=outcome(run))
+        self._progress.update(self._task, description=run.outcome)
         self._live.stop()
         self._console.print()
 

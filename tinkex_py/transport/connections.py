@@ -78,7 +78,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         except BaseException:
             self._discard(connection)
             raise
-        body = _Body(response, functools.partial(self._give_back, connection))
+        body = _ResponseBody(response, functools.partial(self._give_back, connection))
         return httpx.Response(response.status, headers=response.headers, stream=body)
 
     async def aclose(self) -> None:
@@ -178,7 +178,7 @@ class _Connection:
             await self._network.aclose()
 
 
-class _Body(httpx.AsyncByteStream):
+class _ResponseBody(httpx.AsyncByteStream):
     """The body of a response; closing it gives the connection back."""
 
     def __init__(self, response: httpcore.Response, give_back: Callable[[], None]) -> None:

@@ -26,8 +26,7 @@ EncodingName = Literal["protobuf", "json"]
 
 _BACKWARD_PATH = "/api/v1/forward_backward"
 _FORWARD_PATH = "/api/v1/forward"
-# ForwardBackwardRequest.data: field 3, length-delimited.
-_DATA_TAG = bytes([3 << 3 | 2])
+_DATA_TAG = bytes([3 << 3 | 2])  # ForwardBackwardRequest.data: field 3, length-delimited
 _TOKEN_BYTES = 4
 _TARGET_BYTES = 8
 _WEIGHT_BYTES = 4
@@ -63,7 +62,7 @@ class EncodedBatch:
         return sum(self.weights_bytes) // _WEIGHT_BYTES
 
     def laid_out(self) -> "EncodedBatch":
-        """Itself; see `PlannedBatch`."""
+        """Itself, as `PlannedBatch.laid_out`."""
         return self
 
     def write_weights(self, packed: Array) -> None:
