@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,8 +22,8 @@ from tinkex_py.local import (
     routes_training,
 )
 from tinkex_py.local.core import Refused
-from tinkex_py.local.guards import Contained, RequireKey
 from tinkex_py.local.http import AnyTextResponse
+from tinkex_py.local.middleware import ErrorBoundary, ReadBody, RequireKey
 from tinkex_py.local.routes_downloads import DOWNLOADS
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
     """The app of one service. Its lifespan starts and stops the service, where the server runs one."""
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         del app
         await service.start()
         try:
@@ -45,7 +45,7 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
         finally:
             await service.stop()
 
-    app = Starlette(
+    app = FastAPI(
         routes=[
             *routes_service.routes,
             *routes_models.routes,
@@ -59,9 +59,13 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
         ],
         exception_handlers={Refused: _refused, HTTPException: _http_error, 500: _server_error},
         lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
-    return Contained(app if api_key is None else RequireKey(app, api_key, OPEN_PATHS))
+    read = ReadBody(app, service.options.max_body_bytes)
+    return ErrorBoundary(read if api_key is None else RequireKey(read, api_key, OPEN_PATHS))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

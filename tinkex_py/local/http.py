@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tinkex_py.local.bodies import read_json
 from tinkex_py.local.core import Core, Refused
 
 PROTOBUF = "application/x-protobuf"
@@ -47,6 +46,38 @@ def parse(model: type[Body], value: Mapping[str, Any]) -> Body:
 def problems(error: ValidationError) -> str:
     """What is wrong with a body: its fields, but not their values."""
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False))
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, plain and whole."""
+    return await request.body()
+
+
+def size_of(request: Request) -> int:
+    """Bytes of the body, unpacked."""
+    return int(request.headers["content-length"])
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        Refused: 400.
+    """
+    try:
+        value: object = json.loads(await request.body())
+    except ValueError as error:
+        # The decoder's own text names a place, never the content.
+        raise Refused(400, f"the body is no valid JSON: {_without_content(error)}") from None
+    if not isinstance(value, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _without_content(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (character {error.pos})"
+    return "a number is too long"
 
 
 async def read(request: Request, model: type[Body]) -> Body:

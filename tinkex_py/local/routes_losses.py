@@ -4,9 +4,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinkex_py.local.bodies import read_json, size_of
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, digest, parse, with_core
+from tinkex_py.local.http import answer, digest, parse, read_json, size_of, with_core
 from tinkex_py.local.requests import CustomLossBody
 from tinkex_py.local.results import Answer
 

@@ -9,9 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.bodies import read_json, size_of
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, digest, parse, read, with_core
+from tinkex_py.local.http import answer, digest, parse, read, read_json, size_of, with_core
 from tinkex_py.local.lanes import Lane
 from tinkex_py.local.records import CheckpointInfo, RunInfo
 from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody

@@ -9,10 +9,9 @@ from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.bodies import read_json
 from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import SampleRequest, SampleResult
-from tinkex_py.local.http import answer, digest, parse, read, with_core
+from tinkex_py.local.http import answer, digest, parse, read, read_json, with_core
 from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
 from tinkex_py.local.results import Answer

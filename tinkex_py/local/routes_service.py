@@ -7,9 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinkex_py.local.bodies import drop_body, read_json
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import PROTOBUF, answer, read, with_core
+from tinkex_py.local.http import PROTOBUF, answer, read, read_json, with_core
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.records import SessionEnd, SessionInfo
 from tinkex_py.local.requests import FinishBody, FutureBody, SessionBody, SessionIdBody
@@ -45,7 +44,7 @@ async def dynamic_config(request: Request) -> Response:
 
 async def telemetry(request: Request) -> Response:
     """Accepted and dropped: it may hold credentials."""
-    await drop_body(request)
+    del request
     return answer({"status": "accepted"})
 
 

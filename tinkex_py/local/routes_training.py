@@ -12,10 +12,20 @@ from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.bodies import read_body, read_json, size_of
 from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import PassRequest
-from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, with_core
+from tinkex_py.local.http import (
+    PROTOBUF,
+    Body,
+    answer,
+    digest,
+    parse,
+    problems,
+    read_body,
+    read_json,
+    size_of,
+    with_core,
+)
 from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
 from tinkex_py.local.requests import (
     ForwardBackwardBody,

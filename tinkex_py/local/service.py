@@ -24,7 +24,7 @@ class LocalService:
         options: model, device, folders, key and budgets.
 
     Raises:
-        MissingExtra: starlette is not installed.
+        MissingExtra: fastapi is not installed.
     """
 
     def __init__(self, options: LocalOptions | None = None) -> None:

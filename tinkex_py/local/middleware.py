@@ -1,16 +1,19 @@
-"""ASGI layers around the app: who may ask, what all answers have, and where errors end."""
+"""ASGI middleware around the app: errors end here, keys and hosts are checked, and bodies are read within limits."""
 
 import hmac
-import itertools
-import secrets
 from urllib.parse import urlsplit
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tinkex_py.local.bodies import check_json, check_size, unpacked
+from tinkex_py.local.core import Refused
 from tinkex_py.local.failures import log_failure
-from tinkex_py.local.http import AnyTextResponse
+from tinkex_py.local.http import PROTOBUF, AnyTextResponse
 from tinkex_py.serving import is_loopback
+
+_WITH_BODY = ("POST", "PUT", "PATCH")
+_BODY_HEADERS = (b"content-type", b"content-encoding", b"content-length")
 
 
 class RequireKey:
@@ -57,7 +60,7 @@ class LoopbackOnly:
         await self._app(scope, receive, send)
 
 
-class Contained:
+class ErrorBoundary:
     """The outermost layer: no error leaves the app, because a server would log its text, which may quote a body."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -75,6 +78,8 @@ class Contained:
             answered = True
             await send(message)
 
+        # The layers below change this copy, and the app puts its endpoint there.
+        scope = dict(scope)
         try:
             await self._app(scope, receive, watched)
         except ClientDisconnect:
@@ -85,27 +90,67 @@ class Contained:
                 await _refuse(500, type(error).__name__, scope, receive, send)
 
 
-class Numbered:
-    """Gives every answer an `x-request-id` of its own: for logs, and so that no two answers are the same."""
+class ReadBody:
+    """Reads a body before the app does, within limits of its bytes, sent and unpacked, and of the structure of JSON.
 
-    def __init__(self, app: ASGIApp) -> None:
+    The app gets it plain and whole. What does not say that it is protobuf is JSON, whatever else it says it is; an
+    empty body is an empty object.
+
+    Args:
+        app: the app.
+        max_bytes: how large a body may be, also unpacked.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
-        self._run = secrets.token_hex(4)
-        self._count = itertools.count(1)
+        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
-        if scope["type"] != "http":
+        """Refuse with 400, 413 or 415, or pass on."""
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             await self._app(scope, receive, send)
             return
-        number = f"{self._run}-{next(self._count)}".encode()
+        is_protobuf = _header(scope, b"content-type").startswith(PROTOBUF.encode())
+        try:
+            body = await self._plain(scope, receive)
+            if not is_protobuf:
+                body = body or b"{}"
+                check_json(body)
+        except Refused as refused:
+            await _refuse(refused.status, refused.detail, scope, receive, send)
+            return
+        kept = [(name, value) for name, value in scope["headers"] if name.lower() not in _BODY_HEADERS]
+        # The app reads a body without a type as JSON.
+        told = [(b"content-type", PROTOBUF.encode())] if is_protobuf else []
+        scope["headers"] = [*kept, *told, (b"content-length", str(len(body)).encode())]
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def numbered(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", number)]}
-            await send(message)
+        async def read() -> Message:
+            return messages.pop() if messages else await receive()
 
-        await self._app(scope, receive, numbered)
+        await self._app(scope, read, send)
+
+    async def _plain(self, scope: Scope, receive: Receive) -> bytes:
+        body = await self._received(scope, receive)
+        encoding = _header(scope, b"content-encoding").decode("latin-1").lower()
+        if encoding == "zstd":
+            return unpacked(body, self._max_bytes)
+        if encoding not in ("identity", ""):
+            raise Refused(415, f"Content-Encoding {encoding!r} is not understood; send the body plain or with zstd")
+        return body
+
+    async def _received(self, scope: Scope, receive: Receive) -> bytes:
+        told = _header(scope, b"content-length")
+        if told.isdigit():
+            check_size(int(told[:20]), self._max_bytes)
+        # What a client tells may be wrong or missing: what comes is counted.
+        pieces: list[bytes] = []
+        received = 0
+        async for piece in Request(scope, receive).stream():
+            received += len(piece)
+            check_size(received, self._max_bytes)
+            pieces.append(piece)
+        return b"".join(pieces)
 
 
 def _header(scope: Scope, wanted: bytes) -> bytes:
