@@ -308,32 +308,31 @@ class Core:
             raise Refused(429, refusal)
 
     def _follow(self, pending: PendingResult, future: "Future[Answer]") -> None:
-        future.add_done_callback(lambda done: self._on_loop(_settle, pending, done))
+        future.add_done_callback(lambda done: self._on_loop(self._settle, pending, done))
+
+    def _settle(self, pending: PendingResult, future: "Future[Answer]") -> None:
+        if future.cancelled():
+            self.results.settle(pending, Failure("the request was cancelled before it was started", "user"))
+            return
+        error = future.exception()
+        if error is None:
+            answer = future.result()
+            if answer.then is not None:
+                answer.then()
+            self.results.settle(pending, answer)
+        elif isinstance(error, InvalidData | ConfigError | UnsupportedFeature):
+            self.results.settle(pending, Failure(str(error), "user"))
+        elif isinstance(error, EngineClosing):
+            self.results.settle(pending, Failure(str(error), "server"))
+        else:
+            log_failure(f"request {pending.request_id}", error)
+            self.results.settle(pending, Failure(f"{type(error).__name__}: {error}", "server"))
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(call, *arguments)
         except RuntimeError:
             logger.debug("the event loop was closed before a request was done")
-
-
-def _settle(pending: PendingResult, future: "Future[Answer]") -> None:
-    if future.cancelled():
-        pending.settle(Failure("the request was cancelled before it was started", "user"))
-        return
-    error = future.exception()
-    if error is None:
-        answer = future.result()
-        if answer.then is not None:
-            answer.then()
-        pending.settle(answer)
-    elif isinstance(error, InvalidData | ConfigError | UnsupportedFeature):
-        pending.settle(Failure(str(error), "user"))
-    elif isinstance(error, EngineClosing):
-        pending.settle(Failure(str(error), "server"))
-    else:
-        log_failure(f"request {pending.request_id}", error)
-        pending.settle(Failure(f"{type(error).__name__}: {error}", "server"))
 
 
 def _belongs(owner: str, session: SessionInfo) -> bool:

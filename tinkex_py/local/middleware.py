@@ -1,9 +1,10 @@
 """ASGI middleware around the app: errors end here, keys and hosts are checked, and bodies are read within limits."""
 
 import hmac
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinkex_py.local.bodies import check_json, check_size, unpacked
@@ -12,7 +13,9 @@ from tinkex_py.local.failures import log_failure
 from tinkex_py.local.http import PROTOBUF, AnyTextResponse
 from tinkex_py.serving import is_loopback
 
+Headers = Mapping[bytes, bytes]
 _WITH_BODY = ("POST", "PUT", "PATCH")
+_PROTOBUF = PROTOBUF.encode()
 _BODY_HEADERS = (b"content-type", b"content-encoding", b"content-length")
 
 
@@ -34,7 +37,7 @@ class RequireKey:
         """Answer 401 or pass on."""
         is_open = scope["type"] != "http" or scope["path"].startswith(self._open_paths)
         # In the same time whatever the key is: the time must not tell how much of it is right.
-        if is_open or hmac.compare_digest(_header(scope, b"x-api-key"), self._key):
+        if is_open or hmac.compare_digest(_headers(scope).get(b"x-api-key", b""), self._key):
             await self._app(scope, receive, send)
         else:
             await _refuse(401, "the X-API-Key header is missing or wrong", scope, receive, send)
@@ -52,7 +55,8 @@ class LoopbackOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403 or pass on."""
         if scope["type"] == "http":
-            host, origin = (_header(scope, name).decode("latin-1") for name in (b"host", b"origin"))
+            headers = _headers(scope)
+            host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
             if not is_loopback(_hostname(f"//{host}")) or (origin and not is_loopback(_hostname(origin))):
                 detail = "this service has no key, so it answers only requests that name this machine: set an api_key"
                 await _refuse(403, detail, scope, receive, send)
@@ -110,18 +114,19 @@ class ReadBody:
         if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             await self._app(scope, receive, send)
             return
-        is_protobuf = _header(scope, b"content-type").startswith(PROTOBUF.encode())
+        headers = _headers(scope)
+        is_protobuf = headers.get(b"content-type", b"").startswith(_PROTOBUF)
         try:
-            body = await self._plain(scope, receive)
+            body = await self._plain(headers, receive)
             if not is_protobuf:
                 body = body or b"{}"
                 check_json(body)
         except Refused as refused:
             await _refuse(refused.status, refused.detail, scope, receive, send)
             return
-        kept = [(name, value) for name, value in scope["headers"] if name.lower() not in _BODY_HEADERS]
+        kept = [(name, value) for name, value in scope["headers"] if name not in _BODY_HEADERS]
         # The app reads a body without a type as JSON.
-        told = [(b"content-type", PROTOBUF.encode())] if is_protobuf else []
+        told = [(b"content-type", _PROTOBUF)] if is_protobuf else []
         scope["headers"] = [*kept, *told, (b"content-length", str(len(body)).encode())]
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -130,31 +135,37 @@ class ReadBody:
 
         await self._app(scope, read, send)
 
-    async def _plain(self, scope: Scope, receive: Receive) -> bytes:
-        body = await self._received(scope, receive)
-        encoding = _header(scope, b"content-encoding").decode("latin-1").lower()
+    async def _plain(self, headers: Headers, receive: Receive) -> bytes:
+        body = await self._received(headers.get(b"content-length", b""), receive)
+        encoding = headers.get(b"content-encoding", b"").decode("latin-1").lower()
         if encoding == "zstd":
             return unpacked(body, self._max_bytes)
         if encoding not in ("identity", ""):
             raise Refused(415, f"Content-Encoding {encoding!r} is not understood; send the body plain or with zstd")
         return body
 
-    async def _received(self, scope: Scope, receive: Receive) -> bytes:
-        told = _header(scope, b"content-length")
+    async def _received(self, told: bytes, receive: Receive) -> bytes:
         if told.isdigit():
             check_size(int(told[:20]), self._max_bytes)
         # What a client tells may be wrong or missing: what comes is counted.
         pieces: list[bytes] = []
         received = 0
-        async for piece in Request(scope, receive).stream():
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece: bytes = message.get("body", b"")
             received += len(piece)
             check_size(received, self._max_bytes)
             pieces.append(piece)
+            more = message.get("more_body", False)
         return b"".join(pieces)
 
 
-def _header(scope: Scope, wanted: bytes) -> bytes:
-    return next((value for name, value in scope["headers"] if name.lower() == wanted), b"")
+def _headers(scope: Scope) -> Headers:
+    """The headers by name, in lower case as ASGI has them; of several the first counts."""
+    return dict(reversed(scope["headers"]))
 
 
 def _hostname(address: str) -> str:

@@ -50,6 +50,10 @@ class _Body(BaseModel):
         return values
 
 
+class AnyBody(_Body):
+    """An object of which nothing is read."""
+
+
 class LoraBody(_Body):
     """LoRA settings as clients send them."""
 

@@ -5,30 +5,39 @@ from email.utils import format_datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from starlette.requests import Request
-from starlette.responses import FileResponse, RedirectResponse, Response
-from starlette.routing import Route
+from fastapi import Request
+from fastapi.responses import FileResponse, RedirectResponse
 
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, with_core
+from tinkex_py.local.http import API, api_router, core_of
 from tinkex_py.local.records import CheckpointInfo
-from tinkex_py.local.routes_checkpoints import find_checkpoint
+from tinkex_py.local.routes_checkpoints import CHECKPOINT, FoundCheckpoint, find_checkpoint
+from tinkex_py.types import ExternalWeightsUrls
 
-DOWNLOADS = "/api/v1/downloads/"
+router = api_router()
+DOWNLOADS = f"{API}/downloads/"
 ARCHIVE = "archive.tar"
+_OCTETS = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
-async def archive(request: Request, core: Core) -> Response:
+@router.get(
+    f"{CHECKPOINT}/archive",
+    status_code=302,
+    response_class=RedirectResponse,
+    response_description="the address is in Location",
+)
+async def archive(request: Request, info: FoundCheckpoint) -> RedirectResponse:
     """Where a checkpoint can be downloaded as one tar file."""
-    info = await find_checkpoint(request, core)
+    core = core_of(request)
     url, expires = _signed_url(request, core, info, ARCHIVE)
     return RedirectResponse(url, status_code=302, headers={"Expires": format_datetime(expires, usegmt=True)})
 
 
-async def external_weights_urls(request: Request, core: Core) -> Response:
+@router.get(f"{CHECKPOINT}/external_weights_urls")
+async def external_weights_urls(request: Request, info: FoundCheckpoint) -> ExternalWeightsUrls:
     """Where each file of external weights can be downloaded."""
-    info = await find_checkpoint(request, core)
+    core = core_of(request)
     if info.kind != "external_weights":
         raise Refused(400, f"{info.path!r} holds no external weights: ask for its archive")
     files = await core.stored(lambda store: store.files(info))
@@ -36,22 +45,27 @@ async def external_weights_urls(request: Request, core: Core) -> Response:
     if not signed:
         raise Refused(404, f"there is no checkpoint {info.path!r} any more")
     expires = min(moment for _, moment in signed.values())
-    return answer({"urls": {name: url for name, (url, _) in signed.items()}, "expires": expires.isoformat()})
+    return ExternalWeightsUrls(urls={name: url for name, (url, _) in signed.items()}, expires=expires)
 
 
-async def download(request: Request, core: Core) -> Response:
+@router.get(
+    "/downloads/{run}/{kind}/{name}/{file}",
+    response_class=FileResponse,
+    responses={200: _OCTETS, 206: {**_OCTETS, "description": "the range that was asked for"}},
+)
+async def download(
+    run: str, kind: str, name: str, file: str, request: Request, expires: str = "", signature: str = ""
+) -> FileResponse:
     """The bytes behind a signed address; ranges are served."""
-    query = request.query_params
-    path = _path(*(request.path_params[part] for part in ("run", "kind", "name", "file")))
-    refusal = core.links.refusal(path, query.get("expires", ""), query.get("signature", ""))
+    core = core_of(request)
+    refusal = core.links.refusal(_path(run, kind, name, file), expires, signature)
     if refusal is not None:
         raise Refused(*refusal)
-    info = await find_checkpoint(request, core)
-    name = request.path_params["file"]
-    found = await core.stored(lambda store: _file(store, info, name))
+    info = await find_checkpoint(run, kind, name, request)
+    found = await core.stored(lambda store: _file(store, info, file))
     if found is None:
-        raise Refused(404, f"there is no file {name!r} in checkpoint {info.path!r}")
-    return FileResponse(found, media_type="application/octet-stream", filename=f"{info.name}-{name}")
+        raise Refused(404, f"there is no file {file!r} in checkpoint {info.path!r}")
+    return FileResponse(found, media_type="application/octet-stream", filename=f"{info.name}-{file}")
 
 
 def _file(store: CheckpointStore, info: CheckpointInfo, name: str) -> Path | None:
@@ -68,11 +82,3 @@ def _signed_url(request: Request, core: Core, info: CheckpointInfo, file: str) -
     path = _path(info.run.run_id, info.kind, info.name, file)
     query, expires = core.links.sign(path)
     return f"{str(request.base_url).rstrip('/')}{quote(path, safe='/:')}?{query}", datetime.fromtimestamp(expires, UTC)
-
-
-_CHECKPOINT = "/api/v1/training_runs/{run}/checkpoints/{kind}/{name}"
-routes = [
-    Route(f"{_CHECKPOINT}/archive", with_core(archive), methods=["GET"]),
-    Route(f"{_CHECKPOINT}/external_weights_urls", with_core(external_weights_urls), methods=["GET"]),
-    Route(f"{DOWNLOADS}{{run}}/{{kind}}/{{name}}/{{file}}", with_core(download), methods=["GET"]),
-]

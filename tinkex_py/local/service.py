@@ -140,7 +140,7 @@ class LocalService:
     def close_polls(self) -> None:
         """Let every open poll return now; the first step of a server's shutdown."""
         if self.core is not None:
-            self.core.results.closing.set()
+            self.core.results.close_polls()
 
     def _load(self) -> "Loaded":
         from tinkex_py.local.checkpoints import CheckpointStore

@@ -1,0 +1,66 @@
+"""Routes that are asked again and again: whether the service is there, and for the results of accepted requests."""
+
+from typing import Any
+
+from fastapi import Request, Response
+
+from tinkex_py.local.core import Refused
+from tinkex_py.local.http import PROTOBUF, AnyTextResponse, api_router, core_of
+from tinkex_py.local.requests import FutureBody
+from tinkex_py.local.responses import EmptyResponse, HealthResponse, TryAgainResponse
+from tinkex_py.local.results import Failure
+
+router = api_router()
+_RESULT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the result, or the failure with `error` and `category`",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            PROTOBUF: {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+    408: {"model": TryAgainResponse, "description": "there is no result yet"},
+}
+
+
+@router.get("/healthz")
+async def healthz() -> HealthResponse:
+    """Alive; needs no key and no model."""
+    return HealthResponse()
+
+
+@router.post("/retrieve_future", responses=_RESULT)
+async def retrieve_future(body: FutureBody, request: Request) -> Response:
+    """Wait for a result; 408 when there is none within the hold time."""
+    core = core_of(request)
+    pending = core.results.find(body.request_id)
+    if pending is None:
+        given = core.results.was_given(body.request_id)
+        raise Refused(410 if given else 404, f"there is no result for request {body.request_id!r}")
+    if not await core.results.wait(pending, core.options.hold_seconds):
+        if core.results.closing:
+            raise Refused(503, "the service is stopping")
+        reason = pending.note() if pending.note is not None else None
+        state = "active" if reason is None else "paused_capacity"
+        try_again = TryAgainResponse(queue_state=state, queue_state_reason=reason)
+        return AnyTextResponse(try_again.model_dump(exclude_none=True), status_code=408)
+    outcome = core.results.fetch(pending)
+    if outcome is None:
+        raise Refused(500, f"request {body.request_id!r} is done but has no result")
+    if isinstance(outcome, Failure):
+        return AnyTextResponse({"error": outcome.message, "category": outcome.category})
+    if outcome.protobuf is not None and PROTOBUF in request.headers.get("accept", ""):
+        return Response(outcome.protobuf, media_type=PROTOBUF)
+    return AnyTextResponse({key: value for key, value in outcome.json().items() if value is not None})
+
+
+@router.post("/cancel_future")
+async def cancel_future(body: FutureBody, request: Request) -> EmptyResponse:
+    """Nobody will ask for this result again."""
+    core = core_of(request)
+    pending = core.results.find(body.request_id)
+    if pending is not None and pending.outcome is None and pending.cancel is not None:
+        pending.cancel()
+    if pending is not None and pending.outcome is not None:
+        core.results.forget(body.request_id)
+    return EmptyResponse()
