@@ -12,9 +12,7 @@ from starlette.types import ASGIApp
 
 from tinkex_py.local import (
     routes_checkpoints,
-    routes_downloads,
     routes_futures,
-    routes_losses,
     routes_models,
     routes_rest,
     routes_sampling,
@@ -24,7 +22,7 @@ from tinkex_py.local import (
 from tinkex_py.local.core import Refused
 from tinkex_py.local.http import API, AnyTextResponse, Route, problems
 from tinkex_py.local.middleware import ErrorBoundary, ReadBody, RequireKey
-from tinkex_py.local.routes_downloads import DOWNLOADS
+from tinkex_py.local.routes_checkpoints import DOWNLOADS
 from tinkex_py.version import __version__
 
 if TYPE_CHECKING:
@@ -39,10 +37,8 @@ _ROUTERS = (
     routes_sampling.router,
     routes_service.router,
     routes_models.router,
-    routes_losses.router,
     routes_rest.router,
     routes_checkpoints.router,
-    routes_downloads.router,
 )
 
 

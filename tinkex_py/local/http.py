@@ -4,8 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from tinkex_py.local.core import Core, Refused
+from tinkex_py.local.requests import NumberedBody
 from tinkex_py.local.responses import ErrorResponse, SubmittedResponse
 from tinkex_py.local.results import Answer
 
@@ -94,39 +93,26 @@ def problems(errors: Sequence[Any]) -> str:
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors)
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A request that may come again: the same content under the same number is done once.
-
-    Args:
-        core: the running service.
-        digest: what tells a repeat from another request under the same number.
-        size: bytes of the body, unpacked.
-    """
-
-    core: Core
-    digest: bytes
-    size: int
-
-    def in_order(self, model_id: str, number: int, work: Callable[[], Answer]) -> SubmittedResponse:
-        """Hand in work on a training model; raises like `Core.in_order`."""
-        request_id = self.core.in_order(model_id, number, self.digest, self.size, work)
-        return SubmittedResponse(request_id=request_id, model_id=model_id)
-
-    def numbered(self, scope: tuple[str, str, int], submit: Callable[[], "Future[Answer]"]) -> str:
-        """Hand in work that has a number but no order; returns its request id, raises like `Core.numbered`."""
-        return self.core.numbered(scope, self.digest, submit)
+async def json_digest(request: Request) -> bytes:
+    """What tells a repeat of a JSON request from another request under the same number."""
+    return digest_of(request, json.dumps(await request.json(), sort_keys=True).encode())
 
 
-async def arrival_of(request: Request) -> Arrival:
-    """The arrival of a JSON body."""
-    return binary_arrival(request, json.dumps(await request.json(), sort_keys=True).encode())
+def digest_of(request: Request, content: bytes) -> bytes:
+    """The same of a request whose content is given in a form that is equal for every repeat."""
+    return hashlib.sha256(request.scope["path"].encode() + b"\0" + content).digest()
 
 
-def binary_arrival(request: Request, content: bytes) -> Arrival:
-    """The arrival of a body whose content is the same for every repeat."""
-    digest = hashlib.sha256(request.scope["path"].encode() + b"\0" + content).digest()
-    return Arrival(core_of(request), digest, int(request.headers["content-length"]))
+def size_of(request: Request) -> int:
+    """Bytes of the body, unpacked."""
+    return int(request.headers["content-length"])
+
+
+async def in_order(request: Request, body: NumberedBody, work: Callable[[], Answer]) -> SubmittedResponse:
+    """Hand in a JSON request's work on a training model; raises like `Core.in_order`."""
+    digest = await json_digest(request)
+    request_id = core_of(request).in_order(body.model_id, body.seq_id, digest, size_of(request), work)
+    return SubmittedResponse(request_id=request_id, model_id=body.model_id)
 
 
 def _decimal(value: Any) -> Any:

@@ -107,6 +107,13 @@ class ModelBody(_Body):
     model_id: str
 
 
+class NumberedBody(_Body):
+    """What all requests of a training model have, which are done in the order of their numbers."""
+
+    model_id: str
+    seq_id: int = 0
+
+
 class LoadWeightsBody(_Body):
     """load_weights: session_id and model_seq_id make a new model, model_id and seq_id load into one."""
 
@@ -129,20 +136,16 @@ class PassInput(_Body):
     loss_fn_config: dict[str, float | str] = {}
 
 
-class ForwardBackwardBody(_Body):
+class ForwardBackwardBody(NumberedBody):
     """forward_backward in JSON; a bad input must fail the future, never the submission (protocol, "Chunking")."""
 
-    model_id: str
-    seq_id: int = 0
     forward_backward_input: Any = None
     forward_only: bool = False
 
 
-class ForwardBody(_Body):
+class ForwardBody(NumberedBody):
     """forward in JSON."""
 
-    model_id: str
-    seq_id: int = 0
     forward_input: Any = None
 
 
@@ -153,20 +156,16 @@ class CustomLossBody(_Body):
     custom_loss_seq_id: int = Field(ge=0)
 
 
-class OptimStepBody(_Body):
+class OptimStepBody(NumberedBody):
     """optim_step."""
 
-    model_id: str
-    seq_id: int = 0
     adam_params: AdamBody = AdamBody()
     optimizer_params: dict[str, Any] | None = None
 
 
-class SaveWeightsBody(_Body):
+class SaveWeightsBody(NumberedBody):
     """save_weights and save_weights_for_sampler; the latter has a path or a sampling_session_seq_id."""
 
-    model_id: str
-    seq_id: int = 0
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
     kind: str = "snapshot"

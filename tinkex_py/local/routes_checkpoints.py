@@ -1,22 +1,29 @@
-"""Listings of checkpoints, and what can be done to them."""
+"""Checkpoints: their listings, what can be done to them, and signed addresses for their files."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from email.utils import format_datetime
+from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 from fastapi import Depends, Request
+from fastapi.responses import FileResponse, RedirectResponse
 
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import Whole, api_router, core_of
+from tinkex_py.local.http import API, Whole, api_router, core_of
 from tinkex_py.local.records import CheckpointInfo, Kind, expiry
 from tinkex_py.local.requests import CopyBody, TinkerPathBody, TtlBody
 from tinkex_py.local.responses import EmptyResponse, WeightsInfoResponse
-from tinkex_py.types import Checkpoint, CheckpointsPage, Cursor
+from tinkex_py.types import Checkpoint, CheckpointsPage, Cursor, ExternalWeightsUrls
 from tinkex_py.types.rest import CopiedCheckpoint
 
 router = api_router()
-CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
+DOWNLOADS = f"{API}/downloads/"
+ARCHIVE = "archive.tar"
+_CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
+_OCTETS = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 _TYPES: Mapping[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
@@ -60,7 +67,7 @@ async def checkpoints(request: Request, limit: Whole = 100, offset: Whole = 0) -
     return CheckpointsPage(checkpoints=tuple(map(checkpoint_entry, infos)), cursor=cursor)
 
 
-@router.delete(CHECKPOINT)
+@router.delete(_CHECKPOINT)
 async def delete_checkpoint(info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Remove a checkpoint."""
     core = core_of(request)
@@ -68,7 +75,7 @@ async def delete_checkpoint(info: FoundCheckpoint, request: Request) -> EmptyRes
     return EmptyResponse()
 
 
-@router.put(f"{CHECKPOINT}/ttl")
+@router.put(f"{_CHECKPOINT}/ttl")
 async def checkpoint_ttl(body: TtlBody, info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Change when a checkpoint expires, counted from now; null is never."""
     core = core_of(request)
@@ -76,14 +83,14 @@ async def checkpoint_ttl(body: TtlBody, info: FoundCheckpoint, request: Request)
     return EmptyResponse()
 
 
-@router.post(f"{CHECKPOINT}/publish")
+@router.post(f"{_CHECKPOINT}/publish")
 async def publish(info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Mark a checkpoint as public. Once more is fine: 409 would make clients repeat it for minutes."""
     core = core_of(request)
     return await _set_public(info, core, public=True)
 
 
-@router.delete(f"{CHECKPOINT}/publish")
+@router.delete(f"{_CHECKPOINT}/publish")
 async def unpublish(info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Mark a checkpoint as private."""
     core = core_of(request)
@@ -160,3 +167,66 @@ async def _set_public(info: CheckpointInfo, core: Core, *, public: bool) -> Empt
 def _require(changed: CheckpointInfo | None, info: CheckpointInfo) -> None:
     if changed is None:
         raise Refused(404, f"there is no checkpoint {info.path!r} any more")
+
+
+@router.get(
+    f"{_CHECKPOINT}/archive",
+    status_code=302,
+    response_class=RedirectResponse,
+    response_description="the address is in Location",
+)
+async def archive(request: Request, info: FoundCheckpoint) -> RedirectResponse:
+    """Where a checkpoint can be downloaded as one tar file."""
+    core = core_of(request)
+    url, expires = _signed_url(request, core, info, ARCHIVE)
+    return RedirectResponse(url, status_code=302, headers={"Expires": format_datetime(expires, usegmt=True)})
+
+
+@router.get(f"{_CHECKPOINT}/external_weights_urls")
+async def external_weights_urls(request: Request, info: FoundCheckpoint) -> ExternalWeightsUrls:
+    """Where each file of external weights can be downloaded."""
+    core = core_of(request)
+    if info.kind != "external_weights":
+        raise Refused(400, f"{info.path!r} holds no external weights: ask for its archive")
+    files = await core.stored(lambda store: store.files(info))
+    signed = {file.name: _signed_url(request, core, info, file.name) for file in files}
+    if not signed:
+        raise Refused(404, f"there is no checkpoint {info.path!r} any more")
+    expires = min(moment for _, moment in signed.values())
+    return ExternalWeightsUrls(urls={name: url for name, (url, _) in signed.items()}, expires=expires)
+
+
+@router.get(
+    "/downloads/{run}/{kind}/{name}/{file}",
+    response_class=FileResponse,
+    responses={200: _OCTETS, 206: {**_OCTETS, "description": "the range that was asked for"}},
+)
+async def download(
+    run: str, kind: str, name: str, file: str, request: Request, expires: str = "", signature: str = ""
+) -> FileResponse:
+    """The bytes behind a signed address; ranges are served."""
+    core = core_of(request)
+    refusal = core.links.refusal(_path(run, kind, name, file), expires, signature)
+    if refusal is not None:
+        raise Refused(*refusal)
+    info = await find_checkpoint(run, kind, name, request)
+    found = await core.stored(lambda store: _file(store, info, file))
+    if found is None:
+        raise Refused(404, f"there is no file {file!r} in checkpoint {info.path!r}")
+    return FileResponse(found, media_type="application/octet-stream", filename=f"{info.name}-{file}")
+
+
+def _file(store: CheckpointStore, info: CheckpointInfo, name: str) -> Path | None:
+    if name == ARCHIVE:
+        return store.archive(info)
+    return next((file for file in store.files(info) if file.name == name), None)
+
+
+def _path(run_id: str, kind: str, name: str, file: str) -> str:
+    return f"{DOWNLOADS}{run_id}/{kind}/{name}/{file}"
+
+
+def _signed_url(request: Request, core: Core, info: CheckpointInfo, file: str) -> tuple[str, datetime]:
+    path = _path(info.run.run_id, info.kind, info.name, file)
+    query, expires = core.links.sign(path)
+    return f"{str(request.base_url).rstrip('/')}{quote(path, safe='/:')}?{query}", datetime.fromtimestamp(expires, UTC)

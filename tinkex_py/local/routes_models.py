@@ -9,10 +9,10 @@ from fastapi import Request
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import Arrival, api_router, arrival_of, core_of
+from tinkex_py.local.http import api_router, core_of, in_order, json_digest, size_of
 from tinkex_py.local.lanes import Lane
 from tinkex_py.local.records import CheckpointInfo, RunInfo
-from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody
+from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody, NumberedBody
 from tinkex_py.local.responses import ModelInfoResponse, SubmittedResponse
 from tinkex_py.local.results import Answer
 from tinkex_py.types import LoraConfig, ModelData
@@ -23,8 +23,7 @@ router = api_router()
 @router.post("/create_model")
 async def create_model(body: CreateModelBody, request: Request) -> SubmittedResponse:
     """A fresh training model; its id follows from session and number."""
-    arrival = await arrival_of(request)
-    core = arrival.core
+    core = core_of(request)
     model_id = _model_id(core, body.session_id, body.model_seq_id)
     settings = body.lora_config
     chosen = settings.seed if settings.seed is not None else _default_seed(core.options.seed, body.model_seq_id)
@@ -35,16 +34,15 @@ async def create_model(body: CreateModelBody, request: Request) -> SubmittedResp
         core.engine.create_model(_run(model_id, body.base_model, settings, body.user_metadata), lora, chosen)
         return Answer(lambda: {"model_id": model_id, "type": "create_model"})
 
-    return _new_model(arrival, body.session_id, body.model_seq_id, model_id, work)
+    return await _new_model(request, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
 
 
 @router.post("/load_weights")
 async def load_weights(body: LoadWeightsBody, request: Request) -> SubmittedResponse:
     """Make a training model out of a checkpoint, or load one into a model that is still unused."""
-    arrival = await arrival_of(request)
     if body.session_id is None or body.model_seq_id is None:
-        return _load_into(body, arrival)
-    core = arrival.core
+        return await _load_into(request, body)
+    core = core_of(request)
     model_id = _model_id(core, body.session_id, body.model_seq_id)
 
     def work() -> Answer:
@@ -59,29 +57,29 @@ async def load_weights(body: LoadWeightsBody, request: Request) -> SubmittedResp
         core.engine.create_from_checkpoint(run, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    return _new_model(arrival, body.session_id, body.model_seq_id, model_id, work)
+    return await _new_model(request, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
 
 
-def _new_model(
-    arrival: Arrival, session_id: str, number: int, model_id: str, work: Callable[[], Answer]
+async def _new_model(
+    request: Request, scope: tuple[str, str, int], model_id: str, work: Callable[[], Answer]
 ) -> SubmittedResponse:
-    scope = ("model_seq_id", session_id, number)
-    request_id = arrival.numbered(scope, lambda: arrival.core.submit(work, arrival.size))
-    arrival.core.lanes.setdefault(model_id, Lane())
+    core, size = core_of(request), size_of(request)
+    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
+    core.lanes.setdefault(model_id, Lane())
     return SubmittedResponse(request_id=request_id, model_id=model_id)
 
 
-def _load_into(body: LoadWeightsBody, arrival: Arrival) -> SubmittedResponse:
+async def _load_into(request: Request, body: LoadWeightsBody) -> SubmittedResponse:
     if body.model_id is None:
         raise Refused(422, "load_weights needs session_id and model_seq_id, or model_id and seq_id")
-    core, model_id = arrival.core, body.model_id
+    core, model_id = core_of(request), body.model_id
 
     def work() -> Answer:
         source = core.store.find(body.path, "weights")
         core.engine.load_into(model_id, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    return arrival.in_order(model_id, body.seq_id, work)
+    return await in_order(request, NumberedBody(model_id=model_id, seq_id=body.seq_id), work)
 
 
 @router.post("/get_info")

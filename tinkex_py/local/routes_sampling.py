@@ -9,7 +9,7 @@ from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
 from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import SampleRequest, SampleResult
-from tinkex_py.local.http import api_router, arrival_of, core_of
+from tinkex_py.local.http import api_router, core_of, json_digest
 from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
 from tinkex_py.local.responses import JoinResponse, SampleSubmittedResponse, SamplingSessionResponse
@@ -45,8 +45,7 @@ async def get_sampler(sampler_id: str, request: Request) -> SamplerResponse:
 @router.post("/asample")
 async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse:
     """Draw sequences; a repeat under the same number gets the first one's answer."""
-    arrival = await arrival_of(request)
-    core = arrival.core
+    core = core_of(request)
     if body.sampling_session_id is not None:
         sampler = _known(core, body.sampling_session_id)
     else:
@@ -59,7 +58,7 @@ async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse
     if number is None:
         request_id = core.follow(submit())
     else:
-        request_id = arrival.numbered(("seq_id", sampler.sampler_id, number), submit)
+        request_id = core.numbered(("seq_id", sampler.sampler_id, number), await json_digest(request), submit)
     ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
     return SampleSubmittedResponse(request_id=request_id, sample_sequence_ids=ids)
 

@@ -1,4 +1,4 @@
-"""Routes of one training model's ordered work: passes, optimizer steps, saves."""
+"""Routes of training: a model's ordered work, which is passes, optimizer steps and saves; and uploaded losses."""
 
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -15,16 +15,25 @@ from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
 from tinkex_py.local.data import PassRequest
 from tinkex_py.local.http import (
     PROTOBUF,
-    Arrival,
     Route,
     api_router,
-    arrival_of,
-    binary_arrival,
+    core_of,
+    digest_of,
+    in_order,
+    json_digest,
     problems,
     read_json,
+    size_of,
 )
 from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
-from tinkex_py.local.requests import ForwardBackwardBody, ForwardBody, OptimStepBody, PassInput, SaveWeightsBody
+from tinkex_py.local.requests import (
+    CustomLossBody,
+    ForwardBackwardBody,
+    ForwardBody,
+    OptimStepBody,
+    PassInput,
+    SaveWeightsBody,
+)
 from tinkex_py.local.responses import SubmittedResponse
 from tinkex_py.local.results import Answer
 from tinkex_py.transport import wire
@@ -78,24 +87,24 @@ async def forward_backward(request: Request) -> SubmittedResponse:
         return _protobuf_pass(request, await request.body())
     body = await read_json(request, ForwardBackwardBody)
     read = _json_reader(request, body.forward_backward_input, forward_only=body.forward_only)
-    return _submit_pass(await arrival_of(request), body.model_id, body.seq_id, read)
+    return await in_order(request, body, _pass(core_of(request), body.model_id, read))
 
 
 @router.post("/forward")
 async def forward(body: ForwardBody, request: Request) -> SubmittedResponse:
     """A forward pass in the JSON form."""
     read = _json_reader(request, body.forward_input, forward_only=True)
-    return _submit_pass(await arrival_of(request), body.model_id, body.seq_id, read)
+    return await in_order(request, body, _pass(core_of(request), body.model_id, read))
 
 
-def _submit_pass(arrival: Arrival, model_id: str, number: int, read: Callable[[], PassRequest]) -> SubmittedResponse:
-    """Hand in a pass; `read` reads its inner part on the engine's thread."""
+def _pass(core: Core, model_id: str, read: Callable[[], PassRequest]) -> Callable[[], Answer]:
+    """A pass as work of the engine, whose thread then reads its inner part too."""
 
     def work() -> Answer:
-        result = arrival.core.engine.run_pass(model_id, read())
+        result = core.engine.run_pass(model_id, read())
         return Answer(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
 
-    return arrival.in_order(model_id, number, work)
+    return work
 
 
 def _keeps_graph(request: Request) -> bool:
@@ -111,7 +120,7 @@ def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
         key: value.text if value.WhichOneof("value") == "text" else value.number
         for key, value in message.loss_fn_config_v2.items()
     }
-    work = PassRequest(
+    read = PassRequest(
         data=lambda: wire_format.datums_from_protobuf(message.data),
         loss_fn=message.loss_fn,
         config=config or dict(message.loss_fn_config),
@@ -119,8 +128,11 @@ def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
         keep_graph=_keeps_graph(request),
     )
     # Maps have no order on the wire: only the deterministic form is the same for every repeat.
-    arrival = binary_arrival(request, message.SerializeToString(deterministic=True))
-    return _submit_pass(arrival, message.model_id, message.seq_id, lambda: work)
+    digest = digest_of(request, message.SerializeToString(deterministic=True))
+    core = core_of(request)
+    work = _pass(core, message.model_id, lambda: read)
+    request_id = core.in_order(message.model_id, message.seq_id, digest, size_of(request), work)
+    return SubmittedResponse(request_id=request_id, model_id=message.model_id)
 
 
 def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callable[[], PassRequest]:
@@ -145,13 +157,13 @@ def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callabl
 @router.post("/optim_step")
 async def optim_step(body: OptimStepBody, request: Request) -> SubmittedResponse:
     """One AdamW step."""
-    arrival = await arrival_of(request)
+    core = core_of(request)
 
     def work() -> Answer:
-        metrics = arrival.core.engine.optim_step(body.model_id, _adam_params(body))
+        metrics = core.engine.optim_step(body.model_id, _adam_params(body))
         return Answer(lambda: {"metrics": metrics, "type": "optim_step"})
 
-    return arrival.in_order(body.model_id, body.seq_id, work)
+    return await in_order(request, body, work)
 
 
 def _adam_params(body: OptimStepBody) -> AdamParams:
@@ -167,8 +179,7 @@ def _adam_params(body: OptimStepBody) -> AdamParams:
 @router.post("/save_weights")
 async def save_weights(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
     """A training checkpoint: weights and optimizer state."""
-    arrival = await arrival_of(request)
-    core = arrival.core
+    core = core_of(request)
 
     def work() -> Answer:
         if body.path is None:
@@ -176,14 +187,13 @@ async def save_weights(body: SaveWeightsBody, request: Request) -> SubmittedResp
         saved = _save(core, body, body.path, "weights")
         return Answer(lambda: {"path": saved.path, "type": "save_weights"})
 
-    return arrival.in_order(body.model_id, body.seq_id, work)
+    return await in_order(request, body, work)
 
 
 @router.post("/save_weights_for_sampler")
 async def save_weights_for_sampler(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
     """Weights to sample from: under a name, or as a sampling session that is ready to use."""
-    arrival = await arrival_of(request)
-    core = arrival.core
+    core = core_of(request)
 
     def work() -> Answer:
         if body.path is not None:
@@ -193,7 +203,7 @@ async def save_weights_for_sampler(body: SaveWeightsBody, request: Request) -> S
             raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
         return _nameless_sampler(core, body, body.sampling_session_seq_id)
 
-    return arrival.in_order(body.model_id, body.seq_id, work)
+    return await in_order(request, body, work)
 
 
 def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
@@ -214,8 +224,7 @@ def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
 @router.post("/save_weights_external")
 async def save_weights_external(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
     """Weights whose files can be downloaded one by one."""
-    arrival = await arrival_of(request)
-    core = arrival.core
+    core = core_of(request)
 
     def work() -> Answer:
         if body.age_encryption_recipients:
@@ -227,7 +236,7 @@ async def save_weights_external(body: SaveWeightsBody, request: Request) -> Subm
             lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"},
         )
 
-    return arrival.in_order(body.model_id, body.seq_id, work)
+    return await in_order(request, body, work)
 
 
 def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> CheckpointInfo:
@@ -245,3 +254,21 @@ def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> Checkpoint
     )
     # Only an explicit `overwrite: false` protects a name: older clients do not know the field.
     return core.engine.save(body.model_id, info, overwrite=kind == "ephemeral" or body.overwrite is not False)
+
+
+@router.post("/create_custom_loss")
+async def create_custom_loss(body: CustomLossBody, request: Request) -> SubmittedResponse:
+    """Check a traced loss and keep it for its session."""
+    core = core_of(request)
+    if not core.options.custom_losses:
+        raise Refused(404, "this service takes no uploaded losses: start it with custom_losses=True or --custom-losses")
+    core.open_session(body.session_id)
+    fields: dict[str, Any] = await request.json()
+
+    def work() -> Answer:
+        loss_id = core.engine.custom_losses.add(body.session_id, body.custom_loss_seq_id, fields)
+        return Answer(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
+
+    scope, size = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id), size_of(request)
+    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
+    return SubmittedResponse(request_id=request_id)
