@@ -52,7 +52,7 @@ def on_the_service(traced, data, logprobs, weights):
             else datum.loss_fn_inputs[name].to_torch()
             for name, rank in traced.inputs[1:]
         ]
-        value, named = graph.run([leaf, *values])
+        value, named = graph.compute([leaf, *values])
         gradients.append(torch.autograd.grad(value, leaf)[0])
         loss += value.item()
         for key, metric in named.items():
