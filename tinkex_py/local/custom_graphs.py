@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.custom_operations import FUNCTIONS, LARGEST_INTEGER, META, METHODS, Function, cost, on
+from tinkex_py.local.custom_operations import FUNCTIONS, LARGEST_INTEGER, METHODS, Function, cost
 
 MAX_NODES = 2000
 MAX_ITEMS = 256
@@ -33,6 +33,7 @@ _DTYPES = {
     for name in ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64")
 }
 _MEMORY_FORMATS = {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format}
+CPU = torch.device("cpu")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:\d+)?")
 # What torch.fx writes beside the real arguments; other values than these would change what a function does.
 _EMPTY_KWARGS: Mapping[str, tuple[Any, ...]] = {"inplace": (False,), "_stacklevel": (3,), "out": (), "generator": ()}
@@ -85,7 +86,6 @@ class LossGraph(torch.fx.Interpreter):
         self.inputs = tuple(inputs)
         self._nodes = list(graph.nodes)
         self._left = 0
-        self._device = META
 
     def compute(self, values: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Loss and metrics of one datum.
@@ -96,7 +96,7 @@ class LossGraph(torch.fx.Interpreter):
         Raises:
             InvalidData: a node cannot be run, or the loss is no scalar tensor.
         """
-        self._left, self._device = MAX_ELEMENTS, values[0].device
+        self._left = MAX_ELEMENTS
         loss, metrics = self._interpreted(values)
         if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
             what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -141,14 +141,15 @@ class LossGraph(torch.fx.Interpreter):
         if needed > self._left:
             raise InvalidData(f"its intermediate results need more than {MAX_ELEMENTS} elements for one datum")
         self._left -= needed
-        return function(*on(self._device, args), **on(self._device, kwargs))
+        return function(*args, **kwargs)
 
 
-def read_graph(fields: Mapping[str, Any]) -> LossGraph:
+def read_graph(fields: Mapping[str, Any], device: torch.device = CPU) -> LossGraph:
     """Check an uploaded loss.
 
     Args:
         fields: the body of create_custom_loss.
+        device: where it runs, whatever device it was traced on.
 
     Raises:
         InvalidData: it is malformed, too large, or uses something that is not allowed; the message names it.
@@ -161,7 +162,7 @@ def read_graph(fields: Mapping[str, Any]) -> LossGraph:
     inputs = [(given.name, given.rank) for given in upload.inputs]
     try:
         _check_inputs(inputs)
-        return LossGraph(upload.name, inputs, _Reader().read(upload.graph.nodes, [name for name, _ in inputs]))
+        return LossGraph(upload.name, inputs, _Reader(device).read(upload.graph.nodes, [name for name, _ in inputs]))
     except InvalidData as error:
         raise InvalidData(f"custom loss {upload.name!r}: {error}") from None
 
@@ -177,7 +178,8 @@ def _check_inputs(inputs: Sequence[tuple[str, int]]) -> None:
 class _Reader:
     """Makes a graph of encoded nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph = torch.fx.Graph()
         self._known: dict[str, torch.fx.Node] = {}
 
@@ -214,7 +216,9 @@ class _Reader:
             )
         args = tuple(self._argument(node.name, value) for value in node.args)
         given = {key: value for key, value in node.kwargs.items() if value is not None}
-        kwargs = {key: META if key == "device" else self._argument(node.name, item) for key, item in given.items()}
+        kwargs = {
+            key: self._device if key == "device" else self._argument(node.name, item) for key, item in given.items()
+        }
         for key, harmless in _EMPTY_KWARGS.items():
             if key in kwargs and kwargs.pop(key) not in harmless:
                 raise InvalidData(f"node {node.name!r} ({node.target}): argument {key!r} is not allowed")
@@ -240,7 +244,7 @@ class _Reader:
         return loss, named
 
     def _argument(self, where: str, value: Any, depth: int = 0) -> Any:
-        """An encoded argument as Python value, with nodes for references and `META` for any device."""
+        """An encoded argument as Python value, with nodes for references and the loss's own device for any other."""
         if depth > MAX_DEPTH:
             raise InvalidData(f"node {where!r}: its arguments are nested more than {MAX_DEPTH} deep")
         if value is None or isinstance(value, bool | float):
@@ -252,8 +256,7 @@ class _Reader:
         if isinstance(value, str):
             if len(value) > MAX_TEXT:
                 raise InvalidData(f"node {where!r}: a text has more than {MAX_TEXT} characters")
-            # The loss runs where the logprobs are, whatever device it was traced on.
-            return META if _DEVICE.fullmatch(value) else value
+            return self._device if _DEVICE.fullmatch(value) else value
         if isinstance(value, list):
             return self._arguments(where, cast("list[Any]", value), depth)
         if isinstance(value, dict) and len(cast("dict[str, Any]", value)) == 1:
@@ -288,7 +291,7 @@ class _Reader:
             case "layout", "strided":
                 return torch.strided
             case "device", str():
-                return META
+                return self._device
             case _:
                 text = inner if isinstance(inner, str) else type(inner).__name__
                 raise InvalidData(

@@ -18,7 +18,8 @@ LOSSES_PER_SESSION = 256
 class CustomLosses:
     """Graphs by session; of each session the most recently used ones stay. Lives on the engine's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._sessions: dict[str, OrderedDict[str, LossGraph]] = {}
 
     def add(self, session_id: str, number: int, fields: Mapping[str, Any]) -> str:
@@ -27,7 +28,7 @@ class CustomLosses:
         Raises:
             InvalidData: the graph is not allowed.
         """
-        graph = read_graph(fields)
+        graph = read_graph(fields, self._device)
         loss_id = f"{session_id}:loss:{number}"
         kept = self._sessions.setdefault(session_id, OrderedDict())
         kept[loss_id] = graph

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx.node import map_aggregate
 
 from tinkex_py.errors import InvalidData
 
@@ -41,7 +42,7 @@ def cost(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         RuntimeError: the call cannot succeed; so do the other exceptions of torch.
     """
     if function in _BOUNDS:
-        args, kwargs = [*args[:1], *_with_numbers(args[1:])], _with_numbers(kwargs)
+        args, kwargs = (*args[:1], *_with_numbers(tuple(args[1:]))), _with_numbers(dict(kwargs))
     key = function, _shapes(args), _shapes(kwargs)
     known = _costs.get(key)
     if known is not None:
@@ -62,8 +63,8 @@ def cost(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 def _cost_with_numbers(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], error: RuntimeError) -> int:
     """The cost where tensors without dimensions stand for the numbers that they hold: for sizes, say."""
     kept = 0 if function in _FACTORIES else 1
-    numbers = [*args[:kept], *_with_numbers(args[kept:])]
-    named = _with_numbers(kwargs)
+    numbers = (*args[:kept], *_with_numbers(tuple(args[kept:])))
+    named = _with_numbers(dict(kwargs))
     if (_shapes(numbers), _shapes(named)) != (_shapes(args), _shapes(kwargs)):
         return cost(function, numbers, named)
     if isinstance(error, NotImplementedError):
@@ -72,53 +73,25 @@ def _cost_with_numbers(function: Function, args: Sequence[Any], kwargs: Mapping[
 
 
 def _size_on_meta(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    with META, torch.no_grad():
-        result = function(*on(META, list(args)), **on(META, dict(kwargs)))
-    return sum(tensor.numel() + PER_TENSOR for tensor in tensors_in(result))
-
-
-def on(device: torch.device, values: Any) -> Any:
-    """Arguments with every device in them replaced; on `META` with every tensor too."""
-
     def moved(value: Any) -> Any:
         if isinstance(value, torch.device):
-            return device
-        return torch.empty_like(value, device=META) if isinstance(value, Tensor) and device == META else value
+            return META
+        return torch.empty_like(value, device=META) if isinstance(value, Tensor) else value
 
-    return _each(values, moved)
+    with META, torch.no_grad():
+        result = function(*map_aggregate(tuple(args), moved), **map_aggregate(dict(kwargs), moved))
+    return sum(tensor.numel() + PER_TENSOR for tensor in tensors_in(result))
 
 
 def tensors_in(values: Any) -> list[Tensor]:
     """All tensors in arguments or results."""
-    found: list[Tensor] = []
-
-    def look(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            found.append(value)
-        return value
-
-    _each(values, look)
-    return found
+    found: list[Any] = []
+    map_aggregate(values, found.append)
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 def _with_numbers(values: Any) -> Any:
-    return _each(values, lambda value: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value)
-
-
-def _each(values: Any, change: Callable[[Any], Any]) -> Any:
-    """Arguments with everything in their lists, tuples, slices and dicts changed."""
-    match values:
-        case list() | tuple():
-            items = [_each(item, change) for item in cast("Sequence[Any]", values)]
-            # Results with names (of topk, say) keep them.
-            return type(values)(items)  # pyright: ignore
-        case dict():
-            return {key: _each(item, change) for key, item in cast("dict[str, Any]", values).items()}
-        case slice():
-            bounds = cast("slice[Any, Any, Any]", values)
-            return slice(*(_each(part, change) for part in (bounds.start, bounds.stop, bounds.step)))
-        case _:
-            return change(values)
+    return map_aggregate(values, lambda value: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value)
 
 
 def _shapes(values: Any) -> Any:
@@ -151,7 +124,8 @@ def _product(left: Tensor, right: Tensor) -> int | None:
     if left.ndim < 3 and right.ndim < 3:
         return None
     batch = math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))  # pyright: ignore
-    rows, inner, columns = left.shape[-2:].numel() // left.shape[-1], left.shape[-1], right.shape[-1]
+    rows, inner = left.shape[-2:-1].numel(), left.shape[-1]
+    columns = right.shape[-1] if right.ndim > 1 else 1
     return batch * (rows * inner + inner * columns + rows * columns)
 
 
@@ -173,8 +147,9 @@ def _chunked(input: Tensor, chunks: int, dim: int = 0) -> int:  # noqa: A002  # 
     return input.numel() + PER_TENSOR * min(max(1, chunks), input.shape[dim] + 1)
 
 
-def _number_only(*operands: Any) -> int:
-    del operands
+def _nothing(*args: Any) -> int:
+    """A number of Python, or something that is there already."""
+    del args
     return 0
 
 
@@ -338,5 +313,6 @@ _BOUNDS: Mapping[Function, Callable[..., int | None]] = {
     torch.chunk: _chunked,
     Tensor.chunk: _chunked,
     _item: _item_bound,
-    **{function: _number_only for name, function in FUNCTIONS.items() if name.startswith("math.")},
+    _attribute: _nothing,
+    **{function: _nothing for name, function in FUNCTIONS.items() if name.startswith("math.")},
 }

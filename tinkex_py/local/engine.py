@@ -69,7 +69,7 @@ class Engine:
         self.model = model
         self.store = store
         self.graphs = GraphKeeper(options.graph_budget_bytes)
-        self.custom_losses = CustomLosses()
+        self.custom_losses = CustomLosses(model.device)
         self.passes_run = 0
         self._options = options
         self._closing = closing

@@ -1,12 +1,12 @@
 """A traced loss as plain data, as `create_custom_loss` takes it (protocol: "Custom losses on the server")."""
 
+import builtins
 import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 import torch.fx
-from torch.fx.node import _get_qualified_name  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 
 from tinkex_py.errors import UnsupportedFeature
 
@@ -40,11 +40,19 @@ def _encoded_node(node: torch.fx.Node) -> dict[str, Any]:
 def _target(node: torch.fx.Node) -> str:
     if node.op == "call_method" and str(node.target).endswith("_"):
         raise UnsupportedFeature(f"it calls {node.target}(), which changes a tensor in place")
-    if node.op != "call_function":
-        return str(node.target)
-    name = _get_qualified_name(cast("Any", node.target))
+    return str(node.target) if node.op != "call_function" else _qualified_name(node.target)
+
+
+def _qualified_name(function: Any) -> str:
+    """The name that torch.fx, and so the official SDK, gives a function; services know these names."""
+    name: str = function.__name__
+    if getattr(builtins, name, None) is function:
+        return name
+    # Functions that are written in C++ do not tell their module.
+    homes = [home.__name__ for home in (torch, torch.nn.functional) if getattr(home, name, None) is function]
+    module: str = function.__module__ or next(iter(homes), "")
     # Python's operators live in a private module; the wire has the public one's name.
-    return name.removeprefix("_") if name.startswith("_operator.") else name
+    return f"operator.{name}" if module == "_operator" else f"{module}.{name}"
 
 
 def _encoded(value: Any) -> Any:
