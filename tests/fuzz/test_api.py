@@ -202,7 +202,7 @@ async def test_no_protobuf_is_the_services_fault(run_service, kit):
             if answer.status_code != 200:
                 continue
             message = wire.ForwardBackwardRequest.FromString(body)
-            if message.seq_id > 0 and message.seq_id != client.service.core.lanes[model_id].next_number - 1:
+            if message.seq_id > 0 and message.seq_id != client.service.core.sequencers[model_id].next_number - 1:
                 continue  # it waits for numbers that do not come
             result = await client.final(answer.json()["request_id"])
             assert result.status_code == 200

@@ -162,9 +162,10 @@ def read_graph(fields: Mapping[str, Any], device: torch.device = CPU) -> LossGra
     inputs = [(given.name, given.rank) for given in upload.inputs]
     try:
         _check_inputs(inputs)
-        return LossGraph(upload.name, inputs, _Reader(device).read(upload.graph.nodes, [name for name, _ in inputs]))
+        graph = _GraphReader(device).read(upload.graph.nodes, [name for name, _ in inputs])
     except InvalidData as error:
         raise InvalidData(f"custom loss {upload.name!r}: {error}") from None
+    return LossGraph(upload.name, inputs, graph)
 
 
 def _check_inputs(inputs: Sequence[tuple[str, int]]) -> None:
@@ -175,7 +176,7 @@ def _check_inputs(inputs: Sequence[tuple[str, int]]) -> None:
         raise InvalidData(f"the first input must be logprobs, of rank 1 or 2, not {inputs[0]}")
 
 
-class _Reader:
+class _GraphReader:
     """Makes a graph of encoded nodes."""
 
     def __init__(self, device: torch.device) -> None:

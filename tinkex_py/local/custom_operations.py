@@ -1,8 +1,8 @@
 """The operations that an uploaded loss may use, and what a call of them costs.
 
 A name that is not in these tables cannot be called. What a call costs is known before it runs: from running it on meta
-tensors, which have shapes and no data, or, where that does not tell, from a bound of its own. So no graph can ask for
-more memory than it was given. Nothing here changes a tensor in place or draws random numbers.
+tensors, which have shapes and no data, or from a bound of its own. So no graph can take more
+memory than it was given. Nothing here changes a tensor in place or draws random numbers.
 """
 
 import functools
@@ -38,7 +38,7 @@ def cost(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         kwargs: the same by name.
 
     Raises:
-        InvalidData: it cannot be told.
+        InvalidData: it is not known before the call.
         RuntimeError: the call cannot succeed; so do the other exceptions of torch.
     """
     if function in _BOUNDS:
@@ -297,7 +297,7 @@ METHODS: Mapping[str, Function] = {
     name.rpartition(".")[2]: method for name, method in _of(Tensor, "", _COMMON + _TENSOR).items()
 }
 _FACTORIES = frozenset({torch.arange, torch.full, torch.ones, torch.zeros})
-# Where meta tensors do not tell: the result depends on the data, has many tensors, or is a number of Python.
+# Where meta tensors do not help: the result depends on the data, has many tensors, or is a number of Python.
 _BOUNDS: Mapping[Function, Callable[..., int | None]] = {
     torch.matmul: _product,
     Tensor.matmul: _product,

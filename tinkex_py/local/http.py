@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.requests import NumberedBody
 from tinkex_py.local.responses import ErrorResponse, SubmittedResponse
-from tinkex_py.local.results import Answer
+from tinkex_py.local.results import Success
 
 API = "/api/v1"
 PROTOBUF = "application/x-protobuf"
@@ -94,7 +94,7 @@ def problems(errors: Sequence[Any]) -> str:
 
 
 async def json_digest(request: Request) -> bytes:
-    """What tells a repeat of a JSON request from another request under the same number."""
+    """Equal for repeats of a JSON request, and different for other requests under the same number."""
     return digest_of(request, json.dumps(await request.json(), sort_keys=True).encode())
 
 
@@ -108,7 +108,7 @@ def size_of(request: Request) -> int:
     return int(request.headers["content-length"])
 
 
-async def in_order(request: Request, body: NumberedBody, work: Callable[[], Answer]) -> SubmittedResponse:
+async def in_order(request: Request, body: NumberedBody, work: Callable[[], Success]) -> SubmittedResponse:
     """Hand in a JSON request's work on a training model; raises like `Core.in_order`."""
     digest = await json_digest(request)
     request_id = core_of(request).in_order(body.model_id, body.seq_id, digest, size_of(request), work)

@@ -36,7 +36,7 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or pass on."""
         is_open = scope["type"] != "http" or scope["path"].startswith(self._open_paths)
-        # In the same time whatever the key is: the time must not tell how much of it is right.
+        # In constant time: the time must not depend on how much of the key is right.
         if is_open or hmac.compare_digest(_headers(scope).get(b"x-api-key", b""), self._key):
             await self._app(scope, receive, send)
         else:
@@ -126,8 +126,8 @@ class ReadBody:
             return
         kept = [(name, value) for name, value in scope["headers"] if name not in _BODY_HEADERS]
         # The app reads a body without a type as JSON.
-        told = [(b"content-type", _PROTOBUF)] if is_protobuf else []
-        scope["headers"] = [*kept, *told, (b"content-length", str(len(body)).encode())]
+        types = [(b"content-type", _PROTOBUF)] if is_protobuf else []
+        scope["headers"] = [*kept, *types, (b"content-length", str(len(body)).encode())]
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def read() -> Message:
@@ -144,10 +144,10 @@ class ReadBody:
             raise Refused(415, f"Content-Encoding {encoding!r} is not understood; send the body plain or with zstd")
         return body
 
-    async def _received(self, told: bytes, receive: Receive) -> bytes:
-        if told.isdigit():
-            check_size(int(told[:20]), self._max_bytes)
-        # What a client tells may be wrong or missing: what comes is counted.
+    async def _received(self, announced: bytes, receive: Receive) -> bytes:
+        if announced.isdigit():
+            check_size(int(announced[:20]), self._max_bytes)
+        # The header may be wrong or missing: the bytes are counted.
         pieces: list[bytes] = []
         received = 0
         more = True

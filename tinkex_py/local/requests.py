@@ -39,7 +39,7 @@ Label = Annotated[str, AfterValidator(_storable)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
-class _Body(BaseModel):
+class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     @model_validator(mode="before")
@@ -50,11 +50,11 @@ class _Body(BaseModel):
         return values
 
 
-class AnyBody(_Body):
+class AnyBody(_Lenient):
     """An object of which nothing is read."""
 
 
-class LoraBody(_Body):
+class LoraBody(_Lenient):
     """LoRA settings as clients send them."""
 
     rank: int = Field(default=32, ge=1)
@@ -64,7 +64,7 @@ class LoraBody(_Body):
     train_attn: bool = True
 
 
-class AdamBody(_Body):
+class AdamBody(_Lenient):
     """AdamW parameters; what is missing has the protocol's defaults."""
 
     learning_rate: float = 1e-4
@@ -75,7 +75,7 @@ class AdamBody(_Body):
     grad_clip_norm: float = 0.0
 
 
-class SessionBody(_Body):
+class SessionBody(_Lenient):
     """create_session."""
 
     tags: list[str] = []
@@ -84,13 +84,13 @@ class SessionBody(_Body):
     project_id: Label | None = None
 
 
-class SessionIdBody(_Body):
+class SessionIdBody(_Lenient):
     """session_heartbeat."""
 
     session_id: str
 
 
-class CreateModelBody(_Body):
+class CreateModelBody(_Lenient):
     """create_model."""
 
     session_id: str
@@ -101,20 +101,20 @@ class CreateModelBody(_Body):
     user_metadata: Metadata | None = None
 
 
-class ModelBody(_Body):
+class ModelBody(_Lenient):
     """get_info, unload_model."""
 
     model_id: str
 
 
-class NumberedBody(_Body):
+class NumberedBody(_Lenient):
     """What all requests of a training model have, which are done in the order of their numbers."""
 
     model_id: str
     seq_id: int = 0
 
 
-class LoadWeightsBody(_Body):
+class LoadWeightsBody(_Lenient):
     """load_weights: session_id and model_seq_id make a new model, model_id and seq_id load into one."""
 
     path: str
@@ -128,7 +128,7 @@ class LoadWeightsBody(_Body):
     seq_id: int = 0
 
 
-class PassInput(_Body):
+class PassInput(_Lenient):
     """The inner object of the JSON form of forward and forward_backward: read when its turn has come."""
 
     data: list[dict[str, Any]]
@@ -149,7 +149,7 @@ class ForwardBody(NumberedBody):
     forward_input: Any = None
 
 
-class CustomLossBody(_Body):
+class CustomLossBody(_Lenient):
     """create_custom_loss; what it holds is checked by the engine, so that a bad loss fails its future."""
 
     session_id: str
@@ -175,13 +175,13 @@ class SaveWeightsBody(NumberedBody):
     user_metadata: Metadata | None = None
 
 
-class FutureBody(_Body):
+class FutureBody(_Lenient):
     """retrieve_future, cancel_future."""
 
     request_id: str
 
 
-class SamplingSessionBody(_Body):
+class SamplingSessionBody(_Lenient):
     """create_sampling_session."""
 
     session_id: str
@@ -190,13 +190,13 @@ class SamplingSessionBody(_Body):
     model_path: str | None = None
 
 
-class SamplerIdBody(_Body):
+class SamplerIdBody(_Lenient):
     """join_sampling_session."""
 
     sampling_session_id: str
 
 
-class SamplingParamsBody(_Body):
+class SamplingParamsBody(_Lenient):
     """How to draw; absent `stop` stops at the end of text, `[]` at nothing."""
 
     max_tokens: int | None = Field(default=None, ge=0)
@@ -207,7 +207,7 @@ class SamplingParamsBody(_Body):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-class SampleBody(_Body):
+class SampleBody(_Lenient):
     """asample."""
 
     prompt: dict[str, Any]
@@ -225,19 +225,19 @@ class SampleBody(_Body):
     target_prompt_logprobs: dict[str, Any] | None = None
 
 
-class TinkerPathBody(_Body):
+class TinkerPathBody(_Lenient):
     """weights_info."""
 
     tinker_path: str
 
 
-class TtlBody(_Body):
+class TtlBody(_Lenient):
     """Change of a checkpoint's time to live, in seconds."""
 
     ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
-class CopyBody(_Body):
+class CopyBody(_Lenient):
     """copy_weights."""
 
     source_path: str
@@ -247,41 +247,41 @@ class CopyBody(_Body):
     ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
-class FinishReason(_Body):
+class FinishReason(_Lenient):
     """Why a session is over."""
 
     type: EndReason = "success"
 
 
-class FinishBody(_Body):
+class FinishBody(_Lenient):
     """sessions/{id}/finish."""
 
     reason: FinishReason = FinishReason()
     detail: Label | None = None
 
 
-class StatusQuery(_Body):
+class StatusQuery(_Lenient):
     """One status that sessions may have."""
 
     type: Literal["active", "cancelled", "failed", "client_finished"]
     reasons: list[EndReason] | None = None
 
 
-class OwnerQuery(_Body):
+class OwnerQuery(_Lenient):
     """Whose sessions to search."""
 
     type: Literal["own", "accessible", "user"] = "own"
     owner_urns: list[str] = []
 
 
-class SearchCursor(_Body):
+class SearchCursor(_Lenient):
     """Behind which session the page begins."""
 
     last_created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
     last_session_id: Label
 
 
-class SearchBody(_Body):
+class SearchBody(_Lenient):
     """sessions/search."""
 
     session_id: str | None = None

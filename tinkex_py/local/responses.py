@@ -8,7 +8,7 @@ from tinkex_py.types import GetInfoResponse, WeightsInfo
 
 
 class ErrorResponse(BaseModel):
-    """Why a request is refused; `code` tells programs what the status does not."""
+    """Why a request is refused; `code` is for programs, where the status is not enough."""
 
     detail: str
     code: str | None = None

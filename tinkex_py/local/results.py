@@ -11,7 +11,7 @@ Category = Literal["user", "server", "unknown"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Success:
     """A success.
 
     Args:
@@ -45,14 +45,14 @@ class PendingResult:
 
     request_id: str
     done: asyncio.Event = field(default_factory=asyncio.Event)
-    outcome: Answer | Failure | None = None
+    outcome: Success | Failure | None = None
     note: Callable[[], str | None] | None = None
     cancel: Callable[[], bool] | None = None
 
     @property
     def size(self) -> int:
         """Bytes of the result."""
-        binary = self.outcome.protobuf if isinstance(self.outcome, Answer) else None
+        binary = self.outcome.protobuf if isinstance(self.outcome, Success) else None
         return 0 if binary is None else len(binary)
 
 
@@ -86,14 +86,14 @@ class ResultBook:
             self.forget(next(iter(self._fetched)))
         return pending
 
-    def settle(self, pending: PendingResult, outcome: Answer | Failure) -> None:
+    def settle(self, pending: PendingResult, outcome: Success | Failure) -> None:
         """Give a future its result, once."""
         if pending.outcome is None:
             pending.outcome = outcome
             self._finished[pending.request_id] = None
             pending.done.set()
 
-    def fetch(self, pending: PendingResult) -> Answer | Failure | None:
+    def fetch(self, pending: PendingResult) -> Success | Failure | None:
         """The outcome for a client, which may ask for it again."""
         if pending.outcome is not None and pending.request_id in self._results:
             if pending.request_id not in self._fetched:

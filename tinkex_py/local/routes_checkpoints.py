@@ -122,7 +122,7 @@ async def copy_weights(body: CopyBody, request: Request) -> CopiedCheckpoint:
         )
     core.open_session(body.session_id)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
-    if run_id in core.lanes:
+    if run_id in core.sequencers:
         raise Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} is in use: take another")
 
     def copied(store: CheckpointStore) -> CheckpointInfo | None:

@@ -56,7 +56,7 @@ async def retrieve_future(body: FutureBody, request: Request) -> Response:
 
 @router.post("/cancel_future")
 async def cancel_future(body: FutureBody, request: Request) -> EmptyResponse:
-    """Nobody will ask for this result again."""
+    """Cancels the work if it has not started, and forgets its result."""
     core = core_of(request)
     pending = core.results.find(body.request_id)
     if pending is not None and pending.outcome is None and pending.cancel is not None:

@@ -10,11 +10,11 @@ from fastapi import Request
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import api_router, core_of, in_order, json_digest, size_of
-from tinkex_py.local.lanes import Lane
-from tinkex_py.local.records import CheckpointInfo, RunInfo
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody, NumberedBody
 from tinkex_py.local.responses import ModelInfoResponse, SubmittedResponse
-from tinkex_py.local.results import Answer
+from tinkex_py.local.results import Success
+from tinkex_py.local.sequencer import Sequencer
 from tinkex_py.types import LoraConfig, ModelData
 
 router = api_router()
@@ -28,11 +28,11 @@ async def create_model(body: CreateModelBody, request: Request) -> SubmittedResp
     settings = body.lora_config
     chosen = settings.seed if settings.seed is not None else _default_seed(core.options.seed, body.model_seq_id)
 
-    def work() -> Answer:
+    def work() -> Success:
         _check_optimizer(body.optimizer_config)
         lora = LoraConfig(**settings.model_dump())
         core.engine.create_model(_run(model_id, body.base_model, settings, body.user_metadata), lora, chosen)
-        return Answer(lambda: {"model_id": model_id, "type": "create_model"})
+        return Success(lambda: {"model_id": model_id, "type": "create_model"})
 
     return await _new_model(request, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
 
@@ -45,7 +45,7 @@ async def load_weights(body: LoadWeightsBody, request: Request) -> SubmittedResp
     core = core_of(request)
     model_id = _model_id(core, body.session_id, body.model_seq_id)
 
-    def work() -> Answer:
+    def work() -> Success:
         if not body.optimizer:
             _check_optimizer(body.optimizer_config)
         source = core.store.find(body.path, "weights")
@@ -61,11 +61,11 @@ async def load_weights(body: LoadWeightsBody, request: Request) -> SubmittedResp
 
 
 async def _new_model(
-    request: Request, scope: tuple[str, str, int], model_id: str, work: Callable[[], Answer]
+    request: Request, scope: tuple[str, str, int], model_id: str, work: Callable[[], Success]
 ) -> SubmittedResponse:
     core, size = core_of(request), size_of(request)
     request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
-    core.lanes.setdefault(model_id, Lane())
+    core.sequencers.setdefault(model_id, Sequencer())
     return SubmittedResponse(request_id=request_id, model_id=model_id)
 
 
@@ -74,7 +74,7 @@ async def _load_into(request: Request, body: LoadWeightsBody) -> SubmittedRespon
         raise Refused(422, "load_weights needs session_id and model_seq_id, or model_id and seq_id")
     core, model_id = core_of(request), body.model_id
 
-    def work() -> Answer:
+    def work() -> Success:
         source = core.store.find(body.path, "weights")
         core.engine.load_into(model_id, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
@@ -86,7 +86,7 @@ async def _load_into(request: Request, body: LoadWeightsBody) -> SubmittedRespon
 async def get_info(body: ModelBody, request: Request) -> ModelInfoResponse:
     """What a training model is made of."""
     core = core_of(request)
-    core.lane(body.model_id)
+    core.sequencer(body.model_id)
     run = core.engine.run_info(body.model_id)
     if run is None:
         raise Refused(404, f"model {body.model_id!r} is not there (yet): wait for its creation to succeed")
@@ -104,7 +104,7 @@ async def get_info(body: ModelBody, request: Request) -> ModelInfoResponse:
 async def unload_model(body: ModelBody, request: Request) -> SubmittedResponse:
     """Free a training model."""
     core = core_of(request)
-    core.lane(body.model_id)
+    core.sequencer(body.model_id)
     return SubmittedResponse(request_id=core.unload(body.model_id), model_id=body.model_id)
 
 
@@ -124,8 +124,8 @@ def _default_seed(base: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:6], "little")
 
 
-def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict[str, Any] | None) -> RunInfo:
-    return RunInfo(
+def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict[str, Any] | None) -> TrainingRunInfo:
+    return TrainingRunInfo(
         run_id=model_id,
         base_model=base_model,
         created=datetime.now(UTC),
@@ -134,5 +134,5 @@ def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict
     )
 
 
-def _loaded(model_id: str, source: CheckpointInfo) -> Answer:
-    return Answer(lambda: {"path": source.path, "model_id": model_id, "type": "load_weights"})
+def _loaded(model_id: str, source: CheckpointInfo) -> Success:
+    return Success(lambda: {"path": source.path, "model_id": model_id, "type": "load_weights"})

@@ -5,7 +5,7 @@ from fastapi import Request, Response
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import Whole, api_router, core_of
-from tinkex_py.local.records import Kind, RunInfo
+from tinkex_py.local.records import Kind, TrainingRunInfo
 from tinkex_py.local.requests import SearchBody
 from tinkex_py.local.routes_checkpoints import checkpoint_entry
 from tinkex_py.local.session_search import OWNER, page_of_sessions
@@ -89,7 +89,7 @@ async def absent(request: Request) -> Response:
     )
 
 
-def _run_entry(core: Core, store: CheckpointStore, run: RunInfo) -> TrainingRun:
+def _run_entry(core: Core, store: CheckpointStore, run: TrainingRunInfo) -> TrainingRun:
     saved, _ = store.records.checkpoints(run.run_id)
     moments = [run.created, *(info.time for info in saved)]
 

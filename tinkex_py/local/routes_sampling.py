@@ -7,13 +7,13 @@ from fastapi import Request
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
+from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.http import api_router, core_of, json_digest
 from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
 from tinkex_py.local.responses import JoinResponse, SampleSubmittedResponse, SamplingSessionResponse
-from tinkex_py.local.results import Answer
+from tinkex_py.local.results import Success
 from tinkex_py.local.sample_queue import Weights
 from tinkex_py.types import Sampler as SamplerResponse
 
@@ -51,7 +51,7 @@ async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
 
-    def submit() -> "Future[Answer]":
+    def submit() -> "Future[Success]":
         return _submit(core, sampler, body)
 
     number = body.seq_id if body.seq_id is not None and body.sampling_session_id is not None else None
@@ -72,7 +72,7 @@ async def join_sampling_session(body: SamplerIdBody, request: Request) -> JoinRe
     return JoinResponse(client_counter=core.sampler_clients[sampler.sampler_id])
 
 
-def _submit(core: Core, sampler: Sampler, body: SampleBody) -> "Future[Answer]":
+def _submit(core: Core, sampler: SamplingSession, body: SampleBody) -> "Future[Success]":
     """Queue a request; a bad one gets a future that has failed."""
     if core.samples.is_full:
         limit = core.options.max_waiting_samples
@@ -80,38 +80,38 @@ def _submit(core: Core, sampler: Sampler, body: SampleBody) -> "Future[Answer]":
     try:
         return core.samples.add(_weights(core, sampler), _sample_request(core, body), _answer)
     except (InvalidData, UnsupportedFeature) as error:
-        failed: Future[Answer] = Future()
+        failed: Future[Success] = Future()
         failed.set_exception(error)
         return failed
 
 
-def _answer(result: SampleResult) -> Answer:
-    return Answer(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
+def _answer(result: SampleResult) -> Success:
+    return Success(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
 
 
-def _known(core: Core, sampler_id: str) -> Sampler:
+def _known(core: Core, sampler_id: str) -> SamplingSession:
     sampler = core.samplers.get(sampler_id)
     if sampler is None:
         raise Refused(404, f"sampling session {sampler_id!r} is not known here")
-    core.hear(sampler_id)
+    core.mark_active(sampler_id)
     return sampler
 
 
-async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> Sampler:
+async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> SamplingSession:
     name = core.engine.model.name
     if base_model is not None and base_model != name:
         raise Refused(400, f"base model {base_model!r} is not served here. Served: {name!r}")
     if model_path is None:
         if base_model is None:
             raise Refused(400, f"sampling needs a base_model ({name!r}) or a model_path (tinker://...)")
-        return Sampler(sampler_id)
+        return SamplingSession(sampler_id)
     source = await core.stored(lambda store: store.find(model_path, "weights", "sampler_weights"))
     if source.run.base_model != name:
         raise Refused(400, f"{model_path!r} was made from {source.run.base_model!r}, but {name!r} is served here")
-    return Sampler(sampler_id, model_path=model_path)
+    return SamplingSession(sampler_id, model_path=model_path)
 
 
-def _weights(core: Core, sampler: Sampler) -> Weights:
+def _weights(core: Core, sampler: SamplingSession) -> Weights:
     path, snapshot, model_id = sampler.model_path, sampler.snapshot, sampler.inflight_of
     if snapshot is not None:
         return Weights(("snapshot", snapshot.folder), lambda: snapshot)

@@ -75,12 +75,12 @@ async def create_session(body: SessionBody, request: Request) -> CreateSessionRe
 
 @router.post("/session_heartbeat")
 async def session_heartbeat(body: SessionIdBody, request: Request) -> HeartbeatResponse:
-    """Keeps the session; a finished or unknown one tells its client to stop."""
+    """Keeps the session; 410 for a finished or unknown one, whose client stops."""
     core = core_of(request)
     session = core.sessions.get(body.session_id)
     if session is None or session.finished:
         raise Refused(410, f"session {body.session_id!r} is over or unknown here")
-    core.hear(body.session_id)
+    core.mark_active(body.session_id)
     return HeartbeatResponse()
 
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
-from tinkex_py.local.data import PassRequest
+from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
+from tinkex_py.local.data import EnginePass
 from tinkex_py.local.http import (
     PROTOBUF,
     Route,
@@ -25,7 +25,7 @@ from tinkex_py.local.http import (
     read_json,
     size_of,
 )
-from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo, expiry
 from tinkex_py.local.requests import (
     CustomLossBody,
     ForwardBackwardBody,
@@ -35,7 +35,7 @@ from tinkex_py.local.requests import (
     SaveWeightsBody,
 )
 from tinkex_py.local.responses import SubmittedResponse
-from tinkex_py.local.results import Answer
+from tinkex_py.local.results import Success
 from tinkex_py.transport import wire
 from tinkex_py.types import AdamParams
 
@@ -71,10 +71,10 @@ class NumberedRoute(Route):
 def _spend(request: Request, body: object) -> None:
     fields = cast("dict[str, object]", body) if isinstance(body, dict) else {}
     core: Core | None = request.app.state.service.core
-    lane = core.lanes.get(str(fields.get("model_id"))) if core is not None else None
+    sequencer = core.sequencers.get(str(fields.get("model_id"))) if core is not None else None
     number = fields.get("seq_id")
-    if lane is not None and isinstance(number, int):
-        lane.spend(number)
+    if sequencer is not None and isinstance(number, int):
+        sequencer.spend(number)
 
 
 router = api_router(route_class=NumberedRoute)
@@ -97,12 +97,12 @@ async def forward(body: ForwardBody, request: Request) -> SubmittedResponse:
     return await in_order(request, body, _pass(core_of(request), body.model_id, read))
 
 
-def _pass(core: Core, model_id: str, read: Callable[[], PassRequest]) -> Callable[[], Answer]:
+def _pass(core: Core, model_id: str, read: Callable[[], EnginePass]) -> Callable[[], Success]:
     """A pass as work of the engine, whose thread then reads its inner part too."""
 
-    def work() -> Answer:
+    def work() -> Success:
         result = core.engine.run_pass(model_id, read())
-        return Answer(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
+        return Success(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
 
     return work
 
@@ -120,7 +120,7 @@ def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
         key: value.text if value.WhichOneof("value") == "text" else value.number
         for key, value in message.loss_fn_config_v2.items()
     }
-    read = PassRequest(
+    read = EnginePass(
         data=lambda: wire_format.datums_from_protobuf(message.data),
         loss_fn=message.loss_fn,
         config=config or dict(message.loss_fn_config),
@@ -135,15 +135,15 @@ def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
     return SubmittedResponse(request_id=request_id, model_id=message.model_id)
 
 
-def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callable[[], PassRequest]:
+def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callable[[], EnginePass]:
     keep = _keeps_graph(request)
 
-    def read() -> PassRequest:
+    def read() -> EnginePass:
         try:
             body = PassInput.model_validate(value)
         except ValidationError as error:
             raise InvalidData(problems(error.errors(include_input=False))) from None
-        return PassRequest(
+        return EnginePass(
             data=lambda: wire_format.datums_from_json(body.data),
             loss_fn=body.loss_fn,
             config=body.loss_fn_config,
@@ -159,9 +159,9 @@ async def optim_step(body: OptimStepBody, request: Request) -> SubmittedResponse
     """One AdamW step."""
     core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         metrics = core.engine.optim_step(body.model_id, _adam_params(body))
-        return Answer(lambda: {"metrics": metrics, "type": "optim_step"})
+        return Success(lambda: {"metrics": metrics, "type": "optim_step"})
 
     return await in_order(request, body, work)
 
@@ -181,11 +181,11 @@ async def save_weights(body: SaveWeightsBody, request: Request) -> SubmittedResp
     """A training checkpoint: weights and optimizer state."""
     core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         if body.path is None:
             raise InvalidData("save_weights needs a name in `path`")
         saved = _save(core, body, body.path, "weights")
-        return Answer(lambda: {"path": saved.path, "type": "save_weights"})
+        return Success(lambda: {"path": saved.path, "type": "save_weights"})
 
     return await in_order(request, body, work)
 
@@ -195,10 +195,10 @@ async def save_weights_for_sampler(body: SaveWeightsBody, request: Request) -> S
     """Weights to sample from: under a name, or as a sampling session that is ready to use."""
     core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         if body.path is not None:
             saved = _save(core, body, body.path, "sampler_weights")
-            return Answer(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
+            return Success(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
         if body.sampling_session_seq_id is None:
             raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
         return _nameless_sampler(core, body, body.sampling_session_seq_id)
@@ -206,19 +206,23 @@ async def save_weights_for_sampler(body: SaveWeightsBody, request: Request) -> S
     return await in_order(request, body, work)
 
 
-def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
+def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Success:
     """A sampling session on the weights as they are; inflight ones share one checkpoint that later saves replace."""
     if body.kind not in ("snapshot", "inflight"):
         raise InvalidData(f"kind={body.kind!r} is not known here. Known: 'snapshot', 'inflight'")
     inflight = body.kind == "inflight"
     saved = _save(core, body, INFLIGHT if inflight else f"sample-{number}", "ephemeral")
     sampler_id = f"{body.model_id.partition(':')[0]}:sample:{number}"
-    sampler = Sampler(sampler_id, inflight_of=body.model_id) if inflight else Sampler(sampler_id, snapshot=saved)
+    sampler = (
+        SamplingSession(sampler_id, inflight_of=body.model_id)
+        if inflight
+        else SamplingSession(sampler_id, snapshot=saved)
+    )
 
     def register() -> None:
         core.samplers[sampler_id] = sampler
 
-    return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
+    return Success(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
 
 
 @router.post("/save_weights_external")
@@ -226,13 +230,13 @@ async def save_weights_external(body: SaveWeightsBody, request: Request) -> Subm
     """Weights whose files can be downloaded one by one."""
     core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         if body.age_encryption_recipients:
             raise UnsupportedFeature("the embedded service cannot encrypt: leave age_encryption_recipients out")
         if body.path is None:
             raise InvalidData("save_weights_external needs a name in `path`")
         saved = _save(core, body, body.path, "external_weights")
-        return Answer(
+        return Success(
             lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"},
         )
 
@@ -240,7 +244,7 @@ async def save_weights_external(body: SaveWeightsBody, request: Request) -> Subm
 
 
 def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> CheckpointInfo:
-    run: RunInfo | None = core.engine.run_info(body.model_id)
+    run: TrainingRunInfo | None = core.engine.run_info(body.model_id)
     if run is None:
         raise InvalidData(f"model {body.model_id!r} is not loaded")
     info = CheckpointInfo(
@@ -265,9 +269,9 @@ async def create_custom_loss(body: CustomLossBody, request: Request) -> Submitte
     core.open_session(body.session_id)
     fields: dict[str, Any] = await request.json()
 
-    def work() -> Answer:
+    def work() -> Success:
         loss_id = core.engine.custom_losses.add(body.session_id, body.custom_loss_seq_id, fields)
-        return Answer(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
+        return Success(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
 
     scope, size = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id), size_of(request)
     request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))

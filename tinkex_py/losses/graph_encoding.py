@@ -48,7 +48,7 @@ def _qualified_name(function: Any) -> str:
     name: str = function.__name__
     if getattr(builtins, name, None) is function:
         return name
-    # Functions that are written in C++ do not tell their module.
+    # Functions that are written in C++ have no module.
     homes = [home.__name__ for home in (torch, torch.nn.functional) if getattr(home, name, None) is function]
     module: str = function.__module__ or next(iter(homes), "")
     # Python's operators live in a private module; the wire has the public one's name.
