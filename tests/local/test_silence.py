@@ -53,11 +53,16 @@ async def test_who_only_looks_at_a_session_does_not_keep_it(run_service):
         assert core.take_active_sessions() == set()
 
 
-@pytest.mark.parametrize("path", ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session"])
+@pytest.mark.parametrize(
+    "path",
+    ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session", "retrieve_futures"],
+)
 async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
     async with run_service(LocalOptions(session_timeout=None)) as client:
         model_id = await client.model()
         core = client.service.core
+        sampler = {"session_id": client.session_id, "sampling_session_seq_id": 1, "base_model": "tiny"}
+        sampler_id = (await client.ask("create_sampling_session", sampler))["sampling_session_id"]
         core.take_active_sessions()
         assert core.take_active_sessions() == set()
         if path == "forward":
@@ -67,11 +72,8 @@ async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
                 "session_heartbeat": {"session_id": client.session_id, "type": "session_heartbeat"},
                 "get_info": {"model_id": model_id},
                 "optim_step": {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}},
-                "create_sampling_session": {
-                    "session_id": client.session_id,
-                    "sampling_session_seq_id": 0,
-                    "base_model": "tiny",
-                },
+                "create_sampling_session": {**sampler, "sampling_session_seq_id": 0},
+                "retrieve_futures": {"target": {"sampling_session_id": sampler_id}, "timeout": 0},
             }[path]
             assert (await client.post(path, body)).status_code == 200
         assert core.take_active_sessions() == {client.session_id}

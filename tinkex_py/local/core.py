@@ -135,6 +135,18 @@ class Core:
         self.mark_active(session_id)
         return session
 
+    def sampling_session(self, sampler_id: str) -> SamplingSession:
+        """The sampling session of a request.
+
+        Raises:
+            Refused: 404, unknown here.
+        """
+        sampler = self.samplers.get(sampler_id)
+        if sampler is None:
+            raise Refused(404, f"sampling session {sampler_id!r} is not known here")
+        self.mark_active(sampler_id)
+        return sampler
+
     def mark_active(self, owned: str) -> None:
         """The client of a session asked for something: for the session itself, or for what belongs to it, by its id."""
         self._active.add(owned.partition(":")[0])

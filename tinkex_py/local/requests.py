@@ -181,6 +181,23 @@ class FutureBody(_Lenient):
     request_id: str
 
 
+class CompletionsTarget(_Lenient):
+    """Whose completions a poll waits for: those of one copy of a sampling session's client."""
+
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: int = Field(default=0, ge=0)
+
+
+class FuturesBody(_Lenient):
+    """retrieve_futures; what was completed up to `prev_cursor` is acknowledged, `timeout` is in seconds."""
+
+    target: CompletionsTarget
+    prev_cursor: int = Field(default=0, ge=0)
+    timeout: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    retrieved_request_ids: list[str] = []
+
+
 class SamplingSessionBody(_Lenient):
     """create_sampling_session."""
 

@@ -31,6 +31,7 @@ class ClientConfigResponse(BaseModel):
     use_pyqwest_transport: bool = False
     proto_write_fwdbwd: bool = True
     fwd_via_fwdbwd: bool = True
+    sample_use_retrieve_futures: bool = True
     custom_loss_server_side: bool | None = None
 
 
@@ -79,6 +80,21 @@ class TryAgainResponse(BaseModel):
     type: Literal["try_again"] = "try_again"
     queue_state: Literal["active", "paused_capacity"]
     queue_state_reason: str | None = None
+
+
+class Completion(BaseModel):
+    """One completed request; the size of its result is in bytes."""
+
+    state: Literal["finished", "failed"]
+    request_id: str
+    response_payload_uncompressed_size: int | None = None
+
+
+class CompletionsResponse(BaseModel):
+    """retrieve_futures."""
+
+    completions: list[Completion]
+    cursor: int
 
 
 class AdamW(BaseModel):

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tinkex_py.local.completions import CompletionQueues, QueueKey
+
 Category = Literal["user", "server", "unknown"]
 
 
@@ -41,6 +43,7 @@ class PendingResult:
         done: set when polls need not wait any more: there is an outcome, or the service closes.
         note: says why it has not started.
         cancel: gives up work that has not begun.
+        queue: where it is announced when it is done.
     """
 
     request_id: str
@@ -48,6 +51,7 @@ class PendingResult:
     outcome: Success | Failure | None = None
     note: Callable[[], str | None] | None = None
     cancel: Callable[[], bool] | None = None
+    queue: QueueKey | None = None
 
     @property
     def size(self) -> int:
@@ -73,6 +77,7 @@ class ResultBook:
         self._finished: dict[str, None] = {}
         self._fetched: dict[str, None] = {}
         self._fetched_bytes = 0
+        self.completions = CompletionQueues(4 * keep)
         self.closing = False
 
     def open(self) -> PendingResult:
@@ -92,6 +97,14 @@ class ResultBook:
             pending.outcome = outcome
             self._finished[pending.request_id] = None
             pending.done.set()
+            if pending.queue is not None:
+                self.completions.add(pending.queue, pending.request_id)
+
+    def announce(self, request_id: str, queue: QueueKey) -> None:
+        """Put a future that has just been opened into a queue when it is done."""
+        pending = self._results.get(request_id)
+        if pending is not None and pending.outcome is None:
+            pending.queue = queue
 
     def fetch(self, pending: PendingResult) -> Success | Failure | None:
         """The outcome for a client, which may ask for it again."""
@@ -119,6 +132,12 @@ class ResultBook:
             del self._fetched[request_id]
             self._fetched_bytes -= pending.size
 
+    def release(self, request_id: str, queue: QueueKey) -> None:
+        """Drop a result that a client has; only one of its own queue."""
+        pending = self._results.get(request_id)
+        if pending is not None and pending.queue == queue and pending.outcome is not None:
+            self.forget(request_id)
+
     async def wait(self, pending: PendingResult, seconds: float) -> bool:
         """Wait for a result, at most so long; False when there is none yet or the service closes."""
         if pending.outcome is None and not self.closing:
@@ -130,6 +149,7 @@ class ResultBook:
     def close_polls(self) -> None:
         """Let every poll return, now and from now on."""
         self.closing = True
+        self.completions.close()
         for pending in self._results.values():
             pending.done.set()
 

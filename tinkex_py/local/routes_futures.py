@@ -6,9 +6,9 @@ from fastapi import Request, Response
 
 from tinkex_py.local.core import Refused
 from tinkex_py.local.http import PROTOBUF, AnyTextResponse, api_router, core_of
-from tinkex_py.local.requests import FutureBody
-from tinkex_py.local.responses import EmptyResponse, HealthResponse, TryAgainResponse
-from tinkex_py.local.results import Failure
+from tinkex_py.local.requests import FutureBody, FuturesBody
+from tinkex_py.local.responses import Completion, CompletionsResponse, EmptyResponse, HealthResponse, TryAgainResponse
+from tinkex_py.local.results import Failure, PendingResult
 
 router = api_router()
 _RESULT: dict[int | str, dict[str, Any]] = {
@@ -52,6 +52,30 @@ async def retrieve_future(body: FutureBody, request: Request) -> Response:
     if outcome.protobuf is not None and PROTOBUF in request.headers.get("accept", ""):
         return Response(outcome.protobuf, media_type=PROTOBUF)
     return AnyTextResponse({key: value for key, value in outcome.json().items() if value is not None})
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(body: FuturesBody, request: Request) -> CompletionsResponse:
+    """Wait for completed sampling requests of one client; their results are fetched one by one."""
+    core = core_of(request)
+    key = core.sampling_session(body.target.sampling_session_id).sampler_id, body.target.cloned_sampler_id
+    for request_id in body.retrieved_request_ids:
+        core.results.release(request_id, key)
+    longest = core.options.hold_seconds
+    seconds = longest if body.timeout is None else min(body.timeout, longest)
+    cursors = await core.results.completions.after(key, body.prev_cursor, seconds)
+    if core.results.closing and not cursors:
+        raise Refused(503, "the service is stopping")
+    completions = [_completion(request_id, core.results.find(request_id)) for request_id in cursors]
+    return CompletionsResponse(completions=completions, cursor=max(cursors.values(), default=body.prev_cursor))
+
+
+def _completion(request_id: str, pending: PendingResult | None) -> Completion:
+    """What happened to a request. That its result was forgotten since, its client learns when it asks for it."""
+    if pending is not None and isinstance(pending.outcome, Failure):
+        return Completion(state="failed", request_id=request_id)
+    size = None if pending is None else pending.size
+    return Completion(state="finished", request_id=request_id, response_payload_uncompressed_size=size)
 
 
 @router.post("/cancel_future")

@@ -7,6 +7,7 @@ from fastapi import Request
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
+from tinkex_py.local.completions import CLONE
 from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.http import api_router, core_of, json_digest
@@ -36,7 +37,7 @@ async def create_sampling_session(body: SamplingSessionBody, request: Request) -
 async def get_sampler(sampler_id: str, request: Request) -> SamplerResponse:
     """What a sampling session draws from."""
     core = core_of(request)
-    sampler = _known(core, sampler_id)
+    sampler = core.sampling_session(sampler_id)
     return SamplerResponse(
         sampler_id=sampler.sampler_id, base_model=core.engine.model.name, model_path=sampler.model_path
     )
@@ -47,7 +48,7 @@ async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse
     """Draw sequences; a repeat under the same number gets the first one's answer."""
     core = core_of(request)
     if body.sampling_session_id is not None:
-        sampler = _known(core, body.sampling_session_id)
+        sampler = core.sampling_session(body.sampling_session_id)
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
 
@@ -59,6 +60,7 @@ async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse
         request_id = core.follow(submit())
     else:
         request_id = core.numbered(("seq_id", sampler.sampler_id, number), await json_digest(request), submit)
+        core.results.announce(request_id, (sampler.sampler_id, number // CLONE))
     ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
     return SampleSubmittedResponse(request_id=request_id, sample_sequence_ids=ids)
 
@@ -67,7 +69,7 @@ async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse
 async def join_sampling_session(body: SamplerIdBody, request: Request) -> JoinResponse:
     """A number for one more client of a sampling session; its creator has 0."""
     core = core_of(request)
-    sampler = _known(core, body.sampling_session_id)
+    sampler = core.sampling_session(body.sampling_session_id)
     core.sampler_clients[sampler.sampler_id] = core.sampler_clients.get(sampler.sampler_id, 0) + 1
     return JoinResponse(client_counter=core.sampler_clients[sampler.sampler_id])
 
@@ -87,14 +89,6 @@ def _submit(core: Core, sampler: SamplingSession, body: SampleBody) -> "Future[S
 
 def _answer(result: SampleResult) -> Success:
     return Success(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
-
-
-def _known(core: Core, sampler_id: str) -> SamplingSession:
-    sampler = core.samplers.get(sampler_id)
-    if sampler is None:
-        raise Refused(404, f"sampling session {sampler_id!r} is not known here")
-    core.mark_active(sampler_id)
-    return sampler
 
 
 async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> SamplingSession:
