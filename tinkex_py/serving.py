@@ -61,7 +61,7 @@ async def serve_app(
         listener: a bound socket, which the caller closes.
         on_listening: called once when connections are accepted.
         before_shutdown: ends the answers that would go on for ever; the shutdown waits for all others.
-        lifespan: whether the application is told of start and end.
+        lifespan: whether the application gets lifespan events.
     """
     import uvicorn
 

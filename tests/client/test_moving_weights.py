@@ -23,7 +23,7 @@ from tinkex_py import (
     RequestFailed,
     telemetry,
 )
-from tinkex_py.local.data import PassRequest
+from tinkex_py.local.data import EnginePass
 from tinkex_py.local.engine import Engine
 from tinkex_py.losses.controllers import AdaptiveKL, TargetGradientRatio
 from tinkex_py.losses.schedules import Linear
@@ -150,7 +150,7 @@ def fail_one_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     run_pass = Engine.run_pass
     failed: list[str] = []
 
-    def broken(self: Engine, model_id: str, request: PassRequest) -> Any:
+    def broken(self: Engine, model_id: str, request: EnginePass) -> Any:
         if not request.forward_only and not failed:
             failed.append(model_id)
             raise RuntimeError("planted")

@@ -14,10 +14,10 @@ from tinkex_py import AdamParams, LoraConfig
 from tinkex_py.integrations.huggingface import chat_datum, export_adapter
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.checkpoints import CheckpointStore
-from tinkex_py.local.data import EncodedDatum, PassRequest
+from tinkex_py.local.data import EncodedDatum, EnginePass
 from tinkex_py.local.engine import Engine
 from tinkex_py.local.models import load_model
-from tinkex_py.local.records import CheckpointInfo, RunInfo
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,11 +69,11 @@ def test_peft_gives_the_logprobs_of_the_engine(model, tmp_path: Path):
     try:
         engine = Engine(model, store, LocalOptions(), threading.Event())
         kinds = {"train_unembed": True, "train_mlp": True, "train_attn": True}
-        run = RunInfo(run_id="run", base_model="smollm2", rank=4, created=datetime.now(UTC), **kinds)
+        run = TrainingRunInfo(run_id="run", base_model="smollm2", rank=4, created=datetime.now(UTC), **kinds)
         engine.create_model(run, LoraConfig(rank=4), 1)
-        engine.run_pass("run", PassRequest(lambda: given, "cross_entropy", {}, False, False))
+        engine.run_pass("run", EnginePass(lambda: given, "cross_entropy", {}, False, False))
         engine.optim_step("run", AdamParams(learning_rate=1e-3))
-        (expected,) = engine.run_pass("run", PassRequest(lambda: given, "cross_entropy", {}, True, False)).logprobs
+        (expected,) = engine.run_pass("run", EnginePass(lambda: given, "cross_entropy", {}, True, False)).logprobs
         info = CheckpointInfo(run=run, kind="weights", name="one", folder="", time=datetime.now(UTC))
         checkpoint = store.file(engine.save("run", info, overwrite=False), "")
         adapter = export_adapter(checkpoint, tmp_path / "adapter", network=base)

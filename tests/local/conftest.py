@@ -16,10 +16,10 @@ import torch
 
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.local.checkpoints import CheckpointStore
-from tinkex_py.local.data import EncodedDatum, PassRequest, PassResult
+from tinkex_py.local.data import EncodedDatum, EnginePass, PassResult
 from tinkex_py.local.engine import Engine
 from tinkex_py.local.models import LoadedModel, load_model
-from tinkex_py.local.records import CheckpointInfo, RunInfo
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 from tinkex_py.transport import wire
 from tinkex_py.types import LoraConfig
 
@@ -54,9 +54,9 @@ class EngineBench:
     def close(self) -> None:
         self.store.close()
 
-    def run(self, model_id: str, rank: int = 8, **kinds: bool) -> RunInfo:
+    def run(self, model_id: str, rank: int = 8, **kinds: bool) -> TrainingRunInfo:
         which = {"train_unembed": True, "train_mlp": True, "train_attn": True, **kinds}
-        return RunInfo(run_id=model_id, base_model="tiny", rank=rank, created=datetime.now(UTC), **which)
+        return TrainingRunInfo(run_id=model_id, base_model="tiny", rank=rank, created=datetime.now(UTC), **which)
 
     def create(self, model_id: str, seed: int = 1, rank: int = 8, **kinds: bool) -> str:
         self.engine.create_model(self.run(model_id, rank, **kinds), LoraConfig(rank=rank, **kinds), seed)
@@ -72,7 +72,7 @@ class EngineBench:
         keep: bool = False,
         **config: float,
     ) -> PassResult:
-        return self.engine.run_pass(model_id, PassRequest(lambda: data, loss_fn, config, forward_only, keep))
+        return self.engine.run_pass(model_id, EnginePass(lambda: data, loss_fn, config, forward_only, keep))
 
     def checkpoint(self, model_id: str, name: str, kind: Any = "weights", *, overwrite: bool = False) -> CheckpointInfo:
         info = CheckpointInfo(run=self.run(model_id), kind=kind, name=name, folder="", time=datetime.now(UTC))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.data import EncodedDatum
+from tinkex_py.local.data import EncodedDatum, SampleRequest
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams
 
@@ -406,7 +406,7 @@ def test_models_are_added_without_a_look_at_those_that_are_there(bench, kit, mon
 
 
 def test_a_step_between_whose_passes_models_of_other_settings_are_made(bench, kit):
-    """peft switches the gradients of all other adapters off when it adds one."""
+    """peft switches the gradients of all other adapters off when it adds one, uses one, or uses none."""
     data = [kit.datum(6, 1), kit.datum(4, 2)]
     bench.create("a")
     train_a_little(bench, "a", kit)
@@ -417,6 +417,7 @@ def test_a_step_between_whose_passes_models_of_other_settings_are_made(bench, ki
             bench.create("b", rank=2)
             bench.create("c", train_mlp=False)
             train_a_little(bench, "c", kit)
+            bench.engine.sample(None, SampleRequest(prompt=np.array([1, 2]), max_tokens=1))
         bench.passed("a", data)
         gradients.append(bench.engine._models["a"].adapter.take_gradients())
     alone, between = gradients

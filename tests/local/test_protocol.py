@@ -29,6 +29,7 @@ async def test_config_health_and_capabilities(client):
         "use_pyqwest_transport": False,
         "proto_write_fwdbwd": True,
         "fwd_via_fwdbwd": True,
+        "sample_use_retrieve_futures": True,
     }
     assert await client.ask("client/dynamic_config", {}) == {}
     assert await client.ask("telemetry", {"events": []}) == {"status": "accepted"}

@@ -9,12 +9,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from starlette.requests import Request
 
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.archives import DownloadLinks, write_archive
-from tinkex_py.local.core import Refused
-from tinkex_py.local.http import page_of
 from tinkex_py.local.records import SessionEnd, SessionInfo
 from tinkex_py.local.requests import SearchBody
 from tinkex_py.local.session_search import fits
@@ -72,21 +69,50 @@ async def test_the_answers_have_the_fields_of_the_protocol(client):
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("query", ["limit=x", "limit=-1", "offset=-1", "limit=1e3", "offset=99999999999", "limit=²"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=x",
+        "limit=-1",
+        "offset=-1",
+        "limit=1e3",
+        "offset=99999999999",
+        "limit=²",
+        "limit=-0",
+        "limit=+1",
+        "limit=1_0",
+    ],
+)
 async def test_pages_that_make_no_sense_are_refused(client, query):
     for path in ("training_runs", "checkpoints", "sessions"):
         assert (await client.http.get(f"/api/v1/{path}?{query}")).status_code == 422
 
 
-def test_a_page_without_limits_has_the_default():
-    scope = {"type": "http", "query_string": b"", "headers": []}
-    page = page_of(Request(scope), 20)
-    assert (page.limit, page.offset) == (20, 0)
-    scope["query_string"] = b"limit=0&offset=4"
-    assert page_of(Request(scope), 20).limit == 0
-    scope["query_string"] = b"limit=-0"
-    with pytest.raises(Refused):
-        page_of(Request(scope), 20)
+@pytest.mark.asyncio
+async def test_pages_of_runs(client):
+    runs = [await client.model(number) for number in range(3)]
+    for query, page, expected in (
+        ("", {"offset": 0, "limit": 20}, runs[::-1]),
+        ("?limit=2", {"offset": 0, "limit": 2}, runs[:0:-1]),
+        ("?limit=0&offset=4", {"offset": 4, "limit": 0}, []),
+        ("?offset=2", {"offset": 2, "limit": 20}, runs[:1]),
+    ):
+        answer = (await client.http.get(f"/api/v1/training_runs{query}")).json()
+        assert answer["cursor"] == {**page, "total_count": 3}
+        assert [run["training_run_id"] for run in answer["training_runs"]] == expected
+
+
+@pytest.mark.asyncio
+async def test_what_can_be_got_can_be_asked_for_without_its_body(client):
+    (path,) = await saved(client, "one")
+    archive = await client.http.head(f"{rest_path(path)}/archive")
+    assert archive.status_code == 302
+    got, asked = [await client.http.request(method, archive.headers["location"]) for method in ("GET", "HEAD")]
+    assert asked.status_code == 200
+    assert (asked.headers["content-length"], asked.content) == (got.headers["content-length"], b"")
+    for known in ("/api/v1/healthz", "/api/v1/training_runs"):
+        assert (await client.http.head(known)).status_code == 200
+    assert (await client.http.head("/api/v1/asample")).status_code == 405
 
 
 @pytest.mark.asyncio

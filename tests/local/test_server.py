@@ -42,20 +42,6 @@ def test_one_line_then_a_clean_end_even_with_an_open_poll(number):
         assert (process.returncode, out, err) == (0, "", "")
 
 
-def test_every_answer_has_a_request_id_of_its_own():
-    """Those too that refuse: what is not there, and a web page of another origin."""
-    asked = [
-        ("/api/v1/healthz", {}),
-        ("/api/v1/healthz", {}),
-        ("/nowhere", {}),
-        ("/api/v1/healthz", {"Origin": "http://evil"}),
-    ]
-    with serving() as (_, address):
-        answers = [httpx.get(f"{address}{path}", headers=headers) for path, headers in asked]
-    assert [answer.status_code for answer in answers] == [200, 200, 404, 403]
-    assert len({answer.headers["x-request-id"] for answer in answers}) == len(asked)
-
-
 def official_sdk(program: Path, address: str) -> dict[str, Any]:
     """What a program of the official SDK saw."""
     done = subprocess.run(

@@ -221,6 +221,34 @@ async def test_importing_the_package_loads_nothing_heavy():
     assert out.decode().strip() == "[]"
 
 
+SPANS_PROGRAM = """
+import asyncio, httpx
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tinkex_py.local import LocalService
+
+exporter, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+
+async def main():
+    transport = httpx.ASGITransport(app=LocalService().app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://local") as http:
+        print((await http.get("/api/v1/healthz")).status_code, (await http.get("/api/v1/sessions")).status_code)
+    print([span.name for span in exporter.get_finished_spans()])
+
+asyncio.run(main())
+"""
+
+
+async def test_the_service_puts_nothing_into_the_traces_of_its_process():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SPANS_PROGRAM, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert out.decode().split("\n") == ["200 503", "[]", ""]
+
+
 async def test_a_missing_extra_is_named(monkeypatch):
     from tinkex_py.errors import MissingExtra
     from tinkex_py.local import models

@@ -1,4 +1,4 @@
-"""A session whose client says nothing any more ends, and nothing else does."""
+"""A session without requests and heartbeats ends, and nothing else does."""
 
 import asyncio
 import math
@@ -29,13 +29,13 @@ async def test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on(run_servic
         core = client.service.core
 
         def over() -> bool:
-            core.hear(model)  # as a heartbeat, or any request for the model, does
+            core.mark_active(model)  # as a heartbeat, or any request for the model, does
             return core.sessions[silent_session].finished
 
         await until(over)
         assert not core.sessions[living].finished
-        assert "nothing was heard" in core.sessions[silent_session].end.detail
-        assert set(core.lanes) == {model}
+        assert "no request and no heartbeat" in core.sessions[silent_session].end.detail
+        assert set(core.sequencers) == {model}
         beat = {"session_id": silent_session, "type": "session_heartbeat"}
         assert (await client.post("session_heartbeat", beat)).status_code == 410
         gone = await client.post("get_info", {"model_id": silent})
@@ -48,18 +48,23 @@ async def test_who_only_looks_at_a_session_does_not_keep_it(run_service):
     async with run_service(LocalOptions(session_timeout=None)) as client:
         session_id = await client.session()
         core = client.service.core
-        core.sessions_heard()
+        core.take_active_sessions()
         assert (await client.http.get(f"/api/v1/sessions/{session_id}")).status_code == 200
-        assert core.sessions_heard() == set()
+        assert core.take_active_sessions() == set()
 
 
-@pytest.mark.parametrize("path", ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session"])
+@pytest.mark.parametrize(
+    "path",
+    ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session", "retrieve_futures"],
+)
 async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
     async with run_service(LocalOptions(session_timeout=None)) as client:
         model_id = await client.model()
         core = client.service.core
-        core.sessions_heard()
-        assert core.sessions_heard() == set()
+        sampler = {"session_id": client.session_id, "sampling_session_seq_id": 1, "base_model": "tiny"}
+        sampler_id = (await client.ask("create_sampling_session", sampler))["sampling_session_id"]
+        core.take_active_sessions()
+        assert core.take_active_sessions() == set()
         if path == "forward":
             await client.send_pass(kit.message(model_id, 1, [kit.datum(3, 1)]))
         else:
@@ -67,32 +72,29 @@ async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
                 "session_heartbeat": {"session_id": client.session_id, "type": "session_heartbeat"},
                 "get_info": {"model_id": model_id},
                 "optim_step": {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}},
-                "create_sampling_session": {
-                    "session_id": client.session_id,
-                    "sampling_session_seq_id": 0,
-                    "base_model": "tiny",
-                },
+                "create_sampling_session": {**sampler, "sampling_session_seq_id": 0},
+                "retrieve_futures": {"target": {"sampling_session_id": sampler_id}, "timeout": 0},
             }[path]
             assert (await client.post(path, body)).status_code == 200
-        assert core.sessions_heard() == {client.session_id}
+        assert core.take_active_sessions() == {client.session_id}
 
 
 async def test_a_loop_that_stood_still_ends_no_session(run_service, monkeypatch):
     async with run_service(LocalOptions(session_timeout=3600.0)) as client:
         session_id = await client.session()
         core = client.service.core
-        core.hear("seen by the next look")
+        core.mark_active("seen by the next look")
         loop = asyncio.get_running_loop()
         before = loop.time
         monkeypatch.setattr(loop, "time", lambda: before() + 7200.0)  # as after a notebook's cell that computes
-        await until(lambda: not core._heard)
+        await until(lambda: not core._active)
         beat = {"session_id": session_id, "type": "session_heartbeat"}
         assert (await client.post("session_heartbeat", beat)).status_code == 200
 
 
 async def test_without_a_timeout_nobody_looks(run_service):
     async with run_service(LocalOptions(session_timeout=None)):
-        assert "tinkex.local.silence" not in {task.get_name() for task in asyncio.all_tasks()}
+        assert "tinkex.local.sessions" not in {task.get_name() for task in asyncio.all_tasks()}
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.nan, math.inf, True, "60"])

@@ -20,7 +20,7 @@ from tinkex_py.errors import ConfigError, TinkexError
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.local.checkpoints import STATE_FILE, CheckpointStore
 from tinkex_py.local.database import VERSION, Database
-from tinkex_py.local.records import CheckpointInfo, RunInfo, SessionInfo
+from tinkex_py.local.records import CheckpointInfo, SessionInfo, TrainingRunInfo
 from tinkex_py.local.results import ResultBook
 
 
@@ -146,9 +146,9 @@ def test_other_things_in_the_folder_are_left_alone(tmp_path):
     assert all(file.read_text() == "mine" for file in mine)
 
 
-def run(run_id: str, created: datetime) -> RunInfo:
+def run(run_id: str, created: datetime) -> TrainingRunInfo:
     kinds = {"train_unembed": True, "train_mlp": True, "train_attn": True}
-    return RunInfo(run_id=run_id, base_model="tiny", rank=4, created=created, **kinds)
+    return TrainingRunInfo(run_id=run_id, base_model="tiny", rank=4, created=created, **kinds)
 
 
 def test_records_come_back_as_they_were_in_order_and_in_pages(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
 
 from tinkex_py import Datum, InvalidData, InvalidSpec, ModelInput, Pipeline, RegularizerSpec, UnsupportedFeature
 from tinkex_py.losses import sum_over_datums
@@ -52,7 +53,7 @@ def on_the_service(traced, data, logprobs, weights):
             else datum.loss_fn_inputs[name].to_torch()
             for name, rank in traced.inputs[1:]
         ]
-        value, named = graph.run([leaf, *values])
+        value, named = graph.compute([leaf, *values])
         gradients.append(torch.autograd.grad(value, leaf)[0])
         loss += value.item()
         for key, metric in named.items():
@@ -242,6 +243,29 @@ def test_data_that_does_not_fit_one_graph():
         trace_pipeline(Pipeline(lacking), data)
     with pytest.raises(UnsupportedFeature, match=r"'target_tokens' has \[1, 2\] dimensions in different datums"):
         trace_pipeline(Pipeline(PACKED["nll"]), [data[0], make_data(2)[1]])
+
+
+def many_functions(logprobs, advantages):
+    parts = [
+        F.softplus(logprobs),
+        F.logsigmoid(logprobs),
+        F.relu(advantages - logprobs),
+        torch.special.xlogy(logprobs.exp(), advantages.exp()),
+        torch.linalg.vector_norm(logprobs),
+        F.pad(logprobs, (1, 0))[1:],
+        torch.norm(logprobs) ** 2,
+        torch.where(advantages > 0, logprobs, -logprobs) @ advantages,
+        logprobs[logprobs.shape[0] - 1],
+    ]
+    return sum((part.sum() for part in parts[1:]), parts[0].sum()), {}
+
+
+def test_functions_have_the_names_that_the_official_sdk_gives_them():
+    official = encode_graph(trace_loss(many_functions, {"logprobs": 1, "advantages": 1}, "s")).model_dump()
+    ours = trace_pipeline(Pipeline(sum_over_datums(many_functions)), make_data()).graph
+    named = [{node["target"] for node in graph["nodes"] if node["op"] == "call_function"} for graph in (official, ours)]
+    assert len(named[0]) > 12
+    assert named[0] <= named[1]
 
 
 def test_captured_numbers_count_at_every_step():

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tinkex_py.local import checkpoints, database
 from tinkex_py.local.checkpoints import CheckpointStore
-from tinkex_py.local.records import CheckpointInfo, RunInfo
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 
 WATCHED = {checkpoints.__file__, database.__file__}
 FILES = ("adapter_model.safetensors", "optimizer.safetensors")
@@ -28,7 +28,7 @@ FILES = ("adapter_model.safetensors", "optimizer.safetensors")
 
 def described(generation: int) -> CheckpointInfo:
     kinds = {"train_unembed": True, "train_mlp": True, "train_attn": True}
-    run = RunInfo(run_id="run", base_model="tiny", rank=4, created=datetime.now(UTC), **kinds)
+    run = TrainingRunInfo(run_id="run", base_model="tiny", rank=4, created=datetime.now(UTC), **kinds)
     told = {"generation": generation}
     return CheckpointInfo(run=run, kind="weights", name="x", folder="", time=run.created, user_metadata=told)
 

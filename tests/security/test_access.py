@@ -91,7 +91,7 @@ async def test_keys_are_compared_in_constant_time(run_service, monkeypatch):
     class Watched:
         compare_digest = staticmethod(compare)
 
-    monkeypatch.setattr("tinkex_py.local.guards.hmac", Watched)
+    monkeypatch.setattr("tinkex_py.local.middleware.hmac", Watched)
     async with run_service(LocalOptions(api_key=KEY)) as client:
         for key in (*WRONG, KEY):
             compared.clear()

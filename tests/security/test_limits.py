@@ -11,7 +11,7 @@ from tests.client.data import datum, nll
 from tests.client.recorder import QUICK
 from tinkex_py import AsyncServiceClient, ConfigError, TinkexConfig
 from tinkex_py.local import LocalOptions
-from tinkex_py.local.backlog import Backlog
+from tinkex_py.local.admission import Admission
 
 pytestmark = pytest.mark.asyncio
 
@@ -114,9 +114,9 @@ async def test_our_client_comes_back(monkeypatch):
         return found
 
     asked: list[int] = []
-    original = Backlog.refusal
+    original = Admission.refusal
 
-    def twice(self: Backlog, size: int) -> str | None:
+    def twice(self: Admission, size: int) -> str | None:
         asked.append(size)
         # The first backward pass and the first update.
         return "come back in a second" if len(asked) in (3, 5) else original(self, size)
@@ -125,7 +125,7 @@ async def test_our_client_comes_back(monkeypatch):
     async with AsyncServiceClient.local(config=config) as service:
         expected = await losses()
         with monkeypatch.context() as patch:
-            patch.setattr(Backlog, "refusal", twice)
+            patch.setattr(Admission, "refusal", twice)
             assert await losses() == expected
     assert len(asked) == 12  # ten requests, two of them twice
 

@@ -16,7 +16,7 @@ from tinkex_py.client.archive import extract
 from tinkex_py.errors import InvalidData, InvalidResponse
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.checkpoints import CheckpointStore
-from tinkex_py.local.records import CheckpointInfo, RunInfo
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 from tinkex_py.types.checkpoint_path import CheckpointPath, url_segment
 
 # Every way out that a name could take, look-alikes of dots and slashes among them.
@@ -33,9 +33,9 @@ def everything_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def run_of(run_id: str) -> RunInfo:
+def run_of(run_id: str) -> TrainingRunInfo:
     kinds = {"train_unembed": True, "train_mlp": True, "train_attn": True}
-    return RunInfo(run_id=run_id, base_model="tiny", rank=4, created=datetime.now(UTC), **kinds)
+    return TrainingRunInfo(run_id=run_id, base_model="tiny", rank=4, created=datetime.now(UTC), **kinds)
 
 
 def checkpoint_of(run_id: str, name: str, kind: str = "weights") -> CheckpointInfo:

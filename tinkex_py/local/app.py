@@ -1,20 +1,18 @@
-"""The ASGI app: routes, the key, and errors as JSON."""
+"""The ASGI app: routes, their description, and errors as JSON; around it the middleware."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from starlette.applications import Starlette
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tinkex_py.local import (
-    openapi,
     routes_checkpoints,
-    routes_downloads,
-    routes_losses,
+    routes_futures,
     routes_models,
     routes_rest,
     routes_sampling,
@@ -22,22 +20,43 @@ from tinkex_py.local import (
     routes_training,
 )
 from tinkex_py.local.core import Refused
-from tinkex_py.local.guards import Contained, RequireKey
-from tinkex_py.local.http import AnyTextResponse
-from tinkex_py.local.routes_downloads import DOWNLOADS
+from tinkex_py.local.http import API, AnyTextResponse, Route, problems
+from tinkex_py.local.middleware import ErrorBoundary, ReadBody, RequireKey
+from tinkex_py.local.routes_checkpoints import DOWNLOADS
+from tinkex_py.version import __version__
 
 if TYPE_CHECKING:
     from tinkex_py.local.service import LocalService
 
-OPEN_PATHS = ("/api/v1/healthz", DOWNLOADS)
+OPEN_PATHS = (f"{API}/healthz", DOWNLOADS)
 """What these paths begin with needs no key; downloads have signed addresses instead."""
+# A request is compared with one route after the other: the routes of a training loop come first.
+_ROUTERS = (
+    routes_futures.router,
+    routes_training.router,
+    routes_sampling.router,
+    routes_service.router,
+    routes_models.router,
+    routes_rest.router,
+    routes_checkpoints.router,
+)
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document, with the key, which is checked before the app."""
+        document = super().openapi()
+        key = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        document["components"]["securitySchemes"] = {"key": key}
+        document["security"] = [{"key": []}]
+        return document
 
 
 def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
     """The app of one service. Its lifespan starts and stops the service, where the server runs one."""
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncGenerator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         del app
         await service.start()
         try:
@@ -45,23 +64,33 @@ def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
         finally:
             await service.stop()
 
-    app = Starlette(
-        routes=[
-            *routes_service.routes,
-            *routes_models.routes,
-            *routes_training.routes,
-            *routes_losses.routes,
-            *routes_sampling.routes,
-            *routes_rest.routes,
-            *routes_checkpoints.routes,
-            *routes_downloads.routes,
-            *openapi.routes,
-        ],
-        exception_handlers={Refused: _refused, HTTPException: _http_error, 500: _server_error},
+    routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    # What can be got can be asked for without its body, which is nothing to describe.
+    heads = [
+        Route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+        for route in routes
+        if "GET" in (route.methods or ())
+    ]
+    app = _App(
+        title="tinkex_py, the embedded service",
+        version=__version__,
+        routes=[*routes, *heads],
+        exception_handlers={
+            Refused: _refused,
+            RequestValidationError: _invalid,
+            HTTPException: _http_error,
+            500: _server_error,
+        },
         lifespan=lifespan,
+        # The pages would load their scripts from another host.
+        docs_url=None,
+        redoc_url=None,
+        # Its spans, metrics and logs would go to what the host process has set up for its own.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = service
-    return Contained(app if api_key is None else RequireKey(app, api_key, OPEN_PATHS))
+    read = ReadBody(app, service.options.max_body_bytes)
+    return ErrorBoundary(read if api_key is None else RequireKey(read, api_key, OPEN_PATHS))
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -70,6 +99,22 @@ async def _refused(request: Request, error: Exception) -> Response:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     code = {} if error.code is None else {"code": error.code}
     return AnyTextResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """What pydantic says about a body or a query: 400 for what is no JSON object, 422 for its fields."""
+    del request
+    assert isinstance(error, RequestValidationError)
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        detail = f"the body is no valid JSON: {first['ctx']['error']} (character {first['loc'][1]})"
+    elif first["loc"] == ("body",):
+        detail = "the body must be a JSON object"
+    else:
+        found = problems([{**item, "loc": item["loc"][1:]} for item in errors])
+        return AnyTextResponse({"detail": found}, status_code=422)
+    return AnyTextResponse({"detail": detail}, status_code=400)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ def write_archive(archive: Path, files: Sequence[Path], moment: datetime) -> Non
     """Write a tar file that depends on nothing but the files' names and contents, and the moment.
 
     The same checkpoint gives the same bytes and time stamp again, so that a download can go on after the archive was
-    made anew.
+    recreated.
 
     Raises:
         FileNotFoundError: there are no files, or one is gone.

@@ -19,7 +19,7 @@ from typing import Any
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.local.archives import write_archive
 from tinkex_py.local.database import Database
-from tinkex_py.local.records import CheckpointInfo, Kind, RunInfo
+from tinkex_py.local.records import CheckpointInfo, Kind, TrainingRunInfo
 
 STATE_FILE = "state.sqlite3"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -132,7 +132,7 @@ class CheckpointStore:
         """Where one file of a checkpoint is.
 
         Raises:
-            InvalidData: it is not below the store's own folder: somebody put a link or another name there.
+            InvalidData: it is not below the store's own folder, because of a link or a changed name.
         """
         file = self._kind_folder(info) / info.folder / name
         if not file.resolve().is_relative_to(self._root.resolve()):
@@ -189,7 +189,7 @@ class CheckpointStore:
                 draft.unlink(missing_ok=True)
         return file
 
-    def write_run(self, run: RunInfo) -> None:
+    def write_run(self, run: TrainingRunInfo) -> None:
         """Remember a run, with or without checkpoints.
 
         Raises:

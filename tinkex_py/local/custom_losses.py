@@ -18,7 +18,8 @@ LOSSES_PER_SESSION = 256
 class CustomLosses:
     """Graphs by session; of each session the most recently used ones stay. Lives on the engine's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._sessions: dict[str, OrderedDict[str, LossGraph]] = {}
 
     def add(self, session_id: str, number: int, fields: Mapping[str, Any]) -> str:
@@ -27,7 +28,7 @@ class CustomLosses:
         Raises:
             InvalidData: the graph is not allowed.
         """
-        graph = read_graph(fields)
+        graph = read_graph(fields, self._device)
         loss_id = f"{session_id}:loss:{number}"
         kept = self._sessions.setdefault(session_id, OrderedDict())
         kept[loss_id] = graph
@@ -76,7 +77,7 @@ def session_of(model_id: str) -> str:
 def _compute(graph: LossGraph, p: Tensor, inputs: Inputs) -> DatumLoss:
     # A leaf of its own: the graph cannot reach the model, and what it keeps for its backward pass is freed at once.
     leaf = p.detach().clone().requires_grad_(p.requires_grad)
-    loss, metrics = graph.run([leaf, *(inputs[name] for name, _ in graph.inputs[1:])])
+    loss, metrics = graph.compute([leaf, *(inputs[name] for name, _ in graph.inputs[1:])])
     value = loss.detach().float()
     if p.requires_grad:
         # Adds nothing to the value, and the loss's gradient to the graph of the model.
@@ -86,14 +87,15 @@ def _compute(graph: LossGraph, p: Tensor, inputs: Inputs) -> DatumLoss:
 
 
 def _gradient(graph: LossGraph, loss: Tensor, leaf: Tensor) -> Tensor:
-    if not loss.requires_grad:
-        raise InvalidData(f"custom loss {graph.name!r} does not depend on logprobs, so there is nothing to train on")
-    try:
-        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-    except RuntimeError as error:
-        raise InvalidData(f"custom loss {graph.name!r} has no gradient: {str(error).splitlines()[0]}") from error
-    if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]
-        raise InvalidData(f"custom loss {graph.name!r} does not depend on logprobs, so there is nothing to train on")
+    named = f"custom loss {graph.loss_name!r}"
+    gradient: Tensor | None = None
+    if loss.requires_grad:
+        try:
+            (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        except RuntimeError as error:
+            raise InvalidData(f"{named} has no gradient: {str(error).splitlines()[0]}") from error
+    if gradient is None:
+        raise InvalidData(f"{named} does not depend on logprobs, so there is nothing to train on")
     if not bool(torch.isfinite(gradient).all()):
-        raise InvalidData(f"the gradient of custom loss {graph.name!r} is not finite; nothing was added")
+        raise InvalidData(f"the gradient of {named} is not finite; nothing was added")
     return gradient

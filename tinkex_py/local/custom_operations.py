@@ -1,173 +1,187 @@
-"""The operations that an uploaded loss may use, and how large their results can get.
+"""The operations that an uploaded loss may use, and what a call of them costs.
 
-A name that is not in these tables cannot be called. Each operation knows, from its arguments alone, the most elements
-that its result may have; that is charged to a budget before it runs, so that no graph can ask for more memory than it
-was given. Nothing here looks a name up anywhere else, changes a tensor in place, or draws random numbers.
+A name that is not in these tables cannot be called. What a call costs is known before it runs: from running it on meta
+tensors, which have shapes and no data, or from a bound of its own. So no graph can take more
+memory than it was given. Nothing here changes a tensor in place or draws random numbers.
 """
 
+import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx.node import map_aggregate
 
 from tinkex_py.errors import InvalidData
 
-Size = Callable[..., int]
 # Whole numbers beyond this are no sizes, and Python would compute with them for as long as it takes.
 LARGEST_INTEGER = 2**53
+# A tensor takes about a kilobyte beside its elements.
+PER_TENSOR = 1024
+# Calls whose cost is remembered, because meta tensors are slow: milliseconds for a loss on lengths not seen before.
+MAX_COSTS = 2**17
+META = torch.device("meta")
+
+Function = Callable[..., Any]
+_costs: dict[Any, int] = {}
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One allowed operation.
+def cost(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The most elements that the results of a call, and what it needs for them, can have.
 
     Args:
-        run: does it.
-        size: the most elements of its result, from the same arguments.
+        function: one of the allowed ones.
+        args: its arguments; of tensors with dimensions only shapes and types count.
+        kwargs: the same by name.
+
+    Raises:
+        InvalidData: it is not known before the call.
+        RuntimeError: the call cannot succeed; so do the other exceptions of torch.
     """
-
-    run: Callable[..., Any]
-    size: Size
-
-
-class Budget:
-    """How many elements the results of one run may still have."""
-
-    def __init__(self, elements: int) -> None:
-        self.total = elements
-        self.left = elements
-
-    def spend(self, elements: int) -> None:
-        """Take what a result needs.
-
-        Raises:
-            InvalidData: there is not enough left.
-        """
-        if elements > self.left:
-            raise InvalidData(f"its intermediate results need more than {self.total} elements for one datum")
-        self.left -= elements
+    if function in _BOUNDS:
+        args, kwargs = (*args[:1], *_with_numbers(tuple(args[1:]))), _with_numbers(dict(kwargs))
+    key = function, _shapes(args), _shapes(kwargs)
+    known = _costs.get(key)
+    if known is not None:
+        return known
+    bound = _BOUNDS.get(function)
+    size = None if bound is None else bound(*args, **kwargs)
+    if size is None:
+        try:
+            size = _size_on_meta(function, args, kwargs)
+        except RuntimeError as error:
+            return _cost_with_numbers(function, args, kwargs, error)
+    if len(_costs) >= MAX_COSTS:
+        _costs.clear()
+    _costs[key] = max(size, _broadcast(*args, **kwargs))
+    return _costs[key]
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """All tensors in arguments, in lists too."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in cast("Sequence[Any]", values):
-            yield from tensors_in(value)
-    elif isinstance(values, dict):
-        yield from tensors_in(list(cast("Mapping[str, Any]", values).values()))
+def _cost_with_numbers(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], error: RuntimeError) -> int:
+    """The cost where tensors without dimensions stand for the numbers that they hold: for sizes, say."""
+    kept = 0 if function in _FACTORIES else 1
+    numbers = (*args[:kept], *_with_numbers(tuple(args[kept:])))
+    named = _with_numbers(dict(kwargs))
+    if (_shapes(numbers), _shapes(named)) != (_shapes(args), _shapes(kwargs)):
+        return cost(function, numbers, named)
+    if isinstance(error, NotImplementedError):
+        raise InvalidData("how large its result gets depends on the data") from None
+    raise error
+
+
+def _size_on_meta(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return META
+        return torch.empty_like(value, device=META) if isinstance(value, Tensor) else value
+
+    with META, torch.no_grad():
+        result = function(*map_aggregate(tuple(args), moved), **map_aggregate(dict(kwargs), moved))
+    return sum(tensor.numel() + PER_TENSOR for tensor in tensors_in(result))
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in arguments or results."""
+    found: list[Any] = []
+    map_aggregate(values, found.append)
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def _with_numbers(values: Any) -> Any:
+    return map_aggregate(values, lambda value: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value)
+
+
+def _shapes(values: Any) -> Any:
+    """What a call's cost depends on, to find it again: shapes and types of tensors, and all other values."""
+    match values:
+        case Tensor():
+            return values.shape, values.dtype
+        case list() | tuple():
+            return tuple(_shapes(item) for item in cast("Sequence[Any]", values))
+        case dict():
+            return tuple((key, _shapes(item)) for key, item in cast("dict[str, Any]", values).items())
+        case slice():
+            bounds = cast("slice[Any, Any, Any]", values)
+            return "slice", _shapes((bounds.start, bounds.stop, bounds.step))
+        case _:
+            return type(values), values
 
 
 def _broadcast(*args: Any, **kwargs: Any) -> int:
-    shapes = [tuple(tensor.shape) for tensor in tensors_in([*args, *kwargs.values()])]
-    return math.prod(torch.broadcast_shapes(*shapes)) if shapes else 1  # pyright: ignore
+    """Elements of all arguments side by side, which some operations need on their way to a small result."""
+    shapes = [tensor.shape for tensor in tensors_in([*args, *kwargs.values()])]
+    try:
+        return math.prod(torch.broadcast_shapes(*shapes)) if shapes else 0  # pyright: ignore
+    except RuntimeError:
+        return 0  # it pairs them in another way
 
 
-def _no_larger(*args: Any, **kwargs: Any) -> int:
-    return sum(tensor.numel() for tensor in tensors_in([*args, *kwargs.values()]))
+def _product(left: Tensor, right: Tensor) -> int | None:
+    """A product of batches may lay out both sides for the whole batch."""
+    if left.ndim < 3 and right.ndim < 3:
+        return None
+    batch = math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))  # pyright: ignore
+    rows, inner = left.shape[-2:-1].numel(), left.shape[-1]
+    columns = right.shape[-1] if right.ndim > 1 else 1
+    return batch * (rows * inner + inner * columns + rows * columns)
 
 
-def _none(*args: Any, **kwargs: Any) -> int:
-    del args, kwargs
+def _where(condition: Tensor, *others: Any, **kwargs: Any) -> int | None:
+    """Of a condition alone: the places where it holds."""
+    return None if others or kwargs else condition.ndim * (condition.numel() + PER_TENSOR)
+
+
+def _unbound(tensor: Tensor, dim: int = 0) -> int:
+    return tensor.numel() + PER_TENSOR * tensor.shape[dim]
+
+
+def _split(tensor: Tensor, split_size: int | Sequence[int], dim: int = 0) -> int:
+    pieces = tensor.shape[dim] // max(1, split_size) + 1 if isinstance(split_size, int) else len(split_size)
+    return tensor.numel() + PER_TENSOR * pieces
+
+
+def _chunked(input: Tensor, chunks: int, dim: int = 0) -> int:  # noqa: A002  # torch's own name
+    return input.numel() + PER_TENSOR * min(max(1, chunks), input.shape[dim] + 1)
+
+
+def _nothing(*args: Any) -> int:
+    """A number of Python, or something that is there already."""
+    del args
     return 0
 
 
-def _whole(values: Any) -> list[int]:
-    flat: list[Any] = []
-    for value in values:
-        if isinstance(value, list | tuple):
-            flat += cast("Sequence[Any]", value)
-        else:
-            flat.append(value)
-    if not all(isinstance(value, int) for value in flat):
-        raise InvalidData(f"sizes must be whole numbers, not {flat!r}")
-    return flat
-
-
-def _filled(*size: Any, **kwargs: Any) -> int:
-    return math.prod(max(0, number) for number in _whole([*size, *([kwargs["size"]] if "size" in kwargs else [])]))
-
-
-def _full(size: Any, *args: Any, **kwargs: Any) -> int:
-    del args, kwargs
-    return _filled(size)
-
-
-def _expanded(tensor: Tensor, *sizes: Any, **kwargs: Any) -> int:
-    wanted = _whole([*sizes, *kwargs.values()])
-    # -1 keeps a dimension, which the tensor's own number of elements covers.
-    return math.prod(max(1, size) for size in wanted) * max(1, tensor.numel() if -1 in wanted else 1)
-
-
-def _repeated(tensor: Tensor, *sizes: Any, **kwargs: Any) -> int:
-    return tensor.numel() * _filled(*sizes, *kwargs.values())
-
-
-def _padded(tensor: Tensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    del args, kwargs
-    shape = list(tensor.shape)
-    amounts = _whole(pad)
-    for index in range(len(amounts) // 2):
-        shape[-1 - index] += max(0, amounts[2 * index]) + max(0, amounts[2 * index + 1])
-    return math.prod(shape)
-
-
-def _product(left: Tensor, right: Tensor) -> int:
-    if left.ndim < 2 or right.ndim < 2:
-        return max(left.numel(), right.numel())
-    batch = math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))  # pyright: ignore
-    return batch * left.shape[-2] * right.shape[-1]
-
-
-def _outer(left: Tensor, right: Tensor) -> int:
-    return left.numel() * right.numel()
-
-
-def _gathered(input: Tensor, dim: int, index: Tensor) -> int:  # noqa: A002  # torch's own name
-    del input, dim
-    return index.numel()
-
-
-def _selected(input: Tensor, dim: int, index: Tensor) -> int:  # noqa: A002
-    return index.numel() * (input.numel() // max(1, input.shape[dim]))
-
-
-def _counted(*args: Any, **kwargs: Any) -> int:
-    numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int | float)]
-    return math.ceil(sum(abs(number) for number in numbers[:2])) if all(map(math.isfinite, numbers)) else 0
-
-
-def _step_one(*args: Any, **kwargs: Any) -> Tensor:
-    """Numbers from a start up to an end; a step other than 1 could make any number of them."""
-    if len(args) > 2 or "step" in kwargs:
-        raise InvalidData("torch.arange takes start and end only")
-    return torch.arange(*args, **kwargs)
+def _item_bound(container: Any, index: Any) -> int | None:
+    """A mask picks at most all there is."""
+    if not isinstance(container, Tensor):
+        return 0
+    masks = [tensor.dtype is torch.bool for tensor in tensors_in(index)]
+    if not any(masks):
+        return None
+    if not all(masks):
+        raise InvalidData("a mask and whole numbers cannot be an index together")
+    return container.numel() + PER_TENSOR
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, bool | int | float)
 
 
-def _arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
+def _arithmetic(function: Function) -> Function:
     """An operator on tensors and numbers only: on lists or texts it would mean something else."""
 
+    @functools.wraps(function)
     def run(*operands: Any) -> Any:
         if not all(isinstance(operand, Tensor) or _number(operand) for operand in operands):
             raise InvalidData(f"operands must be tensors or numbers, not {[type(o).__name__ for o in operands]}")
-        return _bounded(function(*operands))
+        result = function(*operands)
+        if isinstance(result, int) and abs(result) > LARGEST_INTEGER:
+            raise InvalidData(f"a whole number is beyond {LARGEST_INTEGER}")
+        return result
 
     return run
-
-
-def _bounded(value: Any) -> Any:
-    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise InvalidData(f"a whole number is beyond {LARGEST_INTEGER}")
-    return value
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -184,16 +198,6 @@ def _item(container: Any, index: Any) -> Any:
     return cast("Any", container)[index]
 
 
-def _item_size(container: Any, index: Any) -> int:
-    if not isinstance(container, Tensor):
-        return 0
-    picked = [tensor for tensor in tensors_in(index) if tensor.dtype is not torch.bool]
-    if not picked:
-        return container.numel()
-    first = 0 if isinstance(index, tuple) else 1
-    return math.prod(torch.broadcast_shapes(*[tensor.shape for tensor in picked])) * math.prod(container.shape[first:])  # pyright: ignore
-
-
 _ATTRIBUTES: Mapping[str, Callable[[Tensor], Any]] = {
     "shape": lambda tensor: tuple(tensor.shape),
     "ndim": lambda tensor: tensor.ndim,
@@ -204,159 +208,111 @@ _ATTRIBUTES: Mapping[str, Callable[[Tensor], Any]] = {
 }
 
 
-def _attribute(tensor: Any, name: Any) -> Any:
-    if not isinstance(tensor, Tensor) or name not in _ATTRIBUTES:
-        raise InvalidData(f"attribute {name!r} is not allowed. Allowed, of tensors: {', '.join(_ATTRIBUTES)}")
-    return _ATTRIBUTES[name](tensor)
+def _attribute(value: Any, name: Any) -> Any:
+    if isinstance(value, Tensor) and name in _ATTRIBUTES:
+        return _ATTRIBUTES[name](value)
+    if isinstance(value, tuple) and name in ("values", "indices", "min", "max"):  # of topk, sort, aminmax and others
+        return getattr(cast("object", value), name)
+    raise InvalidData(f"attribute {name!r} is not allowed. Allowed, of tensors: {', '.join(_ATTRIBUTES)}")
 
 
-def _method(name: str) -> Callable[..., Any]:
-    method: Callable[..., Any] = getattr(Tensor, name)
-
-    def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(tensor, Tensor):
-            raise InvalidData(f"{name} is a method of tensors, not of {type(tensor).__name__}")
-        return method(tensor, *args, **kwargs)
-
-    return run
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-# Element by element, with broadcasting; under torch and as a method of tensors.
-_ELEMENTWISE = _names(
-    """
-    abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
-    bitwise_xor ceil clamp clamp_max clamp_min clip copysign cos cosh deg2rad digamma dist div divide eq erf
-    erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac ge greater greater_equal
-    gt heaviside hypot isclose isfinite isinf isnan isneginf isposinf le lerp less less_equal lgamma log log10
-    log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill max
-    maximum min minimum mul multiply nan_to_num ne neg negative nextafter masked_select not_equal positive pow
-    rad2deg reciprocal relu remainder round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square sub
-    subtract tan tanh true_divide trunc where xlogy
-    """
-)
-# Their results are no larger than all of their arguments together.
-_SHRINKING = _names(
-    """
-    all amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum detach diff dot
-    fliplr flip flipud kthvalue logcumsumexp logsumexp log_softmax mean median mode movedim nanmean nanmedian
-    nansum narrow norm permute prod ravel renorm reshape roll rot90 select softmax sort squeeze std sum swapaxes
-    t topk transpose trapezoid trace tril triu unbind unflatten unsqueeze var
-    """
-)
-_FUNCTIONS_ONLY_SHRINKING = _names(
-    """
-    cat chunk concat flatten hstack std_mean split stack var_mean vstack zeros_like ones_like
-    """
-)
-_METHODS_ONLY_SHRINKING = _names(
-    """
-    bool chunk clone contiguous double flatten float half int long split to type_as view view_as reshape_as
-    """
-)
-_SIZES = ("dim", "is_floating_point", "ndimension", "numel", "nelement", "size")
-_FUNCTIONAL_ELEMENTWISE = _names(
-    """
-    binary_cross_entropy binary_cross_entropy_with_logits celu cosine_similarity elu gaussian_nll_loss gelu
-    hardsigmoid hardswish hardtanh hinge_embedding_loss huber_loss kl_div l1_loss leaky_relu logsigmoid
-    margin_ranking_loss mish mse_loss poisson_nll_loss relu relu6 selu sigmoid silu smooth_l1_loss
-    soft_margin_loss softplus softshrink softsign tanh tanhshrink
-    """
-)
-_FUNCTIONAL_SHRINKING = ("log_softmax", "normalize", "softmax", "softmin")
-_SPECIAL_ELEMENTWISE = _names(
-    """
+# Under torch and as methods of tensors.
+_COMMON = """
+    abs acos acosh add addcdiv addcmul all amax amin aminmax any argmax argmin argsort asin asinh atan atan2 atanh
+    bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_to ceil chunk clamp clamp_max clamp_min clip copysign
+    cos cosh count_nonzero cummax cummin cumprod cumsum deg2rad detach diff digamma dist div divide dot eq erf erfc
+    erfinv exp exp2 expm1 fix flatten fliplr flip flipud float_power floor floor_divide fmax fmin fmod frac gather ge
+    greater greater_equal gt heaviside hypot index_select isclose isfinite isinf isnan isneginf isposinf kthvalue le
+    lerp less less_equal lgamma log log10 log1p log2 log_softmax logaddexp logaddexp2 logcumsumexp logical_and
+    logical_not logical_or logical_xor logit logsumexp lt masked_fill masked_select matmul max maximum mean median min
+    minimum mm mode movedim mul multiply nan_to_num nanmean nanmedian nansum narrow ne neg negative nextafter norm
+    not_equal numel outer permute positive pow prod rad2deg ravel reciprocal relu remainder renorm reshape roll rot90
+    round rsqrt select sgn sigmoid sign signbit sin sinc sinh softmax sort split sqrt square squeeze std sub subtract
+    sum swapaxes t tan tanh tile topk transpose trapezoid trace tril triu true_divide trunc unbind unflatten unsqueeze
+    var where xlogy
+"""
+_TORCH = """
+    arange cat concat cosine_similarity full full_like hstack ones ones_like stack std_mean var_mean vstack zeros
+    zeros_like
+"""
+_TENSOR = """
+    bool clone contiguous dim double expand expand_as float half int is_floating_point long ndimension nelement repeat
+    reshape_as size to type_as view view_as
+"""
+_FUNCTIONAL = """
+    binary_cross_entropy binary_cross_entropy_with_logits celu cosine_similarity elu gaussian_nll_loss gelu hardsigmoid
+    hardswish hardtanh hinge_embedding_loss huber_loss kl_div l1_loss leaky_relu log_softmax logsigmoid
+    margin_ranking_loss mish mse_loss normalize pad poisson_nll_loss relu relu6 selu sigmoid silu smooth_l1_loss
+    soft_margin_loss softmax softmin softplus softshrink softsign tanh tanhshrink
+"""
+_SPECIAL = """
     digamma entr erf erfc exp2 expit expm1 gammaln log1p log_ndtr logit ndtr sinc xlog1py xlogy
-    """
-)
-_OPERATORS = _names(
-    """
-    abs add and_ eq floordiv ge gt invert le lt mod mul ne neg or_ pos sub truediv xor
-    """
-)
-_MATH = _names(
-    """
-    acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh degrees erf erfc exp expm1 fabs floor fmod
-    hypot isfinite isinf isnan lgamma log log10 log1p log2 pow radians sin sinh sqrt tan tanh trunc
-    """
-)
+"""
+_OPERATORS = "abs add and_ eq floordiv ge gt invert le lt mod mul ne neg or_ pos sub truediv xor"
+_MATH = """
+    acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh degrees erf erfc exp expm1 fabs floor fmod hypot
+    isfinite isinf isnan lgamma log log10 log1p log2 pow radians sin sinh sqrt tan tanh trunc
+"""
 # What torch.fx calls some functions of torch.nn.functional and torch.special.
 _INNER_NAMES: Mapping[str, str] = {
     **{
-        f"torch._C._nn.{name}": f"torch.nn.functional.{name}" for name in ("softplus", "gelu", "softshrink", "hardtanh")
+        f"torch._C._nn.{name}": f"torch.nn.functional.{name}"
+        for name in ["softplus", "gelu", "softshrink", "hardtanh", "pad"]
     },
     "torch._C._nn.log_sigmoid": "torch.nn.functional.logsigmoid",
-    **{f"torch._C._special.special_{name}": f"torch.special.{name}" for name in _SPECIAL_ELEMENTWISE},
+    **{f"torch._C._special.special_{name}": f"torch.special.{name}" for name in _SPECIAL.split()},
     "torch._C._special.special_log_softmax": "torch.log_softmax",
     "torch._C._special.special_softmax": "torch.softmax",
     "torch._C._special.special_logsumexp": "torch.logsumexp",
     "torch._C._linalg.linalg_vector_norm": "torch.linalg.vector_norm",
     "torch.functional.norm": "torch.norm",
-    "torch._C._nn.pad": "torch.nn.functional.pad",
+    "torch.functional.split": "torch.split",
     "builtins.getattr": "getattr",
 }
 
 
-def _of(module: Any, prefix: str, names: Sequence[str], size: Size) -> dict[str, Operation]:
-    """Operations by name; older versions of torch may lack some."""
-    return {f"{prefix}.{name}": Operation(getattr(module, name), size) for name in names if hasattr(module, name)}
+def _of(module: Any, prefix: str, names: str) -> dict[str, Function]:
+    """Functions by name; older versions of torch may lack some."""
+    return {f"{prefix}.{name}": getattr(module, name) for name in names.split() if hasattr(module, name)}
 
 
-def _functions() -> dict[str, Operation]:
-    functional, special, linear = torch.nn.functional, torch.special, torch.linalg
-    table: dict[str, Operation] = {
-        **_of(torch, "torch", (*_ELEMENTWISE, "cosine_similarity"), _broadcast),
-        **_of(torch, "torch", (*_SHRINKING, *_FUNCTIONS_ONLY_SHRINKING), _no_larger),
-        "torch.gather": Operation(torch.gather, _gathered),
-        "torch.index_select": Operation(torch.index_select, _selected),
-        **_of(functional, "torch.nn.functional", _FUNCTIONAL_ELEMENTWISE, _broadcast),
-        **_of(functional, "torch.nn.functional", _FUNCTIONAL_SHRINKING, _no_larger),
-        **_of(special, "torch.special", _SPECIAL_ELEMENTWISE, _broadcast),
-        **_of(linear, "torch.linalg", ("vector_norm",), _no_larger),
-        "torch.nn.functional.pad": Operation(functional.pad, _padded),
-        "torch.full_like": Operation(torch.full_like, _no_larger),
-        "torch.zeros": Operation(torch.zeros, _filled),
-        "torch.ones": Operation(torch.ones, _filled),
-        "torch.full": Operation(torch.full, _full),
-        "torch.arange": Operation(_step_one, _counted),
-        "torch.outer": Operation(torch.outer, _outer),
-        "torch.matmul": Operation(torch.matmul, _product),
-        "torch.mm": Operation(torch.mm, _product),
-        "torch.bmm": Operation(torch.bmm, _product),
-        "torch.broadcast_to": Operation(torch.broadcast_to, _expanded),
-        "torch.tile": Operation(torch.tile, _repeated),
-        "torch.numel": Operation(torch.numel, _none),
-        "operator.matmul": Operation(torch.matmul, _product),
-        "operator.pow": Operation(_arithmetic(_power), _broadcast),
-        "operator.getitem": Operation(_item, _item_size),
-        "getattr": Operation(_attribute, _none),
+def _functions() -> dict[str, Function]:
+    table: dict[str, Function] = {
+        **_of(torch, "torch", _COMMON + _TORCH),
+        **_of(torch.nn.functional, "torch.nn.functional", _FUNCTIONAL),
+        **_of(torch.special, "torch.special", _SPECIAL),
+        **_of(torch.linalg, "torch.linalg", "vector_norm"),
+        "operator.matmul": torch.matmul,
+        "operator.pow": _arithmetic(_power),
+        "operator.getitem": _item,
+        "getattr": _attribute,
+        **{name: _arithmetic(function) for name, function in _of(operator, "operator", _OPERATORS).items()},
+        **{name: _arithmetic(function) for name, function in _of(math, "math", _MATH).items()},
     }
-    for name in _OPERATORS:
-        table[f"operator.{name}"] = Operation(_arithmetic(getattr(operator, name)), _broadcast)
-    for name in _MATH:
-        table[f"math.{name}"] = Operation(_arithmetic(getattr(math, name)), _none)
-    table.update({alias: table[name] for alias, name in _INNER_NAMES.items() if name in table})
-    return table
+    return {**table, **{alias: table[name] for alias, name in _INNER_NAMES.items() if name in table}}
 
 
-def _methods() -> dict[str, Operation]:
-    sizes: list[tuple[Sequence[str], Size]] = [
-        (_ELEMENTWISE, _broadcast),
-        ((*_SHRINKING, *_METHODS_ONLY_SHRINKING), _no_larger),
-        (_SIZES, _none),
-        (("gather",), _gathered),
-        (("index_select",), _selected),
-        (("expand", "broadcast_to"), _expanded),
-        (("repeat", "tile"), _repeated),
-        (("matmul", "mm", "bmm"), _product),
-        (("outer",), _outer),
-        (("expand_as",), _broadcast),
-    ]
-    return {name: Operation(_method(name), size) for names, size in sizes for name in names if hasattr(Tensor, name)}
-
-
-FUNCTIONS: Mapping[str, Operation] = _functions()
-METHODS: Mapping[str, Operation] = _methods()
+FUNCTIONS: Mapping[str, Function] = _functions()
+METHODS: Mapping[str, Function] = {
+    name.rpartition(".")[2]: method for name, method in _of(Tensor, "", _COMMON + _TENSOR).items()
+}
+_FACTORIES = frozenset({torch.arange, torch.full, torch.ones, torch.zeros})
+# Where meta tensors do not help: the result depends on the data, has many tensors, or is a number of Python.
+_BOUNDS: Mapping[Function, Callable[..., int | None]] = {
+    torch.matmul: _product,
+    Tensor.matmul: _product,
+    torch.where: _where,
+    Tensor.where: _where,
+    torch.masked_select: _broadcast,
+    Tensor.masked_select: _broadcast,
+    torch.nn.functional.gaussian_nll_loss: _broadcast,
+    torch.unbind: _unbound,
+    Tensor.unbind: _unbound,
+    FUNCTIONS["torch.split"]: _split,
+    METHODS["split"]: _split,
+    torch.chunk: _chunked,
+    Tensor.chunk: _chunked,
+    _item: _item_bound,
+    _attribute: _nothing,
+    **{function: _nothing for name, function in FUNCTIONS.items() if name.startswith("math.")},
+}

@@ -27,7 +27,7 @@ class EncodedDatum:
 
 
 @dataclass(frozen=True)
-class PassRequest:
+class EnginePass:
     """One forward or forward_backward.
 
     Args:
@@ -52,7 +52,7 @@ class PassResult:
     Args:
         logprobs: per datum, float32, shaped like its target_tokens.
         metrics: names with a merge suffix, such as "loss:sum".
-        elementwise_loss: the loss of each position, laid out like logprobs; None where the loss does not tell it.
+        elementwise_loss: the loss of each position, laid out like logprobs; None where the loss does not give it.
     """
 
     logprobs: Sequence[Floats]
@@ -117,7 +117,7 @@ class DrawnSequence:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Answer to one SampleRequest; prompt_logprobs is [P] with NaN where there is none."""
+    """What one SampleRequest gave; prompt_logprobs is [P] with NaN where there is none."""
 
     sequences: Sequence[DrawnSequence]
     prompt_logprobs: Floats | None = None

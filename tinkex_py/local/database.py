@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.local.records import CheckpointInfo, RunInfo, SessionInfo
+from tinkex_py.local.records import CheckpointInfo, SessionInfo, TrainingRunInfo
 
 VERSION = 1
 _TABLES = """
@@ -104,24 +104,24 @@ class Database:
 
     # Runs
 
-    def put_run(self, run: RunInfo) -> None:
+    def put_run(self, run: TrainingRunInfo) -> None:
         """Add a run, or change it."""
         self._execute(
             "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)",
             (run.run_id, run.session_id, _stamp(run.created), run.model_dump_json()),
         )
 
-    def run(self, run_id: str) -> RunInfo | None:
+    def run(self, run_id: str) -> TrainingRunInfo | None:
         """A run by id."""
         rows = self._rows("SELECT record FROM runs WHERE run_id = ?", (run_id,))
-        return RunInfo.model_validate_json(rows[0][0]) if rows else None
+        return TrainingRunInfo.model_validate_json(rows[0][0]) if rows else None
 
     def run_ids(self, session_id: str | None = None) -> list[str]:
         """Ids of all runs, or of a session's, oldest first."""
         where, values = ("", ()) if session_id is None else ("WHERE session_id = ?", (session_id,))
         return [run_id for (run_id,) in self._rows(f"SELECT run_id FROM runs {where} ORDER BY created, run_id", values)]
 
-    def runs(self, limit: int, offset: int, project_id: str | None = None) -> tuple[list[RunInfo], int]:
+    def runs(self, limit: int, offset: int, project_id: str | None = None) -> tuple[list[TrainingRunInfo], int]:
         """A page of runs, newest first, and how many there are in all."""
         where, values = ("", ())
         if project_id is not None:
@@ -132,7 +132,7 @@ class Database:
             f"SELECT record FROM runs {where} ORDER BY created DESC, run_id DESC LIMIT ? OFFSET ?",
             (*values, limit, offset),
         )
-        return [RunInfo.model_validate_json(record) for (record,) in rows], count
+        return [TrainingRunInfo.model_validate_json(record) for (record,) in rows], count
 
     # Checkpoints
 

@@ -15,7 +15,7 @@ import torch
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses, session_of
-from tinkex_py.local.data import PassRequest, PassResult, SampleRequest, SampleResult
+from tinkex_py.local.data import EnginePass, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
 from tinkex_py.local.losses import DatumLoss, Loss, find_loss
@@ -33,7 +33,7 @@ from tinkex_py.local.passes import (
     prepare,
     split,
 )
-from tinkex_py.local.records import CheckpointInfo, RunInfo
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 from tinkex_py.local.sampling import SampleBatch, can_pad, room_for
 from tinkex_py.local.worker import EngineClosing
 from tinkex_py.types import AdamParams, LoraConfig
@@ -47,7 +47,7 @@ SAMPLER_ADAPTERS = 4
 class TrainingModel:
     """One training client's side of the engine."""
 
-    run: RunInfo
+    run: TrainingRunInfo
     adapter: Adapter
     optimizer: AdapterOptimizer
     touched: bool = False
@@ -69,7 +69,7 @@ class Engine:
         self.model = model
         self.store = store
         self.graphs = GraphKeeper(options.graph_budget_bytes)
-        self.custom_losses = CustomLosses()
+        self.custom_losses = CustomLosses(model.device)
         self.passes_run = 0
         self._options = options
         self._closing = closing
@@ -77,7 +77,7 @@ class Engine:
         self._models: dict[str, TrainingModel] = {}
         self._samplers: dict[str, Adapter] = {}
 
-    def create_model(self, run: RunInfo, settings: LoraConfig, seed: int) -> None:
+    def create_model(self, run: TrainingRunInfo, settings: LoraConfig, seed: int) -> None:
         """Make a fresh training model.
 
         Raises:
@@ -86,7 +86,7 @@ class Engine:
         self._check_base(run.base_model)
         self._add(run, self._bank.create(settings, seed))
 
-    def create_from_checkpoint(self, run: RunInfo, source: CheckpointInfo, *, with_optimizer: bool) -> None:
+    def create_from_checkpoint(self, run: TrainingRunInfo, source: CheckpointInfo, *, with_optimizer: bool) -> None:
         """Make a training model out of a checkpoint; `run` has the checkpoint's LoRA settings.
 
         Raises:
@@ -124,7 +124,7 @@ class Engine:
             self._bank.delete(model.adapter)
             self.store.delete_ephemeral(model_id)
 
-    def run_pass(self, model_id: str, request: PassRequest) -> PassResult:
+    def run_pass(self, model_id: str, request: EnginePass) -> PassResult:
         """A forward or forward_backward pass; gradients are added only when the whole pass has succeeded.
 
         Raises:
@@ -211,7 +211,7 @@ class Engine:
         self._bank.activate(None if source is None else self._sampler(source))
         return batch.advance(tokens)
 
-    def run_info(self, model_id: str) -> RunInfo | None:
+    def run_info(self, model_id: str) -> TrainingRunInfo | None:
         """What a loaded training model is; may be called from any thread."""
         model = self._models.get(model_id)
         return None if model is None else model.run
@@ -220,7 +220,7 @@ class Engine:
         """A copy of the gradients summed since the last optim_step, by file key."""
         return {key: value.clone() for key, value in self._model(model_id).adapter.gradients.items()}
 
-    def _loss(self, model_id: str, request: PassRequest) -> Loss:
+    def _loss(self, model_id: str, request: EnginePass) -> Loss:
         if request.loss_fn == CUSTOM_LOSS:
             return self.custom_losses.find(session_of(model_id), request.config)
         return find_loss(request.loss_fn, request.config)
@@ -294,7 +294,7 @@ class Engine:
             raise InvalidData(f"model {model_id!r} is not loaded")
         return model
 
-    def _add(self, run: RunInfo, adapter: Adapter, optimizer: AdapterOptimizer | None = None) -> None:
+    def _add(self, run: TrainingRunInfo, adapter: Adapter, optimizer: AdapterOptimizer | None = None) -> None:
         self.store.write_run(run)
         self._models[run.run_id] = TrainingModel(run, adapter, optimizer or AdapterOptimizer(adapter))
 
@@ -371,7 +371,7 @@ def read_tensors(file: Path, whose: str) -> dict[str, torch.Tensor]:
         raise InvalidData(f"{whose}: {file.name} is damaged ({error})") from error
 
 
-def lora_settings(run: RunInfo) -> LoraConfig:
+def lora_settings(run: TrainingRunInfo) -> LoraConfig:
     """The LoRA settings that a run was made with."""
     return LoraConfig(
         rank=run.rank, train_unembed=run.train_unembed, train_mlp=run.train_mlp, train_attn=run.train_attn

@@ -1,4 +1,4 @@
-"""What the service logs about a failure that nobody foresaw."""
+"""Logging of unexpected failures."""
 
 import logging
 import traceback

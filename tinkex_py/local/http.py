@@ -1,96 +1,25 @@
-"""What all routes share: checking bodies, finding the running service, and JSON answers."""
+"""What all routes share: routers, the running service, numbered requests, pages, and JSON answers."""
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from functools import wraps
-from typing import Any, TypeVar
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from tinkex_py.local.bodies import read_json
 from tinkex_py.local.core import Core, Refused
+from tinkex_py.local.requests import NumberedBody
+from tinkex_py.local.responses import ErrorResponse, SubmittedResponse
+from tinkex_py.local.results import Success
 
+API = "/api/v1"
 PROTOBUF = "application/x-protobuf"
 Body = TypeVar("Body", bound=BaseModel)
-Endpoint = Callable[[Request, Core], Awaitable[Response]]
-
-
-def with_core(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    """A route that needs the running service; answers 503 while there is none."""
-
-    @wraps(endpoint)
-    async def route(request: Request) -> Response:
-        core: Core | None = request.app.state.service.core
-        if core is None:
-            raise Refused(503, "the service is not running: the model is still loading, or it was stopped")
-        return await endpoint(request, core)
-
-    return route
-
-
-def parse(model: type[Body], value: Mapping[str, Any]) -> Body:
-    """A checked body.
-
-    Raises:
-        Refused: 422, naming the fields but not their values.
-    """
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise Refused(422, problems(error)) from None
-
-
-def problems(error: ValidationError) -> str:
-    """What is wrong with a body: its fields, but not their values."""
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False))
-
-
-async def read(request: Request, model: type[Body]) -> Body:
-    """Read and check a JSON body.
-
-    Raises:
-        Refused: see `read_json` and `parse`.
-    """
-    return parse(model, await read_json(request))
-
-
-@dataclass(frozen=True)
-class Page:
-    """Which part of a listing is wanted; a limit below 0 is all of it."""
-
-    limit: int
-    offset: int
-
-    def cursor(self, count: int) -> dict[str, int]:
-        """The page's place among `count` entries."""
-        return {"offset": self.offset, "limit": self.limit, "total_count": count}
-
-
-def page_of(request: Request, limit: int) -> Page:
-    """The page that a query asks for.
-
-    Args:
-        request: has `limit` and `offset` in its query, or not.
-        limit: what holds if it does not.
-
-    Raises:
-        Refused: 422.
-    """
-    values = {"limit": request.query_params.get("limit"), "offset": request.query_params.get("offset")}
-    for name, value in values.items():
-        if value is not None and not (value.isdecimal() and len(value) <= 9):
-            raise Refused(422, f"{name} must be a whole number from 0 to 999999999")
-    return Page(int(values["limit"] or limit), int(values["offset"] or 0))
-
-
-def digest(name: str, value: Mapping[str, Any] | bytes) -> bytes:
-    """What tells a repeat from another request under the same number."""
-    content = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    return hashlib.sha256(name.encode() + b"\0" + content).digest()
 
 
 class AnyTextResponse(JSONResponse):
@@ -103,7 +32,94 @@ class AnyTextResponse(JSONResponse):
         )
 
 
-def answer(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer without entries that are None."""
-    kept = {key: item for key, item in value.items() if item is not None}
-    return AnyTextResponse(kept, status_code=status, headers=headers)
+class Route(APIRoute):
+    """A route whose answers leave out what is None."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "response_model_exclude_none": True})
+
+
+def api_router(prefix: str = API, route_class: type[Route] = Route) -> APIRouter:
+    """A router of the API. It reads bodies without a type as JSON, and describes how it refuses."""
+    refusal = {"model": ErrorResponse, "description": "refused"}
+    return APIRouter(
+        prefix=prefix,
+        route_class=route_class,
+        responses={"4XX": refusal, "5XX": refusal},
+        generate_unique_id_function=_operation_id,
+        strict_content_type=False,
+    )
+
+
+def _operation_id(route: APIRoute) -> str:
+    words: list[str] = re.findall(r"\w+", route.path.removeprefix(API))
+    return "_".join([*sorted(route.methods or ()), *words]).lower()
+
+
+def core_of(request: Request) -> Core:
+    """The running service.
+
+    Raises:
+        Refused: 503, there is none.
+    """
+    core: Core | None = request.app.state.service.core
+    if core is None:
+        raise Refused(503, "the service is not running: the model is still loading, or it was stopped")
+    return core
+
+
+async def read_json(request: Request, model: type[Body]) -> Body:
+    """The JSON body of a route that cannot declare it, because it takes another form too.
+
+    Raises:
+        RequestValidationError: as where a body is declared.
+    """
+    try:
+        value = await request.json()
+    except json.JSONDecodeError as error:
+        problem = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "ctx": {"error": error.msg}}
+        raise RequestValidationError([problem]) from None
+    except ValueError:
+        raise Refused(400, "the body is no valid JSON: a number is too long") from None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        found = [{**item, "loc": ("body", *item["loc"])} for item in error.errors(include_input=False)]
+        raise RequestValidationError(found, body=value) from None
+
+
+def problems(errors: Sequence[Any]) -> str:
+    """What is wrong with a body: its fields, but not their values."""
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors)
+
+
+async def json_digest(request: Request) -> bytes:
+    """Equal for repeats of a JSON request, and different for other requests under the same number."""
+    return digest_of(request, json.dumps(await request.json(), sort_keys=True).encode())
+
+
+def digest_of(request: Request, content: bytes) -> bytes:
+    """The same of a request whose content is given in a form that is equal for every repeat."""
+    return hashlib.sha256(request.scope["path"].encode() + b"\0" + content).digest()
+
+
+def size_of(request: Request) -> int:
+    """Bytes of the body, unpacked."""
+    return int(request.headers["content-length"])
+
+
+async def in_order(request: Request, body: NumberedBody, work: Callable[[], Success]) -> SubmittedResponse:
+    """Hand in a JSON request's work on a training model; raises like `Core.in_order`."""
+    digest = await json_digest(request)
+    request_id = core_of(request).in_order(body.model_id, body.seq_id, digest, size_of(request), work)
+    return SubmittedResponse(request_id=request_id, model_id=body.model_id)
+
+
+def _decimal(value: Any) -> Any:
+    if isinstance(value, str) and not (value.isdecimal() and len(value) <= 9):
+        raise ValueError("must be a whole number from 0 to 999999999")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_decimal), Field(ge=0, le=999_999_999)]
+"""A number in a query."""

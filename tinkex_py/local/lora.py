@@ -161,14 +161,15 @@ class AdapterBank:
 
     def activate(self, adapter: Adapter | None) -> None:
         """Make passes go through this adapter, which is trainable then; None is the base network alone."""
-        # Only what a pass looks at: peft's own switch goes through all adapters of every layer, and switches off
-        # gradients of graphs that still wait for their backward pass.
         for layer in self._layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter.form.name]
+            if adapter is not None and layer.active_adapters != [adapter.form.name]:
+                layer.set_adapter([adapter.form.name])
+            if layer.disable_adapters != (adapter is None):
+                layer.enable_adapters(adapter is not None)
         if adapter is not None:
             adapter.form.hold(adapter)
+            # Peft freezes what it switches off. A graph that waits for its backward pass keeps its own, and finds
+            # them trainable again when its turn comes.
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(True)
 
@@ -210,6 +211,8 @@ class AdapterBank:
     def _form(self, settings: LoraConfig) -> _Form:
         if settings.rank > MAX_RANK:
             raise InvalidData(f"lora rank {settings.rank} is too large: at most {MAX_RANK}")
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         targets = self.target_modules(settings)
         kind = (settings.rank, tuple(targets))
         form = self._forms.get(kind)
@@ -217,7 +220,7 @@ class AdapterBank:
             self._made += 1
             name = f"form{self._made}"
             self._inject(name, settings.rank, targets)
-            self._layers = [layer for layer in self.network.modules() if hasattr(layer, "_active_adapter")]
+            self._layers = [layer for layer in self.network.modules() if isinstance(layer, BaseTunerLayer)]
             form = self._forms[kind] = _Form(name, self._places(name))
             form.clear()  # of the weights that peft made
         return form

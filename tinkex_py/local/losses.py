@@ -23,8 +23,8 @@ class DatumLoss:
 
     Args:
         value: the loss, 0-d, with its graph.
-        elementwise: the loss of each position, shaped like target_tokens, without a graph; None where there is none to
-            tell.
+        elementwise: the loss of each position, shaped like target_tokens, without a graph; None where the loss gives
+            none.
         metrics: names with the suffix ":sum" or ":mean", which says how datums are put together.
     """
 

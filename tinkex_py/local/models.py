@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tinkex_py.errors import ConfigError, MissingExtra
-from tinkex_py.local.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from tinkex_py.local.tokenizers import ByteTokenizer, ModelTokenizer, PretrainedTokenizer
 
 TINY_CONTEXT = 2048
 TINY_SEED = 20240
@@ -28,7 +28,7 @@ class LoadedModel:
 
     name: str
     network: Any
-    tokenizer: Tokenizer
+    tokenizer: ModelTokenizer
     tokenizer_id: str | None
     context_length: int
     vocabulary_size: int
@@ -81,7 +81,7 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
     return _load_folder(name, path.resolve(), target)
 
 
-def load_tokenizer(name: str) -> Tokenizer | None:
+def load_tokenizer(name: str) -> ModelTokenizer | None:
     """The tokenizer of "tiny" or "smollm2" without the model; None for other names. Runs for seconds.
 
     Raises:
@@ -172,7 +172,7 @@ def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
     try:
         with quiet_loading():
             inner: Any = library.AutoTokenizer.from_pretrained(str(path), **_FROM_HERE)
-            # The other kind of weights is a pickle, and whoever made it could run code here.
+            # The other kind of weights is a pickle, and could run code here.
             network: Any = library.AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=torch.float32, use_safetensors=True, **_FROM_HERE
             )
@@ -185,7 +185,7 @@ def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
 
 
 def _finish(
-    name: str, network: Any, tokenizer: Tokenizer, tokenizer_id: str | None, device: torch.device
+    name: str, network: Any, tokenizer: ModelTokenizer, tokenizer_id: str | None, device: torch.device
 ) -> LoadedModel:
     network.to(device).eval().requires_grad_(False)
     config = network.config

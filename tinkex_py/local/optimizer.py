@@ -1,4 +1,4 @@
-"""AdamW over one adapter, with parameters that come anew with every step."""
+"""AdamW over one adapter, with parameters given at every step."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the embedded service can be told."""
+"""Options of the embedded service."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ class LocalOptions:
         hold_seconds: how long a poll waits for a result before it is answered "not yet", in seconds.
         max_results: how many finished results stay retrievable.
         max_result_bytes: how many bytes of results that were fetched already stay retrievable.
-        max_waiting_samples: how many sampling requests may wait to be started; more are told to come back later (429).
+        max_waiting_samples: how many sampling requests may wait to be started; more are refused with 429.
         max_waiting_requests: the same for all other work of the engine; and once more for training requests that
             wait for an earlier number.
         max_waiting_bytes: how many bytes of bodies may wait with them.
         max_body_bytes: how large a request's body may be, also unpacked; a larger one is refused (413).
-        max_models: how many training models may be loaded; more are told to come back later (429).
-        session_timeout: seconds after which a session is ended of whose client nothing was heard, no heartbeat either;
+        max_models: how many training models may be loaded; more are refused with 429.
+        session_timeout: seconds after which a session is ended that sent no request and no heartbeat;
             its models and what was not saved of them are gone then. None keeps it until it is finished.
         custom_losses: whether clients may upload losses, as graphs of allowed torch operations.
 

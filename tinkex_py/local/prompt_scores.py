@@ -62,7 +62,7 @@ def check_prompt_questions(request: SampleRequest, vocabulary_size: int) -> None
 
 
 def score_prompt(request: SampleRequest, logits: Tensor, generator: torch.Generator) -> PromptScores:
-    """Answer all that a request asks about its prompt.
+    """Everything that a request wants to know about its prompt.
 
     Args:
         request: a checked request; its prompt has P tokens.

@@ -14,7 +14,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
 
-class RunInfo(_Record):
+class TrainingRunInfo(_Record):
     """One training run, which is one training model."""
 
     run_id: str
@@ -58,7 +58,7 @@ class SessionInfo(_Record):
 class CheckpointInfo(_Record):
     """One checkpoint; its files are in `folder`."""
 
-    run: RunInfo
+    run: TrainingRunInfo
     kind: Kind
     name: str
     folder: str

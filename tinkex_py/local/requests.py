@@ -39,7 +39,7 @@ Label = Annotated[str, AfterValidator(_storable)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
-class _Body(BaseModel):
+class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     @model_validator(mode="before")
@@ -50,7 +50,11 @@ class _Body(BaseModel):
         return values
 
 
-class LoraBody(_Body):
+class AnyBody(_Lenient):
+    """An object of which nothing is read."""
+
+
+class LoraBody(_Lenient):
     """LoRA settings as clients send them."""
 
     rank: int = Field(default=32, ge=1)
@@ -60,7 +64,7 @@ class LoraBody(_Body):
     train_attn: bool = True
 
 
-class AdamBody(_Body):
+class AdamBody(_Lenient):
     """AdamW parameters; what is missing has the protocol's defaults."""
 
     learning_rate: float = 1e-4
@@ -71,7 +75,7 @@ class AdamBody(_Body):
     grad_clip_norm: float = 0.0
 
 
-class SessionBody(_Body):
+class SessionBody(_Lenient):
     """create_session."""
 
     tags: list[str] = []
@@ -80,13 +84,13 @@ class SessionBody(_Body):
     project_id: Label | None = None
 
 
-class SessionIdBody(_Body):
+class SessionIdBody(_Lenient):
     """session_heartbeat."""
 
     session_id: str
 
 
-class CreateModelBody(_Body):
+class CreateModelBody(_Lenient):
     """create_model."""
 
     session_id: str
@@ -97,13 +101,20 @@ class CreateModelBody(_Body):
     user_metadata: Metadata | None = None
 
 
-class ModelBody(_Body):
+class ModelBody(_Lenient):
     """get_info, unload_model."""
 
     model_id: str
 
 
-class LoadWeightsBody(_Body):
+class NumberedBody(_Lenient):
+    """What all requests of a training model have, which are done in the order of their numbers."""
+
+    model_id: str
+    seq_id: int = 0
+
+
+class LoadWeightsBody(_Lenient):
     """load_weights: session_id and model_seq_id make a new model, model_id and seq_id load into one."""
 
     path: str
@@ -117,7 +128,7 @@ class LoadWeightsBody(_Body):
     seq_id: int = 0
 
 
-class PassInput(_Body):
+class PassInput(_Lenient):
     """The inner object of the JSON form of forward and forward_backward: read when its turn has come."""
 
     data: list[dict[str, Any]]
@@ -125,44 +136,36 @@ class PassInput(_Body):
     loss_fn_config: dict[str, float | str] = {}
 
 
-class ForwardBackwardBody(_Body):
+class ForwardBackwardBody(NumberedBody):
     """forward_backward in JSON; a bad input must fail the future, never the submission (protocol, "Chunking")."""
 
-    model_id: str
-    seq_id: int = 0
     forward_backward_input: Any = None
     forward_only: bool = False
 
 
-class ForwardBody(_Body):
+class ForwardBody(NumberedBody):
     """forward in JSON."""
 
-    model_id: str
-    seq_id: int = 0
     forward_input: Any = None
 
 
-class CustomLossBody(_Body):
+class CustomLossBody(_Lenient):
     """create_custom_loss; what it holds is checked by the engine, so that a bad loss fails its future."""
 
     session_id: str
     custom_loss_seq_id: int = Field(ge=0)
 
 
-class OptimStepBody(_Body):
+class OptimStepBody(NumberedBody):
     """optim_step."""
 
-    model_id: str
-    seq_id: int = 0
     adam_params: AdamBody = AdamBody()
     optimizer_params: dict[str, Any] | None = None
 
 
-class SaveWeightsBody(_Body):
+class SaveWeightsBody(NumberedBody):
     """save_weights and save_weights_for_sampler; the latter has a path or a sampling_session_seq_id."""
 
-    model_id: str
-    seq_id: int = 0
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0)
     kind: str = "snapshot"
@@ -172,13 +175,30 @@ class SaveWeightsBody(_Body):
     user_metadata: Metadata | None = None
 
 
-class FutureBody(_Body):
+class FutureBody(_Lenient):
     """retrieve_future, cancel_future."""
 
     request_id: str
 
 
-class SamplingSessionBody(_Body):
+class CompletionsTarget(_Lenient):
+    """Whose completions a poll waits for: those of one copy of a sampling session's client."""
+
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: int = Field(default=0, ge=0)
+
+
+class FuturesBody(_Lenient):
+    """retrieve_futures; what was completed up to `prev_cursor` is acknowledged, `timeout` is in seconds."""
+
+    target: CompletionsTarget
+    prev_cursor: int = Field(default=0, ge=0)
+    timeout: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    retrieved_request_ids: list[str] = []
+
+
+class SamplingSessionBody(_Lenient):
     """create_sampling_session."""
 
     session_id: str
@@ -187,13 +207,13 @@ class SamplingSessionBody(_Body):
     model_path: str | None = None
 
 
-class SamplerIdBody(_Body):
+class SamplerIdBody(_Lenient):
     """join_sampling_session."""
 
     sampling_session_id: str
 
 
-class SamplingParamsBody(_Body):
+class SamplingParamsBody(_Lenient):
     """How to draw; absent `stop` stops at the end of text, `[]` at nothing."""
 
     max_tokens: int | None = Field(default=None, ge=0)
@@ -204,7 +224,7 @@ class SamplingParamsBody(_Body):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-class SampleBody(_Body):
+class SampleBody(_Lenient):
     """asample."""
 
     prompt: dict[str, Any]
@@ -222,19 +242,19 @@ class SampleBody(_Body):
     target_prompt_logprobs: dict[str, Any] | None = None
 
 
-class TinkerPathBody(_Body):
+class TinkerPathBody(_Lenient):
     """weights_info."""
 
     tinker_path: str
 
 
-class TtlBody(_Body):
+class TtlBody(_Lenient):
     """Change of a checkpoint's time to live, in seconds."""
 
     ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
-class CopyBody(_Body):
+class CopyBody(_Lenient):
     """copy_weights."""
 
     source_path: str
@@ -244,41 +264,41 @@ class CopyBody(_Body):
     ttl_seconds: int | None = Field(default=None, gt=0, le=_LONGEST_TTL)
 
 
-class FinishReason(_Body):
+class FinishReason(_Lenient):
     """Why a session is over."""
 
     type: EndReason = "success"
 
 
-class FinishBody(_Body):
+class FinishBody(_Lenient):
     """sessions/{id}/finish."""
 
     reason: FinishReason = FinishReason()
     detail: Label | None = None
 
 
-class StatusQuery(_Body):
+class StatusQuery(_Lenient):
     """One status that sessions may have."""
 
     type: Literal["active", "cancelled", "failed", "client_finished"]
     reasons: list[EndReason] | None = None
 
 
-class OwnerQuery(_Body):
+class OwnerQuery(_Lenient):
     """Whose sessions to search."""
 
     type: Literal["own", "accessible", "user"] = "own"
     owner_urns: list[str] = []
 
 
-class SearchCursor(_Body):
+class SearchCursor(_Lenient):
     """Behind which session the page begins."""
 
     last_created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
     last_session_id: Label
 
 
-class SearchBody(_Body):
+class SearchBody(_Lenient):
     """sessions/search."""
 
     session_id: str | None = None

@@ -1,99 +1,128 @@
-"""Listings of checkpoints, and what can be done to them."""
+"""Checkpoints: their listings, what can be done to them, and signed addresses for their files."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import Depends, Request
+from fastapi.responses import FileResponse, RedirectResponse
 
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, page_of, read, with_core
+from tinkex_py.local.http import API, Whole, api_router, core_of
 from tinkex_py.local.records import CheckpointInfo, Kind, expiry
 from tinkex_py.local.requests import CopyBody, TinkerPathBody, TtlBody
+from tinkex_py.local.responses import EmptyResponse, WeightsInfoResponse
+from tinkex_py.types import Checkpoint, CheckpointsPage, Cursor, ExternalWeightsUrls
+from tinkex_py.types.rest import CopiedCheckpoint
 
+router = api_router()
+DOWNLOADS = f"{API}/downloads/"
+ARCHIVE = "archive.tar"
+_CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
+_OCTETS = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 _TYPES: Mapping[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
-async def run_checkpoints(request: Request, core: Core) -> Response:
+async def find_checkpoint(run: str, kind: str, name: str, request: Request) -> CheckpointInfo:
+    """The checkpoint that a path names by run, kind and name.
+
+    Raises:
+        Refused: 404.
+    """
+    core = core_of(request)
+    return await core.stored(lambda store: store.find(f"tinker://{run}/{kind}/{name}"))
+
+
+FoundCheckpoint = Annotated[CheckpointInfo, Depends(find_checkpoint)]
+
+
+@router.get("/training_runs/{run}/checkpoints")
+async def run_checkpoints(run: str, request: Request, limit: Whole | None = None, offset: Whole = 0) -> CheckpointsPage:
     """Checkpoints of one run, newest first; all of them unless a page is asked for."""
-    run_id = request.path_params["run"]
-    page = page_of(request, -1)
+    core = core_of(request)
 
     def listed(store: CheckpointStore) -> tuple[list[CheckpointInfo], int] | None:
-        if store.records.run(run_id) is None:
+        if store.records.run(run) is None:
             return None
-        return store.records.checkpoints(run_id, limit=page.limit, offset=page.offset)
+        return store.records.checkpoints(run, limit=-1 if limit is None else limit, offset=offset)
 
     found = await core.stored(listed)
     if found is None:
-        raise Refused(404, f"there is no training run {run_id!r}")
+        raise Refused(404, f"there is no training run {run!r}")
     infos, count = found
-    cursor = page.cursor(count) if page.limit >= 0 else None
-    return answer({"checkpoints": [checkpoint_entry(info) for info in infos], "cursor": cursor})
+    cursor = None if limit is None else Cursor(offset=offset, limit=limit, total_count=count)
+    return CheckpointsPage(checkpoints=tuple(map(checkpoint_entry, infos)), cursor=cursor)
 
 
-async def checkpoints(request: Request, core: Core) -> Response:
+@router.get("/checkpoints")
+async def checkpoints(request: Request, limit: Whole = 100, offset: Whole = 0) -> CheckpointsPage:
     """Checkpoints of all runs, newest first."""
-    page = page_of(request, 100)
-    infos, count = await core.stored(lambda store: store.records.checkpoints(limit=page.limit, offset=page.offset))
-    return answer({"checkpoints": [checkpoint_entry(info) for info in infos], "cursor": page.cursor(count)})
+    core = core_of(request)
+    infos, count = await core.stored(lambda store: store.records.checkpoints(limit=limit, offset=offset))
+    cursor = Cursor(offset=offset, limit=limit, total_count=count)
+    return CheckpointsPage(checkpoints=tuple(map(checkpoint_entry, infos)), cursor=cursor)
 
 
-async def delete_checkpoint(request: Request, core: Core) -> Response:
+@router.delete(_CHECKPOINT)
+async def delete_checkpoint(info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Remove a checkpoint."""
-    info = await find_checkpoint(request, core)
+    core = core_of(request)
     await core.stored(lambda store: store.delete(info))
-    return answer({})
+    return EmptyResponse()
 
 
-async def checkpoint_ttl(request: Request, core: Core) -> Response:
+@router.put(f"{_CHECKPOINT}/ttl")
+async def checkpoint_ttl(body: TtlBody, info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Change when a checkpoint expires, counted from now; null is never."""
-    body = await read(request, TtlBody)
-    info = await find_checkpoint(request, core)
+    core = core_of(request)
     _require(await core.stored(lambda store: store.set_expiry(info, expiry(body.ttl_seconds))), info)
-    return answer({})
+    return EmptyResponse()
 
 
-async def publish(request: Request, core: Core) -> Response:
+@router.post(f"{_CHECKPOINT}/publish")
+async def publish(info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Mark a checkpoint as public. Once more is fine: 409 would make clients repeat it for minutes."""
-    return await _set_public(request, core, public=True)
+    core = core_of(request)
+    return await _set_public(info, core, public=True)
 
 
-async def unpublish(request: Request, core: Core) -> Response:
+@router.delete(f"{_CHECKPOINT}/publish")
+async def unpublish(info: FoundCheckpoint, request: Request) -> EmptyResponse:
     """Mark a checkpoint as private."""
-    return await _set_public(request, core, public=False)
+    core = core_of(request)
+    return await _set_public(info, core, public=False)
 
 
-async def weights_info(request: Request, core: Core) -> Response:
+@router.post("/weights_info")
+async def weights_info(body: TinkerPathBody, request: Request) -> WeightsInfoResponse:
     """What a checkpoint was made with."""
-    body = await read(request, TinkerPathBody)
+    core = core_of(request)
     run = (await core.stored(lambda store: store.find(body.tinker_path))).run
-    return answer(
-        {
-            "base_model": run.base_model,
-            "is_lora": True,
-            "lora_rank": run.rank,
-            "train_unembed": run.train_unembed,
-            "train_mlp": run.train_mlp,
-            "train_attn": run.train_attn,
-            "optimizer_config": {"type": "adamw"},
-        }
+    return WeightsInfoResponse(
+        base_model=run.base_model,
+        is_lora=True,
+        lora_rank=run.rank,
+        train_unembed=run.train_unembed,
+        train_mlp=run.train_mlp,
+        train_attn=run.train_attn,
     )
 
 
-async def copy_weights(request: Request, core: Core) -> Response:
+@router.post("/copy_weights")
+async def copy_weights(body: CopyBody, request: Request) -> CopiedCheckpoint:
     """Copy a checkpoint into a run of its own in a session; the copy has its own time to live."""
-    body = await read(request, CopyBody)
+    core = core_of(request)
     if body.session_id is None or body.model_seq_id is None:
         raise Refused(
             404, "the embedded service has no projects: name session_id and model_seq_id, the run that gets the copy"
         )
     core.open_session(body.session_id)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
-    if run_id in core.lanes:
+    if run_id in core.sequencers:
         raise Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} is in use: take another")
 
     def copied(store: CheckpointStore) -> CheckpointInfo | None:
@@ -113,40 +142,26 @@ async def copy_weights(request: Request, core: Core) -> Response:
     copy = await core.stored(copied)
     if copy is None:
         raise Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} was used: take another")
-    return answer({"tinker_path": copy.path})
+    return CopiedCheckpoint(tinker_path=copy.path)
 
 
-async def find_checkpoint(request: Request, core: Core) -> CheckpointInfo:
-    """The checkpoint that a path names by run, kind and name.
-
-    Raises:
-        Refused: 404.
-    """
-    run, kind, name = (request.path_params[key] for key in ("run", "kind", "name"))
-    return await core.stored(lambda store: store.find(f"tinker://{run}/{kind}/{name}"))
-
-
-def checkpoint_entry(info: CheckpointInfo) -> dict[str, Any]:
+def checkpoint_entry(info: CheckpointInfo) -> Checkpoint:
     """A checkpoint as listings show it."""
-    entry: dict[str, Any] = {
-        "checkpoint_id": f"{info.kind}/{info.name}",
-        "checkpoint_type": _TYPES[info.kind],
-        "time": info.time.isoformat(),
-        "tinker_path": info.path,
-        "size_bytes": info.size_bytes,
-        "public": info.public,
-    }
-    if info.user_metadata is not None:
-        entry["user_metadata"] = info.user_metadata
-    if info.expires_at is not None:
-        entry["expires_at"] = info.expires_at.isoformat()
-    return entry
+    return Checkpoint(
+        checkpoint_id=f"{info.kind}/{info.name}",
+        checkpoint_type=_TYPES[info.kind],
+        time=info.time,
+        tinker_path=info.path,
+        size_bytes=info.size_bytes,
+        public=info.public,
+        user_metadata=info.user_metadata,
+        expires_at=info.expires_at,
+    )
 
 
-async def _set_public(request: Request, core: Core, *, public: bool) -> Response:
-    info = await find_checkpoint(request, core)
+async def _set_public(info: CheckpointInfo, core: Core, *, public: bool) -> EmptyResponse:
     _require(await core.stored(lambda store: store.records.change_checkpoint(info, public=public)), info)
-    return answer({})
+    return EmptyResponse()
 
 
 def _require(changed: CheckpointInfo | None, info: CheckpointInfo) -> None:
@@ -154,14 +169,64 @@ def _require(changed: CheckpointInfo | None, info: CheckpointInfo) -> None:
         raise Refused(404, f"there is no checkpoint {info.path!r} any more")
 
 
-_CHECKPOINT = "/api/v1/training_runs/{run}/checkpoints/{kind}/{name}"
-routes = [
-    Route("/api/v1/training_runs/{run}/checkpoints", with_core(run_checkpoints), methods=["GET"]),
-    Route("/api/v1/checkpoints", with_core(checkpoints), methods=["GET"]),
-    Route(_CHECKPOINT, with_core(delete_checkpoint), methods=["DELETE"]),
-    Route(f"{_CHECKPOINT}/ttl", with_core(checkpoint_ttl), methods=["PUT"]),
-    Route(f"{_CHECKPOINT}/publish", with_core(publish), methods=["POST"]),
-    Route(f"{_CHECKPOINT}/publish", with_core(unpublish), methods=["DELETE"]),
-    Route("/api/v1/weights_info", with_core(weights_info), methods=["POST"]),
-    Route("/api/v1/copy_weights", with_core(copy_weights), methods=["POST"]),
-]
+@router.get(
+    f"{_CHECKPOINT}/archive",
+    status_code=302,
+    response_class=RedirectResponse,
+    response_description="the address is in Location",
+)
+async def archive(request: Request, info: FoundCheckpoint) -> RedirectResponse:
+    """Where a checkpoint can be downloaded as one tar file."""
+    core = core_of(request)
+    url, expires = _signed_url(request, core, info, ARCHIVE)
+    return RedirectResponse(url, status_code=302, headers={"Expires": format_datetime(expires, usegmt=True)})
+
+
+@router.get(f"{_CHECKPOINT}/external_weights_urls")
+async def external_weights_urls(request: Request, info: FoundCheckpoint) -> ExternalWeightsUrls:
+    """Where each file of external weights can be downloaded."""
+    core = core_of(request)
+    if info.kind != "external_weights":
+        raise Refused(400, f"{info.path!r} holds no external weights: ask for its archive")
+    files = await core.stored(lambda store: store.files(info))
+    signed = {file.name: _signed_url(request, core, info, file.name) for file in files}
+    if not signed:
+        raise Refused(404, f"there is no checkpoint {info.path!r} any more")
+    expires = min(moment for _, moment in signed.values())
+    return ExternalWeightsUrls(urls={name: url for name, (url, _) in signed.items()}, expires=expires)
+
+
+@router.get(
+    "/downloads/{run}/{kind}/{name}/{file}",
+    response_class=FileResponse,
+    responses={200: _OCTETS, 206: {**_OCTETS, "description": "the range that was asked for"}},
+)
+async def download(
+    run: str, kind: str, name: str, file: str, request: Request, expires: str = "", signature: str = ""
+) -> FileResponse:
+    """The bytes behind a signed address; ranges are served."""
+    core = core_of(request)
+    refusal = core.links.refusal(_path(run, kind, name, file), expires, signature)
+    if refusal is not None:
+        raise Refused(*refusal)
+    info = await find_checkpoint(run, kind, name, request)
+    found = await core.stored(lambda store: _file(store, info, file))
+    if found is None:
+        raise Refused(404, f"there is no file {file!r} in checkpoint {info.path!r}")
+    return FileResponse(found, media_type="application/octet-stream", filename=f"{info.name}-{file}")
+
+
+def _file(store: CheckpointStore, info: CheckpointInfo, name: str) -> Path | None:
+    if name == ARCHIVE:
+        return store.archive(info)
+    return next((file for file in store.files(info) if file.name == name), None)
+
+
+def _path(run_id: str, kind: str, name: str, file: str) -> str:
+    return f"{DOWNLOADS}{run_id}/{kind}/{name}/{file}"
+
+
+def _signed_url(request: Request, core: Core, info: CheckpointInfo, file: str) -> tuple[str, datetime]:
+    path = _path(info.run.run_id, info.kind, info.name, file)
+    query, expires = core.links.sign(path)
+    return f"{str(request.base_url).rstrip('/')}{quote(path, safe='/:')}?{query}", datetime.fromtimestamp(expires, UTC)

@@ -1,53 +1,51 @@
 """Routes that make, load and describe training models."""
 
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import Request
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.bodies import read_json, size_of
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import answer, digest, parse, read, with_core
-from tinkex_py.local.lanes import Lane
-from tinkex_py.local.records import CheckpointInfo, RunInfo
-from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody
-from tinkex_py.local.results import Answer
-from tinkex_py.types import LoraConfig
+from tinkex_py.local.http import api_router, core_of, in_order, json_digest, size_of
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
+from tinkex_py.local.requests import CreateModelBody, LoadWeightsBody, LoraBody, ModelBody, NumberedBody
+from tinkex_py.local.responses import ModelInfoResponse, SubmittedResponse
+from tinkex_py.local.results import Success
+from tinkex_py.local.sequencer import Sequencer
+from tinkex_py.types import LoraConfig, ModelData
+
+router = api_router()
 
 
-async def create_model(request: Request, core: Core) -> Response:
+@router.post("/create_model")
+async def create_model(body: CreateModelBody, request: Request) -> SubmittedResponse:
     """A fresh training model; its id follows from session and number."""
-    raw = await read_json(request)
-    body = parse(CreateModelBody, raw)
+    core = core_of(request)
     model_id = _model_id(core, body.session_id, body.model_seq_id)
     settings = body.lora_config
     chosen = settings.seed if settings.seed is not None else _default_seed(core.options.seed, body.model_seq_id)
 
-    def work() -> Answer:
+    def work() -> Success:
         _check_optimizer(body.optimizer_config)
         lora = LoraConfig(**settings.model_dump())
         core.engine.create_model(_run(model_id, body.base_model, settings, body.user_metadata), lora, chosen)
-        return Answer(lambda: {"model_id": model_id, "type": "create_model"})
+        return Success(lambda: {"model_id": model_id, "type": "create_model"})
 
-    scope, size = ("model_seq_id", body.session_id, body.model_seq_id), size_of(request)
-    request_id = core.numbered(scope, digest("create_model", raw), lambda: core.submit(work, size))
-    core.lanes.setdefault(model_id, Lane())
-    return answer({"request_id": request_id, "model_id": model_id})
+    return await _new_model(request, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
 
 
-async def load_weights(request: Request, core: Core) -> Response:
+@router.post("/load_weights")
+async def load_weights(body: LoadWeightsBody, request: Request) -> SubmittedResponse:
     """Make a training model out of a checkpoint, or load one into a model that is still unused."""
-    raw = await read_json(request)
-    body = parse(LoadWeightsBody, raw)
     if body.session_id is None or body.model_seq_id is None:
-        return _load_into(core, body, raw, size_of(request))
+        return await _load_into(request, body)
+    core = core_of(request)
     model_id = _model_id(core, body.session_id, body.model_seq_id)
 
-    def work() -> Answer:
+    def work() -> Success:
         if not body.optimizer:
             _check_optimizer(body.optimizer_config)
         source = core.store.find(body.path, "weights")
@@ -59,53 +57,55 @@ async def load_weights(request: Request, core: Core) -> Response:
         core.engine.create_from_checkpoint(run, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    scope, size = ("model_seq_id", body.session_id, body.model_seq_id), size_of(request)
-    request_id = core.numbered(scope, digest("load_weights", raw), lambda: core.submit(work, size))
-    core.lanes.setdefault(model_id, Lane())
-    return answer({"request_id": request_id, "model_id": model_id})
+    return await _new_model(request, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
 
 
-def _load_into(core: Core, body: LoadWeightsBody, raw: dict[str, Any], size: int) -> Response:
+async def _new_model(
+    request: Request, scope: tuple[str, str, int], model_id: str, work: Callable[[], Success]
+) -> SubmittedResponse:
+    core, size = core_of(request), size_of(request)
+    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
+    core.sequencers.setdefault(model_id, Sequencer())
+    return SubmittedResponse(request_id=request_id, model_id=model_id)
+
+
+async def _load_into(request: Request, body: LoadWeightsBody) -> SubmittedResponse:
     if body.model_id is None:
         raise Refused(422, "load_weights needs session_id and model_seq_id, or model_id and seq_id")
-    model_id = body.model_id
+    core, model_id = core_of(request), body.model_id
 
-    def work() -> Answer:
+    def work() -> Success:
         source = core.store.find(body.path, "weights")
         core.engine.load_into(model_id, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    request_id = core.in_order(model_id, body.seq_id, digest("load_weights", raw), size, work)
-    return answer({"request_id": request_id, "model_id": model_id})
+    return await in_order(request, NumberedBody(model_id=model_id, seq_id=body.seq_id), work)
 
 
-async def get_info(request: Request, core: Core) -> Response:
+@router.post("/get_info")
+async def get_info(body: ModelBody, request: Request) -> ModelInfoResponse:
     """What a training model is made of."""
-    body = await read(request, ModelBody)
-    core.lane(body.model_id)
+    core = core_of(request)
+    core.sequencer(body.model_id)
     run = core.engine.run_info(body.model_id)
     if run is None:
         raise Refused(404, f"model {body.model_id!r} is not there (yet): wait for its creation to succeed")
     model = core.engine.model
-    data = {"model_name": run.base_model, "arch": model.architecture, "tokenizer_id": model.tokenizer_id}
-    return answer(
-        {
-            "type": "get_info",
-            "model_id": run.run_id,
-            "model_name": run.base_model,
-            "model_data": {key: value for key, value in data.items() if value is not None},
-            "optimizer_config": {"type": "adamw"},
-            "is_lora": True,
-            "lora_rank": run.rank,
-        }
+    return ModelInfoResponse(
+        model_id=run.run_id,
+        model_name=run.base_model,
+        model_data=ModelData(model_name=run.base_model, arch=model.architecture, tokenizer_id=model.tokenizer_id),
+        is_lora=True,
+        lora_rank=run.rank,
     )
 
 
-async def unload_model(request: Request, core: Core) -> Response:
+@router.post("/unload_model")
+async def unload_model(body: ModelBody, request: Request) -> SubmittedResponse:
     """Free a training model."""
-    body = await read(request, ModelBody)
-    core.lane(body.model_id)
-    return answer({"request_id": core.unload(body.model_id), "model_id": body.model_id})
+    core = core_of(request)
+    core.sequencer(body.model_id)
+    return SubmittedResponse(request_id=core.unload(body.model_id), model_id=body.model_id)
 
 
 def _model_id(core: Core, session_id: str, number: int) -> str:
@@ -124,8 +124,8 @@ def _default_seed(base: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{base}:{number}".encode()).digest()[:6], "little")
 
 
-def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict[str, Any] | None) -> RunInfo:
-    return RunInfo(
+def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict[str, Any] | None) -> TrainingRunInfo:
+    return TrainingRunInfo(
         run_id=model_id,
         base_model=base_model,
         created=datetime.now(UTC),
@@ -134,13 +134,5 @@ def _run(model_id: str, base_model: str, settings: LoraBody, user_metadata: dict
     )
 
 
-def _loaded(model_id: str, source: CheckpointInfo) -> Answer:
-    return Answer(lambda: {"path": source.path, "model_id": model_id, "type": "load_weights"})
-
-
-routes = [
-    Route("/api/v1/create_model", with_core(create_model), methods=["POST"]),
-    Route("/api/v1/load_weights", with_core(load_weights), methods=["POST"]),
-    Route("/api/v1/get_info", with_core(get_info), methods=["POST"]),
-    Route("/api/v1/unload_model", with_core(unload_model), methods=["POST"]),
-]
+def _loaded(model_id: str, source: CheckpointInfo) -> Success:
+    return Success(lambda: {"path": source.path, "model_id": model_id, "type": "load_weights"})

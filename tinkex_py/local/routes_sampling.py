@@ -3,71 +3,78 @@
 import uuid
 from concurrent.futures import Future
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import Request
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.bodies import read_json
-from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
+from tinkex_py.local.completions import CLONE
+from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import SampleRequest, SampleResult
-from tinkex_py.local.http import answer, digest, parse, read, with_core
+from tinkex_py.local.http import api_router, core_of, json_digest
 from tinkex_py.local.records import CheckpointInfo
 from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
-from tinkex_py.local.results import Answer
+from tinkex_py.local.responses import JoinResponse, SampleSubmittedResponse, SamplingSessionResponse
+from tinkex_py.local.results import Success
 from tinkex_py.local.sample_queue import Weights
+from tinkex_py.types import Sampler as SamplerResponse
+
+router = api_router()
 
 
-async def create_sampling_session(request: Request, core: Core) -> Response:
+@router.post("/create_sampling_session")
+async def create_sampling_session(body: SamplingSessionBody, request: Request) -> SamplingSessionResponse:
     """A sampling session on named weights or on the base model."""
-    body = await read(request, SamplingSessionBody)
+    core = core_of(request)
     core.open_session(body.session_id)
     sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     sampler = await _sampler(core, sampler_id, body.base_model, body.model_path)
     if core.samplers.setdefault(sampler_id, sampler) != sampler:
         raise Refused(400, f"sampling session number {body.sampling_session_seq_id} was already used for other weights")
-    return answer({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
+    return SamplingSessionResponse(sampling_session_id=sampler_id)
 
 
-async def get_sampler(request: Request, core: Core) -> Response:
+@router.get("/samplers/{sampler_id}")
+async def get_sampler(sampler_id: str, request: Request) -> SamplerResponse:
     """What a sampling session draws from."""
-    sampler = _known(core, request.path_params["sampler_id"])
-    return answer(
-        {"sampler_id": sampler.sampler_id, "base_model": core.engine.model.name, "model_path": sampler.model_path}
+    core = core_of(request)
+    sampler = core.sampling_session(sampler_id)
+    return SamplerResponse(
+        sampler_id=sampler.sampler_id, base_model=core.engine.model.name, model_path=sampler.model_path
     )
 
 
-async def asample(request: Request, core: Core) -> Response:
+@router.post("/asample")
+async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse:
     """Draw sequences; a repeat under the same number gets the first one's answer."""
-    raw = await read_json(request)
-    body = parse(SampleBody, raw)
+    core = core_of(request)
     if body.sampling_session_id is not None:
-        sampler = _known(core, body.sampling_session_id)
+        sampler = core.sampling_session(body.sampling_session_id)
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
 
-    def submit() -> "Future[Answer]":
+    def submit() -> "Future[Success]":
         return _submit(core, sampler, body)
 
     number = body.seq_id if body.seq_id is not None and body.sampling_session_id is not None else None
     if number is None:
         request_id = core.follow(submit())
     else:
-        request_id = core.numbered(("seq_id", sampler.sampler_id, number), digest("asample", raw), submit)
+        request_id = core.numbered(("seq_id", sampler.sampler_id, number), await json_digest(request), submit)
+        core.results.announce(request_id, (sampler.sampler_id, number // CLONE))
     ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
-    return answer({"request_id": request_id, "sample_sequence_ids": ids})
+    return SampleSubmittedResponse(request_id=request_id, sample_sequence_ids=ids)
 
 
-async def join_sampling_session(request: Request, core: Core) -> Response:
+@router.post("/join_sampling_session")
+async def join_sampling_session(body: SamplerIdBody, request: Request) -> JoinResponse:
     """A number for one more client of a sampling session; its creator has 0."""
-    body = await read(request, SamplerIdBody)
-    sampler = _known(core, body.sampling_session_id)
+    core = core_of(request)
+    sampler = core.sampling_session(body.sampling_session_id)
     core.sampler_clients[sampler.sampler_id] = core.sampler_clients.get(sampler.sampler_id, 0) + 1
-    return answer({"client_counter": core.sampler_clients[sampler.sampler_id], "type": "join_sampling_session"})
+    return JoinResponse(client_counter=core.sampler_clients[sampler.sampler_id])
 
 
-def _submit(core: Core, sampler: Sampler, body: SampleBody) -> "Future[Answer]":
+def _submit(core: Core, sampler: SamplingSession, body: SampleBody) -> "Future[Success]":
     """Queue a request; a bad one gets a future that has failed."""
     if core.samples.is_full:
         limit = core.options.max_waiting_samples
@@ -75,38 +82,30 @@ def _submit(core: Core, sampler: Sampler, body: SampleBody) -> "Future[Answer]":
     try:
         return core.samples.add(_weights(core, sampler), _sample_request(core, body), _answer)
     except (InvalidData, UnsupportedFeature) as error:
-        failed: Future[Answer] = Future()
+        failed: Future[Success] = Future()
         failed.set_exception(error)
         return failed
 
 
-def _answer(result: SampleResult) -> Answer:
-    return Answer(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
+def _answer(result: SampleResult) -> Success:
+    return Success(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
 
 
-def _known(core: Core, sampler_id: str) -> Sampler:
-    sampler = core.samplers.get(sampler_id)
-    if sampler is None:
-        raise Refused(404, f"sampling session {sampler_id!r} is not known here")
-    core.hear(sampler_id)
-    return sampler
-
-
-async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> Sampler:
+async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> SamplingSession:
     name = core.engine.model.name
     if base_model is not None and base_model != name:
         raise Refused(400, f"base model {base_model!r} is not served here. Served: {name!r}")
     if model_path is None:
         if base_model is None:
             raise Refused(400, f"sampling needs a base_model ({name!r}) or a model_path (tinker://...)")
-        return Sampler(sampler_id)
+        return SamplingSession(sampler_id)
     source = await core.stored(lambda store: store.find(model_path, "weights", "sampler_weights"))
     if source.run.base_model != name:
         raise Refused(400, f"{model_path!r} was made from {source.run.base_model!r}, but {name!r} is served here")
-    return Sampler(sampler_id, model_path=model_path)
+    return SamplingSession(sampler_id, model_path=model_path)
 
 
-def _weights(core: Core, sampler: Sampler) -> Weights:
+def _weights(core: Core, sampler: SamplingSession) -> Weights:
     path, snapshot, model_id = sampler.model_path, sampler.snapshot, sampler.inflight_of
     if snapshot is not None:
         return Weights(("snapshot", snapshot.folder), lambda: snapshot)
@@ -154,11 +153,3 @@ def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
         target_logprobs=None if targets is None else wire_format.ids_from_json("target_prompt_logprobs", targets),
         alt_tokens=body.prompt_alt_tokens_k,
     )
-
-
-routes = [
-    Route("/api/v1/create_sampling_session", with_core(create_sampling_session), methods=["POST"]),
-    Route("/api/v1/samplers/{sampler_id}", with_core(get_sampler), methods=["GET"]),
-    Route("/api/v1/join_sampling_session", with_core(join_sampling_session), methods=["POST"]),
-    Route("/api/v1/asample", with_core(asample), methods=["POST"]),
-]

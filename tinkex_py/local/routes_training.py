@@ -1,129 +1,169 @@
-"""Routes of one training model's ordered work: passes, optimizer steps, saves."""
+"""Routes of training: a model's ordered work, which is passes, optimizer steps and saves; and uploaded losses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.bodies import read_body, read_json, size_of
-from tinkex_py.local.core import INFLIGHT, Core, Refused, Sampler
-from tinkex_py.local.data import PassRequest
-from tinkex_py.local.http import PROTOBUF, Body, answer, digest, parse, problems, with_core
-from tinkex_py.local.records import CheckpointInfo, RunInfo, expiry
+from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
+from tinkex_py.local.data import EnginePass
+from tinkex_py.local.http import (
+    PROTOBUF,
+    Route,
+    api_router,
+    core_of,
+    digest_of,
+    in_order,
+    json_digest,
+    problems,
+    read_json,
+    size_of,
+)
+from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo, expiry
 from tinkex_py.local.requests import (
+    CustomLossBody,
     ForwardBackwardBody,
     ForwardBody,
     OptimStepBody,
     PassInput,
     SaveWeightsBody,
 )
-from tinkex_py.local.results import Answer
+from tinkex_py.local.responses import SubmittedResponse
+from tinkex_py.local.results import Success
 from tinkex_py.transport import wire
 from tinkex_py.types import AdamParams
 
 KEEP_GRAPH_HEADER = "x-tinkex-keep-graph"
+_PASS_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": ForwardBackwardBody.model_json_schema()},
+            PROTOBUF: {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+}
 
 
-async def forward_backward(request: Request, core: Core) -> Response:
+class NumberedRoute(Route):
+    """A refused request of a training model still uses its number up, or everything behind it would wait for ever."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, which spends the number of a body that is malformed."""
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                _spend(request, error.body)
+                raise
+
+        return handled
+
+
+def _spend(request: Request, body: object) -> None:
+    fields = cast("dict[str, object]", body) if isinstance(body, dict) else {}
+    core: Core | None = request.app.state.service.core
+    sequencer = core.sequencers.get(str(fields.get("model_id"))) if core is not None else None
+    number = fields.get("seq_id")
+    if sequencer is not None and isinstance(number, int):
+        sequencer.spend(number)
+
+
+router = api_router(route_class=NumberedRoute)
+
+
+@router.post("/forward_backward", openapi_extra=_PASS_BODY)
+async def forward_backward(request: Request) -> SubmittedResponse:
     """A pass in protobuf (backward, or forward only) or in the JSON form."""
-    keep = request.headers.get(KEEP_GRAPH_HEADER) == "1"
-    if request.headers.get("content-type", "").startswith(PROTOBUF):
-        return await _protobuf_pass(request, core, keep=keep)
-    raw = await read_json(request)
-    body = _parse_numbered(core, ForwardBackwardBody, raw)
-    inner = body.forward_backward_input
-    return _accept(
-        core,
-        body.model_id,
-        body.seq_id,
-        digest("forward_backward", raw),
-        size_of(request),
-        lambda: _json_pass(inner, forward_only=body.forward_only, keep=keep),
-    )
+    if request.headers.get("content-type") == PROTOBUF:
+        return _protobuf_pass(request, await request.body())
+    body = await read_json(request, ForwardBackwardBody)
+    read = _json_reader(request, body.forward_backward_input, forward_only=body.forward_only)
+    return await in_order(request, body, _pass(core_of(request), body.model_id, read))
 
 
-async def forward(request: Request, core: Core) -> Response:
+@router.post("/forward")
+async def forward(body: ForwardBody, request: Request) -> SubmittedResponse:
     """A forward pass in the JSON form."""
-    raw = await read_json(request)
-    body = _parse_numbered(core, ForwardBody, raw)
-    keep = request.headers.get(KEEP_GRAPH_HEADER) == "1"
-    inner = body.forward_input
-    return _accept(
-        core,
-        body.model_id,
-        body.seq_id,
-        digest("forward", raw),
-        size_of(request),
-        lambda: _json_pass(inner, forward_only=True, keep=keep),
-    )
+    read = _json_reader(request, body.forward_input, forward_only=True)
+    return await in_order(request, body, _pass(core_of(request), body.model_id, read))
 
 
-async def _protobuf_pass(request: Request, core: Core, *, keep: bool) -> Response:
-    raw = await read_body(request)
+def _pass(core: Core, model_id: str, read: Callable[[], EnginePass]) -> Callable[[], Success]:
+    """A pass as work of the engine, whose thread then reads its inner part too."""
+
+    def work() -> Success:
+        result = core.engine.run_pass(model_id, read())
+        return Success(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
+
+    return work
+
+
+def _keeps_graph(request: Request) -> bool:
+    return request.headers.get(KEEP_GRAPH_HEADER) == "1"
+
+
+def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
     try:
-        message = wire.ForwardBackwardRequest.FromString(raw)
+        message = wire.ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise Refused(400, "the body is no ForwardBackwardRequest in protobuf") from None
     config: dict[str, float | str] = {
         key: value.text if value.WhichOneof("value") == "text" else value.number
         for key, value in message.loss_fn_config_v2.items()
     }
-    work = PassRequest(
+    read = EnginePass(
         data=lambda: wire_format.datums_from_protobuf(message.data),
         loss_fn=message.loss_fn,
         config=config or dict(message.loss_fn_config),
         forward_only=message.forward_only,
-        keep_graph=keep,
+        keep_graph=_keeps_graph(request),
     )
     # Maps have no order on the wire: only the deterministic form is the same for every repeat.
-    content = message.SerializeToString(deterministic=True)
-    number, told = message.seq_id, digest("forward_backward", content)
-    return _accept(core, message.model_id, number, told, len(raw), lambda: work)
+    digest = digest_of(request, message.SerializeToString(deterministic=True))
+    core = core_of(request)
+    work = _pass(core, message.model_id, lambda: read)
+    request_id = core.in_order(message.model_id, message.seq_id, digest, size_of(request), work)
+    return SubmittedResponse(request_id=request_id, model_id=message.model_id)
 
 
-def _json_pass(value: Any, *, forward_only: bool, keep: bool) -> PassRequest:
-    try:
-        body = PassInput.model_validate(value)
-    except ValidationError as error:
-        raise InvalidData(problems(error)) from None
-    return PassRequest(
-        data=lambda: wire_format.datums_from_json(body.data),
-        loss_fn=body.loss_fn,
-        config=body.loss_fn_config,
-        forward_only=forward_only,
-        keep_graph=keep,
-    )
+def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callable[[], EnginePass]:
+    keep = _keeps_graph(request)
+
+    def read() -> EnginePass:
+        try:
+            body = PassInput.model_validate(value)
+        except ValidationError as error:
+            raise InvalidData(problems(error.errors(include_input=False))) from None
+        return EnginePass(
+            data=lambda: wire_format.datums_from_json(body.data),
+            loss_fn=body.loss_fn,
+            config=body.loss_fn_config,
+            forward_only=forward_only,
+            keep_graph=keep,
+        )
+
+    return read
 
 
-def _accept(
-    core: Core, model_id: str, number: int, content: bytes, size: int, request: Callable[[], PassRequest]
-) -> Response:
-    def work() -> Answer:
-        result = core.engine.run_pass(model_id, request())
-        return Answer(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
-
-    request_id = core.in_order(model_id, number, content, size, work)
-    return answer({"request_id": request_id, "model_id": model_id})
-
-
-async def optim_step(request: Request, core: Core) -> Response:
+@router.post("/optim_step")
+async def optim_step(body: OptimStepBody, request: Request) -> SubmittedResponse:
     """One AdamW step."""
-    raw = await read_json(request)
-    body = _parse_numbered(core, OptimStepBody, raw)
+    core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         metrics = core.engine.optim_step(body.model_id, _adam_params(body))
-        return Answer(lambda: {"metrics": metrics, "type": "optim_step"})
+        return Success(lambda: {"metrics": metrics, "type": "optim_step"})
 
-    request_id = _in_order(core, body, digest("optim_step", raw), size_of(request), work)
-    return answer({"request_id": request_id, "model_id": body.model_id})
+    return await in_order(request, body, work)
 
 
 def _adam_params(body: OptimStepBody) -> AdamParams:
@@ -136,80 +176,75 @@ def _adam_params(body: OptimStepBody) -> AdamParams:
     return AdamParams(**{key: value for key, value in given.items() if key in AdamParams.model_fields})
 
 
-async def save_weights(request: Request, core: Core) -> Response:
+@router.post("/save_weights")
+async def save_weights(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
     """A training checkpoint: weights and optimizer state."""
-    raw = await read_json(request)
-    body = _parse_numbered(core, SaveWeightsBody, raw)
+    core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         if body.path is None:
             raise InvalidData("save_weights needs a name in `path`")
         saved = _save(core, body, body.path, "weights")
-        return Answer(lambda: {"path": saved.path, "type": "save_weights"})
+        return Success(lambda: {"path": saved.path, "type": "save_weights"})
 
-    request_id = _in_order(core, body, digest("save_weights", raw), size_of(request), work)
-    return answer({"request_id": request_id, "model_id": body.model_id})
+    return await in_order(request, body, work)
 
 
-async def save_weights_for_sampler(request: Request, core: Core) -> Response:
+@router.post("/save_weights_for_sampler")
+async def save_weights_for_sampler(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
     """Weights to sample from: under a name, or as a sampling session that is ready to use."""
-    raw = await read_json(request)
-    body = _parse_numbered(core, SaveWeightsBody, raw)
+    core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         if body.path is not None:
             saved = _save(core, body, body.path, "sampler_weights")
-            return Answer(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
+            return Success(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
         if body.sampling_session_seq_id is None:
             raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
         return _nameless_sampler(core, body, body.sampling_session_seq_id)
 
-    request_id = _in_order(core, body, digest("save_weights_for_sampler", raw), size_of(request), work)
-    return answer({"request_id": request_id, "model_id": body.model_id})
+    return await in_order(request, body, work)
 
 
-def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Answer:
+def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Success:
     """A sampling session on the weights as they are; inflight ones share one checkpoint that later saves replace."""
     if body.kind not in ("snapshot", "inflight"):
         raise InvalidData(f"kind={body.kind!r} is not known here. Known: 'snapshot', 'inflight'")
     inflight = body.kind == "inflight"
     saved = _save(core, body, INFLIGHT if inflight else f"sample-{number}", "ephemeral")
     sampler_id = f"{body.model_id.partition(':')[0]}:sample:{number}"
-    sampler = Sampler(sampler_id, inflight_of=body.model_id) if inflight else Sampler(sampler_id, snapshot=saved)
+    sampler = (
+        SamplingSession(sampler_id, inflight_of=body.model_id)
+        if inflight
+        else SamplingSession(sampler_id, snapshot=saved)
+    )
 
     def register() -> None:
         core.samplers[sampler_id] = sampler
 
-    return Answer(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
+    return Success(lambda: {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}, then=register)
 
 
-async def save_weights_external(request: Request, core: Core) -> Response:
+@router.post("/save_weights_external")
+async def save_weights_external(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
     """Weights whose files can be downloaded one by one."""
-    raw = await read_json(request)
-    body = _parse_numbered(core, SaveWeightsBody, raw)
+    core = core_of(request)
 
-    def work() -> Answer:
+    def work() -> Success:
         if body.age_encryption_recipients:
             raise UnsupportedFeature("the embedded service cannot encrypt: leave age_encryption_recipients out")
         if body.path is None:
             raise InvalidData("save_weights_external needs a name in `path`")
         saved = _save(core, body, body.path, "external_weights")
-        return Answer(
+        return Success(
             lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"},
         )
 
-    request_id = _in_order(core, body, digest("save_weights_external", raw), size_of(request), work)
-    return answer({"request_id": request_id, "model_id": body.model_id})
-
-
-def _in_order(
-    core: Core, body: OptimStepBody | SaveWeightsBody, content: bytes, size: int, work: Callable[[], Answer]
-) -> str:
-    return core.in_order(body.model_id, body.seq_id, content, size, work)
+    return await in_order(request, body, work)
 
 
 def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> CheckpointInfo:
-    run: RunInfo | None = core.engine.run_info(body.model_id)
+    run: TrainingRunInfo | None = core.engine.run_info(body.model_id)
     if run is None:
         raise InvalidData(f"model {body.model_id!r} is not loaded")
     info = CheckpointInfo(
@@ -225,22 +260,19 @@ def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> Checkpoint
     return core.engine.save(body.model_id, info, overwrite=kind == "ephemeral" or body.overwrite is not False)
 
 
-def _parse_numbered(core: Core, model: type[Body], raw: Mapping[str, Any]) -> Body:
-    try:
-        return parse(model, raw)
-    except Refused:
-        lane = core.lanes.get(str(raw.get("model_id")))
-        number = raw.get("seq_id")
-        if lane is not None and isinstance(number, int):
-            lane.spend(number)
-        raise
+@router.post("/create_custom_loss")
+async def create_custom_loss(body: CustomLossBody, request: Request) -> SubmittedResponse:
+    """Check a traced loss and keep it for its session."""
+    core = core_of(request)
+    if not core.options.custom_losses:
+        raise Refused(404, "this service takes no uploaded losses: start it with custom_losses=True or --custom-losses")
+    core.open_session(body.session_id)
+    fields: dict[str, Any] = await request.json()
 
+    def work() -> Success:
+        loss_id = core.engine.custom_losses.add(body.session_id, body.custom_loss_seq_id, fields)
+        return Success(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
 
-routes = [
-    Route("/api/v1/forward_backward", with_core(forward_backward), methods=["POST"]),
-    Route("/api/v1/forward", with_core(forward), methods=["POST"]),
-    Route("/api/v1/optim_step", with_core(optim_step), methods=["POST"]),
-    Route("/api/v1/save_weights", with_core(save_weights), methods=["POST"]),
-    Route("/api/v1/save_weights_for_sampler", with_core(save_weights_for_sampler), methods=["POST"]),
-    Route("/api/v1/save_weights_external", with_core(save_weights_external), methods=["POST"]),
-]
+    scope, size = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id), size_of(request)
+    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
+    return SubmittedResponse(request_id=request_id)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.records import CheckpointInfo
-from tinkex_py.local.results import Answer
+from tinkex_py.local.results import Success
 from tinkex_py.local.worker import EngineClosing, EngineWorker
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class Weights:
 
 
 @dataclass
-class _Waiting:
+class _QueuedSample:
     weights: Weights
     request: SampleRequest
-    finish: Callable[[SampleResult], Answer]
-    future: "Future[Answer]" = field(default_factory=Future[Answer])
+    finish: Callable[[SampleResult], Success]
+    future: "Future[Success]" = field(default_factory=Future[Success])
     alone: bool = False
 
 
@@ -57,7 +57,7 @@ class _Running:
     weights: Weights
     source: CheckpointInfo | None
     batch: "SampleBatch"
-    items: list[_Waiting]
+    items: list[_QueuedSample]
 
 
 class SampleQueue:
@@ -77,7 +77,7 @@ class SampleQueue:
         self._max_prompt_tokens = max_prompt_tokens
         self._pads = engine.pads_prompts
         self._lock = threading.Lock()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_QueuedSample] = deque()
         self._running: deque[_Running] = deque()
         self._has_turn = False
 
@@ -88,8 +88,8 @@ class SampleQueue:
             return sum(not item.future.cancelled() for item in self._waiting) >= self._max_waiting
 
     def add(
-        self, weights: Weights, request: SampleRequest, finish: Callable[[SampleResult], Answer]
-    ) -> "Future[Answer]":
+        self, weights: Weights, request: SampleRequest, finish: Callable[[SampleResult], Success]
+    ) -> "Future[Success]":
         """Queue a request. Its future can be cancelled as long as it waits.
 
         Args:
@@ -101,7 +101,7 @@ class SampleQueue:
             InvalidData: the request cannot be used.
         """
         self._engine.check_sample(request)
-        item = _Waiting(weights, request, finish)
+        item = _QueuedSample(weights, request, finish)
         with self._lock:
             self._waiting.append(item)
         self._ask_for_turn()
@@ -125,7 +125,7 @@ class SampleQueue:
                 self._has_turn = False
             self._ask_for_turn()
 
-    def _next_group(self) -> list[_Waiting] | None:
+    def _next_group(self) -> list[_QueuedSample] | None:
         """Take the oldest request that may start, and those that can share its batch."""
         busy = [running.weights.key for running in self._running]
         if len(busy) >= RUNNING_BATCHES:
@@ -142,7 +142,7 @@ class SampleQueue:
         # Cancelled in this very moment: it drops out here.
         return [item for item in group if item.future.running() or item.future.set_running_or_notify_cancel()]
 
-    def _fitting(self, first: _Waiting, waiting: list[_Waiting]) -> list[_Waiting]:
+    def _fitting(self, first: _QueuedSample, waiting: list[_QueuedSample]) -> list[_QueuedSample]:
         group, rows, longest = [first], first.request.num_samples, len(first.request.prompt)
         for item in () if first.alone else waiting:
             length = len(item.request.prompt)
@@ -158,7 +158,7 @@ class SampleQueue:
             longest = max(longest, length)
         return group
 
-    def _start(self, group: list[_Waiting]) -> None:
+    def _start(self, group: list[_QueuedSample]) -> None:
         if not group:
             return
         weights = group[0].weights
@@ -186,8 +186,8 @@ class SampleQueue:
         for item, answer in zip(running.items, answers, strict=True):
             item.future.set_result(answer)
 
-    def _fail_one_by_one(self, items: list[_Waiting], error: BaseException) -> None:
-        """Nobody foresaw this error, so nobody knows whose it is: requests that shared a batch are drawn alone."""
+    def _fail_one_by_one(self, items: list[_QueuedSample], error: BaseException) -> None:
+        """An unexpected error may be due to any request of the batch: they are drawn again, one by one."""
         if len(items) == 1 or isinstance(error, InvalidData | EngineClosing):
             _fail(items, error)
             return
@@ -197,6 +197,6 @@ class SampleQueue:
                 self._waiting.appendleft(item)
 
 
-def _fail(items: list[_Waiting], error: BaseException) -> None:
+def _fail(items: list[_QueuedSample], error: BaseException) -> None:
     for item in items:
         item.future.set_exception(error)

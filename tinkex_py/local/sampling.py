@@ -76,7 +76,7 @@ def can_pad(model: LoadedModel) -> bool:
 
 
 class SampleBatch:
-    """Requests over the same weights, drawn together. Whoever calls it has activated the weights.
+    """Requests over the same weights, drawn together. The caller has activated the weights.
 
     Args:
         model: the network.

@@ -28,7 +28,7 @@ async def serve(
         raise ConfigError(f"host {host!r} can be reached by others: set an api_key, or use 127.0.0.1")
     if find_spec("uvicorn") is None:
         raise MissingExtra("uvicorn", "local")
-    from tinkex_py.local.guards import LoopbackOnly, Numbered
+    from tinkex_py.local.middleware import LoopbackOnly
 
     service = LocalService(options)
     listener = listen(host, port)
@@ -37,7 +37,7 @@ async def serve(
         await service.start()
         # Open polls would keep their connections, and so the shutdown, waiting.
         await serve_app(
-            Numbered(service.app if options.api_key is not None else LoopbackOnly(service.app)),
+            service.app if options.api_key is not None else LoopbackOnly(service.app),
             listener,
             on_listening=lambda: on_listening(address),
             before_shutdown=service.close_polls,

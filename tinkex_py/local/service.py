@@ -11,20 +11,20 @@ from tinkex_py.local.worker import EngineWorker, StateThreads
 
 if TYPE_CHECKING:
     from tinkex_py.local.core import Core, Loaded
-    from tinkex_py.local.tokenizers import Tokenizer
+    from tinkex_py.local.tokenizers import ModelTokenizer
 
 
 class LocalService:
     """A torch engine and the ASGI app in front of it. The constructor does no I/O and loads nothing.
 
     `start` and `stop` may be called again and from several tasks of one event loop; a stopped service can be started
-    anew. Whoever cancels `start` still has to `stop`.
+    again. After a cancelled `start`, `stop` is still needed.
 
     Args:
         options: model, device, folders, key and budgets.
 
     Raises:
-        MissingExtra: starlette is not installed.
+        MissingExtra: fastapi is not installed.
     """
 
     def __init__(self, options: LocalOptions | None = None) -> None:
@@ -54,7 +54,7 @@ class LocalService:
         return self.options.model
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> "ModelTokenizer":
         """The model's tokenizer.
 
         Raises:
@@ -64,7 +64,7 @@ class LocalService:
             raise ConfigError("the embedded service is not running: await service.start() first")
         return self.core.engine.model.tokenizer
 
-    def tokenizer_for(self, name: str) -> "Tokenizer":
+    def tokenizer_for(self, name: str) -> "ModelTokenizer":
         """The tokenizer of a model by name.
 
         Raises:
@@ -94,15 +94,14 @@ class LocalService:
                 failed.result()
                 return
             from tinkex_py.local.core import Core
-            from tinkex_py.local.expiry import delete_expired
-            from tinkex_py.local.silence import end_silent_sessions
+            from tinkex_py.local.housekeeping import delete_expired, end_inactive_sessions
 
             self._state = StateThreads()
             self.core = Core(self.options, self._loading.result(), self._worker, self._state)
             self._housekeeping = [asyncio.create_task(delete_expired(self.core), name="tinkex.local.expiry")]
             if self.options.session_timeout is not None:
-                ending = end_silent_sessions(self.core, self.options.session_timeout)
-                self._housekeeping.append(asyncio.create_task(ending, name="tinkex.local.silence"))
+                ending = end_inactive_sessions(self.core, self.options.session_timeout)
+                self._housekeeping.append(asyncio.create_task(ending, name="tinkex.local.sessions"))
 
     async def stop(self) -> None:
         """End the engine, its thread and its temporary folder; open polls return, unfinished work fails.
@@ -128,7 +127,7 @@ class LocalService:
             await self._state.stop()
             self._state = None
         if self._loading is not None:
-            # Nobody may be left to look at the failure of a load whose start was cancelled.
+            # The load of a cancelled start may have failed without a reader.
             await asyncio.wait([self._loading])
             if self._loading.exception() is None:
                 self._loading.result().engine.store.close()
@@ -140,7 +139,7 @@ class LocalService:
     def close_polls(self) -> None:
         """Let every open poll return now; the first step of a server's shutdown."""
         if self.core is not None:
-            self.core.results.closing.set()
+            self.core.results.close_polls()
 
     def _load(self) -> "Loaded":
         from tinkex_py.local.checkpoints import CheckpointStore

@@ -1,28 +1,27 @@
 """Which sessions fit a query."""
 
 from itertools import islice
-from typing import Any
 
 from tinkex_py.local.database import Database
 from tinkex_py.local.records import SessionInfo
 from tinkex_py.local.requests import OwnerQuery, SearchBody, StatusQuery
+from tinkex_py.types import SessionSearchCursor, SessionSearchPage, SessionStatus, SessionSummary
 
 OWNER = "local"
 """The one owner of everything, and the project of what was put in none."""
 
 
-def page_of_sessions(records: Database, query: SearchBody) -> dict[str, Any]:
+def page_of_sessions(records: Database, query: SearchBody) -> SessionSearchPage:
     """One page of summaries, newest first, and where the next page begins if there is one."""
     cursor = query.cursor
     after = None if cursor is None else (cursor.last_created_at, cursor.last_session_id)
     fitting = (session for session in records.sessions(after) if fits(session, query))
     found = list(islice(fitting, query.limit + 1))
     page = found[: query.limit]
-    answer: dict[str, Any] = {"sessions": [_summary(records, session) for session in page]}
+    following = None
     if len(found) > query.limit:
-        last = page[-1]
-        answer["next_cursor"] = {"last_created_at": last.created.isoformat(), "last_session_id": last.session_id}
-    return answer
+        following = SessionSearchCursor(last_created_at=page[-1].created, last_session_id=page[-1].session_id)
+    return SessionSearchPage(sessions=tuple(_summary(records, session) for session in page), next_cursor=following)
 
 
 def fits(session: SessionInfo, query: SearchBody) -> bool:
@@ -59,23 +58,21 @@ def _is_owned(owner: OwnerQuery) -> bool:
     return owner.type != "user" or OWNER in owner.owner_urns
 
 
-def _summary(records: Database, session: SessionInfo) -> dict[str, Any]:
+def _summary(records: Database, session: SessionInfo) -> SessionSummary:
     count, size = records.session_usage(session.session_id)
     if session.end is None:
-        status: dict[str, Any] = {"type": "active"}
+        status = SessionStatus(type="active")
     else:
-        status = {"type": "client_finished", "reason": {"type": session.end.reason}}
-        if session.end.detail is not None:
-            status["detail"] = session.end.detail
-    summary: dict[str, Any] = {
-        "session_id": session.session_id,
-        "created_at": session.created.isoformat(),
-        "owner": OWNER,
-        "project_id": session.project_id or OWNER,
-        "status": status,
-        "checkpoints_count": count,
-        "checkpoint_storage_bytes": size,
-        "display_name": session.display_name,
-        "user_metadata": session.user_metadata,
-    }
-    return {key: value for key, value in summary.items() if value is not None}
+        reason = {"type": session.end.reason}
+        status = SessionStatus(type="client_finished", reason=reason, detail=session.end.detail)
+    return SessionSummary(
+        session_id=session.session_id,
+        created_at=session.created,
+        owner=OWNER,
+        project_id=session.project_id or OWNER,
+        status=status,
+        checkpoints_count=count,
+        checkpoint_storage_bytes=size,
+        display_name=session.display_name,
+        user_metadata=session.user_metadata,
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 
-class Tokenizer(Protocol):
+class ModelTokenizer(Protocol):
     """What the embedded service needs of a tokenizer; Hugging Face tokenizers have it."""
 
     @property

@@ -29,7 +29,7 @@ _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_INT32: "<i4",
 }
 _JSON_DTYPES: Mapping[str, str] = {"float32": "<f4", "int64": "<i8"}
-# A chunk without a type is told by the one field that only its kind has.
+# A chunk without a type is recognized by the one field that only its kind has.
 _CHUNK_FIELDS: Mapping[str, str] = {
     "tokens": "encoded_text",
     "data": "image",

@@ -2,7 +2,7 @@
 
 import builtins
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -40,23 +40,19 @@ def _encoded_node(node: torch.fx.Node) -> dict[str, Any]:
 def _target(node: torch.fx.Node) -> str:
     if node.op == "call_method" and str(node.target).endswith("_"):
         raise UnsupportedFeature(f"it calls {node.target}(), which changes a tensor in place")
-    if node.op != "call_function":
-        return str(node.target)
-    name = _qualified_name(cast("Callable[..., Any]", node.target))
-    # Python's operators live in a private module; the wire has the public one's name.
-    return name.removeprefix("_") if name.startswith("_operator.") else name
+    return str(node.target) if node.op != "call_function" else _qualified_name(node.target)
 
 
-def _qualified_name(function: Callable[..., Any]) -> str:
-    """The name under which a function can be imported, as torch.fx writes it into the code of a graph."""
-    name = function.__name__
+def _qualified_name(function: Any) -> str:
+    """The name that torch.fx, and so the official SDK, gives a function; services know these names."""
+    name: str = function.__name__
     if getattr(builtins, name, None) is function:
         return name
-    if getattr(torch.Tensor, name, None) is function:
-        return f"torch.Tensor.{name}"
-    # Torch's built-in functions do not know their modules.
-    module = function.__module__ or ("torch" if getattr(torch, name, None) is function else "torch.nn.functional")
-    return f"{module.replace('torch._ops', 'torch.ops')}.{name}"
+    # Functions that are written in C++ have no module.
+    homes = [home.__name__ for home in (torch, torch.nn.functional) if getattr(home, name, None) is function]
+    module: str = function.__module__ or next(iter(homes), "")
+    # Python's operators live in a private module; the wire has the public one's name.
+    return f"operator.{name}" if module == "_operator" else f"{module}.{name}"
 
 
 def _encoded(value: Any) -> Any:

@@ -15,7 +15,7 @@ from tinkex_py.types.tensors import Array, TensorData, TensorInput, without_torc
 class Encoder(Protocol):
     """Anything that turns text into token ids, such as a Hugging Face tokenizer."""
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str, /) -> Sequence[int]:
         """Token ids of a text."""
         ...
 

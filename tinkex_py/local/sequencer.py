@@ -15,7 +15,7 @@ class Receipt:
     request_id: str
 
 
-class Lane:
+class Sequencer:
     """Starts requests when all earlier numbers were started or are spent.
 
     Attributes:

@@ -1,7 +1,7 @@
 """How much work that was accepted may wait at once."""
 
 
-class Backlog:
+class Admission:
     """Requests that wait, counted and in bytes. Lives on the event loop.
 
     Args:

@@ -1,0 +1,62 @@
+"""Runs in a process of its own: many samples of the official SDK from the address in argv[1]. Prints one JSON line."""
+
+import json
+import pickle
+import sys
+from typing import Any
+
+import tinker
+from tinker import types
+from tinker.resources.futures import AsyncFuturesResource
+
+PROMPT = types.ModelInput.from_ints([256, *b"hello"])
+
+
+def counted(name: str, counts: dict[str, int]) -> None:
+    """Count the calls of a method of the SDK's own HTTP client."""
+    original = getattr(AsyncFuturesResource, name)
+
+    async def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        counts[name] = counts.get(name, 0) + 1
+        return await original(self, *arguments, **named)
+
+    setattr(AsyncFuturesResource, name, call)
+
+
+def drawn(sampler: tinker.SamplingClient, count: int, first_seed: int = 0) -> list[list[int]]:
+    """Samples that are all asked for before the first is waited for."""
+    futures = [
+        sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=4, seed=first_seed + seed, stop=[]))
+        for seed in range(count)
+    ]
+    return [future.result().sequences[0].tokens for future in futures]
+
+
+def main() -> None:
+    counts: dict[str, int] = {}
+    seen: dict[str, Any] = {}
+    service = tinker.ServiceClient(base_url=sys.argv[1], api_key="tml-local")
+    sampler = service.create_sampling_client(base_model="tiny").result()
+    seen["flag"] = service.holder.get_client_config().sample_use_retrieve_futures
+    counted("retrieve_multi", counts)
+    tokens = drawn(sampler, 200)
+    seen["sequences"], seen["tokens"] = len(tokens), sum(map(len, tokens))
+    seen["different"] = len({tuple(row) for row in tokens}) > 150
+    seen["polls"] = counts["retrieve_multi"]
+    clones = [pickle.loads(pickle.dumps(sampler)) for _ in range(2)]
+    seen["clones"] = [len(drawn(clone, 20)) for clone in clones]
+    refused = [sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=4, stop=[""])) for _ in range(3)]
+    categories = []
+    for future in refused:
+        try:
+            future.result()
+        except tinker.RequestFailedError as error:
+            categories.append(str(error.category))
+    seen["failed"] = [categories[0], len(categories)]
+    seen["again"] = len(drawn(sampler, 50, 1000))
+    service.close("success")
+    sys.stdout.write(json.dumps(seen) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Routes that are asked again and again: whether the service is there, and for the results of accepted requests."""
+
+from typing import Any
+
+from fastapi import Request, Response
+
+from tinkex_py.local.core import Refused
+from tinkex_py.local.http import PROTOBUF, AnyTextResponse, api_router, core_of
+from tinkex_py.local.requests import FutureBody, FuturesBody
+from tinkex_py.local.responses import Completion, CompletionsResponse, EmptyResponse, HealthResponse, TryAgainResponse
+from tinkex_py.local.results import Failure, PendingResult
+
+router = api_router()
+_RESULT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the result, or the failure with `error` and `category`",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            PROTOBUF: {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+    408: {"model": TryAgainResponse, "description": "there is no result yet"},
+}
+
+
+@router.get("/healthz")
+async def healthz() -> HealthResponse:
+    """Alive; needs no key and no model."""
+    return HealthResponse()
+
+
+@router.post("/retrieve_future", responses=_RESULT)
+async def retrieve_future(body: FutureBody, request: Request) -> Response:
+    """Wait for a result; 408 when there is none within the hold time."""
+    core = core_of(request)
+    pending = core.results.find(body.request_id)
+    if pending is None:
+        given = core.results.was_given(body.request_id)
+        raise Refused(410 if given else 404, f"there is no result for request {body.request_id!r}")
+    if not await core.results.wait(pending, core.options.hold_seconds):
+        if core.results.closing:
+            raise Refused(503, "the service is stopping")
+        reason = pending.note() if pending.note is not None else None
+        state = "active" if reason is None else "paused_capacity"
+        try_again = TryAgainResponse(queue_state=state, queue_state_reason=reason)
+        return AnyTextResponse(try_again.model_dump(exclude_none=True), status_code=408)
+    outcome = core.results.fetch(pending)
+    if outcome is None:
+        raise Refused(500, f"request {body.request_id!r} is done but has no result")
+    if isinstance(outcome, Failure):
+        return AnyTextResponse({"error": outcome.message, "category": outcome.category})
+    if outcome.protobuf is not None and PROTOBUF in request.headers.get("accept", ""):
+        return Response(outcome.protobuf, media_type=PROTOBUF)
+    return AnyTextResponse({key: value for key, value in outcome.json().items() if value is not None})
+
+
+@router.post("/retrieve_futures")
+async def retrieve_futures(body: FuturesBody, request: Request) -> CompletionsResponse:
+    """Wait for completed sampling requests of one client; their results are fetched one by one."""
+    core = core_of(request)
+    key = core.sampling_session(body.target.sampling_session_id).sampler_id, body.target.cloned_sampler_id
+    for request_id in body.retrieved_request_ids:
+        core.results.release(request_id, key)
+    longest = core.options.hold_seconds
+    seconds = longest if body.timeout is None else min(body.timeout, longest)
+    cursors = await core.results.completions.after(key, body.prev_cursor, seconds)
+    if core.results.closing and not cursors:
+        raise Refused(503, "the service is stopping")
+    completions = [_completion(request_id, core.results.find(request_id)) for request_id in cursors]
+    return CompletionsResponse(completions=completions, cursor=max(cursors.values(), default=body.prev_cursor))
+
+
+def _completion(request_id: str, pending: PendingResult | None) -> Completion:
+    """What happened to a request. That its result was forgotten since, its client learns when it asks for it."""
+    if pending is not None and isinstance(pending.outcome, Failure):
+        return Completion(state="failed", request_id=request_id)
+    size = None if pending is None else pending.size
+    return Completion(state="finished", request_id=request_id, response_payload_uncompressed_size=size)
+
+
+@router.post("/cancel_future")
+async def cancel_future(body: FutureBody, request: Request) -> EmptyResponse:
+    """Cancels the work if it has not started, and forgets its result."""
+    core = core_of(request)
+    pending = core.results.find(body.request_id)
+    if pending is not None and pending.outcome is None and pending.cancel is not None:
+        pending.cancel()
+    if pending is not None and pending.outcome is not None:
+        core.results.forget(body.request_id)
+    return EmptyResponse()
