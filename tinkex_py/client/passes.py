@@ -81,7 +81,7 @@ class ChunkResult:
 
 
 @dataclass(frozen=True)
-class PassResult:
+class PassOutcome:
     """How a call ended. This value alone decides what the service holds of it."""
 
     chunks: Sequence[ChunkResult]
@@ -189,7 +189,7 @@ class Pass:
         """Nothing follows from it."""
 
     async def result(self, sent: Sequence[Sent]) -> ForwardBackwardOutput:
-        """Waits for all chunks and merges their results; raises like `PassResult.output`.
+        """Waits for all chunks and merges their results; raises like `PassOutcome.output`.
 
         Raises:
             InvalidResponse: a result has another number of datums than its chunk.
@@ -233,7 +233,7 @@ class Pass:
             )
             return await self._session.api.submit(number, written)
 
-    async def _results(self, sent: Sequence[Sent]) -> PassResult:
+    async def _results(self, sent: Sequence[Sent]) -> PassOutcome:
         refused = [one.number for one in sent if one.refusal is not None]
         if not refused or len(refused) == len(sent):
             return await self._collect(sent)
@@ -243,14 +243,14 @@ class Pass:
         async with time_limit(seconds, lambda: self._model.ordering.end_behind(refused[0], stuck)):
             return await self._collect(sent)
 
-    async def _collect(self, sent: Sequence[Sent]) -> PassResult:
+    async def _collect(self, sent: Sequence[Sent]) -> PassOutcome:
         results: list[ChunkResult] = []
         start = 0
         for one, chunk in zip(sent, self.chunks, strict=True):
             stop = start + len(chunk.data)
             results.append(await self._result_of(one, start, stop))
             start = stop
-        return PassResult(results)
+        return PassOutcome(results)
 
     async def _result_of(self, sent: Sent, start: int, stop: int) -> ChunkResult:
         if sent.refusal is not None:

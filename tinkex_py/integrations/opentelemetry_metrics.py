@@ -58,7 +58,7 @@ class Instruments:
             "contribution": meter.create_gauge("tinkex.term.contribution", description="Weight times value"),
             "grad_norm": meter.create_gauge("tinkex.term.grad_norm", description="Unweighted gradient norm"),
         }
-        self._queues: dict[object, _Queue] = {}
+        self._queues: dict[object, _QueueStates] = {}
 
     def hear(self, event: Event, model_id: str | None) -> None:
         """Takes in one event.
@@ -99,7 +99,7 @@ class Instruments:
         key = (asyncio.current_task(), event.metadata["request_id"])
         request_type: Attributes = {"tinkex.request_type": event.metadata["request_type"]}
         if phase == "start":
-            self._queues[key] = _Queue()
+            self._queues[key] = _QueueStates()
         elif phase == "queue_state":
             if key in self._queues:
                 self._queues[key].turn(waiting=event.metadata["queue_state"] in _WAITING)
@@ -111,7 +111,7 @@ class Instruments:
                 self._queue_wait.record(queue.waited, request_type)
 
 
-class _Queue:
+class _QueueStates:
     """How long one request has been told that it waits for its turn, in seconds."""
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,14 +19,12 @@ from tinkex_py.local import (
     routes_service,
     routes_training,
 )
-from tinkex_py.local.core import Refused
+from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import API, AnyTextResponse, Route, problems
 from tinkex_py.local.middleware import ErrorBoundary, ReadBody, RequireKey
+from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.routes_checkpoints import DOWNLOADS
 from tinkex_py.version import __version__
-
-if TYPE_CHECKING:
-    from tinkex_py.local.service import LocalService
 
 OPEN_PATHS = (f"{API}/healthz", DOWNLOADS)
 """What these paths begin with needs no key; downloads have signed addresses instead."""
@@ -42,6 +40,21 @@ _ROUTERS = (
 )
 
 
+class Startable(Protocol):
+    """The service behind an app. Its core is None before its start and after its stop."""
+
+    options: LocalOptions
+    core: Core | None
+
+    async def start(self) -> None:
+        """Loads the model."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine."""
+        ...
+
+
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, with the key, which is checked before the app."""
@@ -52,7 +65,7 @@ class _App(FastAPI):
         return document
 
 
-def build_app(service: "LocalService", api_key: str | None) -> ASGIApp:
+def build_app(service: Startable, api_key: str | None) -> ASGIApp:
     """The app of one service. Its lifespan starts and stops the service, where the server runs one."""
 
     @asynccontextmanager

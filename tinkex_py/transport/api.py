@@ -216,7 +216,7 @@ class ServiceApi:
             APIStatusError, TransportError: polling itself was refused or kept failing.
         """
         with telemetry.lifecycle("tinkex.future", {"request_id": request_id, "request_type": request_type}):
-            pending = PendingResult(request_id, request_type, decode, self._poll_timeout, on_pending)
+            pending = FuturePoll(request_id, request_type, decode, self._poll_timeout, on_pending)
 
             async def poll(attempts: Attempts) -> Decoded:
                 return await pending.poll(self._poll, self.is_alive, attempts)
@@ -266,7 +266,7 @@ class PollPace:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
-class PendingResult(Generic[Decoded]):
+class FuturePoll(Generic[Decoded]):
     """One future that is being waited for.
 
     Args:
