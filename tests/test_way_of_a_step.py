@@ -5,6 +5,7 @@ a coroutine or generator counts once, however often it is resumed.
 """
 
 import inspect
+import re
 import sys
 import threading
 from collections import Counter
@@ -103,6 +104,13 @@ class Service:
         return answer(json={"request_id": request_id})
 
 
+def figure_of_the_way() -> list[str]:
+    """The files of the figure in "How a step travels", in its order."""
+    page = ROOT.parent / "docs" / "explanation" / "how_a_step_travels.md"
+    figure = page.read_text(encoding="utf-8").split("```")[1]
+    return re.findall(r"[a-z_/]+\.py", figure)
+
+
 def data() -> list[Datum]:
     return [
         Datum(model_input=ModelInput.from_ints(range(length)), loss_fn_inputs={"target_tokens": list(range(length))})
@@ -135,5 +143,6 @@ async def test_a_custom_step_stays_a_straight_way(capsys: pytest.CaptureFixture[
     assert out.loss_total == pytest.approx(1.1 * 1.05)
     with capsys.disabled():
         print(f"\n{way.table()}")  # noqa: T201 - the table is what this test shows
+    assert figure_of_the_way() == list(way.files)
     assert len(way.files) <= MOST_FILES
     assert way.calls.total() <= MOST_CALLS
