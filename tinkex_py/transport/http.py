@@ -14,7 +14,7 @@ from tinkex_py.errors import ClientClosed, ConnectionFailed, TimeoutExceeded
 from tinkex_py.limits import time_limit
 from tinkex_py.telemetry import Measurements, lifecycle, request_headers
 from tinkex_py.transport.adapters import ClientTransport
-from tinkex_py.transport.connections import SocketTransport
+from tinkex_py.transport.connections import READ_WHOLE, SocketTransport
 from tinkex_py.transport.failures import typed_failure
 from tinkex_py.transport.messages import (
     NO_HEADERS,
@@ -281,7 +281,7 @@ class HttpClient:
                 httpx.URL(url) if "?" in url else _frequent_url(url),
                 headers={**traced, **self._headers, **request.headers, **authorized},
                 content=request.body(),
-                extensions={"timeout": timeouts},
+                extensions={"timeout": timeouts, READ_WHOLE: read},
             )
         )
         if read:
