@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from tinkex_py.losses.gradients import BLOCK, block_dot, check_finite, check_weights, dot, flat, norm
+from tinkex_py.losses.gradients import BLOCK, block_dot, check_finite, check_weights, dot, norm, wide
 from tinkex_py.losses.output import GradientDiagnosis
 
 
@@ -98,9 +98,9 @@ class WeightedSum:
                 own.add_(piece, alpha=part.scale)
         if not self._diagnose:
             return AddedBlock(own.sum().item())
-        wide = [None if piece is None else flat(piece) for piece in pieces]
-        own = flat(own)
-        return AddedBlock(norm(own), [block_dot(piece, wide[0]) for piece in wide], [block_dot(p, own) for p in wide])
+        rows = [None if piece is None else wide(piece) for piece in pieces]
+        own = wide(own)
+        return AddedBlock(norm(own), [block_dot(row, rows[0]) for row in rows], [block_dot(row, own) for row in rows])
 
     def combined(self, added: Sequence[AddedBlock]) -> Combined:
         """The result, from what `add` returned for all blocks in order.

@@ -95,36 +95,36 @@ def check_finite(gradient: torch.Tensor, name: str) -> None:
 
 def norm(gradient: torch.Tensor) -> float:
     """L2 norm over all elements: float32 norms of rows, combined in double precision, are fast and exact enough."""
-    row = flat(gradient)
+    if gradient.numel() <= _ROW:
+        return _exact_norm(gradient)
+    row = wide(gradient.detach().reshape(-1))
     whole = row.numel() // _ROW * _ROW
-    if whole:
-        norms = _vector_norm(row[:whole].view(-1, _ROW), dim=1)
-        size = math.hypot(_exact_norm(norms), _exact_norm(row[whole:]))
-        if _SMALL_NORM < size < math.inf:
-            return size
-    return _exact_norm(row)
+    norms = _vector_norm(row[:whole].view(-1, _ROW), dim=1)
+    size = math.hypot(_exact_norm(norms), _exact_norm(row[whole:]))
+    return size if _SMALL_NORM < size < math.inf else _exact_norm(row)
 
 
-def _exact_norm(row: torch.Tensor) -> float:
-    wide = torch.float32 if row.device.type == "mps" else torch.float64  # which that device lacks
-    return float(_vector_norm(row, dtype=wide).item())
+def _exact_norm(numbers: torch.Tensor) -> float:
+    dtype = torch.float32 if numbers.device.type == "mps" else torch.float64  # which that device lacks
+    return float(_vector_norm(numbers.detach(), dtype=dtype).item())
 
 
 def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
     """Sum of the products of all elements, in double precision over blocks; None is zero."""
     if first is None or second is None:
         return 0.0
-    return sum(map(block_dot, _split(flat(first), BLOCK), _split(flat(second), BLOCK)))
+    rows = (_split(wide(gradient.detach().reshape(-1)), BLOCK) for gradient in (first, second))
+    return sum(map(block_dot, *rows))
 
 
 def block_dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """`dot` of flat tensors of at most `BLOCK` elements."""
+    """`dot` of rows of at most `BLOCK` elements that `wide` returned."""
     return 0.0 if first is None or second is None else _dot(first, second).item()
 
 
-def flat(gradient: torch.Tensor) -> torch.Tensor:
-    """All elements in one row, at least float32. One number that stands for all is spread out: products need that."""
-    row = gradient.detach().reshape(-1).contiguous()
+def wide(row: torch.Tensor) -> torch.Tensor:
+    """A row fit for products: at least float32, and spread out where one number stands for all."""
+    row = row.contiguous()
     return row.float() if row.dtype in (torch.float16, torch.bfloat16) else row
 
 

@@ -94,17 +94,19 @@ class Limiter:
 
     async def _granted(self, permit: Permit, changed: asyncio.Event, patience: float | None) -> None:
         loop = asyncio.get_running_loop()
-        async with time_limit(None, TimeoutError) as limit:
-            while True:
-                changed.clear()
-                with self._lock:
-                    if permit in self._held:
-                        return
-                    stalled = all(held.abandoned for held in self._in_the_way(permit))
-                if not stalled or patience is None:
-                    limit.reschedule(None)
-                elif limit.when() is None:
-                    limit.reschedule(loop.time() + patience)
+        give_up_at: float | None = None
+        while True:
+            changed.clear()
+            with self._lock:
+                if permit in self._held:
+                    return
+                stalled = all(held.abandoned for held in self._in_the_way(permit))
+            if not stalled or patience is None:
+                give_up_at = None
+                await changed.wait()
+                continue
+            give_up_at = give_up_at or loop.time() + patience
+            async with time_limit(give_up_at - loop.time(), TimeoutError):
                 await changed.wait()
 
     def release(self, permit: Permit) -> None:

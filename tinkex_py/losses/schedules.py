@@ -1,7 +1,7 @@
 """Weights that depend on the step. A schedule is any callable `step -> weight`; these are the usual ones.
 
-`step` is the number of optimizer steps that the training client has handed over; a pipeline used alone takes it as `step=`.
-Every schedule keeps its last value after its end.
+`step` is the number of optimizer steps that the training client has handed over; a pipeline used alone takes it as
+`step=`. Every schedule keeps its last value after its end.
 """
 
 import math
