@@ -172,6 +172,7 @@ class GradientTracker:
         try:
             run = TermRun([], Logprobs.from_tensors(logprobs), workers, 1, track_grad_norms=True)
             (outcome,) = await run.all([term], parallel=True)
+            run.logprobs.check_unchanged()
         finally:
             workers.close()
         assert outcome.evaluation is not None

@@ -196,23 +196,18 @@ class TermRun:
         def must_end() -> bool:
             return self._must_stop() or limit.expired()
 
-        try:
-            if thread is None:
-                result, attempts = await with_own_grad_mode(self._attempts(term, leaf), must_end)
-            else:
-                returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
-                if isinstance(returned, Evaluation):
-                    return returned
-                thread.release()
-                result, attempts = await with_own_grad_mode(returned, must_end), 1
-            if leaf.numel() <= SMALL_LOGPROBS:
-                evaluation = self._arithmetic(term, result, leaf)
-            else:
-                evaluation = await self.workers.differentiate(term.name, lambda: self._arithmetic(term, result, leaf))
-        except Exception:
-            # Torch notices some in-place changes itself, in words that do not name the term.
-            self.logprobs.check_leaf(leaf)
-            raise
+        if thread is None:
+            result, attempts = await with_own_grad_mode(self._attempts(term, leaf), must_end)
+        else:
+            returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
+            if isinstance(returned, Evaluation):
+                return returned
+            thread.release()
+            result, attempts = await with_own_grad_mode(returned, must_end), 1
+        if leaf.numel() <= SMALL_LOGPROBS:
+            evaluation = self._arithmetic(term, result, leaf)
+        else:
+            evaluation = await self.workers.differentiate(term.name, lambda: self._arithmetic(term, result, leaf))
         return replace(evaluation, attempts=attempts)
 
     async def _attempts(self, term: PreparedTerm, leaf: torch.Tensor) -> tuple[object, int]:
@@ -227,7 +222,7 @@ class TermRun:
             try:
                 return await self._called_on_the_loop(term, leaf)
             except Exception:
-                self.logprobs.check_leaf(leaf)
+                self.logprobs.check_unchanged()  # a term that has spoilt them is not called again
                 raise
 
         if term.retry is None:
@@ -271,15 +266,13 @@ class TermRun:
 
     def _arithmetic(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
         with autograd_on():
-            evaluation = evaluate(
+            return evaluate(
                 result,
                 leaf,
                 name=term.name,
                 needs_gradient=term.weight != 0,
                 needs_norm=self.track_grad_norms or term.max_grad_norm is not None,
             )
-        self.logprobs.check_leaf(leaf)
-        return evaluation
 
 
 def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:
