@@ -137,6 +137,8 @@ class Limiter:
     def _look_again(self, changed: Permit) -> None:
         """Hands out what is free. Where permits are abandoned, those that still wait look whether that stalls them."""
         for permit in list(self._queue):
+            if len(self._held) >= self.limit:
+                break
             if not self._in_the_way(permit):
                 self._queue.remove(permit)
                 if permit.wake():

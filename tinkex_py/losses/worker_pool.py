@@ -120,32 +120,22 @@ class WorkerPool:
         Raises:
             ClientClosed: the pool was closed.
         """
-        call = _Call(work)
-        future = self._submit(self._terms, name, call)
-        try:
-            await asyncio.wrap_future(future)
-        except BaseException:
-            if not future.cancel() and not future.done():
-                thread.abandon()
-                permit.abandon()
-            future.add_done_callback(lambda _: thread.release())
-            future.add_done_callback(lambda _: permit.release())
-            future.add_done_callback(lambda _: call.drop())
-            raise
-        return call.take()
+
+        def left(future: Future[None]) -> None:
+            for held in (thread, permit):
+                held.abandon()
+                future.add_done_callback(lambda _, held=held: held.release())
+
+        return await self._run(self._terms, name, work, left)
 
     async def differentiate(self, name: str, work: Callable[[], Result]) -> Result:
         """Runs the backward pass of a coroutine term, which may be a user's code."""
-        call = _Call(work)
-        future = self._submit(self._backward, name, call)
-        try:
-            await asyncio.wrap_future(future)
-        except BaseException:
-            if not future.cancel():
-                self._left[future] = name
-                future.add_done_callback(self._left.pop)
-            raise
-        return call.take()
+
+        def left(future: Future[None]) -> None:
+            self._left[future] = name
+            future.add_done_callback(self._left.pop)
+
+        return await self._run(self._backward, name, work, left)
 
     async def compute(self, name: str, work: Callable[[], Result]) -> Result:
         """Runs arithmetic or encoding of this package, never a user's code. It waits for no term.
@@ -153,9 +143,7 @@ class WorkerPool:
         Raises:
             ClientClosed: the pool was closed.
         """
-        call = _Call(work)
-        await asyncio.wrap_future(self._submit(self._arithmetic, name, call))
-        return call.take()
+        return await self._run(self._arithmetic, name, work, lambda _: None)
 
     def abandoned(self) -> list[str]:
         """Names of the terms whose threads outlived them."""
@@ -166,11 +154,27 @@ class WorkerPool:
         for executor in (self._terms, self._backward, self._arithmetic):
             executor.shutdown(wait=not self._unfinished)
 
-    def _submit(self, executor: ThreadPoolExecutor, name: str, call: _Call[Result]) -> "Future[None]":
+    async def _run(
+        self,
+        executor: ThreadPoolExecutor,
+        name: str,
+        work: Callable[[], Result],
+        left: "Callable[[Future[None]], None]",
+    ) -> Result:
+        """The result of work in a thread; `left` is called where the caller leaves while it runs."""
+        call = _Call(work)
         try:
             future: Future[None] = executor.submit(contextvars.copy_context().run, call.run)
         except RuntimeError as error:
             raise ClientClosed(f"{name!r} cannot run: its worker pool takes no more work ({error})") from error
         self._unfinished.add(future)
-        future.add_done_callback(self._unfinished.discard)
-        return future
+        try:
+            await asyncio.wrap_future(future)
+        except BaseException:
+            if not future.cancel() and not future.done():
+                left(future)
+            future.add_done_callback(self._unfinished.discard)
+            future.add_done_callback(lambda _: call.drop())
+            raise
+        self._unfinished.discard(future)
+        return call.take()
