@@ -207,7 +207,7 @@ class TermRun:
         if leaf.numel() <= SMALL_LOGPROBS:
             evaluation = self._arithmetic(term, result, leaf)
         else:
-            evaluation = await self.workers.differentiate(term.name, lambda: self._arithmetic(term, result, leaf))
+            evaluation = await self.workers.call_unbounded(term.name, lambda: self._arithmetic(term, result, leaf))
         return replace(evaluation, attempts=attempts)
 
     async def _attempts(self, term: PreparedTerm, leaf: torch.Tensor) -> tuple[object, int]:

@@ -99,12 +99,12 @@ class WorkerPool:
         limit = max_threads or usable_cpu_count()
         self.limiter = Limiter(limit)
         self._unfinished: set[Future[None]] = set()
-        self._left: dict[Future[None], str] = {}  # backward passes whose callers have left
+        self._left: dict[Future[None], str] = {}  # unbounded calls whose callers have left
         # Threads start when they are needed. A coroutine that holds its permit must never wait for a thread whose
         # term waits for a permit, and no sum for a backward pass that hangs in a user's code: so each has its own.
         alone = compute_alone if limit > 1 else None
         self._terms = ThreadPoolExecutor(limit, "tinkex-term", alone)
-        self._backward = ThreadPoolExecutor(limit, "tinkex-backward", alone)
+        self._unbounded = ThreadPoolExecutor(limit, "tinkex-unbounded", alone)
         self._arithmetic = ThreadPoolExecutor(max(limit, _LEAST_ARITHMETIC), "tinkex-arithmetic", compute_alone)
 
     async def call_term(self, name: str, work: Callable[[], Result], thread: Permit, permit: Permit) -> Result:
@@ -128,14 +128,18 @@ class WorkerPool:
 
         return await self._run(self._terms, name, work, left)
 
-    async def differentiate(self, name: str, work: Callable[[], Result]) -> Result:
-        """Runs the backward pass of a coroutine term, which may be a user's code."""
+    async def call_unbounded(self, name: str, work: Callable[[], Result]) -> Result:
+        """Runs what may be a user's code, but needs no permit: the backward pass of a coroutine term, which has one.
+
+        Raises:
+            ClientClosed: the pool was closed.
+        """
 
         def left(future: Future[None]) -> None:
             self._left[future] = name
             future.add_done_callback(self._left.pop)
 
-        return await self._run(self._backward, name, work, left)
+        return await self._run(self._unbounded, name, work, left)
 
     async def compute(self, name: str, work: Callable[[], Result]) -> Result:
         """Runs arithmetic or encoding of this package, never a user's code. It waits for no term.
@@ -151,7 +155,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the threads: at once if all are idle, else each when its work has ended."""
-        for executor in (self._terms, self._backward, self._arithmetic):
+        for executor in (self._terms, self._unbounded, self._arithmetic):
             executor.shutdown(wait=not self._unfinished)
 
     async def _run(
