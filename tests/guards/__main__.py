@@ -72,7 +72,7 @@ def run(root: Path, tests: Sequence[str], seconds: float) -> Run:
     """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", f"--timeout={seconds:g}"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
