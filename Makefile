@@ -20,7 +20,7 @@ help:
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
-	@echo "make guards takes out what keeps each promise, and shows that its test fails then (about 40 minutes)"
+	@echo "make guards replaces lines that keep promises, and shows that their tests then fail (about 10 minutes)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
@@ -71,7 +71,7 @@ fuzz: $(STAMP)
 soak: $(STAMP)
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-# Works on a copy. ARGS: -k WORD for some of them, --verbose for how they fail, --jobs 2 for two at a time.
+# Works on a copy. ARGS: -k WORD for some of them.
 guards: $(STAMP)
 	@$(BIN)/python -m tests.guards $(ARGS)
 

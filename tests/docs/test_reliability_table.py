@@ -1,51 +1,35 @@
-"""The table of promises in docs/reliability.md names tests that exist, and says truly which were tried."""
+"""The tables of promises name tests that exist; the page for users has no test names."""
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
-from tests.guards.catalogue import GUARDS
-from tests.guards.entry import names_of_tests
+from tests.docs.named_tests import problem_of
+from tests.docs.test_docs_run import ROOT
 
-ROOT = Path(__file__).parents[2]
+TABLES = ROOT / "docs" / "contributing" / "promises.md"
 PAGE = ROOT / "docs" / "reliability.md"
-NAMED = re.compile(r"`([^`]+)`")
-TRIED = {test.partition("[")[0] for entry in GUARDS for test in entry.tests}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One promise."""
-
-    what: str
-    tests: tuple[str, ...]
-    files: tuple[str, ...]
-    tried: str
-
-    def ids(self, name: str) -> list[str]:
-        """Where a test of the row is."""
-        return [f"{file}::{name}" for file in self.files if name in names_of_tests(ROOT / file)]
-
-
-def rows() -> list[Row]:
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+def rows() -> list[tuple[str, list[str]]]:
+    """Promise and tests of every row below the first heading of a room."""
+    _, tables = TABLES.read_text(encoding="utf-8").split("\n## ", 1)
+    lines = [line for line in tables.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    told = [row for row in cells if row[0] not in ("what", "---")]
-    assert all(len(row) == 5 for row in told), [row for row in told if len(row) != 5]
-    return [Row(what, tuple(NAMED.findall(t)), tuple(NAMED.findall(f)), tried) for what, _, t, f, tried in told]
+    assert [row for row in cells if len(row) != 3] == []
+    promises = [row for row in cells if row[0] not in ("promise", "---")]
+    return [(promise, re.findall(r"`([^`]+)`", tests)) for promise, _, tests in promises]
 
 
-def test_every_test_of_the_table_exists_in_a_file_of_its_row():
-    assert len(rows()) > 60
-    for row in rows():
-        assert row.tests, row.what
-        for name in row.tests:
-            assert row.ids(name), f"{name} is in none of {row.files}"
-        for file in row.files:
-            assert any(f"{file}::{name}" in row.ids(name) for name in row.tests), f"{row.what}: nothing of {file}"
+def test_every_promise_has_tests_and_they_exist():
+    found = rows()
+    assert len(found) > 90
+    assert [promise for promise, tests in found if not tests] == []
+    assert [f"{name} {problem}" for _, tests in found for name in tests if (problem := problem_of(name))] == []
 
 
-def test_tried_is_yes_exactly_where_every_test_has_an_entry():
-    for row in rows():
-        without_entry = [name for name in row.tests if not TRIED.intersection(row.ids(name))]
-        assert row.tried == ("yes" if not without_entry else "-"), (row.what, without_entry)
+def test_no_promise_is_there_twice():
+    promises = [promise for promise, _ in rows()]
+    assert sorted(set(promises)) == sorted(promises)
+
+
+def test_the_page_for_users_has_no_names_of_tests():
+    assert re.findall(r"\btest_\w+", PAGE.read_text(encoding="utf-8")) == []

@@ -11,7 +11,7 @@ from tests.faults.catalogue import HINTS, IN_CHUNKS, RECOVERS, random_faults
 from tests.faults.proxy import Fault, FaultProxy
 from tests.faults.runs import NO_HANG, PLACES, assert_same, config, long_run, new_client, short_run, weights
 from tinkex_py import AsyncServiceClient
-from tinkex_py.transport import response
+from tinkex_py.transport import messages
 
 pytestmark = pytest.mark.asyncio
 
@@ -39,7 +39,7 @@ async def test_a_fault_at_any_place_of_a_step(proxy: FaultProxy, served, expecte
 @pytest.mark.parametrize("place", PLACES)
 async def test_every_form_of_retry_after(proxy: FaultProxy, served, expected, tally, monkeypatch, place: str):
     """The longest wait that is obeyed is made short, so that huge ones and far dates can be obeyed too."""
-    monkeypatch.setattr(response, "LONGEST_RETRY_AFTER", 0.02)
+    monkeypatch.setattr(messages, "LONGEST_RETRY_AFTER", 0.02)
     _, path = await spoiled_run(proxy, place, HINTS)
     assert_same(weights(served.state, path), expected)
     tally.checked["every write applied exactly once"] += 1

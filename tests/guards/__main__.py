@@ -1,90 +1,141 @@
 """Shows that tests fail without what they are there for: `python -m tests.guards`, or `make guards`.
 
-Each entry of the catalogue is taken out of a copy of the package, and its tests are run on that. Nothing is changed in
-the repository. First the same tests are run on an untouched copy, where they must pass.
+Everything happens on a copy of the package and its tests. First the tests run there untouched, and must pass. Then one
+guard after another is replaced, and each of its tests must fail. A test that hangs has failed, too.
 """
 
 import argparse
-import queue
+import compileall
+import os
+import py_compile
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from tests.guards.catalogue import GUARDS
-from tests.guards.copies import Verdict, make_copy, run_tests, try_without
-from tests.guards.entry import Guard
+from tests.guards.catalogue import GUARDS, PACKAGE, Guard
 
 REPOSITORY = Path(__file__).parents[2]
+_COPIED = (PACKAGE, "tests", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of pytest.
+
+    Attributes:
+        outcome: "failed" if a test failed or hung; "broken" if the tests could not be run.
+        reason: why it did not pass.
+    """
+
+    outcome: Literal["passed", "failed", "broken"]
+    reason: str = ""
+
+
+def make_copy(repository: Path, root: Path) -> None:
+    """Copies what the tests need."""
+    for name in _COPIED:
+        if (repository / name).is_dir():
+            shutil.copytree(repository / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(repository / name, root / name)
+    # Checked by content: a guard is replaced and put back within the granularity of file times.
+    compileall.compile_dir(root / PACKAGE, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+
+
+@contextmanager
+def replaced(guard: Guard, root: Path) -> Generator[None]:
+    """The copy without a guard."""
+    path = root / PACKAGE / guard.file
+    original = path.read_text(encoding="utf-8")
+    path.write_text(guard.without(original), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(original, encoding="utf-8")
+
+
+def run(root: Path, tests: Sequence[str], seconds: float) -> Run:
+    """Runs tests of a copy up to the first that fails.
+
+    Args:
+        root: the copy.
+        tests: node ids.
+        seconds: for each test; a run that does not end is killed after three times as many for each id.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", f"--timeout={seconds:g}"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(3 * seconds * len(tests))
+        except subprocess.TimeoutExpired:
+            return Run("failed", "the run did not end")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the services that the tests have started
+                process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()
+    if code == 0:
+        return Run("passed")
+    failed = [line for line in lines if line.startswith("FAILED ")]
+    if code == 1 and failed:
+        return Run("failed", failed[0])
+    return Run("broken", "\n".join([f"exit code {code}", *lines[-20:]]))
+
+
+def try_without(guard: Guard, root: Path, seconds: float) -> list[Run]:
+    """Runs each test of a guard without that guard."""
+    with replaced(guard, root):
+        return [run(root, [test], seconds) for test in guard.tests]
 
 
 def say(line: str) -> None:
+    """Prints a line at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
-def row(entry: Guard, seconds: float, verdict: Verdict) -> str:
-    """A line of the table; it is Markdown."""
-    names = ", ".join(dict.fromkeys(test.partition("::")[2].partition("[")[0] for test in entry.tests))
-    return f"| {entry.promise} | {entry.file} | {names} | {seconds:.1f} | {verdict.word} |"
-
-
-def chosen(word: str) -> list[Guard]:
-    """The entries that have a word in their promise, file or tests."""
-    return [entry for entry in GUARDS if word in " ".join((entry.promise, entry.file, *entry.tests))]
-
-
-def try_all(entries: Sequence[Guard], copies: Sequence[Path], seconds: float, *, verbose: bool) -> list[Verdict]:
-    """Tries the entries, one at a time in each copy, and says what came of each."""
-    free: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    for copy in copies:
-        free.put(copy)
-
-    def try_one(entry: Guard) -> Verdict:
-        root = free.get()
-        started = time.monotonic()
-        try:
-            verdict = try_without(entry, root, seconds)
-        finally:
-            free.put(root)
-        say(row(entry, time.monotonic() - started, verdict))
-        if verbose or not verdict.is_good:
-            for reason in verdict.reasons:
-                say(f"    {reason}")
-        return verdict
-
-    with ThreadPoolExecutor(len(copies)) as threads:
-        return list(threads.map(try_one, entries))
-
-
-def main() -> None:
+def main() -> int:
+    """Tries guards; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.guards")
-    parser.add_argument("-k", default="", metavar="WORD", help="only entries with this in promise, file or test")
-    parser.add_argument("--timeout", type=float, default=100.0, help="seconds for the tests of one entry")
-    parser.add_argument("--jobs", type=int, choices=(1, 2), default=1, help="entries at a time")
-    parser.add_argument("--no-first-look", action="store_true", help="do not run the tests with all guards in place")
-    parser.add_argument("--verbose", action="store_true", help="say why each test failed")
+    parser.add_argument("-k", default="", metavar="WORD", help="only guards with this in promise, file or test")
+    parser.add_argument("--timeout", type=float, default=40.0, help="seconds for a test; it hangs after that")
     given = parser.parse_args()
-    entries = chosen(given.k)
-    if not entries:
-        sys.exit(f"no entry of the catalogue has {given.k!r} in it")
+    guards = [guard for guard in GUARDS if given.k in " ".join((guard.promise, guard.file, *guard.tests))]
+    if not guards:
+        parser.error(f"no guard has {given.k!r} in it")
+    say(f"{len(guards)} guards; first their tests with all of them in place")
     with tempfile.TemporaryDirectory(prefix="guards-") as folder:
-        copies = [make_copy(REPOSITORY, Path(folder) / str(number)) for number in range(given.jobs)]
-        if not given.no_first_look:
-            tests = sorted({test for entry in entries for test in entry.tests})
+        root = Path(folder)
+        make_copy(REPOSITORY, root)
+        before = run(root, sorted({test for guard in guards for test in guard.tests}), given.timeout)
+        if before.outcome != "passed":
+            say(before.reason)
+            return 1
+        needed = 0
+        for guard in guards:
             started = time.monotonic()
-            outcome = run_tests(copies[0], tests, None)
-            if outcome.code != 0:
-                sys.exit(f"the tests fail with all guards in place:\n{outcome.said}")
-            say(f"With all guards in place {len(tests)} tests pass ({time.monotonic() - started:.0f} s).\n")
-        say("| promise | guard | test | seconds | without it |\n| --- | --- | --- | --- | --- |")
-        verdicts = try_all(entries, copies, given.timeout, verbose=given.verbose)
-    bad = sum(not verdict.is_good for verdict in verdicts)
-    say(f"\n{len(verdicts)} guards taken out: {len(verdicts) - bad} as it should be, {bad} not")
-    sys.exit(1 if bad else 0)
+            runs = try_without(guard, root, given.timeout)
+            is_needed = all(one.outcome == "failed" for one in runs)
+            needed += is_needed
+            say(f"{'ok ' if is_needed else 'BAD'} {time.monotonic() - started:5.1f} s  {guard.promise} ({guard.file})")
+            for test, one in zip(guard.tests, runs, strict=True):
+                say(f"      {one.outcome}: {one.reason or test}")
+    say(f"{needed} of {len(guards)} guards are needed by all of their tests")
+    return 0 if needed == len(guards) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

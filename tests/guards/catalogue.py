@@ -1,6 +1,420 @@
-"""All guards, by subject. A new one is one more `guard(...)` in the list of its subject."""
+"""The lines that keep the most valuable promises, and tests that fail without them.
 
-from tests.guards import client, codecs, faults, security, service
-from tests.guards.entry import Guard
+An entry names a line at the level of behaviour, which is likely to stay: `make guards` replaces it in a copy, and its
+tests must fail there.
+"""
 
-GUARDS: tuple[Guard, ...] = (*client.GUARDS, *faults.GUARDS, *service.GUARDS, *security.GUARDS, *codecs.GUARDS)
+from dataclasses import dataclass
+
+PACKAGE = "tinkex_py"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What keeps a promise.
+
+    Attributes:
+        promise: what is kept.
+        file: where, below the package.
+        text: the guard; it is in the file exactly once.
+        instead: what breaks the promise.
+        tests: node ids of pytest; each must fail then. Without parameters an id stands for all of them.
+    """
+
+    promise: str
+    file: str
+    text: str
+    instead: str
+    tests: tuple[str, ...]
+
+    def without(self, content: str) -> str:
+        """The content of the file without the guard.
+
+        Raises:
+            ValueError: the guard is not in it exactly once.
+        """
+        if (count := content.count(self.text)) != 1:
+            raise ValueError(f"{self.file} has this {count} times instead of once: {self.text!r}")
+        return content.replace(self.text, self.instead)
+
+
+def guard(promise: str, file: str, text: str, instead: str, *tests: str) -> Guard:
+    """An entry; its tests are named as below `tests/`."""
+    return Guard(promise, file, text, instead, tuple(f"tests/{test}" for test in tests))
+
+
+_LONG_NAME = (
+    "client/test_ordering.py::test_a_step_that_fails_before_its_gradient_breaks_what_is_behind_and_leaves_no_gap"
+)
+
+GUARDS = (
+    # The order of requests
+    guard(
+        "Requests are sent in the order in which they were called",
+        "client/ordering.py",
+        "return all(other.happened or other.left or other.index >= turn.index for other in self._turns)",
+        "return True",
+        _LONG_NAME,
+    ),
+    guard(
+        "One submission is on the wire at a time",
+        "client/ordering.py",
+        "self._wire_is_taken = True\n",
+        "self._wire_is_taken = False\n",
+        "client/test_ordering.py::test_one_submission_is_on_the_wire_at_a_time",
+    ),
+    guard(
+        "A request that was not sent leaves no gap in the numbers",
+        "client/ordering.py",
+        "            self._turns.remove(turn)\n",
+        "            self._turns.remove(turn)\n            self.next_number += not turn.happened\n",
+        _LONG_NAME,
+        "soak/test_soak.py::test_a_short_soak_holds",
+    ),
+    guard(
+        "No update runs on the gradients of a step that did not happen",
+        "client/ordering.py",
+        "if not (turn.happened or turn.broken is not None or turn.kind is Kind.READ):",
+        "if turn.kind is None:",
+        "client/test_failed_steps.py::test_a_failing_term_leaves_the_client_usable_and_holds_optim_step_back",
+        "faults/test_storms.py::test_a_storm_of_cancelled_custom_steps",
+    ),
+    guard(
+        "A gradient that the service failed holds the update back",
+        "client/ordering.py",
+        "            self.break_behind(turn)\n            error.handed_over",
+        "            error.handed_over",
+        "client/test_ordering.py::test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists_what_was",
+    ),
+    guard(
+        "A gradient that was refused holds the update back",
+        "client/ordering.py",
+        "if refused and turn.happened and turn.kind is not Kind.READ:",
+        "if refused and turn.kind is None:",
+        "client/test_lost_answers.py::test_a_refused_backward_breaks_the_update_behind_it_and_is_not_sent_again",
+    ),
+    guard(
+        "A number that may be lost ends its client in a typed error",
+        "client/ordering.py",
+        "raise self._lose(numbers, error) from error",
+        "raise",
+        "client/test_ordering.py::test_no_final_answer_loses_the_lane_with_a_way_out",
+        "faults/test_bounds.py::test_a_fault_that_lasts_ends_the_call[reset-B]",
+    ),
+    guard(
+        "A number that was refused on the way ends in an error, not in a hang",
+        "client/ordering.py",
+        "if gap is not None and int(gap[1]) in self._refused:",
+        "if gap is not None and int(gap[1]) in ():",
+        "client/test_queue_state.py::test_a_number_that_a_proxy_refused_ends_the_client_and_not_in_a_hang",
+    ),
+    guard(
+        "A submission goes on when its caller is cancelled",
+        "client/ordering.py",
+        "return await asyncio.shield(task)",
+        "return await task",
+        "client/test_cancellation.py::test_a_cancelled_caller_leaves_at_once_though_its_gradient_is_under_way",
+        "faults/test_every_suspension.py::test_cancelled_at_every_suspension[optim_step]",
+    ),
+    guard(
+        "A request that is cancelled at any moment gives up its turn",
+        "client/ordering.py",
+        "        finally:\n            self._leave(turn)\n",
+        "        else:\n            self._leave(turn)\n",
+        "client/test_cancellation.py::test_cancelled_at_every_suspension",
+    ),
+    guard(
+        "A term that asks its own client for what must wait is refused, and does not deadlock",
+        "client/ordering.py",
+        "if host is not None and not forward_only:",
+        "if host is None and self.lost is not None:",
+        "client/test_inside_a_step.py::test_anything_else_is_refused_at_once",
+    ),
+    guard(
+        "Terms of two steps of one client never overlap",
+        "client/ordering.py",
+        "while not self._ordering.may_start_terms(self):",
+        "while self._ordering.lost:",
+        "client/test_overlap.py::test_the_terms_of_a_step_start_when_the_gradient_of_the_step_before_it_was_accepted",
+    ),
+    guard(
+        "Closing waits for what is in flight no longer than close_timeout",
+        "client/ordering.py",
+        "asyncio.wait(set(self._in_flight), timeout=timeout)",
+        "asyncio.wait(set(self._in_flight))",
+        "client/test_lost_answers.py::test_closing_waits_for_a_submission_in_flight_up_to_close_timeout",
+    ),
+    # What the service holds
+    guard(
+        "A chunk whose result is lost is not reported as missing: its gradient might be added twice",
+        "client/passes.py",
+        "return ChunkResult(start, stop, Effect.UNKNOWN, error=error)",
+        "return ChunkResult(start, stop, Effect.MISSING, error=error)",
+        "client/test_chunks_of_a_call.py::test_a_chunk_whose_result_is_lost_is_not_told_as_missing",
+    ),
+    guard(
+        "Chunks behind one that never arrived do not wait for ever",
+        "client/passes.py",
+        "async with time_limit(seconds, lambda: self._model.ordering.end_behind(",
+        "async with time_limit(None, lambda: self._model.ordering.end_behind(",
+        "client/test_chunks_of_a_call.py::"
+        "test_a_chunk_that_never_reached_the_service_does_not_keep_the_others_waiting_for_ever",
+    ),
+    guard(
+        "Bytes under way are bounded, and batches that wait are not written yet",
+        "client/passes.py",
+        "async with self._session.pass_bytes.hold(chunk.size):",
+        "if chunk.size:",
+        "client/test_chunks_of_a_call.py::test_bytes_under_way_are_bounded",
+        "faults/test_backpressure.py::test_a_hundred_large_batches[calls of many clients]",
+    ),
+    guard(
+        "An optim_step that was refused or failed gives the gradients back",
+        "client/accumulation.py",
+        "self._calls[:0] = calls",
+        "return",
+        "client/test_failed_steps.py::test_what_the_service_refused_does_not_change_what_is_accumulated",
+    ),
+    guard(
+        "No optim_step divides by another number of datums than its gradients were scaled for",
+        "client/accumulation.py",
+        "if not wrong:",
+        "if not wrong or wrong:",
+        "client/test_surrogates.py::test_an_optimizer_step_on_another_number_of_datums_is_not_sent",
+    ),
+    # Retries and deadlines
+    guard(
+        "A request without a usable response is sent again",
+        "transport/api.py",
+        "            return isinstance(error, TransportError)\n\n        return await",
+        "            return False\n\n        return await",
+        "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[reset-B]",
+        "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[garbage bytes-F]",
+    ),
+    guard(
+        "Responses 408, 425, 429 and 500 and above are waited out",
+        "transport/api.py",
+        "return status in _RETRYABLE_CLIENT_ERRORS or status >= 500",
+        "return status not in _RETRYABLE_CLIENT_ERRORS and status < 400",
+        "client/test_lost_answers.py::test_a_passing_trouble_is_waited_out",
+    ),
+    guard(
+        "409 is never sent again, whatever the service says",
+        "transport/api.py",
+        "if error.status == _CONFLICT:",
+        "if error.status == -1:",
+        "client/test_lost_answers.py::test_a_409_is_never_retried_even_when_told_to",
+    ),
+    guard(
+        "A status that leaves open whether a number arrived is no refusal",
+        "transport/api.py",
+        "if is_retryable_status(error.status):  # every",
+        "if error.status == -1:  # every",
+        "faults/test_bounds.py::test_a_fault_that_lasts_ends_the_call[status, before-B]",
+    ),
+    guard(
+        "The deadline ends an attempt that stalls",
+        "transport/api.py",
+        "async with time_limit(attempts.seconds_left, too_late):",
+        "async with time_limit(None, too_late):",
+        "faults/test_bounds.py::test_the_deadline_ends_an_attempt_that_stalls",
+    ),
+    guard(
+        "No pause that ends after the deadline is begun",
+        "limits.py",
+        "or state.upcoming_sleep > self.seconds_left",
+        "or self.seconds_left < 0",
+        "faults/test_bounds.py::test_no_wait_that_the_service_asks_for_goes_beyond_the_deadline",
+    ),
+    guard(
+        "Pauses between attempts are random from nothing on (full jitter)",
+        "limits.py",
+        "return random.uniform(0.0, bound)",
+        "return bound",
+        "transport/test_api.py::test_full_jitter_spreads_over_the_whole_range",
+        "transport/test_futures.py::test_pauses_are_random_below_an_exponential_bound",
+    ),
+    guard(
+        "A service cannot ask to be asked at network speed",
+        "limits.py",
+        "asked_for >= _LEAST_ASKED_FOR",
+        "asked_for >= 0",
+        "transport/test_api.py::test_a_service_cannot_ask_to_be_asked_at_network_speed",
+        "faults/test_bounds.py::test_a_service_cannot_ask_to_be_asked_at_network_speed",
+    ),
+    guard(
+        "Polls that the service does not hold are paced",
+        "transport/api.py",
+        "await asyncio.sleep(self._pause)",
+        "await asyncio.sleep(0)",
+        "transport/test_futures.py::test_polling_never_spins",
+    ),
+    guard(
+        "A service that holds polls for longer is not taken for a dead one",
+        "transport/api.py",
+        "if not await is_alive():",
+        "if is_alive is not None:",
+        "transport/test_futures.py::test_a_poll_that_takes_long_is_no_trouble_where_the_service_answers_otherwise",
+    ),
+    guard(
+        "A waiter for bytes that is cancelled lets those behind it pass",
+        "limits.py",
+        "                self._waiting.remove((count, turn))\n                self._admit()\n",
+        "                self._waiting.remove((count, turn))\n",
+        "transport/test_byte_budget.py::test_a_waiter_that_is_cancelled_lets_those_behind_it_pass",
+    ),
+    # Connections
+    guard(
+        "A cancelled exchange closes its connection, and no half-used one is used again",
+        "transport/connections.py",
+        "        except BaseException:\n            self._discard(connection)\n",
+        "        except BaseException:\n            self._idle.append(connection)\n",
+        "faults/test_storms.py::test_a_thousand_cancelled_requests",
+    ),
+    guard(
+        "A connection whose exchange did not end cleanly is not used again",
+        "transport/connections.py",
+        "if connection.ended_cleanly and not self._closed:",
+        "if not self._closed:",
+        "transport/test_stream.py::test_a_storm_of_cancelled_streams_leaves_the_client_working",
+    ),
+    guard(
+        "Bytes behind a response are never taken for the next response",
+        "transport/connections.py",
+        "if stream is not None and not stream.has_read_since_write:",
+        "if stream is None:",
+        "transport/test_http_cancellation.py::test_bytes_behind_a_response_are_never_taken_for_the_next_one",
+    ),
+    guard(
+        "However many clients there are, connections are few",
+        "transport/http.py",
+        "asyncio.Semaphore(max_connections)",
+        "asyncio.Semaphore(1000 * max_connections)",
+        "transport/test_http_cancellation.py::test_two_hundred_exchanges_over_eight_connections",
+        "faults/test_many_clients.py::test_two_hundred_training_clients_on_one_loop",
+    ),
+    guard(
+        "A client that is used on a second event loop says so",
+        "transport/http.py",
+        "if self._loop is not loop:",
+        "if self._loop is None:",
+        "transport/test_http_cancellation.py::test_a_second_event_loop_is_refused",
+        "faults/test_second_loop.py::test_a_second_loop_in_the_middle_of_a_step",
+    ),
+    guard(
+        "Closing ends exchanges under way, those that wait for a connection too",
+        "transport/http.py",
+        "limit.reschedule(self._loop.time())",
+        "limit.when()",
+        "transport/test_http_cancellation.py::test_closing_stops_what_runs_and_what_waits",
+    ),
+    guard(
+        "The key goes only to the origin of base_url",
+        "transport/http.py",
+        "key if at_home else NO_SECRET",
+        "key",
+        "transport/test_stream.py::test_another_place_gets_neither_key_nor_headers",
+    ),
+    guard(
+        "A lost heartbeat is reported, and the next one is sent",
+        "client/session.py",
+        "            report_failure(type(error), error)\n            continue\n",
+        "            return\n",
+        "client/test_life_cycle.py::test_the_heartbeat_survives_failures_and_tells_them",
+    ),
+    # Terms and threads
+    guard(
+        "A thread that outlives its term keeps its permit: term threads are never more than the bound",
+        "losses/worker_pool.py",
+        "future.add_done_callback(lambda _: thread.release())",
+        "thread.release()",
+        "losses/test_threads.py::test_six_terms_that_outlive_their_timeouts",
+    ),
+    guard(
+        "A term that waits behind abandoned threads waits no longer than its timeout",
+        "losses/worker_pool.py",
+        "stalled = all(held.abandoned for held in self._in_the_way(permit))",
+        "stalled = False",
+        "losses/test_threads.py::test_row_119_a_queued_sync_term_times_out_and_names_the_holders",
+    ),
+    guard(
+        "A TimeoutError that a term raises itself is an ordinary failure of it",
+        "limits.py",
+        "        if not scope.expired():\n            raise\n",
+        "",
+        "losses/test_outcomes.py::test_rule_6_a_timeout_error_of_the_term_is_an_ordinary_failure",
+    ),
+    guard(
+        "A term that swallows its cancellation ends after its grace",
+        "losses/grad_mode.py",
+        "if grace is not None and grace.is_over:",
+        "if grace is not None and grace is None:",
+        "losses/test_cancellation.py::test_rule_5_a_term_that_swallows_its_timeout_is_left_after_its_grace",
+    ),
+    guard(
+        "A term that writes into the shared logprobs fails the step, even where it may be skipped",
+        "losses/outcomes.py",
+        'self.term.on_error == "raise" or isinstance(self.error, InPlaceMutation)',
+        'self.term.on_error == "raise"',
+        "losses/test_leaves.py::test_rule_1_the_writer_is_named",
+    ),
+    # The embedded service, and what comes from others
+    guard(
+        "A request that comes again under its number is done once",
+        "local/core.py",
+        "        if receipt is None:\n            return None\n",
+        "        return None\n",
+        "local/test_protocol.py::test_a_repeat_gets_the_first_answer_and_is_done_once",
+        "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[passed on twice-B]",
+    ),
+    guard(
+        "A save is whole or not there: the old checkpoint goes when the new one can be found",
+        "local/checkpoints.py",
+        "        draft.mkdir(parents=True)\n",
+        "        draft.mkdir(parents=True)\n        if old is not None:\n            self._remove_files(old)\n",
+        "local/test_checkpoints.py::test_a_failed_write_leaves_the_old_checkpoint_whole",
+        "security/test_atomic_checkpoints.py::test_killed_before_every_line_of_a_save",
+    ),
+    guard(
+        "Two clients never see each other's adapters",
+        "local/engine.py",
+        "        self._bank.activate(model.adapter)\n        model.touched = True\n        if request.forward_only:\n",
+        "        model.touched = True\n        if request.forward_only:\n",
+        "security/test_one_request_fails.py::test_two_clients_never_see_each_others_adapters",
+    ),
+    guard(
+        "The service listens to others only with a key",
+        "local/server.py",
+        "if options.api_key is None and not is_loopback(host):",
+        "if options.api_key is None and host is None:",
+        "security/test_access.py::test_anywhere_else_needs_a_key",
+    ),
+    guard(
+        "A body is counted as it is unpacked: a zstd bomb is refused",
+        "local/bodies.py",
+        "            check_size(size, limit)\n",
+        "",
+        "security/test_bodies.py::test_a_zstd_bomb_is_413_and_is_not_unpacked",
+    ),
+    guard(
+        "Pickles are never opened",
+        "local/engine.py",
+        "return load(file.read_bytes())",
+        'return torch.load(file.open("rb"), weights_only=False)',
+        "security/test_foreign_code.py::test_a_pickle_in_the_place_of_a_checkpoint_is_refused",
+    ),
+    guard(
+        "Members of archives stay in their folder",
+        "client/archive.py",
+        "if _leads_out(name) or _leads_out(alike)",
+        "if _leads_out(alike) and not alike",
+        "security/test_paths.py::test_members_of_archives_stay_in_the_folder",
+    ),
+    guard(
+        "The key shows nowhere when a service echoes it",
+        "transport/api.py",
+        "failed on the service: {response.secret.redacted_from(message)}",
+        "failed on the service: {message}",
+        "client/test_secrecy.py::test_failures_of_work_do_not_quote_the_key",
+    ),
+)

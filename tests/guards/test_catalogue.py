@@ -1,117 +1,67 @@
-"""The catalogue fits the package and the tests, and trying an entry says what is true."""
+"""The list of guards fits the package and the tests, and trying a guard says what is true."""
 
 import ast
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.guards.catalogue import GUARDS
-from tests.guards.copies import (
-    AS_IT_SHOULD,
-    HANGS,
-    STALE,
-    STILL_PASSES,
-    judge,
-    make_copy,
-    run_tests,
-    taken_out,
-    try_without,
-)
-from tests.guards.entry import PACKAGE, Guard, Stale, names_of_tests, without
-from tests.guards.observer import NOT_THE_COPY
+from tests.docs.named_tests import problem_of
+from tests.guards.__main__ import make_copy, try_without
+from tests.guards.catalogue import GUARDS, PACKAGE, Guard
 
 ROOT = Path(__file__).parents[2]
-ALIKE = "tests/transport/test_answer.py::test_media_type"
 
 
-def test_every_guard_is_where_the_catalogue_says_and_leaves_python_without_it():
-    stale: list[str] = []
-    for entry in GUARDS:
-        try:
-            ast.parse(without(entry, ROOT))
-        except (Stale, SyntaxError) as error:
-            stale.append(f"{entry.promise} ({entry.file}): {error}")
-    assert stale == []
+@pytest.mark.parametrize("entry", GUARDS, ids=lambda entry: entry.promise)
+def test_a_guard_is_in_its_file_once_and_its_tests_exist(entry: Guard):
+    content = (ROOT / PACKAGE / entry.file).read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(entry.without(content))) != ast.dump(ast.parse(content))
+    assert [test for test in entry.tests if problem_of(test.removeprefix("tests/"))] == []
+    assert entry.tests
 
 
-def test_every_test_of_the_catalogue_exists():
-    for entry in GUARDS:
-        for test in entry.tests:
-            file, _, name = test.partition("::")
-            assert name.partition("[")[0] in names_of_tests(ROOT / file), test
-
-
-def test_no_entry_is_there_twice():
-    assert len({(entry.file, entry.text, entry.instead) for entry in GUARDS}) == len(GUARDS)
+def test_no_promise_is_there_twice():
     assert len({entry.promise for entry in GUARDS}) == len(GUARDS)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy to try entries in."""
-    folder = tmp_path_factory.mktemp("guards")
-    yield make_copy(ROOT, folder)
-    shutil.rmtree(folder)
-
-
-def test_an_entry_of_the_catalogue_for_real(root: Path):
-    entry = next(entry for entry in GUARDS if "retry-after-ms" in entry.promise)
-    before = (root / PACKAGE / entry.file).read_text(encoding="utf-8")
-    verdict = try_without(entry, root, 60.0)
-    assert verdict.word == AS_IT_SHOULD
-    assert "assert" in verdict.reasons[0]
-    assert (root / PACKAGE / entry.file).read_text(encoding="utf-8") == before
-
-
-MEDIA_TYPE = Guard(
-    promise="the media type is told in lower case",
-    file="transport/answer.py",
-    text='.partition(";")[0].strip().lower()',
-    instead='.partition(";")[0].strip()',
-    tests=(ALIKE,),
-)
-
-
-def test_a_test_that_does_not_fail_is_told(root: Path):
-    """Of two tests the one that has nothing to do with it is named, also where the other fails."""
-    other = "tests/transport/test_answer.py::test_success_raises_nothing"
-    verdict = try_without(replace(MEDIA_TYPE, tests=(ALIKE, other)), root, 60.0)
-    assert (verdict.word, verdict.reasons) == (STILL_PASSES, (other,))
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a package with one function, tested without other plugins than the needed one."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    files = {
+        f"{PACKAGE}/__init__.py": "def double(x):\n    return 2 * x\n",
+        "tests/test_double.py": (
+            f"from {PACKAGE} import double\ndef test_two():\n    assert double(2) == 4\n"
+            "def test_one():\n    assert double(1) != 3\n"
+        ),
+        "pyproject.toml": '[tool.pytest.ini_options]\naddopts = ["-p", "pytest_timeout"]\n',
+    }
+    for name, content in files.items():
+        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / name).write_text(content)
+    (tmp_path / "copy").mkdir()
+    make_copy(tmp_path / "repository", tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 @pytest.mark.parametrize(
-    ("changes", "word", "reason"),
+    ("instead", "outcomes"),
     [
-        ({"text": "nobody wrote this"}, STALE, "the text is there 0 times"),
-        ({"text": "answer"}, STALE, "times"),
-        ({"file": "no_such_file.py"}, STALE, "there is no no_such_file.py"),
-        ({"tests": ("tests/transport/test_answer.py::test_nothing",)}, "error", "exit code 4"),
-        ({"instead": "broken("}, "error", "exit code"),
+        ("3 * x", ["failed", "failed"]),
+        ("x + 2", ["passed", "failed"]),
+        ("2 *", ["broken", "broken"]),
+        ("next(y for y in iter(int, 1) if y)", ["failed", "failed"]),
     ],
 )
-def test_an_entry_that_is_wrong_is_told(root: Path, changes: dict[str, object], word: str, reason: str):
-    verdict = try_without(replace(MEDIA_TYPE, **changes), root, 60.0)  # pyright: ignore[reportArgumentType]
-    assert verdict.word == word
-    assert reason in verdict.reasons[0]
+def test_what_comes_of_a_guard(root: Path, instead: str, outcomes: list[str]):
+    tests = ("tests/test_double.py::test_two", "tests/test_double.py::test_one")
+    entry = Guard("doubles", "__init__.py", "2 * x", instead, tests)
+    seconds = 2.0 if "iter" in instead else 60.0
+    assert [one.outcome for one in try_without(entry, root, seconds)] == outcomes
+    assert "2 * x" in (root / PACKAGE / "__init__.py").read_text()
 
 
-def test_a_hang_counts_only_where_it_may_be(root: Path):
-    endless = replace(MEDIA_TYPE, instead='.partition(";")[0] if [*iter(str, 1)] else ""')
-    with taken_out(endless, root):
-        outcome = run_tests(root, endless.tests, 5.0)
-    assert outcome.code is None
-    assert judge(endless, outcome).word == HANGS
-    assert judge(replace(endless, may_hang=True), outcome).word == AS_IT_SHOULD
-
-
-def test_another_package_than_the_copy_is_noticed(tmp_path: Path):
-    """As it would be where the environment's own installation went first."""
-    root = make_copy(ROOT, tmp_path)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    shutil.move(root / PACKAGE, elsewhere / PACKAGE)
-    (root / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(elsewhere)!r})\n")
-    assert run_tests(root, [ALIKE], 60.0).code == NOT_THE_COPY
+@pytest.mark.parametrize("text", ["3 * x", "x"])
+def test_a_guard_that_is_not_there_once_is_an_error(root: Path, text: str):
+    with pytest.raises(ValueError, match="instead of once"):
+        try_without(Guard("doubles", "__init__.py", text, "", ("tests/test_double.py",)), root, 60.0)

@@ -1,0 +1,37 @@
+"""Names of tests in tables and lists: whether they exist, found without running anything."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def problem_of(name: str) -> str | None:
+    """What is wrong with the name of a test.
+
+    Args:
+        name: `path::name` or `path::Class::name`, the path below `tests/`; parameters are not looked at.
+    """
+    path, _, inside = name.partition("[")[0].partition("::")
+    if not inside.split("::")[-1].startswith(("test_", "Test")):
+        return "is not the name of a test"
+    if not (TESTS / path).is_file():
+        return "is in a file that does not exist"
+    return None if inside in _definitions(TESTS / path) else "does not exist"
+
+
+@cache
+def _definitions(path: Path) -> frozenset[str]:
+    """Names of a file's functions and classes, those inside a class as `Class::name`."""
+
+    def named(nodes: list[ast.stmt], prefix: str = "") -> Iterator[str]:
+        for node in nodes:
+            if isinstance(node, _DEFINITIONS):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from named(node.body, f"{prefix}{node.name}::")
+
+    return frozenset(named(ast.parse(path.read_text(encoding="utf-8")).body))
