@@ -90,7 +90,7 @@ types: $(STAMP)
 	@$(BIN)/pyright
 
 docs: $(STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html is ready"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "site/index.html is ready"
 
 clean:
 	@rm -rf $(VENV) .audit site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

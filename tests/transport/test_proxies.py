@@ -3,6 +3,7 @@
 import http.server
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -100,9 +101,6 @@ def test_the_same_hosts_go_through_the_proxy_as_with_httpx(excluded: str, proxy:
     monkeypatch.setenv("HTTP_PROXY", proxy)
     monkeypatch.setenv("NO_PROXY", excluded)
     ours = {url: proxy_for(urlsplit(url)) is not None for url in HOSTS}
-    if excluded == "SERVICE.example":  # a difference that is meant: names have no case
-        assert not ours["http://service.example/v1"]
-        return
     with httpx.Client(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)) as client:
         assert ours == {url: httpx_uses_the_proxy(client, url) for url in HOSTS}
 
@@ -144,3 +142,10 @@ def test_a_proxy_that_cannot_be_used_names_its_variable(value: str, monkeypatch:
     with pytest.raises(ConfigError, match="http_proxy"):
         proxy_for(urlsplit("http://service.example"))
     assert proxy_for(urlsplit("https://service.example")) is None, "it does not concern this service"
+
+
+def test_a_socks_proxy_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://proxy.example:1080")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(ConfigError, match=r"ALL_PROXY names a SOCKS proxy.*httpx\[socks\]"):
+        proxy_for(urlsplit("http://service.example"))

@@ -363,7 +363,7 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
 class NetworkBackend(httpcore.AsyncNetworkBackend):
     """Connects for one connection of httpcore, and remembers its stream.
 
-    httpcore 1.0.9 forgets the stream of a TLS handshake that is cancelled (encode/httpcore#1093); `aclose` closes it.
+    httpcore 1.0.9 forgets the stream of a TLS handshake that is cancelled (no upstream issue); `aclose` closes it.
 
     Attributes:
         stream: what was opened; None before.

@@ -1,9 +1,10 @@
 """Which proxy the environment names for a service: `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`.
 
-The rules are httpx's, with three differences: a network in `NO_PROXY` such as `10.0.0.0/8` covers its addresses,
-entries ignore case, and a proxy that cannot be used is an error only where the service needs it.
+The rules are those of httpx, with two differences: a network in `NO_PROXY` such as `10.0.0.0/8` covers its addresses,
+in brackets too, and a proxy that cannot be used is an error only where the service needs it.
 """
 
+import importlib.util
 import ipaddress
 import os
 import urllib.request
@@ -70,6 +71,11 @@ def _address(variable: str, value: str) -> ProxyAddress:
         raise ConfigError(
             f"the environment variable {variable} names a proxy of the unknown kind {parts.scheme!r}; "
             f"known are {', '.join(_SCHEMES)}"
+        )
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        raise ConfigError(
+            f"the environment variable {variable} names a SOCKS proxy, which needs the package socksio: "
+            "pip install 'httpx[socks]', or unset it"
         )
     user = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
     return ProxyAddress(variable, parts.scheme, host, port, user)
