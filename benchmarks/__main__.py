@@ -23,6 +23,7 @@ from benchmarks import (
     many_clients,
     overlap,
     pipeline_alone,
+    sampling_at_scale,
     terms_at_once,
     with_regularizers,
 )
@@ -46,6 +47,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     many_clients.BENCHMARK,
     overlap.BENCHMARK,
     embedded.BENCHMARK,
+    sampling_at_scale.BENCHMARK,
     dashboard_page.BENCHMARK,
 )
 

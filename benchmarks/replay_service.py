@@ -1,10 +1,11 @@
 """A training service that computes nothing: it answers every pass at once with stored logprobs, over real HTTP.
 
-    python -m benchmarks.replay_service
+    python -m benchmarks.replay_service [--retrieve-futures]
 
 All datums of a request must have targets of one shape, that of its first datum; nothing else of them is read. The
 service keeps no state beside the bodies of the latest backward pass, from which `GET /replay/gradient` and
-`/replay/bytes` tell what the client has sent back.
+`/replay/bytes` tell what the client has sent back. Samples are done when they are submitted; with `--retrieve-futures`
+clients are told to wait for many of them with one poll.
 """
 
 import http.server
@@ -29,6 +30,9 @@ JSON = "application/json"
 MODEL = "replayed"
 # Logprobs of about this many tokens are drawn; longer answers repeat them.
 _STORED = 1_000_003
+
+# Seconds for which a poll that waits for any sample is held.
+_HOLD = 20.0
 
 Array = npt.NDArray[Any]
 Answer = tuple[HTTPStatus, str, bytes]
@@ -71,10 +75,24 @@ def packed_answer(datums: int, shape: tuple[int, ...], *, loss: bool) -> bytes:
     ).SerializeToString()
 
 
+SAMPLE = wire.SampleResponse(
+    sequences=[
+        wire.SampledSequence(
+            stop_reason=wire.STOP_REASON_LENGTH,
+            tokens=np.array([5, 6, 7, 8], "<i4").tobytes(),
+            logprobs=np.array([-0.5, -1.0, -1.5, -2.0], "<f4").tobytes(),
+        )
+    ]
+).SerializeToString()
+
+
 class ReplayService:
     """What is answered to what."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, retrieve_futures: bool = False) -> None:
+        self._settings = {"proto_write_fwdbwd": True, "sample_use_retrieve_futures": retrieve_futures}
+        self._samples: dict[str, list[str]] = {}  # done, by sampling session, in the order of their submission
+        self._sampled = threading.Condition()
         self._answers: dict[str, bytes] = {}
         self._backward: dict[int, bytes] = {}
         self._sessions = 0
@@ -90,7 +108,10 @@ class ReplayService:
             "create_session": self._create_session,
             "get_info": self._info,
             # Says that protobuf is read, which this package would ask for otherwise; the official SDK asks for nothing.
-            "client/config": lambda _: _json({"proto_write_fwdbwd": True}),
+            "client/config": lambda _: _json(self._settings),
+            "create_sampling_session": self._create_sampling_session,
+            "asample": self._sample,
+            "retrieve_futures": self._samples_done,
             "telemetry": lambda _: _json({"status": "accepted"}),
             "healthz": lambda _: _json({"status": "ok"}),
         }
@@ -128,6 +149,8 @@ class ReplayService:
             return _json({})
         if kind == "model":
             return _json({"model_id": detail})
+        if kind == "sample":
+            return HTTPStatus.OK, PROTOBUF, SAMPLE
         return HTTPStatus.OK, PROTOBUF, self._packed(request_id)
 
     def _packed(self, request_id: str) -> bytes:
@@ -137,6 +160,28 @@ class ReplayService:
                 sizes = tuple(int(size) for size in shape.split(","))
                 self._answers[request_id] = packed_answer(int(datums), sizes, loss=kind == "backward")
             return self._answers[request_id]
+
+    def _create_sampling_session(self, body: bytes) -> Answer:
+        fields = json.loads(body)
+        return _json({"sampling_session_id": f"{fields['session_id']}:sample:{fields['sampling_session_seq_id']}"})
+
+    def _sample(self, body: bytes) -> Answer:
+        fields = json.loads(body)
+        request_id = f"sample:{fields['sampling_session_id']}:{fields['seq_id']}"
+        with self._sampled:
+            self._samples.setdefault(fields["sampling_session_id"], []).append(request_id)
+            self._sampled.notify_all()
+        return _json({"request_id": request_id, "sample_sequence_ids": [f"{request_id}:0"]})
+
+    def _samples_done(self, body: bytes) -> Answer:
+        fields = json.loads(body)
+        session, cursor = fields["target"]["sampling_session_id"], fields["prev_cursor"]
+        with self._sampled:
+            if "timeout" not in fields:
+                self._sampled.wait_for(lambda: len(self._samples.get(session, ())) > cursor, timeout=_HOLD)
+            done = self._samples.get(session, [])
+            new = [{"state": "finished", "request_id": request_id} for request_id in done[cursor:]]
+            return _json({"completions": new, "cursor": len(done)})
 
     def _create_session(self, _body: bytes) -> Answer:
         with self._lock:
@@ -194,7 +239,7 @@ def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandle
 class Server(http.server.ThreadingHTTPServer):
     """One thread per connection, and room for many that come at once."""
 
-    request_queue_size = 256
+    request_queue_size = 1024
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that ends without closing its connections is no error of this service."""
@@ -203,7 +248,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def main() -> None:
-    with Server(("127.0.0.1", 0), handler_of(ReplayService())) as server:
+    service = ReplayService(retrieve_futures="--retrieve-futures" in sys.argv[1:])
+    with Server(("127.0.0.1", 0), handler_of(service)) as server:
         print(f"Listening on http://127.0.0.1:{server.server_port}", flush=True)
         server.serve_forever()
 

@@ -171,16 +171,19 @@ class Replayed:
 
 
 @contextmanager
-def replayed(functions: Mapping[str, str], *, same: bool, **arguments: Any) -> Iterator[Replayed]:
+def replayed(
+    functions: Mapping[str, str], *, same: bool, service_options: Sequence[str] = (), **arguments: Any
+) -> Iterator[Replayed]:
     """Subjects that each have a replay service to themselves, as their argument `base_url`.
 
     Args:
         functions: by the name of the subject, see `subject`.
         same: at the end, check that all of them have sent the same gradient.
+        service_options: of the replay service.
         arguments: of all of them.
     """
     with ExitStack() as stack:
-        urls = {name: stack.enter_context(served("benchmarks.replay_service")) for name in functions}
+        urls = {name: stack.enter_context(served("benchmarks.replay_service", *service_options)) for name in functions}
         subjects = {
             name: stack.enter_context(subject(function, {"base_url": urls[name], **arguments}))
             for name, function in functions.items()

@@ -123,7 +123,7 @@ async def test_a_refused_chunk_keeps_nothing_back_and_is_told_as_what_it_is(loca
         async def refuse_the_second(arrival: Arrival, serve: Any, send: Any) -> None:
             if arrival.number[1] == 2:
                 # As a service that refuses it, and so counts the number as spent.
-                bench.service._embedded.core.lane(training.model_id).spend(2)
+                bench.service._embedded.core.sequencer(training.model_id).spend(2)
                 await answering(400, {"detail": "not this one"})(arrival, serve, send)
             else:
                 await serve(send)

@@ -144,7 +144,7 @@ async def test_a_number_that_is_only_late_is_waited_for(local_bench):
         step = asyncio.create_task(training.forward_backward(DATA))
         await bench.recorder.until(lambda: len(bench.recorder.of("B")) == 2)
         # Somebody asks for the second chunk's result before the first chunk has arrived.
-        request_id = bench.service._embedded.core.lane(training.model_id).receipts[2].request_id
+        request_id = bench.service._embedded.core.sequencer(training.model_id).receipts[2].request_id
         polling = training._session.api.result(
             request_id, "ForwardBackward", read_forward_backward, training._queue.pending
         )

@@ -239,8 +239,8 @@ GUARDS = (
     guard(
         "A thread that outlives its term keeps its permit: term threads are never more than the bound",
         "losses/worker_pool.py",
-        "future.add_done_callback(lambda _: thread.release())",
-        "thread.release()",
+        "future.add_done_callback(lambda _, held=held: held.release())",
+        "held.release()",
         "losses/test_threads.py::test_six_terms_that_outlive_their_timeouts",
     ),
     guard(

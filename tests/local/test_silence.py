@@ -21,7 +21,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on(run_service):
-    async with run_service(LocalOptions(session_timeout=0.5)) as client:
+    async with run_service(LocalOptions(session_timeout=2.0)) as client:
         model = await client.model()
         living = client.session_id
         silent_session = await client.session()

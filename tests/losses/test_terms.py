@@ -362,6 +362,25 @@ async def test_row_79_options_come_back_as_metrics():
     assert loss.item() == pytest.approx(-4.9, rel=1e-6)
 
 
+@pytest.mark.parametrize("error", [TimeoutError("own"), KeyError("own"), asyncio.CancelledError("own")])
+async def test_row_80_a_terms_own_exception_comes_out_as_it_is(error: BaseException):
+    def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        await execute(fails, [], guide_logprobs())
+    assert caught.value is error
+
+
+async def test_row_80_a_stop_iteration_ends_execute_too():
+    def stops(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        raise StopIteration
+
+    with pytest.raises(RuntimeError) as caught:  # what Python makes of it in a coroutine
+        await execute(stops, [], guide_logprobs())
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
 async def test_row_79_the_loss_keeps_its_shape():
     loss, _ = await execute(lambda d, p: p * 2, [], guide_logprobs())
     assert loss.shape == (5,)

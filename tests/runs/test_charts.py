@@ -9,18 +9,18 @@ import pytest
 from matplotlib.image import imread
 
 from tests.runs.made_up_runs import TERMS, made_up_step
-from tinkex_py.runs.charts import CHARTS, NARROW, PALETTE, WIDE, Curves, draw, label_of, smoothed
+from tinkex_py.runs.charts import CHARTS, NARROW, PALETTE, WIDE, RunCurves, draw, label_of, smoothed
 from tinkex_py.runs.records import StepRecord, scalars
 
 
-def curves_of(steps: Iterable[StepRecord]) -> Curves:
+def curves_of(steps: Iterable[StepRecord]) -> RunCurves:
     rows = {step.step: scalars(step) for step in steps}
     names = dict.fromkeys(name for row in rows.values() for name in row)
     values = {name: np.array([row.get(name, math.nan) for row in rows.values()]) for name in names}
-    return Curves(np.array(list(rows), dtype=float), values)
+    return RunCurves(np.array(list(rows), dtype=float), values)
 
 
-def made_up(steps: int = 30, terms: Sequence[str] = TERMS, *, norms: bool = True) -> Curves:
+def made_up(steps: int = 30, terms: Sequence[str] = TERMS, *, norms: bool = True) -> RunCurves:
     return curves_of(made_up_step(step, terms, norms=norms) for step in range(1, steps + 1))
 
 
@@ -49,8 +49,8 @@ def test_one_run_has_a_colour_per_term_which_is_the_same_in_all_charts(key: str)
 def test_several_runs_are_compared_on_one_scale():
     """The same curve has the same height in both panels, though one of them shows a much larger one too."""
     steps = np.arange(1.0, 31)
-    flat = Curves(steps, {"term/a/weight": np.full(30, 1.0), "term/b/weight": np.full(30, 1.0)})
-    steep = Curves(steps, {"term/b/weight": np.linspace(0.0, 50.0, 30)})
+    flat = RunCurves(steps, {"term/a/weight": np.full(30, 1.0), "term/b/weight": np.full(30, 1.0)})
+    steep = RunCurves(steps, {"term/b/weight": np.linspace(0.0, 50.0, 30)})
     image = pixels(draw(CHARTS["weights"], {"flat": flat, "steep": steep}, WIDE))
     below_the_legend, middle = 60, image.shape[1] // 2
     left, right = (
@@ -63,7 +63,7 @@ def test_several_runs_are_compared_on_one_scale():
 
 def test_more_runs_than_colours():
     steps = np.arange(1.0, 101)
-    runs = {f"run {place}": Curves(steps, {"loss/total": np.full(100, float(place))}) for place in range(8)}
+    runs = {f"run {place}": RunCurves(steps, {"loss/total": np.full(100, float(place))}) for place in range(8)}
     image = pixels(draw(CHARTS["losses"], runs, WIDE))
     assert {paint(place) for place in range(len(PALETTE))} <= set(np.unique(image).tolist())
     # The eighth run has the first colour again, in dashes: less of it than of a full line.
@@ -72,10 +72,10 @@ def test_more_runs_than_colours():
 
 
 def test_a_chart_without_data_is_not_drawn():
-    runs = {"a": made_up(4, norms=False), "empty": Curves(np.zeros(0), {})}
+    runs = {"a": made_up(4, norms=False), "empty": RunCurves(np.zeros(0), {})}
     missing = [key for key, chart in CHARTS.items() if draw(chart, runs, NARROW) is None]
     assert missing == ["evaluation", "gradient_norms", "shares", "cosines_with_base", "cosines_with_total"]
-    nan = Curves(np.ones(1), {"loss/total": np.array([math.nan])})
+    nan = RunCurves(np.ones(1), {"loss/total": np.array([math.nan])})
     assert draw(CHARTS["losses"], {"a": nan}, WIDE) is None
 
 
@@ -97,7 +97,7 @@ def test_a_point_between_missing_ones_is_drawn():
 def test_evaluations_are_joined_over_the_steps_between():
     curves = made_up(40)  # evaluated after every fifth step
     joined = pixels(draw(CHARTS["evaluation"], {"a": curves}, WIDE))
-    dots = Curves(curves.steps, {"loss/total": curves.values["evaluation/held_out_nll"]})
+    dots = RunCurves(curves.steps, {"loss/total": curves.values["evaluation/held_out_nll"]})
     apart = pixels(draw(CHARTS["losses"], {"a": dots, "b": dots}, WIDE))
     assert np.count_nonzero(joined == paint(0)) > 2 * np.count_nonzero(apart == paint(0))
 

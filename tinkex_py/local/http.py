@@ -1,16 +1,18 @@
 """What all routes share: routers, the running service, numbered requests, pages, and JSON answers."""
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from starlette.routing import request_response
 
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.requests import NumberedBody
@@ -33,10 +35,18 @@ class AnyTextResponse(JSONResponse):
 
 
 class Route(APIRoute):
-    """A route whose answers leave out what is None."""
+    """A route whose answers leave out what is None.
+
+    An endpoint that takes the request itself and makes the response itself is called directly: to resolve parameters
+    that it does not have would cost more than all the rest of a poll.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "response_model_exclude_none": True})
+        signature = inspect.signature(self.endpoint)
+        taken = [parameter.annotation for parameter in signature.parameters.values()]
+        if taken == [Request] and signature.return_annotation is Response:
+            self.app = request_response(self.endpoint)
 
 
 def api_router(prefix: str = API, route_class: type[Route] = Route) -> APIRouter:
@@ -56,6 +66,14 @@ def _operation_id(route: APIRoute) -> str:
     return "_".join([*sorted(route.methods or ()), *words]).lower()
 
 
+def body_schema(model: type[BaseModel], *, or_protobuf: bool = False) -> dict[str, Any]:
+    """The description of a body that a route reads with `read_json`, for `openapi_extra`."""
+    content: dict[str, Any] = {"application/json": {"schema": model.model_json_schema()}}
+    if or_protobuf:
+        content[PROTOBUF] = {"schema": {"type": "string", "format": "binary"}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def core_of(request: Request) -> Core:
     """The running service.
 
@@ -69,7 +87,7 @@ def core_of(request: Request) -> Core:
 
 
 async def read_json(request: Request, model: type[Body]) -> Body:
-    """The JSON body of a route that cannot declare it, because it takes another form too.
+    """The JSON body of a route that takes the request itself.
 
     Raises:
         RequestValidationError: as where a body is declared.

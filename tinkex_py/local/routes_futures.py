@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from tinkex_py.local.core import Refused
-from tinkex_py.local.http import PROTOBUF, AnyTextResponse, api_router, core_of
+from tinkex_py.local.http import PROTOBUF, AnyTextResponse, api_router, body_schema, core_of, read_json
 from tinkex_py.local.requests import FutureBody, FuturesBody
 from tinkex_py.local.responses import Completion, CompletionsResponse, EmptyResponse, HealthResponse, TryAgainResponse
 from tinkex_py.local.results import Failure, PendingResult
@@ -23,16 +23,18 @@ _RESULT: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/healthz")
-async def healthz() -> HealthResponse:
+@router.get("/healthz", response_model=HealthResponse)
+async def healthz(request: Request) -> Response:
     """Alive; needs no key and no model."""
-    return HealthResponse()
+    del request
+    return AnyTextResponse(HealthResponse().model_dump())
 
 
-@router.post("/retrieve_future", responses=_RESULT)
-async def retrieve_future(body: FutureBody, request: Request) -> Response:
+@router.post("/retrieve_future", responses=_RESULT, openapi_extra=body_schema(FutureBody))
+async def retrieve_future(request: Request) -> Response:
     """Wait for a result; 408 when there is none within the hold time."""
     core = core_of(request)
+    body = await read_json(request, FutureBody)
     pending = core.results.find(body.request_id)
     if pending is None:
         given = core.results.was_given(body.request_id)

@@ -15,8 +15,10 @@ from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import EnginePass
 from tinkex_py.local.http import (
     PROTOBUF,
+    AnyTextResponse,
     Route,
     api_router,
+    body_schema,
     core_of,
     digest_of,
     in_order,
@@ -40,15 +42,6 @@ from tinkex_py.transport import wire
 from tinkex_py.types import AdamParams
 
 KEEP_GRAPH_HEADER = "x-tinkex-keep-graph"
-_PASS_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": ForwardBackwardBody.model_json_schema()},
-            PROTOBUF: {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-}
 
 
 class NumberedRoute(Route):
@@ -80,12 +73,26 @@ def _spend(request: Request, body: object) -> None:
 router = api_router(route_class=NumberedRoute)
 
 
-@router.post("/forward_backward", openapi_extra=_PASS_BODY)
-async def forward_backward(request: Request) -> SubmittedResponse:
+@router.post(
+    "/forward_backward",
+    response_model=SubmittedResponse,
+    openapi_extra=body_schema(ForwardBackwardBody, or_protobuf=True),
+)
+async def forward_backward(request: Request) -> Response:
     """A pass in protobuf (backward, or forward only) or in the JSON form."""
     if request.headers.get("content-type") == PROTOBUF:
-        return _protobuf_pass(request, await request.body())
-    body = await read_json(request, ForwardBackwardBody)
+        submitted = _protobuf_pass(request, await request.body())
+    else:
+        submitted = await _json_pass(request)
+    return AnyTextResponse(submitted.model_dump())
+
+
+async def _json_pass(request: Request) -> SubmittedResponse:
+    try:
+        body = await read_json(request, ForwardBackwardBody)
+    except RequestValidationError as error:
+        _spend(request, error.body)
+        raise
     read = _json_reader(request, body.forward_backward_input, forward_only=body.forward_only)
     return await in_order(request, body, _pass(core_of(request), body.model_id, read))
 

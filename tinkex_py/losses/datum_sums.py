@@ -68,7 +68,8 @@ class SumOverDatums:
         losses: list[torch.Tensor] = []
         metrics: dict[str, Any] = {}
         for index, (datum, own) in enumerate(zip(data, logprobs, strict=True)):
-            result = self.fn(own, *self.values(datum, index), **options)
+            fields = [field.to(own.device) for field in self.values(datum, index)]
+            result = self.fn(own, *fields, **options)
             named: Mapping[str, Metric] = result[1] if isinstance(result, tuple) else {}
             loss = result[0] if isinstance(result, tuple) else result
             losses.append(loss.sum())

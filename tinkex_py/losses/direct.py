@@ -27,7 +27,6 @@ from tinkex_py.losses.spec import (
     why_not_a_term,
 )
 from tinkex_py.losses.worker_pool import WorkerPool
-from tinkex_py.threads import in_own_thread
 from tinkex_py.types import Datum
 
 TensorOrList = torch.Tensor | Sequence[torch.Tensor]
@@ -57,7 +56,11 @@ async def execute(
     if is_async_term(term):
         result = await with_own_grad_mode(function(data, logprobs, **options))
     else:
-        result = await in_own_thread("tinkex-execute", lambda: function(data, logprobs, **options))
+        workers = WorkerPool(1)
+        try:
+            result = await workers.call_unbounded("execute", lambda: function(data, logprobs, **options))
+        finally:
+            workers.close()
         if inspect.isawaitable(result):
             result = await with_own_grad_mode(cast("Awaitable[TermResult]", result))
     name = term_name(term) or "execute"
@@ -172,6 +175,7 @@ class GradientTracker:
         try:
             run = TermRun([], Logprobs.from_tensors(logprobs), workers, 1, track_grad_norms=True)
             (outcome,) = await run.all([term], parallel=True)
+            run.logprobs.check_unchanged()
         finally:
             workers.close()
         assert outcome.evaluation is not None

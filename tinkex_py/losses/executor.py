@@ -55,6 +55,8 @@ class TermRun:
     _tasks: list[asyncio.Task[Outcome]] = field(init=False, default_factory=list[asyncio.Task[Outcome]])
     _failures: list[Outcome] = field(init=False, default_factory=list[Outcome])
     _stopping: bool = field(init=False, default=False)
+    _caller: "asyncio.Task[Any] | None" = field(init=False, default=None)
+    _cancelled_before: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._permits = Limiter(self.max_concurrency)
@@ -69,11 +71,18 @@ class TermRun:
         Raises:
             RegularizerError: the first failure.
         """
-        if not terms:
-            return []
+        self._caller = asyncio.current_task()
+        assert self._caller is not None, "a coroutine runs in a task"
+        self._cancelled_before = self._caller.cancelling()
         try:
             async with asyncio.TaskGroup() as group:
-                await self._start(group, terms, parallel=parallel)
+                for term in terms:
+                    task = group.create_task(self._run(term), name=f"tinkex.regularizer.{term.name}")
+                    self._tasks.append(task)
+                    if not parallel:
+                        await asyncio.wait([task])
+                        if self._failures:
+                            break
             if not self._stopping:
                 started = zip(terms, self._tasks, strict=True)
                 self._failures += [_cancelled_from_outside(term) for term, task in started if task.cancelled()]
@@ -86,27 +95,19 @@ class TermRun:
             raise
         finally:
             # An abandoned thread holds this run. It must not hold what the other terms made.
+            self._caller = None
             self._tasks.clear()
             self._failures.clear()
 
-    async def _start(self, group: asyncio.TaskGroup, terms: Sequence[PreparedTerm], *, parallel: bool) -> None:
-        try:
-            for term in terms:
-                self._tasks.append(group.create_task(self._run(term), name=f"tinkex.regularizer.{term.name}"))
-                if not parallel:
-                    await asyncio.wait(self._tasks)
-                    if self._failures:
-                        return
-            await asyncio.wait(self._tasks)
-        except asyncio.CancelledError:
-            self._stopping = True
-            raise
+    def _must_stop(self) -> bool:
+        """Whether a cancellation of a term is meant: a sibling has failed, or the caller is cancelled."""
+        return self._stopping or (self._caller is not None and self._caller.cancelling() > self._cancelled_before)
 
     async def _run(self, term: PreparedTerm) -> Outcome:
         try:
             return Outcome(term, evaluation=await self._admitted(term))
         except asyncio.CancelledError as error:
-            if self._stopping:
+            if self._must_stop():
                 raise
             outcome = _cancelled_from_outside(term, error)
         except RegularizerError as error:
@@ -191,25 +192,20 @@ class TermRun:
         leaf = self.logprobs.leaf(term.name, packed=not term.per_datum)
 
         def must_end() -> bool:
-            return self._stopping or limit.expired()
+            return self._must_stop() or limit.expired()
 
-        try:
-            if thread is None:
-                result, attempts = await with_own_grad_mode(self._attempts(term, leaf), must_end)
-            else:
-                returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
-                if isinstance(returned, Evaluation):
-                    return returned
-                thread.release()
-                result, attempts = await with_own_grad_mode(returned, must_end), 1
-            if leaf.numel() <= SMALL_LOGPROBS:
-                evaluation = self._arithmetic(term, result, leaf)
-            else:
-                evaluation = await self.workers.differentiate(term.name, lambda: self._arithmetic(term, result, leaf))
-        except Exception:
-            # Torch notices some in-place changes itself, in words that do not name the term.
-            self.logprobs.check_leaf(leaf)
-            raise
+        if thread is None:
+            result, attempts = await with_own_grad_mode(self._attempts(term, leaf), must_end)
+        else:
+            returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
+            if isinstance(returned, Evaluation):
+                return returned
+            thread.release()
+            result, attempts = await with_own_grad_mode(returned, must_end), 1
+        if leaf.numel() <= SMALL_LOGPROBS:
+            evaluation = self._arithmetic(term, result, leaf)
+        else:
+            evaluation = await self.workers.call_unbounded(term.name, lambda: self._arithmetic(term, result, leaf))
         return replace(evaluation, attempts=attempts)
 
     async def _attempts(self, term: PreparedTerm, leaf: torch.Tensor) -> tuple[object, int]:
@@ -224,7 +220,7 @@ class TermRun:
             try:
                 return await self._called_on_the_loop(term, leaf)
             except Exception:
-                self.logprobs.check_leaf(leaf)
+                self.logprobs.check_unchanged()  # a term that has spoilt them is not called again
                 raise
 
         if term.retry is None:
@@ -268,15 +264,13 @@ class TermRun:
 
     def _arithmetic(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
         with autograd_on():
-            evaluation = evaluate(
+            return evaluate(
                 result,
                 leaf,
                 name=term.name,
                 needs_gradient=term.weight != 0,
                 needs_norm=self.track_grad_norms or term.max_grad_norm is not None,
             )
-        self.logprobs.check_leaf(leaf)
-        return evaluation
 
 
 def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:

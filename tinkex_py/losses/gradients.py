@@ -99,36 +99,36 @@ def check_finite(gradient: torch.Tensor, name: str) -> None:
 
 def norm(gradient: torch.Tensor) -> float:
     """L2 norm over all elements: float32 norms of rows, combined in double precision, are fast and exact enough."""
-    row = flat(gradient)
+    if gradient.numel() <= _ROW:
+        return _exact_norm(gradient)
+    row = wide(gradient.detach().reshape(-1))
     whole = row.numel() // _ROW * _ROW
-    if whole:
-        norms = _vector_norm(row[:whole].view(-1, _ROW), dim=1)
-        size = math.hypot(_exact_norm(norms), _exact_norm(row[whole:]))
-        if _SMALL_NORM < size < math.inf:
-            return size
-    return _exact_norm(row)
+    norms = _vector_norm(row[:whole].view(-1, _ROW), dim=1)
+    size = math.hypot(_exact_norm(norms), _exact_norm(row[whole:]))
+    return size if _SMALL_NORM < size < math.inf else _exact_norm(row)
 
 
-def _exact_norm(row: torch.Tensor) -> float:
-    wide = torch.float32 if row.device.type == "mps" else torch.float64  # which that device lacks
-    return float(_vector_norm(row, dtype=wide).item())
+def _exact_norm(numbers: torch.Tensor) -> float:
+    dtype = torch.float32 if numbers.device.type == "mps" else torch.float64  # which that device lacks
+    return float(_vector_norm(numbers.detach(), dtype=dtype).item())
 
 
 def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
     """Sum of the products of all elements, in double precision over blocks; None is zero."""
     if first is None or second is None:
         return 0.0
-    return sum(map(block_dot, _split(flat(first), BLOCK), _split(flat(second), BLOCK)))
+    rows = (_split(wide(gradient.detach().reshape(-1)), BLOCK) for gradient in (first, second))
+    return sum(map(block_dot, *rows))
 
 
 def block_dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """`dot` of flat tensors of at most `BLOCK` elements."""
+    """`dot` of rows of at most `BLOCK` elements that `wide` returned."""
     return 0.0 if first is None or second is None else _dot(first, second).item()
 
 
-def flat(gradient: torch.Tensor) -> torch.Tensor:
-    """All elements in one row, at least float32. One number that stands for all is spread out: products need that."""
-    row = gradient.detach().reshape(-1).contiguous()
+def wide(row: torch.Tensor) -> torch.Tensor:
+    """A row fit for products: at least float32, and spread out where one number stands for all."""
+    row = row.contiguous()
     return row.float() if row.dtype in (torch.float16, torch.bfloat16) else row
 
 
@@ -268,9 +268,9 @@ class WeightedSum:
                 own.add_(piece, alpha=part.scale)
         if not self._diagnose:
             return AddedBlock(own.sum().item())
-        wide = [None if piece is None else flat(piece) for piece in pieces]
-        own = flat(own)
-        return AddedBlock(norm(own), [block_dot(piece, wide[0]) for piece in wide], [block_dot(p, own) for p in wide])
+        rows = [None if piece is None else wide(piece) for piece in pieces]
+        own = wide(own)
+        return AddedBlock(norm(own), [block_dot(row, rows[0]) for row in rows], [block_dot(row, own) for row in rows])
 
     def combined(self, added: Sequence[AddedBlock]) -> Combined:
         """The result, from what `add` returned for all blocks in order.

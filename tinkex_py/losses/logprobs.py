@@ -20,6 +20,7 @@ from tinkex_py.types import Datum, PackedTensor
 from tinkex_py.types.datum import target_shape
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NOTHING = torch.zeros(0, dtype=torch.int64)
 LIST_HINT = (
     "packed logprobs: wrap the function in per_datum(...) to see one tensor per datum; a slice such as logprobs[0:1] "
     "takes positions"
@@ -59,30 +60,24 @@ def _is_integer(index: object) -> bool:
     return True
 
 
-class _Seal(torch.autograd.Function):
-    """Saves a tensor for a backward pass that never comes.
-
-    Reading `saved_tensors` raises RuntimeError once the tensor was changed in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, sealed: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(sealed)
-        return sealed.data
-
-    @staticmethod
-    def backward(ctx: Any, *_outer: torch.Tensor) -> None:  # noqa: ARG004
-        return None
-
-
-_seal = cast("Callable[[torch.Tensor], torch.Tensor]", _Seal.apply)  # pyright: ignore[reportUnknownMemberType]
-
-
 @dataclass(frozen=True)
 class _Leaf:
+    """A term's leaf, and an operation on it whose backward pass torch refuses once the leaf was changed in place."""
+
     term: str
     tensor: torch.Tensor
-    seal: torch.Tensor
+    probe: torch.Tensor
+
+    def was_replaced(self, buffer: torch.Tensor) -> bool:
+        """Whether other numbers are under the leaf, as `leaf.data = other` does."""
+        return self.tensor.data_ptr() != buffer.data_ptr() or self.tensor.shape != buffer.shape
+
+    def was_written(self) -> bool:
+        try:
+            torch.autograd.grad(self.probe.sum(), self.tensor, retain_graph=True)
+        except RuntimeError:
+            return True
+        return False
 
 
 class Logprobs:
@@ -111,7 +106,8 @@ class Logprobs:
         self.packable = packable
         self._unchanged = unchanged
         self._guarded = guarded
-        self._leaves: dict[int, _Leaf] = {}  # by the id of the tensor
+        self._leaves: list[_Leaf] = []
+        self._nothing = _NOTHING.to(buffer.device)
 
     @classmethod
     def from_packed(cls, packed: PackedTensor) -> "Logprobs":
@@ -195,7 +191,9 @@ class Logprobs:
             leaf = self.buffer.data
             if self._guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)
-            self._leaves[id(leaf)] = _Leaf(name, leaf, _seal(leaf.requires_grad_()))
+            # Taking nothing saves the leaf as it is now.
+            probe = leaf.requires_grad_().take(self._nothing)
+        self._leaves.append(_Leaf(name, leaf, probe))
         return leaf
 
     def views(self, leaf: torch.Tensor, data: Sequence[Datum]) -> list[torch.Tensor]:
@@ -214,40 +212,28 @@ class Logprobs:
         flat = torch.split(leaf, [math.prod(shape) for shape in shapes])
         return [piece.view(shape) for piece, shape in zip(flat, shapes, strict=True)]
 
-    def check_leaf(self, leaf: torch.Tensor) -> None:
-        """Raises InPlaceMutation if the term that got this leaf wrote into it."""
-        known = self._leaves.get(id(leaf))
-        if known is not None:
-            self._check(known)
-
     def check_unchanged(self) -> None:
-        """Raises InPlaceMutation if anybody wrote into the shared buffer."""
-        leaves = list(self._leaves.values())
-        for leaf in leaves:
-            self._check(leaf)
-        if not self._unchanged():
+        """Raises InPlaceMutation if a term wrote into the shared buffer, or put other numbers under its leaf."""
+        leaves = list(self._leaves)
+        writers = [leaf.term for leaf in leaves if leaf.was_replaced(self.buffer)]
+        if not writers and self._unchanged():
+            return
+        with autograd_on():
+            writers += [leaf.term for leaf in leaves if leaf.was_written()]
+        if writers:
             raise InPlaceMutation(
-                f"the shared logprobs were overwritten past autograd (.data or numpy); the writer is unknown, one of "
-                f"{', '.join(repr(leaf.term) for leaf in leaves)}. Work on a copy: logprobs.clone()",
-                name="unknown",
+                f"term {writers[0]!r} changed the shared logprobs in place. Work on a copy: logprobs.clone()",
+                name=writers[0],
             )
+        raise InPlaceMutation(
+            f"the shared logprobs were overwritten past autograd (.data or numpy); the writer is unknown, one of "
+            f"{', '.join(repr(leaf.term) for leaf in leaves)}. Work on a copy: logprobs.clone()",
+            name="unknown",
+        )
 
     def release_leaves(self) -> None:
         """Forgets the leaves, once all terms have ended: an abandoned thread must not keep those of other terms."""
         self._leaves.clear()
-
-    def _check(self, leaf: _Leaf) -> None:
-        # `leaf.data = other` puts other numbers under the leaf, which breaks no seal.
-        was_moved = leaf.tensor.shape != self.buffer.shape or leaf.tensor.data_ptr() != self.buffer.data_ptr()
-        try:
-            was_written = not cast("Any", leaf.seal.grad_fn).saved_tensors
-        except RuntimeError:
-            was_written = True
-        if was_moved or was_written:
-            raise InPlaceMutation(
-                f"term {leaf.term!r} changed the shared logprobs in place. Work on a copy: logprobs.clone()",
-                name=leaf.term,
-            )
 
 
 def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:

@@ -105,17 +105,19 @@ class Limiter:
 
     async def _granted(self, permit: Permit, changed: asyncio.Event, patience: float | None) -> None:
         loop = asyncio.get_running_loop()
-        async with time_limit(None, TimeoutError) as limit:
-            while True:
-                changed.clear()
-                with self._lock:
-                    if permit in self._held:
-                        return
-                    stalled = all(held.abandoned for held in self._in_the_way(permit))
-                if not stalled or patience is None:
-                    limit.reschedule(None)
-                elif limit.when() is None:
-                    limit.reschedule(loop.time() + patience)
+        give_up_at: float | None = None
+        while True:
+            changed.clear()
+            with self._lock:
+                if permit in self._held:
+                    return
+                stalled = all(held.abandoned for held in self._in_the_way(permit))
+            if not stalled or patience is None:
+                give_up_at = None
+                await changed.wait()
+                continue
+            give_up_at = give_up_at or loop.time() + patience
+            async with time_limit(give_up_at - loop.time(), TimeoutError):
                 await changed.wait()
 
     def release(self, permit: Permit) -> None:
@@ -146,6 +148,8 @@ class Limiter:
     def _look_again(self, changed: Permit) -> None:
         """Hands out what is free. Where permits are abandoned, those that still wait look whether that stalls them."""
         for permit in list(self._queue):
+            if len(self._held) >= self.limit:
+                break
             if not self._in_the_way(permit):
                 self._queue.remove(permit)
                 if permit.wake():
@@ -245,12 +249,12 @@ class WorkerPool:
         limit = max_threads or usable_cpu_count()
         self.limiter = Limiter(limit)
         self._unfinished: set[Future[None]] = set()
-        self._left: dict[Future[None], str] = {}  # backward passes whose callers have left
+        self._left: dict[Future[None], str] = {}  # unbounded calls whose callers have left
         # Threads start when they are needed. A coroutine that holds its permit must never wait for a thread whose
         # term waits for a permit, and no sum for a backward pass that hangs in a user's code: so each has its own.
         alone = compute_alone if limit > 1 else None
         self._terms = ThreadPoolExecutor(limit, "tinkex-term", alone)
-        self._backward = ThreadPoolExecutor(limit, "tinkex-backward", alone)
+        self._unbounded = ThreadPoolExecutor(limit, "tinkex-unbounded", alone)
         self._arithmetic = ThreadPoolExecutor(max(limit, _LEAST_ARITHMETIC), "tinkex-arithmetic", compute_alone)
 
     async def call_term(self, name: str, work: Callable[[], Result], thread: Permit, permit: Permit) -> Result:
@@ -266,32 +270,26 @@ class WorkerPool:
         Raises:
             ClientClosed: the pool was closed.
         """
-        call = _Call(work)
-        future = self._submit(self._terms, name, call)
-        try:
-            await asyncio.wrap_future(future)
-        except BaseException:
-            if not future.cancel() and not future.done():
-                thread.abandon()
-                permit.abandon()
-            future.add_done_callback(lambda _: thread.release())
-            future.add_done_callback(lambda _: permit.release())
-            future.add_done_callback(lambda _: call.drop())
-            raise
-        return call.take()
 
-    async def differentiate(self, name: str, work: Callable[[], Result]) -> Result:
-        """Runs the backward pass of a coroutine term, which may be a user's code."""
-        call = _Call(work)
-        future = self._submit(self._backward, name, call)
-        try:
-            await asyncio.wrap_future(future)
-        except BaseException:
-            if not future.cancel():
-                self._left[future] = name
-                future.add_done_callback(self._left.pop)
-            raise
-        return call.take()
+        def left(future: Future[None]) -> None:
+            for held in (thread, permit):
+                held.abandon()
+                future.add_done_callback(lambda _, held=held: held.release())
+
+        return await self._run(self._terms, name, work, left)
+
+    async def call_unbounded(self, name: str, work: Callable[[], Result]) -> Result:
+        """Runs what may be a user's code, but needs no permit: the backward pass of a coroutine term, which has one.
+
+        Raises:
+            ClientClosed: the pool was closed.
+        """
+
+        def left(future: Future[None]) -> None:
+            self._left[future] = name
+            future.add_done_callback(self._left.pop)
+
+        return await self._run(self._unbounded, name, work, left)
 
     async def compute(self, name: str, work: Callable[[], Result]) -> Result:
         """Runs arithmetic or encoding of this package, never a user's code. It waits for no term.
@@ -299,9 +297,7 @@ class WorkerPool:
         Raises:
             ClientClosed: the pool was closed.
         """
-        call = _Call(work)
-        await asyncio.wrap_future(self._submit(self._arithmetic, name, call))
-        return call.take()
+        return await self._run(self._arithmetic, name, work, lambda _: None)
 
     def abandoned(self) -> list[str]:
         """Names of the terms whose threads outlived them."""
@@ -309,14 +305,30 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the threads: at once if all are idle, else each when its work has ended."""
-        for executor in (self._terms, self._backward, self._arithmetic):
+        for executor in (self._terms, self._unbounded, self._arithmetic):
             executor.shutdown(wait=not self._unfinished)
 
-    def _submit(self, executor: ThreadPoolExecutor, name: str, call: _Call[Result]) -> "Future[None]":
+    async def _run(
+        self,
+        executor: ThreadPoolExecutor,
+        name: str,
+        work: Callable[[], Result],
+        left: "Callable[[Future[None]], None]",
+    ) -> Result:
+        """The result of work in a thread; `left` is called where the caller leaves while it runs."""
+        call = _Call(work)
         try:
             future: Future[None] = executor.submit(contextvars.copy_context().run, call.run)
         except RuntimeError as error:
             raise ClientClosed(f"{name!r} cannot run: its worker pool takes no more work ({error})") from error
         self._unfinished.add(future)
-        future.add_done_callback(self._unfinished.discard)
-        return future
+        try:
+            await asyncio.wrap_future(future)
+        except BaseException:
+            if not future.cancel() and not future.done():
+                left(future)
+            future.add_done_callback(self._unfinished.discard)
+            future.add_done_callback(lambda _: call.drop())
+            raise
+        self._unfinished.discard(future)
+        return call.take()

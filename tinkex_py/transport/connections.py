@@ -23,11 +23,16 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.threads import in_own_thread
 from tinkex_py.transport.proxies import DEFAULT_PORTS, ProxyAddress, proxy_for
 
+READ_WHOLE = "tinkex_read_whole"
+"""An extension of requests: the response is to be read before it is given, which costs less than a stream of it."""
+
 _LOGGER = logging.getLogger("tinkex_py")
 # Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
 # Unread bytes above this pause the socket.
 _READ_AHEAD = 1 << 20
+# Smaller writes wait for the read that follows them, so that head and body of a request are one packet.
+_WRITE_TOGETHER = 1 << 16
 # Seconds for each address of a host but its last one.
 _PATIENCE_PER_ADDRESS = 2.0
 
@@ -65,7 +70,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._tls: asyncio.Task[ssl.SSLContext] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Sends a request; the connection is kept until the response is closed.
+        """Sends a request; the connection is kept until the response is closed, or has been read as a whole.
 
         Raises:
             httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException: the exchange failed.
@@ -79,7 +84,13 @@ class SocketTransport(httpx.AsyncBaseTransport):
             self._discard(connection)
             raise
         body = _ResponseBody(response, functools.partial(self._give_back, connection))
-        return httpx.Response(response.status, headers=response.headers, stream=body)
+        if not request.extensions.get(READ_WHOLE):
+            return httpx.Response(response.status, headers=response.headers, stream=body)
+        try:
+            content = await response.aread()
+        finally:
+            await body.aclose()
+        return httpx.Response(response.status, headers=response.headers, content=content)
 
     async def aclose(self) -> None:
         """Closes idle connections now and every other one when its exchange is over; waits for all closings so far."""
@@ -223,6 +234,7 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         self.has_read_since_write = False
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._unwritten = bytearray()
         self._unread: deque[bytes] = deque()
         self._unread_size = 0
         self._ended = False
@@ -274,6 +286,8 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
             httpcore.ReadError: the connection broke.
         """
         self.has_read_since_write = True
+        if self._unwritten:
+            self._write_through()
         if not self._unread and not self._ended:
             self._arrival = self._loop.create_future()
             await self._arrival
@@ -289,7 +303,7 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        """Sends bytes.
+        """Sends bytes, small ones together with those behind them.
 
         Raises:
             httpcore.WriteError: the connection is over.
@@ -297,12 +311,18 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         if not buffer:
             return
         self.has_read_since_write = False
-        if self._transport is not None and not self._ended:
-            self._transport.write(buffer)
+        self._unwritten += buffer
+        if len(self._unwritten) > _WRITE_TOGETHER:
+            self._write_through()
             if self._drained is not None:
                 await self._drained
         if self._ended:
             raise httpcore.WriteError(str(self._error or "the peer has closed the connection"))
+
+    def _write_through(self) -> None:
+        unwritten, self._unwritten = self._unwritten, bytearray()
+        if self._transport is not None and not self._ended:
+            self._transport.write(unwritten)
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None

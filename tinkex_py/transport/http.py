@@ -14,7 +14,7 @@ from tinkex_py.errors import ClientClosed, ConnectionFailed, TimeoutExceeded
 from tinkex_py.limits import time_limit
 from tinkex_py.telemetry import Measurements, lifecycle, request_headers
 from tinkex_py.transport.adapters import ClientTransport
-from tinkex_py.transport.connections import SocketTransport
+from tinkex_py.transport.connections import READ_WHOLE, SocketTransport
 from tinkex_py.transport.failures import typed_failure
 from tinkex_py.transport.messages import (
     NO_HEADERS,
@@ -37,7 +37,7 @@ _MOST_REDIRECTS = 5
 _MOST_OF_AN_ERROR = 1 << 16
 # A header of fewer characters is no key, and leaving it out of messages would garble them.
 _SHORTEST_KEY = 8
-
+_CLOSED_MEANWHILE = "this client was closed while the request was under way"
 
 # A client asks few addresses many times, and httpx takes 0.1 ms to parse one.
 _frequent_url = lru_cache(maxsize=64)(httpx.URL)
@@ -97,6 +97,7 @@ class HttpClient:
         self._may_trace = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: set[asyncio.Timeout] = set()
+        self._under_way = 0
         self._elsewhere: set[HttpClient] = set()
         self._nothing_runs = asyncio.Event()
         self._nothing_runs.set()
@@ -133,7 +134,7 @@ class HttpClient:
         """
         name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
-            raw = await _bounded(self._whole(request, key, seconds), name, seconds, self._proxy)
+            raw = await self.bounded(self._whole(request, key, seconds), name, seconds)
             measurements |= {"status": raw.status_code, "bytes": len(raw.content)}
             secret = key.with_others(self._secret_headers)
             return Response(raw.status_code, dict(raw.headers.items()), raw.content, name, secret)
@@ -157,8 +158,8 @@ class HttpClient:
         name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
             sending = self._send(request, key, f"{self._root}/{request.path.lstrip('/')}", seconds)
-            raw = await _bounded(sending, name, seconds, self._proxy)
-            response = ResponseStream(raw, name, key.with_others(self._secret_headers), seconds)
+            raw = await self.bounded(sending, name, seconds)
+            response = ResponseStream(self, raw, name, key.with_others(self._secret_headers), seconds)
             try:
                 yield response
             finally:
@@ -237,23 +238,56 @@ class HttpClient:
 
     @asynccontextmanager
     async def _exchanging(self, request: Request, attempt: int) -> AsyncGenerator[Measurements]:
-        """One exchange: `aclose` ends it, it waits for its turn, and events tell of it."""
+        """One exchange: it waits for a connection, and events report it."""
         if self._closed or self._loop is not asyncio.get_running_loop():
             self._require_usable()
-        closed = ClientClosed("this client was closed while the request was under way")
         path = f"{self._base.path.rstrip('/')}/{request.path.partition('?')[0].lstrip('/')}"
         metadata = {"method": request.method, "path": path, "attempt": attempt}
-        async with time_limit(None, lambda: closed) as limit:
-            self._running.add(limit)
-            self._nothing_runs.clear()
-            try:
-                async with self._slots:
-                    with lifecycle("tinkex.http.request", metadata) as measurements:
-                        yield measurements
-            finally:
-                self._running.discard(limit)
-                if not self._running:
-                    self._nothing_runs.set()
+        self._under_way += 1
+        self._nothing_runs.clear()
+        try:
+            async with self._slots:
+                if self._closed:
+                    raise ClientClosed(_CLOSED_MEANWHILE)
+                with lifecycle("tinkex.http.request", metadata) as measurements:
+                    yield measurements
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._nothing_runs.set()
+
+    async def bounded(
+        self, work: Coroutine[Any, Any, Result], request: str, seconds: float, too_late: str | None = None
+    ) -> Result:
+        """Awaits a part of an exchange within a time; what fails in it becomes a typed error without a cause.
+
+        Args:
+            work: the part.
+            request: names the exchange in errors.
+            seconds: the time.
+            too_late: the message when it is over; default is that there was no response.
+
+        Raises:
+            ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
+        """
+
+        def expired() -> TimeoutExceeded | ClientClosed:
+            if self._closed:
+                return ClientClosed(_CLOSED_MEANWHILE)
+            return TimeoutExceeded(too_late or f"{request}: no response within {seconds:g} s")
+
+        try:
+            async with time_limit(seconds, expired) as limit:
+                self._running.add(limit)
+                try:
+                    return await work
+                finally:
+                    self._running.discard(limit)
+        except Exception as error:
+            failure = typed_failure(error, request, seconds, self._proxy)
+            if failure is None:
+                raise
+        raise failure
 
     async def _whole(self, request: Request, key: Secret, seconds: float) -> httpx.Response:
         """The complete response at the end of the redirections that the request may follow."""
@@ -281,7 +315,7 @@ class HttpClient:
                 httpx.URL(url) if "?" in url else _frequent_url(url),
                 headers={**traced, **self._headers, **request.headers, **authorized},
                 content=request.body(),
-                extensions={"timeout": timeouts},
+                extensions={"timeout": timeouts, READ_WHOLE: read},
             )
         )
         if read:
@@ -306,10 +340,11 @@ class ResponseStream:
         received: bytes of the body so far.
     """
 
-    def __init__(self, raw: httpx.Response, request: str, secret: Secret, seconds: float) -> None:
+    def __init__(self, client: "HttpClient", raw: httpx.Response, request: str, secret: Secret, seconds: float) -> None:
         self.status: int = raw.status_code
         self.headers: dict[str, str] = dict(raw.headers.items())
         self.received = 0
+        self._client = client
         self._raw = raw
         self._request = request
         self._secret = secret
@@ -330,7 +365,7 @@ class ResponseStream:
         """
         async with aclosing(cast("AsyncGenerator[bytes]", self._raw.aiter_raw())) as body:
             silent = f"{self._request}: nothing more came for {self._seconds:g} s"
-            while (piece := await _bounded(_next(body), self._request, self._seconds, None, silent)) is not None:
+            while (piece := await self._client.bounded(_next(body), self._request, self._seconds, silent)) is not None:
                 self.received += len(piece)
                 yield piece
         if self.length is not None and self.received != self.length:
@@ -349,22 +384,3 @@ class ResponseStream:
 
 async def _next(body: AsyncGenerator[bytes]) -> bytes | None:
     return await anext(body, None)
-
-
-async def _bounded(
-    work: Coroutine[Any, Any, Result],
-    request: str,
-    seconds: float,
-    proxy: ProxyAddress | None,
-    too_late: str | None = None,
-) -> Result:
-    """Awaits a part of an exchange within a time; what fails in it becomes a typed error without a cause."""
-    message = too_late or f"{request}: no response within {seconds:g} s"
-    try:
-        async with time_limit(seconds, lambda: TimeoutExceeded(message)):
-            return await work
-    except Exception as error:
-        failure = typed_failure(error, request, seconds, proxy)
-        if failure is None:
-            raise
-    raise failure
