@@ -4,6 +4,8 @@ import re
 
 from tests.docs.named_tests import problem_of
 from tests.docs.test_docs_run import ROOT
+from tinkex_py import RetryPolicy, TinkexConfig
+from tinkex_py.local import LocalOptions
 
 TABLES = ROOT / "docs" / "contributing" / "promises.md"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -33,3 +35,22 @@ def test_no_promise_is_there_twice():
 
 def test_the_page_for_users_has_no_names_of_tests():
     assert re.findall(r"\btest_\w+", PAGE.read_text(encoding="utf-8")) == []
+
+
+def test_the_page_for_users_says_the_defaults():
+    config, retry, local = TinkexConfig(api_key="tml-key"), RetryPolicy(), LocalOptions()
+    bounds = [
+        f"for up to {retry.deadline:g} s (`RetryPolicy.deadline`)",
+        f"doubles from {retry.initial_wait:g} s to {retry.max_wait:g} s",
+        f"One exchange takes at most {config.timeout:g} s",
+        f"A poll for a result takes at most {config.poll_timeout:g} s",
+        f"for up to {config.close_timeout:g} s (`close_timeout`)",
+        f"A heartbeat is sent every {config.heartbeat_interval:g} s",
+        f"at most {config.max_connections} connections for requests",
+        f"{config.max_polls} for polls",
+        f"{local.max_waiting_requests} requests, {local.max_waiting_bytes >> 30} GiB of bodies",
+        f"{local.max_waiting_samples} samples, {local.max_models} training models",
+        f"A body has at most {local.max_body_bytes >> 30} GiB",
+    ]
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert [bound for bound in bounds if bound not in text] == []

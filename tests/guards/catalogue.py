@@ -69,7 +69,6 @@ GUARDS = (
         "            self._turns.remove(turn)\n",
         "            self._turns.remove(turn)\n            self.next_number += not turn.happened\n",
         _LONG_NAME,
-        "soak/test_soak.py::test_a_short_soak_holds",
     ),
     guard(
         "No update runs on the gradients of a step that did not happen",
@@ -85,13 +84,6 @@ GUARDS = (
         "            self.break_behind(turn)\n            error.handed_over",
         "            error.handed_over",
         "client/test_ordering.py::test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists_what_was",
-    ),
-    guard(
-        "A gradient that was refused holds the update back",
-        "client/ordering.py",
-        "if refused and turn.happened and turn.kind is not Kind.READ:",
-        "if refused and turn.kind is None:",
-        "client/test_lost_answers.py::test_a_refused_backward_breaks_the_update_behind_it_and_is_not_sent_again",
     ),
     guard(
         "A number that may be lost ends its client in a typed error",
@@ -131,18 +123,11 @@ GUARDS = (
         "client/test_inside_a_step.py::test_anything_else_is_refused_at_once",
     ),
     guard(
-        "Terms of two steps of one client never overlap",
+        "Terms of a step start when the gradient of the step before it was accepted",
         "client/ordering.py",
         "while not self._ordering.may_start_terms(self):",
         "while self._ordering.lost:",
-        "client/test_overlap.py::test_the_terms_of_a_step_start_when_the_gradient_of_the_step_before_it_was_accepted",
-    ),
-    guard(
-        "Closing waits for what is in flight no longer than close_timeout",
-        "client/ordering.py",
-        "asyncio.wait(set(self._in_flight), timeout=timeout)",
-        "asyncio.wait(set(self._in_flight))",
-        "client/test_lost_answers.py::test_closing_waits_for_a_submission_in_flight_up_to_close_timeout",
+        "client/test_ordering.py::test_terms_wait_for_the_acceptance_of_a_gradient_whose_caller_has_left",
     ),
     # What the service holds
     guard(
@@ -151,14 +136,6 @@ GUARDS = (
         "return ChunkResult(start, stop, Effect.UNKNOWN, error=error)",
         "return ChunkResult(start, stop, Effect.MISSING, error=error)",
         "client/test_chunks_of_a_call.py::test_a_chunk_whose_result_is_lost_is_not_told_as_missing",
-    ),
-    guard(
-        "Chunks behind one that never arrived do not wait for ever",
-        "client/passes.py",
-        "async with time_limit(seconds, lambda: self._model.ordering.end_behind(",
-        "async with time_limit(None, lambda: self._model.ordering.end_behind(",
-        "client/test_chunks_of_a_call.py::"
-        "test_a_chunk_that_never_reached_the_service_does_not_keep_the_others_waiting_for_ever",
     ),
     guard(
         "Bytes under way are bounded, and batches that wait are not written yet",
@@ -175,13 +152,6 @@ GUARDS = (
         "return",
         "client/test_failed_steps.py::test_what_the_service_refused_does_not_change_what_is_accumulated",
     ),
-    guard(
-        "No optim_step divides by another number of datums than its gradients were scaled for",
-        "client/accumulation.py",
-        "if not wrong:",
-        "if not wrong or wrong:",
-        "client/test_surrogates.py::test_an_optimizer_step_on_another_number_of_datums_is_not_sent",
-    ),
     # Retries and deadlines
     guard(
         "A request without a usable response is sent again",
@@ -192,13 +162,6 @@ GUARDS = (
         "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[garbage bytes-F]",
     ),
     guard(
-        "Responses 408, 425, 429 and 500 and above are waited out",
-        "transport/api.py",
-        "return status in _RETRYABLE_CLIENT_ERRORS or status >= 500",
-        "return status not in _RETRYABLE_CLIENT_ERRORS and status < 400",
-        "client/test_lost_answers.py::test_a_passing_trouble_is_waited_out",
-    ),
-    guard(
         "409 is never sent again, whatever the service says",
         "transport/api.py",
         "if error.status == _CONFLICT:",
@@ -206,33 +169,11 @@ GUARDS = (
         "client/test_lost_answers.py::test_a_409_is_never_retried_even_when_told_to",
     ),
     guard(
-        "A status that leaves open whether a number arrived is no refusal",
-        "transport/api.py",
-        "if is_retryable_status(error.status):  # every",
-        "if error.status == -1:  # every",
-        "faults/test_bounds.py::test_a_fault_that_lasts_ends_the_call[status, before-B]",
-    ),
-    guard(
         "The deadline ends an attempt that stalls",
         "transport/api.py",
         "async with time_limit(attempts.seconds_left, too_late):",
         "async with time_limit(None, too_late):",
         "faults/test_bounds.py::test_the_deadline_ends_an_attempt_that_stalls",
-    ),
-    guard(
-        "No pause that ends after the deadline is begun",
-        "limits.py",
-        "or state.upcoming_sleep > self.seconds_left",
-        "or self.seconds_left < 0",
-        "faults/test_bounds.py::test_no_wait_that_the_service_asks_for_goes_beyond_the_deadline",
-    ),
-    guard(
-        "Pauses between attempts are random from nothing on (full jitter)",
-        "limits.py",
-        "return random.uniform(0.0, bound)",
-        "return bound",
-        "transport/test_api.py::test_full_jitter_spreads_over_the_whole_range",
-        "transport/test_futures.py::test_pauses_are_random_below_an_exponential_bound",
     ),
     guard(
         "A service cannot ask to be asked at network speed",
@@ -249,20 +190,6 @@ GUARDS = (
         "await asyncio.sleep(0)",
         "transport/test_futures.py::test_polling_never_spins",
     ),
-    guard(
-        "A service that holds polls for longer is not taken for a dead one",
-        "transport/api.py",
-        "if not await is_alive():",
-        "if is_alive is not None:",
-        "transport/test_futures.py::test_a_poll_that_takes_long_is_no_trouble_where_the_service_answers_otherwise",
-    ),
-    guard(
-        "A waiter for bytes that is cancelled lets those behind it pass",
-        "limits.py",
-        "                self._waiting.remove((count, turn))\n                self._admit()\n",
-        "                self._waiting.remove((count, turn))\n",
-        "transport/test_byte_budget.py::test_a_waiter_that_is_cancelled_lets_those_behind_it_pass",
-    ),
     # Connections
     guard(
         "A cancelled exchange closes its connection, and no half-used one is used again",
@@ -276,7 +203,8 @@ GUARDS = (
         "transport/connections.py",
         "if connection.ended_cleanly and not self._closed:",
         "if not self._closed:",
-        "transport/test_stream.py::test_a_storm_of_cancelled_streams_leaves_the_client_working",
+        "transport/test_stream.py::test_leaving_early_closes_what_is_half_read",
+        "transport/test_http_cancellation.py::test_random_trouble",
     ),
     guard(
         "Bytes behind a response are never taken for the next response",
@@ -291,7 +219,6 @@ GUARDS = (
         "asyncio.Semaphore(max_connections)",
         "asyncio.Semaphore(1000 * max_connections)",
         "transport/test_http_cancellation.py::test_two_hundred_exchanges_over_eight_connections",
-        "faults/test_many_clients.py::test_two_hundred_training_clients_on_one_loop",
     ),
     guard(
         "A client that is used on a second event loop says so",
@@ -302,25 +229,11 @@ GUARDS = (
         "faults/test_second_loop.py::test_a_second_loop_in_the_middle_of_a_step",
     ),
     guard(
-        "Closing ends exchanges under way, those that wait for a connection too",
-        "transport/http.py",
-        "limit.reschedule(self._loop.time())",
-        "limit.when()",
-        "transport/test_http_cancellation.py::test_closing_stops_what_runs_and_what_waits",
-    ),
-    guard(
         "The key goes only to the origin of base_url",
         "transport/http.py",
         "key if at_home else NO_SECRET",
         "key",
         "transport/test_stream.py::test_another_place_gets_neither_key_nor_headers",
-    ),
-    guard(
-        "A lost heartbeat is reported, and the next one is sent",
-        "client/session.py",
-        "            report_failure(type(error), error)\n            continue\n",
-        "            return\n",
-        "client/test_life_cycle.py::test_the_heartbeat_survives_failures_and_tells_them",
     ),
     # Terms and threads
     guard(
@@ -338,24 +251,10 @@ GUARDS = (
         "losses/test_threads.py::test_row_119_a_queued_sync_term_times_out_and_names_the_holders",
     ),
     guard(
-        "A TimeoutError that a term raises itself is an ordinary failure of it",
-        "limits.py",
-        "        if not scope.expired():\n            raise\n",
-        "",
-        "losses/test_outcomes.py::test_rule_6_a_timeout_error_of_the_term_is_an_ordinary_failure",
-    ),
-    guard(
-        "A term that swallows its cancellation ends after its grace",
-        "losses/grad_mode.py",
-        "if grace is not None and grace.is_over:",
-        "if grace is not None and grace is None:",
-        "losses/test_cancellation.py::test_rule_5_a_term_that_swallows_its_timeout_is_left_after_its_grace",
-    ),
-    guard(
-        "A term that writes into the shared logprobs fails the step, even where it may be skipped",
-        "losses/outcomes.py",
-        'self.term.on_error == "raise" or isinstance(self.error, InPlaceMutation)',
-        'self.term.on_error == "raise"',
+        "A term that writes into the shared logprobs fails the step",
+        "losses/logprobs.py",
+        "if not writers and self._unchanged():",
+        "if not writers:",
         "losses/test_leaves.py::test_rule_1_the_writer_is_named",
     ),
     # The embedded service, and what comes from others
@@ -376,39 +275,11 @@ GUARDS = (
         "security/test_atomic_checkpoints.py::test_killed_before_every_line_of_a_save",
     ),
     guard(
-        "Two clients never see each other's adapters",
-        "local/engine.py",
-        "        self._bank.activate(model.adapter)\n        model.touched = True\n        if request.forward_only:\n",
-        "        model.touched = True\n        if request.forward_only:\n",
-        "security/test_one_request_fails.py::test_two_clients_never_see_each_others_adapters",
-    ),
-    guard(
-        "The service listens to others only with a key",
-        "local/server.py",
-        "if options.api_key is None and not is_loopback(host):",
-        "if options.api_key is None and host is None:",
-        "security/test_access.py::test_anywhere_else_needs_a_key",
-    ),
-    guard(
-        "A body is counted as it is unpacked: a zstd bomb is refused",
-        "local/bodies.py",
-        "            check_size(size, limit)\n",
-        "",
-        "security/test_bodies.py::test_a_zstd_bomb_is_413_and_is_not_unpacked",
-    ),
-    guard(
         "Pickles are never opened",
         "local/engine.py",
         "return load(file.read_bytes())",
         'return torch.load(file.open("rb"), weights_only=False)',
         "security/test_foreign_code.py::test_a_pickle_in_the_place_of_a_checkpoint_is_refused",
-    ),
-    guard(
-        "Members of archives stay in their folder",
-        "client/archive.py",
-        "if _leads_out(name) or _leads_out(alike)",
-        "if _leads_out(alike) and not alike",
-        "security/test_paths.py::test_members_of_archives_stay_in_the_folder",
     ),
     guard(
         "The key shows nowhere when a service echoes it",
