@@ -10,7 +10,8 @@ MAX_JSON_PARTS = 5_000_000
 """Lists, objects and texts of one body: a few bytes of JSON become up to a hundred in memory."""
 # One step of unpacking cannot become more than this many times 128 KiB.
 _ZSTD_STEP = 1024
-_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+_TEXT = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_OTHERS = re.compile(r"[^][{}]++")
 
 
 def check_size(size: int, limit: int) -> None:
@@ -81,12 +82,11 @@ def check_structure(text: str) -> None:
         raise Refused(413, f"the body has more than {MAX_JSON_PARTS} lists, objects and texts")
     if containers <= MAX_JSON_DEPTH:
         return
-    depth = 0
-    for found in _STRUCTURE.finditer(text):
-        mark = found[0]
-        if mark in ("[", "{"):
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise Refused(400, f"the body is nested too deeply: at most {MAX_JSON_DEPTH} lists and objects")
-        elif mark in ("]", "}"):
-            depth -= 1
+    brackets = _OTHERS.sub("", _TEXT.sub("", text)).replace("{", "[").replace("}", "]")
+    # Each round takes the innermost level away. What has no partner stays, for the decoder to find.
+    levels = 0
+    while levels <= MAX_JSON_DEPTH and (outer := brackets.replace("[]", "")) != brackets:
+        brackets = outer
+        levels += 1
+    if levels + brackets.count("[") > MAX_JSON_DEPTH:
+        raise Refused(400, f"the body is nested too deeply: at most {MAX_JSON_DEPTH} lists and objects")
