@@ -1,7 +1,7 @@
 """Asyncio-first Python SDK for LLM training services that speak the Tinker API, with composable losses.
 
-Importing this package loads neither torch nor an HTTP library: each public name, listed in `__init__.pyi`,
-is loaded where it is first used.
+Importing this package loads neither torch nor an HTTP library: each public name, listed in `__init__.pyi`, is loaded
+at its first use.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false

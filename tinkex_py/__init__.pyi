@@ -1,4 +1,4 @@
-"""The public names. `__init__.py` loads each of them at its first use; type checkers read them here."""
+"""The public names, for type checkers; `__init__.py` loads each of them at its first use."""
 
 from . import telemetry as telemetry
 from .client import (

@@ -5,27 +5,27 @@
       InvalidData                          a datum, tensor or argument cannot be used
       MissingExtra                         an optional dependency is not installed
       TransportError
-        ConnectionFailed                   nobody answered
-        TimeoutExceeded                    somebody was too slow
-        InvalidResponse                    the answer could not be understood
-      APIStatusError                       the service answered with an error status
+        ConnectionFailed                   no connection, or it broke
+        TimeoutExceeded                    no response in time
+        InvalidResponse                    the response does not follow the protocol
+      APIStatusError                       the service returned an error status
         BadRequest Authentication BillingRequired PermissionDenied NotFound Conflict
         Unprocessable RateLimited ServerError
       RequestFailed                        the service accepted the work and then failed it
-        ResultLost                         the service does not know the request any more
+        ResultLost                         the service no longer has the result
         PartialFailure                     some chunks of a long call took effect and others did not
       ClientClosed                         the client was closed, or belongs to another event loop
-      UnsupportedFeature                   this service cannot do it
+      UnsupportedFeature                   the service does not support the feature
       PrecedingRequestFailed               an earlier request of the same client failed; nothing was sent
-      RequestInsideStep                    a term asked its own training client for something that must wait
+      RequestInsideStep                    a term called its own training client for more than a forward pass
       SequenceLost                         it is unknown whether a numbered request arrived
-      SurrogateMismatch                    the surrogate of a custom step cannot carry the gradient exactly
+      SurrogateMismatch                    gradients are scaled for another number of datums than the service holds
       PipelineError
         DuplicateRegularizerNames InvalidSpec InvalidBaseLoss
         RegularizerError
           RegularizerTimeout NonFiniteLoss InPlaceMutation InvalidTermResult
 
-All of them pickle with their fields. None of them ever stands in for a cancellation.
+All of them pickle with their fields. None of them replaces a cancellation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,11 +42,11 @@ def _restore(cls: type["TinkexError"], args: tuple[Any, ...], state: dict[str, A
 
 
 class TinkexError(Exception):
-    """Base of every error of this package.
+    """Base class of every error of this package.
 
-    `accumulated` is the number of backward passes that the training client has handed over since its last
-    optim_step: the wire cannot undo them, so a caller who repeats a failed step must not send those again
-    that the service took.
+    Attributes:
+        accumulated: number of backward passes that the training client has sent since its last optim_step. They
+            cannot be undone: to repeat a failed step, send only those that the service did not accept.
     """
 
     accumulated: int = 0
@@ -56,9 +56,9 @@ class TinkexError(Exception):
         if not self.accumulated:
             return message
         return (
-            f"{message} [{self.accumulated} backward pass(es) were handed over since the last optim_step. What the "
-            "service took of them stays there: send only the missing micro-batches again, or make a new client from "
-            "the last checkpoint]"
+            f"{message} [{self.accumulated} backward pass(es) were sent since the last optim_step, and the service "
+            "keeps those that it accepted: send only the missing micro-batches again, or create a new client from the "
+            "last checkpoint]"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,7 +66,7 @@ class TinkexError(Exception):
 
 
 class ConfigError(TinkexError, ValueError):
-    """A setting is missing, malformed or contradicts another one."""
+    """A setting is missing, malformed or contradicts another one; the message names it and its value."""
 
 
 class InvalidData(TinkexError, ValueError):
@@ -74,7 +74,12 @@ class InvalidData(TinkexError, ValueError):
 
 
 class MissingExtra(TinkexError, ImportError):
-    """An optional dependency is not installed; the message has the `pip install` line."""
+    """An optional dependency is not installed; the message contains the `pip install` command.
+
+    Attributes:
+        package: the missing package.
+        extra: the extra of this package that installs it.
+    """
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed. Run: pip install 'tinkex-py[{extra}]'")
@@ -83,37 +88,38 @@ class MissingExtra(TinkexError, ImportError):
 
 
 class TransportError(TinkexError):
-    """A request did not get a usable answer.
+    """A request got no usable response.
 
-    `attempts` is how often it was sent.
+    Attributes:
+        attempts: how often the request was sent.
     """
 
     attempts: int = 1
 
 
 class ConnectionFailed(TransportError, ConnectionError):
-    """No connection to the service, or it broke before the answer was complete."""
+    """The connection to the service failed, or broke before the response was complete."""
 
 
 class TimeoutExceeded(TransportError, TimeoutError):
-    """The service did not answer in time."""
+    """The service did not respond in time."""
 
 
 class InvalidResponse(TransportError):
-    """The service answered with something that is not part of the protocol."""
+    """The service returned something that is not part of the protocol."""
 
 
 class APIStatusError(TinkexError):
-    """The service answered with an error status.
+    """The service returned an error status.
 
     Attributes:
         status: HTTP status code.
-        code: error code from the body, if it had one.
-        request_id: the service's id of the request, if it told one.
+        code: error code in the body, or None.
+        request_id: the service's id of the request, or None.
         body: parsed JSON body, or its text.
-        retry_after: seconds the service asked to wait, if it did.
+        retry_after: seconds that the service asks to wait, or None.
         attempts: how often the request was sent.
-        should_retry: what the service says about sending it again (`x-should-retry`); None is nothing.
+        should_retry: the header `x-should-retry`; None if the response has none.
     """
 
     def __init__(
@@ -178,9 +184,10 @@ class RequestFailed(TinkexError):
     """The service accepted the work and then failed it.
 
     Attributes:
-        category: who is to blame according to the service: "user", "server" or "unknown".
-        request_id: the future that failed.
-        handed_over: sequence numbers of the same client that had been sent after it; they may still be executed.
+        category: who caused the failure, according to the service: "user", "server" or "unknown".
+        request_id: id of the future that failed.
+        handed_over: sequence numbers of later requests of the same client that were already sent; the service may
+            still execute them.
     """
 
     def __init__(
@@ -198,18 +205,18 @@ class RequestFailed(TinkexError):
 
 
 class ResultLost(RequestFailed):
-    """The service does not know the request any more (404 or 410 when asked for its result).
+    """The service no longer has the result of a request (404 or 410).
 
-    Whether it took effect is not known. A sample can be asked for again. A training client has an unknown state; way
-    out: `service.create_training_client_from_state(path, with_optimizer=True)`.
+    It is unknown whether the request took effect. A sample can be requested again. The state of a training client is
+    unknown: replace it with `service.create_training_client_from_state(path, with_optimizer=True)`.
     """
 
 
 class PartialFailure(RequestFailed):
     """Some chunks of one gradient call took effect, and others did not.
 
-    The service holds the gradients of the datums in `applied` until the next optim_step. Ways out: send the datums in
-    `missing` again, then step; or make a new client from the last checkpoint. `__cause__` is the first failure.
+    The service holds the gradients of the datums in `applied` until the next optim_step. Send the datums in `missing`
+    again before it, or create a new client from the last checkpoint. `__cause__` is the first failure.
 
     Attributes:
         applied: datums `[start, stop)` of the call whose gradients the service holds.
@@ -231,44 +238,49 @@ class PartialFailure(RequestFailed):
 
 
 class ClientClosed(TinkexError, RuntimeError):
-    """The client was closed, or is used on an event loop that it does not belong to."""
+    """The client is closed, or belongs to another event loop."""
 
 
 class UnsupportedFeature(TinkexError):
-    """This service or model cannot do what was asked."""
+    """This service or model does not support the requested feature."""
 
 
 class PrecedingRequestFailed(TinkexError):
-    """An earlier gradient or update of the same training client did not happen, so this request was not sent.
+    """An earlier gradient or update of the same training client did not take effect, so this request was not sent.
 
-    Nothing of it reached the service; it is safe to call again.
+    Nothing of it reached the service, so it is safe to repeat.
     """
 
 
 class RequestInsideStep(TinkexError, RuntimeError):
-    """A term asked its own training client for something that can only run after the step."""
+    """A term called its own training client for something that can only run after the step."""
 
 
 class SequenceLost(TinkexError):
-    """A numbered request stayed without an answer, or never reached the service, which now waits for it.
+    """A numbered request got no final response, or never reached the service, which still waits for it.
 
-    Way out: `service.create_training_client_from_state(path, with_optimizer=True)`.
+    The client cannot continue: replace it with
+    `service.create_training_client_from_state(path, with_optimizer=True)`.
     """
 
 
 class SurrogateMismatch(TinkexError):
-    """Gradients were scaled for another number of datums than the service will divide by; optim_step was not sent.
+    """Gradients were scaled for another number of datums than the service divides by; optim_step was not sent.
 
-    Ways out: send the missing datums with the same `sequences_per_step`; or make a new client from the last checkpoint.
+    Send the missing datums with the same `sequences_per_step`, or create a new client from the last checkpoint.
     """
 
 
 class PipelineError(TinkexError):
-    """Composing or evaluating a custom loss failed."""
+    """A custom loss could not be composed or evaluated."""
 
 
 class DuplicateRegularizerNames(PipelineError, ValueError):
-    """Two regularizers of one pipeline share a name."""
+    """Two regularizers of one pipeline share a name.
+
+    Attributes:
+        names: the names that occur more than once.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(f"Duplicate regularizer names: {list(names)}. Give each RegularizerSpec its own name=...")
@@ -276,7 +288,7 @@ class DuplicateRegularizerNames(PipelineError, ValueError):
 
 
 class InvalidSpec(PipelineError, ValueError):
-    """A RegularizerSpec or an option of a ready-made term cannot be used."""
+    """A RegularizerSpec or an option of a ready-made term is invalid."""
 
 
 class InvalidBaseLoss(PipelineError, TypeError):
@@ -284,7 +296,11 @@ class InvalidBaseLoss(PipelineError, TypeError):
 
 
 class RegularizerError(PipelineError):
-    """A term failed; `name` says which ("base_loss" for the base loss), `__cause__` holds its own exception."""
+    """A term failed; `__cause__` is its own exception.
+
+    Attributes:
+        name: name of the term; "base_loss" for the base loss.
+    """
 
     def __init__(self, message: str, *, name: str) -> None:
         super().__init__(message)
@@ -292,7 +308,11 @@ class RegularizerError(PipelineError):
 
 
 class RegularizerTimeout(RegularizerError, TimeoutError):
-    """A term did not end within its timeout (seconds)."""
+    """A term did not end within its timeout.
+
+    Attributes:
+        timeout: seconds.
+    """
 
     def __init__(self, message: str, *, name: str, timeout: float) -> None:
         super().__init__(message, name=name)
@@ -308,7 +328,7 @@ class InPlaceMutation(RegularizerError):
 
 
 class InvalidTermResult(RegularizerError, TypeError):
-    """A term returned something that is not a loss or `(loss, metrics)`."""
+    """A term returned neither a loss nor `(loss, metrics)`."""
 
 
 STATUS_ERRORS: Mapping[int, type[APIStatusError]] = {
@@ -324,7 +344,7 @@ STATUS_ERRORS: Mapping[int, type[APIStatusError]] = {
 
 
 def status_error_class(status: int) -> type[APIStatusError]:
-    """The class for an HTTP status; APIStatusError itself where no class fits better."""
+    """Returns the class for an HTTP status; APIStatusError if no other class fits."""
     if status >= 500:
         return ServerError
     return STATUS_ERRORS.get(status, APIStatusError)

@@ -1,4 +1,4 @@
-"""Small HTML tables for notebooks. Everything in them is escaped."""
+"""Small HTML tables for notebooks. All content is escaped."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +10,18 @@ _SHORT.maxother = _SHORT.maxstring = 80
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, below: str = "") -> str:
-    """A table with a title.
+    """Returns a table with a title.
 
     Args:
-        title: above it.
-        columns: their headings; a column without any value is left out.
-        rows: cells, one per column; None is empty, texts are shown as they are, numbers with five digits.
-        below: one line under it.
+        title: text above the table.
+        columns: headings; a column without any value is omitted.
+        rows: cells, one per column; None is empty, strings are shown unchanged, floats with five digits.
+        below: a line below the table.
     """
     cells = [list(row) for row in rows]
-    shown = [place for place in range(len(columns)) if any(row[place] is not None for row in cells)]
-    head = "".join(_cell("th", columns[place]) for place in shown)
-    body = "".join(f"<tr>{''.join(_cell('td', row[place]) for place in shown)}</tr>" for row in cells)
+    shown = [index for index in range(len(columns)) if any(row[index] is not None for row in cells)]
+    head = "".join(_cell("th", columns[index]) for index in shown)
+    body = "".join(f"<tr>{''.join(_cell('td', row[index]) for index in shown)}</tr>" for row in cells)
     note = f"<p>{escape(below)}</p>" if below else ""
     return (
         f"<div><p><strong>{escape(title)}</strong></p>"
@@ -30,12 +30,12 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def html_facts(title: str, facts: Mapping[str, object]) -> str:
-    """A table of names and values; what is None is left out."""
+    """Returns a table of names and values; values that are None are omitted."""
     return html_table(title, ("", "value"), [(name, value) for name, value in facts.items() if value is not None])
 
 
 def as_text(value: object) -> str:
-    """What a cell says."""
+    """Returns the text of a cell."""
     if value is None:
         return ""
     if isinstance(value, str):

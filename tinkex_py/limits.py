@@ -1,6 +1,6 @@
-"""Limits: of time, of attempts, of bytes under way, and of waiting for payment.
+"""Limits on time, attempts, bytes in flight, and waiting for payment.
 
-Requests, polls, downloads and terms share the one retry policy and the one way to bound a block in time.
+Requests, polls, downloads and terms share one retry policy and one time limit.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from tinkex_py.errors import APIStatusError, BillingRequired, ConfigError
 
 Result = TypeVar("Result")
 
-# Seconds. A service that asks for less, or for no pause at all, would be asked again at network speed.
+# Seconds. A shorter `retry-after` is ignored, because it would repeat the request at network speed.
 _LEAST_ASKED_FOR = 0.01
-# Seconds, as the protocol has them ("Billing (402)").
+# Seconds (protocol: "Billing (402)").
 BILLING_PAUSE = 5.0
 _LEAST_BILLING_PAUSE = 0.02
 _BILLING_REPORTED_EVERY = 60.0
@@ -29,7 +29,7 @@ _BILLING_FORGOTTEN_AFTER = 300.0
 
 
 def is_seconds(value: object) -> TypeGuard[int | float]:
-    """True for an int or float that a clock can count, infinity included: no bool, no NaN, no int beyond all floats."""
+    """Whether a value is a number of seconds, infinity included; False for bool, NaN and ints too large for a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -41,16 +41,16 @@ def is_seconds(value: object) -> TypeGuard[int | float]:
 
 @asynccontextmanager
 async def time_limit(seconds: float | None, expired: Callable[[], Exception]) -> AsyncGenerator[asyncio.Timeout]:
-    """Bounds a block; whatever ends it once this limit has expired becomes the limit's own error.
+    """Limits the time of a block. Once the limit has expired, any exception of the block is replaced by its error.
 
-    A TimeoutError of something inside, and a cancellation from outside, pass through unchanged.
+    Before that, exceptions pass through unchanged, also a TimeoutError of the block and a cancellation from outside.
 
     Args:
         seconds: from now; None and infinity set no limit.
-        expired: makes the error to raise.
+        expired: creates the error to raise.
 
     Yields:
-        The running limit, whose `reschedule` moves it.
+        The running limit; its `reschedule` moves it.
     """
     scope = asyncio.timeout(None if seconds is None or math.isinf(seconds) else seconds)
     try:
@@ -64,13 +64,13 @@ async def time_limit(seconds: float | None, expired: Callable[[], Exception]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How long to keep trying.
+    """How long and how often a request is repeated.
 
     Attributes:
-        deadline: seconds from the first attempt; bounds every attempt too, even one that stalls.
-        max_attempts: at most so many attempts; None for as many as the deadline allows.
-        initial_wait: the wait after the first attempt is random between 0 and this (seconds), then doubles.
-        max_wait: the random wait grows up to this (seconds).
+        deadline: seconds from the first attempt, > 0; also ends an attempt that stalls.
+        max_attempts: maximum number of attempts, >= 1; None is as many as the deadline allows.
+        initial_wait: upper bound (seconds) of the random wait after the first attempt; doubles with each attempt.
+        max_wait: largest upper bound (seconds) of a random wait.
 
     Raises:
         ConfigError: a value is out of range.
@@ -94,18 +94,18 @@ class RetryPolicy:
 
     @classmethod
     def none(cls) -> "RetryPolicy":
-        """One attempt, bounded by its own timeout only."""
+        """A single attempt, limited only by its own timeout."""
         return cls(deadline=math.inf, max_attempts=1)
 
 
 class Attempts:
-    """The attempts at one thing.
+    """The attempts of one request or other operation.
 
     Args:
-        policy: how long to keep trying.
+        policy: how long and how often to try.
 
     Attributes:
-        number: of the running attempt, from 1.
+        number: number of the running attempt, from 1.
     """
 
     def __init__(self, policy: RetryPolicy) -> None:
@@ -117,16 +117,16 @@ class Attempts:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline of the policy."""
+        """Seconds until the deadline of the policy."""
         return self._since + self._policy.deadline - self._loop.time()
 
     def progressed(self) -> None:
-        """Lets the policy's time, attempts and waits begin again."""
+        """Restarts the deadline, the attempts and the waits of the policy."""
         self._since = self._loop.time()
         self._failures = 0
 
     def pause_after(self, state: tenacity.RetryCallState) -> float:
-        """What the service asks for, else random below a bound that doubles with each failure (full jitter)."""
+        """Seconds to wait: the service's `retry-after`, else random below a bound that doubles (full jitter)."""
         self.number += 1
         self._failures += 1
         error = state.outcome.exception() if state.outcome is not None else None
@@ -137,7 +137,7 @@ class Attempts:
         return random.uniform(0.0, bound)  # noqa: S311  (spreads load, hides nothing)
 
     def are_over(self, state: tenacity.RetryCallState) -> bool:
-        """Whether there is no further attempt: no pause that ends after the deadline is begun."""
+        """Whether there is no further attempt; a wait that would end after the deadline does not start."""
         limit = self._policy.max_attempts
         return (limit is not None and self._failures >= limit) or state.upcoming_sleep > self.seconds_left
 
@@ -147,15 +147,15 @@ async def with_retries(
     attempt: Callable[[Attempts], Awaitable[Result]],
     is_worth_another: Callable[[BaseException], bool],
 ) -> Result:
-    """Tries until an attempt succeeds, fails for good, or the policy is exhausted; then raises its error unchanged.
+    """Repeats an operation until an attempt succeeds or the policy is exhausted; then raises the last error unchanged.
 
     Args:
-        policy: how long to keep trying.
-        attempt: does it once.
-        is_worth_another: whether another attempt may succeed after this error.
+        policy: how long and how often to try.
+        attempt: makes one attempt.
+        is_worth_another: whether another attempt may succeed after this error; if not, the error is raised at once.
     """
     attempts = Attempts(policy)
-    try:  # most first attempts succeed, and tenacity's own work costs a tenth of a request
+    try:  # most first attempts succeed, and tenacity costs a tenth of a request
         return await attempt(attempts)
     except Exception as error:
         if not is_worth_another(error):
@@ -177,9 +177,9 @@ async def with_retries(
 
 
 class ByteBudget:
-    """At most so many bytes at a time; more wait, in the order they came.
+    """Limits the bytes in flight. Waiters are served in order of arrival.
 
-    What is larger than the whole budget goes alone.
+    A request that is larger than the whole budget waits until nothing else is in flight.
 
     Args:
         limit: the budget in bytes.
@@ -192,12 +192,12 @@ class ByteBudget:
 
     @property
     def held(self) -> int:
-        """Bytes that are under way."""
+        """Bytes in flight."""
         return self._held
 
     @asynccontextmanager
     async def hold(self, count: int) -> AsyncGenerator[None]:
-        """Holds so many bytes of the budget while the block runs."""
+        """Holds `count` bytes of the budget while the block runs."""
         await self._take(count)
         try:
             yield
@@ -235,7 +235,7 @@ class ByteBudget:
 
 
 class BillingPause:
-    """The pauses of one connection; all its requests share the clock.
+    """Pauses the requests of one client while the service asks for payment (402); all of them share the clock.
 
     Args:
         longest: seconds after the first response 402 at which requests stop waiting; 0 never waits.
@@ -248,10 +248,10 @@ class BillingPause:
         self._reported = -math.inf
 
     async def around(self, send: Callable[[], Awaitable[Result]]) -> Result:
-        """Sends again as long as the service asks for payment and the pause may go on.
+        """Repeats a request while the service asks for payment.
 
         Raises:
-            BillingRequired: it went on for too long.
+            BillingRequired: the pause lasted longer than `longest`.
         """
         while True:
             try:
@@ -263,7 +263,7 @@ class BillingPause:
         """Waits before the next attempt.
 
         Raises:
-            BillingRequired: `error`, if the pause has lasted too long.
+            BillingRequired: `error`, if the pause lasted longer than `longest`.
         """
         now = asyncio.get_running_loop().time()
         if now - self._last > _BILLING_FORGOTTEN_AFTER:
@@ -274,5 +274,5 @@ class BillingPause:
         if now - self._reported >= _BILLING_REPORTED_EVERY:
             self._reported = now
             telemetry.emit("tinkex.billing.paused", {"paused": now - self._since}, {"request_id": error.request_id})
-        # A service that asks for no pause at all would be asked at network speed.
+        # Without a minimum, a service that asks for no pause would get requests at network speed.
         await asyncio.sleep(BILLING_PAUSE if not error.retry_after else max(error.retry_after, _LEAST_BILLING_PAUSE))

@@ -1,4 +1,4 @@
-"""An ASGI application behind a real socket, without touching what belongs to the whole process."""
+"""Serves an ASGI application on a socket without changing the process: no signal handlers, no output."""
 
 import asyncio
 import ipaddress
@@ -11,7 +11,7 @@ from tinkex_py.errors import ConfigError
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that address."""
+    """Whether an address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -21,27 +21,31 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on that address; port 0 takes a free one.
+    """Returns a bound socket.
+
+    Args:
+        host: name or address.
+        port: 0 chooses a free one.
 
     Raises:
         ConfigError: the address cannot be used.
     """
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}. Choose another host or port") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
+        listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}. Choose another host or port") from error
     return listener
 
 
 def address_of(listener: socket.socket) -> str:
-    """The base URL of a socket."""
+    """Returns the base URL of a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -54,13 +58,13 @@ async def serve_app(
     before_shutdown: Callable[[], None],
     lifespan: bool = False,
 ) -> None:
-    """Serve with uvicorn until cancelled. Prints nothing and leaves the process's signals alone.
+    """Serves with uvicorn until cancelled. Prints nothing and installs no signal handlers.
 
     Args:
         app: an ASGI application.
         listener: a bound socket, which the caller closes.
-        on_listening: called once when connections are accepted.
-        before_shutdown: ends the answers that would go on for ever; the shutdown waits for all others.
+        on_listening: called once, when connections are accepted.
+        before_shutdown: ends endless responses; the shutdown waits for all others.
         lifespan: whether the application gets lifespan events.
     """
     import uvicorn

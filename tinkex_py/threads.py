@@ -1,4 +1,4 @@
-"""Work off the event loop that is neither a term nor arithmetic: files, certificate stores, downloads by libraries."""
+"""Threads for blocking work other than terms and arithmetic: files, certificate stores, downloads by libraries."""
 
 import asyncio
 import contextvars
@@ -11,11 +11,14 @@ Result = TypeVar("Result")
 
 
 async def in_own_thread(name: str, work: Callable[[], Result]) -> Result:
-    """Runs work in a thread that ends with it. A cancelled caller leaves at once; the work goes on to its end.
+    """Runs a function in its own thread. Cancelling the caller returns at once; the function runs to its end.
 
     Args:
-        name: of the thread.
-        work: what to run.
+        name: name of the thread.
+        work: the function.
+
+    Returns:
+        The function's result.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
     try:
@@ -26,16 +29,16 @@ async def in_own_thread(name: str, work: Callable[[], Result]) -> Result:
 
 
 class Stopped(Exception):
-    """Ends file work whose caller was cancelled; never leaves this package."""
+    """Ends file work whose caller was cancelled; internal to this package."""
 
 
 class FileThread:
-    """Runs one piece of work at a time. A cancelled caller leaves when the work in hand has ended, not before.
+    """One thread for file work. A cancelled caller returns only when the running function has ended.
 
     Use it with `async with`.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
     """
 
     def __init__(self, name: str = "tinkex-files") -> None:
@@ -49,7 +52,7 @@ class FileThread:
         self._executor.shutdown(wait=True)
 
     def check(self) -> None:
-        """Called by long work, from the thread.
+        """Ends the function that calls it, from the thread, if the caller was cancelled.
 
         Raises:
             Stopped: the caller was cancelled.
@@ -58,7 +61,7 @@ class FileThread:
             raise Stopped
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Runs work in the thread."""
+        """Runs a function in the thread and returns its result."""
         future = asyncio.wrap_future(self._executor.submit(work))
         try:
             return await asyncio.shield(future)

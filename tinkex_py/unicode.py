@@ -1,8 +1,7 @@
-"""Texts that can be written everywhere.
+"""Replaces lone surrogates, so that strings can be written to files, terminals and sockets.
 
-JSON can escape half a character (a lone surrogate), which has no UTF-8 form: whatever writes one to a file, a terminal
-or a socket fails. It becomes U+FFFD, the character that stands for what cannot be read. It is never left out: what
-stood on both sides of it would become a text that nobody has checked.
+JSON can escape a lone surrogate (half of a UTF-16 pair), which UTF-8 cannot encode. It becomes U+FFFD, the replacement
+character. It is never removed: joining the text around it could form a string that passed no check.
 """
 
 import re
@@ -14,12 +13,12 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 
 def without_halves(text: str) -> str:
-    """The text with every half character replaced."""
+    """Returns the text with every lone surrogate replaced."""
     return text if text.isascii() else _HALVES.sub(REPLACED, text)
 
 
 def with_whole_texts(value: Any) -> Any:
-    """A JSON value with every half character in its texts and names replaced; tuples become lists, as in JSON."""
+    """Returns a JSON value with every lone surrogate in its strings and keys replaced; tuples become lists."""
     if isinstance(value, str):
         return without_halves(value)
     if isinstance(value, list | tuple):

@@ -227,5 +227,5 @@ def test_tokens_from_tensors_of_any_kind():
 
 
 def test_a_models_name_is_no_tokenizer():
-    with pytest.raises(InvalidData, match="tokenizer must have an encode method"):
+    with pytest.raises(InvalidData, match="tokenizer must be an object with encode"):
         ModelInput.from_text("some text", "utf-8")

@@ -87,7 +87,7 @@ def test_plain_lists_get_the_dtype_of_a_known_field(name: str, dtype: str):
 
 
 def test_target_tokens_must_be_whole():
-    with pytest.raises(InvalidData, match="whole"):
+    with pytest.raises(InvalidData, match="not integers"):
         TensorData.of([1.0, 2.5], name="target_tokens")
 
 
@@ -101,8 +101,8 @@ def test_target_tokens_must_be_whole():
         ({"data": [1], "dtype": "float64"}, "float64"),
         ({"data": [1j]}, "complex"),
         ({"data": [None]}, "object"),
-        ({"data": [1.5], "dtype": "int64"}, "whole"),
-        ({"data": [math.nan], "dtype": "int64"}, "whole"),
+        ({"data": [1.5], "dtype": "int64"}, "not integers"),
+        ({"data": [math.nan], "dtype": "int64"}, "not integers"),
         ({"data": [1.0], "sparse_crow_indices": [0, 1]}, "both"),
     ],
 )
@@ -163,9 +163,9 @@ def test_other_sparse_layouts_are_dense_or_refused():
     ("changes", "message"),
     [
         ({"sparse_crow_indices": [0, 1, 3]}, "row pointers"),
-        ({"sparse_crow_indices": [0, 2, 1, 3]}, "rise"),
-        ({"sparse_crow_indices": [1, 1, 1, 3]}, "rise"),
-        ({"sparse_crow_indices": [0, 1, 1, 2]}, "rise"),
+        ({"sparse_crow_indices": [0, 2, 1, 3]}, "increase"),
+        ({"sparse_crow_indices": [1, 1, 1, 3]}, "increase"),
+        ({"sparse_crow_indices": [0, 1, 1, 2]}, "increase"),
         ({"sparse_col_indices": [1, 0]}, "columns"),
         ({"sparse_col_indices": [1, 0, 3]}, "3"),
         ({"sparse_col_indices": [-1, 0, 2]}, "-1"),

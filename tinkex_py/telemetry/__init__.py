@@ -1,10 +1,10 @@
-"""What happens inside, observable from outside.
+"""Telemetry events.
 
-Every unit of work emits one start event and then exactly one stop or exception event. `attach` hands events
-to a function, `attach_logger` writes them as log lines; a process that asked for neither, and configured
-neither structlog nor logging, sees nothing.
+Every unit of work emits one start event and then exactly one stop or exception event. `attach` calls a function for
+each event, `attach_logger` writes each event as a log line. Without either, and without a configuration of structlog
+or logging, nothing is written.
 
-Events belong to the thread of the event loop: call `emit` and `lifecycle` there only.
+Events are emitted on the thread of the event loop: call `emit` and `lifecycle` only there.
 """
 
 from tinkex_py.telemetry.events import Event, Measurement, Measurements, events

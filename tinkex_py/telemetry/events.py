@@ -1,4 +1,4 @@
-"""The events: their names, their level in logs, and the value a handler receives."""
+"""The events: their names, their log levels, and the value that a handler receives."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -44,13 +44,13 @@ EVENT_LEVELS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened.
+    """One event.
 
     Attributes:
         name: one of `events()`.
         measurements: numbers. `system_time` is Unix time in seconds, `duration` is in seconds and monotonic;
             None means "not measured".
-        metadata: what the event is about. Failures carry `reason`, the class name of the error.
+        metadata: names and ids of the work. For failures, `reason` is the class name of the error.
         exception: the error itself, for exception events.
         unit: number of the unit of work, the same at its start and its end; None for an event without a lifecycle.
     """
@@ -58,25 +58,25 @@ class Event:
     name: str
     measurements: Mapping[str, Any]
     metadata: Mapping[str, Any]
-    # Not shown: its text may be that of a term of the user's.
+    # Not shown, because its message may come from a user's term.
     exception: BaseException | None = field(default=None, repr=False)
     unit: int | None = None
 
 
 def events() -> tuple[str, ...]:
-    """The names of all events, each lifecycle in the order start, stop, exception."""
+    """Returns the names of all events, each lifecycle in the order start, stop, exception."""
     return tuple(EVENT_LEVELS)
 
 
 def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
-    """The event names that one pattern, several patterns, or None (all) stand for.
+    """Returns the event names that match a pattern, one of several patterns, or None (all).
 
     Args:
-        patterns: event names; `*` stands for any characters, dots too.
+        patterns: event names; `*` matches any characters, including dots.
 
     Raises:
-        TypeError: a pattern is no text.
-        ValueError: a pattern matches no event, or there is no pattern at all.
+        TypeError: a pattern is not a string.
+        ValueError: a pattern matches no event, or there is no pattern.
     """
     if patterns is None:
         return frozenset(EVENT_LEVELS)
@@ -84,11 +84,11 @@ def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
     several = isinstance(patterns, Iterable) and not isinstance(patterns, str)  # pyright: ignore[reportUnnecessaryIsInstance]
     for pattern in patterns if several else (patterns,):
         if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"events must be names of events, got {pattern!r}")
+            raise TypeError(f"events must be event names or patterns, got {pattern!r}")
         matched = {name for name in EVENT_LEVELS if fnmatchcase(name, pattern)}
         if not matched:
             raise ValueError(f"no event matches {pattern!r}; the events are: {', '.join(events())}")
         chosen |= matched
     if not chosen:
-        raise ValueError("events is empty: name at least one event, or leave it out to receive all of them")
+        raise ValueError("events is empty: pass at least one event name, or omit events to receive all of them")
     return frozenset(chosen)

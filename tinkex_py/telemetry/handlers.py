@@ -1,4 +1,4 @@
-"""The process-wide list of handlers, `emit`, which calls them, and `lifecycle`, which emits a start and its end."""
+"""The process-wide list of handlers, `emit`, which calls them, and `lifecycle`, which emits start and end events."""
 
 import asyncio
 import functools
@@ -37,9 +37,9 @@ class _Attachment:
 
 
 class _Attachments:
-    """The handlers of this process, in the order they were attached.
+    """The handlers of this process, in the order in which they were attached.
 
-    Writers swap in a new tuple under the lock, so a reader always sees one whole list.
+    Writers replace the tuple under the lock, so readers need no lock.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class _Attachments:
             if handler_id is None:
                 handler_id = next(name for name in map("handler-{}".format, self._numbers) if name not in taken)
             elif handler_id in taken:
-                raise ValueError(f"handler id {handler_id!r} is in use; detach it first or choose another id")
+                raise ValueError(f"handler_id {handler_id!r} is in use: detach it first, or choose another id")
             added = _Attachment(handler_id, handler, names, is_logger, request_headers)
             self.current = (*self.current, added)
             return handler_id
@@ -79,7 +79,7 @@ class _Attachments:
             return len(self.current) < before
 
 
-# Metadata that an end does not repeat from its start, as the table of events has it.
+# Metadata of start events that is omitted at the end, as documented in the table of events.
 _LEFT_OUT_AT_STOP: Mapping[str, frozenset[str]] = {"tinkex.custom_loss": frozenset({"track_grad_norms"})}
 _LEFT_OUT_AT_EXCEPTION: Mapping[str, frozenset[str]] = {
     "tinkex.custom_loss": frozenset({"regularizer_count", "track_grad_norms"}),
@@ -97,49 +97,49 @@ def attach(
     handler_id: str | None = None,
     request_headers: RequestHeaders | None = None,
 ) -> str:
-    """Call a function for every event.
+    """Calls a function for every event.
 
     Args:
-        handler: called with each `Event`, on the thread of the event loop; it should be quick. One that raises
-            is detached with a warning.
+        handler: called with each `Event`, on the thread of the event loop; it should be quick. If it raises, it is
+            detached with a warning.
         events: one name, several, patterns such as `"tinkex.regularizer.*"`, or None for all events.
-        handler_id: a name of your own for `detach`; None makes one.
-        request_headers: called inside every HTTP exchange with the service, after its start event; what it returns is
-            sent along, such as the W3C trace context. It cannot replace a header that is sent anyway.
+        handler_id: id for `detach`; None generates one.
+        request_headers: called inside every HTTP exchange with the service, after its start event. The headers that it
+            returns, such as the W3C trace context, are sent with the request; they cannot replace other headers.
 
     Returns:
         The handler's id.
 
     Raises:
         TypeError: the handler is not callable, or is a coroutine function.
-        ValueError: no event has that name, or the id is in use.
+        ValueError: no event matches, or the id is in use.
     """
     _require_plain_function(handler)
     return _ATTACHMENTS.add(handler, matching_events(events), handler_id, request_headers=request_headers)
 
 
 def attach_logger(*, level: str = "info", handler_id: str | None = None) -> str:
-    """Log every event as one line, until detached.
+    """Logs every event as one line, until detached.
 
-    The lines go through structlog if the host configured it, else through the stdlib logger "tinkex_py"; if the
-    host configured no logging at all they appear on stderr.
+    The lines go to structlog if it is configured, else to the stdlib logger "tinkex_py"; if no logging is configured,
+    they go to stderr.
 
     Args:
         level: level of the lines: "debug", "info", "warning", "error" or "critical".
-        handler_id: a name of your own for `detach`; None makes one.
+        handler_id: id for `detach`; None generates one.
 
     Returns:
         The handler's id.
 
     Raises:
-        ValueError: no such level, or the id is in use.
+        ValueError: the level is unknown, or the id is in use.
     """
     log = functools.partial(_log_event, level=parse_level(level), asked_for=True)
     return _ATTACHMENTS.add(log, matching_events(None), handler_id, is_logger=True)
 
 
 def detach(handler_id: str) -> bool:
-    """Stop calling a handler; False if no handler has this id."""
+    """Detaches a handler; returns False if no handler has this id."""
     return _ATTACHMENTS.remove_id(handler_id)
 
 
@@ -151,13 +151,13 @@ def emit(
     *,
     unit: int | None = None,
 ) -> None:
-    """Tell everyone who listens that something happened. Call it on the thread of the event loop only.
+    """Sends an event to the handlers and the log. Call it on the thread of the event loop only.
 
     Args:
         name: one of `events()`.
         measurements: numbers, times in seconds.
-        metadata: what the event is about; no keys, tokens or text of prompts.
-        exception: the error, for exception events. It is handed to handlers and never logged.
+        metadata: names and ids of the work; no keys, tokens or prompt text.
+        exception: the error, for exception events. Handlers receive it; it is never logged.
         unit: number of the unit of work that starts or ends.
 
     Raises:
@@ -178,7 +178,7 @@ def emit(
 
 
 def failure_reason(error: BaseException) -> str:
-    """The class name that tells why something failed; for a failed term, the class of its own exception."""
+    """Returns the class name of an error; for a failed term, the class name of its own exception."""
     if type(error) is RegularizerError and error.__cause__ is not None:
         return type(error.__cause__).__name__
     return type(error).__name__
@@ -186,16 +186,16 @@ def failure_reason(error: BaseException) -> str:
 
 @contextmanager
 def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurements, None, None]:
-    """Emit `<prefix>.start` now, and `<prefix>.stop` or `<prefix>.exception` at the end of the block.
+    """Emits `<prefix>.start` now, and `<prefix>.stop` or `<prefix>.exception` at the end of the block.
 
-    A plain `with`, also around awaits. A cancellation is an exception event with the reason "CancelledError".
+    Use a plain `with`, also around awaits. A cancellation is an exception event with the reason "CancelledError".
 
     Args:
-        prefix: the event's name without its last part, e.g. "tinkex.http.request".
-        metadata: what the work is about.
+        prefix: the event's name without its last part, for example "tinkex.http.request".
+        metadata: names and ids of the work.
 
     Yields:
-        The measurements of the stop event, to be filled by the block; `duration` (seconds) is added.
+        The measurements of the stop event, which the block fills; `duration` (seconds) is added.
 
     Raises:
         ValueError: no event has this prefix.
@@ -218,11 +218,11 @@ def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurement
 
 
 def request_headers() -> dict[str, str]:
-    """The headers that handlers want sent with the HTTP request that is about to be made, names in lower case."""
+    """Returns the headers that handlers add to the next HTTP request, names in lower case."""
     headers: dict[str, str] = {}
     for attachment in _ATTACHMENTS.current:
         if attachment.request_headers is not None:
-            headers |= _guarded(attachment, "the headers of a request", attachment.request_headers, _checked) or {}
+            headers |= _guarded(attachment, "request_headers", attachment.request_headers, _checked) or {}
     return {name.lower(): value for name, value in headers.items()} if headers else headers
 
 
@@ -234,18 +234,18 @@ def _kept(metadata: Mapping[str, Any], left_out: Mapping[str, frozenset[str]], p
 def _checked(headers: Mapping[str, str]) -> Mapping[str, str]:
     for name, value in headers.items():
         if not (name.isascii() and value.isascii() and f"{name}{value}".isprintable()) or set(name) & set(" :"):
-            raise ValueError("request_headers returned something that no header can carry")
+            raise ValueError("request_headers returned an invalid header")
     return headers
 
 
 def _require_plain_function(handler: object) -> None:
     if not callable(handler):
-        raise TypeError(f"a telemetry handler must be callable, not {type(handler).__name__}")
+        raise TypeError(f"a telemetry handler must be callable, got a {type(handler).__name__}")
     for function in (handler, getattr(handler, "__call__", None)):  # noqa: B004  (an object with async __call__)
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
-                "a telemetry handler must be a plain function: nobody awaits it. "
-                "Put the event into an asyncio.Queue and await it elsewhere."
+                "a telemetry handler must be a plain function, because it is not awaited, got a coroutine function: "
+                "put the event into an asyncio.Queue and await it elsewhere"
             )
 
 
@@ -256,14 +256,14 @@ def _call(attachment: _Attachment, event: Event) -> None:
 def _guarded(
     attachment: _Attachment, on: str, call: Callable[[], Given], check: Callable[[Given], Checked]
 ) -> Checked | None:
-    """What the host's code returns, checked; if it fails it is detached with a warning."""
+    """Calls a function of an attachment and checks its result; if it fails, detaches the attachment with a warning."""
     try:
         return check(call())
-    # A handler that reads a cancelled asyncio.Future raises CancelledError; that is no cancellation of this task.
-    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (the host's code must not break training)
+    # A handler that reads a cancelled asyncio.Future raises CancelledError, which does not cancel this task.
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (a handler must not break training)
         _ATTACHMENTS.remove(attachment)
         fields = {"handler_id": attachment.handler_id, "on": on, "reason": type(error).__name__}
-        # Whoever attached it wants to know that it is gone, so this line is heard in any case.
+        # `asked_for`: written even without a logging configuration, because the handler receives nothing any more.
         write_line(
             "telemetry handler failed and was detached",
             {**fields, "raised_at": _raised_at(error)},
@@ -276,7 +276,7 @@ def _guarded(
 def _unawaited(result: object) -> None:
     if inspect.iscoroutine(result):
         result.close()
-        raise TypeError("the handler returned a coroutine, which nobody awaits")
+        raise TypeError("the handler returned a coroutine, which is not awaited")
 
 
 def _raised_at(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Log lines: through structlog where the host configured it, else through the stdlib logger "tinkex_py"."""
+"""Log lines, written to structlog if it is configured, else to the stdlib logger "tinkex_py"."""
 
 import logging
 import sys
@@ -23,15 +23,15 @@ _LEVEL_NAMES = {
 _LEVELS = {name: level for level, name in _LEVEL_NAMES.items()}
 _STDERR_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
 _COMPARED = ("wrapper_class", "logger_factory", "context_class")
-# What structlog does unasked; None where the host configured it before this package was imported.
+# The default configuration of structlog; None if it was configured before this package was imported.
 _DEFAULT_CONFIGURATION: dict[str, Any] | None = None if structlog.is_configured() else structlog.get_config()
 
 
 def parse_level(level: str) -> int:
-    """The number of a level name.
+    """Returns the number of a level name.
 
     Raises:
-        ValueError: no such level.
+        ValueError: the level is unknown.
     """
     number = _LEVELS.get(level.lower()) if isinstance(level, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if number is None:
@@ -40,10 +40,10 @@ def parse_level(level: str) -> int:
 
 
 def structlog_is_configured() -> bool:
-    """Whether the host configured structlog.
+    """Whether the process has configured structlog.
 
-    `structlog.is_configured()` alone is not enough: it stays true after `capture_logs()`, and then the default
-    processors would print even debug lines to stdout.
+    `structlog.is_configured()` stays true after `capture_logs()`; then the default processors would print even debug
+    lines to stdout.
     """
     if not structlog.is_configured():
         return False
@@ -57,7 +57,7 @@ def structlog_is_configured() -> bool:
 
 
 def _looks_like_the_defaults(configuration: Mapping[str, Any]) -> bool:
-    """Whether it is structlog's own configuration, as its documentation describes it ("Configuration")."""
+    """Whether a configuration is structlog's default, as its documentation describes it ("Configuration")."""
     default_processors = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -76,7 +76,7 @@ def _looks_like_the_defaults(configuration: Mapping[str, Any]) -> bool:
 
 
 def logging_is_configured() -> bool:
-    """Whether a line of our logger would reach any handler of the host."""
+    """Whether any handler of the process would receive a line of our logger."""
     logger: logging.Logger | None = LOGGER
     while logger is not None:
         if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
@@ -86,19 +86,19 @@ def logging_is_configured() -> bool:
 
 
 def would_write(level: int) -> bool:
-    """Whether `write_line` does anything with a line of this level that nobody asked for."""
+    """Whether `write_line` writes a line of this level without `asked_for`."""
     return (structlog.is_configured() and structlog_is_configured()) or LOGGER.isEnabledFor(level)
 
 
 def write_line(event: str, fields: Mapping[str, Any], level: int, *, asked_for: bool = False) -> None:
-    """Write one log line: the event and flat key-values.
+    """Writes one log line: the event and flat key-values.
 
     Args:
-        event: what happened.
-        fields: what is told about it; never keys, tokens or text of prompts.
+        event: the event.
+        fields: its details; never keys, tokens or prompt text.
         level: a stdlib log level.
-        asked_for: the host asked for exactly this line. It is then heard even where no logging was configured
-            (on stderr), and where the root logger's level would leave it out.
+        asked_for: the user requested this line: write it even if no logging is configured (to stderr), or if the root
+            logger's level would drop it.
     """
     if structlog_is_configured():
         _write_to_structlog(event, fields, level)
@@ -112,8 +112,8 @@ def _write_to_structlog(event: str, fields: Mapping[str, Any], level: int) -> No
     method = _LEVEL_NAMES[level]
     try:
         getattr(structlog.get_logger(LOGGER.name), method)(event, **with_whole_texts(dict(fields)))
-    except Exception as error:  # noqa: BLE001  (the host's processors: a broken log must not break training)
-        LOGGER.warning("the structlog configuration failed on %s: %s", event, type(error).__name__)
+    except Exception as error:  # noqa: BLE001  (processors of the process: a broken log must not break training)
+        LOGGER.warning("structlog failed to log %s (%s): check its configuration", event, type(error).__name__)
 
 
 def _write_aloud(event: str, fields: Mapping[str, Any], level: int) -> None:
@@ -127,5 +127,5 @@ def _write_aloud(event: str, fields: Mapping[str, Any], level: int) -> None:
 
 
 def _text(event: str, fields: Mapping[str, Any]) -> str:
-    # A term may be named with half a character, which no file and no terminal takes.
+    # The name of a term may contain a lone surrogate, which files and terminals cannot encode.
     return without_halves(" ".join([event, *(f"{key}={value}" for key, value in fields.items())]))

@@ -1,4 +1,4 @@
-"""Values that cross the wire or the public boundary."""
+"""Values of the public API and of the wire format."""
 
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.datum import Datum, EncodedTextChunk, Encoder, ModelInput, Tokenizer

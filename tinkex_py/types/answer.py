@@ -1,4 +1,4 @@
-"""What all answers have in common: frozen, and deaf to fields they do not know."""
+"""Base class of parsed responses."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -9,7 +9,7 @@ from tinkex_py.errors import InvalidResponse
 
 
 class Answer(BaseModel):
-    """A parsed answer: frozen, and deaf to fields it does not know."""
+    """A parsed response: frozen; unknown fields are ignored."""
 
     model_config = ConfigDict(
         frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings"
@@ -17,15 +17,17 @@ class Answer(BaseModel):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
-        """Reads what a service answered.
+        """Parses the fields of a response.
 
         Raises:
-            InvalidResponse: naming the fields that do not fit.
+            InvalidResponse: fields are missing or invalid; the message names them.
         """
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            places = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
-        # Raised out here, because pydantic's own error holds the answer.
-        where = ", ".join(sorted(filter(None, places)))
-        raise InvalidResponse(f"the service's answer is no {cls.__name__}" + (f": see {where}" if where else ""))
+            invalid = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
+        # Raised outside of the except block, because pydantic's error contains the response.
+        names = ", ".join(sorted(filter(None, invalid)))
+        raise InvalidResponse(
+            f"the service returned an invalid {cls.__name__}" + (f"; missing or invalid: {names}" if names else "")
+        )

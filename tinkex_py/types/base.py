@@ -1,4 +1,4 @@
-"""What all wire types have in common: frozen, and loud in this package's own words."""
+"""Base class of the values that users create: frozen; validation errors are raised as InvalidData."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from tinkex_py.errors import InvalidData
 
 
 class WireModel(BaseModel):
-    """A frozen value with the wire's names.
+    """A frozen value whose fields have the names of the wire format.
 
     Raises:
-        InvalidData: on construction, naming the field and, where it is a plain number, the value.
+        InvalidData: a field is invalid; the message names it and, if it is a number, its value.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
@@ -23,7 +23,7 @@ class WireModel(BaseModel):
             return
         except ValidationError as error:
             problems = _describe(error)
-        # Raised out here, because pydantic's own error holds what was given, which may be a prompt.
+        # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")
 
 

@@ -1,4 +1,4 @@
-"""Addresses of checkpoints: `tinker://{training run}/{kind}/{name}`."""
+"""Checkpoint paths: `tinker://{training run}/{kind}/{name}`."""
 
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -14,15 +14,16 @@ _KINDS = ("weights", "sampler_weights", "external_weights")
 
 @dataclass(frozen=True)
 class CheckpointPath:
-    """The parts of a checkpoint's address.
+    """The parts of a checkpoint path.
 
     Args:
-        run_id: the training run, which is also the id of its model.
+        run_id: id of the training run, which is also the id of its model.
         kind: "weights" (with the optimizer's state), "sampler_weights" or "external_weights".
-        name: what it was saved as.
+        name: name under which the checkpoint was saved.
 
     Raises:
-        InvalidData: a part is empty, is "." or "..", or has a slash or a control character; or the kind is unknown.
+        InvalidData: a part is empty, is "." or "..", or contains a slash or a control character; or the kind is
+            unknown.
     """
 
     run_id: str
@@ -33,14 +34,14 @@ class CheckpointPath:
         for part in (self.run_id, self.kind, self.name):
             check_segment("a part of a checkpoint path", part)
         if self.kind not in _KINDS:
-            raise InvalidData(f"{self.kind!r} is not a kind of checkpoint: there are {', '.join(_KINDS)}")
+            raise InvalidData(f"the kind of a checkpoint must be one of {', '.join(_KINDS)}, got {self.kind!r}")
 
     @classmethod
     def parse(cls, path: str) -> "CheckpointPath":
-        """Reads an address. SkyRL's addresses of sampler weights leave the kind out.
+        """Parses a path. SkyRL's paths of sampler weights omit the kind.
 
         Raises:
-            InvalidData: it does not have the form `tinker://{training run}/{kind}/{name}`.
+            InvalidData: the path does not have the form `tinker://{training run}/{kind}/{name}`.
         """
         parts = path.removeprefix(_SCHEME).split("/") if isinstance(path, str) and path.startswith(_SCHEME) else []  # pyright: ignore[reportUnnecessaryIsInstance]
         if len(parts) == 2 and parts[1] not in _KINDS:
@@ -51,7 +52,7 @@ class CheckpointPath:
 
     @property
     def checkpoint_id(self) -> str:
-        """Kind and name, as services list them."""
+        """Kind and name, such as "weights/step-100", as in the listings of services."""
         return f"{self.kind}/{self.name}"
 
     def __str__(self) -> str:
@@ -59,10 +60,10 @@ class CheckpointPath:
 
 
 def check_address(path: object) -> str:
-    """An address whose form is the service's own business, such as hatchery's `tinker://{run}/checkpoints/{name}`.
+    """Checks a path in any service's form, such as hatchery's `tinker://{run}/checkpoints/{name}`, and returns it.
 
     Raises:
-        InvalidData: it is no address of a checkpoint in any form.
+        InvalidData: it is not a checkpoint path in any form.
     """
     parts = path.removeprefix(_SCHEME).split("/") if isinstance(path, str) and path.startswith(_SCHEME) else []
     if len(parts) < 2:
@@ -73,16 +74,22 @@ def check_address(path: object) -> str:
 
 
 def check_segment(what: str, text: object) -> str:
-    """A text that can be one segment of a URL's path.
+    """Checks that a value can be one segment of a URL's path, and returns it.
+
+    Args:
+        what: what the value is, for the message.
+        text: the value.
 
     Raises:
         InvalidData: it cannot.
     """
     if not isinstance(text, str) or not text or text in (".", "..") or "/" in text or not text.isprintable():
-        raise InvalidData(f"{text!r} cannot be {what}: it must be a text without slashes and control characters")
+        raise InvalidData(
+            f"{text!r} cannot be {what}: it must be a non-empty string without slashes and control characters"
+        )
     return text
 
 
 def url_segment(text: str) -> str:
-    """A segment as it stands in a URL; colons stay as they are, because services do not decode them."""
+    """Returns a segment quoted for a URL; colons stay unquoted, because services do not decode them."""
     return quote(text, safe=":@!$&'()*+,;=~-._")

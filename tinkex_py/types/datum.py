@@ -1,4 +1,4 @@
-"""One training example, and what a model reads: a sequence of chunks, today of text tokens."""
+"""Training examples, and the model input: a sequence of chunks of text tokens."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,27 +13,27 @@ from tinkex_py.types.tensors import Array, TensorData, TensorInput, without_torc
 
 
 class Encoder(Protocol):
-    """Anything that turns text into token ids, such as a Hugging Face tokenizer."""
+    """An object that encodes text as token ids, such as a Hugging Face tokenizer."""
 
     def encode(self, text: str, /) -> Sequence[int]:
-        """Token ids of a text."""
+        """Returns the token ids of a text."""
         ...
 
 
 class Tokenizer(Protocol):
-    """What `get_tokenizer` gives: text to token ids and back."""
+    """A tokenizer, as returned by `get_tokenizer`: encodes text as token ids and decodes them."""
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
+        """Id of the token that ends a text."""
         ...
 
     def encode(self, text: str, /) -> list[int]:
-        """Token ids of a text."""
+        """Returns the token ids of a text."""
         ...
 
     def decode(self, token_ids: Sequence[int], /) -> str:
-        """Text of token ids."""
+        """Returns the text of token ids."""
         ...
 
 
@@ -41,7 +41,7 @@ class EncodedTextChunk(WireModel):
     """Text as token ids.
 
     Args:
-        tokens: ids, each in `[0, 2**31)`; kept as one read-only int32 buffer.
+        tokens: ids, each in `[0, 2**31)`; stored as one read-only int32 buffer.
     """
 
     type: Literal["encoded_text"] = "encoded_text"
@@ -55,12 +55,12 @@ class EncodedTextChunk(WireModel):
     def _pack(cls, tokens: Any) -> Array:
         array = np.asarray(without_torch(tokens))
         if array.ndim != 1:
-            raise InvalidData(f"tokens must be one flat sequence, got shape {array.shape}")
+            raise InvalidData(f"tokens must be a flat sequence, got shape {array.shape}")
         if array.size and array.dtype.kind not in "iu":
             raise InvalidData(f"tokens must be integers, got dtype {array.dtype}")
         wrong = array[(array < 0) | (array >= 2**31)] if array.size else array
         if wrong.size:
-            raise InvalidData(f"token ids must lie in [0, 2**31), got {wrong[0]}")
+            raise InvalidData(f"token ids must be in [0, 2**31), got {wrong[0]}")
         packed = np.array(array, dtype="<i4", order="C", copy=True)
         packed.flags.writeable = False
         return packed
@@ -75,7 +75,7 @@ class EncodedTextChunk(WireModel):
         return int(self.tokens.size)
 
     def __eq__(self, other: object) -> bool:
-        """Equal tokens."""
+        """Whether the tokens are equal."""
         return isinstance(other, EncodedTextChunk) and np.array_equal(self.tokens, other.tokens)
 
     def __hash__(self) -> int:
@@ -83,58 +83,66 @@ class EncodedTextChunk(WireModel):
         return hash(self.tokens.tobytes())
 
     def __repr__(self) -> str:
-        """The length only: the tokens are a user's text."""
+        """Shows the length only, because the tokens are a user's text."""
         return f"EncodedTextChunk(length={self.length})"
 
     __str__ = __repr__
 
 
 class ModelInput(WireModel):
-    """The chunks the model reads, in order."""
+    """The chunks that the model reads, in order."""
 
     chunks: tuple[EncodedTextChunk, ...] = ()
 
     @classmethod
     def empty(cls) -> "ModelInput":
-        """No chunks yet; see `append`."""
+        """Returns an input without chunks; see `append`."""
         return cls()
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int] | Array) -> "ModelInput":
-        """One text chunk from token ids."""
+        """Returns an input of one text chunk, from token ids."""
         return cls(chunks=(EncodedTextChunk(tokens=tokens),))
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Encoder) -> "ModelInput":
-        """One text chunk; `tokenizer` is any object with `encode`, for one `await training.get_tokenizer()`."""
-        # A str has an `encode` too, and a model's name is what is easily given instead of its tokenizer.
+        """Returns an input of one text chunk, from text.
+
+        Args:
+            text: the text.
+            tokenizer: any object with `encode`, for example `await training.get_tokenizer()`.
+        """
+        # A str has an `encode` too, and a model's name is easily passed instead of its tokenizer.
         if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
-            raise InvalidData(f"tokenizer must have an encode method for texts, got a {type(tokenizer).__name__}")
+            raise InvalidData(
+                f"tokenizer must be an object with encode(text), got a {type(tokenizer).__name__}: pass a tokenizer, "
+                "for example await training.get_tokenizer()"
+            )
         return cls.from_ints(list(tokenizer.encode(text)))
 
     def append(self, chunk: EncodedTextChunk) -> "ModelInput":
-        """A new input with one more chunk at the end."""
+        """Returns a new input with one more chunk at the end."""
         return ModelInput(chunks=(*self.chunks, chunk))
 
     def append_int(self, token: int) -> "ModelInput":
-        """A new input with one more token at the end."""
+        """Returns a new input with one more token at the end."""
         return self.append(EncodedTextChunk(tokens=[token]))
 
     @cached_property
     def length(self) -> int:
-        """Number of tokens over all chunks."""
+        """Number of tokens in all chunks."""
         return sum(chunk.length for chunk in self.chunks)
 
     def to_ints(self) -> list[int]:
-        """All token ids in order."""
+        """Returns all token ids in order."""
         return [token for chunk in self.chunks for token in cast("list[int]", chunk.tokens.tolist())]
 
 
 class Datum(WireModel):
-    """One training example: what the model reads, and what the loss needs.
+    """One training example: the input of the model and the inputs of the loss.
 
-    Position `i` of every loss input belongs to the prediction made at input position `i`: for a token
-    sequence `s`, `model_input` holds `s[:-1]` and `target_tokens` holds `s[1:]`.
+    Position `i` of every loss input belongs to the prediction at input position `i`: for a token sequence `s`,
+    `model_input` contains `s[:-1]` and `target_tokens` contains `s[1:]`.
 
     Args:
         model_input: `N` tokens.
@@ -156,7 +164,7 @@ class Datum(WireModel):
         packed: dict[str, TensorData] = {}
         for name, value in cast("Mapping[object, Any]", inputs).items():
             if not isinstance(name, str) or not name.isprintable():
-                raise InvalidData(f"the names of loss_fn_inputs must be printable texts, got {name!r}")
+                raise InvalidData(f"the names of loss_fn_inputs must be printable strings, got {name!r}")
             try:
                 packed[name] = TensorData.of(value, name=name)
             except InvalidData as error:
@@ -165,10 +173,14 @@ class Datum(WireModel):
 
 
 def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
-    """Shape of a datum's `target_tokens`.
+    """Returns the shape of a datum's `target_tokens`.
+
+    Args:
+        datum: the datum.
+        index: its index in the call, for messages.
 
     Raises:
-        InvalidData: there are none, or they are neither `[T]` nor `[T, K]`.
+        InvalidData: there are no targets, or they are neither `[T]` nor `[T, K]`.
     """
     if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")

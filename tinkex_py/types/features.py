@@ -1,4 +1,4 @@
-"""What a client found out about a service."""
+"""Features of a service, as a client detected them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ServiceFeatures:
-    """How a service wants to be spoken to.
+    """Features of a service.
 
     Attributes:
-        wire: "protobuf" or "json", the form in which it reads passes over data.
-        uploaded_losses: whether it takes losses that run on the service.
+        wire: "protobuf" or "json", the encoding that it accepts for passes over data.
+        uploaded_losses: whether it accepts custom losses that run on the service.
     """
 
     wire: Literal["protobuf", "json"]

@@ -1,4 +1,4 @@
-"""What the service answers, still packed."""
+"""Results of training requests, with packed tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ _CAPABILITIES: Mapping[Ability, str] = {"train": "training", "sample": "sampling
 
 
 class PackedTensor:
-    """One output field of many datums, laid end to end in datum order.
+    """One output field of many datums, concatenated in datum order.
 
     Args:
         values: flat buffer, `[sum of all elements]`, or its parts in order.
-        offsets: element offsets, `[datums + 1]`; datum `i` owns `values[offsets[i]:offsets[i + 1]]`.
-        trailing_shapes: for each datum the shape behind its leading dimension: `()` for `[T]`, `(K,)` for `[T, K]`.
+        offsets: element offsets, `[datums + 1]`; datum `i` is `values[offsets[i]:offsets[i + 1]]`.
+        trailing_shapes: the shape of each datum after its first dimension: `()` for `[T]`, `(K,)` for `[T, K]`.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class PackedTensor:
 
     @property
     def values(self) -> Array:
-        """The flat buffer. Parts are put together at the first use: most results are never looked at."""
+        """The flat buffer. Parts are concatenated at the first use, because most results are never read."""
         if len(self.parts) > 1:
             self.parts = (np.concatenate(self.parts),)
         return self.parts[0]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the values."""
+        """Dtype of the values."""
         return np.result_type(*self.parts)
 
     @cached_property
@@ -59,16 +59,16 @@ class PackedTensor:
         ]
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """Shape of one datum's slice."""
+        """Returns the shape of one datum's slice."""
         return self.shapes[index]
 
     def datum(self, index: int) -> Array:
-        """One datum's slice in its shape; a view of the packed buffer."""
+        """Returns one datum's slice in its shape; a view of the packed buffer."""
         return self.values[self.offsets[index] : self.offsets[index + 1]].reshape(self.shape(index))
 
     @classmethod
     def join(cls, parts: "Sequence[PackedTensor]") -> "PackedTensor":
-        """The same field of several chunks, in chunk order."""
+        """Concatenates the same field of several chunks, in chunk order."""
         if len(parts) == 1:
             return parts[0]
         offsets = [np.zeros(1, np.int64)]
@@ -84,7 +84,7 @@ class PackedTensor:
 
     @classmethod
     def empty(cls, num_datums: int) -> "PackedTensor":
-        """A field that none of the datums has."""
+        """Returns a field that none of the datums has."""
         return cls(np.zeros(0, np.float32), np.zeros(num_datums + 1, np.int64), [()] * num_datums)
 
     @classmethod
@@ -99,7 +99,13 @@ class PackedTensor:
 class ForwardBackwardOutput(Answer):
     """Result of forward or forward_backward.
 
-    `packed` holds every output field over all datums; `loss_fn_outputs` gives the same numbers datum by datum.
+    `packed` contains every output field of all datums; `loss_fn_outputs` returns the same numbers datum by datum.
+
+    Attributes:
+        loss_fn_output_type: the service's name of the output type.
+        metrics: metrics of the service, such as `loss:sum`.
+        num_datums: number of datums.
+        packed: output fields by name.
     """
 
     loss_fn_output_type: str = "ArrayRecord"
@@ -109,14 +115,14 @@ class ForwardBackwardOutput(Answer):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
-        """Reads the JSON form, which has no packed fields of its own; raises like `Answer.read`."""
+        """Parses the JSON form, which has no packed fields; raises like `Answer.read`."""
         if "loss_fn_outputs" not in fields:
-            raise InvalidResponse(f"the service's answer is no {cls.__name__}: it has no loss_fn_outputs")
+            raise InvalidResponse(f"the service returned an invalid {cls.__name__}; missing: loss_fn_outputs")
         return super().read({name: value for name, value in fields.items() if name not in ("packed", "num_datums")})
 
     @cached_property
     def loss_fn_outputs(self) -> list[dict[str, TensorData]]:
-        """One dict of tensors per datum, as the official SDK has it; built at the first use."""
+        """One dict of tensors per datum, as in the official SDK; built at the first use."""
         return [
             {name: TensorData.from_numpy(field.datum(index)) for name, field in self.packed.items()}
             for index in range(self.num_datums)
@@ -152,7 +158,7 @@ class ForwardBackwardOutput(Answer):
         }
 
     def __eq__(self, other: object) -> bool:
-        """Equal type, metrics and outputs."""
+        """Whether type, metrics and outputs are equal."""
         return (
             isinstance(other, ForwardBackwardOutput)
             and self.loss_fn_output_type == other.loss_fn_output_type
@@ -163,7 +169,7 @@ class ForwardBackwardOutput(Answer):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
-        """Names and counts, no numbers of the user's data."""
+        """Shows names and counts, but no numbers of the user's data."""
         return (
             f"ForwardBackwardOutput(num_datums={self.num_datums}, fields={list(self.packed)}, metrics={self.metrics})"
         )
@@ -179,24 +185,24 @@ def _listed(value: object) -> list[object]:
 
 def _row(row: object) -> dict[str, TensorData]:
     if not isinstance(row, Mapping):
-        raise ValueError("loss_fn_outputs must hold objects")
+        raise ValueError("loss_fn_outputs must contain objects")
     return {name: read_tensor(value, name=name) for name, value in cast("Mapping[str, object]", row).items()}
 
 
 class OptimStepResponse(Answer):
-    """Result of optim_step; names of the metrics are the service's own."""
+    """Result of optim_step; the service chooses the names of the metrics."""
 
     metrics: dict[str, float] | None = None
 
 
 class SaveWeightsResponse(Answer):
-    """Where a checkpoint was saved, as `tinker://run/kind/name`."""
+    """Path of a saved checkpoint, as `tinker://run/kind/name`."""
 
     path: str
 
 
 class SaveWeightsForSamplerResponse(Answer):
-    """A named save answers `path`, an unnamed one a ready sampling session."""
+    """Result of a save for sampling: `path` if the save has a name, else a sampling session."""
 
     path: str | None = None
     sampling_session_id: str | None = None
@@ -205,7 +211,7 @@ class SaveWeightsForSamplerResponse(Answer):
 class SupportedModel(Answer):
     """One model of a service.
 
-    `capabilities` is how TuFT says what others say in `trainable` and `sampleable`; `can` reads both.
+    TuFT reports in `capabilities` what other services report in `trainable` and `sampleable`; `can` reads both.
     """
 
     model_name: str | None = None
@@ -215,10 +221,10 @@ class SupportedModel(Answer):
     capabilities: tuple[str, ...] | None = None
 
     def can(self, ability: Ability) -> bool | None:
-        """Whether the service trains this model, or samples from it; None if it does not say."""
-        told = self.trainable if ability == "train" else self.sampleable
-        if told is not None or self.capabilities is None:
-            return told
+        """Whether the service can train this model, or sample from it; None if it does not report this."""
+        reported = self.trainable if ability == "train" else self.sampleable
+        if reported is not None or self.capabilities is None:
+            return reported
         return _CAPABILITIES[ability] in self.capabilities
 
     @field_validator("capabilities", mode="before")
@@ -229,7 +235,7 @@ class SupportedModel(Answer):
 
 
 class ServerCapabilities(Answer):
-    """What a service offers."""
+    """The models of a service."""
 
     supported_models: tuple[SupportedModel, ...] = ()
 
@@ -243,7 +249,7 @@ class ModelData(Answer):
 
 
 class GetInfoResponse(Answer):
-    """What a training client trains."""
+    """The model of a training client."""
 
     model_id: str
     model_data: ModelData
@@ -253,7 +259,7 @@ class GetInfoResponse(Answer):
 
 
 class WeightsInfo(Answer):
-    """What a checkpoint holds."""
+    """The base model and the adapters of a checkpoint."""
 
     base_model: str
     is_lora: bool = True

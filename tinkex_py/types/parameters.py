@@ -1,4 +1,4 @@
-"""Settings that travel with a request."""
+"""Parameters of requests: adapters, optimizers, sampling."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
@@ -16,7 +16,7 @@ _NEWER_FIELDS = frozenset({"weight_decay", "grad_clip_norm"})
 
 
 class LoraConfig(WireModel):
-    """Which low-rank adapters a training client gets.
+    """The low-rank adapters of a training client.
 
     Args:
         rank: inner dimension, >= 1.
@@ -24,6 +24,9 @@ class LoraConfig(WireModel):
         train_unembed: adapt the output layer.
         train_mlp: adapt the feed-forward layers.
         train_attn: adapt the attention layers.
+
+    Raises:
+        InvalidData: a value is out of range, or no layer is adapted.
     """
 
     rank: int = Field(default=32, ge=1)
@@ -35,7 +38,7 @@ class LoraConfig(WireModel):
     @model_validator(mode="after")
     def _trains_something(self) -> Self:
         if not (self.train_unembed or self.train_mlp or self.train_attn):
-            raise InvalidData("at least one of train_unembed, train_mlp, train_attn must be true")
+            raise InvalidData("at least one of train_unembed, train_mlp, train_attn must be True")
         return self
 
 
@@ -43,12 +46,15 @@ class AdamParams(WireModel):
     """One AdamW step (decoupled weight decay: Loshchilov and Hutter, arXiv:1711.05101).
 
     Args:
-        learning_rate: step size.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
-        grad_clip_norm: largest global gradient norm; 0 switches clipping off.
+        learning_rate: step size, >= 0.
+        beta1: decay of the first moment, in `[0, 1)`.
+        beta2: decay of the second moment, in `[0, 1)`.
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        grad_clip_norm: largest global gradient norm, >= 0; 0 disables clipping.
+
+    Raises:
+        InvalidData: a value is out of range.
     """
 
     learning_rate: NonNegative = 1e-4
@@ -59,21 +65,24 @@ class AdamParams(WireModel):
     grad_clip_norm: NonNegative = 0.0
 
     def on_the_wire(self) -> dict[str, Any]:
-        """As it is sent: what is switched off is left out, since strict older services do not know it."""
+        """Returns the fields to send; disabled ones are omitted, because strict older services reject them."""
         fields = self.model_dump()
         return {name: value for name, value in fields.items() if value or name not in _NEWER_FIELDS}
 
 
 class OptimizerParams(WireModel):
-    """One step of an optimizer other than AdamW, for a model that was made with it.
+    """One step of an optimizer other than AdamW, for a model that was created with it.
 
-    Every family has fields of its own, which are sent as they are: `OptimizerParams(type="dimuon",
-    learning_rate=1e-3, beta1=0.9)`.
+    Each family has its own fields, which are sent unchanged: `OptimizerParams(type="dimuon", learning_rate=1e-3,
+    beta1=0.9)`.
 
     Args:
         type: name of the family, as in the `optimizer_config` of the model.
-        learning_rate: step size.
-        grad_clip_norm: largest global gradient norm; 0 switches clipping off.
+        learning_rate: step size, >= 0.
+        grad_clip_norm: largest global gradient norm, >= 0; 0 disables clipping.
+
+    Raises:
+        InvalidData: a value is out of range.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -83,20 +92,23 @@ class OptimizerParams(WireModel):
     grad_clip_norm: NonNegative = 0.0
 
     def on_the_wire(self) -> dict[str, Any]:
-        """As it is sent."""
+        """Returns the fields to send."""
         return self.model_dump()
 
 
 class SamplingParams(WireModel):
-    """How to draw tokens.
+    """How to sample tokens.
 
     Args:
-        max_tokens: most tokens to draw; None is the service's limit.
-        seed: makes the draw repeatable.
-        stop: None stops at the model's end token, `[]` never stops early; else a text, texts or token ids.
-        temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; -1 switches it off.
-        top_p: only the likeliest tokens that hold this much probability.
+        max_tokens: maximum number of tokens, >= 1; None is the service's limit.
+        seed: makes the samples reproducible.
+        stop: stop string, stop strings or token ids; None stops at the model's end token, `[]` never stops early.
+        temperature: >= 0; 0 is greedy.
+        top_k: sample from the k most likely tokens only; -1 disables it.
+        top_p: sample from the most likely tokens with this total probability only, in `(0, 1]`.
+
+    Raises:
+        InvalidData: a value is out of range.
     """
 
     max_tokens: int | None = Field(default=None, ge=1)

@@ -1,4 +1,4 @@
-"""What a service says about requests that it has not begun."""
+"""The queue state that services report for pending requests."""
 
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -9,13 +9,13 @@ _KNOWN = ("active", "paused_capacity", "paused_rate_limit")
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """Whether the service works on a client's requests.
+    """Whether the service processes a client's requests.
 
     Attributes:
-        state: "active", "paused_capacity" (it is full), "paused_rate_limit" (the account's limit), or "unknown" for
-            a state that this version does not know.
-        reason: the service's own words, if it gave any.
-        since: Unix time in seconds at which this was heard first.
+        state: "active", "paused_capacity" (the service is full), "paused_rate_limit" (the account's limit), or
+            "unknown" for a state that this version does not support.
+        reason: the service's explanation, or None.
+        since: Unix time in seconds at which this state was first reported.
         source: model id of the training client, or id of the sampling session.
     """
 
@@ -25,6 +25,6 @@ class QueueState:
     source: str
 
 
-def queue_state_name(told: object) -> QueueStateName:
-    """The state that a service tells; "unknown" for what this version does not know."""
-    return cast("QueueStateName", told) if told in _KNOWN else "unknown"
+def queue_state_name(reported: object) -> QueueStateName:
+    """Returns the state that a service reports; "unknown" for one that this version does not support."""
+    return cast("QueueStateName", reported) if reported in _KNOWN else "unknown"

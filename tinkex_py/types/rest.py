@@ -1,4 +1,4 @@
-"""What services tell about training runs, checkpoints and sessions."""
+"""Training runs, checkpoints and sessions, as services report them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ def _in_utc(moment: datetime) -> datetime:
 
 
 Moment = Annotated[datetime, AfterValidator(_in_utc)]
-"""A time with its zone; where a service tells none it is UTC."""
+"""A time with its zone; UTC if the service reports none."""
 
 Metadata = Mapping[str, Any]
 AccessScope = Literal["owned", "accessible"]
 
 
 class Cursor(Answer):
-    """Which part of a listing a page is."""
+    """The position of a page in a listing."""
 
     offset: int
     limit: int
@@ -33,14 +33,14 @@ class Checkpoint(Answer):
     """One checkpoint in a listing.
 
     Attributes:
-        checkpoint_id: kind and name, such as "weights/step-100"; some services give the name alone.
+        checkpoint_id: kind and name, such as "weights/step-100"; some services return the name only.
         checkpoint_type: "training", "sampler" or "external".
         time: when it was saved.
-        tinker_path: its address, for every call that takes one.
-        size_bytes: bytes of its files.
-        public: whether others may use it.
-        user_metadata: labels it was saved with.
-        expires_at: when the service will delete it; None is never.
+        tinker_path: its path, for calls with a `path` argument.
+        size_bytes: size of its files.
+        public: whether other users can use it.
+        user_metadata: labels set when it was saved.
+        expires_at: when the service deletes it; None is never.
     """
 
     checkpoint_id: str
@@ -54,20 +54,20 @@ class Checkpoint(Answer):
 
 
 class CheckpointsPage(Answer):
-    """One page of checkpoints; `cursor` is None where the service gives all at once."""
+    """One page of checkpoints; `cursor` is None if the service returns all of them at once."""
 
     checkpoints: tuple[Checkpoint, ...]
     cursor: Cursor | None = None
 
 
 class CopiedCheckpoint(Answer):
-    """Where a copy of a checkpoint is."""
+    """Path of a copied checkpoint."""
 
     tinker_path: str
 
 
 class TrainingRun(Answer):
-    """One training run, which is one training client's model."""
+    """One training run: the model of one training client."""
 
     training_run_id: str
     base_model: str
@@ -95,7 +95,7 @@ class SessionsPage(Answer):
 
 
 class Session(Answer):
-    """What belongs to one session."""
+    """The training runs and samplers of one session."""
 
     training_run_ids: tuple[str, ...] = ()
     sampler_ids: tuple[str, ...] = ()
@@ -104,14 +104,14 @@ class Session(Answer):
 
 
 class SessionStatus(Answer):
-    """How a session stands.
+    """Status of a session.
 
     Attributes:
         type: "active", "client_finished", "cancelled" or "failed".
         reason: for "client_finished" `{"type": "success" | "errored" | "interrupted"}`; for "failed" what failed.
-        detail: more about it, in words.
-        category: for "failed" who is to blame: "user" or "internal".
-        message: for "failed" what happened.
+        detail: further explanation.
+        category: for "failed", who caused the failure: "user" or "internal".
+        message: for "failed", the error message.
     """
 
     type: str
@@ -122,7 +122,7 @@ class SessionStatus(Answer):
 
 
 class SessionSummary(Answer):
-    """One session in the result of a search."""
+    """One session in a search result."""
 
     session_id: str
     created_at: Moment
@@ -137,15 +137,15 @@ class SessionSummary(Answer):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionQuery:
-    """What sessions to look for; all that is given must fit.
+    """A search for sessions. A session must match all criteria that are set.
 
     Attributes:
-        session_id: this session; with `display_name`, one of the two is enough.
-        display_name: words that the display name has, in any case.
-        user_metadata: labels that the session was made with.
-        project_ids: it is in one of these projects.
-        statuses: it stands in one of these ways: "active", "client_finished", "cancelled", "failed".
-        access_scope: "owned", or "accessible" for those of others too.
+        session_id: id of the session; if `display_name` is set too, matching one of the two is enough.
+        display_name: words of the display name, ignoring case.
+        user_metadata: labels of the session.
+        project_ids: projects, one of which contains the session.
+        statuses: possible statuses: "active", "client_finished", "cancelled", "failed".
+        access_scope: "owned", or "accessible" to include sessions of other users.
     """
 
     session_id: str | None = None
@@ -156,7 +156,7 @@ class SessionQuery:
     access_scope: AccessScope = "owned"
 
     def fields(self) -> dict[str, Any]:
-        """The query as services read it."""
+        """Returns the fields to send."""
         fields = {
             "session_id": self.session_id,
             "display_name": self.display_name,
@@ -169,7 +169,7 @@ class SessionQuery:
 
 
 class SessionSearchCursor(Answer):
-    """Where the next page of a search begins."""
+    """The position of the next page of a search."""
 
     last_created_at: Moment
     last_session_id: str
@@ -183,7 +183,7 @@ class SessionSearchPage(Answer):
 
 
 class Sampler(Answer):
-    """What a sampling session draws from; `model_path` is None for a base model or a snapshot without a name."""
+    """The model of a sampling session; `model_path` is None for a base model or an unnamed snapshot."""
 
     sampler_id: str
     base_model: str
@@ -191,14 +191,14 @@ class Sampler(Answer):
 
 
 class ArchiveUrl(Answer):
-    """Where a checkpoint's archive can be downloaded without a key, and until when."""
+    """URL of a checkpoint's archive, which needs no key, and its expiry."""
 
     url: str
     expires: Moment | None = None
 
 
 class ExternalWeightsUrls(Answer):
-    """Where each file of external weights can be downloaded without a key: file name to address."""
+    """URLs of the files of external weights by file name, which need no key, and their expiry."""
 
     urls: Mapping[str, str]
     expires: Moment | None = None
@@ -206,11 +206,11 @@ class ExternalWeightsUrls(Answer):
 
 @dataclass(frozen=True)
 class DownloadProgress:
-    """How far a download is.
+    """Progress of a download.
 
     Attributes:
-        received_bytes: bytes of the archive on disk, with those of an earlier attempt.
-        total_bytes: bytes of the whole archive; None if the service does not tell.
+        received_bytes: bytes of the archive on disk, including those of earlier attempts.
+        total_bytes: bytes of the whole archive; None if unknown.
     """
 
     received_bytes: int

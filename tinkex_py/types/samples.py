@@ -1,4 +1,4 @@
-"""What sampling answers."""
+"""Results of sampling."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -9,20 +9,20 @@ from tinkex_py.types.answer import Answer
 from tinkex_py.types.tensors import TensorData, read_tensor
 
 TopLogprobs = list[list[tuple[int, float]] | None]
-"""One row per position: (token id, logprob) of the likeliest tokens, or None where there is nothing."""
+"""One row per position: (token id, logprob) of the most likely tokens, or None if the position has none."""
 
 Tensor = Annotated[TensorData, BeforeValidator(read_tensor)]
 
 
 class SampledSequence(Answer):
-    """One drawn sequence.
+    """One sampled sequence.
 
     Attributes:
-        tokens: drawn token ids.
-        logprobs: log-probability of each drawn token, if the service tells them.
-        stop_reason: "stop" at a stop token or text, "length" at max_tokens.
-        topk_logprobs: per drawn token the k likeliest ones, where asked for.
-        sequence_id: the service's name of this sequence; made from its request where it gives none.
+        tokens: sampled token ids.
+        logprobs: log-probability of each sampled token; None if the service returns none.
+        stop_reason: "stop" at a stop token or string, "length" at max_tokens.
+        topk_logprobs: the k most likely tokens at each position, if requested.
+        sequence_id: the service's id of this sequence; derived from its request if the service returns none.
     """
 
     tokens: list[int]
@@ -33,11 +33,11 @@ class SampledSequence(Answer):
 
 
 class PromptAltTokens(Answer):
-    """Other tokens that the model might have had in the prompt, `k` draws per position after the first.
+    """Sampled alternatives to the prompt tokens, `k` per position after the first.
 
     Attributes:
-        tokens: int64 `[N - 1, k]`; row `i` holds alternatives to prompt token `i + 1`.
-        logprobs: float32 `[N - 1, k]`; the model's logprob of each of them.
+        tokens: int64 `[N - 1, k]`; row `i` contains alternatives to prompt token `i + 1`.
+        logprobs: float32 `[N - 1, k]`; the model's logprob of each alternative.
     """
 
     tokens: Tensor
@@ -49,12 +49,11 @@ class SampleResponse(Answer):
 
     Attributes:
         sequences: `num_samples` sequences.
-        prompt_logprobs: `[N]`, where asked for; None at positions that were not scored, as the first.
-        topk_prompt_logprobs: `N` rows of the likeliest tokens, where asked for; the first is None.
-        target_prompt_logprobs: float32 `[N - 1, K]`, where asked for: logprobs of the ids that were asked for, 0 in
-            cells that were not.
-        prompt_alt_tokens: where asked for.
-        prompt_cache_hit_tokens: prompt tokens that the service had in a cache.
+        prompt_logprobs: `[N]`, if requested; None at positions without a score, such as the first.
+        topk_prompt_logprobs: `N` rows of the most likely tokens, if requested; the first is None.
+        target_prompt_logprobs: float32 `[N - 1, K]`, if requested: logprobs of the requested ids; 0 in other cells.
+        prompt_alt_tokens: alternatives to the prompt tokens, if requested.
+        prompt_cache_hit_tokens: number of prompt tokens that the service read from a cache.
     """
 
     sequences: list[SampledSequence]
@@ -65,7 +64,7 @@ class SampleResponse(Answer):
     prompt_cache_hit_tokens: int = Field(default=0)
 
     def with_sequence_ids(self, ids: Sequence[str]) -> "SampleResponse":
-        """The same result with a name for every sequence."""
+        """Returns the same result with an id for every sequence."""
         named = [
             sequence.model_copy(update={"sequence_id": name})
             for sequence, name in zip(self.sequences, ids, strict=True)

@@ -1,4 +1,4 @@
-"""Numbers that cross the wire: one packed buffer, its dtype and its shape."""
+"""Tensors of the wire format: a packed buffer, its dtype and its shape."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TensorDtype = Literal["int64", "float32"]
 Array = NDArray[Any]
 
-# The dtype of a plain Python list under a name the protocol knows (protocol: "Tensors").
+# The dtype of a plain Python list under a name of the protocol (protocol: "Tensors").
 KNOWN_DTYPES: Mapping[str, TensorDtype] = {
     "target_tokens": "int64",
     "weights": "float32",
@@ -35,18 +35,18 @@ _MOST_ELEMENTS = 2**31
 
 
 class TensorData(WireModel):
-    """A tensor as the wire knows it: a flat row-major buffer, a dtype, a shape.
+    """A tensor in the wire format: a flat row-major buffer, a dtype, a shape.
 
     Args:
-        data: the values; a list, a numpy array or a torch tensor. Copied once, read-only afterwards.
-            In a sparse tensor only the stored values.
-        dtype: "int64" or "float32"; default by the values: every integer type int64, every float type float32.
+        data: the values, as a list, a numpy array or a torch tensor; of a sparse tensor the stored values only. Copied
+            once, read-only afterwards.
+        dtype: "int64" or "float32"; by default int64 for integers and float32 for floats.
         shape: the dense shape; default is the shape of `data`.
         sparse_crow_indices: CSR row pointers `[rows + 1]`, for a sparse 2-D tensor.
         sparse_col_indices: CSR column of every stored value.
 
     Raises:
-        InvalidData: shape and values do not fit together, or the values are not numbers.
+        InvalidData: shape and values do not match, or the values are not numbers.
     """
 
     data: Array
@@ -83,7 +83,7 @@ class TensorData(WireModel):
         array = _as_array(given["data"])
         dtype = given.get("dtype") or _dtype_of(array)
         if dtype not in ("int64", "float32"):
-            raise InvalidData(f"dtype {dtype!r} is not on the wire: use 'int64' or 'float32'")
+            raise InvalidData(f"dtype must be 'int64' or 'float32', got {dtype!r}")
         given["dtype"] = dtype
         if given.get("shape") is None:
             given["shape"] = array.shape
@@ -106,13 +106,13 @@ class TensorData(WireModel):
             raise InvalidData("a sparse tensor needs both sparse_crow_indices and sparse_col_indices")
         if len(self.shape) != 2 or crow.size != self.shape[0] + 1 or col.size != self.data.size:
             raise InvalidData(
-                f"CSR parts do not fit: shape {self.shape}, {crow.size} row pointers, {col.size} columns, "
-                f"{self.data.size} values"
+                f"the parts of a CSR tensor do not match: shape {self.shape}, {crow.size} row pointers, "
+                f"{col.size} columns, {self.data.size} values"
             )
         if crow[0] != 0 or crow[-1] != self.data.size or (np.diff(crow) < 0).any():
-            raise InvalidData("sparse_crow_indices must rise from 0 to the number of values")
+            raise InvalidData(f"sparse_crow_indices must increase from 0 to the number of values, {self.data.size}")
         if col.size and (col.min() < 0 or col.max() >= self.shape[1]):
-            raise InvalidData(f"sparse_col_indices must lie in [0, {self.shape[1]}), got {col.min()} to {col.max()}")
+            raise InvalidData(f"sparse_col_indices must be in [0, {self.shape[1]}), got {col.min()} to {col.max()}")
         return self
 
     @classmethod
@@ -121,7 +121,7 @@ class TensorData(WireModel):
 
         Args:
             value: the numbers.
-            name: the `loss_fn_inputs` field it is for; plain lists under a known name get the wire's dtype.
+            name: name of the `loss_fn_inputs` field; a plain list under a name of the protocol gets its dtype.
         """
         if isinstance(value, TensorData):
             return value
@@ -133,7 +133,7 @@ class TensorData(WireModel):
         if isinstance(value, Mapping):
             unknown = sorted(map(str, value.keys() - cls.model_fields.keys()))
             if unknown or "data" not in value:
-                raise InvalidData(f"a tensor needs data, and knows no {unknown}" if unknown else "a tensor needs data")
+                raise InvalidData(f"a tensor has no fields {unknown}" if unknown else "a tensor needs the field 'data'")
             return cls(**value)
         return cls(data=value, dtype=KNOWN_DTYPES.get(name or ""))
 
@@ -167,7 +167,7 @@ class TensorData(WireModel):
         return self.sparse_crow_indices is not None
 
     def to_numpy(self) -> Array:
-        """The dense array in its shape; read-only where it shares the packed buffer."""
+        """Returns the dense array in its shape; it is read-only if it shares the packed buffer."""
         crow, col = self.sparse_crow_indices, self.sparse_col_indices
         if crow is None or col is None:
             return self.data.reshape(self.shape)
@@ -177,17 +177,17 @@ class TensorData(WireModel):
         return dense
 
     def to_torch(self) -> "torch.Tensor":
-        """A dense torch tensor with memory of its own."""
+        """Returns a dense torch tensor that owns its memory."""
         import torch
 
         return torch.from_numpy(self.to_numpy().copy())  # pyright: ignore[reportUnknownMemberType]
 
     def tolist(self) -> list[Any]:
-        """The dense values as nested Python lists."""
+        """Returns the dense values as nested Python lists."""
         return cast("list[Any]", self.to_numpy().tolist())
 
     def __eq__(self, other: object) -> bool:
-        """Equal dtype, shape and values; a dense and a sparse tensor with the same values are equal."""
+        """Whether dtype, shape and values are equal; a dense and a sparse tensor with the same values are equal."""
         if not isinstance(other, TensorData):
             return NotImplemented
         return (
@@ -197,11 +197,11 @@ class TensorData(WireModel):
         )
 
     def __hash__(self) -> int:
-        """Consistent with equality; tensors of equal shape collide, which is enough for a rare use."""
+        """Consistent with equality; tensors of equal dtype and shape collide."""
         return hash((self.dtype, self.shape))
 
     def __repr__(self) -> str:
-        """Shape and dtype only: the values may be a user's prompt."""
+        """Shows shape and dtype only, because the values may be a user's prompt."""
         return f"TensorData(dtype={self.dtype!r}, shape={self.shape}{', sparse' if self.is_sparse else ''})"
 
     __str__ = __repr__
@@ -216,24 +216,24 @@ TensorInput = TensorData | Values | Mapping[str, Any]
 
 
 def read_tensor(value: object, *, name: str | None = None) -> TensorData:
-    """A tensor of an answer; fields that it does not know are ignored.
+    """Parses a tensor of a response; unknown fields are ignored.
 
     Raises:
-        InvalidData: it is none.
+        InvalidData: it is not a tensor.
     """
     if not isinstance(value, Mapping):
         return TensorData.of(cast("Any", value), name=name)
     given = {key: item for key, item in cast("Mapping[str, Any]", value).items() if key in TensorData.model_fields}
     if "data" not in given:
-        raise InvalidData("a tensor needs data")
+        raise InvalidData("a tensor needs the field 'data'")
     tensor = TensorData(**given)
-    if math.prod(tensor.shape) > _MOST_ELEMENTS:  # a sparse one claims any size with a few bytes
-        raise InvalidData(f"shape {tensor.shape} is too large")
+    if math.prod(tensor.shape) > _MOST_ELEMENTS:  # a sparse tensor can declare any size in a few bytes
+        raise InvalidData(f"shape {tensor.shape} is too large: at most {_MOST_ELEMENTS} elements are allowed")
     return tensor
 
 
 def without_torch(value: Any) -> Any:
-    """A torch tensor as a dense numpy array; anything else as it is."""
+    """Returns a torch tensor as a dense numpy array, anything else unchanged."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch_to_numpy(_on_cpu(cast("torch.Tensor", value)))
@@ -245,17 +245,17 @@ def _as_array(value: Any) -> Array:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise InvalidData("the rows of a tensor must have equal length") from None
+        raise InvalidData("the rows of a tensor must have equal lengths") from None
     if array.size == 0 and not isinstance(value, np.ndarray):
         array = array.astype(np.float32)
     if array.dtype.kind not in "iufb":
-        raise InvalidData(f"a tensor must hold numbers, got dtype {array.dtype}")
+        raise InvalidData(f"a tensor must contain numbers, got dtype {array.dtype}")
     return array
 
 
 def _on_cpu(tensor: "torch.Tensor") -> "torch.Tensor":
     if tensor.is_meta:
-        raise InvalidData("a tensor on the meta device has no numbers")
+        raise InvalidData("a tensor on the meta device has no values: move it to another device")
     return tensor.detach().cpu()
 
 
@@ -279,12 +279,12 @@ def _check_fits(array: Array, packed: Array, dtype: TensorDtype) -> None:
     else:
         return
     if lost.any():
-        raise InvalidData(f"{array[lost][0]} does not fit into {dtype}")
+        raise InvalidData(f"{array[lost][0]} is out of range for {dtype}")
 
 
 def _read_only(array: Array, dtype: TensorDtype) -> Array:
     if dtype == "int64" and array.dtype.kind == "f" and array.size and (array != np.trunc(array)).any():
-        raise InvalidData("dtype 'int64' was asked for, but the values are not whole numbers")
+        raise InvalidData("dtype is 'int64', but the values are not integers: use 'float32'")
     wire_dtype = np.dtype(dtype).newbyteorder("<")
     with np.errstate(over="ignore", invalid="ignore"):
         packed = np.array(array, dtype=wire_dtype, order="C", copy=True)
