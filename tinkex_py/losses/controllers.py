@@ -173,9 +173,7 @@ class GradNormBalance(WeightController):
         """
         first_values = checked_numbers("GradNormBalance", state, "first_values")
         if "first_base_value" not in state:
-            raise InvalidSpec(
-                f"GradNormBalance: the saved state must contain 'first_base_value', got {dict(state)!r}"
-            )
+            raise InvalidSpec(f"GradNormBalance: the saved state must contain 'first_base_value', got {dict(state)!r}")
         first = state["first_base_value"]
         super().load_state_dict(state)
         self._first_values = first_values

@@ -160,9 +160,7 @@ def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str,
             )
         loss, metrics = parts
     if not isinstance(loss, torch.Tensor):
-        raise InvalidTermResult(
-            f"term {name!r} must return the loss as a tensor, got {type(loss).__name__}", name=name
-        )
+        raise InvalidTermResult(f"term {name!r} must return the loss as a tensor, got {type(loss).__name__}", name=name)
     if loss.is_complex():
         raise InvalidTermResult(f"term {name!r} must return a real loss, got dtype {loss.dtype}", name=name)
     if not isinstance(metrics, Mapping):

@@ -272,9 +272,7 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
 def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
     usable = isinstance(retry, AsyncRetrying) or (isinstance(retry, int) and not isinstance(retry, bool) and retry >= 1)
     if not usable:
-        raise InvalidSpec(
-            f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {retry!r}"
-        )
+        raise InvalidSpec(f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {retry!r}")
     if not can_await:
         raise InvalidSpec(
             f"regularizer {name!r}: retry is only supported for async terms: make fn a coroutine function, or pass "
