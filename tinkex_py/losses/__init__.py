@@ -1,4 +1,4 @@
-"""Composing a loss from a base loss and weighted regularizers; its names are in `__init__.pyi`, loaded when used."""
+"""Composes a loss from a base loss and weighted regularizers. `__init__.pyi` lists the names, which load lazily."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import lazy_loader

@@ -1,8 +1,8 @@
-"""Which traced packed terms are a sum over datums.
+"""Checks that a traced packed term is a sum over datums.
 
-A service runs an uploaded loss once for each datum and adds the results up. A packed term, which sees all datums at
-once, may only run there if that gives the same number: if it is the sum over positions of something that each position
-has for itself. Everything else, a mean to begin with, is refused with the operation that is to blame.
+A service runs an uploaded loss once per datum and adds the results. A packed term, which sees all datums at once, has
+the same value there only if it is a sum over positions of values that each depend on one position. Any other term, for
+example a mean, raises an error that names the operation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch.fx
 
 from tinkex_py.errors import UnsupportedFeature
 
-# A row for each position, or the sum of such rows.
+# One row per position, or the sum of such rows.
 Shape = Literal["rows", "sum"]
 
 _POINTWISE_NAMES = """
@@ -29,29 +29,29 @@ _FAMILIES = ("torch", "operator", "_operator")
 
 
 def check_sum_over_positions(nodes: Sequence[torch.fx.Node], logprobs: torch.fx.Node) -> Mapping[torch.fx.Node, Shape]:
-    """What each node of a packed term is.
+    """Returns the shape of each node of a packed term.
 
     Args:
-        nodes: the term's nodes, in order.
+        nodes: nodes of the term, in order.
         logprobs: the placeholder.
 
     Raises:
-        UnsupportedFeature: a node mixes positions, or adds something that is no sum over them.
+        UnsupportedFeature: a node mixes positions, or adds something that is not a sum over them.
     """
     shapes: dict[torch.fx.Node, Shape] = {logprobs: "rows"}
     for node in nodes:
         shape = _shape(node, shapes)
         if shape is None:
             raise UnsupportedFeature(
-                f"{operation(node)}() is not the sum over positions of something that each position has for itself, so "
-                "that one datum at a time would give another number: use sum(), or write the term with sum_over_datums"
+                f"{operation(node)}() does not sum over positions, so the loss would have another value one datum at a "
+                "time: use sum(), or write the term with sum_over_datums"
             )
         shapes[node] = shape
     return shapes
 
 
 def operation(node: torch.fx.Node) -> str:
-    """The name of what a node calls."""
+    """Returns the name of the function or method that a node calls."""
     target = node.target
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
@@ -71,7 +71,7 @@ def _shape(node: torch.fx.Node, shapes: Mapping[torch.fx.Node, Shape]) -> Shape 
 
 
 def _keeps_sum(node: torch.fx.Node, given: Sequence[Any], constants: Sequence[Any]) -> bool:
-    """Whether an operation on sums over positions gives such a sum again: only what is linear without a constant."""
+    """Returns whether an operation maps sums over positions to such a sum: linear operations without a constant."""
     name = operation(node)
     if "rows" in given:
         return False

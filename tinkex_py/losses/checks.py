@@ -1,4 +1,4 @@
-"""Checks of settings: a bad one raises InvalidSpec that names it and its value."""
+"""Checks of settings. An invalid one raises InvalidSpec with its name and value."""
 
 import math
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ def checked_number(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> float:
-    """The value as a float, if it is a finite number within the bounds.
+    """Returns the value as a float.
 
     Raises:
-        InvalidSpec: naming owner, setting and value.
+        InvalidSpec: the value is not a finite number within the bounds.
     """
     number = number_or_nan(value)
     limits = [(f"> {above}", above), (f">= {at_least}", at_least), (f"<= {at_most}", at_most)]
-    wanted = " and ".join(text for text, limit in limits if limit is not None)
+    allowed = " and ".join(text for text, limit in limits if limit is not None)
     usable = (
         math.isfinite(number)
         and (above is None or number > above)
@@ -33,25 +33,25 @@ def checked_number(
         and (at_most is None or number <= at_most)
     )
     if not usable:
-        raise InvalidSpec(f"{owner}: {setting} must be a finite number {wanted}".rstrip() + f", got {value!r}")
+        raise InvalidSpec(f"{owner}: {setting} must be a finite number {allowed}".rstrip() + f", got {value!r}")
     return number
 
 
 def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
-    """A mapping of names to finite numbers out of a saved state.
+    """Returns the mapping of names to finite numbers that a saved state has under a key.
 
     Raises:
-        InvalidSpec: it is missing or something else.
+        InvalidSpec: the state has no such mapping.
     """
     numbers = cast("Mapping[str, object]", state).get(key) if isinstance(state, Mapping) else None
     if not isinstance(numbers, Mapping):
-        raise InvalidSpec(f"{owner}: a saved state must have a mapping {key!r}, got {state!r}")
+        raise InvalidSpec(f"{owner}: the saved state must contain a mapping {key!r}, got {state!r}")
     named = cast("Mapping[str, object]", numbers)
     return {name: checked_number(owner, f"{key}[{name!r}]", number) for name, number in named.items()}
 
 
 def number_or_nan(value: object) -> float:
-    """The value as a float; NaN if it is no number. Texts and bools are none."""
+    """Returns the value as a float, or NaN if it is not a number. Strings and bools are not numbers."""
     if isinstance(value, bool | np.bool_ | str | bytes):
         return math.nan
     try:

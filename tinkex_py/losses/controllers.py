@@ -1,4 +1,4 @@
-"""Weights that follow the measurements: hold a KL, hold a gradient ratio, balance gradient norms."""
+"""Weight controllers: hold a KL at a target, hold a gradient ratio, balance gradient norms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
 
 class AdaptiveKL(WeightController):
-    """Holds the value of a regularizer, usually a KL, near a target.
+    """Keeps the value of a regularizer, usually a KL, near a target.
 
-    Once per optimizer step, with `value` the mean over its custom steps:
+    Update once per optimizer step, where `value` is the mean over its custom steps:
 
         error = clip(value / target - 1, -0.2, 0.2);    weight <- weight * (1 + error / horizon)
 
     Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), section 2.2, whose K is
-    `1 / horizon`; they use 0.1. A horizon counted in samples, as other libraries have it, is divided by the
-    samples of an optimizer step.
+    `1 / horizon`; they use 0.1. Other libraries count the horizon in samples: divide it by the number of samples per
+    optimizer step.
 
     Args:
         initial: first weight, > 0.
-        target: the value to hold, > 0, in the units of the term.
-        horizon: optimizer steps over which an error acts, > 0.2 (at 0.2 a weight would fall to 0 at once, for ever).
-        minimum: no weight goes below it.
-        maximum: no weight goes above it.
+        target: value to keep, > 0, in the units of the term.
+        horizon: number of optimizer steps over which an error acts, > 0.2 (at 0.2 a weight could become 0 in one step
+            and stay there).
+        minimum: lower bound of the weight.
+        maximum: upper bound of the weight.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class AdaptiveKL(WeightController):
         self.horizon = checked_number("AdaptiveKL", "horizon", horizon, above=0.2)
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
-        """See the class."""
+        """Implements `WeightController.next_weights`."""
         return {name: weight * self._factor(mean_value(name, outputs)) for name, weight in weights.items()}
 
     def _factor(self, value: float) -> float:
@@ -50,22 +51,22 @@ class AdaptiveKL(WeightController):
 
 
 class TargetGradientRatio(WeightController):
-    """Holds the ratio of a regularizer's weighted gradient norm to that of the base loss.
+    """Keeps the ratio of a regularizer's weighted gradient norm to that of the base loss.
 
-    Once per optimizer step, with norms that are means over its custom steps:
+    Update once per optimizer step, where the norms are means over its custom steps:
 
-        weight <- ratio * ||g_base|| / ||g_reg||,   but at most `max_factor` times larger or smaller than before
+        weight <- ratio * ||g_base|| / ||g_reg||,   at most `max_factor` times larger or smaller than before
 
-    The bound keeps a regularizer whose gradient is nearly zero (a KL at the very start) from a huge weight. While
-    one of the two norms is zero the weight stays. Source: the regularizers guide, "Use Gradient Norms for Tuning",
-    which aims for 0.1 to 0.5.
+    The bound prevents a huge weight while the gradient of a regularizer is nearly zero (a KL at the start). The weight
+    does not change while one of the two norms is zero. Source: the regularizers guide, "Use Gradient Norms for
+    Tuning", which recommends ratios of 0.1 to 0.5.
 
     Args:
-        ratio: what to hold, > 0.
+        ratio: ratio to keep, > 0.
         initial: first weight, > 0.
-        max_factor: largest change in one optimizer step, > 1.
-        minimum: no weight goes below it.
-        maximum: no weight goes above it.
+        max_factor: largest change factor in one optimizer step, > 1.
+        minimum: lower bound of the weight.
+        maximum: upper bound of the weight.
     """
 
     needs_grad_norms = True
@@ -85,36 +86,36 @@ class TargetGradientRatio(WeightController):
         self.max_factor = checked_number("TargetGradientRatio", "max_factor", max_factor, above=1.0)
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
-        """See the class."""
+        """Implements `WeightController.next_weights`."""
         base = mean_base_norm(outputs)
         moved: dict[str, float] = {}
         for name, weight in weights.items():
             own = mean_norm(name, outputs)
             if base > 0 and own > 0:
-                wanted = self.ratio * base / own
-                moved[name] = min(max(wanted, weight / self.max_factor), weight * self.max_factor)
+                target = self.ratio * base / own
+                moved[name] = min(max(target, weight / self.max_factor), weight * self.max_factor)
         return moved
 
 
 class GradNormBalance(WeightController):
-    """Balances the gradient norms of the base loss and all regularizers it weighs, faster learners being held back.
+    """Balances the gradient norms of the base loss and the regularizers, and slows down tasks that learn faster.
 
-    Once per optimizer step, over the tasks i (the base loss, whose weight stays 1, and the regularizers), with
+    Update once per optimizer step, over the tasks i (the base loss, whose weight stays 1, and the regularizers), with
 
         G_i = weight_i * ||g_i||;   r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0));   target_i = mean_j(G_j) * r_i^alpha
         weight_i <- weight_i * (target_i / G_i)^rate,   then all weights divided by that of the base loss
 
     Source: Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks"
-    (2018). They descend on `sum |G_i - target_i|`; the step here has the same resting point and does not depend on
-    the scale of the losses. A task whose loss is, or began, at or below zero has r_i = 1. Without a gradient, or
-    with a weight of 0, a regularizer keeps its weight.
+    (2018). The paper minimizes `sum |G_i - target_i|` by gradient descent; the update here has the same fixed point
+    and does not depend on the scale of the losses. A task has r_i = 1 if its current or first loss is <= 0. A
+    regularizer with a zero gradient or a weight of 0 keeps its weight.
 
     Args:
-        alpha: how strongly fast learners are held back, >= 0; 0 makes all norms equal.
-        rate: share of the way that is made in one optimizer step, in (0, 1].
+        alpha: how strongly tasks that learn fast are slowed down, >= 0; 0 makes all norms equal.
+        rate: fraction of the distance to the target per optimizer step, in (0, 1].
         initial: first weight, > 0.
-        minimum: no weight goes below it.
-        maximum: no weight goes above it.
+        minimum: lower bound of the weight.
+        maximum: upper bound of the weight.
     """
 
     needs_grad_norms = True
@@ -136,7 +137,7 @@ class GradNormBalance(WeightController):
         self._first_base_value: float | None = None
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
-        """See the class."""
+        """Implements `WeightController.next_weights`."""
         base_value = fmean(output.base_loss.value for output in outputs)
         base_norm = mean_base_norm(outputs)
         values = {name: mean_value(name, outputs) for name in weights}
@@ -160,19 +161,19 @@ class GradNormBalance(WeightController):
         return {name: weights[name] * step(norm, progress[name]) / base_step for name, norm in tasks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain JSON values."""
+        """Returns the state of the controller, as plain JSON values."""
         first = {"first_values": dict(self._first_values), "first_base_value": self._first_base_value}
         return {**super().state_dict(), **first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state_dict` was taken.
+        """Restores the state that `state_dict` returned.
 
         Raises:
-            InvalidSpec: this is not the state of such a controller.
+            InvalidSpec: the state belongs to another class of controller.
         """
         first_values = checked_numbers("GradNormBalance", state, "first_values")
         if "first_base_value" not in state:
-            raise InvalidSpec(f"GradNormBalance: a saved state must have 'first_base_value', got {dict(state)!r}")
+            raise InvalidSpec(f"GradNormBalance: the saved state must contain 'first_base_value', got {dict(state)!r}")
         first = state["first_base_value"]
         super().load_state_dict(state)
         self._first_values = first_values
@@ -180,18 +181,18 @@ class GradNormBalance(WeightController):
 
 
 def mean_value(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
-    """Mean value of a regularizer over the outputs that have it."""
+    """Returns the mean value of a regularizer over the outputs that contain it."""
     return fmean(output.regularizers[name].value for output in outputs if name in output.regularizers)
 
 
 def mean_norm(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
-    """Mean gradient norm of a regularizer, unweighted, over the outputs that have it; 0 where it is not known."""
+    """Returns the mean unweighted gradient norm of a regularizer over the outputs that contain it; None counts as 0."""
     norms = [output.regularizers[name].grad_norm for output in outputs if name in output.regularizers]
     return fmean(norm or 0.0 for norm in norms)
 
 
 def mean_base_norm(outputs: "Sequence[CustomLossOutput]") -> float:
-    """Mean gradient norm of the base loss; 0 where it is not known."""
+    """Returns the mean gradient norm of the base loss; None counts as 0."""
     return fmean(output.base_loss.grad_norm or 0.0 for output in outputs)
 
 

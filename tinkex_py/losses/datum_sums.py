@@ -1,4 +1,4 @@
-"""Terms that are the sum over datums of one function of a datum: they can also run on the service."""
+"""Terms that sum a function over the datums. They can also run on the service."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,12 @@ _PLAIN = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 @dataclass(frozen=True)
 class SumOverDatums:
-    """What `sum_over_datums` wraps.
+    """A term made by `sum_over_datums`.
 
     Attributes:
         fn: the function of one datum.
-        inputs: the `loss_fn_inputs` fields that it takes, in order.
-        options: the names of its further parameters, which have defaults.
+        inputs: names of the `loss_fn_inputs` fields that `fn` accepts, in order.
+        options: names of its parameters with defaults.
     """
 
     fn: Callable[..., TermResult]
@@ -31,12 +31,12 @@ class SumOverDatums:
 
     @property
     def name(self) -> str | None:
-        """The function's own `name`, if it has one."""
+        """Name of the function, if it has one."""
         return term_name(self.fn)
 
     @property
     def compute(self) -> TermFunction:
-        """`compute(data, logprobs, **options)`, with one tensor per datum."""
+        """The function `compute(data, logprobs, **options)`, with one tensor per datum."""
 
         def compute(data: Sequence[Datum], logprobs: "Sequence[torch.Tensor]", **options: Any) -> TermResult:
             return self._summed(data, logprobs, options)
@@ -48,10 +48,10 @@ class SumOverDatums:
         return compute
 
     def values(self, datum: Datum, index: int) -> "list[torch.Tensor]":
-        """The fields of a datum that the function takes.
+        """Returns the fields of a datum that the function accepts, as tensors.
 
         Raises:
-            InvalidData: the datum lacks one.
+            InvalidData: the datum lacks a field.
         """
         missing = [name for name in self.inputs if name not in datum.loss_fn_inputs]
         if missing:
@@ -64,7 +64,7 @@ class SumOverDatums:
         self, data: Sequence[Datum], logprobs: "Sequence[torch.Tensor]", options: Mapping[str, Any]
     ) -> TermResult:
         if not data:
-            raise InvalidData("sum_over_datums needs the datums: it calls the function once for each")
+            raise InvalidData("sum_over_datums calls the function once per datum, but data is empty: pass the datums")
         losses: list[torch.Tensor] = []
         metrics: dict[str, Any] = {}
         for index, (datum, own) in enumerate(zip(data, logprobs, strict=True)):
@@ -80,33 +80,33 @@ class SumOverDatums:
 
 
 def metric_over_datums(name: str, total: Any, count: int) -> Any:
-    """A metric of all datums: their mean if its name ends with ":mean", else their sum."""
+    """Returns a metric over all datums: the mean if its name ends with ":mean", else the sum."""
     return total / count if name.endswith(":mean") else total
 
 
 def sum_over_datums(fn: Callable[..., TermResult]) -> PerDatum:
-    """Makes a term of a function of one datum; the term is the sum over the datums.
+    """Makes a term that sums a function of one datum over the datums.
 
-    The function is what the official SDK's `create_custom_loss` takes. Where the service takes uploaded losses, such a
-    term can be traced and run there (`execution="server"`).
+    The function has the signature that the official SDK's `create_custom_loss` expects. On services that accept
+    uploaded losses the term can be traced and run there (`execution="server"`).
 
     Args:
-        fn: `fn(logprobs, advantages, ...) -> loss` or `(loss, metrics)`. `logprobs` is the datum's own, `[T]` or
-            `[T, K]`; every further parameter without a default names a field of `loss_fn_inputs`, and comes as a
-            tensor; parameters with defaults are options. A loss with dimensions is summed. Metrics are summed over the
-            datums, or averaged where their name ends with ":mean".
+        fn: `fn(logprobs, advantages, ...) -> loss` or `(loss, metrics)`. `logprobs` belongs to one datum, `[T]` or
+            `[T, K]`. Every other parameter without a default is the name of a `loss_fn_inputs` field and receives it
+            as a tensor. Parameters with defaults are options. A non-scalar loss is summed. Metrics are summed over the
+            datums, or averaged if their name ends with ":mean".
 
     Raises:
-        InvalidSpec: the function's parameters do not fit.
+        InvalidSpec: the parameters of the function do not have this form.
     """
     if not callable(fn) or inspect.iscoroutinefunction(fn):
-        raise InvalidSpec(f"sum_over_datums takes a plain function, got {fn!r}")
+        raise InvalidSpec(f"sum_over_datums: fn must be a plain function, not async, got {fn!r}")
     parameters = list(inspect.signature(fn).parameters.values())
     variable = [parameter.name for parameter in parameters if parameter.kind.name.startswith("VAR_")]
     inputs = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]
     if variable or not inputs or any(parameter.kind not in _PLAIN for parameter in inputs):
         raise InvalidSpec(
-            "sum_over_datums: the function must take logprobs and then named fields of loss_fn_inputs, as in "
+            "sum_over_datums: the parameters of fn must be logprobs and then names of loss_fn_inputs fields, as in "
             f"fn(logprobs, advantages); got {inspect.signature(fn)}"
         )
     options = tuple(parameter.name for parameter in parameters if parameter not in inputs)

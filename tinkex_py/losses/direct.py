@@ -1,4 +1,4 @@
-"""Low-level entry points: run single terms, or only look at gradients."""
+"""Low-level entry points: run single terms, or compute only gradient norms."""
 
 import dataclasses
 import inspect
@@ -37,17 +37,19 @@ async def execute(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Calls a term, without weight, timeout, events or gradient.
 
+    Exceptions of the term pass through unchanged.
+
     Args:
-        term: function, coroutine function or object with `compute`; sync ones run in a thread.
-        data: handed to the term.
-        logprobs: handed to the term as it is, so that the loss keeps its graph.
-        options: every keyword goes to the term.
+        term: function, coroutine function or object with `compute`; sync terms run in a thread.
+        data: the datums, passed to the term.
+        logprobs: passed to the term unchanged, so that the loss keeps its graph.
+        options: keyword arguments for the term.
 
     Returns:
-        The loss with its graph and shape, and the metrics unchanged (`{}` for a bare loss).
+        The loss with its graph and shape, and the metrics unchanged (`{}` if the term returned only a loss).
 
     Raises:
-        InvalidSpec: this is no term, or it cannot take the options. What the term itself raises comes out as it is.
+        InvalidSpec: `term` is not a term, or does not accept the options.
     """
     problem = why_not_a_term(term, options)
     if problem is not None:
@@ -68,7 +70,7 @@ async def execute(
 
 
 class Executor:
-    """Runs regularizers without a base loss. Source: the guide, "Via Executor (Low-Level)"."""
+    """Runs regularizers without a base loss. Source: the regularizers guide, "Via Executor (Low-Level)"."""
 
     @staticmethod
     async def execute_one(
@@ -83,15 +85,15 @@ class Executor:
         """Runs one regularizer.
 
         Args:
-            spec: the regularizer; its own timeout wins, and its failure is raised whatever `on_error` says.
-            data: handed to the term.
+            spec: the regularizer; its own timeout takes precedence. A failure is raised even with `on_error="skip"`.
+            data: the datums, passed to the term.
             logprobs: a tensor of any shape, or one tensor per datum.
-            timeout: seconds, or None.
-            track_grad_norms: compute the norm.
-            step: optimizer steps made before, for a weight that depends on it.
+            timeout: seconds; None means no limit.
+            track_grad_norms: whether to compute the gradient norm.
+            step: number of previous optimizer steps, for a weight that depends on it.
 
         Raises:
-            InvalidSpec: this is no spec.
+            InvalidSpec: `spec` is not a RegularizerSpec.
             RegularizerError: the term failed.
         """
         (checked,) = checked_specs([spec])
@@ -111,20 +113,23 @@ class Executor:
         step: int = 0,
         **options: Unpack[PipelineOptions],
     ) -> list[RegularizerOutput]:
-        """Runs regularizers; outputs in spec order, without skipped and disabled ones.
+        """Runs regularizers.
 
         Args:
             regularizers: specs with unique names.
-            data: handed to the terms.
+            data: the datums, passed to the terms.
             logprobs: a tensor of any shape, or one tensor per datum.
-            step: optimizer steps made before, for weights that depend on it.
-            **options: see `PipelineOptions`; there is no `combine`, because nothing is combined.
+            step: number of previous optimizer steps, for weights that depend on it.
+            **options: see `PipelineOptions`, without `combine`.
+
+        Returns:
+            Outputs in spec order, without skipped and disabled regularizers.
 
         Raises:
-            DuplicateRegularizerNames: two specs share a name.
+            DuplicateRegularizerNames: two specs have the same name.
             RegularizerError: a term failed.
             PipelineError: an option is out of range.
-            TypeError: there is no such option.
+            TypeError: an option does not exist.
         """
         given = checked_options(options, of="Executor.execute_all()", defaults=TERM_DEFAULTS)
         checked = {**TERM_DEFAULTS, **given}
@@ -150,11 +155,11 @@ class Executor:
 
 
 class GradientTracker:
-    """Gradient norms on their own. Source: the guide, "Direct Gradient Computation"."""
+    """Computes gradient norms. Source: the regularizers guide, "Direct Gradient Computation"."""
 
     @staticmethod
     async def grad_norm(loss_fn: Callable[[torch.Tensor], Any], logprobs: torch.Tensor) -> float:
-        """L2 norm of d(loss_fn)/d(logprobs).
+        """Returns the L2 norm of d(loss_fn)/d(logprobs).
 
         Args:
             loss_fn: `loss_fn(logprobs)` -> tensor or `(tensor, metrics)`; sync or async.
@@ -183,7 +188,7 @@ class GradientTracker:
 
     @staticmethod
     async def regularizer_grad_norm(spec: RegularizerSpec, data: Sequence[Datum], logprobs: TensorOrList) -> float:
-        """Unweighted L2 norm of one regularizer's gradient."""
+        """Returns the L2 norm of one regularizer's gradient, unweighted."""
         output = await Executor.execute_one(spec, data, logprobs, track_grad_norms=True)
         return cast("float", output.grad_norm)
 
@@ -191,7 +196,7 @@ class GradientTracker:
     async def total_grad_norm(
         base_loss: Term, regularizers: Sequence[RegularizerSpec], data: Sequence[Datum], logprobs: TensorOrList
     ) -> float:
-        """L2 norm of the whole gradient; equals `CustomLossOutput.total_grad_norm`."""
+        """Returns the L2 norm of the total gradient; equals `CustomLossOutput.total_grad_norm`."""
         pipeline = Pipeline(base_loss, regularizers, track_grad_norms=True)
         output = await pipeline.compute(data, logprobs)
         return cast("float", output.total_grad_norm)

@@ -1,4 +1,4 @@
-"""Runs terms: one task each, under a limiter, with a timeout; sync ones in worker threads. No gradients here."""
+"""Runs terms: one task each, under a limiter, with a timeout. Sync terms run in worker threads."""
 
 import asyncio
 import inspect
@@ -20,11 +20,11 @@ from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_w
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
 from tinkex_py.types import Datum
 
-# Below this a backward pass is cheaper than the way to a thread and back.
+# Up to this size a backward pass is cheaper than a switch to a thread and back.
 SMALL_LOGPROBS = 4096
-# How long a term without a timeout waits when abandoned terms hold every thread, in seconds.
+# Seconds that a term without a timeout waits while abandoned terms hold every thread.
 DEFAULT_PATIENCE = 60.0
-# Calling again would fail again, or work on logprobs that are spoilt.
+# A retry would fail again, or run on modified logprobs.
 _NEVER_REPEATED = (InPlaceMutation, InvalidTermResult)
 
 
@@ -33,14 +33,14 @@ class TermRun:
     """One run of several terms over the same logprobs.
 
     Args:
-        data: the datums, handed to every term.
+        data: the datums, passed to every term.
         logprobs: the shared buffer.
-        workers: where sync terms run.
-        max_concurrency: terms in flight at once.
-        track_grad_norms: whether norms are computed.
-        timeout: seconds for a term that has no timeout of its own; None is no limit.
-        max_threads: most live term threads of this group; None leaves it to `workers`.
-        group: whose runs share the bounds `max_concurrency` and `max_threads` on live term threads.
+        workers: pool that runs sync terms.
+        max_concurrency: maximum number of terms that run at once.
+        track_grad_norms: whether to compute norms.
+        timeout: seconds for a term without a timeout of its own; None means no limit.
+        max_threads: maximum number of live term threads of the group; None leaves it to `workers`.
+        group: runs of the same group share the limits on live term threads.
     """
 
     data: Sequence[Datum]
@@ -63,10 +63,10 @@ class TermRun:
         self._most_threads = min(self.max_concurrency, self.max_threads or self.max_concurrency)
 
     async def all(self, terms: Sequence[PreparedTerm], *, parallel: bool) -> list[Outcome]:
-        """Runs the terms, once; outcomes in the order of `terms`.
+        """Runs the terms once and returns the outcomes in the order of `terms`.
 
-        The first failure cancels the rest and is raised, with further failures as its notes. If the caller is
-        cancelled, that wins, and the failures become notes of the cancellation.
+        The first failure cancels the other terms and is raised, with further failures as notes. If the caller is
+        cancelled, CancelledError is raised, with the failures as notes.
 
         Raises:
             RegularizerError: the first failure.
@@ -94,13 +94,13 @@ class TermRun:
                 cancelled.add_note(described(failure.exception))
             raise
         finally:
-            # An abandoned thread holds this run. It must not hold what the other terms made.
+            # An abandoned thread references this run. It must not keep the results of other terms alive.
             self._caller = None
             self._tasks.clear()
             self._failures.clear()
 
     def _must_stop(self) -> bool:
-        """Whether a cancellation of a term is meant: a sibling has failed, or the caller is cancelled."""
+        """Whether a cancellation of a term comes from this run: another term failed, or the caller is cancelled."""
         return self._stopping or (self._caller is not None and self._caller.cancelling() > self._cancelled_before)
 
     async def _run(self, term: PreparedTerm) -> Outcome:
@@ -112,10 +112,10 @@ class TermRun:
             outcome = _cancelled_from_outside(term, error)
         except RegularizerError as error:
             outcome = Outcome(term, error=error if error.name == term.name else failed_with(term, error))
-        except Exception as error:  # noqa: BLE001  # a term may raise anything; it is reported under the term's name
+        except Exception as error:  # noqa: BLE001  # a term may raise anything
             outcome = Outcome(term, error=failed_with(term, error))
         except BaseException as fatal:  # noqa: BLE001
-            # Raised inside a task, KeyboardInterrupt and its like would stop the loop before the siblings.
+            # KeyboardInterrupt or SystemExit raised in a task would stop the loop before the other terms end.
             outcome = Outcome(term, fatal=fatal)
         if outcome.fails_step:
             self._failures.append(outcome)
@@ -123,7 +123,7 @@ class TermRun:
         return outcome
 
     def _stop_others(self) -> None:
-        if self._stopping:  # a second cancellation would interrupt the clean-up that the first one started
+        if self._stopping:  # a second cancellation would interrupt clean-up code that runs after the first
             return
         self._stopping = True
         for task in self._tasks:
@@ -131,10 +131,10 @@ class TermRun:
                 task.cancel()
 
     def _first_failure(self) -> BaseException:
-        """KeyboardInterrupt and its like win, then a write into the shared logprobs, then the first error."""
+        """Returns KeyboardInterrupt or SystemExit, else a write into the shared logprobs, else the first error."""
         errors = [failure.exception for failure in self._failures if failure.fatal is not None]
         try:
-            # A term that failed may be the victim of another one that wrote into the shared logprobs.
+            # A term may have failed because another one wrote into the shared logprobs.
             self.logprobs.check_unchanged()
         except InPlaceMutation as mutation:
             errors.append(mutation)
@@ -146,7 +146,7 @@ class TermRun:
         return first
 
     async def _admitted(self, term: PreparedTerm) -> Evaluation:
-        """Runs a term as soon as it has its permits: a thread where it needs one, then one of the terms in flight."""
+        """Runs a term once it has its permits: for a thread if it needs one, then for `max_concurrency`."""
         timeout = self.timeout if term.timeout is None else term.timeout
         thread: Permit | None = None
         permit: Permit | None = None
@@ -157,7 +157,7 @@ class TermRun:
             with _events(term) as measurements:
                 async with time_limit(timeout, lambda: _timed_out(term, timeout)) as limit:
                     evaluation = await self._evaluated(term, thread, permit, limit)
-                    if limit.expired():  # the term swallowed that
+                    if limit.expired():  # the term suppressed the cancellation
                         raise TimeoutError
                 if term.weight is not None:
                     measurements["value"] = evaluation.value
@@ -177,11 +177,11 @@ class TermRun:
         try:
             return await limiter.acquire(term.name, group=self.group, group_limit=limit, patience=patience)
         except TimeoutError:
-            with _events(term):  # it never ran, but its failure is an event like others
+            with _events(term):  # the term did not start, but its failure is an event
                 raise RegularizerTimeout(
-                    f"term {term.name!r} did not get to run within {patience} s: every place is held by abandoned "
-                    f"terms ({', '.join(limiter.holders())}), which cannot be stopped. Give them a way to end, or "
-                    "raise max_threads",
+                    f"term {term.name!r} did not start within {patience} s: every thread is held by a term that timed "
+                    f"out but still runs ({', '.join(limiter.holders())}). Add a timeout inside these terms, or "
+                    "increase max_threads",
                     name=term.name,
                     timeout=patience,
                 ) from None
@@ -209,7 +209,7 @@ class TermRun:
         return replace(evaluation, attempts=attempts)
 
     async def _attempts(self, term: PreparedTerm, leaf: torch.Tensor) -> tuple[object, int]:
-        """A coroutine term's result, and how often it was called for it."""
+        """Returns the result of an async term and the number of calls."""
         attempts = 0
 
         async def call() -> object:
@@ -220,14 +220,14 @@ class TermRun:
             try:
                 return await self._called_on_the_loop(term, leaf)
             except Exception:
-                self.logprobs.check_unchanged()  # a term that has spoilt them is not called again
+                self.logprobs.check_unchanged()  # no retry on modified logprobs
                 raise
 
         if term.retry is None:
             return await call(), attempts
         try:
             return await _repeated(term.retry, call), attempts
-        except Exception as error:  # noqa: BLE001  # raised again, or what it stands for
+        except Exception as error:  # noqa: BLE001  # raised again, RetryError as its cause
             last = error.last_attempt.exception() if isinstance(error, RetryError) else None
             failure = last or error
             failure.add_note(f"attempts: {attempts}")
@@ -237,7 +237,8 @@ class TermRun:
         result = self._called(term, leaf)
         if not inspect.isawaitable(result):
             raise InvalidTermResult(
-                f"term {term.name!r} has is_async=True but returned a {type(result).__name__}, not an awaitable",
+                f"term {term.name!r} has is_async=True but returned a {type(result).__name__}, not an awaitable: "
+                "remove is_async, or make fn async",
                 name=term.name,
             )
         return await result
@@ -246,7 +247,7 @@ class TermRun:
         with autograd_on():
             try:
                 result = self._called(term, leaf)
-            except StopIteration as error:  # it would end the coroutine that waits for this thread
+            except StopIteration as error:  # it would end the coroutine that awaits this thread
                 raise failed_with(term, error) from error
             if not inspect.isawaitable(result):
                 return self._arithmetic(term, result, leaf)
@@ -255,7 +256,7 @@ class TermRun:
             if inspect.iscoroutine(result):
                 result.close()
             raise InvalidTermResult(
-                f"term {term.name!r} has is_async=False but returned an awaitable; pass is_async=True", name=term.name
+                f"term {term.name!r} has is_async=False but returned an awaitable: pass is_async=True", name=term.name
             )
 
     def _called(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
@@ -281,9 +282,11 @@ def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:
 
 
 def _timed_out(term: PreparedTerm, timeout: float | None) -> RegularizerTimeout:
-    assert timeout is not None, "what has no limit does not time out"
+    assert timeout is not None, "a term without a limit does not time out"
     return RegularizerTimeout(
-        f"term {term.name!r} did not end within its timeout of {timeout} s", name=term.name, timeout=timeout
+        f"term {term.name!r} did not finish within its timeout of {timeout} s: increase timeout or make it faster",
+        name=term.name,
+        timeout=timeout,
     )
 
 
@@ -294,24 +297,24 @@ def _cancelled_from_outside(term: PreparedTerm, cause: asyncio.CancelledError | 
 
 
 async def _repeated(policy: RetryPolicy | AsyncRetrying, call: Callable[[], Awaitable[object]]) -> object:
-    """The result of the first call that the policy accepts.
+    """Returns the result of the first call that the policy accepts.
 
-    A user's policy object is not changed, so that many terms may share it at once. Whatever it says, a cancellation
-    and KeyboardInterrupt are never followed by another call.
+    A policy object of the user is copied, because several terms may share it. No policy retries after a cancellation
+    or KeyboardInterrupt.
 
     Raises:
-        RetryError: a user's policy gave up; it holds the last attempt.
+        RetryError: the policy of the user gave up; it contains the last attempt.
     """
     if isinstance(policy, RetryPolicy):
         return await with_retries(policy, lambda _: call(), _may_be_repeated)
-    wanted = cast("Callable[[RetryCallState], bool | Awaitable[bool]]", policy.retry)
+    should_retry = cast("Callable[[RetryCallState], bool | Awaitable[bool]]", policy.retry)
 
     async def again(state: RetryCallState) -> bool:
         failure = state.outcome.exception() if state.outcome is not None else None
         if failure is not None and not _may_be_repeated(failure):
             return False
-        answer = wanted(state)
-        return await answer if inspect.isawaitable(answer) else answer
+        decision = should_retry(state)
+        return await decision if inspect.isawaitable(decision) else decision
 
     return await policy.copy(retry=again)(call)
 

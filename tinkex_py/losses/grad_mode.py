@@ -1,9 +1,9 @@
-"""Drives coroutines that share the event loop's thread: each with its own grad mode, none beyond its end.
+"""Runs coroutines on one thread with a grad mode for each.
 
-The grad mode belongs to the thread. A coroutine that awaits inside `torch.no_grad()` would silence every
-other coroutine that runs meanwhile, and a caller's `no_grad` would silence the terms.
+The grad mode is a property of the thread. Without this module, a coroutine that awaits inside `torch.no_grad()` would
+disable autograd in every coroutine that runs meanwhile, and the caller's `no_grad` would disable it in the terms.
 
-Entering `torch.inference_mode(False)` switches inference off and grad on; leaving it restores both.
+Entering `torch.inference_mode(False)` disables inference mode and enables grad; leaving it restores both.
 """
 
 import asyncio
@@ -17,24 +17,24 @@ import torch
 
 Result = TypeVar("Result")
 
-# Seconds for which a coroutine is still resumed after a cancellation that it swallows.
+# Seconds for which a coroutine is resumed after it suppresses a cancellation.
 GRACE = 5.0
 
 
 def autograd_on() -> AbstractContextManager[object]:
-    """For code that autograd has to record. It enters nothing where nothing is off: a step does this often."""
+    """Returns a context in which autograd records. A step enters it often, so it does nothing if autograd is on."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
 
 
 async def with_own_grad_mode(awaitable: Awaitable[Result], must_end: Callable[[], bool] = lambda: False) -> Result:
-    """Awaits with a grad mode of its own, which is on at first and survives every suspension.
+    """Awaits with a separate grad mode, which is on at first and is kept across suspensions.
 
     Args:
-        awaitable: what to await.
-        must_end: whether a cancellation that arrives is final. If the awaitable goes on in spite of it, it is closed
-            after `GRACE` seconds, and the cancellation is raised.
+        awaitable: the awaitable.
+        must_end: returns whether a cancellation is final. If the awaitable suppresses a final cancellation, it is
+            closed after `GRACE` seconds and the cancellation is raised.
     """
     grace = _Grace(must_end)
     try:
@@ -44,7 +44,7 @@ async def with_own_grad_mode(awaitable: Awaitable[Result], must_end: Callable[[]
 
 
 async def with_grad_on_while_suspended(awaitable: Awaitable[Result]) -> Result:
-    """Awaits so that the caller's `no_grad` or `inference_mode` does not reach the tasks that run meanwhile."""
+    """Awaits and keeps the caller's `no_grad` or `inference_mode` from applying to tasks that run meanwhile."""
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return await awaitable
     coroutine = _as_coroutine(awaitable)
@@ -52,7 +52,7 @@ async def with_grad_on_while_suspended(awaitable: Awaitable[Result]) -> Result:
 
 
 class _OwnMode:
-    """Switches to a coroutine's own grad mode while it runs."""
+    """Switches to the grad mode of a coroutine while it runs."""
 
     def __init__(self) -> None:
         self._is_on = True
@@ -68,7 +68,7 @@ class _OwnMode:
 
 
 class _Grace:
-    """The time for which a coroutine may go on after a final cancellation."""
+    """The time for which a coroutine may continue after a final cancellation."""
 
     def __init__(self, must_end: Callable[[], bool]) -> None:
         self.is_over = False
@@ -76,7 +76,7 @@ class _Grace:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """At a cancellation."""
+        """Starts the timer at the first final cancellation."""
         if self._timer is None and self._must_end():
             task = asyncio.current_task()
             assert task is not None, "terms run in tasks"
@@ -124,9 +124,9 @@ def _driven(
 
 
 def _give_up(coroutine: Coroutine[Any, Any, object], running: AbstractContextManager[object]) -> None:
-    """Closes a coroutine that a second cancellation, by its grace, woke up."""
+    """Closes a coroutine after the cancellation that `_Grace` sent at the end of its time."""
     task = asyncio.current_task()
     assert task is not None, "terms run in tasks"
     task.uncancel()
-    with running, suppress(RuntimeError):  # raised if it ignores even that
+    with running, suppress(RuntimeError):  # raised if the coroutine suppresses GeneratorExit too
         coroutine.close()

@@ -1,6 +1,6 @@
-"""The arithmetic of the gradients: of one term, and of the whole with the alignment of its parts.
+"""Gradient arithmetic: the gradient of one term, and the total gradient with the alignment of its parts.
 
-No event loop here, and any device.
+Works on any device. Nothing here uses the event loop.
 """
 
 import math
@@ -15,12 +15,12 @@ import torch
 from tinkex_py.errors import InvalidTermResult, NonFiniteLoss
 from tinkex_py.losses.output import GradientDiagnosis, MetricValue
 
-# Products of this many float32 numbers are summed in float32, the sums of blocks in double precision: as fast as a
-# float32 sum, and exact enough for millions of numbers. Smaller blocks would fit the processor's cache, but threads
-# that make many small calls wait for each other to let go of Python.
+# Products are summed in float32 within a block and in double precision across blocks: as fast as a float32 sum, and
+# accurate for millions of elements. Smaller blocks would fit into the CPU cache, but threads that make many small calls
+# compete for the GIL.
 BLOCK = 262_144
 _ROW = 4096
-# Squares of float32 numbers below this lose digits or vanish.
+# Squares of smaller float32 numbers lose digits or underflow.
 _SMALL_NORM = 1e-15
 _vector_norm = cast("Callable[..., torch.Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _split = cast("Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]]", torch.split)
@@ -29,15 +29,15 @@ _dot = cast("Callable[[torch.Tensor, torch.Tensor], torch.Tensor]", torch.dot)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one term gave.
+    """The result of evaluating one term.
 
     Attributes:
         value: the loss.
-        metrics: plain numbers by name.
-        gradient: d(loss)/d(logprobs), shaped like the leaf; None if it is zero or was not needed.
-        grad_norm: its L2 norm; None if it was not asked for.
-        differentiable: False if the loss has no path to the logprobs.
-        attempts: how often the term was called.
+        metrics: numbers by name.
+        gradient: d(loss)/d(logprobs), with the shape of the leaf; None if it is zero or was not requested.
+        grad_norm: L2 norm of the gradient; None if it was not requested.
+        differentiable: False if the loss does not depend on the logprobs.
+        attempts: number of calls of the term.
     """
 
     value: float
@@ -49,17 +49,17 @@ class Evaluation:
 
 
 def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: bool, needs_norm: bool) -> Evaluation:
-    """Value, gradient and norm of one term, from one backward pass.
+    """Computes value, gradient and norm of one term with one backward pass.
 
     Args:
-        result: what the term returned.
-        leaf: the tensor the term was given.
-        name: the term, for errors.
-        needs_gradient: False saves the backward pass.
-        needs_norm: asks for the norm; implies the backward pass.
+        result: the return value of the term.
+        leaf: the tensor that was passed to the term.
+        name: name of the term, for errors.
+        needs_gradient: whether to compute the gradient.
+        needs_norm: whether to compute the norm, which requires the backward pass too.
 
     Raises:
-        InvalidTermResult: not a loss, nor `(loss, metrics)`.
+        InvalidTermResult: the result is not a loss or `(loss, metrics)`.
         NonFiniteLoss: the loss or its gradient is NaN or infinite.
     """
     loss, named = loss_and_metrics(result, name)
@@ -78,27 +78,27 @@ def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: b
         return Evaluation(value, metrics, None, 0.0 if needs_norm else None, differentiable=False)
     gradient = gradient.detach().as_subclass(torch.Tensor)
     size = norm(gradient) if needs_norm else None
-    if size is None or not math.isfinite(size):  # NaN and infinity survive in a norm
+    if size is None or not math.isfinite(size):  # NaN and infinity make the norm non-finite
         check_finite(gradient, name)
     return Evaluation(value, metrics, gradient, size, differentiable=True)
 
 
 def check_finite(gradient: torch.Tensor, name: str) -> None:
     """Raises NonFiniteLoss if any element is NaN or infinite."""
-    # The sum is one cheap pass and NaN or infinity survive it; only a suspicious sum is looked at closely.
+    # The sum is one cheap pass, and NaN or infinity make it non-finite; the elements are only checked in that case.
     if math.isfinite(gradient.sum().item()):
         return
     finite = torch.isfinite(gradient)
     if not bool(finite.all()):
         raise NonFiniteLoss(
-            f"the gradient of term {name!r} has {int((~finite).sum())} NaN or infinite element(s) "
-            f"of {gradient.numel()}; nothing was sent",
+            f"the gradient of term {name!r} has {int((~finite).sum())} NaN or infinite element(s) out of "
+            f"{gradient.numel()}; nothing was sent",
             name=name,
         )
 
 
 def norm(gradient: torch.Tensor) -> float:
-    """L2 norm over all elements: float32 norms of rows, combined in double precision, are fast and exact enough."""
+    """Returns the L2 norm over all elements, as float32 norms of rows that are combined in double precision."""
     if gradient.numel() <= _ROW:
         return _exact_norm(gradient)
     row = wide(gradient.detach().reshape(-1))
@@ -109,12 +109,12 @@ def norm(gradient: torch.Tensor) -> float:
 
 
 def _exact_norm(numbers: torch.Tensor) -> float:
-    dtype = torch.float32 if numbers.device.type == "mps" else torch.float64  # which that device lacks
+    dtype = torch.float32 if numbers.device.type == "mps" else torch.float64  # mps has no float64
     return float(_vector_norm(numbers.detach(), dtype=dtype).item())
 
 
 def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """Sum of the products of all elements, in double precision over blocks; None is zero."""
+    """Returns the dot product over all elements, with blocks summed in double precision. None counts as zero."""
     if first is None or second is None:
         return 0.0
     rows = (_split(wide(gradient.detach().reshape(-1)), BLOCK) for gradient in (first, second))
@@ -122,26 +122,30 @@ def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
 
 
 def block_dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """`dot` of rows of at most `BLOCK` elements that `wide` returned."""
+    """Returns the dot product of rows that `wide` returned, with at most `BLOCK` elements."""
     return 0.0 if first is None or second is None else _dot(first, second).item()
 
 
 def wide(row: torch.Tensor) -> torch.Tensor:
-    """A row fit for products: at least float32, and spread out where one number stands for all."""
+    """Returns a row for dot products: contiguous and at least float32."""
     row = row.contiguous()
     return row.float() if row.dtype in (torch.float16, torch.bfloat16) else row
 
 
 def check_weights(weights: Sequence[float], dtype: torch.dtype) -> None:
-    """Raises NonFiniteLoss if a weight is too large for a dtype: torch would name neither the weight nor the loss."""
+    """Raises NonFiniteLoss if a weight is too large for a dtype. The error of torch would not contain the weight."""
     largest = torch.finfo(dtype).max
     for weight in weights:
         if weight > largest:
-            raise NonFiniteLoss(f"the weight {weight} is too large for {dtype}; nothing was sent", name="loss_total")
+            raise NonFiniteLoss(
+                f"the weight {weight} is too large for {dtype}, whose maximum is {largest}; nothing was sent. Use a "
+                "smaller weight",
+                name="loss_total",
+            )
 
 
 def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str, object]]:
-    """Takes apart what a term returned: `loss` or `(loss, metrics)`.
+    """Unpacks the return value of a term: `loss` or `(loss, metrics)`.
 
     Raises:
         InvalidTermResult: it is neither.
@@ -151,15 +155,17 @@ def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str,
     if isinstance(result, tuple):
         parts = cast("tuple[object, ...]", result)
         if len(parts) != 2:
-            raise InvalidTermResult(f"term {name!r} returned a tuple of {len(parts)}, not (loss, metrics)", name=name)
+            raise InvalidTermResult(
+                f"term {name!r} must return loss or (loss, metrics), got a tuple of length {len(parts)}", name=name
+            )
         loss, metrics = parts
     if not isinstance(loss, torch.Tensor):
-        raise InvalidTermResult(f"term {name!r} returned a loss of type {type(loss).__name__}, not a tensor", name=name)
+        raise InvalidTermResult(f"term {name!r} must return the loss as a tensor, got {type(loss).__name__}", name=name)
     if loss.is_complex():
-        raise InvalidTermResult(f"term {name!r} returned a complex loss ({loss.dtype})", name=name)
+        raise InvalidTermResult(f"term {name!r} must return a real loss, got dtype {loss.dtype}", name=name)
     if not isinstance(metrics, Mapping):
         raise InvalidTermResult(
-            f"term {name!r} returned metrics of type {type(metrics).__name__}, not a mapping", name=name
+            f"term {name!r} must return metrics as a mapping, got {type(metrics).__name__}", name=name
         )
     named = {_metric_name(key, name): value for key, value in cast("Mapping[object, object]", metrics).items()}
     return loss, named
@@ -167,7 +173,7 @@ def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str,
 
 def _metric_name(key: object, name: str) -> str:
     if not isinstance(key, str):
-        raise InvalidTermResult(f"term {name!r} returned a metric named {key!r}; names must be str", name=name)
+        raise InvalidTermResult(f"term {name!r}: names of metrics must be str, got {key!r}", name=name)
     return key
 
 
@@ -184,13 +190,13 @@ def _metric_value(key: object, value: object, name: str) -> MetricValue:
 
 @dataclass(frozen=True)
 class WeightedGradient:
-    """One term's share in the total gradient.
+    """One term of the total gradient.
 
     Attributes:
-        name: of the term; the first one is the base loss.
-        scale: what its gradient is multiplied by: the weight, and less where the gradient is clipped.
+        name: name of the term; the first one is the base loss.
+        scale: factor of the gradient: weight times clipping factor.
         gradient: d(term)/d(logprobs), unweighted; None if it is zero.
-        norm: its L2 norm; None if it is not known.
+        norm: L2 norm of the gradient; None if it is unknown.
     """
 
     name: str
@@ -201,12 +207,12 @@ class WeightedGradient:
 
 @dataclass(frozen=True)
 class Combined:
-    """The gradient of the whole.
+    """The total gradient.
 
     Attributes:
         gradient: d(loss_total)/d(logprobs).
-        diagnosis: alignment of each term's gradient, by name; empty if not asked for.
-        norm: the L2 norm of `gradient`; None if no diagnosis was asked for.
+        diagnosis: alignment of each term's gradient, by name; empty unless requested.
+        norm: L2 norm of `gradient`; None unless the diagnosis was requested.
     """
 
     gradient: torch.Tensor
@@ -216,12 +222,12 @@ class Combined:
 
 @dataclass(frozen=True)
 class AddedBlock:
-    """What is known of one block of the total.
+    """Reductions over one block of the total gradient.
 
     Attributes:
-        size: its L2 norm, without a diagnosis its sum; NaN or infinite if one of its elements is.
-        with_base: products of each term's gradient with that of the base loss; empty without a diagnosis.
-        with_total: products of each term's gradient with the total.
+        size: L2 norm of the block with a diagnosis, its sum without; not finite if an element is not finite.
+        with_base: dot products of each term's gradient with that of the base loss; empty without a diagnosis.
+        with_total: dot products of each term's gradient with the total; empty without a diagnosis.
     """
 
     size: float
@@ -230,15 +236,15 @@ class AddedBlock:
 
 
 class WeightedSum:
-    """The weighted sum of the gradients, added up block by block, by several threads if they are given.
+    """The weighted sum of the gradients, computed block by block. Several threads can add different blocks.
 
     Args:
-        parts: the base loss first.
-        like: shape, dtype and device of the result; contiguous.
-        diagnose: take the products for the diagnosis too, which needs the norms.
+        parts: gradients of the terms, the base loss first.
+        like: contiguous tensor with the shape, dtype and device of the result.
+        diagnose: whether to compute the dot products for the diagnosis, which also needs the norms.
 
     Raises:
-        NonFiniteLoss: a weight is too large for that dtype.
+        NonFiniteLoss: a weight is too large for the dtype.
     """
 
     def __init__(self, parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> None:
@@ -250,13 +256,13 @@ class WeightedSum:
         self._gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
 
     def blocks(self, ranges: int = 1) -> list[range]:
-        """All blocks, cut into so many ranges or fewer. The result is the same to the last bit however they are cut."""
+        """Splits the blocks into at most `ranges` ranges. The number of ranges does not change the result."""
         count = math.ceil(self._total.numel() / BLOCK)
         length = max(1, math.ceil(count / ranges))
         return [range(first, min(first + length, count)) for first in range(0, count, length)]
 
     def add(self, blocks: range) -> list[AddedBlock]:
-        """Adds up some blocks."""
+        """Adds the gradients in the given blocks."""
         with torch.no_grad():
             return [self._add_block(slice(block * BLOCK, (block + 1) * BLOCK)) for block in blocks]
 
@@ -273,7 +279,10 @@ class WeightedSum:
         return AddedBlock(norm(own), [block_dot(row, rows[0]) for row in rows], [block_dot(row, own) for row in rows])
 
     def combined(self, added: Sequence[AddedBlock]) -> Combined:
-        """The result, from what `add` returned for all blocks in order.
+        """Returns the result.
+
+        Args:
+            added: the return values of `add` for all blocks, in order.
 
         Raises:
             NonFiniteLoss: the total has NaN or infinite elements.
@@ -297,38 +306,37 @@ class WeightedSum:
 
 
 def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
-    """The weighted sum of the gradients, added up here and now; see `WeightedSum`."""
+    """Returns the weighted sum of the gradients; see `WeightedSum`."""
     total = WeightedSum(parts, like, diagnose=diagnose)
     return total.combined([added for blocks in total.blocks() for added in total.add(blocks)])
 
 
 def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, step: int) -> Combined:
-    """The sum of the weighted gradients, each freed of what points against another one ("PCGrad").
+    """Returns the sum of the weighted gradients after gradient surgery (PCGrad).
 
-    Every term's weighted gradient is projected, one other term after another, onto the plane that is normal to the
-    other's gradient, where the two conflict (their product is negative); the results are summed. The order in which a
-    term meets the others is drawn in each step, from the step and the names alone, so that a resumed run and a run
-    with the specs in another order give the same.
+    Every term's weighted gradient is projected onto the normal plane of each other term's gradient it conflicts with
+    (negative dot product), one after another; the results are summed. The order of the other terms is random, seeded
+    by step and name only, so that it does not depend on the order of the specs or on a resume.
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning" (2020), algorithm 1.
 
     Args:
-        parts: the base loss first.
-        like: shape, dtype and device of the result.
-        step: seeds the order.
+        parts: gradients of the terms, the base loss first.
+        like: tensor with the shape, dtype and device of the result.
+        step: seed of the order.
 
     Returns:
-        As `summed` with a diagnosis.
+        The total gradient with a diagnosis.
     """
     products = _products(parts)
     scales = np.array([part.scale for part in parts])
-    weighted = products * np.outer(scales, scales)  # the products of the weighted gradients
+    weighted = products * np.outer(scales, scales)  # dot products of the weighted gradients
     by_name = sorted(range(len(parts)), key=lambda index: parts[index].name)
-    # Row i: how much of each weighted gradient is left in the one of term i.
+    # Row i: coefficients of the weighted gradients in the projected gradient of term i.
     left = np.eye(len(parts))
     for index in by_name:
         others = [other for other in by_name if other != index]
-        random.Random(f"{step} {parts[index].name}").shuffle(others)  # noqa: S311  # an order, not a secret
+        random.Random(f"{step} {parts[index].name}").shuffle(others)  # noqa: S311  # not a secret
         for other in others:
             product = left[index] @ weighted[:, other]
             if product < 0:

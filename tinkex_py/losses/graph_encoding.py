@@ -1,4 +1,4 @@
-"""A traced loss as plain data, as `create_custom_loss` takes it (protocol: "Custom losses on the server")."""
+"""Encodes a traced loss for `create_custom_loss` (protocol: "Custom losses on the server")."""
 
 import builtins
 import math
@@ -19,10 +19,10 @@ _CONSTANTS = {
 
 
 def encode_graph(graph: torch.fx.Graph) -> dict[str, Any]:
-    """The nodes of a graph in order.
+    """Returns the nodes of a graph in order, as JSON values.
 
     Raises:
-        UnsupportedFeature: the graph holds something that cannot be sent.
+        UnsupportedFeature: the graph contains something that cannot be encoded.
     """
     return {"format": 1, "nodes": [_encoded_node(node) for node in graph.nodes]}
 
@@ -39,19 +39,21 @@ def _encoded_node(node: torch.fx.Node) -> dict[str, Any]:
 
 def _target(node: torch.fx.Node) -> str:
     if node.op == "call_method" and str(node.target).endswith("_"):
-        raise UnsupportedFeature(f"it calls {node.target}(), which changes a tensor in place")
+        raise UnsupportedFeature(
+            f"it calls {node.target}(), which changes a tensor in place: use {str(node.target).rstrip('_')}()"
+        )
     return str(node.target) if node.op != "call_function" else _qualified_name(node.target)
 
 
 def _qualified_name(function: Any) -> str:
-    """The name that torch.fx, and so the official SDK, gives a function; services know these names."""
+    """Returns the name that torch.fx uses for a function. The official SDK sends the same names."""
     name: str = function.__name__
     if getattr(builtins, name, None) is function:
         return name
-    # Functions that are written in C++ have no module.
+    # Functions implemented in C++ have no module.
     homes = [home.__name__ for home in (torch, torch.nn.functional) if getattr(home, name, None) is function]
     module: str = function.__module__ or next(iter(homes), "")
-    # Python's operators live in a private module; the wire has the public one's name.
+    # Python's operators are defined in a private module; the wire format uses the public name.
     return f"operator.{name}" if module == "_operator" else f"{module}.{name}"
 
 
@@ -78,13 +80,16 @@ def _encoded(value: Any) -> Any:
     kind = _CONSTANTS.get(cast("type[Any]", type(value)))
     if kind is not None:
         return {kind: str(value).removeprefix("torch.")}
-    raise UnsupportedFeature(f"it passes a {type(value).__name__} to a torch function, which cannot be sent")
+    raise UnsupportedFeature(
+        f"it passes a {type(value).__name__} to a torch function, which a graph cannot contain: pass numbers, "
+        "strings, dtypes or the term's own tensors"
+    )
 
 
 def _encoded_tensor(value: torch.Tensor) -> Any:
     if value.ndim == 0 and not value.requires_grad and not value.is_complex():
         return _encoded(value.item())
     raise UnsupportedFeature(
-        f"it uses a tensor of shape {tuple(value.shape)} from outside; put it into loss_fn_inputs, and take it as a "
-        "parameter of a function under sum_over_datums"
+        f"it uses a captured tensor of shape {tuple(value.shape)}: put the tensor into loss_fn_inputs, and accept it "
+        "as a parameter of a function under sum_over_datums"
     )

@@ -1,4 +1,4 @@
-"""A loss whose value and gradient are known, as a tensor that autograd can differentiate once."""
+"""A tensor with a known value and gradient that autograd can differentiate once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
@@ -11,16 +11,16 @@ from tinkex_py.errors import PipelineError
 def with_known_gradient(
     value: float, dtype: torch.dtype, logprobs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """A 0-d tensor whose `backward()` gives these gradients to what made the logprobs.
+    """Returns a 0-d tensor whose `backward()` passes the given gradients to the graph of the logprobs.
 
     Args:
-        value: of the loss.
-        dtype: of the result.
-        logprobs: what the loss depends on, all on one device.
-        gradients: d(loss)/d(logprobs), one for each.
+        value: value of the loss.
+        dtype: dtype of the result.
+        logprobs: tensors that the loss depends on, all on one device.
+        gradients: d(loss)/d(logprobs), one for each tensor.
 
     Returns:
-        A tensor on the device of the logprobs. A second derivative raises PipelineError.
+        A tensor on the device of the logprobs. Its second derivative raises PipelineError.
     """
     device = logprobs[0].device if logprobs else None
     detached = torch.tensor(value, dtype=dtype, device=device)
@@ -46,7 +46,7 @@ class _KnownGradient(torch.autograd.Function):
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """A gradient that depends on the logprobs in a way that is not known."""
+    """Identity whose derivative is unknown: differentiating it raises."""
 
     @staticmethod
     def forward(ctx: Any, gradient: torch.Tensor, _logprobs: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
@@ -55,8 +55,8 @@ class _OnlyOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_outer: torch.Tensor) -> NoReturn:  # noqa: ARG004
         raise PipelineError(
-            "the loss of a pipeline has a first derivative only: its terms were evaluated apart from this graph. Write "
-            "what needs a second derivative as a term, such as regularizers.GradientPenalty"
+            "the loss of a pipeline has a first derivative only, because its terms are evaluated outside of this "
+            "graph. Write a loss that needs a second derivative as a term, as regularizers.GradientPenalty does"
         )
 
 

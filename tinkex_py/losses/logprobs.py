@@ -1,7 +1,7 @@
-"""The logprobs that the terms share: one buffer that we own, and one leaf per term over it.
+"""The logprobs that the terms share: one buffer, and one leaf per term over it.
 
-A leaf has the buffer's memory but a version counter and an autograd graph of its own. So terms cost no
-copy, may run in different threads, and an in-place change is traced back to the term that made it.
+A leaf shares the memory of the buffer, but has its own version counter and autograd graph. So terms need no copy, can
+run in different threads, and an in-place change can be attributed to a term.
 """
 
 import itertools
@@ -22,18 +22,18 @@ from tinkex_py.types.datum import target_shape
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOTHING = torch.zeros(0, dtype=torch.int64)
 LIST_HINT = (
-    "packed logprobs: wrap the function in per_datum(...) to see one tensor per datum; a slice such as logprobs[0:1] "
-    "takes positions"
+    "packed logprobs are not a list of datums: wrap the function in per_datum(...) to get one tensor per datum, or use "
+    "a slice such as logprobs[0:1] to select positions"
 )
 
 
 class PackedLogprobs(torch.Tensor):
-    """A packed leaf: any tensor operation works and gives plain tensors, but it is not a list of datums.
+    """A packed leaf. Tensor operations return plain tensors; iteration and integer indices raise.
 
-    Iterating or taking `logprobs[i]` would silently mean token i where datum i was meant.
+    `logprobs[i]` would silently select position i where datum i was intended.
     """
 
-    # A parameter is a subclass whose operations give plain tensors at no cost; so is this.
+    # As for a parameter, operations return plain tensors at no cost.
     __torch_function__ = torch.nn.Parameter.__torch_function__  # pyright: ignore
 
     def __iter__(self) -> NoReturn:
@@ -62,14 +62,14 @@ def _is_integer(index: object) -> bool:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A term's leaf, and an operation on it whose backward pass torch refuses once the leaf was changed in place."""
+    """A term's leaf, with an operation on it whose backward pass fails after an in-place change of the leaf."""
 
     term: str
     tensor: torch.Tensor
     probe: torch.Tensor
 
     def was_replaced(self, buffer: torch.Tensor) -> bool:
-        """Whether other numbers are under the leaf, as `leaf.data = other` does."""
+        """Returns whether the leaf has other memory, as after `leaf.data = other`."""
         return self.tensor.data_ptr() != buffer.data_ptr() or self.tensor.shape != buffer.shape
 
     def was_written(self) -> bool:
@@ -84,12 +84,12 @@ class Logprobs:
     """The logprobs of one step.
 
     Args:
-        buffer: a tensor of their own, on any device: packed `[N]` or `[N, K]`, flat if the datums' shapes are
-            mixed, or any shape if it was given directly.
-        unchanged: compares the buffer with the numbers it was copied from.
-        shapes: shape of every datum's slice, in order; None if one tensor was given directly.
-        packable: False if datums have mixed rank or K.
-        guarded: leaves refuse to be used as a list of datums.
+        buffer: a copy of the logprobs, on any device: packed `[N]` or `[N, K]`, flat if the datums have different
+            trailing shapes, or any shape if it comes from a single tensor.
+        unchanged: compares the buffer with its source.
+        shapes: shape of every datum's slice, in order; None if the source is a single tensor.
+        packable: False if the datums have different rank or K.
+        guarded: whether leaves raise if they are used as a list of datums.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Logprobs:
 
     @classmethod
     def from_packed(cls, packed: PackedTensor) -> "Logprobs":
-        """From a service's answer: one copy into memory of our own."""
+        """Copies the logprobs of a service response."""
         trailing = set(packed.trailing_shapes)
         shape = (-1, *next(iter(trailing))) if len(trailing) == 1 else (-1,)
         received = [np.ascontiguousarray(part, dtype=np.float32) for part in packed.parts]
@@ -134,16 +134,16 @@ class Logprobs:
 
     @classmethod
     def from_tensors(cls, logprobs: torch.Tensor | Sequence[torch.Tensor], data: Sequence[Datum] = ()) -> "Logprobs":
-        """From one tensor of any shape, or from one tensor per datum; the caller's tensors are never changed.
+        """Copies one tensor of any shape, or one tensor per datum. The tensors of the caller are not modified.
 
         Args:
-            logprobs: the numbers, on any device.
-            data: the datums. A list must have a tensor for each. One tensor is guarded, as in a client, if its first
-                axis has as many positions as they have; else it stays plain.
+            logprobs: the tensor or tensors, on any device.
+            data: the datums. A list must contain one tensor per datum. A single tensor is guarded if the lengths of
+                the datums add up to its first dimension.
 
         Raises:
-            PipelineError: not a dense floating point tensor, tensors of different dtypes or devices, or too few or
-                many of them.
+            PipelineError: a tensor is not dense or not floating point, the dtypes or devices differ, or the number of
+                tensors is wrong.
         """
         if isinstance(logprobs, torch.Tensor):
             _check_usable(logprobs)
@@ -155,16 +155,16 @@ class Logprobs:
             raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(logprobs).__name__}")
         parts = list(logprobs)
         if data and len(parts) != len(data):
-            raise PipelineError(f"{len(data)} datums need as many logprobs tensors, got {len(parts)}")
+            raise PipelineError(f"logprobs must contain one tensor per datum: got {len(parts)} for {len(data)} datums")
         for part in parts:
             _check_usable(part)
         for what in ("dtype", "device"):
             kinds = {str(getattr(part, what)) for part in parts}
             if len(kinds) > 1:
-                raise PipelineError(f"logprobs must share one {what}, got {sorted(kinds)}")
+                raise PipelineError(f"logprobs must have the same {what}, got {sorted(kinds)}")
         shapes = [tuple(part.shape) for part in parts]
         if any(not shape for shape in shapes):
-            raise PipelineError("a datum's logprobs must be [T] or [T, K], got a 0-d tensor")
+            raise PipelineError("the logprobs of a datum must have shape [T] or [T, K], got a 0-d tensor")
         trailing = {shape[1:] for shape in shapes}
         packed = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(trailing) == 1 else (-1,)
         with torch.inference_mode(False):
@@ -172,40 +172,43 @@ class Logprobs:
             return cls(own, _comparison(own), shapes=shapes, packable=len(trailing) <= 1, guarded=True)
 
     def leaf(self, name: str, *, packed: bool = True) -> torch.Tensor:
-        """A new leaf for the term `name`.
+        """Creates a leaf for a term.
 
         Args:
-            name: of the term.
-            packed: whether it sees the leaf itself and not one view per datum.
+            name: name of the term.
+            packed: whether the term receives the leaf itself instead of one view per datum.
 
         Raises:
-            PipelineError: the datums' shapes are mixed, so that there is no packed tensor.
+            PipelineError: the logprobs cannot be packed, because the datums have different rank or K.
         """
         if packed and not self.packable:
             raise PipelineError(
-                f"term {name!r} wants packed logprobs, but the datums' target_tokens have different rank or K: "
+                f"term {name!r} needs packed logprobs, but the target_tokens of the datums have different rank or K: "
                 "wrap the function in per_datum(...)"
             )
         with autograd_on():
-            # Other operations let other threads run Python in between, and the event loop waits for them.
+            # Other operations release the GIL, and the event loop would then wait for other threads.
             leaf = self.buffer.data
             if self._guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)
-            # Taking nothing saves the leaf as it is now.
+            # Taking no elements saves the current version of the leaf for the backward pass.
             probe = leaf.requires_grad_().take(self._nothing)
         self._leaves.append(_Leaf(name, leaf, probe))
         return leaf
 
     def views(self, leaf: torch.Tensor, data: Sequence[Datum]) -> list[torch.Tensor]:
-        """One view of the leaf per datum, in data order.
+        """Returns one view of the leaf per datum, in data order.
 
         Raises:
-            PipelineError: the boundaries are not known.
+            PipelineError: the lengths of the datums are unknown.
         """
         shapes = self.shapes
         if shapes is None:
             if not data:
-                raise PipelineError("per_datum needs to know the datums: pass a list with one tensor per datum")
+                raise PipelineError(
+                    "a term under per_datum(...) needs the datums to split a single tensor: pass data, or logprobs as "
+                    "a list with one tensor per datum"
+                )
             return split(data, leaf)
         if self.packable:
             return list(torch.split(leaf, [shape[0] for shape in shapes])) if shapes else []
@@ -213,7 +216,7 @@ class Logprobs:
         return [piece.view(shape) for piece, shape in zip(flat, shapes, strict=True)]
 
     def check_unchanged(self) -> None:
-        """Raises InPlaceMutation if a term wrote into the shared buffer, or put other numbers under its leaf."""
+        """Raises InPlaceMutation if a term wrote into the shared buffer or replaced the memory of its leaf."""
         leaves = list(self._leaves)
         writers = [leaf.term for leaf in leaves if leaf.was_replaced(self.buffer)]
         if not writers and self._unchanged():
@@ -222,25 +225,25 @@ class Logprobs:
             writers += [leaf.term for leaf in leaves if leaf.was_written()]
         if writers:
             raise InPlaceMutation(
-                f"term {writers[0]!r} changed the shared logprobs in place. Work on a copy: logprobs.clone()",
+                f"term {writers[0]!r} modified the shared logprobs in place: use a copy, logprobs.clone()",
                 name=writers[0],
             )
         raise InPlaceMutation(
-            f"the shared logprobs were overwritten past autograd (.data or numpy); the writer is unknown, one of "
-            f"{', '.join(repr(leaf.term) for leaf in leaves)}. Work on a copy: logprobs.clone()",
+            "the shared logprobs were modified in place without autograd (.data or numpy), by an unknown term out of "
+            f"{', '.join(repr(leaf.term) for leaf in leaves)}: use a copy, logprobs.clone()",
             name="unknown",
         )
 
     def release_leaves(self) -> None:
-        """Forgets the leaves, once all terms have ended: an abandoned thread must not keep those of other terms."""
+        """Drops the leaves after the terms ended: an abandoned thread must not keep those of other terms alive."""
         self._leaves.clear()
 
 
 def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:
-    """The datums, if they are a list; it may be empty.
+    """Returns the datums if they are a sequence, which may be empty.
 
     Raises:
-        InvalidData: they are something else.
+        InvalidData: they are not a sequence.
     """
     if isinstance(data, Datum | str) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
@@ -248,57 +251,59 @@ def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:
 
 
 def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
-    """Cuts a packed tensor into one view per datum.
+    """Splits a packed tensor into one view per datum.
 
     Args:
-        data: the datums; the length of `target_tokens` says how many positions each one owns.
+        data: the datums; the length of `target_tokens` is the number of positions of a datum.
         logprobs: packed, `[sum(T_i), ...]`.
 
     Raises:
-        InvalidData: the lengths do not add up.
+        InvalidData: the lengths do not add up to the first dimension of the tensor.
     """
     if not isinstance(logprobs, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"split needs a packed tensor, got a {type(logprobs).__name__}")
+        raise InvalidData(f"split: logprobs must be a packed tensor, got a {type(logprobs).__name__}")
     lengths = [target_shape(datum, index)[0] for index, datum in enumerate(data)]
     if not logprobs.ndim or sum(lengths) != logprobs.shape[0]:
         raise InvalidData(
-            f"target_tokens of {len(data)} datums cover {sum(lengths)} positions, "
-            f"but the tensor has shape {tuple(logprobs.shape)}"
+            f"split: the target_tokens of {len(data)} datums have {sum(lengths)} positions in total, but the tensor "
+            f"has shape {tuple(logprobs.shape)}: pass the packed logprobs of exactly these datums"
         )
     return list(torch.split(logprobs, lengths))
 
 
 def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
-    """One `loss_fn_inputs` field of all datums, laid end to end like packed logprobs.
+    """Concatenates a `loss_fn_inputs` field of all datums in the layout of packed logprobs.
 
     Args:
         data: the datums; each must have the field.
-        name: which field.
+        name: name of the field.
 
     Raises:
         InvalidData: a datum lacks the field, or the trailing shapes differ.
     """
     if not data:
-        raise InvalidData(f"no datum to take {name!r} from")
+        raise InvalidData(f"cannot read the field {name!r}, because data is empty: pass at least one datum")
     arrays: list[Any] = []
     for index, datum in enumerate(data):
         if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
         if name not in datum.loss_fn_inputs:
             raise InvalidData(
-                f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
+                f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)}): add the "
+                "field to every datum"
             )
         array = datum.loss_fn_inputs[name].to_numpy()
         if array.shape[1:] != (arrays[0] if arrays else array).shape[1:]:
             raise InvalidData(
-                f"{name!r} of datum {index} has shape {array.shape}, which does not pack with {arrays[0].shape}"
+                f"{name!r} of datum {index} has shape {array.shape}, but that of datum 0 has {arrays[0].shape}: to be "
+                "packed, the shapes may differ only in the first dimension"
             )
         arrays.append(array)
     return torch.from_numpy(np.concatenate(arrays))  # pyright: ignore[reportUnknownMemberType]
 
 
 def _add_up(data: Sequence[Datum], logprobs: torch.Tensor) -> bool:
-    """Whether a tensor has the positions of these datums on its first axis."""
+    """Returns whether the lengths of the datums add up to the first dimension of a tensor."""
     targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data if isinstance(datum, Datum)]  # pyright: ignore[reportUnnecessaryIsInstance]
     lengths = [target.shape[0] for target in targets if target is not None and target.shape]
     known = bool(lengths) and len(lengths) == len(data)
@@ -309,18 +314,18 @@ def _check_usable(tensor: object) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise PipelineError(f"logprobs must be a tensor or a list of tensors, got a {type(tensor).__name__}")
     if not tensor.is_floating_point():
-        raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}")
+        raise PipelineError(f"logprobs must be floating point, got dtype {tensor.dtype}: pass logprobs.float()")
     if tensor.device.type == "meta":
-        raise PipelineError("logprobs are on device meta, where tensors have no numbers")
+        raise PipelineError("logprobs must have values, got a tensor on device meta: move them to a real device")
     if tensor.layout is not torch.strided:
         raise PipelineError(f"logprobs must be dense, got layout {tensor.layout}: pass logprobs.to_dense()")
 
 
 def _copied(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All elements in one flat tensor of our own.
+    """Copies all elements into one flat tensor.
 
-    On the CPU, numpy copies with the calling thread alone. Torch's further threads would go on spinning for a while, on
-    the CPUs that the terms' threads are about to need.
+    On the CPU, numpy copies in the calling thread. Torch would use its thread pool, whose threads spin after the copy
+    on the CPUs that the threads of the terms need.
     """
     if tensors[0].device.type != "cpu":
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -329,12 +334,12 @@ def _copied(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _comparison(own: torch.Tensor) -> Callable[[], bool]:
-    untouched = _copied([own])  # not the caller's tensor: the caller may change that
+    original = _copied([own])  # the caller may modify its own tensor
     if own.device.type != "cpu":
-        return lambda: torch.equal(_bits(own), _bits(untouched))
-    return lambda: np.array_equal(_bits(own).numpy(), _bits(untouched).numpy())  # much faster there
+        return lambda: torch.equal(_bits(own), _bits(original))
+    return lambda: np.array_equal(_bits(own).numpy(), _bits(original).numpy())  # much faster on the CPU
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers, flat, which NaN cannot hide in."""
+    """Returns the elements as integers, flat, so that NaN compares equal to itself."""
     return tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])

@@ -1,4 +1,4 @@
-"""The options of a pipeline: declared, described and checked here and nowhere else. No torch."""
+"""The options of a pipeline: declaration, documentation and checks. Imports no torch."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -19,15 +19,16 @@ class PipelineOptions(TypedDict, total=False):
 
     Attributes:
         track_grad_norms: compute the L2 norm of every term's gradient and of the total. Default False.
-        parallel: False runs one term after another, the base loss first, then in spec order. Default True.
-        timeout: seconds per term, the base loss included; a spec's own timeout wins. None is no limit. Default 30.0.
-        max_concurrency: terms in flight at once. Default 32.
-        max_threads: sync terms in threads at once. Live term threads never exceed `min(max_threads, max_concurrency)`,
-            abandoned ones included; in a client the service client's `max_threads` bounds them too. Default None: no
-            limit below that of the service client, or of a pipeline used alone, which is the usable CPU count.
-        combine: "sum" gives the gradient of `loss_total`; "pcgrad" first frees every term's weighted gradient of what
-            points against another term's (Yu et al. 2020), so that the result is the gradient of no single loss.
-            Default "sum".
+        parallel: False runs the terms one after another, the base loss first, then in spec order. Default True.
+        timeout: seconds per term, including the base loss; the timeout of a spec takes precedence. None means no
+            limit. Default 30.0.
+        max_concurrency: maximum number of terms that run at once. Default 32.
+        max_threads: maximum number of sync terms that run at once. At most `min(max_threads, max_concurrency)` term
+            threads exist, including abandoned ones; in a client, `max_threads` of the service client is a further
+            limit. Default None: only that limit applies, or, without a client, the number of usable CPUs.
+        combine: "sum" computes the gradient of `loss_total`. "pcgrad" first removes from every term's weighted
+            gradient the components that conflict with those of other terms (Yu et al. 2020); the result is not the
+            gradient of a single loss. Default "sum".
     """
 
     track_grad_norms: bool
@@ -48,23 +49,23 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "combine": "sum",
     }
 )
-"""Every option, with the value it has when it is not given."""
+"""Default values of all options."""
 
 TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: DEFAULTS[name] for name in DEFAULTS if name != "combine"})
-"""The options that make sense without a gradient of the whole."""
+"""Default values of the options that apply without a total gradient."""
 
 
 def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str, Any] = DEFAULTS) -> Mapping[str, Any]:
-    """The options that were given, checked.
+    """Returns the given options if they are valid.
 
     Args:
         given: options by name.
-        of: what they were given to, for the error.
-        defaults: which options there are.
+        of: the function that received them, for error messages.
+        defaults: the options that exist.
 
     Raises:
-        TypeError: there is no such option.
-        PipelineError: a value cannot be used.
+        TypeError: an option does not exist.
+        PipelineError: a value is out of range.
     """
     for name, value in given.items():
         if name not in defaults:
@@ -74,11 +75,11 @@ def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str,
 
 
 def shows_options(options: type[Any], defaults: Mapping[str, Any]) -> Callable[[Function], Function]:
-    """Makes `help()` show the real keywords of a function that takes `**options: Unpack[...]`.
+    """Makes `help()` list the keywords of a function declared with `**options: Unpack[...]`.
 
     Args:
-        options: the TypedDict that has their types.
-        defaults: which options there are, with their defaults.
+        options: the TypedDict with their types.
+        defaults: the options that exist, with their defaults.
     """
 
     def decorate(function: Function) -> Function:

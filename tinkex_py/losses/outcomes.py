@@ -1,4 +1,4 @@
-"""Terms that are ready to run, how they end, and what the user then sees."""
+"""Prepared terms, their outcomes, and the composed loss."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,20 +20,20 @@ from tinkex_py.types import ForwardBackwardOutput
 
 @dataclass(frozen=True)
 class PreparedTerm:
-    """A term, ready to run.
+    """A term that is ready to run.
 
     Attributes:
-        name: in errors, events and task names.
-        function: what is called, as `function(data, logprobs, **options)`.
-        options: its keyword arguments.
-        is_async: True: called on the loop; False: called in a thread, must not return an awaitable; None: called
-            in a thread, an awaitable it returns is awaited on the loop.
-        per_datum: wants a list with one tensor per datum.
-        timeout: seconds; infinity is no limit, None that of the pipeline.
-        weight: None for the base loss, which has none and emits no events of its own.
+        name: name in errors, events and task names.
+        function: called as `function(data, logprobs, **options)`.
+        options: keyword arguments.
+        is_async: True calls the function on the loop. False calls it in a thread; it must not return an awaitable.
+            None calls it in a thread and awaits a returned awaitable on the loop.
+        per_datum: whether the function receives one tensor per datum.
+        timeout: seconds; infinity means no limit, None the timeout of the pipeline.
+        weight: None for the base loss, which emits no events of its own.
         on_error: whether a failure fails the step.
-        max_grad_norm: its gradient is scaled down to this norm; None leaves it.
-        retry: says when to call again after a failure; None never does.
+        max_grad_norm: largest norm of the gradient; None means no limit.
+        retry: policy for further calls after a failure; None means a single call.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PreparedTerm:
 
 
 def prepare_base_loss(base_loss: Term) -> PreparedTerm:
-    """The base loss as a term."""
+    """Prepares the base loss."""
     return PreparedTerm(
         name=BASE_LOSS_NAME,
         function=term_function(base_loss),
@@ -60,7 +60,7 @@ def prepare_base_loss(base_loss: Term) -> PreparedTerm:
 
 
 def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
-    """A regularizer as a term; a weight that moves is 0 until `with_weight_at` sets it."""
+    """Prepares a regularizer. The weight is 0 until `with_weight_at` if it is a schedule or controller."""
     return PreparedTerm(
         name=spec.name,
         function=term_function(spec.fn),
@@ -76,10 +76,10 @@ def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
 
 
 def with_weight_at(step: int, term: PreparedTerm, spec: RegularizerSpec) -> PreparedTerm:
-    """The term of a spec with the weight that it has after so many optimizer steps.
+    """Returns the term of a spec with its weight at a step.
 
     Raises:
-        InvalidSpec: the schedule of the weight failed, or gave no finite number >= 0.
+        InvalidSpec: the schedule of the weight failed or did not return a finite number >= 0.
     """
     if isinstance(spec.weight, float):
         return term
@@ -93,7 +93,11 @@ def _retry_policy(retry: int | AsyncRetrying | None) -> RetryPolicy | AsyncRetry
 
 
 def checked_step(step: int) -> int:
-    """An int >= 0."""
+    """Returns the step if it is an int >= 0.
+
+    Raises:
+        PipelineError: it is something else.
+    """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PipelineError(f"step must be an int >= 0, got {step!r}")
     return step
@@ -101,41 +105,41 @@ def checked_step(step: int) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a term ended: with an evaluation, or with an error."""
+    """The result of running a term: an evaluation or an error."""
 
     term: PreparedTerm
     evaluation: Evaluation | None = None
     error: RegularizerError | None = None
-    fatal: BaseException | None = None  # KeyboardInterrupt, SystemExit and the like: raised unchanged
+    fatal: BaseException | None = None  # for example KeyboardInterrupt or SystemExit: raised unchanged
 
     @property
     def exception(self) -> BaseException:
-        """What it failed with."""
+        """The error of a failed term."""
         exception = self.error or self.fatal
-        assert exception is not None, "asked for the exception of a term that did not fail"
+        assert exception is not None, "the term did not fail"
         return exception
 
     @property
     def fails_step(self) -> bool:
-        """Whether the step cannot go on. A change of the shared logprobs can never be skipped."""
+        """Whether the step must fail. `on_error="skip"` does not apply to a change of the shared logprobs."""
         if self.error is None:
             return self.fatal is not None
         return self.term.on_error == "raise" or isinstance(self.error, InPlaceMutation)
 
 
 def failed_with(term: PreparedTerm, cause: BaseException) -> RegularizerError:
-    """The error that reports a term's own exception."""
+    """Returns a RegularizerError that wraps the exception of a term."""
     error = RegularizerError(f"term {term.name!r} failed with {described(cause)}", name=term.name)
     error.__cause__ = cause
     return error
 
 
 def described(error: BaseException) -> str:
-    """Class and message of an exception, whose message may itself be broken."""
+    """Returns class and message of an exception, also if its `__str__` fails."""
     try:
         message = str(error)
     except Exception as broken:  # noqa: BLE001  # user code: __str__ may raise anything
-        message = f"<its message cannot be shown: {type(broken).__name__}>"
+        message = f"<__str__ failed with {type(broken).__name__}>"
     return f"{type(error).__name__}: {message}"
 
 
@@ -144,9 +148,9 @@ class CustomLoss:
     """A composed loss with its gradient.
 
     Attributes:
-        output: what the user sees.
-        gradient: d(loss_total)/d(logprobs), on the device of the logprobs, laid out like their buffer.
-        differentiable: False if no term at all depends on the logprobs.
+        output: the output for the user.
+        gradient: d(loss_total)/d(logprobs), with the device and shape of the buffer of the logprobs.
+        differentiable: False if no term depends on the logprobs.
     """
 
     output: CustomLossOutput
@@ -154,20 +158,20 @@ class CustomLoss:
     differentiable: bool
 
     def with_service(self, service_output: ForwardBackwardOutput) -> CustomLossOutput:
-        """The output together with what the service said about the backward pass."""
+        """Returns the output with the service's result of the backward pass."""
         return self.output.model_copy(update={"service_output": service_output})
 
     def check_differentiable(self) -> None:
         """Raises PipelineError if no term depends on the logprobs."""
         if not self.differentiable:
             raise PipelineError(
-                "no term depends on the logprobs, so there is nothing to train on; nothing was sent. A loss loses its "
-                "path to the logprobs through detach(), numpy(), torch.no_grad() or torch.tensor(x)"
+                "no term depends on the logprobs, so there is no gradient to train on, and nothing was sent. detach(), "
+                "numpy(), torch.no_grad() and torch.tensor(x) cut a loss off from the logprobs: remove them from a term"
             )
 
 
 def weighted_gradients(outcomes: Sequence[Outcome]) -> list[WeightedGradient]:
-    """What the terms add to the gradient: scaled by their weights, and down to their largest norms."""
+    """Returns the gradients of the terms with their scales: weight times clipping factor."""
     return [
         WeightedGradient(
             outcome.term.name,
@@ -183,19 +187,19 @@ def weighted_gradients(outcomes: Sequence[Outcome]) -> list[WeightedGradient]:
 def custom_loss(
     outcomes: Sequence[Outcome], combined: Combined, *, track_grad_norms: bool, abandoned_threads: int
 ) -> CustomLoss:
-    """The result of a step.
+    """Composes the result of a step.
 
     Args:
-        outcomes: of all terms, the base loss first; it did not fail.
-        combined: the gradient of the whole.
-        track_grad_norms: whether norms and diagnosis are shown.
-        abandoned_threads: how many threads outlived their terms.
+        outcomes: outcomes of all terms, the base loss first; it must have succeeded.
+        combined: the total gradient.
+        track_grad_norms: whether the output contains norms and diagnosis.
+        abandoned_threads: number of threads that still run after the timeout of their term.
 
     Raises:
         NonFiniteLoss: the total is too large for a float.
     """
     base = outcomes[0].evaluation
-    assert base is not None, "a base loss that failed has raised"
+    assert base is not None, "a failed base loss raises earlier"
     regularizers = {
         outcome.term.name: report(outcome.term, outcome.evaluation)
         for outcome in outcomes[1:]
@@ -217,14 +221,14 @@ def custom_loss(
 
 
 def clip_scale(term: PreparedTerm, evaluation: Evaluation) -> float:
-    """What keeps a term's gradient to its largest norm; 1.0 if it need not be clipped."""
+    """Returns the factor that limits a term's gradient to `max_grad_norm`; 1.0 means no clipping."""
     if term.max_grad_norm is None or not evaluation.grad_norm:
         return 1.0
     return min(1.0, term.max_grad_norm / evaluation.grad_norm)
 
 
 def report(term: PreparedTerm, evaluation: Evaluation) -> RegularizerOutput:
-    """What a regularizer looks like to the user."""
+    """Returns the output of a regularizer."""
     weight = term.weight
     assert weight is not None
     return RegularizerOutput(
@@ -242,7 +246,7 @@ def report(term: PreparedTerm, evaluation: Evaluation) -> RegularizerOutput:
 
 
 def diagnosis_measurements(output: CustomLossOutput) -> dict[str, float | None]:
-    """Alignment of the gradients, flat, for the stop event; nothing if norms are not tracked."""
+    """Returns the gradient alignment as flat measurements for the stop event; empty unless norms are tracked."""
     if output.total_grad_norm is None:
         return {}
     flat: dict[str, float | None] = {"total_grad_norm": output.total_grad_norm}
@@ -252,15 +256,18 @@ def diagnosis_measurements(output: CustomLossOutput) -> dict[str, float | None]:
 
 
 def total(values: Sequence[float]) -> float:
-    """The sum in double precision.
+    """Returns the sum in double precision.
 
     Raises:
-        NonFiniteLoss: it is too large for a float.
+        NonFiniteLoss: the sum is not finite.
     """
     try:
         result = math.fsum(values)
     except (OverflowError, ValueError):
         result = math.inf
     if not math.isfinite(result):
-        raise NonFiniteLoss(f"the total of {list(values)} is not finite; nothing was sent", name="loss_total")
+        raise NonFiniteLoss(
+            f"the sum of the losses {list(values)} is not finite; nothing was sent. Reduce the weights or the losses",
+            name="loss_total",
+        )
     return result

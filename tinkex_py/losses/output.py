@@ -1,4 +1,4 @@
-"""What a custom loss reports. Every output goes to JSON and back unchanged."""
+"""Outputs of a custom loss. Every output round-trips through JSON."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from tinkex_py.html_table import html_table
 from tinkex_py.types import ForwardBackwardOutput
 
 BASE_LOSS_NAME = "base_loss"
-"""The name of the base loss among the terms."""
+"""Term name of the base loss."""
 
 MetricValue = bool | int | float
 
@@ -16,17 +16,17 @@ _COLUMNS = ("value", "weight", "weight x value", "gradient norm", "x weight", "s
 
 
 class LossReport(BaseModel):
-    """Common to all outputs: frozen; NaN and infinity in metrics are written as strings, so that it stays JSON."""
+    """Base of all outputs: frozen. NaN and infinity in metrics become strings in JSON."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
 
 class BaseLossOutput(LossReport):
-    """The base loss.
+    """Output of the base loss.
 
     Attributes:
         value: the loss.
-        metrics: what the base loss reported beside it.
+        metrics: metrics that the base loss returned.
         grad_norm: L2 norm of d(base_loss)/d(logprobs); None unless norms are tracked.
     """
 
@@ -36,19 +36,19 @@ class BaseLossOutput(LossReport):
 
 
 class RegularizerOutput(LossReport):
-    """One regularizer.
+    """Output of one regularizer.
 
     Attributes:
         name: unique within the pipeline.
         value: the raw loss.
-        weight: the weight that was used.
-        contribution: `weight * value`, what it adds to the total; signed.
-        custom_metrics: what the term reported beside its loss.
-        grad_norm: L2 norm of d(term)/d(logprobs), unweighted and before any clipping; None unless norms are tracked.
+        weight: the weight in this step.
+        contribution: `weight * value`, which is added to the total; signed.
+        custom_metrics: metrics that the term returned.
+        grad_norm: L2 norm of d(term)/d(logprobs), unweighted and before clipping; None unless norms are tracked.
         grad_norm_weighted: `weight * grad_norm`.
-        differentiable: False if the loss does not depend on the logprobs: it counts, but trains nothing.
-        clip_scale: what its gradient was multiplied by to keep to `RegularizerSpec.max_grad_norm`; 1.0 is unclipped.
-        attempts: how often the term was called; more than once only with `RegularizerSpec.retry`.
+        differentiable: False if the loss does not depend on the logprobs: its gradient is zero.
+        clip_scale: factor that limits the gradient to `RegularizerSpec.max_grad_norm`; 1.0 means not clipped.
+        attempts: number of calls; more than one only with `RegularizerSpec.retry`.
     """
 
     name: str
@@ -64,14 +64,14 @@ class RegularizerOutput(LossReport):
 
 
 class GradientDiagnosis(LossReport):
-    """Alignment of one term's gradient with the others; None where it, or what it is compared with, is zero.
+    """Alignment of one term's gradient with the others; None if one of the two gradients is zero.
 
     Attributes:
-        cosine_with_base: with the gradient of the base loss, in [-1, 1].
-        cosine_with_total: with the gradient that is sent, in [-1, 1].
-        share_of_total: the part of the sent gradient that this term makes up, `<own, total> / <total, total>`; the
-            shares of all terms add up to 1, and a term that pulls the other way has a negative one.
-        conflicts: True if the term pulls against the base loss: `cosine_with_base < 0`.
+        cosine_with_base: cosine with the gradient of the base loss, in [-1, 1].
+        cosine_with_total: cosine with the gradient that is sent, in [-1, 1].
+        share_of_total: share of this term in the sent gradient, `<own, total> / <total, total>`. The shares of all
+            terms add up to 1; the share of a term that opposes the total is negative.
+        conflicts: True if the term opposes the base loss: `cosine_with_base < 0`.
     """
 
     cosine_with_base: float | None = None
@@ -81,18 +81,18 @@ class GradientDiagnosis(LossReport):
 
 
 class CustomLossOutput(LossReport):
-    """A composed loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`.
+    """Output of a composed loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`.
 
     Attributes:
         loss_total: the total, summed in double precision.
-        base_loss: the base loss.
-        regularizers: by name, in spec order; skipped and disabled ones are not in it.
+        base_loss: output of the base loss.
+        regularizers: outputs by name, in spec order, without skipped and disabled regularizers.
         regularizer_total: sum of all contributions.
-        total_grad_norm: L2 norm of the whole gradient (not the sum of norms); None unless norms are tracked.
-        diagnosis: alignment of the gradients, by term, "base_loss" first; empty unless norms are tracked.
-        skipped: name -> class of the error, for terms with `on_error="skip"` that failed.
-        abandoned_threads: worker threads of this pipeline's terms that still run although their timeout is over.
-        service_output: the service's own result of the backward pass; None when computed offline.
+        total_grad_norm: L2 norm of the total gradient (not the sum of norms); None unless norms are tracked.
+        diagnosis: alignment of the gradients by term, "base_loss" first; empty unless norms are tracked.
+        skipped: name -> class of the error, for failed terms with `on_error="skip"`.
+        abandoned_threads: number of worker threads that still run after the timeout of their term.
+        service_output: result of the backward pass on the service; None when computed offline.
     """
 
     loss_total: float
@@ -110,7 +110,7 @@ class CustomLossOutput(LossReport):
 
 
 def output_html(output: CustomLossOutput) -> str:
-    """A table for notebooks: a row per term, then the total."""
+    """Returns an HTML table for notebooks: a row per term, then the total."""
     base, unknown = output.base_loss, GradientDiagnosis()
     own = output.diagnosis.get(BASE_LOSS_NAME, unknown)
     rows: list[Sequence[object]] = [

@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """A base loss and weighted regularizers, evaluated together. Reusable; calls may overlap.
+    """A base loss and weighted regularizers that are evaluated together. It is reusable, and calls may overlap.
 
     Args:
-        base_loss: a term: `(data, logprobs)` -> loss or `(loss, metrics)`; sync, async or an object.
+        base_loss: a term: `(data, logprobs)` -> loss or `(loss, metrics)`; a sync or async function, or an object.
         regularizers: specs with unique names.
-        **options: how they are evaluated, see `PipelineOptions`. Each is an attribute of the pipeline, too.
+        **options: see `PipelineOptions`. Each option is also an attribute of the pipeline.
 
     Raises:
         InvalidBaseLoss: the base loss cannot be called.
-        InvalidSpec: an element of `regularizers` is no RegularizerSpec.
-        DuplicateRegularizerNames: two enabled or disabled specs share a name.
+        InvalidSpec: an element of `regularizers` is not a RegularizerSpec.
+        DuplicateRegularizerNames: two enabled or disabled specs have the same name.
         PipelineError: an option is out of range.
-        TypeError: there is no such option.
+        TypeError: an option does not exist.
     """
 
     @shows_options(PipelineOptions, DEFAULTS)
@@ -82,12 +82,12 @@ class Pipeline:
 
     @property
     def regularizers(self) -> tuple[RegularizerSpec, ...]:
-        """The regularizers, those that are not enabled included."""
+        """The regularizers, including disabled ones."""
         return self._regularizers
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as they are now, by name."""
+        """The current options by name."""
         return {name: getattr(self, name) for name in DEFAULTS}
 
     def _repr_html_(self) -> str:
@@ -104,28 +104,31 @@ class Pipeline:
         return [controller for _, controller in self._named_controllers]
 
     def update_controllers(self, outputs: Sequence[CustomLossOutput]) -> None:
-        """Tells the controllers among the weights that an optimizer step was made. A training client does it itself.
+        """Updates the controllers among the weights after an optimizer step. A training client calls this itself.
 
         Args:
-            outputs: what this pipeline gave since the optimizer step before.
+            outputs: outputs of this pipeline since the previous optimizer step.
         """
         for controller in self.controllers:
             controller.update(outputs)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the controllers among the weights, as plain JSON values, by the first regularizer of each."""
+        """Returns the states of the controllers as plain JSON values, by the first regularizer that uses each."""
         return {"controllers": {name: controller.state_dict() for name, controller in self._named_controllers}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state_dict` of a pipeline with the same specs was taken.
+        """Restores the state that `state_dict` of a pipeline with the same specs returned.
 
         Raises:
-            InvalidSpec: the state belongs to other specs, or to none.
+            InvalidSpec: the state belongs to other specs.
         """
         states = state.get("controllers") if isinstance(state, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
         named = dict(self._named_controllers)
         if not isinstance(states, Mapping) or set(cast("Mapping[str, Any]", states)) != set(named):
-            raise InvalidSpec(f"this pipeline has controllers for {sorted(named)}, the saved state is {state!r}")
+            raise InvalidSpec(
+                f"the saved state must contain the controllers of the regularizers {sorted(named)}, got {state!r}: "
+                "load it into a pipeline with the same specs"
+            )
         for name, controller in named.items():
             controller.load_state_dict(cast("Mapping[str, Any]", states)[name])
 
@@ -145,19 +148,20 @@ class Pipeline:
         step: int = 0,
         record: RecordPath | None = None,
     ) -> CustomLossOutput:
-        """Evaluates the loss on logprobs that are at hand.
+        """Evaluates the loss on given logprobs.
 
         Args:
-            data: the datums, handed to every term; may be empty.
-            logprobs: one floating point tensor of any shape on any device, or one tensor per datum. Never changed. One
-                tensor that has the positions of the datums is packed logprobs, as in a client.
-            step: optimizer steps made before, for weights that depend on it.
-            record: a folder to write what the terms see to, for `replay`.
+            data: the datums, passed to every term; may be empty.
+            logprobs: one floating point tensor of any shape on any device, or one tensor per datum. They are not
+                modified. A single tensor is treated as packed logprobs if the lengths of the datums add up to its
+                first dimension.
+            step: number of previous optimizer steps, for weights that depend on it.
+            record: a folder to which the inputs of the terms are written, for `replay`.
 
         Raises:
-            RegularizerError: a term failed; its `name` says which.
-            PipelineError: the logprobs cannot be used, or the record cannot be written.
-            InvalidData: `data` is no list.
+            RegularizerError: a term failed; `name` is the name of the term.
+            PipelineError: the logprobs are invalid, or the record cannot be written.
+            InvalidData: `data` is not a list of datums.
         """
         own = Logprobs.from_tensors(logprobs, checked_data(data))
         return (await self.evaluate(data, own, step=step, record=record)).output
@@ -170,24 +174,24 @@ class Pipeline:
         step: int = 0,
         record: RecordPath | None = None,
     ) -> torch.Tensor:
-        """The loss as a tensor whose `backward()` reaches whatever made the logprobs.
+        """Returns the loss as a tensor whose `backward()` continues through the graph of the logprobs.
 
-        The terms are evaluated on a copy of the logprobs; their combined gradient is what `backward()` hands on.
+        The terms are evaluated on a copy of the logprobs; `backward()` applies their combined gradient.
 
         Args:
-            data: the datums, handed to every term; may be empty.
-            logprobs: as for `compute`, usually with a graph of their own.
-            step: optimizer steps made before, for weights that depend on it.
-            record: a folder to write what the terms see to, for `replay`.
+            data: the datums, passed to every term; may be empty.
+            logprobs: as for `compute`, usually with a graph.
+            step: number of previous optimizer steps, for weights that depend on it.
+            record: a folder to which the inputs of the terms are written, for `replay`.
 
         Returns:
-            `loss_total`, 0-d, on the device of the logprobs and in their dtype, but at least float32. A second
+            `loss_total`, 0-d, on the device of the logprobs, in their dtype or float32, whichever is wider. Its second
             derivative raises PipelineError.
 
         Raises:
-            RegularizerError: a term failed; its `name` says which.
-            PipelineError: the logprobs cannot be used, no term depends on them, or the record cannot be written.
-            InvalidData: `data` is no list.
+            RegularizerError: a term failed; `name` is the name of the term.
+            PipelineError: the logprobs are invalid, no term depends on them, or the record cannot be written.
+            InvalidData: `data` is not a list of datums.
         """
         own = Logprobs.from_tensors(logprobs, checked_data(data))
         custom = await self.evaluate(data, own, step=step, record=record)
@@ -200,13 +204,13 @@ class Pipeline:
         return with_known_gradient(custom.output.loss_total, dtype, parts, gradients)
 
     def as_tinker_loss(self, *, step: int = 0) -> "TinkerLoss":
-        """This pipeline as a loss function of the official SDK, with the same gradient.
+        """Returns this pipeline as a loss function of the official SDK, with the same gradient.
 
-        `training_client.forward_backward_custom(data, pipeline.as_tinker_loss())` of the `tinker` package trains as
-        `AsyncTrainingClient.forward_backward_custom(data, pipeline)` does.
+        `training_client.forward_backward_custom(data, pipeline.as_tinker_loss())` of the `tinker` package is
+        equivalent to `AsyncTrainingClient.forward_backward_custom(data, pipeline)`.
 
         Args:
-            step: optimizer steps made before, for weights that depend on it.
+            step: number of previous optimizer steps, for weights that depend on it.
         """
         from tinkex_py.losses.tinker_loss import TinkerLoss
 
@@ -222,15 +226,15 @@ class Pipeline:
         group: object = None,
         record: RecordPath | None = None,
     ) -> CustomLoss:
-        """The loss and its gradient, as the training client needs them.
+        """Returns the loss and its gradient for the training client.
 
         Args:
-            data: the datums, handed to every term.
+            data: the datums, passed to every term.
             logprobs: the shared buffer.
-            step: optimizer steps made before.
-            workers: where sync terms run; default are this pipeline's own.
-            group: whose live term threads count against this pipeline's bounds; default is the pipeline.
-            record: a folder to write what the terms see to.
+            step: number of previous optimizer steps.
+            workers: pool that runs sync terms; default is the pool of this pipeline.
+            group: calls of the same group share the limits on live term threads; default is the pipeline.
+            record: a folder to which the inputs of the terms are written.
         """
         run = TermRun(
             data,

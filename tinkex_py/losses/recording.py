@@ -1,7 +1,7 @@
-"""Writes down what a pipeline sees in one step, so that the step can be run again elsewhere.
+"""Records the inputs of a pipeline in one step, so that the step can be replayed elsewhere.
 
-A record is a folder: `tensors.safetensors` holds the logprobs, the tokens and the loss inputs, `record.json` the rest.
-The inputs are written before the first term runs, so that a step that hangs or kills its process leaves them too.
+A record is a folder: `tensors.safetensors` contains the logprobs, tokens and loss inputs, `record.json` the rest. The
+inputs are written before the first term runs, so the record also exists if the step hangs or ends the process.
 """
 
 import importlib
@@ -37,13 +37,13 @@ RecordPath = str | os.PathLike[str]
 
 
 class RecordPart(BaseModel):
-    """Common to all parts of a record: frozen, and strict about what it holds."""
+    """Base of all parts of a record: frozen, and unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class RecordedField(RecordPart):
-    """One loss input of one datum; its numbers are in the tensors' file."""
+    """One loss input of one datum. Its values are in the tensor file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,12 +53,12 @@ class RecordedField(RecordPart):
     @model_validator(mode="after")
     def _is_a_table_if_sparse(self) -> Self:
         if self.sparse and len(self.shape) != 2:
-            raise ValueError(f"a sparse field has shape {self.shape}, not [rows, columns]")
+            raise ValueError(f"a sparse field must have shape [rows, columns], got {self.shape}")
         return self
 
 
 class RecordedDatum(RecordPart):
-    """One datum: how long its chunks of tokens are, and its loss inputs."""
+    """One datum: the lengths of its token chunks and its loss inputs."""
 
     chunks: tuple[int, ...]
     fields: dict[str, RecordedField]
@@ -68,10 +68,10 @@ class RecordedTerm(RecordPart):
     """One term.
 
     Attributes:
-        name: of the term.
-        source: where its code is, as `module:name`; for the reader.
-        ready_made: its settings, if it is one of this package's own terms and they are plain values.
-        per_datum: whether it sees one tensor per datum.
+        name: name of the term.
+        source: location of its code, as `module:name`.
+        ready_made: settings of a ready-made term, if they are plain JSON values.
+        per_datum: whether the term receives one tensor per datum.
     """
 
     name: str
@@ -81,7 +81,7 @@ class RecordedTerm(RecordPart):
 
 
 class RecordedRegularizer(RecordedTerm):
-    """One regularizer, with the weight that it had in this step."""
+    """One regularizer with its weight in this step."""
 
     weight: float
     options: dict[str, Any] = {}
@@ -92,7 +92,7 @@ class RecordedRegularizer(RecordedTerm):
 
 
 class RecordedFailure(RecordPart):
-    """How a step failed: class and text of the error, and the term it names."""
+    """How a step failed: class and message of the error, and the name of the failed term."""
 
     error: str
     message: str
@@ -100,15 +100,15 @@ class RecordedFailure(RecordPart):
 
 
 class RecordedStep(RecordPart):
-    """What `record.json` holds.
+    """Content of `record.json`.
 
     Attributes:
-        step: optimizer steps made before.
-        logprob_shapes: shape of every datum's logprobs; None if one tensor was given directly.
-        options: of the pipeline.
-        output: what the step gave; None if it failed or never ended.
-        failure: how it failed; None if it did not, or never ended.
-        versions: of this package, torch and Python.
+        step: number of previous optimizer steps.
+        logprob_shapes: shape of every datum's logprobs; None if a single tensor was passed.
+        options: options of the pipeline.
+        output: output of the step; None if it failed or did not end.
+        failure: how the step failed; None if it succeeded or did not end.
+        versions: versions of this package, torch and Python.
     """
 
     format: Literal[1] = 1
@@ -125,22 +125,22 @@ class RecordedStep(RecordPart):
 
 @dataclass(frozen=True)
 class Recording:
-    """A record that is being written.
+    """A record whose step is running.
 
     Attributes:
-        folder: the record.
-        record: what is known so far.
+        folder: folder of the record.
+        record: the record without the result of the step.
     """
 
     folder: Path
     record: RecordedStep
 
     def end(self, output: CustomLossOutput) -> None:
-        """Adds what the step gave."""
+        """Adds the output of the step."""
         _write_json(self.folder, self.record.model_copy(update={"output": output}))
 
     def fail(self, error: Exception) -> None:
-        """Adds how the step failed."""
+        """Adds the failure of the step."""
         failure = RecordedFailure(
             error=type(error).__name__, message=described(error), term=getattr(error, "name", None)
         )
@@ -157,22 +157,22 @@ def start_recording(
     step: int,
     options: Mapping[str, Any],
 ) -> Recording:
-    """Writes the inputs of a step; the folder appears complete, or not at all. An earlier record there is replaced.
+    """Writes the inputs of a step atomically. An existing record in the folder is replaced.
 
-    It holds a user's tokens, so only its owner may read it.
+    Only the owner can read the folder, because it contains tokens of the user.
 
     Args:
-        path: the folder to make.
+        path: the folder to create.
         data: the datums.
-        logprobs: the numbers.
+        logprobs: the logprobs.
         base_loss: the base loss.
         regularizers: the specs, each with its weight in this step.
-        step: optimizer steps made before.
-        options: of the pipeline.
+        step: number of previous optimizer steps.
+        options: options of the pipeline.
 
     Raises:
         MissingExtra: safetensors is not installed.
-        PipelineError: the folder cannot be written, or holds something else.
+        PipelineError: the folder cannot be written, or contains something else.
     """
     folder = Path(path)
     tensors = _Tensors()
@@ -193,12 +193,12 @@ def start_recording(
     try:
         _write_folder(folder, record, tensors)
     except OSError as error:
-        raise PipelineError(f"the record {str(folder)!r} cannot be written: {error}") from error
+        raise PipelineError(f"cannot write the record {str(folder)!r}: {error}. Pass another record=") from error
     return Recording(folder, record)
 
 
 def safetensors_library() -> Any:
-    """The library that reads and writes the tensors.
+    """Returns the safetensors package.
 
     Raises:
         MissingExtra: it is not installed.
@@ -211,7 +211,7 @@ def safetensors_library() -> Any:
 
 
 class _Tensors:
-    """Collects arrays by key, laid end to end in the file."""
+    """Collects arrays by key and concatenates those of one key."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[torch.Tensor]] = {}
@@ -225,7 +225,7 @@ class _Tensors:
 
 
 def field_key(name: str, dtype: str, part: str = "values") -> str:
-    """The tensor in which a loss input's numbers of one dtype are."""
+    """Returns the key of the tensor with the values of a loss input in one dtype."""
     return f"field {part} {dtype} {name}"
 
 
@@ -247,7 +247,7 @@ def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
 def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
     term = term_fields(spec.fn)
     if not is_plain(dict(spec.options)):
-        term["ready_made"] = None  # its settings are not all here
+        term["ready_made"] = None  # the options replace settings, and some are not in the record
     return RecordedRegularizer(
         name=spec.name,
         weight=weight,
@@ -261,7 +261,7 @@ def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
 
 
 def term_fields(term: Term) -> dict[str, Any]:
-    """What a record says about a term: the fields of `RecordedTerm` but its name."""
+    """Returns the fields of `RecordedTerm` for a term, without the name."""
     inner: Any = term.fn if isinstance(term, PerDatum) else term
     code: Any = cast("object", type(inner)) if isinstance(inner, ConfiguredTerm) else term_function(inner)
     name = getattr(code, "__qualname__", type(code).__qualname__)
@@ -278,12 +278,12 @@ def _settings(term: ConfiguredTerm) -> dict[str, Any] | None:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, those that are no JSON as their repr."""
+    """Returns the values, with the repr of those that are not plain JSON."""
     return {name: value if is_plain(value) else repr(value) for name, value in values.items()}
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value comes back from JSON as it was."""
+    """Returns whether a value round-trips through JSON."""
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
     except (TypeError, ValueError):
@@ -293,7 +293,7 @@ def is_plain(value: object) -> bool:
 def _write_folder(folder: Path, record: RecordedStep, tensors: _Tensors) -> None:
     library = safetensors_library()
     if folder.exists() and not (folder / JSON_NAME).is_file():
-        raise PipelineError(f"{str(folder)!r} exists and is no record; name a folder that may be made")
+        raise PipelineError(f"{str(folder)!r} exists and is not a record: pass a new folder as record=")
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -317,11 +317,11 @@ def _write_json(folder: Path, record: RecordedStep) -> None:
 
 
 def read_record(path: RecordPath) -> tuple[RecordedStep, dict[str, torch.Tensor]]:
-    """A record and its tensors.
+    """Reads a record and its tensors.
 
     Raises:
         MissingExtra: safetensors is not installed.
-        PipelineError: there is no record, or it is damaged.
+        PipelineError: the record does not exist or is damaged.
     """
     folder = Path(path)
     library = safetensors_library()
@@ -329,5 +329,7 @@ def read_record(path: RecordPath) -> tuple[RecordedStep, dict[str, torch.Tensor]
         record = RecordedStep.model_validate_json((folder / JSON_NAME).read_text(encoding="utf-8"))
         tensors = cast("dict[str, torch.Tensor]", library.torch.load_file(folder / TENSORS_NAME))
     except (OSError, ValueError, library.SafetensorError) as error:
-        raise PipelineError(f"{str(folder)!r} is no readable record: {described(error)}") from error
+        raise PipelineError(
+            f"cannot read the record {str(folder)!r}: {described(error)}. Pass a folder that record= has written"
+        ) from error
     return record, tensors

@@ -1,4 +1,4 @@
-"""Runs a recorded step again, offline: the same terms on the same numbers with the same weights."""
+"""Replays a recorded step offline: the same terms, logprobs and weights."""
 
 import dataclasses
 import importlib
@@ -12,22 +12,30 @@ from tinkex_py.errors import PipelineError
 from tinkex_py.losses.options import DEFAULTS, PipelineOptions
 from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.pipeline import Pipeline
-from tinkex_py.losses.recording import RecordedStep, RecordedTerm, RecordPath, field_key, read_record
+from tinkex_py.losses.recording import (
+    JSON_NAME,
+    TENSORS_NAME,
+    RecordedStep,
+    RecordedTerm,
+    RecordPath,
+    field_key,
+    read_record,
+)
 from tinkex_py.losses.spec import ConfiguredTerm, RegularizerSpec, Term, per_datum
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 
 async def replay(path: RecordPath, pipeline: Pipeline | None = None) -> CustomLossOutput:
-    """Runs the step that a record holds again.
+    """Replays a recorded step.
 
     Args:
-        path: what `record=` named.
-        pipeline: the terms, with the names they had; their weights are those of the record. None rebuilds the terms
-            from the record, which works if all of them are this package's own.
+        path: the folder that was passed as `record=`.
+        pipeline: the terms, under the same names; the weights come from the record. None rebuilds the terms from the
+            record, which requires that all of them are ready-made terms of this package.
 
     Raises:
-        PipelineError: the record cannot be read, or the pipeline does not have its terms.
-        RegularizerError: a term failed, as it may have when the record was written.
+        PipelineError: the record cannot be read, or the pipeline has other terms.
+        RegularizerError: a term failed, for example as it did when the step was recorded.
         MissingExtra: safetensors is not installed.
     """
     record, tensors = read_record(path)
@@ -36,32 +44,35 @@ async def replay(path: RecordPath, pipeline: Pipeline | None = None) -> CustomLo
         data = _data(record, tensors)
         logprobs = _logprobs(record, tensors)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise PipelineError(f"the record {str(path)!r} is damaged: its parts do not fit together: {error}") from error
+        raise PipelineError(
+            f"the record {str(path)!r} is damaged: {JSON_NAME} and {TENSORS_NAME} do not match: {error}. Record the "
+            "step again"
+        ) from error
     return await recorded.compute(data, logprobs, step=record.step)
 
 
 def with_recorded_weights(pipeline: Pipeline, record: RecordedStep) -> Pipeline:
-    """The pipeline with the weights of the record.
+    """Returns the pipeline with the weights of the record.
 
     Raises:
-        PipelineError: the names of its enabled regularizers are not those of the record.
+        PipelineError: the enabled regularizers have other names than in the record.
     """
     weights = {recorded.name: recorded.weight for recorded in record.regularizers}
     specs = [spec for spec in pipeline.regularizers if spec.enabled]
     if [spec.name for spec in specs] != list(weights):
         raise PipelineError(
-            f"the record has the regularizers {list(weights)}, the pipeline {[spec.name for spec in specs]}; they must "
-            "be the same, in the same order"
+            f"the record contains the regularizers {list(weights)}, but the pipeline has "
+            f"{[spec.name for spec in specs]}: pass a pipeline with the same names in the same order"
         )
     weighted = [dataclasses.replace(spec, weight=weights[spec.name]) for spec in specs]
     return Pipeline(pipeline.base_loss, weighted, **cast("PipelineOptions", pipeline.options))
 
 
 def rebuilt_pipeline(record: RecordedStep) -> Pipeline:
-    """The pipeline of a record whose terms are all this package's own.
+    """Rebuilds the pipeline of a record from ready-made terms.
 
     Raises:
-        PipelineError: one is not; it names it and the way out.
+        PipelineError: a term is not a ready-made term of this package.
     """
     specs = [
         RegularizerSpec(
@@ -82,26 +93,31 @@ def rebuilt_pipeline(record: RecordedStep) -> Pipeline:
 
 def _rebuilt_term(recorded: RecordedTerm) -> Term:
     module_name, _, class_name = recorded.source.partition(":")
-    # A record is data: nothing outside this package is imported because a file says so.
+    # A record is data: a file must not choose which modules outside of this package are imported.
     if recorded.ready_made is None or not module_name.startswith("tinkex_py."):
         raise PipelineError(
-            f"term {recorded.name!r} ({recorded.source}) cannot be rebuilt from its record: pass the pipeline"
+            f"term {recorded.name!r} ({recorded.source}) cannot be rebuilt from the record, because it is not a "
+            "ready-made term: pass the pipeline"
         )
     try:
         made = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise PipelineError(f"term {recorded.name!r}: there is no {recorded.source}: {error}") from error
+        raise PipelineError(
+            f"term {recorded.name!r}: this version has no {recorded.source} ({error}): pass the pipeline"
+        ) from error
     if not (isinstance(made, type) and issubclass(made, ConfiguredTerm)):
-        raise PipelineError(f"term {recorded.name!r}: {recorded.source} is no ready-made term")
+        raise PipelineError(f"term {recorded.name!r}: {recorded.source} is not a ready-made term: pass the pipeline")
     try:
         term = cast("Term", made(**recorded.ready_made))
     except TypeError as error:
-        raise PipelineError(f"term {recorded.name!r}: {recorded.source} has other settings now: {error}") from error
+        raise PipelineError(
+            f"term {recorded.name!r}: {recorded.source} has other settings in this version ({error}): pass the pipeline"
+        ) from error
     return per_datum(term) if recorded.per_datum else term
 
 
 class _Reader:
-    """Takes arrays off a record's tensors in the order in which they were put there."""
+    """Reads arrays from the tensors of a record in the order in which they were written."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -112,7 +128,7 @@ class _Reader:
         self._taken[key] = start + count
         part = self._tensors[key][start : start + count] if count or key in self._tensors else torch.zeros(0)
         if part.shape[0] != count:
-            raise ValueError(f"{key!r} ends at {part.shape[0] + start}, before {start + count}")
+            raise ValueError(f"{key!r} has {part.shape[0] + start} elements, expected at least {start + count}")
         return part
 
 

@@ -1,7 +1,7 @@
-"""Weights that depend on the step. A schedule is any callable `step -> weight`; these are the usual ones.
+"""Schedules: weights that depend on the step. Any callable `step -> weight` is a schedule.
 
-`step` is the number of optimizer steps that the training client has handed over; a pipeline used alone takes it as
-`step=`. Every schedule keeps its last value after its end.
+`step` is the number of optimizer steps that the training client has sent; without a client, pass it as `step=`. After
+its end, a schedule keeps its last value.
 """
 
 import math
@@ -15,10 +15,10 @@ from tinkex_py.losses.weights import Schedule, checked_weight, weight_at
 
 @dataclass(frozen=True)
 class Constant:
-    """Always the same weight.
+    """The same weight at every step.
 
     Args:
-        value: finite and >= 0.
+        value: the weight, finite and >= 0.
     """
 
     value: float
@@ -26,19 +26,19 @@ class Constant:
     def __post_init__(self) -> None:
         checked_number("Constant", "value", self.value, at_least=0.0)
 
-    def __call__(self, step: int) -> float:  # noqa: ARG002  # what a schedule is called with
-        """The weight at a step."""
+    def __call__(self, step: int) -> float:  # noqa: ARG002  # part of the interface of schedules
+        """Returns the weight at a step."""
         return self.value
 
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` to `end` in a straight line: `start + (end - start) * step / steps`.
+    """Linear interpolation from `start` to `end`: `start + (end - start) * step / steps`.
 
     Args:
         start: weight at step 0.
         end: weight from step `steps` on.
-        steps: how many, >= 1.
+        steps: number of steps, >= 1.
     """
 
     start: float
@@ -49,20 +49,20 @@ class Linear:
         _check_ramp("Linear", self.start, self.end, self.steps)
 
     def __call__(self, step: int) -> float:
-        """The weight at a step."""
+        """Returns the weight at a step."""
         return _between(self.start, self.end, _progress(step, self.steps))
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `start` to `end` along half a cosine: `end + (start - end) * (1 + cos(pi * step / steps)) / 2`.
+    """Cosine annealing from `start` to `end`: `end + (start - end) * (1 + cos(pi * step / steps)) / 2`.
 
     Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017), without restarts.
 
     Args:
         start: weight at step 0.
         end: weight from step `steps` on.
-        steps: how many, >= 1.
+        steps: number of steps, >= 1.
     """
 
     start: float
@@ -73,17 +73,18 @@ class Cosine:
         _check_ramp("Cosine", self.start, self.end, self.steps)
 
     def __call__(self, step: int) -> float:
-        """The weight at a step."""
+        """Returns the weight at a step."""
         return _between(self.end, self.start, (1 + math.cos(math.pi * _progress(step, self.steps))) / 2)
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """From 0 to a weight in a straight line, then that weight, or another schedule counted from the end of the warm-up.
+    """Linear warm-up from 0 to a weight.
 
     Args:
-        steps: how many, >= 1.
-        then: what follows; during the warm-up its value at 0 is what is aimed at.
+        steps: number of warm-up steps, >= 1.
+        then: the weight after the warm-up, or a schedule whose step 0 is the end of the warm-up. The warm-up ends at
+            its value at step 0.
     """
 
     steps: int
@@ -94,36 +95,36 @@ class WarmUp:
         checked_weight(self.then, "WarmUp.then")
 
     def __call__(self, step: int) -> float:
-        """The weight at a step."""
+        """Returns the weight at a step."""
         after = weight_at(self.then, "WarmUp.then", max(0, step - self.steps))
         return after * _progress(step, self.steps)
 
 
 @dataclass(frozen=True)
 class Piecewise:
-    """A weight that jumps: the value of the last boundary that has been reached.
+    """Piecewise constant weights.
 
     Args:
-        values: step -> weight from there on; step 0 must be among them.
+        values: step -> weight from that step on; step 0 is required.
     """
 
     values: Mapping[int, float]
 
     def __post_init__(self) -> None:
         if 0 not in self.values:
-            raise InvalidSpec(f"Piecewise: values must say what holds from step 0 on, got {dict(self.values)!r}")
+            raise InvalidSpec(f"Piecewise: values must contain a weight for step 0, got {dict(self.values)!r}")
         for step, value in self.values.items():
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidSpec(f"Piecewise: a boundary must be an int >= 0, got {step!r}")
-            checked_number("Piecewise", f"the weight from step {step}", value, at_least=0.0)
+                raise InvalidSpec(f"Piecewise: every step in values must be an int >= 0, got {step!r}")
+            checked_number("Piecewise", f"values[{step}]", value, at_least=0.0)
         object.__setattr__(self, "values", dict(sorted(self.values.items())))
 
     def __hash__(self) -> int:
-        """Consistent with equality."""
+        """Hash that is consistent with equality."""
         return hash(tuple(self.values.items()))
 
     def __call__(self, step: int) -> float:
-        """The weight at a step."""
+        """Returns the weight at a step."""
         return self.values[max(boundary for boundary in self.values if boundary <= max(0, step))]
 
 
@@ -143,5 +144,5 @@ def _progress(step: int, steps: int) -> float:
 
 
 def _between(start: float, end: float, part: float) -> float:
-    # Not start + part * (end - start): at part 1 that may miss `end` by a rounding, even below 0.
+    # start + part * (end - start) may miss `end` by a rounding error at part 1, and even be negative.
     return start * (1 - part) + end * part

@@ -1,7 +1,7 @@
-"""What a term is, and how a regularizer is put into a loss.
+"""Terms and regularizer specs.
 
-Source: the regularizers guide, "Core Concepts". A term turns `(data, logprobs)` into a loss, or into
-`(loss, metrics)`; a regularizer is a term with a weight and a name.
+A term maps `(data, logprobs)` to a loss or to `(loss, metrics)`. A regularizer is a term with a weight and a name.
+Source: the regularizers guide, "Core Concepts".
 """
 
 import functools
@@ -33,47 +33,47 @@ OnError = Literal["raise", "skip"]
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """An object that can be a term; nothing to inherit from.
+    """Protocol of objects that are terms. No base class is needed.
 
-    A `name` attribute is optional and saves naming it in the spec.
+    An optional `name` attribute is the default name in a spec.
     """
 
     @property
     def compute(self) -> TermFunction:
-        """A method `compute(self, data, logprobs, **options)`, sync or async; options only if it takes any.
+        """A method `compute(self, data, logprobs, **options)`, sync or async.
 
-        `data` are the datums of this step, `logprobs` is packed, `[sum(T_i)]` or `[sum(T_i), K]`; the result is the
-        loss, or `(loss, metrics)`.
+        `data` are the datums of the step. `logprobs` is packed, `[sum(T_i)]` or `[sum(T_i), K]`. The method returns
+        the loss or `(loss, metrics)`.
         """
         ...
 
 
 @runtime_checkable
 class ConfiguredTerm(Protocol):
-    """A term object that consists of settings, as the ready-made ones do. It takes packed logprobs."""
+    """Protocol of terms that are defined by their settings, such as the ready-made terms. They need packed logprobs."""
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises InvalidSpec if options of a spec cannot replace settings."""
+        """Raises InvalidSpec if the options of a spec are not valid settings."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments that make an equal object of the same class."""
+        """Returns the keyword arguments that create an equal object of the same class."""
         ...
 
 
 @dataclass(frozen=True)
 class PerDatum:
-    """A term that sees a list of tensors, one per datum, instead of the packed tensor; see `per_datum`."""
+    """A term that receives a list of tensors, one per datum, instead of the packed tensor; see `per_datum`."""
 
     fn: "Term"
 
     @property
     def name(self) -> str | None:
-        """The wrapped term's own name, if it has one."""
+        """Name of the wrapped term, if it has one."""
         return term_name(self.fn)
 
     def __call__(self, data: Sequence[Datum], logprobs: "Sequence[torch.Tensor]", **options: Any) -> Any:
-        """Calls the wrapped term directly, with tensors that are already per datum."""
+        """Calls the wrapped term with one tensor per datum."""
         return term_function(self.fn)(data, logprobs, **options)
 
 
@@ -81,9 +81,9 @@ Term = TermFunction | Regularizer | ModuleType | PerDatum
 
 
 def per_datum(fn: Term) -> PerDatum:
-    """Marks a term that wants `list[Tensor]`: one view per datum, in data order.
+    """Marks a term that receives a list of tensors: one view per datum, in data order.
 
-    Loss functions written for the official SDK run unchanged under it.
+    Loss functions written for the official SDK work unchanged.
     """
     return fn if isinstance(fn, PerDatum) else PerDatum(fn)
 
@@ -95,26 +95,27 @@ class RegularizerSpec:
     Args:
         fn: a function, coroutine function, partial, callable object, object or module with `compute`, or one
             of these under `per_datum`. Called as `fn(data, logprobs, **options)`.
-        weight: finite and >= 0; multiplies the value and the gradient. Or a schedule, any callable `step -> weight`
-            (see `tinkex_py.losses.schedules`), or a controller (see `tinkex_py.losses.controllers`).
-        name: unique within a pipeline; default is `fn.name`, else the `__name__` of a function, also of one inside
+        weight: multiplies the value and the gradient; finite and >= 0. Or a schedule, which is any callable
+            `step -> weight` (see `tinkex_py.losses.schedules`), or a controller (see `tinkex_py.losses.controllers`).
+        name: unique within a pipeline. Default is `fn.name`, or the `__name__` of a function, also inside of
             `functools.partial` or `per_datum`. Lambdas and other objects need a name.
-        timeout: seconds for this term; None takes the pipeline's, `math.inf` is no limit.
+        timeout: seconds for this term; None uses the timeout of the pipeline, `math.inf` means no limit.
         options: keyword arguments for `fn`.
-        on_error: "skip" leaves a failing term out of the step instead of failing it.
-        enabled: False leaves the term out altogether.
+        on_error: "skip" leaves a failed term out of the step, "raise" fails the step.
+        enabled: False leaves the term out of the loss.
         is_async: True calls `fn` on the event loop and awaits it, False runs it in a worker thread, None detects.
-        retry: for async terms: how often to call, or a `tenacity.AsyncRetrying` that says when to call again after
-            a failure. Its timeout covers all attempts.
-        max_grad_norm: scales the term's gradient down to this L2 norm, before the weight multiplies it. None does not.
+        retry: for async terms: the maximum number of calls, or a `tenacity.AsyncRetrying`. The timeout covers all
+            attempts.
+        max_grad_norm: largest L2 norm of the term's gradient, before the weight; a larger gradient is scaled down.
+            None means no limit.
 
     Raises:
-        InvalidSpec: a value cannot be used; the message names it.
+        InvalidSpec: a value is invalid.
     """
 
     fn: Term
     weight: Weight
-    name: str = None  # type: ignore[assignment]  # None asks for that of fn; after construction it is a str
+    name: str = None  # type: ignore[assignment]  # None is replaced by the name of fn
     timeout: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     on_error: OnError = "raise"
@@ -127,12 +128,12 @@ class RegularizerSpec:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
         if name is None:
             raise InvalidSpec(
-                f"this regularizer has no name: pass name=..., or give {described_term(self.fn)} a `name` attribute"
+                f"the regularizer {described_term(self.fn)} has no name: pass name=..., or set a `name` attribute on it"
             )
         if not isinstance(name, str) or not name:
-            raise InvalidSpec(f"name must be a non-empty str, got {name!r}")
+            raise InvalidSpec(f"regularizer: name must be a non-empty str, got {name!r}")
         if name == BASE_LOSS_NAME:
-            raise InvalidSpec(f"the name {BASE_LOSS_NAME!r} is reserved for the base loss: pass another name=...")
+            raise InvalidSpec(f"regularizer: the name {name!r} is reserved for the base loss: pass another name=...")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "weight", checked_weight(self.weight, name))
         options = cast("object", self.options)
@@ -158,13 +159,13 @@ class RegularizerSpec:
 
     @functools.cached_property
     def awaits(self) -> bool | None:
-        """Whether `fn` is async: `is_async` if it was given, else what is seen; None if only a call can tell."""
+        """Whether `fn` is async: `is_async` if it is set, else detected; None if only a call shows it."""
         if self.is_async is not None:
             return self.is_async
         return True if is_async_term(self.fn) else None
 
     def facts(self) -> dict[str, object]:
-        """The settings as short texts for tables; None where one is at its default."""
+        """Returns the settings in short form for tables; None stands for a default."""
         timeout = self.timeout
         return {
             "fn": described_term(self.fn),
@@ -188,11 +189,11 @@ class RegularizerSpec:
 
 
 def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerSpec, ...]:
-    """The specs, if they are specs and have unique names.
+    """Returns the specs if all are RegularizerSpec and have unique names.
 
     Raises:
-        InvalidSpec: something is no spec.
-        DuplicateRegularizerNames: two share a name.
+        InvalidSpec: an element is not a RegularizerSpec.
+        DuplicateRegularizerNames: two specs have the same name.
     """
     given = cast("object", regularizers)
     if isinstance(given, RegularizerSpec) or not isinstance(given, Iterable):
@@ -209,7 +210,7 @@ def checked_specs(regularizers: Sequence[RegularizerSpec]) -> tuple[RegularizerS
 
 
 def described_term(term: object) -> str:
-    """A term or schedule as the user wrote it, without its address in memory."""
+    """Returns a readable name of a term or schedule, without its memory address."""
     if isinstance(term, PerDatum):
         return f"per_datum({described_term(term.fn)})"
     if isinstance(term, functools.partial):
@@ -221,7 +222,7 @@ def described_term(term: object) -> str:
 
 
 def term_name(term: object) -> str | None:
-    """The term's own `name`, else the `__name__` of a function that is no lambda, else None."""
+    """Returns the `name` of a term, else the `__name__` of a function that is not a lambda, else None."""
     name = getattr(term, "name", None)
     if name is not None:
         return name
@@ -231,7 +232,7 @@ def term_name(term: object) -> str | None:
 
 
 def term_function(term: Any) -> Callable[..., Any]:
-    """What is called: `term.compute` where there is one, else the term itself."""
+    """Returns the callable of a term: `term.compute` if it exists, else the term."""
     if isinstance(term, PerDatum):
         return term_function(term.fn)
     compute = getattr(term, "compute", None)
@@ -239,7 +240,7 @@ def term_function(term: Any) -> Callable[..., Any]:
 
 
 def is_async_term(term: object) -> bool:
-    """True if calling it is known to give an awaitable: coroutine functions, async `compute` or `__call__`."""
+    """Returns True for coroutine functions and objects with an async `compute` or `__call__`."""
     function: Any = term_function(term)
     while isinstance(function, functools.partial):
         function = function.func
@@ -247,37 +248,35 @@ def is_async_term(term: object) -> bool:
 
 
 def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
-    """What is wrong with a would-be term, or None."""
+    """Returns why an object cannot be a term, or None if it can."""
     inner: object = term.fn if isinstance(term, PerDatum) else term
     if isinstance(inner, type):
         return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
     if isinstance(term, PerDatum) and isinstance(inner, ConfiguredTerm):
-        return f"{type(inner).__name__} takes packed logprobs: leave per_datum(...) out"
+        return f"{type(inner).__name__} expects packed logprobs: remove per_datum(...)"
     function: object = term_function(inner)
     if not callable(function):
         return f"fn must be callable or have a compute method, got {inner!r} of type {type(inner).__name__}"
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # builtins without a signature are checked when they are called
+    except (ValueError, TypeError):  # a builtin without a signature; a wrong one fails when it is called
         return None
     try:
         signature.bind(None, None, **options)
     except TypeError as error:
         given = f" with options {sorted(options)}" if options else ""
-        return f"fn cannot be called as fn(data, logprobs){given}: {error}"
+        return f"fn must accept the arguments (data, logprobs){given}: {error}"
     return None
 
 
 def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
     usable = isinstance(retry, AsyncRetrying) or (isinstance(retry, int) and not isinstance(retry, bool) and retry >= 1)
     if not usable:
-        raise InvalidSpec(
-            f"regularizer {name!r}: retry must be a number of calls >= 1 or a tenacity.AsyncRetrying, got {retry!r}"
-        )
+        raise InvalidSpec(f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {retry!r}")
     if not can_await:
         raise InvalidSpec(
-            f"regularizer {name!r}: retry is for async terms; make fn a coroutine function, or pass is_async=True if "
-            "it returns an awaitable"
+            f"regularizer {name!r}: retry is only supported for async terms: make fn a coroutine function, or pass "
+            "is_async=True if it returns an awaitable"
         )
 
 

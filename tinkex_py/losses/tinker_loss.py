@@ -1,4 +1,4 @@
-"""A pipeline as a loss function of the official SDK, `(data, logprobs_list) -> (loss, metrics)`, with its gradient."""
+"""A pipeline as a loss function of the official SDK: `(data, logprobs_list) -> (loss, metrics)`."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -17,15 +17,16 @@ Evaluate = Callable[[Sequence[Datum], Logprobs], Awaitable[CustomLoss]]
 
 
 class TinkerLoss:
-    """What `Pipeline.as_tinker_loss` gives. Call it from any thread, also from one that runs an event loop.
+    """A loss function of the official SDK, made by `Pipeline.as_tinker_loss`.
 
-    The terms get this package's own `Datum`, made from the official ones.
+    It can be called from any thread, including one that runs an event loop. Official datums are converted to this
+    package's `Datum` for the terms.
 
     Args:
         evaluate: evaluates the pipeline.
 
     Attributes:
-        output: what the pipeline gave at the last call; None before the first.
+        output: output of the last call; None before the first.
     """
 
     def __init__(self, evaluate: Evaluate) -> None:
@@ -42,12 +43,12 @@ class TinkerLoss:
             logprobs_list: one tensor per datum, `[T]` or `[T, K]`.
 
         Returns:
-            The loss, 0-d, whose `backward()` gives the pipeline's gradient, and the output's numbers by flat names.
+            The loss, 0-d, whose `backward()` applies the gradient of the pipeline, and `flat_metrics` of the output.
 
         Raises:
             RegularizerError: a term failed.
             PipelineError: the loss cannot be evaluated, or no term depends on the logprobs.
-            InvalidData: a datum holds something other than text tokens and tensors.
+            InvalidData: a datum contains something other than text tokens and tensors.
         """
         datums = [_own_datum(datum, index) for index, datum in enumerate(data)]
         logprobs = Logprobs.from_tensors(logprobs_list, datums)
@@ -65,7 +66,7 @@ class TinkerLoss:
 
 
 def flat_metrics(output: CustomLossOutput) -> dict[str, float]:
-    """The numbers of an output under flat names such as `l1.value` or `base_loss.grad_norm`; None is left out."""
+    """Returns the numbers of an output by flat names such as `l1.value` or `base_loss.grad_norm`, without None."""
     flat: dict[str, float | None] = {
         "loss_total": output.loss_total,
         "regularizer_total": output.regularizer_total,
@@ -89,7 +90,7 @@ def _own_datum(datum: Any, index: int) -> Datum:
             loss_fn_inputs={name: _own_tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()},
         )
     except (AttributeError, ValueError, TypeError) as error:
-        raise InvalidData(f"datum {index} does not hold text tokens and tensors: {error}") from error
+        raise InvalidData(f"datum {index} must contain only text tokens and tensors: {error}") from error
 
 
 def _own_tensor(tensor: Any) -> TensorData:

@@ -1,8 +1,8 @@
-"""Traces a pipeline, so that a service can run it on each datum, and reads what the service then reports.
+"""Traces a pipeline into a graph that a service runs on each datum, and reads the metrics that the service reports.
 
-The whole loss becomes one graph: the values of all terms as metrics, and their weighted sum as the loss. The weights
-are inputs, so that a schedule does not change the graph. Tracing is repeated at every step: it is quick, and numbers
-that a term's function captures may have changed.
+The graph computes the values of all terms as metrics and their weighted sum as the loss. The weights are inputs, so a
+schedule does not change the graph. Every step traces again: tracing is fast, and values captured by the functions of
+the terms may have changed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from tinkex_py.types import Datum, ForwardBackwardOutput, TensorData
 
 MAX_INPUTS = 16
 _WEIGHT = "tinkex_weight_{}"
-# Their results carry no gradient to what they are given.
+# Operations without a gradient.
 _WITHOUT_GRADIENT = frozenset({"detach", "gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "isfinite", "sign"})
 
 
@@ -37,11 +37,11 @@ class TracedTerm:
     """One term of a traced pipeline.
 
     Attributes:
-        name: its name.
-        value: the metric in which the service reports its value.
-        metrics: its own metrics: name to the service's metric.
-        constants: its metrics that are no tensors.
-        differentiable: whether its value depends on the logprobs.
+        name: name of the term.
+        value: metric of the service with the value of the term.
+        metrics: metrics of the term: name -> metric of the service.
+        constants: metrics of the term that are not tensors.
+        differentiable: whether the value depends on the logprobs.
     """
 
     name: str
@@ -53,15 +53,15 @@ class TracedTerm:
 
 @dataclass(frozen=True)
 class TracedPipeline:
-    """A pipeline as the service can run it.
+    """A pipeline that the service can run.
 
     Attributes:
         terms: the base loss, then the enabled regularizers.
         specs: the enabled regularizers.
-        inputs: names and ranks of what the graph takes, logprobs first.
-        fields: the `loss_fn_inputs` among them.
-        graph: the graph as plain data.
-        digest: equal for equal graphs.
+        inputs: names and ranks of the inputs of the graph, logprobs first.
+        fields: the inputs that are `loss_fn_inputs` fields.
+        graph: the encoded graph.
+        digest: hash of the graph and its inputs.
     """
 
     terms: Sequence[TracedTerm]
@@ -73,11 +73,11 @@ class TracedPipeline:
 
     @property
     def differentiable(self) -> bool:
-        """False if no term at all depends on the logprobs."""
+        """False if no term depends on the logprobs."""
         return any(term.differentiable for term in self.terms)
 
     def weights(self, step: int) -> list[float]:
-        """The weights of the regularizers after so many optimizer steps.
+        """Returns the weights of the regularizers at a step.
 
         Raises:
             InvalidSpec: a schedule failed.
@@ -85,7 +85,7 @@ class TracedPipeline:
         return [weight_at(spec.weight, spec.name, step) for spec in self.specs]
 
     def datums(self, data: Sequence[Datum], weights: Sequence[float]) -> list[Datum]:
-        """The datums with what the graph takes, and nothing else."""
+        """Returns the datums with only the fields that the graph needs, and the weights."""
         scalars = {
             _WEIGHT.format(index): TensorData(data=[weight], dtype="float32", shape=())
             for index, weight in enumerate(weights)
@@ -103,10 +103,10 @@ class TracedPipeline:
         ]
 
     def output(self, result: ForwardBackwardOutput, weights: Sequence[float]) -> CustomLossOutput:
-        """What the user sees.
+        """Returns the output for the user.
 
         Raises:
-            InvalidResponse: the service left a value out.
+            InvalidResponse: the service did not report a value.
         """
         base, *others = self.terms
         values = [_reported(result, term.value) for term in self.terms]
@@ -132,15 +132,15 @@ class TracedPipeline:
 
 
 def trace_pipeline(pipeline: Pipeline, data: Sequence[Datum]) -> TracedPipeline:
-    """Trace all terms into one graph.
+    """Traces all terms into one graph.
 
     Args:
-        pipeline: the loss.
-        data: checked datums; they say which ranks the inputs have.
+        pipeline: the pipeline.
+        data: validated datums; they determine the ranks of the inputs.
 
     Raises:
-        UnsupportedFeature: the pipeline cannot run on a service; the message says why.
-        InvalidData: a datum lacks what a term takes.
+        UnsupportedFeature: the pipeline cannot run on a service; the message contains the reason.
+        InvalidData: a datum lacks a field that a term needs.
     """
     specs = [spec for spec in pipeline.regularizers if spec.enabled]
     _check_options(pipeline, specs)
@@ -152,7 +152,10 @@ def trace_pipeline(pipeline: Pipeline, data: Sequence[Datum]) -> TracedPipeline:
     inputs = [("logprobs", _rank(data, "target_tokens")), *((name, _rank(data, name)) for name in fields)]
     inputs += [(_WEIGHT.format(index), 0) for index in range(len(specs))]
     if len(inputs) > MAX_INPUTS:
-        raise UnsupportedFeature(f"its terms and weights take {len(inputs)} inputs; a service takes {MAX_INPUTS}")
+        raise UnsupportedFeature(
+            f"the terms and weights of the pipeline have {len(inputs)} inputs, but a service accepts at most "
+            f"{MAX_INPUTS}: use fewer regularizers or fields"
+        )
     trace = _Trace(inputs, len(data))
     terms = [trace.add(index, name, term, options) for index, (name, term, options) in enumerate(named)]
     graph = encode_graph(trace.finish())
@@ -161,16 +164,16 @@ def trace_pipeline(pipeline: Pipeline, data: Sequence[Datum]) -> TracedPipeline:
 
 
 class _NoGradTracer(GraphAppendingTracer):
-    """Notices work under `torch.no_grad()`, which a graph would silently turn into work with a gradient."""
+    """Rejects operations under `torch.no_grad()`, because a graph would compute them with a gradient."""
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if not torch.is_grad_enabled():
-            raise UnsupportedFeature("it computes under torch.no_grad(), which a graph cannot hold: use detach()")
+            raise UnsupportedFeature("it uses torch.no_grad(), which a graph cannot express: use detach()")
         return super().create_node(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
 
 class _UnreadableData(Sequence[Datum]):
-    """Stands for the datums of a packed term while it is traced."""
+    """Replaces the datums while a packed term is traced."""
 
     def __len__(self) -> int:
         raise self._refusal()
@@ -180,12 +183,12 @@ class _UnreadableData(Sequence[Datum]):
 
     def _refusal(self) -> UnsupportedFeature:
         return UnsupportedFeature(
-            "it reads the datums: take the fields that it needs as parameters, see sum_over_datums"
+            "it reads the datums: accept the fields that it needs as parameters of a function under sum_over_datums"
         )
 
 
 class _Trace:
-    """One graph that grows term by term."""
+    """Builds the graph term by term."""
 
     def __init__(self, inputs: Sequence[tuple[str, int]], datums: int) -> None:
         self._datums = datums
@@ -198,14 +201,14 @@ class _Trace:
         self._metrics: dict[str, torch.fx.Node] = {}
 
     def add(self, index: int, name: str, term: Term, options: Mapping[str, Any]) -> TracedTerm:
-        """Trace one term; number 0 is the base loss."""
+        """Traces one term; index 0 is the base loss."""
         try:
             return self._add(index, name, term, options)
         except UnsupportedFeature as error:
             raise UnsupportedFeature(f"term {name!r} cannot run on the service: {error}") from error.__cause__
 
     def finish(self) -> torch.fx.Graph:
-        """The graph with its output."""
+        """Returns the graph with its output."""
         self._graph.output((self._total.node, dict(self._metrics)))
         self._graph.eliminate_dead_code()
         return self._graph
@@ -226,7 +229,7 @@ class _Trace:
             key: self._report(f"custom/m{index}.{place}:{'mean' if key.endswith(':mean') else 'sum'}", tensor.sum())
             for place, (key, tensor) in enumerate(tensors.items())
         }
-        # What one datum gives counts for each; what a packed term gives is for all.
+        # A term per datum returns its constants for each datum, a packed term for all.
         count = self._datums if isinstance(term, PerDatum) else 1
         constants = {
             key: metric_over_datums(key, count * _constant(key, metric), count)
@@ -241,13 +244,16 @@ class _Trace:
             arguments = [self._proxies[name] for name in ("logprobs", *inner.inputs)]
             result = _run(inner.fn, arguments, options)
         elif isinstance(term, PerDatum):
-            raise UnsupportedFeature("it sees all datums at once (per_datum): write it with sum_over_datums")
+            raise UnsupportedFeature("it receives all datums at once (per_datum): write it with sum_over_datums")
         else:
             result = _run(term_function(term), [_UnreadableData(), self._proxies["logprobs"]], options)
         pair: tuple[Any, Any] = cast("tuple[Any, Any]", result) if isinstance(result, tuple) else (result, {})
         loss, named = pair
         if not isinstance(loss, torch.fx.Proxy) or not isinstance(named, Mapping):
-            raise UnsupportedFeature(f"its loss is a {type(loss).__name__} that was not computed from the logprobs")
+            raise UnsupportedFeature(
+                f"its loss is a {type(loss).__name__} that is not computed from its arguments: return a tensor that "
+                "depends on the logprobs"
+            )
         return loss, cast("Mapping[str, Any]", named)
 
     def _check_packed(
@@ -256,7 +262,9 @@ class _Trace:
         shapes = check_sum_over_positions(nodes, self._logprobs)
         for key, metric in metrics.items():
             if shapes[metric.node] != "sum" or key.endswith(":mean"):
-                raise UnsupportedFeature(f"its metric {key!r} is no sum over positions")
+                raise UnsupportedFeature(
+                    f"its metric {key!r} is not a sum over positions: use sum(), or remove the metric"
+                )
         assert loss.node in shapes, "the loss is one of the nodes"
 
     def _report(self, key: str, value: torch.fx.Proxy) -> str:
@@ -291,10 +299,12 @@ def _run(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) ->
 def _check_options(pipeline: Pipeline, specs: Sequence[RegularizerSpec]) -> None:
     if pipeline.combine != "sum":
         raise UnsupportedFeature(
-            f"combine={pipeline.combine!r} needs the gradient of every term, which stays on the service"
+            f"combine={pipeline.combine!r} needs the gradient of every term, which the service does not return"
         )
     if pipeline.track_grad_norms:
-        raise UnsupportedFeature("track_grad_norms=True needs the gradient of every term, which stays on the service")
+        raise UnsupportedFeature(
+            "track_grad_norms=True needs the gradient of every term, which the service does not return"
+        )
     if is_async_term(pipeline.base_loss):
         raise UnsupportedFeature(f"term {BASE_LOSS_NAME!r} is async")
     for spec in specs:
@@ -307,11 +317,11 @@ def _why_not(spec: RegularizerSpec) -> str | None:
     if spec.is_async or (spec.is_async is None and is_async_term(spec.fn)):
         return "is async"
     if spec.on_error == "skip":
-        return "has on_error='skip': on the service all terms succeed or fail together"
+        return "has on_error='skip', but on the service all terms succeed or fail together"
     if spec.max_grad_norm is not None:
-        return "has max_grad_norm, which needs its gradient; that stays on the service"
+        return "has max_grad_norm, which needs the gradient of the term, and the service does not return it"
     if isinstance(spec.weight, WeightController):
-        return "has a controller for its weight, which needs the values before the next optimizer step is sent"
+        return "has a weight controller, which needs the values before the next optimizer step is sent"
     return None
 
 
@@ -320,7 +330,7 @@ def _fields(term: Term) -> Sequence[str]:
 
 
 def _rank(data: Sequence[Datum], name: str) -> int:
-    """How many dimensions a field has in all datums."""
+    """Returns the number of dimensions that a field has in all datums."""
     for index, datum in enumerate(data):
         if name not in datum.loss_fn_inputs:
             raise InvalidData(
@@ -328,10 +338,12 @@ def _rank(data: Sequence[Datum], name: str) -> int:
             )
     ranks = {len(datum.loss_fn_inputs[name].shape) for datum in data}
     if len(ranks) > 1:
-        raise UnsupportedFeature(f"{name!r} has {sorted(ranks)} dimensions in different datums; a graph has one rank")
+        raise UnsupportedFeature(
+            f"{name!r} has {sorted(ranks)} dimensions in different datums, but an input of a graph has one rank"
+        )
     (rank,) = ranks
     if rank > 2:
-        raise UnsupportedFeature(f"{name!r} has {rank} dimensions; a graph takes at most 2")
+        raise UnsupportedFeature(f"{name!r} has {rank} dimensions, but an input of a graph has at most 2")
     return rank
 
 
@@ -339,14 +351,16 @@ def _constant(key: str, value: object) -> MetricValue:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.detach().item()
     if not isinstance(value, bool | int | float):
-        raise UnsupportedFeature(f"its metric {key!r} is a {type(value).__name__}, not a number")
+        raise UnsupportedFeature(f"its metric {key!r} must be a number, got a {type(value).__name__}")
     return value
 
 
 def _reported(result: ForwardBackwardOutput, key: str) -> float:
     value = result.metrics.get(key)
     if value is None:
-        raise InvalidResponse(f"the service reported no metric {key!r} of the uploaded loss")
+        raise InvalidResponse(
+            f"the service did not report the metric {key!r} of the uploaded loss: use execution='client'"
+        )
     return float(value)
 
 

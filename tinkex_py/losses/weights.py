@@ -1,4 +1,4 @@
-"""What a regularizer's weight may be: a number, a schedule of the step, or a controller that reads the outputs."""
+"""Weights of regularizers: a number, a schedule of the step, or a controller that reads the outputs."""
 
 import inspect
 import math
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 class WeightController(ABC):
-    """A weight that follows what the terms measured.
+    """Base of weights that adapt to the outputs of the terms.
 
-    One controller may weigh several regularizers, of several pipelines; it keeps a weight for each name. A training
+    One controller can serve several regularizers, in several pipelines; it keeps one weight per name. A training
     client updates the controllers of its custom steps once per optimizer step, with the outputs of all custom steps
-    since the one before. Where a pipeline is used alone, call `Pipeline.update_controllers`.
+    since the previous one. Without a client, call `Pipeline.update_controllers`.
 
-    Subclasses say in `next_weights` how the weights move.
+    Subclasses implement `next_weights`.
 
     Args:
         initial: first weight of every regularizer, finite and >= 0.
-        minimum: no weight goes below it.
-        maximum: no weight goes above it.
+        minimum: lower bound of the weights.
+        maximum: upper bound of the weights.
 
     Raises:
-        InvalidSpec: a number cannot be used.
+        InvalidSpec: a number is out of range.
     """
 
     needs_grad_norms = False
-    """Whether `next_weights` reads gradient norms; they are tracked then, whatever the pipeline says."""
+    """Whether `next_weights` reads gradient norms. If True, they are tracked regardless of `track_grad_norms`."""
 
     def __init__(self, *, initial: float, minimum: float = 0.0, maximum: float = math.inf) -> None:
         title = type(self).__name__
@@ -42,23 +42,25 @@ class WeightController(ABC):
         self.minimum = checked_number(title, "minimum", minimum, at_least=0.0)
         self.maximum = math.inf if maximum == math.inf else checked_number(title, "maximum", maximum, at_least=0.0)
         if not self.minimum <= self.initial <= self.maximum:
-            raise InvalidSpec(f"{title}: initial {initial!r} must lie between minimum {minimum!r} and {maximum!r}")
+            raise InvalidSpec(
+                f"{title}: initial must be between minimum ({minimum!r}) and maximum ({maximum!r}), got {initial!r}"
+            )
         self._weights: dict[str, float] = {}
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """The weights of all regularizers that this controller has weighed so far, by name."""
+        """Current weights by name, of all regularizers that have used this controller."""
         return dict(self._weights)
 
     def weight_of(self, name: str) -> float:
-        """The weight of a regularizer now."""
+        """Returns the current weight of a regularizer."""
         return self._weights.setdefault(name, self.initial)
 
     def update(self, outputs: "Sequence[CustomLossOutput]") -> None:
-        """Moves the weights once, after an optimizer step.
+        """Updates the weights after an optimizer step.
 
         Args:
-            outputs: of the custom steps that this optimizer step applied. Regularizers that are in none of them (they
+            outputs: outputs of the custom steps that the optimizer step applied. Regularizers without an output (they
                 were skipped, disabled or belong to another pipeline) keep their weight.
         """
         seen = [name for name in self._weights if any(name in output.regularizers for output in outputs)]
@@ -73,22 +75,22 @@ class WeightController(ABC):
 
     @abstractmethod
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
-        """The weights after an optimizer step.
+        """Returns the weights after an optimizer step, by name. Names that are left out keep their weight.
 
         Args:
-            weights: those that are due, by name; each is in at least one output.
-            outputs: of the custom steps that the optimizer step applied.
+            weights: current weights by name; each name is in at least one output.
+            outputs: outputs of the custom steps that the optimizer step applied.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain JSON values."""
+        """Returns the state of the controller, as plain JSON values."""
         return {"weights": dict(self._weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state_dict` was taken.
+        """Restores the state that `state_dict` returned.
 
         Raises:
-            InvalidSpec: this is not the state of such a controller.
+            InvalidSpec: the state belongs to another class of controller.
         """
         self._weights = checked_numbers(type(self).__name__, state, "weights")
 
@@ -98,10 +100,10 @@ Weight = float | Schedule | WeightController
 
 
 def checked_weight(weight: object, name: str) -> Weight:
-    """A weight that can be used: a finite number >= 0, a schedule, or a controller.
+    """Returns the weight if it is a finite number >= 0 (as a float), a schedule or a controller.
 
     Raises:
-        InvalidSpec: naming the spec and the value.
+        InvalidSpec: it is something else.
     """
     if isinstance(weight, WeightController):
         return weight
@@ -109,8 +111,10 @@ def checked_weight(weight: object, name: str) -> Weight:
         try:
             inspect.signature(weight).bind(0)
         except TypeError as error:
-            raise InvalidSpec(f"regularizer {name!r}: a schedule is called as weight(step): {error}") from None
-        except ValueError:  # a builtin without a signature: it is checked when it is called
+            raise InvalidSpec(
+                f"regularizer {name!r}: a weight that is a schedule must accept one argument, the step: {error}"
+            ) from None
+        except ValueError:  # a builtin without a signature; a wrong one fails when it is called
             pass
         return cast("Schedule", weight)
     number = number_or_nan(cast("object", weight))
@@ -122,15 +126,15 @@ def checked_weight(weight: object, name: str) -> Weight:
 
 
 def weight_at(weight: Weight, name: str, step: int) -> float:
-    """The number a weight stands for at a step.
+    """Returns the value of a weight at a step.
 
     Args:
-        weight: of the regularizer.
-        name: of the regularizer.
-        step: optimizer steps made before.
+        weight: weight of the regularizer.
+        name: name of the regularizer.
+        step: number of previous optimizer steps.
 
     Raises:
-        InvalidSpec: the schedule failed, or gave no finite number >= 0.
+        InvalidSpec: the schedule failed or did not return a finite number >= 0.
     """
     if isinstance(weight, int | float):
         return weight
@@ -140,11 +144,12 @@ def weight_at(weight: Weight, name: str, step: int) -> float:
         given = weight(step)
     except Exception as error:
         raise InvalidSpec(
-            f"regularizer {name!r}: the schedule of its weight failed at step {step} with {type(error).__name__}"
+            f"regularizer {name!r}: the schedule of the weight failed at step {step} with {type(error).__name__}"
         ) from error
     number = number_or_nan(given)
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(
-            f"regularizer {name!r}: the schedule of its weight gave {given!r} at step {step}, not a finite number >= 0"
+            f"regularizer {name!r}: the schedule of the weight must return a finite number >= 0, got {given!r} at step "
+            f"{step}"
         )
     return number

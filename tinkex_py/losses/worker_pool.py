@@ -1,8 +1,8 @@
-"""Worker threads: bounded and abandonable ones for terms, others for this package's own arithmetic.
+"""Worker threads: a bounded pool for terms, and one for the arithmetic of this package.
 
-Python cannot stop a thread. A term that outlives its timeout is abandoned: its caller goes on, its late result is
-dropped, and it keeps its permit until its function has returned. So there are never more live term threads than
-permits, however many terms time out. The process waits for abandoned threads when it ends.
+Python cannot stop a thread. A term that exceeds its timeout is abandoned: its caller continues, its result is
+dropped, and it keeps its permit until its function returns. Therefore the number of live term threads never exceeds
+the number of permits. The process waits for abandoned threads at exit.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from tinkex_py.limits import time_limit
 
 
 class Permit:
-    """A unit of a `Limiter`, waited for or held.
+    """A permit of a `Limiter`, queued or held.
 
     Attributes:
-        abandoned: its holder still runs, although its caller has left.
+        abandoned: whether its holder still runs after its caller left.
     """
 
     def __init__(self, limiter: "Limiter", holder: str, group: object, group_limit: int) -> None:
@@ -34,22 +34,22 @@ class Permit:
         self._waiting: tuple[asyncio.AbstractEventLoop, int, asyncio.Event] | None = None
 
     def release(self) -> None:
-        """Gives it back, from any thread; a second call does nothing."""
+        """Releases the permit, from any thread. A second call has no effect."""
         self._limiter.release(self)
 
     def abandon(self) -> None:
-        """Marks it as abandoned, unless it was given back already."""
+        """Marks the permit as abandoned unless it was released."""
         self._limiter.abandon(self)
 
     def wait(self) -> asyncio.Event:
-        """Makes the event that `wake` sets, on the loop that waits."""
+        """Creates the event that `wake` sets, on the running loop."""
         changed = asyncio.Event()
         self._waiting = asyncio.get_running_loop(), threading.get_ident(), changed
         return changed
 
     def wake(self) -> bool:
-        """Sets that event, from any thread; False if its loop is closed."""
-        assert self._waiting is not None, "only a permit that is waited for is woken"
+        """Sets the event of `wait`, from any thread. Returns False if its loop is closed."""
+        assert self._waiting is not None, "only queued permits are woken"
         loop, thread, changed = self._waiting
         if thread == threading.get_ident() and loop.is_running():
             changed.set()
@@ -62,10 +62,10 @@ class Permit:
 
 
 class Limiter:
-    """A semaphore whose permits can be released from any thread, and which knows who holds them.
+    """A semaphore with named holders whose permits can be released from any thread.
 
     Args:
-        limit: permits in all.
+        limit: number of permits.
     """
 
     def __init__(self, limit: int) -> None:
@@ -80,13 +80,13 @@ class Limiter:
         """Waits for a permit.
 
         Args:
-            holder: who asks, for messages.
-            group: what the permit is for; those of a group count against its own limit too.
-            group_limit: most permits that the group may hold; None is the limit of all.
-            patience: seconds to wait while every permit in the way is abandoned; None waits for ever.
+            holder: name of the holder, for error messages.
+            group: permits of the same group share `group_limit`.
+            group_limit: maximum number of permits of the group; None means only the limit of the limiter.
+            patience: maximum number of seconds to wait while all blocking permits are abandoned; None means no limit.
 
         Raises:
-            TimeoutError: patience ran out.
+            TimeoutError: all blocking permits were abandoned for `patience` seconds.
         """
         permit = Permit(self, holder, group, group_limit or self.limit)
         with self._lock:
@@ -136,17 +136,17 @@ class Limiter:
             self._look_again(permit)
 
     def holders(self) -> list[str]:
-        """Names of all holders."""
+        """Returns the names of all holders."""
         with self._lock:
             return [permit.holder for permit in self._held]
 
     def abandoned(self) -> list[str]:
-        """Names of the holders that were abandoned and still run."""
+        """Returns the names of the abandoned holders that still run."""
         with self._lock:
             return [permit.holder for permit in self._held if permit.abandoned]
 
     def _look_again(self, changed: Permit) -> None:
-        """Hands out what is free. Where permits are abandoned, those that still wait look whether that stalls them."""
+        """Grants free permits in order. If permits are abandoned, wakes the rest of the queue to check for a stall."""
         for permit in list(self._queue):
             if len(self._held) >= self.limit:
                 break
@@ -158,7 +158,7 @@ class Limiter:
             self._queue = [permit for permit in self._queue if permit.wake()]
 
     def _in_the_way(self, permit: Permit) -> Sequence[Permit]:
-        """The held permits that keep this one waiting."""
+        """Returns the held permits that block this one."""
         if len(self._held) >= self.limit:
             return self._held
         if len(self._held) < permit.group_limit:
@@ -169,22 +169,22 @@ class Limiter:
 
 Result = TypeVar("Result")
 
-# Some of this work waits for files; the rest must not wait for it.
+# Work that waits for files must not block the rest.
 _LEAST_ARITHMETIC = 4
 
 
 def usable_cpu_count() -> int:
-    """CPUs this process may use."""
+    """Returns the number of CPUs that this process can use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def compute_alone() -> None:
-    """Lets torch use no further threads for what this thread computes.
+    """Limits torch to one thread for the computations of the calling thread.
 
-    There is a worker for each CPU. If each of them had torch's own threads too, they would take the CPUs from each
-    other, and wait for each other spinning.
+    There is one worker per CPU. With additional torch threads per worker they would compete for the CPUs and spin
+    while they wait for each other.
     """
     import torch
 
@@ -192,17 +192,17 @@ def compute_alone() -> None:
     if usual == 1:
         return
     torch.set_num_threads(1)
-    # Torch applies that to all threads that start later, too; set again from another thread, the usual number does.
+    # Torch applies this to threads that start later, too. Setting it from another thread restores it for those.
     restoring = threading.Thread(target=torch.set_num_threads, args=(usual,), name="tinkex-restore")
     restoring.start()
     restoring.join()
 
 
 class _Call(Generic[Result]):
-    """Work that runs once, and its outcome, taken once.
+    """Work that runs once, and its outcome.
 
-    Neither is kept after that: both hold the logprobs, which must not live as long as an idle thread. An outcome is no
-    exception of the future, because asyncio translates some exceptions and refuses others.
+    Both are dropped after use, because they reference the logprobs and an idle thread would keep them alive. Errors
+    are not set on the future, because asyncio translates some exceptions and rejects others.
     """
 
     def __init__(self, work: Callable[[], Result]) -> None:
@@ -229,43 +229,43 @@ class _Call(Generic[Result]):
             del error  # its traceback holds this frame
 
     def drop(self) -> None:
-        """Forgets the outcome, after its caller has left."""
+        """Drops the outcome after its caller left."""
         result, self._result, self._error = self._result, None, None
         if inspect.iscoroutine(result):
             result.close()
 
 
 class WorkerPool:
-    """The threads of one service client, or of one pipeline.
+    """The worker threads of a service client or a pipeline.
 
     Args:
-        max_threads: most live term threads; None is the usable CPU count.
+        max_threads: maximum number of live term threads; None means the number of usable CPUs.
 
     Attributes:
-        limiter: its permits are the term threads.
+        limiter: limiter of the term threads.
     """
 
     def __init__(self, max_threads: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
         self.limiter = Limiter(limit)
         self._unfinished: set[Future[None]] = set()
-        self._left: dict[Future[None], str] = {}  # unbounded calls whose callers have left
-        # Threads start when they are needed. A coroutine that holds its permit must never wait for a thread whose
-        # term waits for a permit, and no sum for a backward pass that hangs in a user's code: so each has its own.
+        self._left: dict[Future[None], str] = {}  # unbounded calls whose callers left
+        # Separate executors prevent deadlocks: a coroutine that holds a permit must not wait for a thread whose term
+        # waits for a permit, and arithmetic must not wait for a backward pass that hangs in user code.
         alone = compute_alone if limit > 1 else None
         self._terms = ThreadPoolExecutor(limit, "tinkex-term", alone)
         self._unbounded = ThreadPoolExecutor(limit, "tinkex-unbounded", alone)
         self._arithmetic = ThreadPoolExecutor(max(limit, _LEAST_ARITHMETIC), "tinkex-arithmetic", compute_alone)
 
     async def call_term(self, name: str, work: Callable[[], Result], thread: Permit, permit: Permit) -> Result:
-        """Runs a term's function.
+        """Runs the function of a term.
 
         Args:
-            name: of the term.
-            work: calls it.
+            name: name of the term.
+            work: calls the function.
             thread: the permit of `limiter` that the term holds.
-            permit: the other one that it holds. Releasing both stays with the caller, unless that leaves while the
-                function runs: then they are abandoned, and released when it has returned.
+            permit: the other permit that it holds. The caller releases both, unless it leaves while the function
+                runs: then both are marked as abandoned and are released when the function returns.
 
         Raises:
             ClientClosed: the pool was closed.
@@ -279,7 +279,7 @@ class WorkerPool:
         return await self._run(self._terms, name, work, left)
 
     async def call_unbounded(self, name: str, work: Callable[[], Result]) -> Result:
-        """Runs what may be a user's code, but needs no permit: the backward pass of a coroutine term, which has one.
+        """Runs user code that needs no further permit, such as the backward pass of a coroutine term.
 
         Raises:
             ClientClosed: the pool was closed.
@@ -292,7 +292,7 @@ class WorkerPool:
         return await self._run(self._unbounded, name, work, left)
 
     async def compute(self, name: str, work: Callable[[], Result]) -> Result:
-        """Runs arithmetic or encoding of this package, never a user's code. It waits for no term.
+        """Runs arithmetic or encoding of this package, never user code. It does not wait for terms.
 
         Raises:
             ClientClosed: the pool was closed.
@@ -300,11 +300,11 @@ class WorkerPool:
         return await self._run(self._arithmetic, name, work, lambda _: None)
 
     def abandoned(self) -> list[str]:
-        """Names of the terms whose threads outlived them."""
+        """Returns the names of abandoned terms whose threads still run."""
         return [*self.limiter.abandoned(), *self._left.values()]
 
     def close(self) -> None:
-        """Ends the threads: at once if all are idle, else each when its work has ended."""
+        """Stops the threads. Busy threads end after their work, without blocking this call."""
         for executor in (self._terms, self._unbounded, self._arithmetic):
             executor.shutdown(wait=not self._unfinished)
 
@@ -315,12 +315,14 @@ class WorkerPool:
         work: Callable[[], Result],
         left: "Callable[[Future[None]], None]",
     ) -> Result:
-        """The result of work in a thread; `left` is called where the caller leaves while it runs."""
+        """Returns the result of work in a thread. Calls `left` if the caller leaves while the work runs."""
         call = _Call(work)
         try:
             future: Future[None] = executor.submit(contextvars.copy_context().run, call.run)
         except RuntimeError as error:
-            raise ClientClosed(f"{name!r} cannot run: its worker pool takes no more work ({error})") from error
+            raise ClientClosed(
+                f"{name!r} cannot run: its worker pool is closed ({error}). Create a new client or pipeline"
+            ) from error
         self._unfinished.add(future)
         try:
             await asyncio.wrap_future(future)
