@@ -409,7 +409,7 @@ async def test_the_key_shows_nowhere(server: ScriptedServer, caplog: pytest.LogC
     shown += [caplog.text, repr(lines), "".join(traceback.format_exception(caught.value))]
     shown.append(pickle.dumps(caught.value).decode("latin-1"))
     assert not [text for text in shown if KEY in text]
-    with pytest.raises(TypeError, match="make a new one"):
+    with pytest.raises(TypeError, match="create a new one"):
         pickle.dumps(client.http)
 
 

@@ -219,7 +219,7 @@ async def test_closing_stops_what_runs_and_what_waits(server: ScriptedServer):
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [errors.ClientClosed] * 5
     await client.aclose()
-    with pytest.raises(errors.ClientClosed, match="closed; make a new one"):
+    with pytest.raises(errors.ClientClosed, match="closed; create a new one"):
         await client.exchange("GET", "/good")
     await server.until(lambda: server.open_connections == 0)
     assert set(threading.enumerate()) == threads
@@ -276,7 +276,7 @@ def test_a_second_event_loop_is_refused():
             await server.__aexit__(None, None, None)
 
         server, client = first.run(start())
-        with pytest.raises(errors.ClientClosed, match="another one: make one client per event loop"):
+        with pytest.raises(errors.ClientClosed, match="another one: create one client per event loop"):
             second.run(client.exchange("GET", "/good"))
         with pytest.raises(errors.ClientClosed, match="another one"):
             second.run(client.aclose())
