@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, cast
 
@@ -238,6 +239,19 @@ class ServerCapabilities(ResponseModel):
     """The models of a service."""
 
     supported_models: tuple[SupportedModel, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServiceFeatures:
+    """Features of a service, as a client detected them.
+
+    Attributes:
+        wire: "protobuf" or "json", the encoding that it accepts for passes over data.
+        uploaded_losses: whether it accepts custom losses that run on the service.
+    """
+
+    wire: Literal["protobuf", "json"]
+    uploaded_losses: bool
 
 
 class ModelData(ResponseModel):
