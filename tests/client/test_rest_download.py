@@ -314,7 +314,7 @@ async def test_a_silent_storage_times_out(make_storage):
     storage = make_storage(timeout=0.2, retry=RetryPolicy.none())
     head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(TAR)}\r\n\r\n".encode()
     storage.script(raw(head + TAR[:100], keep_open=True))
-    with pytest.raises(TimeoutExceeded, match=r"nothing more came for 0\.2 s"):
+    with pytest.raises(TimeoutExceeded, match=r"no more data for 0\.2 s"):
         await storage.download()
 
 

@@ -176,7 +176,7 @@ async def first_contact(url: str) -> ConnectionFailed:
 
 async def test_a_name_that_nobody_has(tally):
     failure = await first_contact("http://no-such-host.invalid")
-    assert "the name of the host cannot be resolved" in str(failure)
+    assert "the host name cannot be resolved" in str(failure)
     assert failure.attempts == 3
     tally.checked["a fault that lasts ends in a typed error"] += 1
 

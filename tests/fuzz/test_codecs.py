@@ -48,7 +48,7 @@ from tinkex_py.transport.decoding import (
 from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_request, request_as_json
 from tinkex_py.transport.messages import Response, raise_for_status
 from tinkex_py.types import Datum, rest as rest_types
-from tinkex_py.types.answer import Answer
+from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.unicode import with_whole_texts
 
 SERVICES_WORD = (InvalidData, UnsupportedFeature)
@@ -250,7 +250,8 @@ def test_a_sample_arrives_as_the_service_drew_it_in_both_forms(result):
 
 
 ANSWERS = sorted(
-    {value for value in vars(rest_types).values() if isinstance(value, type) and issubclass(value, Answer)} - {Answer},
+    {value for value in vars(rest_types).values() if isinstance(value, type) and issubclass(value, ResponseModel)}
+    - {ResponseModel},
     key=lambda answer: answer.__name__,
 )
 
