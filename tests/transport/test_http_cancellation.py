@@ -218,7 +218,7 @@ async def test_closing_stops_what_runs_and_what_waits(server: ScriptedServer):
         await client.exchange("GET", "/good")
     await server.until(lambda: server.open_connections == 0)
     assert set(threading.enumerate()) == threads
-    assert asyncio.all_tasks() - {asyncio.current_task()} == set(server._tasks | server._notifiers)
+    assert asyncio.all_tasks() - {asyncio.current_task()} == server.tasks
 
 
 @pytest.mark.asyncio
