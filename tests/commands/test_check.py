@@ -123,7 +123,7 @@ async def test_a_part_that_fails(monkeypatch):
     )
     assert not report.works
     assert findings["sampling"].state == "failed"
-    assert findings["sampling"].way_out == "the service requires payment first"
+    assert findings["sampling"].way_out == "the service requires payment: check the account's billing"
     assert findings["training runs"].state == "failed"
     assert "TINKER_PROJECT_ID" in findings["training runs"].way_out
     assert findings["checkpoints"].state == "missing"  # it went on
@@ -136,4 +136,4 @@ async def test_something_else_answers(monkeypatch):
         **{"client/config": answer(body=b"<html>hello</html>"), "get_server_capabilities": answer(body=b"<html>")}
     )
     assert (report.works, list(findings)) == (False, ["connection"])
-    assert "does not speak the Tinker API" in findings["connection"].way_out
+    assert "does not provide the Tinker API" in findings["connection"].way_out

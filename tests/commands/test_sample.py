@@ -98,7 +98,11 @@ def test_in_this_process(command, tmp_path, monkeypatch):
         (("--local", "tiny", "--prompt", "a", "--tokenizer", "x"), 2, "cannot be combined with --local"),
         (("--local", "nothing-there", "--prompt", "a"), 2, "there is no such model"),
         (("tiny", "--prompt", "a", "--chat"), 2, "the tokenizer of tiny has no chat template"),
-        (("tiny", "--prompt", "a", "--tokenizer", "./nothing-there"), 2, "no tokenizer './nothing-there'"),
+        (
+            ("tiny", "--prompt", "a", "--tokenizer", "./nothing-there"),
+            2,
+            "the tokenizer './nothing-there' cannot be loaded",
+        ),
         (("no-such-model", "--prompt", "a"), 1, "no-such-model"),
         (("tinker://nonsense", "--prompt", "a"), 1, "nonsense"),
     ],
@@ -113,8 +117,8 @@ def test_what_cannot_be_drawn(command, arguments, code, reason):
 @pytest.mark.parametrize(
     ("arguments", "stdin", "reason"),
     [
-        ((), b"\xff\xfe", b"stdin is not UTF-8 text"),
-        ((b"--prompt", b"\xff"), b"", b"--prompt is not UTF-8 text"),
+        ((), b"\xff\xfe", b"stdin is not UTF-8 text: encode it as UTF-8"),
+        ((b"--prompt", b"\xff"), b"", b"--prompt is not UTF-8 text: encode it as UTF-8"),
     ],
 )
 def test_bytes_that_are_no_text(address, arguments, stdin, reason):

@@ -151,7 +151,7 @@ def loss(data, logprobs):
     [
         ("[signal.SIGINT]", 3, "stopped"),
         ("[signal.SIGTERM]", 3, "stopped"),
-        ("[signal.SIGINT, signal.SIGTERM]", 1, "cancelled; the run can be resumed"),
+        ("[signal.SIGINT, signal.SIGTERM]", 1, "cancelled; the same command resumes"),
     ],
 )
 def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
@@ -167,7 +167,7 @@ def test_a_signal_stops_in_good_order_and_a_second_one_at_once(
         sys.path.remove(str(inside))
     assert given == code, err
     assert words in out + err
-    assert "stopping after the steps in flight" in err
+    assert "stopping: finishing the current steps" in err
     run, steps = read_run(inside / "runs" / "run"), read_steps(inside / "runs" / "run")
     assert run.status == "stopped"
     assert len(steps) < 9
@@ -187,19 +187,19 @@ def test_the_file_in_the_guide_and_the_example_say_the_same(inside: Path) -> Non
 
 BAD_FILES = [
     ("model: tiny\n", "data: is missing"),
-    (TINY + "optimiser: {}\n", "there is no setting 'optimiser'"),
-    (TINY + "loss: {base: {term: NLL, option: {}}}\n", "there is no setting 'loss.base.option'"),
-    (TINY.replace("steps: 2", "stepz: 2"), "training: TrainSettings: there is no setting 'stepz'"),
+    (TINY + "optimiser: {}\n", "no setting is named 'optimiser'"),
+    (TINY + "loss: {base: {term: NLL, option: {}}}\n", "no setting is named 'loss.base.option'"),
+    (TINY.replace("steps: 2", "stepz: 2"), "training: TrainSettings: no setting is named 'stepz'"),
     (TINY.replace("steps: 2", "steps: many"), "training: TrainSettings: steps: .*got 'many'"),
     (
         TINY + "loss: {base: {term: NNL}}\n",
-        "loss.base.term: there is no 'NNL'; there are CISPO, .*NLL, .*and module:name",
+        "loss.base.term: no term is named 'NNL'; use one of CISPO, .*NLL, .*or module:name",
     ),
     (TINY + "loss: {base: {term: NLL, options: {mean: 1}}}\n", "loss.base: NLL: .*unexpected keyword argument 'mean'"),
     (TINY + "loss: {base: {term: 'nowhere:f'}}\n", "loss.base.term: 'nowhere:f' cannot be imported"),
     (
         TINY + "loss: {base: {term: 'math:sqrt', options: {a: 1}}}\n",
-        "math:sqrt is a function; a base loss that is a function takes no options",
+        "math:sqrt is a function, which takes no options here",
     ),
     (TINY + "loss: {regularizers: [{term: L2, weight: -1}]}\n", "loss.regularizers.0: .*weight must be"),
     (
@@ -239,7 +239,7 @@ def test_bad_options_are_named(inside: Path) -> None:
     assert "no.yaml cannot be read" in call("no.yaml")[2]
     code, _, err = call("good.yaml", "--name", "../elsewhere")
     assert code == 2
-    assert "--name must be the name of a folder, got '../elsewhere'" in err
+    assert "--name must be the name of a folder, without a path, got '../elsewhere'" in err
     with RunFolder(inside / "runs" / "good"):
         code, _, err = call("good.yaml")
     assert code == 2

@@ -94,7 +94,7 @@ def test_a_line_without_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     followed = FollowedSteps(path)
     read_all(followed)
     assert followed.curves.axes["step"] == [1]
-    assert followed.problem == "steps.jsonl, line 2 is longer than any step"
+    assert followed.problem == "steps.jsonl, line 2 is too long for a step"
 
 
 def test_what_cannot_be_read_is_told_once(tmp_path: Path):

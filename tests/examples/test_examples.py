@@ -123,12 +123,12 @@ def test_checkpoints(tmp_path: Path) -> None:
     lines = run_example("checkpoints.py", tmp_path).splitlines()
     listed = [re.fullmatch(r"(weights/\w+): \d+ bytes, expires: 2\d{3}-.*", line) for line in lines[:2]]
     assert [line and line[1] for line in listed] == ["weights/late", "weights/early"]
-    assert lines[2:4] == ["made from tiny with rank 8", "kept for ever: late"]
+    assert lines[2:4] == ["base model tiny, rank 8", "late never expires"]
     first, *_, last = [re.fullmatch(r"downloaded (\d+) of (\d+) bytes", line) for line in lines[4:-3]]
     assert first[1] == "0"
     assert last[1] == last[2] != "0"
     files = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"]
-    assert lines[-3:] == [f"files: {', '.join(files)}", "goes on as tiny", "left: ['weights/late']"]
+    assert lines[-3:] == [f"files: {', '.join(files)}", "resumed training of tiny", "remaining: ['weights/late']"]
     assert [path.name for path in tmp_path.iterdir()] == ["downloaded_checkpoint"]
     assert sorted(path.name for path in (tmp_path / "downloaded_checkpoint").iterdir()) == files
 
@@ -137,7 +137,6 @@ def test_kl_controlled_sft(tmp_path: Path) -> None:
     text = run_example("kl_controlled_sft.py", tmp_path)
     (without,) = re.findall(r"^KL without controller: (\S+)$", text, re.MULTILINE)
     ((held, target),) = re.findall(r"^KL with controller: (\S+), target (\S+)$", text, re.MULTILINE)
-    # Without the controller the model goes wherever the answers take it; with it the KL is held to the target's size.
     assert float(without) > 5 * float(target)
     assert float(target) / 3 < float(held) < 3 * float(target)
 
@@ -163,8 +162,8 @@ def test_official_sdk(tmp_path: Path) -> None:
 def test_sampling(tmp_path: Path) -> None:
     text = run_example("sampling.py", tmp_path)
     assert len(re.findall(r"^sample \d: '.*'  (?:stop|length)  logprob -\d+\.\d+$", text, re.MULTILINE)) == 2
-    assert "the same seed draws the same: True" in text
-    assert text.count(" goes on ") == 3
+    assert "the same seed gives the same samples: True" in text
+    assert text.count(" -> ") == 3
     (perplexity,) = re.findall(r"^perplexity (\S+) over \d+ tokens$", text, re.MULTILINE)
     assert 10 < float(perplexity) < 2000  # 258 tokens, random weights
     for logprob in re.findall(r"^as the last token: Paris (\S+), Rome (\S+)$", text, re.MULTILINE)[0]:

@@ -243,7 +243,7 @@ async def test_bad_input_starts_nothing(example: None, tmp_path: Path) -> None:
         problem(await web.post("/jobs", content=infinite, headers={"content-type": "application/json"}), 422)
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/result")):
             told = problem(await web.request(method, f"/jobs/none{path}"), 404)
-            assert told["detail"] == "there is no job 'none'"
+            assert told["detail"] == "no job has the id 'none'"
         job = await start(web, {**BODY, "steps": 1})
         problem(await web.get(f"/jobs/{job}/events", headers={"Last-Event-ID": "x"}), 422)
         assert len((await web.get("/jobs")).json()) == 1

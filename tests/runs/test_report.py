@@ -15,8 +15,7 @@ from tests.runs.made_up_runs import TERMS, base_loss, contribution, made_up_run,
 from tests.runs.support import run_info
 from tinkex_py.cli import app
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.charts import CHARTS
-from tinkex_py.runs.report import duration, moment, setting, write_report
+from tinkex_py.runs.report import CHARTS, duration, moment, setting, write_report
 
 HARMLESS_TAGS = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "nav", "a", "p", "div", "span"),
@@ -176,7 +175,7 @@ def test_the_command(tmp_path: Path):
     assert done.exit_code == 0, done.output
     last = base_loss(2) + sum(contribution(place, 2) for place in range(3))
     assert f"a: finished, 2 steps, loss 3.0089 -> {last:.4f}" in done.stdout
-    assert f"{tmp_path / 'out' / 'index.html'} and 4 charts" in done.stdout
+    assert f"wrote {tmp_path / 'out' / 'index.html'} and 4 charts" in done.stdout
     assert "empty: finished, 0 steps\n" in done.stdout
     done = CliRunner().invoke(app, ["report", empty, "--json", "--out", str(tmp_path / "other")])
     told = json.loads(done.stdout)
