@@ -24,7 +24,7 @@ PREFERENCES = [  # prompt, chosen, rejected
 
 
 def dpo_loss(data, logprobs_list):
-    """Takes pairs of datums, the chosen one first. Rafailov et al., "Direct Preference Optimization" (2023), equation 7."""
+    """Pairs of datums, chosen before rejected. Rafailov et al., "Direct Preference Optimization" (2023), equation 7."""
     rewards = []
     for datum, logprobs in zip(data, logprobs_list, strict=True):
         mask = datum.loss_fn_inputs["weights"].to_torch()
