@@ -1,8 +1,8 @@
 """Train with the official SDK (`pip install tinker`) and this package's composed loss.
 
 Three runs with the same initial weights: a plain loss function as the official SDK takes it, the same loss as a
-pipeline, which gives the same numbers, and that pipeline with regularizers. Runs against `tinkex-py serve --model tiny`,
-which it starts, or against TINKER_BASE_URL with TINKER_API_KEY.
+pipeline, which gives the same numbers, and that pipeline with regularizers. Runs against `tinkex-py serve --model
+tiny`, which it starts, or against TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import os
