@@ -2,7 +2,6 @@
 
 import csv
 import io
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, async_playwright, expect
 
-from tests.dashboard.served import dashboard
+from tests.dashboard.served import CHROMIUM, dashboard
 from tests.runs.made_up_runs import base_loss, contribution, made_up_run, made_up_step, write_run
 from tests.runs.support import run_info
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<img src=x onerror=alert(1)>"
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Runs that nothing disturbs: the numbers are those of a loop written by hand, and the folder tells them."""
+"""Undisturbed runs: the numbers are those of a plain loop, and the folder records them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -183,6 +183,8 @@ async def test_early_stop_by_a_number_that_is_not_there_names_those_that_are(ben
         await run_to(bench.service, tmp_path, early_stop=EarlyStop(metric="loss/totl"))
     with pytest.raises(ConfigError, match="metric must begin with one of loss/, .*'time/step'"):
         EarlyStop(metric="time/step")
+    with pytest.raises(ConfigError, match="TrainSettings: no setting is named 'step'"):
+        TrainSettings(step=3)
 
 
 async def test_progress_is_told_in_order(bench: Any, tmp_path: Path) -> None:
@@ -248,11 +250,6 @@ async def test_bad_arguments_are_named(bench: Any, tmp_path: Path, options: dict
     with pytest.raises(ConfigError, match=words):
         await run_to(bench.service, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "run.json").exists()
-
-
-async def test_a_setting_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ConfigError, match="TrainSettings: no setting is named 'step'"):
-        TrainSettings(step=3)
 
 
 class Sink:

@@ -9,6 +9,7 @@ const COLOURS = {
 // On the canvas, and as a border in legends and lists.
 const DASHES = [[[], "solid"], [[6, 4], "dashed"], [[2, 3], "dotted"], [[9, 3, 2, 3], "double"]];
 const LOG_RANGE = 1e-5; // a norm that starts near zero would squeeze the other curves into one line
+const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8].flatMap((power) => [power, 2 * power, 5 * power]); // of the x axis
 const TIMES = [["days", 86400], ["hours", 3600], ["minutes", 60], ["seconds", 1]];
 
 export const MOST_RUNS = COLOURS.light.length * DASHES.length;
@@ -173,7 +174,7 @@ export class Panel {
       width: this.place.clientWidth,
       height: HEIGHT,
       scales: { x: { time: false, range }, y: this.log ? { distr: 3, range: logRange } : {} },
-      axes: [{ ...axis, values, label: unit, size: 34 }, { ...axis, values, label: this.chart.unit, size: widest }],
+      axes: [{ ...axis, values, label: unit, size: 34, incrs: STEPS }, { ...axis, values, label: this.chart.unit, size: widest }],
       series: [
         { label: unit, value: (_, x) => (x === null ? "last" : short(x)) },
         ...this.lines.map((line, number) => this.series(line, number + 1)),
