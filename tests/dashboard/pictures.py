@@ -1,6 +1,7 @@
 """Takes the screenshots of the documentation: `python -m tests.dashboard.pictures RUNS_DIR FOLDER RUN...`.
 
-The pictures in docs/images show runs of examples/configs/sft_kl.yaml with two learning rates.
+The pictures in docs/images show smollm2 with examples/configs/sft_kl.yaml, but with two learning rates, 30 steps,
+batches of 4, and a KL weight of 0.02.
 """
 
 import asyncio
