@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font  # pyright: ignore[reportUnknownVariableType]
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.folder import read_run, read_steps
-from tinkex_py.runs.records import RunStatus, flattened, scalars
+from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
+from tinkex_py.unicode import without_halves
 
 PAGE_FILE = "index.html"
 # M. Okabe and K. Ito, "Color Universal Design"; the yellow is darker for white paper.
@@ -36,49 +37,33 @@ LOG_RANGE = 1e-5  # a norm near zero would squeeze the other curves into one lin
 Numbers = NDArray[np.float64]
 
 
-class RunSummary(BaseModel):
-    """A run in a few numbers.
+class RunSummary(RunInfo):
+    """A run in a few numbers, beside the content of its `run.json`.
 
     Attributes:
         label: its name in the report.
         folder: its files.
-        model: name of the base model; None if the service did not report it.
-        status: of `run.json`; a process that was killed leaves "running".
-        reason: why it stopped or failed; None otherwise.
         steps: optimizer steps made.
-        total_steps: planned optimizer steps; None if the run ends with its data.
-        started_at: in seconds since the epoch.
         last_step_at: end of the last step, in seconds since the epoch; None if no step was made.
         step_seconds: time in steps, in seconds, without pauses.
         tokens: of all steps.
         first: numbers of the first step, under the names of `tinkex_py.runs.scalars`.
         last: numbers of the last step.
         non_finite: name -> number of NaN or infinite values, which the charts omit.
-        seed: of the run; None if unknown.
-        versions: of Python, this package and torch.
     """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     label: str
     folder: Path
-    model: str | None
-    status: RunStatus
-    reason: str | None
     steps: int
-    total_steps: int | None
-    started_at: float
     last_step_at: float | None
     step_seconds: float
     tokens: int
     first: dict[str, float]
     last: dict[str, float]
     non_finite: dict[str, int]
-    seed: int | None
-    versions: dict[str, str]
 
 
-class Report(BaseModel):
+class Report(Record):
     """A report that was written.
 
     Attributes:
@@ -87,8 +72,6 @@ class Report(BaseModel):
         runs: in the order of the folders.
         differing_settings: setting -> run -> value, where the runs differ.
     """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     page: Path
     charts: dict[str, Path]
@@ -200,15 +183,13 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
-    """Summary, numbers and settings of each run; a folder that is named twice is read once."""
+    # A folder that is named twice is read once.
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not places:
         raise ConfigError("no run was given: name at least one folder of a run")
     for place in places:
-        try:
-            str(place).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"the path {str(place)!r} is not UTF-8 text: rename the folder") from error
+        if without_halves(str(place)) != str(place):
+            raise ConfigError(f"the path {str(place)!r} is not UTF-8 text: rename the folder")
     depth = 1  # of the label: as many parents as distinguish the folders
     while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
@@ -231,7 +212,7 @@ def _load_one(folder: Path, label: str) -> tuple[RunSummary, RunCurves, dict[str
         first=rows[0] if rows else {},
         last=rows[-1] if rows else {},
         non_finite=Counter(name for row in rows for name, value in row.items() if not math.isfinite(value)),
-        **info.model_dump(include={"model", "status", "reason", "total_steps", "started_at", "seed", "versions"}),
+        **info.model_dump(),
     )
     return summary, RunCurves(np.array([float(record.step) for record in records]), finite), flattened(info.config)
 
