@@ -355,7 +355,7 @@ def test_the_command_shows_then_and_now(recorded_folder: Path, reference: str):
     shown = command("step", "--pipeline", reference)
     assert shown.exit_code == 0, shown.output
     assert "1.029" in shown.stdout  # 0.98 + 0.049
-    assert "same in every number" in shown.stdout
+    assert "all numbers are equal" in shown.stdout
     plain = json.loads(command("step", "--pipeline", reference, "--json").stdout)
     assert plain["same"] is True
     assert plain["replayed"]["loss_total"] == plain["recorded"]["loss_total"] == pytest.approx(1.029, rel=1e-6)
@@ -369,7 +369,7 @@ def test_the_command_as_a_program(recorded_folder: Path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "same in every number" in done.stdout
+    assert "all numbers are equal" in done.stdout
 
 
 def test_the_command_fails_as_the_step_does(recorded_folder: Path):
