@@ -238,7 +238,7 @@ async def test_row_78_execute_emits_no_event():
         ("l2", {}, "must be callable"),
         (Squares, {}, "pass an instance"),
         (l2, {"threshold": 1.0}, "threshold"),
-        (lambda data: data, {}, r"fn\(data, logprobs\)"),
+        (lambda data: data, {}, r"\(data, logprobs\)"),
     ],
 )
 async def test_row_78_what_cannot_be_executed_is_named(term: Any, options: dict[str, Any], message: str):

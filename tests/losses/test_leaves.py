@@ -242,7 +242,7 @@ async def test_rule_2_packed_is_no_list_of_datums(use: str, arrays: Any):
     with pytest.raises(RegularizerError, match="per_datum") as caught:
         await Pipeline(lambda d, p: torch.as_tensor(GUARDED[use](p)).sum()).evaluate([], packed(arrays))
     assert isinstance(caught.value.__cause__, TypeError)
-    assert str(caught.value.__cause__).startswith("packed logprobs: wrap the function in per_datum(...)")
+    assert str(caught.value.__cause__).startswith("packed logprobs are not a list of datums: wrap the function in per_datum(...)")
     assert caught.value.name == "base_loss"
 
 

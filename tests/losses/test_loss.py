@@ -243,5 +243,5 @@ async def test_tensors_of_one_list_share_a_device():
     elsewhere = next((device for device in DEVICES if device != "cpu"), None)
     if elsewhere is None:
         pytest.skip("there is no other device here")
-    with pytest.raises(PipelineError, match="must share one device"):
+    with pytest.raises(PipelineError, match="must have the same device"):
         await Pipeline(nll).compute([], [torch.zeros(2), torch.zeros(2, device=elsewhere)])

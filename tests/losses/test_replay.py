@@ -197,7 +197,7 @@ async def test_what_is_no_record_is_never_overwritten(tmp_path: Path):
 @pytest.mark.asyncio
 async def test_the_pipeline_must_have_the_same_regularizers(tmp_path: Path):
     await Pipeline(nll, guide_specs()).compute([], guide_logprobs(), record=tmp_path / "step")
-    with pytest.raises(PipelineError, match="must be the same"):
+    with pytest.raises(PipelineError, match="the same names in the same order"):
         await replay(tmp_path / "step", Pipeline(nll, guide_specs()[:2]))
 
 
@@ -257,7 +257,7 @@ def change(folder: Path, edit: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_there_is_no_record(tmp_path: Path):
-    with pytest.raises(PipelineError, match="no readable record"):
+    with pytest.raises(PipelineError, match="cannot read the record"):
         await replay(tmp_path / "none", Pipeline(nll))
 
 

@@ -148,7 +148,7 @@ def test_failures_come_out_as_they_are():
     assert caught.value.name == "fails"
     with pytest.raises(PipelineError, match="no term depends"):
         Pipeline(lambda data, logprobs: torch.tensor(1.0)).as_tinker_loss()(official_data(), leaves())
-    with pytest.raises(PipelineError, match="2 datums need as many"):
+    with pytest.raises(PipelineError, match="got 1 for 2 datums"):
         pipeline().as_tinker_loss()(official_data(), leaves()[:1])
     with pytest.raises(PipelineError, match="step must be"):
         pipeline().as_tinker_loss(step=-1)
@@ -156,7 +156,7 @@ def test_failures_come_out_as_they_are():
 
 @pytest.mark.parametrize("datum", [None, 3, object(), {"model_input": 1}])
 def test_what_is_no_datum_is_named(datum: Any):
-    with pytest.raises(InvalidData, match="datum 1 does not hold"):
+    with pytest.raises(InvalidData, match="datum 1 must contain only"):
         pipeline().as_tinker_loss()([own_data()[0], datum], leaves())
 
 
