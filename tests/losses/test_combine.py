@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import guide_logprobs, guide_specs, l1, l2, nll, spec
 from tinkex_py import Executor, InvalidSpec, NonFiniteLoss, Pipeline, PipelineError
-from tinkex_py.losses.gradients import WeightedGradient, WeightedSum, dot, summed, without_conflicts
+from tinkex_py.losses.gradients import WeightedGradient, dot, summed, without_conflicts
 from tinkex_py.losses.logprobs import Logprobs
 
 
@@ -221,7 +221,7 @@ def test_products_of_gradients_that_share_memory_with_one_number():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [0, 1, 4097, 262_143, 262_144, 600_001])
-def test_the_sum_of_any_size_and_dtype_is_the_same_however_it_is_cut(dtype: torch.dtype, size: int):
+def test_the_sum_of_any_size_and_dtype(dtype: torch.dtype, size: int):
     generator = torch.Generator().manual_seed(size)
     gradients = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(5)]
     parts = [WeightedGradient(str(index), 0.3 * index - 0.5, gradient, 1.0) for index, gradient in enumerate(gradients)]
@@ -229,12 +229,7 @@ def test_the_sum_of_any_size_and_dtype_is_the_same_however_it_is_cut(dtype: torc
     exact = sum(((0.3 * index - 0.5) * gradient.double() for index, gradient in enumerate(gradients)), start=0.0)
 
     whole = summed(parts, gradients[0], diagnose=True)
-    in_pieces = WeightedSum(parts, gradients[0], diagnose=True)
-    added = [in_pieces.add(blocks) for blocks in reversed(in_pieces.blocks(ranges=3))]
-    cut = in_pieces.combined([block for blocks in reversed(added) for block in blocks])
     assert whole.gradient.dtype is dtype
-    assert torch.equal(whole.gradient, cut.gradient)
-    assert (whole.norm, whole.diagnosis) == (cut.norm, cut.diagnosis)
     assert torch.equal(summed(parts, gradients[0], diagnose=False).gradient, whole.gradient)
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(whole.gradient.double(), torch.as_tensor(exact), rtol=tolerance, atol=tolerance)
