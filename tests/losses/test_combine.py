@@ -163,7 +163,7 @@ def test_surgery_with_terms_that_have_no_gradient():
 
 @pytest.mark.parametrize("combine", ["mean", None, "SUM", 3])
 def test_an_unknown_combination_is_refused(combine: Any):
-    with pytest.raises(PipelineError, match="combine must be one of 'sum', 'pcgrad'"):
+    with pytest.raises(PipelineError, match="combine must be 'sum' or 'pcgrad', got"):
         Pipeline(nll, combine=combine)
 
 

@@ -131,8 +131,7 @@ class Executor:
             PipelineError: an option is out of range.
             TypeError: an option does not exist.
         """
-        given = checked_options(options, of="Executor.execute_all()", defaults=TERM_DEFAULTS)
-        checked = {**TERM_DEFAULTS, **given}
+        checked = checked_options(options, of="Executor.execute_all()", defaults=TERM_DEFAULTS)
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         terms = [with_weight_at(checked_step(step), prepare_regularizer(spec), spec) for spec in specs]
         datums = checked_data(data)

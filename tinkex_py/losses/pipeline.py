@@ -63,7 +63,7 @@ class Pipeline:
             raise InvalidBaseLoss(f"base loss: {problem}")
         self._base_loss = base_loss
         self._regularizers = checked_specs(regularizers)
-        checked = {**DEFAULTS, **checked_options(options, of="Pipeline.__init__()")} if options else DEFAULTS
+        checked = checked_options(options, of="Pipeline.__init__()")
         self.track_grad_norms: bool = checked["track_grad_norms"]
         self.parallel: bool = checked["parallel"]
         self.timeout: float | None = checked["timeout"]
