@@ -197,7 +197,7 @@ REASONS = {
         sum_over_datums(lambda logprobs: (logprobs * torch.ones(4)).sum()),
         r"captured tensor of shape \(4,\)",
     ),
-    "no_grad": (without_grad, "under torch.no_grad"),
+    "no_grad": (without_grad, r"uses torch.no_grad\(\)"),
     "constant loss": (lambda data, logprobs: torch.tensor(1.0), "its loss is a Tensor that is not computed"),
     "metric": (lambda data, logprobs: (logprobs.sum(), {"worst": logprobs.exp()}), "its metric 'worst' is not a sum"),
     "mean metric": (lambda data, logprobs: (logprobs.sum(), {"a:mean": logprobs.sum()}), "'a:mean' is not a sum"),

@@ -46,14 +46,7 @@ class Evaluation:
 
 
 def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: bool, needs_norm: bool) -> Evaluation:
-    """Computes value, gradient and norm of one term with one backward pass.
-
-    Args:
-        result: the return value of the term.
-        leaf: the tensor that was passed to the term.
-        name: name of the term, for errors.
-        needs_gradient: whether to compute the gradient.
-        needs_norm: whether to compute the norm, which requires the backward pass too.
+    """Computes value, gradient and norm of one term from its return value, with at most one backward pass.
 
     Raises:
         InvalidTermResult: the result is not a loss or `(loss, metrics)`.
@@ -216,12 +209,9 @@ class Combined:
 
 
 def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
-    """Returns the weighted sum of the gradients.
+    """Returns the weighted sum of the gradients, the base loss first, in the shape and dtype of `like`.
 
-    Args:
-        parts: gradients of the terms, the base loss first.
-        like: contiguous tensor with the shape, dtype and device of the result.
-        diagnose: whether to compute norm and diagnosis, which also needs the norms of the terms.
+    With `diagnose`, the norms of the terms must be known.
 
     Raises:
         NonFiniteLoss: a weight is too large for the dtype, or the sum has NaN or infinite elements.
@@ -258,14 +248,6 @@ def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, 
     by step and name only, so that it does not depend on the order of the specs or on a resume.
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning" (2020), algorithm 1.
-
-    Args:
-        parts: gradients of the terms, the base loss first.
-        like: tensor with the shape, dtype and device of the result.
-        step: seed of the order.
-
-    Returns:
-        The total gradient with a diagnosis.
     """
     products = _products(parts)
     scales = np.array([part.scale for part in parts])

@@ -224,15 +224,9 @@ class Pipeline:
         group: object = None,
         record: RecordPath | None = None,
     ) -> CustomLoss:
-        """Returns the loss and its gradient for the training client.
+        """Returns the loss and its gradient for the training client; see `compute`.
 
-        Args:
-            data: the datums, passed to every term.
-            logprobs: the shared buffer.
-            step: number of previous optimizer steps.
-            workers: pool that runs sync terms; default is the pool of this pipeline.
-            group: calls of the same group share the limits on live term threads; default is the pipeline.
-            record: a folder to which the inputs of the terms are written.
+        Calls of the same `group` share the limits on live term threads; default is the pipeline.
         """
         run = TermRun(
             data,
