@@ -54,17 +54,6 @@ async def test_row_120_a_cancellation_nobody_asked_for(is_async: bool, parallel:
     assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
 
 
-async def test_row_120_a_cancelled_future_inside_a_term():
-    async def waits_for_a_cancelled_future(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        future = asyncio.get_running_loop().create_future()
-        future.cancel()
-        return await future
-
-    with pytest.raises(RegularizerError) as caught:
-        await Pipeline(async_nll, [spec(waits_for_a_cancelled_future, "odd")]).compute([], guide_logprobs())
-    assert caught.value.name == "odd"
-
-
 @pytest.mark.parametrize("parallel", [False, True])
 async def test_row_120_a_term_that_cancels_its_own_task(parallel: bool):
     async def cancels_itself(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
@@ -138,37 +127,6 @@ async def test_rule_5_a_cancelled_caller_leaves_everything_clean(parallel: bool)
     assert not hasattr(caught.value, "__notes__")  # a term that was merely cancelled has not failed
     assert term.cleaned
     assert asyncio.all_tasks() == before
-
-
-async def test_rule_5_a_term_that_swallows_the_callers_cancellation_does_not_hide_it():
-    started = asyncio.Event()
-
-    async def stubborn(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        try:
-            started.set()
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            await asyncio.sleep(0)
-        return logprobs.sum()
-
-    computing = asyncio.ensure_future(Pipeline(async_nll, [spec(stubborn, "s")]).compute([], guide_logprobs()))
-    await started.wait()
-    computing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await computing
-
-
-async def test_rule_5_a_cancelled_caller_does_not_wait_for_threads():
-    gate = Gate()
-    with gate.opening():
-        computing = asyncio.ensure_future(Pipeline(async_nll, [spec(gate, "slow")]).compute([], guide_logprobs()))
-        await until(lambda: gate.running == 1)
-        computing.cancel()
-        async with asyncio.timeout(LIMIT):
-            with pytest.raises(asyncio.CancelledError):
-                await computing
-        assert gate.running == 1
-    await until(lambda: gate.running == 0)
 
 
 async def test_fatal_errors_are_never_skipped():

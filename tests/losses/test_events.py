@@ -270,7 +270,7 @@ async def _one_step(pipeline: Pipeline, cancel_after_turns: int | None) -> str:
     return "done"
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     terms=drawn_terms,
     base=st.sampled_from(["sync_ok", "async_ok", "async_ok", "sync_fail"]),

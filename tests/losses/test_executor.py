@@ -9,7 +9,6 @@ import torch
 from tests.losses.support import (
     LIMIT,
     Crowd,
-    Gate,
     async_l2,
     datum,
     guide_logprobs,
@@ -27,9 +26,7 @@ from tinkex_py import (
     InvalidSpec,
     Pipeline,
     PipelineError,
-    RegularizerError,
     RegularizerOutput,
-    RegularizerTimeout,
     per_datum,
 )
 
@@ -118,14 +115,6 @@ async def test_row_63_what_is_no_list_of_datums_is_named(data: Any):
     assert events == []
 
 
-async def test_timeouts_abandon_and_raise():
-    gate = Gate()
-    with gate.opening(), pytest.raises(RegularizerTimeout) as caught:
-        async with asyncio.timeout(LIMIT):
-            await Executor.execute_one(spec(gate, "slow"), [], guide_logprobs(), timeout=0.02)
-    assert caught.value.timeout == 0.02
-
-
 async def test_writes_are_found_here_too():
     def writes(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         logprobs.data.mul_(2)
@@ -145,13 +134,3 @@ async def test_lists_and_per_datum():
     assert output.grad_norm == pytest.approx(6**0.5, rel=1e-6)
     with pytest.raises(PipelineError):
         await Executor.execute_one(spec(per_datum(term), "t"), [datum(1)] * 3, parts)
-
-
-async def test_failures_are_those_of_the_pipeline():
-    def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        raise KeyError("own")
-
-    with pytest.raises(RegularizerError) as caught:
-        await Executor.execute_all([spec(async_l2, "l2"), spec(fails, "fails")], [], guide_logprobs())
-    assert caught.value.name == "fails"
-    assert isinstance(caught.value.__cause__, KeyError)

@@ -13,8 +13,8 @@ from tinkex_py import Executor, GradientTracker, Pipeline, execute
 
 pytestmark = pytest.mark.asyncio
 
-MODES = [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)]
-MODE_IDS = ["no_grad", "inference_mode", "set_grad_enabled"]
+MODES = [torch.no_grad, torch.inference_mode]
+MODE_IDS = ["no_grad", "inference_mode"]
 Mode = Callable[[], AbstractContextManager[Any]]
 
 

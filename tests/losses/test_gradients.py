@@ -31,10 +31,6 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / max(expected.double().norm().item(), 1e-300)
 
 
-def written_out(logprobs: torch.Tensor) -> torch.Tensor:
-    return -logprobs.mean() + 0.01 * logprobs.abs().sum() + 0.005 * logprobs.pow(2).sum()
-
-
 @pytest.mark.asyncio
 async def test_rows_65_to_68_the_guides_norms():
     output = await Pipeline(nll, guide_specs(), track_grad_norms=True).compute([], guide_logprobs())
@@ -153,14 +149,6 @@ async def test_row_64_norms_of_any_size(scale: float, count: int):
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("scale", [-1e25, 1.0, 1e-25])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (100_001,)])
-async def test_row_64_the_norm_of_a_gradient_that_is_one_number_everywhere(scale: float, shape: tuple[int, ...]):
-    norm = await GradientTracker.grad_norm(lambda p: p.sum() * scale, torch.zeros(shape))
-    assert norm == pytest.approx(abs(float(np.float32(scale))) * math.sqrt(math.prod(shape)), rel=1e-6)
-
-
-@pytest.mark.asyncio
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 async def test_row_64_norms_in_any_dtype(dtype: torch.dtype):
     weights = torch.linspace(0, 1, 9000, dtype=torch.float64).to(dtype)
@@ -249,19 +237,6 @@ def test_the_total_gradient_equals_autograd_of_the_written_out_total(
     )
     if track:
         assert loss.output.total_grad_norm == pytest.approx(loss.gradient.double().norm().item(), rel=1e-6, abs=1e-12)
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("arrays", [[3, 1, 4], [(2, 3), (1, 3)]], ids=["T", "TK"])
-async def test_the_gradient_is_within_a_millionth_and_a_flipped_sign_is_not(arrays: Any):
-    random = np.random.default_rng(3)
-    values = [-random.exponential(1.0, size=shape).astype(np.float32) for shape in arrays]
-    specs = [spec(l1, "l1", 0.01), spec(async_l2, "l2", 0.005)]
-    loss = await Pipeline(async_nll, specs).evaluate([], packed(values))
-    leaf = torch.from_numpy(np.concatenate(values)).requires_grad_()
-    (expected,) = torch.autograd.grad(written_out(leaf), leaf)
-    assert relative(loss.gradient, expected) <= 1e-6
-    assert relative(-loss.gradient, expected) > 1.0
 
 
 @pytest.mark.asyncio

@@ -138,15 +138,6 @@ async def test_no_term_waits_for_ever_for_the_permit_of_an_abandoned_one(waiting
         assert "slow0" in str(caught.value)
 
 
-async def test_a_starved_term_can_be_skipped():
-    gate = Gate()
-    with gate.opening():
-        specs = [*skipping(gate, 1), spec(l1, "queued", timeout=2 * SHORT, on_error="skip")]
-        async with asyncio.timeout(LIMIT):
-            output = await Pipeline(async_nll, specs, max_threads=1).compute([], guide_logprobs())
-        assert output.skipped == {"slow0": "RegularizerTimeout", "queued": "RegularizerTimeout"}
-
-
 async def test_waiting_for_a_thread_that_is_at_work_does_not_count():
     """The clock starts when the term has its thread: a healthy term ahead may take longer than this one's timeout."""
     gate = Gate()
