@@ -19,8 +19,7 @@ from tinkex_py.losses import grad_mode
 pytestmark = pytest.mark.asyncio
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("is_async", "parallel"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("fatal", [KeyboardInterrupt, SystemExit, OwnBaseError])
 async def test_row_120_fatal_errors_cancel_the_siblings_and_come_out_unchanged(
     fatal: type[BaseException], parallel: bool, is_async: bool

@@ -86,7 +86,7 @@ async def test_row_57_none_and_infinity_are_no_limit(pipelines: float | None, sp
         await anyio.sleep(3 * SHORT)
         return logprobs.sum()
 
-    pipeline = Pipeline(nll, [spec(patient, "patient", timeout=specs, on_error="skip")], timeout=pipelines)
+    pipeline = Pipeline(async_nll, [spec(patient, "patient", timeout=specs, on_error="skip")], timeout=pipelines)
     output = await pipeline.compute([], guide_logprobs())
     assert list(output.skipped) == ([] if ends else ["patient"])
 

@@ -16,7 +16,6 @@ from tinkex_py import (
     Datum,
     Executor,
     GradientTracker,
-    InvalidSpec,
     ModelInput,
     Pipeline,
     RegularizerSpec,
@@ -205,20 +204,6 @@ async def test_row_78_execute_emits_no_event():
         await execute(l2, [], guide_logprobs())
         await execute(async_l2, [], guide_logprobs())
     assert events == []
-
-
-@pytest.mark.parametrize(
-    ("term", "options", "message"),
-    [
-        ("l2", {}, "must be callable"),
-        (Squares, {}, "pass an instance"),
-        (l2, {"threshold": 1.0}, "threshold"),
-        (lambda data: data, {}, r"\(data, logprobs\)"),
-    ],
-)
-async def test_row_78_what_cannot_be_executed_is_named(term: Any, options: dict[str, Any], message: str):
-    with pytest.raises(InvalidSpec, match=message):
-        await execute(term, [], guide_logprobs(), **options)
 
 
 async def test_row_83_the_thread_and_the_awaitable_share_one_timeout():

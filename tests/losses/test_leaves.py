@@ -61,8 +61,7 @@ def writing(write: Any, is_async: bool = False) -> Any:
     return later if is_async else term
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(("is_async", "on_error"), [(False, "raise"), (True, "skip")])
 @pytest.mark.parametrize("write", KNOWN_WRITERS)
 async def test_rule_1_the_writer_is_named(write: Any, on_error: str, is_async: bool):
     specs = [
@@ -77,8 +76,7 @@ async def test_rule_1_the_writer_is_named(write: Any, on_error: str, is_async: b
     assert events[0].metadata["reason"] == "InPlaceMutation"
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(("is_async", "on_error"), [(False, "skip"), (True, "raise")])
 @pytest.mark.parametrize("write", UNKNOWN_WRITERS)
 async def test_rule_1_an_unknown_writer_is_found(write: Any, on_error: str, is_async: bool):
     specs = [spec(writing(write, is_async), "writer", on_error=on_error)]
@@ -87,13 +85,10 @@ async def test_rule_1_an_unknown_writer_is_found(write: Any, on_error: str, is_a
 
 
 @pytest.mark.parametrize("write", [*KNOWN_WRITERS, *UNKNOWN_WRITERS])
-async def test_rule_1_holds_for_packed_leaves(write: Any):
+async def test_rule_1_holds_for_packed_leaves_and_views_per_datum(write: Any):
     with pytest.raises(InPlaceMutation):
         await Pipeline(writing(write)).evaluate([], packed(ARRAYS))
 
-
-@pytest.mark.parametrize("write", [*KNOWN_WRITERS, *UNKNOWN_WRITERS])
-async def test_rule_1_holds_for_views_per_datum(write: Any):
     def term(data: Any, logprobs: list[torch.Tensor]) -> torch.Tensor:
         write(logprobs[1])
         return logprobs[0].sum()

@@ -242,11 +242,6 @@ async def test_skip_reports_the_timeout_even_if_cleaning_up_failed():
     assert [event.metadata["reason"] for event in events] == ["RegularizerTimeout"]
 
 
-async def test_execute_one_raises_whatever_on_error_says():
-    with pytest.raises(RegularizerError):
-        await Executor.execute_one(spec(raising(OwnError("x")), "t", on_error="skip"), [], guide_logprobs())
-
-
 async def test_row_150_the_next_step_succeeds():
     broken = threading.Event()
     broken.set()

@@ -15,6 +15,7 @@ from tests.losses.support import GUIDE_VALUES, async_l2, guide_logprobs, l1, l2,
 from tinkex_py import (
     Datum,
     Executor,
+    GradientTracker,
     InvalidSpec,
     InvalidTermResult,
     Pipeline,
@@ -88,15 +89,17 @@ async def test_row_5_the_protocol_is_structural():
         (np.float32(1.0), "float32"),
     ],
 )
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_rows_7_and_8_anything_else_is_an_invalid_result(result: Any, seen: str, is_async: bool):
+async def test_rows_7_and_8_anything_else_is_an_invalid_result(result: Any, seen: str):
     async def later(data: Any, logprobs: Any) -> Any:
         return result
 
-    with pytest.raises(InvalidTermResult, match=seen) as caught:
-        await one(spec(later if is_async else lambda data, logprobs: result, "odd"))
-    assert caught.value.name == "odd"
-    assert isinstance(caught.value, TypeError)
+    for term in (later, lambda data, logprobs: result):
+        with pytest.raises(InvalidTermResult, match=seen) as caught:
+            await one(spec(term, "odd"))
+        assert caught.value.name == "odd"
+        assert isinstance(caught.value, TypeError)
+        with pytest.raises(InvalidTermResult, match=seen):
+            await execute(term, [], guide_logprobs())
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (5, 1), (1, 5), (5, 2, 1)])
@@ -363,16 +366,27 @@ async def test_row_79_every_keyword_goes_to_the_term():
     assert metrics == {"timeout": 1.0, "weight": 2.0}
 
 
-@pytest.mark.parametrize("term", [L1Sparsity(), AsyncObject(), AsyncCall(), async_l2])
-async def test_row_80_execute_takes_any_form(term: Any):
-    loss, _ = await execute(term, [], guide_logprobs())
-    assert loss.item() == pytest.approx(4.9 if isinstance(term, L1Sparsity) else 6.83, rel=1e-6)
+async def test_row_80_execute_takes_any_form():
+    for term, value in ((L1Sparsity(), 4.9), (AsyncObject(), 6.83), (AsyncCall(), 6.83), (async_l2, 6.83)):
+        loss, _ = await execute(term, [], guide_logprobs())
+        assert loss.item() == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("result", [None, 1.0, (torch.tensor(1.0), {}, 3)])
-async def test_row_7_holds_for_execute_too(result: Any):
-    with pytest.raises(InvalidTermResult, match=r"NoneType|float|tuple"):
-        await execute(lambda d, p: result, [], guide_logprobs())
+@pytest.mark.parametrize(
+    ("term", "options", "message"),
+    [
+        *((stranger, {}, "must be callable") for stranger in ("l2", None, 5, torch.zeros(2))),
+        (L1Sparsity, {}, "pass an instance"),
+        (l2, {"threshold": 1.0}, "threshold"),
+        (lambda data: data, {}, r"\(data, logprobs\)"),
+    ],
+)
+async def test_row_78_what_cannot_be_executed_is_named(term: Any, options: dict[str, Any], message: str):
+    with pytest.raises(InvalidSpec, match=message):
+        await execute(term, [], guide_logprobs(), **options)
+    for call in (Executor.execute_one, GradientTracker.regularizer_grad_norm):
+        with pytest.raises(InvalidSpec, match=f"RegularizerSpec, got a {type(term).__name__}"):
+            await call(term, [], guide_logprobs())
 
 
 async def test_row_83_is_async_true_for_a_function_that_needs_the_loop():

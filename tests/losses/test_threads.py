@@ -234,37 +234,6 @@ async def test_a_late_coroutine_is_closed():
     gc.collect()
 
 
-async def test_a_coroutine_delivered_in_the_moment_of_a_cancellation_is_closed(monkeypatch: pytest.MonkeyPatch):
-    """The term has returned it, and the loop has no turn before the caller is cancelled."""
-    may_return, delivered = threading.Event(), threading.Event()
-    left: list[Any] = []
-    loop = asyncio.get_running_loop()
-    deliver = loop.call_soon_threadsafe
-
-    def seen(*arguments: Any, **options: Any) -> Any:
-        handle = deliver(*arguments, **options)
-        if left:
-            delivered.set()
-        return handle
-
-    def term(data: Any, logprobs: torch.Tensor) -> Any:
-        assert may_return.wait(LIMIT)
-        left.append(async_l2(data, logprobs))
-        return left[0]
-
-    monkeypatch.setattr(loop, "call_soon_threadsafe", seen)
-    workers = WorkerPool(1)
-    computing = asyncio.ensure_future(Pipeline(term).evaluate([], packed([np.zeros(2)]), workers=workers))
-    await until(lambda: workers.limiter.holders() == ["base_loss"])
-    may_return.set()
-    assert delivered.wait(LIMIT)
-    computing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await computing
-    workers.close()
-    assert left[0].cr_frame is None, "closed"
-
-
 async def test_a_cancelled_queue_runs_nothing():
     gate = Gate()
     with gate.opening():
