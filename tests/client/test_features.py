@@ -16,7 +16,7 @@ async def test_the_embedded_service(taken):
         assert tokenizer.decode(tokenizer.encode("Ahoy")) == "Ahoy"
         with pytest.raises(ConfigError, match="'other' is not served here"):
             await service.get_tokenizer("other")
-        with pytest.raises(InvalidData, match="name must be a non-empty text"):
+        with pytest.raises(InvalidData, match="name must be a non-empty string"):
             await service.get_tokenizer("")
 
 

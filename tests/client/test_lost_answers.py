@@ -165,7 +165,7 @@ async def test_a_number_that_was_answered_and_never_arrived_loses_the_client(loc
         bench.recorder.faults["B"] = [answering(200, {"request_id": "made-up"})]
         with pytest.raises(ResultLost):
             await training.forward_backward(DATA)
-        with pytest.raises(SequenceLost, match="waits for request 1, which was answered on the way"):
+        with pytest.raises(SequenceLost, match="waits for request 1, which a proxy answered"):
             await training.forward(DATA)
         with pytest.raises(SequenceLost):
             await training.optim_step()

@@ -92,7 +92,7 @@ async def test_a_callback_that_raises_is_not_called_again(local_bench, caplog):
         with caplog.at_level(logging.WARNING):
             await training.forward(DATA)
     assert len(calls) == 1
-    assert "on_queue_state failed" in caplog.text
+    assert "on_queue_state raised" in caplog.text
 
 
 async def test_a_number_that_a_proxy_refused_ends_the_client_and_not_in_a_hang(local_bench):

@@ -362,7 +362,7 @@ async def test_a_service_that_ignores_what_was_asked_for(options):
         service = sampling_server(server, answer(json={"request_id": "1"}), answer(json=result))
         async with service:
             sampler = await sampler_of(type("Bench", (), {"service": service}))
-            with pytest.raises(UnsupportedFeature, match="left out"):
+            with pytest.raises(UnsupportedFeature, match="it omitted"):
                 await sampler.sample(PROMPT, **options)
 
 
