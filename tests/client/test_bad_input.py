@@ -304,7 +304,7 @@ async def test_a_wrong_key_is_told_and_not_shown():
             assert (await service.get_server_capabilities()).supported_models
 
 
-@pytest.mark.parametrize(("package", "importer"), [("starlette", "tinkex_py.local.app"), ("peft", "peft")])
+@pytest.mark.parametrize(("package", "importer"), [("fastapi", "tinkex_py.local.app"), ("peft", "peft")])
 async def test_a_missing_extra_says_what_to_install(monkeypatch, package, importer):
     monkeypatch.delitem(sys.modules, importer, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # not found by any import
