@@ -30,7 +30,7 @@ async def test_the_embedded_services_tokenizer_needs_no_session():
 
 
 @pytest.mark.asyncio
-async def test_a_service_that_reads_json():
+async def test_features_of_a_json_service():
     async with ScriptedServer() as server:
         server.script("/api/v1/client/config", answer(json={"proto_write_fwdbwd": False}))
         server.script("/api/v1/create_session", answer(json={"session_id": "s"}))

@@ -146,7 +146,7 @@ async def test_per_datum_terms_may_see_datums_of_mixed_shapes(local_bench):
     assert relative_error(-sent, reference) > 1.9
 
 
-async def test_many_tokens_go_another_way_to_the_same_gradient(bench):
+async def test_large_batches_get_the_same_gradient(bench):
     """Above some size encoding and sums leave the loop's thread, and 1,024 datums fill a chunk."""
     data = [datum(15 + index % 3, index) for index in range(1100)]
     seen: list[torch.Tensor] = []
@@ -230,7 +230,7 @@ async def test_forward_and_backward_differ_in_weights_number_and_kind_only(local
     assert tokens == [item.model_input.to_ints() for item in data]
 
 
-async def test_a_list_that_the_caller_changes_meanwhile_does_not_reach_the_terms(bench):
+async def test_later_changes_of_the_list_do_not_reach_the_terms(bench):
     training = await bench.train()
     data = [datum(3, 1), datum(2, 2)]
     seen: list[int] = []

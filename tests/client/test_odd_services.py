@@ -147,7 +147,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_process_that_asked_for_nothing_sees_nothing():
+async def test_an_unconfigured_process_prints_nothing():
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-W", "error", "-c", SILENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

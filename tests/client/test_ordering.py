@@ -211,28 +211,6 @@ async def test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists
         await queued
 
 
-async def test_a_gradient_that_fails_while_the_terms_behind_it_run_lets_nothing_of_theirs_be_sent():
-    results = {"a.B": asyncio.Event()}
-    ordering, wire = new_ordering(), Wire(fail_later={"a.B": RequestFailed("no")}, results=results)
-    running, go_on = asyncio.Event(), asyncio.Event()
-
-    async def terms() -> None:
-        running.set()
-        await go_on.wait()
-
-    first = asyncio.create_task(custom(ordering, wire, "a", early=True))
-    second = asyncio.create_task(custom(ordering, wire, "b", terms, early=True))
-    await running.wait()
-    results["a.B"].set()
-    with pytest.raises(RequestFailed):
-        await first
-    go_on.set()
-    with pytest.raises(PrecedingRequestFailed):
-        await second
-    assert [label for _, label in wire.sent if label.endswith("B")] == ["a.B"]
-    assert ordering.is_empty
-
-
 async def test_terms_wait_for_the_acceptance_of_a_gradient_whose_caller_has_left():
     ordering, wire = new_ordering(), Wire()
     started = asyncio.Event()
@@ -255,42 +233,6 @@ async def test_terms_wait_for_the_acceptance_of_a_gradient_whose_caller_has_left
     assert wire.gate is not None
     wire.gate.set()
     assert await second == "b.B"
-
-
-async def test_a_step_broken_while_its_terms_run_does_not_overlap_with_the_next():
-    results = {"first": asyncio.Event()}
-    ordering, wire = new_ordering(), Wire(fail_later={"first": RequestFailed("no")}, results=results)
-    events: list[str] = []
-    running, go_on = asyncio.Event(), asyncio.Event()
-
-    async def old_terms() -> None:
-        running.set()
-        await go_on.wait()
-        with pytest.raises(RequestInsideStep):
-            await single(ordering, wire, Kind.UPDATE, "step")
-        with pytest.raises(PrecedingRequestFailed):
-            await reference(ordering, wire, "old reference")
-        events.append("old step ended")
-
-    async def new_terms() -> None:
-        events.append("new step began")
-
-    first = asyncio.create_task(single(ordering, wire, Kind.GRADIENT, "first"))
-    old = asyncio.create_task(custom(ordering, wire, "old", old_terms))
-    await running.wait()
-    results["first"].set()
-    with pytest.raises(RequestFailed):
-        await first
-    new = asyncio.create_task(custom(ordering, wire, "new", new_terms))
-    for _ in range(10):
-        await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(PrecedingRequestFailed):
-        await old
-    await new
-    assert events == ["old step ended", "new step began"]
-    assert wire.sent == [(1, "first"), (2, "old.F"), (3, "new.F"), (4, "new.B")]
-    assert ordering.is_empty
 
 
 async def test_anything_else_asked_for_by_a_term_is_refused_at_once():

@@ -361,7 +361,7 @@ NORMALIZED = {
 
 @pytest.mark.parametrize("name", NORMALIZED)
 @pytest.mark.asyncio
-async def test_a_service_whose_loss_betrays_it_gets_no_backward(http_bench, choices, name):
+async def test_a_service_that_normalizes_gets_no_backward(http_bench, choices, name):
     lengths = [3, 9, 1, 5]
     weights = 2.0 + np.arange(18) % 3
 
@@ -386,7 +386,7 @@ async def test_a_service_whose_loss_betrays_it_gets_no_backward(http_bench, choi
 
 
 @pytest.mark.asyncio
-async def test_one_datum_says_too_little_to_be_remembered(http_bench, choices):
+async def test_one_datum_does_not_determine_the_surrogate(http_bench, choices):
     """A division by the number of datums shows with the second datum only."""
     http_bench.recorder.always["retrieve_future"] = rewriting(divide_by_datums)
     training = await http_bench.train()
@@ -401,7 +401,7 @@ def divide_by_datums(message: wire.ForwardBackwardOutput) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_service_without_loss_is_taken_at_the_protocols_word(http_bench, choices):
+async def test_without_a_reported_loss_the_protocol_is_assumed(http_bench, choices):
     http_bench.recorder.always["retrieve_future"] = rewriting(lambda message: message.metrics.clear())
     training = await http_bench.train()
     await training.forward_backward_custom(DATA, signed)

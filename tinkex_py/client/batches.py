@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +32,6 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "dro": _SAMPLED,
     "gspo": (*_SAMPLED, "sequence_ratio_mask"),
 }
-
-_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -185,13 +182,6 @@ def check_finite(data: Sequence[Datum], config: Mapping[str, float | str], *, fi
                 raise InvalidData(
                     f"{name!r} of datum {index} is not finite, which JSON cannot represent: use wire='protobuf'"
                 )
-
-
-def check_name(name: str) -> str:
-    """Returns a checkpoint name if the service can use it as a path segment; else raises InvalidData."""
-    if not isinstance(name, str) or not _CHECKPOINT_NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"a checkpoint name consists of 1 to 128 letters, digits, '_', '.' or '-', got {name!r}")
-    return name
 
 
 def plan_chunks(

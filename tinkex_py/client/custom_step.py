@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -63,31 +63,17 @@ class CustomStepOptions(PipelineOptions, total=False):
     overlap: bool
 
 
-_STEP_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "deadline": None,
-        "record": None,
-        "execution": "client",
-        "surrogate": "auto",
-        "sequences_per_step": None,
-        "overlap": True,
-    }
-)
-DEFAULTS: Mapping[str, Any] = MappingProxyType({**PIPELINE_DEFAULTS, **_STEP_DEFAULTS})
-"""Default values of all options."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class CustomStep:
     """A checked custom step; the fields are those of `CustomStepOptions`."""
 
     pipeline: "Pipeline"
-    deadline: float | None
-    record: str | os.PathLike[str] | None
-    execution: Execution
-    surrogate: SurrogateOption
-    sequences_per_step: int | None
-    overlap: bool
+    deadline: float | None = None
+    record: str | os.PathLike[str] | None = None
+    execution: Execution = "client"
+    surrogate: SurrogateOption = "auto"
+    sequences_per_step: int | None = None
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
@@ -170,6 +156,11 @@ class CustomStep:
         return loss
 
 
+_STEP_DEFAULTS = {field.name: field.default for field in fields(CustomStep) if field.name != "pipeline"}
+DEFAULTS: Mapping[str, Any] = MappingProxyType({**PIPELINE_DEFAULTS, **_STEP_DEFAULTS})
+"""Default values of all options."""
+
+
 def custom_step(
     base_loss: "Term | Pipeline", regularizers: "Sequence[RegularizerSpec]", options: CustomStepOptions
 ) -> CustomStep:
@@ -194,4 +185,4 @@ def custom_step(
         beside = (["regularizers"] if regularizers else []) + list(for_pipeline)
         if beside:
             raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(beside)} on it instead")
-    return CustomStep(pipeline=pipeline, **cast("Any", {**_STEP_DEFAULTS, **for_step}))
+    return CustomStep(pipeline=pipeline, **cast("Any", for_step))

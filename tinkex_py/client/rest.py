@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tinkex_py.client.arguments import check_count, given
 from tinkex_py.client.download import Download
-from tinkex_py.client.rest_requests import DEFAULT_PAGE_SIZE, Page, RestRequests, all_items, check_count
+from tinkex_py.client.rest_requests import DEFAULT_PAGE_SIZE, Page, RestRequests, all_items
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
 from tinkex_py.limits import RetryPolicy
 from tinkex_py.types import ServerCapabilities, WeightsInfo
@@ -141,23 +142,23 @@ class AsyncRestClient:
         """Makes a checkpoint expire `ttl_seconds` from now; None means never."""
         if ttl_seconds is not None:
             check_count("ttl_seconds", ttl_seconds, least=1)
-        url = f"{_checkpoint_url(CheckpointPath.parse(path))}/ttl"
+        url = f"{_checkpoint_url(path)}/ttl"
         await self._requests.ask("PUT", url, "changing when a checkpoint expires", json={"ttl_seconds": ttl_seconds})
 
     async def publish_checkpoint(self, path: str) -> None:
         """Publishes a checkpoint; some services raise `Conflict` if it is public already."""
-        url = f"{_checkpoint_url(CheckpointPath.parse(path))}/publish"
+        url = f"{_checkpoint_url(path)}/publish"
         await self._requests.ask("POST", url, "publishing checkpoints")
 
     async def unpublish_checkpoint(self, path: str) -> None:
         """Makes a published checkpoint private again."""
-        url = f"{_checkpoint_url(CheckpointPath.parse(path))}/publish"
+        url = f"{_checkpoint_url(path)}/publish"
         await self._requests.ask("DELETE", url, "publishing checkpoints")
 
     async def delete_checkpoint(self, path: str) -> None:
         """Deletes a checkpoint permanently."""
         try:
-            await self._requests.ask("DELETE", _checkpoint_url(CheckpointPath.parse(path)), "deleting checkpoints")
+            await self._requests.ask("DELETE", _checkpoint_url(path), "deleting checkpoints")
         except NotFound as error:
             if error.attempts <= 1:
                 raise
@@ -186,22 +187,16 @@ class AsyncRestClient:
         source = str(CheckpointPath.parse(path))
         if (project_id is None) == (session_id is None) or (session_id is None) != (model_number is None):
             raise InvalidData("pass either project_id, or session_id and model_number")
-        body = {
-            "source_path": source,
-            "destination_project_id": project_id,
-            "session_id": session_id,
-            "model_seq_id": model_number,
-            "ttl_seconds": ttl_seconds,
-        }
+        destination = given(destination_project_id=project_id, session_id=session_id, model_seq_id=model_number)
+        body = {"source_path": source, **destination, **given(ttl_seconds=ttl_seconds)}
         # One key for all attempts, so that a repeated request makes no second copy.
         headers = {"X-Idempotency-Key": str(uuid.uuid4())}
         if access_token is not None:
             headers["X-Tinker-Weights-Access-Token"] = access_token
-        given = {name: value for name, value in body.items() if value is not None}
-        answer = await self._requests.ask(
-            "POST", "/api/v1/copy_weights", "copying checkpoints", json=given, headers=headers
-        )
-        return CopiedCheckpoint.read(answer).tinker_path
+        url, feature = "/api/v1/copy_weights", "copying checkpoints"
+        return CopiedCheckpoint.read(
+            await self._requests.ask("POST", url, feature, json=body, headers=headers)
+        ).tinker_path
 
     # Downloads
 
@@ -210,7 +205,7 @@ class AsyncRestClient:
         parsed = CheckpointPath.parse(path)
         feature = "checkpoints as archives"
         try:
-            answer = await self._requests.ask_where(f"{_checkpoint_url(parsed)}/archive", feature)
+            answer = await self._requests.ask_where(f"{_checkpoint_url(path)}/archive", feature)
         except UnsupportedFeature:
             if parsed.kind != "sampler_weights":
                 raise
@@ -221,10 +216,9 @@ class AsyncRestClient:
 
     async def get_external_weights_urls(self, path: str) -> ExternalWeightsUrls:
         """Returns URLs that download the single files of external weights, without a key."""
-        parsed = CheckpointPath.parse(path)
-        if parsed.kind != "external_weights":
+        if CheckpointPath.parse(path).kind != "external_weights":
             raise InvalidData(f"{path!r} must be tinker://RUN/external_weights/NAME: only those have URLs of files")
-        url = f"{_checkpoint_url(parsed)}/external_weights_urls"
+        url = f"{_checkpoint_url(path)}/external_weights_urls"
         return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "addresses of external weights"))
 
     async def download_checkpoint(
@@ -341,5 +335,6 @@ def _run_segment(run: str) -> str:
     return url_segment(CheckpointPath.parse(run).run_id if is_path else check_segment("the id of a training run", run))
 
 
-def _checkpoint_url(path: CheckpointPath) -> str:
-    return f"{_RUNS}/{url_segment(path.run_id)}/checkpoints/{path.kind}/{url_segment(path.name)}"
+def _checkpoint_url(path: str) -> str:
+    parsed = CheckpointPath.parse(path)
+    return f"{_RUNS}/{url_segment(parsed.run_id)}/checkpoints/{parsed.kind}/{url_segment(parsed.name)}"

@@ -7,8 +7,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
+from tinkex_py.client.arguments import check_count, given
 from tinkex_py.client.unsupported import means_no_endpoint
-from tinkex_py.errors import APIStatusError, InvalidData, UnsupportedFeature
+from tinkex_py.errors import APIStatusError, UnsupportedFeature
 from tinkex_py.limits import RetryPolicy
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.decoding import fields_of
@@ -66,8 +67,8 @@ class RestRequests:
             APIStatusError, TransportError: the request was refused, or has no response within the retry policy.
         """
         await self.ready()
-        given = {name: value for name, value in (query or {}).items() if value is not None}
-        target = f"{path}?{urlencode(given)}" if given else path
+        parameters = given(**(query or {}))
+        target = f"{path}?{urlencode(parameters)}" if parameters else path
         asking = request(method, target, json=json, headers=headers or NO_HEADERS, follow_redirects=redirected is None)
         try:
             response = await self.api.send(asking, lambda response: response, retry=self.retry, redirected=redirected)
@@ -111,12 +112,6 @@ async def all_items(
         is_last = len(items) != page_size if cursor is None else offset >= cursor.total_count
         if is_last or not fresh:
             return
-
-
-def check_count(name: str, value: object, *, least: int) -> None:
-    """Raises InvalidData unless a value is an int that is not too small."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidData(f"{name} must be an int >= {least}, got {value!r}")
 
 
 def _url_of_redirection(response: Response) -> Response | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tinkex_py.client.rest_requests import check_count
+from tinkex_py.client.arguments import check_count
 from tinkex_py.errors import InvalidData
 from tinkex_py.types import ModelInput, SampleResponse, SamplingParams, TensorData, TensorInput
 

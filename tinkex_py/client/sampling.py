@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from tinkex_py.client.arguments import given
 from tinkex_py.client.completions import SampleCompletions
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sample_request import (
@@ -112,11 +113,10 @@ class AsyncSamplingClient:
             "type": "sample",
             # Sent only if not 0: services may refuse fields that they do not know.
             **{name: count for name, count in counts.items() if count},
+            **given(prompt_logprobs_last_n=prompt_logprobs_last_n),
         }
         if target_prompt_logprobs is not None:
             body["target_prompt_logprobs"] = check_targets(prompt, target_prompt_logprobs)
-        if prompt_logprobs_last_n is not None:
-            body["prompt_logprobs_last_n"] = prompt_logprobs_last_n
         encoded_json(body, _PATH)  # before a number is taken
         host = self._session.api.host
         with reported_as_unsupported(host, " with ".join(["sampling", *asked_parts(body)])):
@@ -191,11 +191,8 @@ async def new_sampling_client(
         "session_id": session.session_id,
         "sampling_session_seq_id": next(session.sampler_numbers),
         "type": "create_sampling_session",
+        **given(base_model=base_model, model_path=model_path),
     }
-    if base_model is not None:
-        body["base_model"] = base_model
-    if model_path is not None:
-        body["model_path"] = model_path
     path = "/api/v1/create_sampling_session"
     with reported_as_unsupported(session.api.host, "create_sampling_session"):
         fields: Mapping[str, Any] = await session.api.send(request("POST", path, json=body), fields_of)

@@ -9,10 +9,11 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
+from tinkex_py.client.arguments import check_text, given
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
-from tinkex_py.client.service_models import check_text, lora_config_of, lora_settings, model_labels
+from tinkex_py.client.service_models import lora_config_of, lora_settings, model_labels
 from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.surrogate import SUMMED
@@ -217,7 +218,7 @@ class AsyncServiceClient:
         labels = model_labels(user_metadata, optimizer_config)
         session = await self._connected()
         number = next(session.model_numbers)
-        token = {} if weights_access_token is None else {"weights_access_token": weights_access_token}
+        token = given(weights_access_token=weights_access_token)
         body: dict[str, Any] = {
             "session_id": session.session_id,
             "model_seq_id": number,

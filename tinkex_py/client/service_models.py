@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinkex_py.client.arguments import given
 from tinkex_py.errors import (
     APIStatusError,
     ConfigError,
@@ -84,12 +85,12 @@ def lora_settings(lora_config: LoraConfig | None, **single: object) -> LoraConfi
         ConfigError: both were given, or `lora_config` is not a LoraConfig.
         InvalidData: a setting is invalid.
     """
-    given: dict[str, Any] = {name: value for name, value in single.items() if value is not None}
-    if lora_config is not None and given:
-        raise ConfigError(f"pass either lora_config or {', '.join(given)}, not both")
+    settings = given(**single)
+    if lora_config is not None and settings:
+        raise ConfigError(f"pass either lora_config or {', '.join(settings)}, not both")
     if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
-    return lora_config or LoraConfig(**given)
+    return lora_config or LoraConfig(**settings)
 
 
 def lora_config_of(info: WeightsInfo) -> LoraConfig:
@@ -98,35 +99,16 @@ def lora_config_of(info: WeightsInfo) -> LoraConfig:
     Raises:
         InvalidResponse: the reported settings are invalid.
     """
-    reported: dict[str, Any] = {
-        "rank": info.lora_rank,
-        "train_unembed": info.train_unembed,
-        "train_mlp": info.train_mlp,
-        "train_attn": info.train_attn,
-    }
+    parts = given(train_unembed=info.train_unembed, train_mlp=info.train_mlp, train_attn=info.train_attn)
     try:
-        return LoraConfig(**{name: value for name, value in reported.items() if value is not None})
+        return LoraConfig(**given(rank=info.lora_rank), **parts)
     except InvalidData as error:
         raise InvalidResponse(f"weights_info returned invalid settings of the adapters: {error}") from None
 
 
 def model_labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the optional fields of a new model; services may refuse fields that they do not know.
-
-    Raises:
-        InvalidData: `user_metadata` is not a mapping.
-    """
+    """Returns the optional fields of a new model; raises InvalidData unless `user_metadata` is a mapping."""
     if user_metadata is not None and not isinstance(user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"user_metadata must map names to strings, got a {type(user_metadata).__name__}")
-    given: dict[str, Any] = {}
-    if user_metadata:
-        given["user_metadata"] = dict(user_metadata)
-    if optimizer_config is not None:
-        given["optimizer_config"] = dict(optimizer_config)
-    return given
-
-
-def check_text(name: str, value: object) -> None:
-    """Raises InvalidData unless an argument is a non-empty string."""
-    if not isinstance(value, str) or not value:
-        raise InvalidData(f"{name} must be a non-empty string, got {value!r}")
+    optimizer = None if optimizer_config is None else dict(optimizer_config)
+    return given(user_metadata=dict(user_metadata) if user_metadata else None, optimizer_config=optimizer)

@@ -19,25 +19,18 @@ class NumberedRequest(Submission[Mapping[str, Any]]):
     Args:
         api: the service.
         model_id: id of the model.
-        endpoint: last part of the request's path.
-        body: fields of the request besides the model and the number.
-        request_type: the service's name for the result.
+        endpoint: last part of the request's path, which is also its type.
+        body: fields of the request besides model, type and number.
         queue: receives the queue states that the service reports.
     """
 
     def __init__(
-        self,
-        api: ServiceApi,
-        model_id: str,
-        endpoint: str,
-        body: Mapping[str, Any],
-        request_type: str,
-        queue: QueueWatch,
+        self, api: ServiceApi, model_id: str, endpoint: str, body: Mapping[str, Any], queue: QueueWatch
     ) -> None:
         self._api = api
         self._path = f"/api/v1/{endpoint}"
-        self._body = {"model_id": model_id, **body}
-        self._request_type = request_type
+        self._body = {"model_id": model_id, "type": endpoint, **body}
+        self._request_type = endpoint.title().replace("_", "")  # such as SaveWeights
         self._queue = queue
 
     async def prepare(self) -> int:
@@ -71,7 +64,7 @@ class OptimizerRequest(NumberedRequest):
     def __init__(
         self, api: ServiceApi, model_id: str, body: Mapping[str, Any], queue: QueueWatch, accumulation: Accumulation
     ) -> None:
-        super().__init__(api, model_id, "optim_step", body, "OptimStep", queue)
+        super().__init__(api, model_id, "optim_step", body, queue)
         self._accumulation = accumulation
         self._taken: list[GradientCall] = []
 

@@ -1,16 +1,15 @@
 """The training client: trains one model."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.batches import check_name, checked_chunks
+from tinkex_py.client.arguments import check_count, check_name, given
+from tinkex_py.client.batches import checked_chunks
 from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
-from tinkex_py.client.ordering import Kind, Ordering, Turn
+from tinkex_py.client.ordering import Kind, Ordering
 from tinkex_py.client.passes import GradientPass, Model, Pass
 from tinkex_py.client.queue_state import QueueWatch
-from tinkex_py.client.rest_requests import check_count
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import run_on_service
 from tinkex_py.client.session import ClientSession
@@ -196,7 +195,7 @@ class AsyncTrainingClient:
             if params is not None and not isinstance(params, AdamParams | OptimizerParams):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
-            body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
+            body = {name: (params or AdamParams()).on_the_wire()}
             step = OptimizerRequest(self._session.api, self.model_id, body, self._queue, self._accumulation)
             return OptimStepResponse.read(await turn.send(step))
 
@@ -220,10 +219,8 @@ class AsyncTrainingClient:
                     f"{path!r} cannot be loaded into a model that is in use: create a new client with "
                     "service.create_training_client_from_state(path, with_optimizer=...)"
                 )
-            body: dict[str, Any] = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
-            if weights_access_token is not None:
-                body["weights_access_token"] = weights_access_token
-            await turn.send(self._numbered("load_weights", body, "LoadWeights"))
+            body = {"path": path, "optimizer": with_optimizer, **given(weights_access_token=weights_access_token)}
+            await turn.send(self._numbered("load_weights", body))
 
     # Checkpoints and sampling
 
@@ -247,11 +244,9 @@ class AsyncTrainingClient:
             The path of the checkpoint, for `create_training_client_from_state`.
         """
         async with self._ordering.enter(Kind.READ, "save_state") as turn:
-            body = _named_save("save_weights", name, ttl_seconds, user_metadata)
-            # Sent only if True: services may refuse fields that they do not know.
-            body.update({} if overwrite is False else {"overwrite": overwrite})
-            fields = await turn.send(self._numbered("save_weights", body, "SaveWeights"))
-            return SaveWeightsResponse.read(fields)
+            body = _checkpoint_fields(name, ttl_seconds, user_metadata)
+            body |= given(overwrite=None if overwrite is False else overwrite)
+            return SaveWeightsResponse.read(await turn.send(self._numbered("save_weights", body)))
 
     async def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
@@ -261,24 +256,23 @@ class AsyncTrainingClient:
         Raises:
             UnsupportedFeature: the service cannot sample.
         """
-        return await self._save_for_sampler(name, ttl_seconds, user_metadata)
+        saved = await self._save_for_sampler(
+            lambda: _checkpoint_fields(name, ttl_seconds, user_metadata), to_sample=False
+        )
+        return SaveWeightsResponse.read(saved)
 
-    async def _save_for_sampler(
-        self, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None, *, to_sample: bool = False
-    ) -> SaveWeightsResponse:
-        async with self._saving_for_sampler() as turn:
-            if to_sample:
-                await self._session.models.check_any("sample")
-            body = _named_save("save_weights_for_sampler", name, ttl_seconds, user_metadata)
-            fields = await turn.send(self._numbered("save_weights_for_sampler", body, "SaveWeightsForSampler"))
-            return SaveWeightsResponse.read(fields)
-
-    @asynccontextmanager
-    async def _saving_for_sampler(self) -> AsyncGenerator[Turn]:
-        operation = "save_weights_for_sampler"
-        with reported_as_unsupported(self._session.api.host, operation):
-            async with self._ordering.enter(Kind.READ, operation) as turn:
-                yield turn
+    async def _save_for_sampler(self, fields: Callable[[], dict[str, Any]], *, to_sample: bool) -> Mapping[str, Any]:
+        endpoint = "save_weights_for_sampler"
+        with reported_as_unsupported(self._session.api.host, endpoint):
+            async with self._ordering.enter(Kind.READ, endpoint) as turn:
+                if to_sample:
+                    await self._session.models.check_any("sample")
+                try:
+                    return await turn.send(self._numbered(endpoint, fields()))
+                except RequestFailed as error:
+                    if was_not_counted(error):
+                        self._ordering.give_back(turn)
+                    raise
 
     async def save_weights_and_get_sampling_client(
         self, name: str | None = None, *, inflight: bool = False
@@ -296,25 +290,16 @@ class AsyncTrainingClient:
         if name is not None:
             if inflight:
                 raise InvalidData("inflight weights have no name: omit name or inflight")
-            saved = await self._save_for_sampler(name, None, None, to_sample=True)
-            return await new_sampling_client(self._session, model_path=saved.path)
-        async with self._saving_for_sampler() as turn:
-            await self._session.models.check_any("sample")
-            body: dict[str, Any] = {
-                "sampling_session_seq_id": next(self._session.sampler_numbers),
-                "type": "save_weights_for_sampler",
-            }
-            body.update({"kind": "inflight"} if inflight else {})
-            try:
-                fields = await turn.send(self._numbered("save_weights_for_sampler", body, "SaveWeightsForSampler"))
-            except RequestFailed as error:
-                if was_not_counted(error):
-                    self._ordering.give_back(turn)
-                raise
-            saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
-            if saved_session is None:
-                raise InvalidResponse("save_weights_for_sampler returned no sampling_session_id")
-            return AsyncSamplingClient(self._session, saved_session)
+            saved = await self._save_for_sampler(lambda: _checkpoint_fields(name, None, None), to_sample=True)
+            return await new_sampling_client(self._session, model_path=SaveWeightsResponse.read(saved).path)
+        kind = given(kind="inflight" if inflight else None)
+        saved = await self._save_for_sampler(
+            lambda: {"sampling_session_seq_id": next(self._session.sampler_numbers), **kind}, to_sample=True
+        )
+        sampling_session_id = SaveWeightsForSamplerResponse.read(saved).sampling_session_id
+        if sampling_session_id is None:
+            raise InvalidResponse("save_weights_for_sampler returned no sampling_session_id")
+        return AsyncSamplingClient(self._session, sampling_session_id)
 
     # About the model
 
@@ -359,14 +344,10 @@ class AsyncTrainingClient:
     async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
 
-    def _numbered(self, endpoint: str, body: Mapping[str, Any], request_type: str) -> NumberedRequest:
-        return NumberedRequest(self._session.api, self.model_id, endpoint, body, request_type, self._queue)
+    def _numbered(self, endpoint: str, body: Mapping[str, Any]) -> NumberedRequest:
+        return NumberedRequest(self._session.api, self.model_id, endpoint, body, self._queue)
 
 
-def _named_save(
-    kind: str, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None
-) -> dict[str, Any]:
+def _checkpoint_fields(name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
     labels = None if user_metadata is None else dict(user_metadata)
-    optional = {"ttl_seconds": ttl_seconds, "user_metadata": labels}
-    given = {name: value for name, value in optional.items() if value is not None}
-    return {"path": check_name(name), "type": kind, **given}
+    return {"path": check_name(name), **given(ttl_seconds=ttl_seconds, user_metadata=labels)}
