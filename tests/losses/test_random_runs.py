@@ -99,7 +99,7 @@ async def test_row_94_every_permit_and_thread_comes_back_and_every_start_has_one
     terms, workers = Terms(draw), WorkerPool(BOUND)
     with recorded() as events:
         await run_steps(terms, workers, draw)
-    await until(lambda: not workers.limiter.holders())
+    await until(lambda: not workers.limiter.holders() and not workers.abandoned())
     assert terms.peak <= BOUND
     assert workers.abandoned() == []
     workers.close()
