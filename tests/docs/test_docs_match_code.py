@@ -249,7 +249,7 @@ def test_the_guide_has_every_field_of_a_spec_and_option_of_a_pipeline() -> None:
 
 def test_the_options_of_the_embedded_service_exist() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", (DOCS / "embedded_service.md").read_text(), re.MULTILINE)
-    fields = LocalOptions.__dataclass_fields__
+    fields = LocalOptions.model_fields
     for name, default in rows:
         assert name in fields, name
         if default.startswith("`"):

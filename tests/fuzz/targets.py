@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from tinkex_py.client.archive import extract
 from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError, TinkexError, UnsupportedFeature
-from tinkex_py.local import requests, wire_format
-from tinkex_py.local.bodies import check_structure, unpacked
+from tinkex_py.local import schemas, wire_format
 from tinkex_py.local.core import Refused
+from tinkex_py.local.middleware import check_structure, decompressed
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
@@ -47,12 +47,12 @@ def json_request(body: bytes) -> None:
         text = body.decode()
         check_structure(text)
         value = json.loads(text)
-        for model in (requests.PassInput, requests.SampleBody, requests.SearchBody, requests.SaveWeightsBody):
+        for model in (schemas.PassInput, schemas.SampleBody, schemas.SearchBody, schemas.SaveWeightsBody):
             with contextlib.suppress(ValidationError, InvalidData, UnsupportedFeature):
                 read: Any = model.model_validate(value)
-                if isinstance(read, requests.PassInput):
+                if isinstance(read, schemas.PassInput):
                     wire_format.datums_from_json(read.data)
-                if isinstance(read, requests.SampleBody):
+                if isinstance(read, schemas.SampleBody):
                     wire_format.tokens_from_json("prompt", read.prompt)
                     wire_format.ids_from_json("targets", read.target_prompt_logprobs)
 
@@ -60,7 +60,7 @@ def json_request(body: bytes) -> None:
 def zstd_body(body: bytes) -> None:
     """Decompresses a body, as the service does."""
     with contextlib.suppress(Refused):
-        assert len(unpacked(body, LIMIT)) <= LIMIT
+        assert len(decompressed(body, LIMIT)) <= LIMIT
 
 
 def pass_result(body: bytes) -> None:

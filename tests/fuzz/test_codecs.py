@@ -30,7 +30,7 @@ from tinkex_py.errors import (
     UnsupportedFeature,
 )
 from tinkex_py.local import wire_format
-from tinkex_py.local.data import AltTokens, DrawnSequence, PassResult, SampleResult, TopkTable
+from tinkex_py.local.data import PassResult, PromptScores, SampledTokens, SampleResult, TokenTable
 from tinkex_py.losses import replay
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME
 from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
@@ -198,9 +198,9 @@ def test_a_pass_arrives_as_the_service_computed_it(result):
 
 @st.composite
 def sample_results(draw: Any) -> SampleResult:
-    def table(rows: int, k: int) -> TopkTable:
+    def table(rows: int, k: int) -> TokenTable:
         ids = draw(arrays.arrays(np.int32, (rows, k), elements=st.integers(1, 9)))
-        return TopkTable(ids, draw(arrays.arrays(np.float32, (rows, k), elements=st.floats(-50, 0, width=32))))
+        return TokenTable(ids, draw(arrays.arrays(np.float32, (rows, k), elements=st.floats(-50, 0, width=32))))
 
     logs = st.floats(-50, 0, width=32)
     sequences = []
@@ -209,18 +209,18 @@ def sample_results(draw: Any) -> SampleResult:
         tokens = draw(arrays.arrays(np.int32, count, elements=st.integers(0, 2**31 - 1)))
         topk = table(count, 2) if draw(st.booleans()) else None
         logprobs = draw(arrays.arrays(np.float32, count, elements=logs))
-        sequences.append(DrawnSequence(tokens, logprobs, draw(st.booleans()), topk))
+        sequences.append(SampledTokens(tokens, logprobs, draw(st.booleans()), topk))
     length = draw(st.integers(2, 4))
     prompt = np.concatenate([[np.nan], draw(arrays.arrays(np.float32, length - 1, elements=logs))]).astype(np.float32)
     ids = draw(arrays.arrays(np.int32, (length - 1, 2), elements=st.integers(0, 9)))
     values = draw(arrays.arrays(np.float32, (length - 1, 2), elements=logs))
-    return SampleResult(
-        sequences,
-        prompt_logprobs=prompt if draw(st.booleans()) else None,
-        topk_prompt=table(length, 1) if draw(st.booleans()) else None,
-        target_logprobs=values if draw(st.booleans()) else None,
-        alt_tokens=AltTokens(ids, values) if draw(st.booleans()) else None,
+    scores = PromptScores(
+        logprobs=prompt if draw(st.booleans()) else None,
+        topk=table(length, 1) if draw(st.booleans()) else None,
+        targets=values if draw(st.booleans()) else None,
+        alternatives=TokenTable(ids, values) if draw(st.booleans()) else None,
     )
+    return SampleResult(sequences, scores)
 
 
 @settings(max_examples=40)
@@ -233,13 +233,13 @@ def test_a_sample_arrives_as_the_service_drew_it_in_both_forms(result):
         for got, drawn in zip(read.sequences, result.sequences, strict=True):
             assert got.stop_reason == ("stop" if drawn.stopped else "length")
             assert (got.logprobs or []) == drawn.logprobs.tolist()
-        if result.prompt_logprobs is not None:
-            assert read.prompt_logprobs == [None, *result.prompt_logprobs[1:].tolist()]
-        assert (read.target_prompt_logprobs is None) == (result.target_logprobs is None)
-        if result.target_logprobs is not None:
-            np.testing.assert_array_equal(dense(read.target_prompt_logprobs), result.target_logprobs)
-        if result.alt_tokens is not None:
-            np.testing.assert_array_equal(dense(read.prompt_alt_tokens.tokens), result.alt_tokens.ids)
+        if result.prompt.logprobs is not None:
+            assert read.prompt_logprobs == [None, *result.prompt.logprobs[1:].tolist()]
+        assert (read.target_prompt_logprobs is None) == (result.prompt.targets is None)
+        if result.prompt.targets is not None:
+            np.testing.assert_array_equal(dense(read.target_prompt_logprobs), result.prompt.targets)
+        if result.prompt.alternatives is not None:
+            np.testing.assert_array_equal(dense(read.prompt_alt_tokens.tokens), result.prompt.alternatives.ids)
     assert in_json.topk_prompt_logprobs == in_bytes.topk_prompt_logprobs
 
 

@@ -40,7 +40,7 @@ def make_logprobs(candidates=None):
 
 def on_the_service(traced, data, logprobs, weights):
     """The embedded service's own interpreter, one datum at a time: loss, gradients, and metrics put together."""
-    from tinkex_py.local.custom_graphs import read_graph
+    from tinkex_py.local.custom_losses import read_graph
 
     inputs = [{"name": name, "rank": rank} for name, rank in traced.inputs]
     graph = read_graph(json.loads(json.dumps({"name": "p", "inputs": inputs, "graph": traced.graph})))

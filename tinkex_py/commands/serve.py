@@ -24,8 +24,7 @@ def serve(
 ) -> None:
     """Serve a model on this machine over the Tinker API, until a signal stops the server."""
     with one_line_errors("serve", extra="local"):
-        from tinkex_py.local import LocalOptions
-        from tinkex_py.local.server import serve as serve_until_cancelled
+        from tinkex_py.local import LocalOptions, serve as serve_until_cancelled
 
         options = LocalOptions(
             model=model, device=device, state_dir=state_dir, api_key=api_key, custom_losses=custom_losses
