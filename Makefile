@@ -31,10 +31,10 @@ install: $(DEV)
 
 # The demo's packages are a part of the developers': `make test` installs the rest into the same environment.
 $(DEMO): pyproject.toml constraints-demo.txt
-	@PYTHON="$(PYTHON)" sh scripts/install.sh demo
+	@$(PYTHON) scripts/install.py demo
 
 $(DEV): pyproject.toml constraints-demo.txt constraints.txt
-	@PYTHON="$(PYTHON)" sh scripts/install.sh dev
+	@$(PYTHON) scripts/install.py dev
 
 demo: $(DEMO)
 	@$(BIN)/tinkex-py demo $(ARGS)
