@@ -112,21 +112,31 @@ def run(title: str, command: list[str], held: int) -> None:
                     log.seek(begin)
                     progress.show(detail(log.read(), before))
     except KeyboardInterrupt:
+        process.terminate()
         process.wait()
         progress.end("interrupted")
-        sys.exit("The next make starts over; pip keeps what it has downloaded.")
+        raise
     progress.end("done" if code == 0 else "failed")
     if code:
         tail = LOG.read_text(errors="replace").splitlines()[-20:]
         sys.exit("\n".join([*tail, "Correct the cause, then repeat: the next make starts over."]))
 
 
+def clear() -> None:
+    """Empties .venv but for the mark, so that an interruption here leaves the mark too."""
+    for path in VENV.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != UNFINISHED:
+            path.unlink()
+
+
 def install(extra: str, held: int) -> None:
     constraints, stamps, costs = EXTRAS[extra]
     if UNFINISHED.exists():
         # A package that is half there looks complete to pip.
-        print("The last installation did not finish: removing .venv and starting over", flush=True)
-        shutil.rmtree(VENV)
+        print("The last installation did not finish: emptying .venv and starting over", flush=True)
+        clear()
     print(f"Installing the extra `{extra}` into .venv, once: {costs}.")
     print("On Linux, where pip finds only the CUDA build of torch, 4.5 GB more.", flush=True)
     VENV.mkdir(exist_ok=True)
@@ -145,7 +155,10 @@ def install(extra: str, held: int) -> None:
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1]
-    held = lock()
-    if not installed(wanted):
-        install(wanted, held)
+    try:
+        wanted = sys.argv[1]
+        held = lock()
+        if not installed(wanted):
+            install(wanted, held)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. The next make starts over; pip keeps what it has downloaded.")
