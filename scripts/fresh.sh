@@ -63,7 +63,7 @@ as_user() {
         set -- "$@" "$variable"
     done <"$root.variables"
     env -i PATH=/usr/local/bin:/usr/bin:/bin HOME=$home USER=user LANG=C.UTF-8 TERM=dumb "$@" \
-        chroot --userspec=user:user "$root" sh -c "cd ~/tinkex_py && $command" </dev/null
+        "$(command -v chroot)" --userspec=user:user "$root" sh -c "cd ~/tinkex_py && $command" </dev/null
 }
 
 # Runs in namespaces of its own: when it ends, its mounts and processes are gone.

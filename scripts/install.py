@@ -68,7 +68,7 @@ class Progress:
 
     def show(self, detail: str) -> None:
         now = time.monotonic()
-        line = f"{self.title}: {detail}, {now - self.started:.0f} s"
+        line = f"{self.title}, {now - self.started:.0f} s{detail}"
         if self.terminal:
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
         elif now - self.printed >= LINES_WITHOUT_TERMINAL:
@@ -88,11 +88,11 @@ def detail(output: str, before: int) -> str:
     """What pip does now, from its output so far."""
     steps = list(STEP.finditer(output))
     if not steps:
-        return "starting"
+        return ""
     last = steps[-1]
     if last[1] == "Installing collected":
-        return f"{unpacked() - before} of {last[0].count(',') + 1} packages unpacked"
-    return f"{sum(step[1] == 'Collecting' for step in steps)} packages found, {last[0].strip()[:60]}"
+        return f": {unpacked() - before} of {last[0].count(',') + 1} packages unpacked"
+    return f": {sum(step[1] == 'Collecting' for step in steps)} packages found, {last[0].strip()[:60]}"
 
 
 def run(title: str, command: list[str], held: int) -> None:
