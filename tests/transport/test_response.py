@@ -72,8 +72,8 @@ def test_the_class_fits_the_status(status: int, kind: type[errors.APIStatusError
     ],
 )
 def test_the_message_has_what_the_service_says(body: object, told: str):
-    message = str(error_of(make_answer(422, body)))
-    assert message == f"POST /api/v1/thing at host:1 returned 422 Unprocessable Entity. {told}"
+    message = str(error_of(make_answer(400, body)))
+    assert message == f"POST /api/v1/thing at host:1 returned 400 Bad Request. {told}"
 
 
 def test_fields_of_the_error():
