@@ -3,7 +3,7 @@
 # `make test` there as an ordinary user. Needs root, debootstrap and git.
 #   sh scripts/fresh.sh                          both suites, both commands
 #   sh scripts/fresh.sh trixie 'make demo'       one suite, these commands
-# MIRROR=... names a mirror of Debian, TMPDIR=... the folder to work in (8 GB; 25 GB with a CUDA build of torch).
+# MIRROR=... names a mirror of Debian, TMPDIR=... the folder to work in (4 GB; 8 GB with the CUDA build of torch).
 # The mirror and pip's settings of this machine are used otherwise. At the end nothing of it is left.
 set -eu
 
