@@ -49,8 +49,8 @@ def test_status_and_attempts(status: int):
     ],
 )
 def test_the_message_contains_the_services_explanation(body: object, detail: str):
-    message = str(error_of(response_of(422, body)))
-    assert message == f"POST /api/v1/thing at host:1 returned 422 Unprocessable Entity. {detail}"
+    message = str(error_of(response_of(400, body)))
+    assert message == f"POST /api/v1/thing at host:1 returned 400 Bad Request. {detail}"
 
 
 def test_fields_of_the_error():
