@@ -421,10 +421,10 @@ async def test_answers_are_read_leniently_and_checked():
         assert TrainingRun.model_validate_json(run.model_dump_json()) == run
         for bad in ({"training_run_id": "r"}, {**fields, "lora_rank": "many"}, {**fields, "last_request_time": "soon"}):
             server.script(path, answer(json=bad))
-            with pytest.raises(InvalidResponse, match="no TrainingRun: see"):
+            with pytest.raises(InvalidResponse, match="invalid TrainingRun; missing or invalid"):
                 await rest.get_training_run("r")
         server.script(path, answer(json=[1]))
-        with pytest.raises(InvalidResponse, match="no object"):
+        with pytest.raises(InvalidResponse, match="not an object"):
             await rest.get_training_run("r")
         server.script(path, answer(401))
         with pytest.raises(Authentication):
