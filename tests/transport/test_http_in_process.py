@@ -11,6 +11,7 @@ import pytest_asyncio
 from tests.transport.keyed import KeyedClient
 from tinkex_py import errors
 
+pytestmark = pytest.mark.asyncio
 KEY = "tml-very-secret-key"
 
 Message = dict[str, Any]
@@ -86,7 +87,6 @@ async def client(app: App) -> AsyncIterator[KeyedClient]:
     await made.aclose()
 
 
-@pytest.mark.asyncio
 async def test_an_exchange(app: App, client: KeyedClient):
     body = bytes(range(256)) * 20_000
     response = await client.exchange("POST", "/echo", content=body)
@@ -95,14 +95,12 @@ async def test_an_exchange(app: App, client: KeyedClient):
     assert (path, headers["x-api-key"], received) == ("/prefix/echo", KEY, body)
 
 
-@pytest.mark.asyncio
 async def test_contextvars_cross_in_neither_direction(client: KeyedClient):
     MARK.set("set by the caller")
     assert (await client.exchange("GET", "/mark")).body == b"unmarked"
     assert MARK.get() == "set by the caller"
 
 
-@pytest.mark.asyncio
 async def test_failures_of_the_service(app: App, client: KeyedClient):
     for path in ("/fails", "/times_out"):
         assert (await client.exchange("GET", path)).status == 500
@@ -115,7 +113,6 @@ async def test_failures_of_the_service(app: App, client: KeyedClient):
     assert app.cancelled.is_set()
 
 
-@pytest.mark.asyncio
 async def test_cancellation_and_closing_reach_the_service(app: App, client: KeyedClient):
     """Nothing is connected, so exchanges never wait for each other, whatever `max_connections` is."""
     cancelled = asyncio.create_task(client.exchange("GET", "/stalls"))

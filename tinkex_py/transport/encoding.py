@@ -239,13 +239,7 @@ class ProtobufEncoding:
         self.is_slow = self._zstandard is not None
 
     def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """Encodes one request.
-
-        Args:
-            batch: the datums.
-            header: the other fields.
-            headers: further HTTP headers.
-        """
+        """Returns the request of one pass, with further HTTP headers."""
         parts = encode_request(batch, header)
         if self._zstandard is None:
             return request("POST", _BACKWARD_PATH, content=parts, content_type=PROTOBUF, headers=headers)
@@ -262,7 +256,7 @@ class JsonEncoding:
     is_slow = True
 
     def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """Encodes one request; the arguments are those of `ProtobufEncoding.encode`."""
+        """Returns the request of one pass, with further HTTP headers."""
         path = _FORWARD_PATH if header.forward_only else _BACKWARD_PATH
         written = json.dumps(request_as_json(batch, header), allow_nan=False, separators=(",", ":")).encode()
         return request("POST", path, content=written, content_type=JSON, headers=headers)

@@ -131,15 +131,8 @@ class HttpClient:
     ) -> AsyncGenerator["ResponseStream", None]:
         """Sends one request, whose response is read piece by piece. Neither retries nor follows redirects.
 
-        A service in this process is an exception: its response is complete, and in memory, before it can be read.
-
-        Args:
-            request: the request; its timeout limits the time until the response begins, and between two pieces.
-            key: sent as `X-API-Key`.
-            attempt: number of the caller's attempt, for events.
-
-        Raises:
-            ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
+        Arguments and errors are those of `exchange`; the timeout limits the time until the response begins, and between
+        two pieces. The response of a service in this process is complete, and in memory, before it can be read.
         """
         name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
@@ -245,16 +238,13 @@ class HttpClient:
     async def bounded(
         self, work: Coroutine[Any, Any, Result], request: str, seconds: float, too_late: str | None = None
     ) -> Result:
-        """Awaits a part of an exchange with a time limit; its failures become typed errors without a cause.
+        """Awaits a part of an exchange with a time limit; raises its failures as typed errors without a cause.
 
         Args:
             work: the part.
             request: names the exchange in errors.
             seconds: the limit.
             too_late: the message of the timeout; by default that there was no response.
-
-        Raises:
-            ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
         """
         if self._closed:  # closed between two parts of a stream
             work.close()

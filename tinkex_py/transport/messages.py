@@ -134,14 +134,14 @@ def request(
 
     Args:
         method: HTTP method.
-        path: relative to the service's address; may contain a query.
+        path: see `Request`.
         json: a value to send as JSON instead of `content`.
         content: body, or its parts; not copied.
         content_type: media type of `content`.
         accept: media types of the response.
         headers: further headers, which replace others of the same name.
-        timeout: as in `Request`.
-        follow_redirects: as in `Request`.
+        timeout: see `Request`.
+        follow_redirects: see `Request`.
 
     Raises:
         InvalidData: a header or the body cannot be sent.
