@@ -63,7 +63,7 @@ class Pipeline:
             raise InvalidBaseLoss(f"base loss: {problem}")
         self._base_loss = base_loss
         self._regularizers = checked_specs(regularizers)
-        checked = checked_options(options, of="Pipeline.__init__()")
+        checked = checked_options(options, of="Pipeline.__init__()") if options else DEFAULTS
         self.track_grad_norms: bool = checked["track_grad_norms"]
         self.parallel: bool = checked["parallel"]
         self.timeout: float | None = checked["timeout"]
