@@ -76,7 +76,7 @@ async def test_where_a_gradient_is_zero_there_is_no_cosine():
 
 @pytest.mark.asyncio
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 async def test_shares_add_up_and_agree_with_numpy(seed: int, count: int):
     draw = np.random.default_rng(seed)
     rows = draw.standard_normal((count + 1, 6))
@@ -110,13 +110,6 @@ async def test_surgery_by_hand():
     assert output.diagnosis["r"].cosine_with_total == pytest.approx(1 / math.sqrt(2 * 2.5))
 
 
-@pytest.mark.asyncio
-async def test_surgery_leaves_terms_that_agree():
-    specs = [spec(linear(1.0, 1.0), "a", 0.5), spec(linear(0.0, 3.0), "b", 2.0)]
-    pipeline = Pipeline(linear(1.0, 0.0), specs, combine="pcgrad")
-    assert torch.allclose(await gradient_of(pipeline), torch.tensor([1.5, 6.5]))
-
-
 def reference_surgery(names: list[str], gradients: list[np.ndarray], step: int) -> np.ndarray:
     """Algorithm 1 of Yu et al. as written, on whole vectors, in the order that `without_conflicts` documents."""
     by_name = sorted(range(len(names)), key=lambda index: names[index])
@@ -134,7 +127,7 @@ def reference_surgery(names: list[str], gradients: list[np.ndarray], step: int) 
 
 
 @given(seed=st.integers(0, 10_000), count=st.integers(2, 6), step=st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_surgery_is_the_algorithm_of_the_paper(seed: int, count: int, step: int):
     draw = np.random.default_rng(seed)
     rows = draw.standard_normal((count, 9))

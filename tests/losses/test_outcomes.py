@@ -22,8 +22,7 @@ from tinkex_py import (
 pytestmark = pytest.mark.asyncio
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("is_async", "parallel"), [(False, True), (True, False)])
 async def test_row_117_the_term_is_named_and_its_error_kept(is_async: bool, parallel: bool):
     own = OwnError("oops")
     specs = [spec(l1, "fine"), spec(raising(own, is_async), "failing")]
@@ -212,8 +211,7 @@ async def test_row_125_the_first_failure_is_raised_the_others_are_notes():
     assert clean.cleaned
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("is_async", "parallel"), [(False, True), (True, False)])
 async def test_skip_leaves_the_term_out_of_value_gradient_and_output(is_async: bool, parallel: bool):
     specs = [
         spec(l1, "l1", 0.01),

@@ -123,7 +123,7 @@ async def test_row_62_sequential_order_base_loss_first():
     ]
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+@pytest.mark.parametrize("failing", [0, 2])
 async def test_row_62_a_failure_starts_no_later_term(failing: int):
     order: list[int] = []
 

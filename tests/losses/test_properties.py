@@ -27,7 +27,7 @@ TERMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 weights = st.floats(0.0, 10.0, allow_subnormal=False)
 chosen = st.lists(st.tuples(st.sampled_from(sorted(TERMS)), weights), max_size=6, unique_by=lambda pair: pair[0])
 numbers = st.lists(st.floats(-5.0, -0.01), min_size=1, max_size=12)
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=12, deadline=None)
 
 
 def base(data: Any, logprobs: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def skipping(gate: Any, count: int, timeout: float = SHORT) -> list[Any]:
     return [spec(gate, f"slow{index}", timeout=timeout, on_error="skip") for index in range(count)]
 
 
-@pytest.mark.parametrize(("max_concurrency", "max_threads", "bound"), [(2, None, 2), (2, 8, 2), (8, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize(("max_concurrency", "max_threads", "bound"), [(2, 8, 2), (8, 2, 2), (1, None, 1)])
 async def test_six_terms_that_outlive_their_timeouts(max_concurrency: int, max_threads: int | None, bound: int):
     gate = Gate()
     with gate.opening():
@@ -124,8 +124,7 @@ async def test_row_119_a_queued_sync_term_times_out_and_names_the_holders(parall
         assert isinstance(caught.value, TimeoutError)
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-@pytest.mark.parametrize("waiting", [async_l2, l1])
+@pytest.mark.parametrize(("waiting", "parallel"), [(async_l2, True), (l1, False)])
 async def test_no_term_waits_for_ever_for_the_permit_of_an_abandoned_one(waiting: Any, parallel: bool):
     gate = Gate()
     with gate.opening():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import guide_logprobs, l1, l2, nll, recorded, spec
 from tinkex_py import CustomLossOutput, Executor, InvalidSpec, Pipeline, PipelineError, RegularizerSpec
@@ -202,17 +202,6 @@ def test_grad_norm_balance_by_hand():
     assert controller.weight_of("a") == pytest.approx(0.25)
 
 
-def test_grad_norm_balance_makes_norms_equal_without_alpha():
-    controller = GradNormBalance(alpha=0.0, rate=0.5)
-    norms = {"a": 7.0, "b": 0.01}
-    for name in norms:
-        controller.weight_of(name)
-    for _ in range(60):
-        controller.update([measured({"a": 1.0, "b": -1.0}, norms, base_norm=2.0)])
-    assert controller.weights["a"] * 7.0 == pytest.approx(2.0, rel=1e-9)
-    assert controller.weights["b"] * 0.01 == pytest.approx(2.0, rel=1e-9)
-
-
 def test_weights_keep_to_their_bounds():
     controller = AdaptiveKL(initial=1.0, target=1.0, horizon=0.25, minimum=0.9, maximum=1.5)
     controller.weight_of("kl")
@@ -259,6 +248,7 @@ CONTROLLERS: list[Callable[[], WeightController]] = [
 
 
 @pytest.mark.parametrize("make", CONTROLLERS)
+@settings(max_examples=20)
 @given(values=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=8))
 def test_a_restored_controller_goes_on_exactly(
     make: Callable[[], WeightController], values: list[tuple[float, float, float]]
@@ -312,32 +302,6 @@ async def test_a_pipeline_saves_the_states_of_its_controllers():
         second.load_state_dict({"controllers": {"a": {}}})
     with pytest.raises(InvalidSpec):
         second.load_state_dict([])
-
-
-@pytest.mark.asyncio
-async def test_a_controller_of_ones_own():
-    class Halves(WeightController):
-        """Halves the weight whenever its term reports that it should."""
-
-        def next_weights(
-            self, weights: Mapping[str, float], outputs: Sequence[CustomLossOutput]
-        ) -> Mapping[str, float]:
-            return {
-                name: weight / 2
-                for name, weight in weights.items()
-                if any(output.regularizers[name].custom_metrics["halve"] for output in outputs)
-            }
-
-    def term(data: Any, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict[str, bool]]:
-        return logprobs.sum(), {"halve": True}
-
-    pipeline = Pipeline(nll, [RegularizerSpec(fn=term, weight=Halves(initial=1.0), name="t")])
-    seen: list[float] = []
-    for _ in range(3):
-        output = await pipeline.compute([], guide_logprobs())
-        seen.append(output.regularizers["t"].weight)
-        pipeline.update_controllers([output])
-    assert seen == [1.0, 0.5, 0.25]
 
 
 def test_a_bad_next_weight_changes_nothing():

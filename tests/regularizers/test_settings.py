@@ -172,9 +172,9 @@ def test_a_reference_given_in_one_way_replaces_that_of_the_other():
 
 
 def test_a_packed_term_is_not_put_under_per_datum():
-    with pytest.raises(InvalidSpec, match=r"L1 takes packed logprobs: leave per_datum\(...\) out"):
+    with pytest.raises(InvalidSpec, match=r"L1 expects packed logprobs: remove per_datum\(...\)"):
         RegularizerSpec(fn=per_datum(L1()), weight=0.1)
-    with pytest.raises(InvalidBaseLoss, match="NLL takes packed logprobs"):
+    with pytest.raises(InvalidBaseLoss, match="NLL expects packed logprobs"):
         Pipeline(per_datum(NLL()))
 
 

@@ -43,7 +43,7 @@ class AdaptiveKL(WeightController):
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
         """Implements `WeightController.next_weights`."""
-        return {name: weight * self._factor(mean_value(name, outputs)) for name, weight in weights.items()}
+        return {name: weight * self._factor(_mean_value(name, outputs)) for name, weight in weights.items()}
 
     def _factor(self, value: float) -> float:
         error = min(max(value / self.target - 1.0, -0.2), 0.2)
@@ -87,10 +87,10 @@ class TargetGradientRatio(WeightController):
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
         """Implements `WeightController.next_weights`."""
-        base = mean_base_norm(outputs)
+        base = _mean_base_norm(outputs)
         moved: dict[str, float] = {}
         for name, weight in weights.items():
-            own = mean_norm(name, outputs)
+            own = _mean_norm(name, outputs)
             if base > 0 and own > 0:
                 target = self.ratio * base / own
                 moved[name] = min(max(target, weight / self.max_factor), weight * self.max_factor)
@@ -139,9 +139,9 @@ class GradNormBalance(WeightController):
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
         """Implements `WeightController.next_weights`."""
         base_value = fmean(output.base_loss.value for output in outputs)
-        base_norm = mean_base_norm(outputs)
-        values = {name: mean_value(name, outputs) for name in weights}
-        norms = {name: weight * mean_norm(name, outputs) for name, weight in weights.items()}
+        base_norm = _mean_base_norm(outputs)
+        values = {name: _mean_value(name, outputs) for name in weights}
+        norms = {name: weight * _mean_norm(name, outputs) for name, weight in weights.items()}
         if self._first_base_value is None:
             self._first_base_value = base_value
         for name, value in values.items():
@@ -180,19 +180,16 @@ class GradNormBalance(WeightController):
         self._first_base_value = None if first is None else checked_number("GradNormBalance", "first_base_value", first)
 
 
-def mean_value(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
-    """Returns the mean value of a regularizer over the outputs that contain it."""
+def _mean_value(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
     return fmean(output.regularizers[name].value for output in outputs if name in output.regularizers)
 
 
-def mean_norm(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
-    """Returns the mean unweighted gradient norm of a regularizer over the outputs that contain it; None counts as 0."""
+def _mean_norm(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
     norms = [output.regularizers[name].grad_norm for output in outputs if name in output.regularizers]
     return fmean(norm or 0.0 for norm in norms)
 
 
-def mean_base_norm(outputs: "Sequence[CustomLossOutput]") -> float:
-    """Returns the mean gradient norm of the base loss; None counts as 0."""
+def _mean_base_norm(outputs: "Sequence[CustomLossOutput]") -> float:
     return fmean(output.base_loss.grad_norm or 0.0 for output in outputs)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tinkex_py.errors import InvalidData, InvalidSpec
 from tinkex_py.losses.spec import Metric, PerDatum, TermFunction, TermResult, per_datum, term_name
 from tinkex_py.types import Datum
+from tinkex_py.types.datum import field_of
 
 if TYPE_CHECKING:
     import torch
@@ -47,19 +48,6 @@ class SumOverDatums:
         setattr(compute, "__signature__", inspect.Signature([*positional, *named]))  # noqa: B010  # not a typed attribute
         return compute
 
-    def values(self, datum: Datum, index: int) -> "list[torch.Tensor]":
-        """Returns the fields of a datum that the function accepts, as tensors.
-
-        Raises:
-            InvalidData: the datum lacks a field.
-        """
-        missing = [name for name in self.inputs if name not in datum.loss_fn_inputs]
-        if missing:
-            raise InvalidData(
-                f"datum {index} has no {missing[0]!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
-            )
-        return [datum.loss_fn_inputs[name].to_torch() for name in self.inputs]
-
     def _summed(
         self, data: Sequence[Datum], logprobs: "Sequence[torch.Tensor]", options: Mapping[str, Any]
     ) -> TermResult:
@@ -68,7 +56,7 @@ class SumOverDatums:
         losses: list[torch.Tensor] = []
         metrics: dict[str, Any] = {}
         for index, (datum, own) in enumerate(zip(data, logprobs, strict=True)):
-            fields = [field.to(own.device) for field in self.values(datum, index)]
+            fields = [field_of(datum, index, name).to_torch().to(own.device) for name in self.inputs]
             result = self.fn(own, *fields, **options)
             named: Mapping[str, Metric] = result[1] if isinstance(result, tuple) else {}
             loss = result[0] if isinstance(result, tuple) else result

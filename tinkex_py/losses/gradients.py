@@ -120,18 +120,6 @@ def _wide(row: torch.Tensor) -> torch.Tensor:
     return row.float() if row.dtype in (torch.float16, torch.bfloat16) else row
 
 
-def check_weights(weights: Sequence[float], dtype: torch.dtype) -> None:
-    """Raises NonFiniteLoss if a weight is too large for a dtype. The error of torch would not contain the weight."""
-    largest = torch.finfo(dtype).max
-    for weight in weights:
-        if weight > largest:
-            raise NonFiniteLoss(
-                f"the weight {weight} is too large for {dtype}, whose maximum is {largest}; nothing was sent. Use a "
-                "smaller weight",
-                name="loss_total",
-            )
-
-
 def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str, object]]:
     """Unpacks the return value of a term: `loss` or `(loss, metrics)`.
 
@@ -155,14 +143,11 @@ def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str,
         raise InvalidTermResult(
             f"term {name!r} must return metrics as a mapping, got {type(metrics).__name__}", name=name
         )
-    named = {_metric_name(key, name): value for key, value in cast("Mapping[object, object]", metrics).items()}
-    return loss, named
-
-
-def _metric_name(key: object, name: str) -> str:
-    if not isinstance(key, str):
-        raise InvalidTermResult(f"term {name!r}: names of metrics must be str, got {key!r}", name=name)
-    return key
+    named = dict(cast("Mapping[object, object]", metrics))
+    for key in named:
+        if not isinstance(key, str):
+            raise InvalidTermResult(f"term {name!r}: names of metrics must be str, got {key!r}", name=name)
+    return loss, cast("dict[str, object]", named)
 
 
 def _metric_value(key: object, value: object, name: str) -> MetricValue:
@@ -216,7 +201,14 @@ def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: b
     Raises:
         NonFiniteLoss: a weight is too large for the dtype, or the sum has NaN or infinite elements.
     """
-    check_weights([part.scale for part in parts], like.dtype)
+    largest = torch.finfo(like.dtype).max
+    for part in parts:
+        if part.scale > largest:  # the error of torch would not contain the weight
+            raise NonFiniteLoss(
+                f"the weight {part.scale} of term {part.name!r} is too large for {like.dtype}, whose maximum is "
+                f"{largest}; nothing was sent. Use a smaller weight",
+                name="loss_total",
+            )
     with torch.inference_mode(False), torch.no_grad():
         total = torch.zeros_like(like, requires_grad=False)
         for part in parts:

@@ -16,7 +16,7 @@ import torch
 from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
 from tinkex_py.losses.grad_mode import autograd_on
 from tinkex_py.types import Datum, PackedTensor
-from tinkex_py.types.datum import target_shape
+from tinkex_py.types.datum import field_of, target_shape
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOTHING = torch.zeros(0, dtype=torch.int64)
@@ -281,14 +281,7 @@ def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
         raise InvalidData(f"cannot read the field {name!r}, because data is empty: pass at least one datum")
     arrays: list[Any] = []
     for index, datum in enumerate(data):
-        if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
-        if name not in datum.loss_fn_inputs:
-            raise InvalidData(
-                f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)}): add the "
-                "field to every datum"
-            )
-        array = datum.loss_fn_inputs[name].to_numpy()
+        array = field_of(datum, index, name).to_numpy()
         if array.shape[1:] != (arrays[0] if arrays else array).shape[1:]:
             raise InvalidData(
                 f"{name!r} of datum {index} has shape {array.shape}, but that of datum 0 has {arrays[0].shape}: to be "

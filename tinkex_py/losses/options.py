@@ -76,7 +76,7 @@ def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str,
         if name not in defaults:
             raise TypeError(f"{of} got an unexpected keyword argument {name!r}")
     try:
-        return _Values(**given).model_dump() if given else defaults
+        return _Values(**given).model_dump()
     except ValidationError as error:
         raise PipelineError(f"option {first_problem(error)}") from None
 

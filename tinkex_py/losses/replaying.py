@@ -76,14 +76,7 @@ def rebuilt_pipeline(record: RecordedStep) -> Pipeline:
     """
     specs = [
         RegularizerSpec(
-            fn=_rebuilt_term(recorded),
-            weight=recorded.weight,
-            name=recorded.name,
-            timeout=recorded.timeout,
-            options=recorded.options,
-            on_error=recorded.on_error,
-            is_async=recorded.is_async,
-            max_grad_norm=recorded.max_grad_norm,
+            fn=_rebuilt_term(recorded), **recorded.model_dump(exclude=set(RecordedTerm.model_fields) - {"name"})
         )
         for recorded in record.regularizers
     ]

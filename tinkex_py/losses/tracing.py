@@ -15,17 +15,19 @@ import torch
 import torch.fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from tinkex_py.errors import InvalidData, InvalidResponse, UnsupportedFeature
+from tinkex_py.errors import InvalidResponse, UnsupportedFeature
 from tinkex_py.losses.additivity import check_sum_over_positions, operation
 from tinkex_py.losses.datum_sums import SumOverDatums, metric_over_datums
 from tinkex_py.losses.gradients import Evaluation
 from tinkex_py.losses.graph_encoding import encode_graph
+from tinkex_py.losses.options import DEFAULTS
 from tinkex_py.losses.outcomes import prepare_regularizer, report, total
 from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOutput, MetricValue
 from tinkex_py.losses.pipeline import Pipeline
 from tinkex_py.losses.spec import PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import WeightController, weight_at
 from tinkex_py.types import Datum, ForwardBackwardOutput, TensorData
+from tinkex_py.types.datum import field_of
 
 MAX_INPUTS = 16
 _WEIGHT = "tinkex_weight_{}"
@@ -285,14 +287,12 @@ def _run(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) ->
 
 
 def _check_options(pipeline: Pipeline, specs: Sequence[RegularizerSpec]) -> None:
-    if pipeline.combine != "sum":
-        raise UnsupportedFeature(
-            f"combine={pipeline.combine!r} needs the gradient of every term, which the service does not return"
-        )
-    if pipeline.track_grad_norms:
-        raise UnsupportedFeature(
-            "track_grad_norms=True needs the gradient of every term, which the service does not return"
-        )
+    for option in ("combine", "track_grad_norms"):
+        value = pipeline.options[option]
+        if value != DEFAULTS[option]:
+            raise UnsupportedFeature(
+                f"{option}={value!r} needs the gradient of every term, which the service does not return"
+            )
     if is_async_term(pipeline.base_loss):
         raise UnsupportedFeature(f"term {BASE_LOSS_NAME!r} is async")
     for spec in specs:
@@ -319,12 +319,7 @@ def _fields(term: Term) -> Sequence[str]:
 
 def _rank(data: Sequence[Datum], name: str) -> int:
     """Returns the number of dimensions that a field has in all datums."""
-    for index, datum in enumerate(data):
-        if name not in datum.loss_fn_inputs:
-            raise InvalidData(
-                f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
-            )
-    ranks = {len(datum.loss_fn_inputs[name].shape) for datum in data}
+    ranks = {len(field_of(datum, index, name).shape) for index, datum in enumerate(data)}
     if len(ranks) > 1:
         raise UnsupportedFeature(
             f"{name!r} has {sorted(ranks)} dimensions in different datums, but an input of a graph has one rank"

@@ -73,13 +73,7 @@ class Limiter:
     async def acquire(
         self, holder: str, *, group: object = None, group_limit: int | None = None, patience: float | None = None
     ) -> Permit:
-        """Waits for a permit.
-
-        Args:
-            holder: name of the holder, for error messages.
-            group: permits of the same group share `group_limit`.
-            group_limit: maximum number of permits of the group; None means only the limit of the limiter.
-            patience: maximum number of seconds to wait while all blocking permits are abandoned; None means no limit.
+        """Waits for a permit; see `Permit` for the arguments.
 
         Raises:
             TimeoutError: all blocking permits were abandoned for `patience` seconds.

@@ -172,6 +172,22 @@ class Datum(WireModel):
         return packed
 
 
+def field_of(datum: Datum, index: int, name: str) -> TensorData:
+    """Returns a `loss_fn_inputs` field of the datum with an index.
+
+    Raises:
+        InvalidData: it is not a datum, or it lacks the field.
+    """
+    if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
+    if name not in datum.loss_fn_inputs:
+        raise InvalidData(
+            f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)}): add the field "
+            "to every datum"
+        )
+    return datum.loss_fn_inputs[name]
+
+
 def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
     """Returns the shape of a datum's `target_tokens`.
 
@@ -182,13 +198,7 @@ def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
     Raises:
         InvalidData: there are no targets, or they are neither `[T]` nor `[T, K]`.
     """
-    if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
-    targets = datum.loss_fn_inputs.get("target_tokens")
-    if targets is None:
-        raise InvalidData(
-            f"datum {index} has no 'target_tokens' in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})"
-        )
+    targets = field_of(datum, index, "target_tokens")
     if len(targets.shape) not in (1, 2):
         raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
     return targets.shape
