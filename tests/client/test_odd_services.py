@@ -50,30 +50,30 @@ ODD_FORWARDS = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_FORWARDS)
-async def test_a_forward_that_does_not_fit_sends_nothing(local_bench, name):
+async def test_a_forward_that_does_not_fit_sends_nothing(local_bench):
     bench = local_bench(retry=RetryPolicy(deadline=1.0, max_attempts=2, initial_wait=0.0, max_wait=0.01))
     async with bench.service:
-        training = await bench.train()
-        bench.recorder.faults["retrieve_future"] = [ODD_FORWARDS[name]] * 2
-        step, update = await asyncio.gather(
-            training.forward_backward_custom(DATA, nll), training.optim_step(), return_exceptions=True
-        )
-        bench.recorder.faults.clear()
-        assert isinstance(step, InvalidResponse), step
-        assert isinstance(update, PrecedingRequestFailed)
-        await training.forward_backward_custom(DATA, nll)
-        assert bench.kinds(training) == ["F", "F", "B"]
+        for name, odd in ODD_FORWARDS.items():
+            training = await bench.train()
+            bench.recorder.faults["retrieve_future"] = [odd, odd]
+            step, update = await asyncio.gather(
+                training.forward_backward_custom(DATA, nll), training.optim_step(), return_exceptions=True
+            )
+            bench.recorder.faults.clear()
+            assert isinstance(step, InvalidResponse), (name, step)
+            assert isinstance(update, PrecedingRequestFailed), name
+            await training.forward_backward_custom(DATA, nll)
+            assert bench.kinds(training) == ["F", "F", "B"], name
 
 
-@pytest.mark.parametrize("method", ["forward", "forward_backward"])
-@pytest.mark.parametrize("name", ["one datum too few", "one datum too many"])
-async def test_a_result_of_other_datums_is_refused(bench, method, name):
+async def test_a_result_of_other_datums_is_refused(bench):
     training = await bench.train()
-    bench.recorder.faults["retrieve_future"] = [ODD_FORWARDS[name]]
-    with pytest.raises(InvalidResponse, match="datums, but 2 were sent"):
-        await getattr(training, method)(DATA)
-    assert (await getattr(training, method)(DATA)).num_datums == 2
+    for method in (training.forward, training.forward_backward):
+        for name in ("one datum too few", "one datum too many"):
+            bench.recorder.faults["retrieve_future"] = [ODD_FORWARDS[name]]
+            with pytest.raises(InvalidResponse, match="datums, but 2 were sent"):
+                await method(DATA)
+        assert (await method(DATA)).num_datums == 2
 
 
 async def test_logprobs_that_are_not_finite_send_nothing(bench):

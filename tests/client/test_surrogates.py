@@ -436,26 +436,26 @@ async def test_scale_and_sign_arrive(http_bench):
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"surrogate": "ppo"}, "surrogate must be one of 'auto', 'cross_entropy', 'importance_sampling', got 'ppo'"),
-        ({"sequences_per_step": 0}, "sequences_per_step must be an int >= 1 or None, got 0"),
-        ({"sequences_per_step": True}, "got True"),
-        ({"sequences_per_step": 4.0}, "got 4.0"),
-        ({"sequences_per_step": 3}, "sequences_per_step=3 is less than the 4 datums of this call alone"),
-        ({"surrogate": "cross_entropy", "execution": "server"}, "has no effect with execution='server'"),
-    ],
-)
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"surrogate": "ppo"}, "surrogate must be one of 'auto', 'cross_entropy', 'importance_sampling', got 'ppo'"),
+    ({"sequences_per_step": 0}, "sequences_per_step must be an int >= 1 or None, got 0"),
+    ({"sequences_per_step": True}, "got True"),
+    ({"sequences_per_step": 4.0}, "got 4.0"),
+    ({"sequences_per_step": 3}, "sequences_per_step=3 is less than the 4 datums of this call alone"),
+    ({"surrogate": "cross_entropy", "execution": "server"}, "has no effect with execution='server'"),
+]
+
+
 @pytest.mark.asyncio
-async def test_bad_options_send_nothing(bench, options, message):
+async def test_bad_options_send_nothing(bench):
     training = await bench.train()
-    step, update = await asyncio.gather(
-        training.forward_backward_custom(DATA, signed, **options), training.optim_step(), return_exceptions=True
-    )
-    assert isinstance(step, InvalidData), step
-    assert message in str(step)
-    assert isinstance(update, PrecedingRequestFailed)
+    for options, message in BAD_OPTIONS:
+        step, update = await asyncio.gather(
+            training.forward_backward_custom(DATA, signed, **options), training.optim_step(), return_exceptions=True
+        )
+        assert isinstance(step, InvalidData), step
+        assert message in str(step)
+        assert isinstance(update, PrecedingRequestFailed)
     assert bench.kinds(training) == []
 
 

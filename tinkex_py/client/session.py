@@ -189,9 +189,9 @@ async def send_heartbeats(
     loop = asyncio.get_running_loop()
     failures, last_success = 0, loop.time()
 
-    def report(outcome: str, reason: Mapping[str, str], error: Exception | None = None) -> None:
+    def report(event: str, reason: Mapping[str, str], error: Exception | None = None) -> None:
         measurements = {"failures": failures, "silence": loop.time() - last_success}
-        telemetry.emit(f"tinkex.session.heartbeat_{outcome}", measurements, {"session_id": session_id, **reason}, error)
+        telemetry.emit(event, measurements, {"session_id": session_id, **reason}, error)
 
     fields = {"session_id": session_id, "type": "session_heartbeat"}
     heartbeat = request("POST", "/api/v1/session_heartbeat", json=fields, timeout=_HEARTBEAT_TIMEOUT)
@@ -209,8 +209,8 @@ async def send_heartbeats(
                 response.json()  # raises for a page that a proxy returned, such as a login form
         except (TransportError, APIStatusError, ConfigError) as error:
             failures += 1
-            report("failed", {"reason": type(error).__name__}, error)
+            report("tinkex.session.heartbeat_failed", {"reason": type(error).__name__}, error)
             continue
         if failures:
-            report("recovered", {})
+            report("tinkex.session.heartbeat_recovered", {})
         failures, last_success = 0, loop.time()
