@@ -1,4 +1,4 @@
-"""A run, and the numbers that every tracker is given."""
+"""A run, and the numbers that every tracker receives."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,12 @@ RUN = RunInfo(
     seed=7,
 )
 FIRST = {1: {"loss/total": 0.1, "term/l1/value": 4.9}, 2: {"loss/total": math.nan, "term/l1/value": math.inf}}
-# The run failed after step 2 and goes on from the checkpoint of step 1.
+# The run failed after step 2 and resumes from the checkpoint of step 1.
 AGAIN = {2: {"loss/total": 0.3, "term/l1/value": -math.inf}, 3: {"loss/total": -1e-12, "term/l1/value": 7.0}}
 
 
 def log_twice(make: Callable[[], MetricSink]) -> None:
-    """Logs as a run does that fails after step 2 and then goes on."""
+    """Logs like a run that fails after step 2 and then resumes."""
     for rows, status in ((FIRST, "failed"), (AGAIN, "finished")):
         sink = make()
         sink.start(RUN)

@@ -8,7 +8,7 @@ import typer
 
 from tinkex_py.commands.common.options import AsJson, Host, Port, announcement
 from tinkex_py.commands.common.running import one_line_errors, run
-from tinkex_py.integrations.extras import imported
+from tinkex_py.integrations import imported
 
 
 def dashboard(
