@@ -8,7 +8,7 @@ import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermResult
-from tinkex_py.regularizers.distributions import Distributions, Over, symmetric_kl_parts
+from tinkex_py.regularizers.distributions import Over, distributions, symmetric_kl_parts
 from tinkex_py.regularizers.norms import NormTerm
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
@@ -59,9 +59,9 @@ class Consistency(ReducedTerm):
         """Computes the loss; its metrics are the denominators."""
         pair = aligned_field(data, self.pair_field, logprobs)
         if self.metric == "kl":
-            distributions = Distributions.of(self, self.over, data, logprobs)
-            log_p, log_q = distributions.positions.select(logprobs), distributions.positions.select(pair)
-            return distributions.reduce(symmetric_kl_parts(log_p, log_q), self.reduction)
+            positions = distributions(self, self.over, data, logprobs)
+            parts = symmetric_kl_parts(positions.select(logprobs), positions.select(pair))
+            return positions.reduce(parts, self.reduction)
         if self.metric == "cosine":
             return self._cosine(data, logprobs, pair)
         positions = self.positions(data, logprobs)

@@ -15,7 +15,7 @@ from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.fields import is_one_number_per_position
 from tinkex_py.terms.numerics import segment_log_softmax
 from tinkex_py.terms.ready_made import NonEmptyStr, Positive
-from tinkex_py.terms.reduction import Positions, ReducedTerm, Reduction
+from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
@@ -23,65 +23,36 @@ Over = Literal["candidates", "tokens"]
 Mode = Literal["maximize", "minimize"]
 
 
-@dataclass(frozen=True)
-class Distributions:
-    """The distributions in a tensor of logprobs.
+def distributions(
+    term: ReducedTerm, over: Over, data: Sequence[Datum], logprobs: torch.Tensor, *, by_datum: bool = False
+) -> Positions:
+    """Selects the distributions of packed logprobs, or of a tensor given directly.
 
-    Attributes:
+    Args:
+        term: the term, whose mask and reduction apply.
         over: "candidates": the last axis is one distribution; "tokens": all numbers of a datum are.
-        positions: the selected positions: rows over the candidates, or single numbers.
+        data: the datums.
+        logprobs: `[N, K]`, or a tensor given directly; `[N]` with `over="tokens"`.
+        by_datum: with `over="tokens"`, keep the datum of each number.
+
+    Returns:
+        Rows over the candidates, or single numbers.
+
+    Raises:
+        InvalidData: the logprobs are a client's `[T]`, without `over="tokens"`.
     """
-
-    over: Over
-    positions: Positions
-
-    @classmethod
-    def of(
-        cls, term: ReducedTerm, over: Over, data: Sequence[Datum], logprobs: torch.Tensor, *, by_datum: bool = False
-    ) -> "Distributions":
-        """Selects the distributions of packed logprobs, or of a tensor given directly.
-
-        Args:
-            term: the term, whose mask and reduction apply.
-            over: which numbers form a distribution.
-            data: the datums.
-            logprobs: `[N, K]`, or a tensor given directly; `[N]` with `over="tokens"`.
-            by_datum: with `over="tokens"`, keep the datum of each number.
-
-        Raises:
-            InvalidData: the logprobs are a client's `[T]`, without `over="tokens"`.
-        """
-        if over == "tokens":
-            return cls(over, term.positions(data, logprobs, by_datum=by_datum))
-        if is_one_number_per_position(data, logprobs):
-            raise InvalidData(
-                f"{type(term).__name__} is a formula over distributions, but the logprobs have shape "
-                f"{tuple(logprobs.shape)}: one number per position, that of the target token. Pass [T, K] targets; or "
-                "use SampledKL or SampledEntropy for sampled tokens; or pass over='tokens' to treat all numbers of a "
-                "datum as one distribution, which they are not"
-            )
-        if not logprobs.ndim:
-            raise InvalidData(f"{type(term).__name__} needs at least one axis of outcomes, got a 0-d tensor")
-        return cls(over, term.positions(data, logprobs, by_row=True))
-
-    def log_softmax(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalizes selected values within each distribution."""
-        if self.over == "candidates":
-            return values.log_softmax(-1)
-        return segment_log_softmax(values, self.positions.sequences, self.positions.sequence_count)
-
-    def largest_entropy(self, values: torch.Tensor) -> torch.Tensor | float:
-        """Returns `log n` for n outcomes, in a shape that divides the selected values; log 2 for n = 1."""
-        if self.over == "candidates":
-            return math.log(max(2, values.shape[-1]))
-        sequences, count = self.positions.sequences, self.positions.sequence_count
-        if sequences is None:
-            return math.log(max(2, values.numel()))
-        return torch.bincount(sequences, minlength=count).clamp(min=2).to(values.dtype).log()[sequences]
-
-    def reduce(self, parts: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, dict[str, float]]:
-        """Reduces the summands of the outcomes to one loss, and returns its denominators as metrics."""
-        return self.positions.reduce(parts.sum(-1) if self.over == "candidates" else parts, reduction)
+    if over == "tokens":
+        return term.positions(data, logprobs, by_datum=by_datum)
+    if is_one_number_per_position(data, logprobs):
+        raise InvalidData(
+            f"{type(term).__name__} is a formula over distributions, but the logprobs have shape "
+            f"{tuple(logprobs.shape)}: one number per position, that of the target token. Pass [T, K] targets; or use "
+            "SampledKL or SampledEntropy for sampled tokens; or pass over='tokens' to treat all numbers of a datum as "
+            "one distribution, which they are not"
+        )
+    if not logprobs.ndim:
+        raise InvalidData(f"{type(term).__name__} needs at least one axis of outcomes, got a 0-d tensor")
+    return term.positions(data, logprobs, by_row=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +91,14 @@ class Entropy(ReducedTerm):
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the entropy and the denominators."""
         by_datum = self.normalize or self.temperature != 1.0
-        distributions = Distributions.of(self, self.over, data, logprobs, by_datum=by_datum)
-        log_p = distributions.positions.select(logprobs)
+        positions = distributions(self, self.over, data, logprobs, by_datum=by_datum)
+        log_p = positions.select(logprobs)
         if self.temperature != 1.0:
-            log_p = distributions.log_softmax(log_p / self.temperature)
+            log_p = _log_softmax(log_p / self.temperature, positions)
         parts = -log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
         if self.normalize:
-            parts = parts / distributions.largest_entropy(log_p)
-        entropy, metrics = distributions.reduce(parts, self.reduction)
+            parts = parts / _largest_entropy(log_p, positions)
+        entropy, metrics = positions.reduce(parts, self.reduction)
         return (-entropy if self.mode == "maximize" else entropy), {"entropy": entropy.detach(), **metrics}
 
 
@@ -169,14 +140,13 @@ class KLDivergence(ReferenceTerm):
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
-        distributions = Distributions.of(self, self.over, data, logprobs)
-        log_p = distributions.positions.select(logprobs)
-        log_q = distributions.positions.select(reference)
+        positions = distributions(self, self.over, data, logprobs)
+        log_p, log_q = positions.select(logprobs), positions.select(reference)
         if self.symmetric:
             parts = symmetric_kl_parts(log_p, log_q)
         else:
             parts = kl_parts(log_q, log_p) if self.direction == "forward" else kl_parts(log_p, log_q)
-        return distributions.reduce(parts, self.reduction)
+        return positions.reduce(parts, self.reduction)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,13 +176,13 @@ class JensenShannon(ReferenceTerm):
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
-        distributions = Distributions.of(self, self.over, data, logprobs)
+        positions = distributions(self, self.over, data, logprobs)
         smallest = torch.finfo(logprobs.dtype).min
-        log_p = distributions.positions.select(logprobs).clamp(min=smallest)
-        log_q = distributions.positions.select(reference).clamp(min=smallest)
+        log_p = positions.select(logprobs).clamp(min=smallest)
+        log_q = positions.select(reference).clamp(min=smallest)
         log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
         parts = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
-        return distributions.reduce(parts, self.reduction)
+        return positions.reduce(parts, self.reduction)
 
 
 def kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -225,3 +195,17 @@ def kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 def symmetric_kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Returns the summands of the mean of both directions."""
     return 0.5 * (kl_parts(log_p, log_q) + kl_parts(log_q, log_p))
+
+
+def _log_softmax(values: torch.Tensor, positions: Positions) -> torch.Tensor:
+    if positions.rows is not None:
+        return values.log_softmax(-1)
+    return segment_log_softmax(values, positions.sequences, positions.sequence_count)
+
+
+def _largest_entropy(values: torch.Tensor, positions: Positions) -> torch.Tensor | float:
+    """Returns `log n` for n outcomes, in a shape that divides the values; log 2 for n = 1."""
+    if positions.rows is not None or positions.sequences is None:
+        return math.log(max(2, values.shape[-1]))
+    outcomes = torch.bincount(positions.sequences, minlength=positions.sequence_count)
+    return outcomes.clamp(min=2).to(values.dtype).log()[positions.sequences]

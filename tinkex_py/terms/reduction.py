@@ -104,7 +104,9 @@ class Positions:
         return self.sums(like.detach().new_ones(like.shape) if self.weights is None else self.weights)
 
     def reduce(self, values: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, dict[str, float]]:
-        """Reduces `[M]` values to one loss, and returns its denominators as metrics.
+        """Reduces values to one loss, and returns its denominators as metrics.
+
+        The values are `[M]`, or `[M, K]`, whose rows are summed first.
 
         - `sum`: `sum(w * v)`
         - `token-mean`, or `mean`: `sum(w * v) / sum(w)`
@@ -113,6 +115,8 @@ class Positions:
 
         Datums without a selected position do not enter a mean over datums. The loss of no position is 0.
         """
+        if values.ndim > 1:
+            values = values.sum(-1)
         weighted = self.weighted(values)
         tokens = float(values.numel() if self.weights is None else self.weights.sum().item())
         if reduction == "sum":
