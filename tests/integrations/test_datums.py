@@ -2,11 +2,9 @@
 
 import datasets
 import pytest
-import torch
 
 from tests.integrations.chat_tokenizers import CHATML, adding_a_start, byte_tokenizer, learned_text, said, whole
-from tinkex_py import AsyncServiceClient, Datum, InvalidData, Pipeline
-from tinkex_py.base_losses import DPO
+from tinkex_py import Datum, InvalidData
 from tinkex_py.integrations.huggingface import chat_datum, datums_from, preference_datums, text_datum
 from tinkex_py.local.tokenizers import ByteTokenizer
 
@@ -78,20 +76,6 @@ def test_pairs():
     assert short[0] == chat_datum(tokenizer, [said("user", "Wet?"), *yes])
     with pytest.raises(InvalidData, match="^rejected: no message has the role 'assistant'"):
         preference_datums(tokenizer, yes, [said("tool", "No")], prompt="Wet?")
-
-
-@pytest.mark.asyncio
-async def test_pairs_are_in_the_form_that_dpo_expects():
-    """At the start the model is its own reference: the loss is log 2 for all pairs."""
-    rows = [{"prompt": "a?", "chosen": "yes", "rejected": "no"}, {"prompt": "b?", "chosen": "no", "rejected": "never"}]
-    tokenizer = ByteTokenizer()
-    data = list(datums_from(rows, lambda row: preference_datums(tokenizer, **row)))
-    async with AsyncServiceClient.local(model="tiny") as service:
-        training = await service.create_lora_training_client("tiny", rank=4, seed=0)
-        reference = await training.forward(data)
-        output = await training.forward_backward_custom(data, Pipeline(DPO(reference=lambda data: reference)))
-    assert output.base_loss.value == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5)
-    assert output.base_loss.metrics["pairs"] == 2.0
 
 
 def test_rows_of_a_data_set():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.tracked import RUN, log_twice
+from tests.integrations.tracker_program import RUN, log_twice
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.integrations.trackers import (
     JsonlSink,
