@@ -6,25 +6,10 @@
     @app.post("/score", responses=problem_responses(422, 429, 503))
     async def score(body: Body, service: ServiceClient) -> Score: ...
 
-Errors of this package that an endpoint raises become responses of the type `application/problem+json` (RFC 9457):
-
-| error | status |
-| --- | --- |
-| `InvalidData`, `InvalidSpec`, `DuplicateRegularizerNames` | 422, with its message |
-| `RequestFailed` because of the data (`category` "user") | 422, with its message |
-| `BadRequest`, `NotFound`, `Conflict`, `Unprocessable` | 400, 404, 409, 422 |
-| `PrecedingRequestFailed`, `SurrogateMismatch` | 409 |
-| `RateLimited` | 429, with `Retry-After` |
-| `UnsupportedFeature` | 501 |
-| `Authentication`, `BillingRequired`, `PermissionDenied`: this server's own account | 502 |
-| `ServerError`, other `APIStatusError`s | 502 |
-| `InvalidResponse`, `SequenceLost`, other `RequestFailed`s | 502 |
-| `ConnectionFailed`, `ClientClosed` | 503, with `Retry-After` |
-| `TimeoutExceeded`, `RegularizerTimeout` | 504 |
-| every other `TinkexError`, such as `ConfigError` or a failed term | 500 |
-
-In all other rows the response has a fixed text, because messages may contain host names, and those of terms may
-contain data. The logger "tinkex_py" logs the classes of errors with a status of 500 or more.
+Errors of this package that an endpoint raises become responses of the type `application/problem+json` (RFC 9457). The
+guide to this integration lists their statuses. Most responses have a fixed text, because messages may contain host
+names, and those of terms may contain data. The logger "tinkex_py" logs the classes of errors with a status of 500 or
+more.
 """
 
 import logging
@@ -142,7 +127,7 @@ ServiceClient = Annotated[AsyncServiceClient, Depends(get_service)]
 
 
 def add_error_handlers(app: FastAPI, *, all_errors: bool = False) -> None:
-    """Converts the errors of this package to responses, following the table of this module.
+    """Converts the errors of this package to responses, following the table of the guide.
 
     Args:
         app: the application.

@@ -12,7 +12,7 @@ No data is exported: no text, no tokens, no key, and of an error only its class.
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -68,9 +68,26 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
 }
 
 
+# Histogram of the duration of each unit of work, and the metadata that become its attributes.
+_DURATIONS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "tinkex.run.step": ("tinkex.run.step.duration", ()),
+    "tinkex.training": ("tinkex.training.duration", ("operation",)),
+    "tinkex.custom_loss": ("tinkex.custom_loss.duration", ()),
+    "tinkex.regularizer.compute": ("tinkex.term.duration", ("regularizer_name",)),
+    "tinkex.http.request": ("tinkex.http.duration", ("method", "path", "status")),
+    "tinkex.future": ("tinkex.future.duration", ("request_type",)),
+}
+# Measurements of two units of work that become gauges.
+_GAUGES: Final[Mapping[str, Mapping[str, str]]] = {
+    "tinkex.custom_loss": {"loss_total": "The composed loss", "regularizer_total": "Sum of the contributions"},
+    "tinkex.regularizer.compute": {
+        "value": "A regularizer's own loss",
+        "contribution": "Weight times value",
+        "grad_norm": "Unweighted gradient norm",
+    },
+}
 _BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds
-_WAITING: Final = frozenset({"paused_capacity", "paused_rate_limit", "unknown"})
-_TERM: Final = "tinkex.term.name"
+_QUEUED: Final = frozenset({"paused_capacity", "paused_rate_limit", "unknown"})
 
 Attributes = dict[str, str | int]
 
@@ -91,25 +108,7 @@ class OpenTelemetry:
     terms too, on the loop and in threads. Work that outlives its parent, such as the heartbeat of a session, starts a
     new trace with a link to it.
 
-    Metrics, with times in seconds:
-
-    | instrument | kind | attributes |
-    | --- | --- | --- |
-    | `tinkex.run.step.duration` | histogram | error |
-    | `tinkex.training.duration` | histogram | operation, error |
-    | `tinkex.custom_loss.duration` | histogram | error |
-    | `tinkex.term.duration` | histogram | term, error |
-    | `tinkex.http.duration` | histogram | `http.request.method`, endpoint, `http.response.status_code`, error |
-    | `tinkex.future.duration` | histogram | request type, error |
-    | `tinkex.queue.wait` | histogram | request type |
-    | `tinkex.http.retries` | counter | endpoint |
-    | `tinkex.term.retries` | counter | term |
-    | `tinkex.loss.total`, `tinkex.loss.regularizers` | gauge | model |
-    | `tinkex.term.value`, `tinkex.term.contribution`, `tinkex.term.grad_norm` | gauge | model, term |
-
-    Their attributes are `tinkex.operation`, `tinkex.term.name`, `tinkex.endpoint`, `tinkex.request_type`,
-    `tinkex.model_id`, and, for failures only, `error.type`. A queue wait is the time during which the service reported
-    a request as queued; 0 if it never did.
+    The guide to this integration lists the metrics and their attributes.
 
     Args:
         tracer_provider: creates the spans; None uses that of the process.
@@ -209,69 +208,54 @@ class OpenTelemetry:
 
 
 class _Instruments:
-    """The instruments of the table above."""
+    """Records events as metrics."""
 
     def __init__(self, meter: Meter) -> None:
-        units = ("run.step", "training", "custom_loss", "term", "http", "future")
-        self._durations = {unit: _histogram(meter, f"tinkex.{unit}.duration") for unit in units}
+        self._durations = {unit: _histogram(meter, name) for unit, (name, _) in _DURATIONS.items()}
         self._queue_wait = _histogram(meter, "tinkex.queue.wait")
         self._http_retries = meter.create_counter("tinkex.http.retries", description="Repeated HTTP requests")
         self._term_retries = meter.create_counter("tinkex.term.retries", description="Repeated calls of terms")
-        self._losses = {
-            "loss_total": meter.create_gauge("tinkex.loss.total", description="The composed loss"),
-            "regularizer_total": meter.create_gauge("tinkex.loss.regularizers", description="Sum of the contributions"),
-        }
-        self._terms = {
-            "value": meter.create_gauge("tinkex.term.value", description="A regularizer's own loss"),
-            "contribution": meter.create_gauge("tinkex.term.contribution", description="Weight times value"),
-            "grad_norm": meter.create_gauge("tinkex.term.grad_norm", description="Unweighted gradient norm"),
+        self._gauges = {
+            key: meter.create_gauge(_ATTRIBUTES[key], description=description)
+            for descriptions in _GAUGES.values()
+            for key, description in descriptions.items()
         }
         self._queues: dict[object, _QueueWait] = {}
 
     def record(self, event: Event, model_id: str | None) -> None:
         """Records one event; `model_id` is that of its training client, if it has one."""
-        given = event.metadata
-        failed: Attributes = {"error.type": str(given["reason"])} if event.name.endswith(".exception") else {}
-        seconds: Any = event.measurements.get("duration")
-        match event.name.removeprefix("tinkex.").split("."):
-            case ["run", "step", "stop" | "exception"]:
-                self._durations["run.step"].record(seconds, failed)
-            case ["training", "stop" | "exception"]:
-                self._durations["training"].record(seconds, {"tinkex.operation": given["operation"], **failed})
-            case ["custom_loss", "stop" | "exception" as phase]:
-                self._durations["custom_loss"].record(seconds, failed)
-                if phase == "stop":
-                    _set(self._losses, event.measurements, _of_model(model_id))
-            case ["regularizer", "compute", "stop" | "exception" as phase]:
-                name: Attributes = {_TERM: given["regularizer_name"]}
-                self._durations["term"].record(seconds, {**name, **failed})
-                if phase == "stop":
-                    _set(self._terms, event.measurements, {**name, **_of_model(model_id)})
-            case ["regularizer", "retry"]:
-                self._term_retries.add(1, {_TERM: given["regularizer_name"]})
-            case ["http", "request", "start"] if given["attempt"] > 1:
-                self._http_retries.add(1, {"tinkex.endpoint": endpoint(given["path"])})
-            case ["http", "request", "stop" | "exception"]:
-                self._durations["http"].record(seconds, {**_of_request(event), **failed})
-            case ["future", phase]:
-                self._record_future(event, phase, failed)
-            case _:
-                return
+        unit, _, phase = event.name.rpartition(".")
+        if event.name == "tinkex.regularizer.retry":
+            self._term_retries.add(1, _labels(event, ("regularizer_name",)))
+        elif event.name == "tinkex.http.request.start" and event.metadata["attempt"] > 1:
+            self._http_retries.add(1, _labels(event, ("path",)))
+        elif phase in ("stop", "exception") and unit in _DURATIONS:
+            labels = _labels(event, _DURATIONS[unit][1])
+            failed: Attributes = {"error.type": str(event.metadata["reason"])} if phase == "exception" else {}
+            self._durations[unit].record(event.measurements["duration"], {**labels, **failed})
+            if phase == "stop":
+                self._set_gauges(unit, event, labels if model_id is None else {**labels, "tinkex.model_id": model_id})
+        if unit == "tinkex.future":
+            self._record_queue(event, phase)
 
-    def _record_future(self, event: Event, phase: str, failed: Attributes) -> None:
+    def _set_gauges(self, unit: str, event: Event, labels: Attributes) -> None:
+        for key in _GAUGES.get(unit, ()):
+            value = event.measurements.get(key)
+            if value is not None:
+                self._gauges[key].set(value, labels)
+
+    def _record_queue(self, event: Event, phase: str) -> None:
         key = (asyncio.current_task(), event.metadata["request_id"])
-        request_type: Attributes = {"tinkex.request_type": event.metadata["request_type"]}
         if phase == "start":
             self._queues[key] = _QueueWait()
+        elif key not in self._queues:  # started before this was attached
+            return
         elif phase == "queue_state":
-            if key in self._queues:
-                self._queues[key].update(waiting=event.metadata["queue_state"] in _WAITING)
+            self._queues[key].update(queued=event.metadata["queue_state"] in _QUEUED)
         else:
-            self._durations["future"].record(event.measurements["duration"], {**request_type, **failed})
-            queue = self._queues.pop(key, None)
-            if queue is not None:
-                queue.update(waiting=False)
-                self._queue_wait.record(queue.seconds, request_type)
+            queue = self._queues.pop(key)
+            queue.update(queued=False)
+            self._queue_wait.record(queue.seconds, _labels(event, ("request_type",)))
 
 
 class _QueueWait:
@@ -281,11 +265,11 @@ class _QueueWait:
         self.seconds = 0.0
         self._since: float | None = None
 
-    def update(self, *, waiting: bool) -> None:
+    def update(self, *, queued: bool) -> None:
         now = time.monotonic()
         if self._since is not None:
             self.seconds += now - self._since
-        self._since = now if waiting else None
+        self._since = now if queued else None
 
 
 def _trace_headers() -> dict[str, str]:
@@ -338,24 +322,10 @@ def endpoint(path: str) -> str:
     return (below if found else path.lstrip("/")).partition("/")[0]
 
 
-def _of_request(event: Event) -> Attributes:
-    attributes: Attributes = {
-        "http.request.method": event.metadata["method"],
-        "tinkex.endpoint": endpoint(event.metadata["path"]),
-    }
-    status = event.measurements.get("status")
-    return attributes if status is None else {**attributes, "http.response.status_code": status}
-
-
-def _of_model(model_id: str | None) -> Attributes:
-    return {} if model_id is None else {"tinkex.model_id": model_id}
-
-
-def _set(gauges: Mapping[str, Any], measurements: Mapping[str, Any], attributes: Attributes) -> None:
-    for name, gauge in gauges.items():
-        value = measurements.get(name)
-        if value is not None:
-            gauge.set(value, attributes)
+def _labels(event: Event, keys: Sequence[str]) -> Attributes:
+    given = {**event.measurements, **event.metadata}
+    labels: Attributes = {_ATTRIBUTES[key]: given[key] for key in keys if given.get(key) is not None and key != "path"}
+    return {**labels, "tinkex.endpoint": endpoint(given["path"])} if "path" in keys else labels
 
 
 def _histogram(meter: Meter, name: str) -> Histogram:
