@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from torch.autograd import gradcheck
 
-from tests.regularizers.support import datum, datums, evaluated, finite_differences, loss_of, random_logprobs
+from tests.regularizers.support import datum, datums, evaluated, random_logprobs
 from tinkex_py import InvalidData
 from tinkex_py.base_losses import CISPO, PPO, ImportanceSampling
 from tinkex_py.local.losses import find_loss
@@ -58,14 +56,14 @@ def test_values_and_gradients_token_by_token(term, mask):
 def test_they_equal_the_embedded_services_own_losses(term, name):
     p = torch.tensor(P, requires_grad=True)
     inputs = {"logprobs": torch.tensor(Q), "advantages": torch.tensor(A)}
-    wanted = find_loss(name, {}).compute(p, inputs).value
-    (slope,) = torch.autograd.grad(wanted, p)
+    expected = find_loss(name, {}).compute(p, inputs).value
+    (slope,) = torch.autograd.grad(expected, p)
     value, gradient, _ = evaluated(term, data_of(), torch.tensor(P))
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient, slope)
 
 
-def test_metrics_are_means_over_what_counts():
+def test_metrics_are_means_over_the_mask():
     _, _, metrics = evaluated(PPO(mask="weights"), data_of(mask=MASK), float32(P))
     counted = [(p, q, a) for p, q, a, w in zip(*(float32(x).tolist() for x in (P, Q, A, MASK)), strict=True) if w]
     ratios = [math.exp(p - q) for p, q, _ in counted]
@@ -81,26 +79,9 @@ def test_metrics_are_means_over_what_counts():
     assert set(metrics) == {"mean_ratio", "approx_kl", "tokens"}
 
 
-@pytest.mark.parametrize("term", [ImportanceSampling(), PPO()])
-@pytest.mark.parametrize("reduction", ["sum", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
-def test_gradients(term, reduction):
-    term = term.with_options({"reduction": reduction, "mask": "weights"})
-    data = data_of(mask=MASK)
-    assert gradcheck(loss_of(term, data), float32(P).requires_grad_())
-    _, gradient, _ = evaluated(term, data, float32(P))
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), float32(P)), rtol=1e-6, atol=1e-8)
-
-
-def test_every_token_keeps_its_gradient_in_cispo_and_loses_it_in_ppo():
-    data = [datum(2, logprobs=[-4.0, -0.1], advantages=[1.0, -1.0])]
-    p = torch.tensor([-1.0, -2.0])  # ratios 20 and 0.15: both far beyond
-    assert evaluated(PPO(), data, p)[1].tolist() == [0.0, 0.0]
-    gradient = evaluated(CISPO(clip_low_threshold=0.8, clip_high_threshold=1.2), data, p)[1]
-    assert gradient.tolist() == pytest.approx([-1.2, 0.8])
-
-
 @pytest.mark.parametrize("term", TERMS, ids=repr)
-@given(difference=st.floats(-200, 200), advantage=st.floats(-10, 10))
+@pytest.mark.parametrize("difference", [-200.0, -1.0, 0.0, 19.0, 21.0, 200.0])
+@pytest.mark.parametrize("advantage", [-10.0, 0.0, 1.0])
 def test_nothing_overflows(term, difference, advantage):
     data = [datum(1, logprobs=[-250.0 - difference], advantages=[advantage])]
     value, gradient, _ = evaluated(term, data, torch.tensor([-250.0]))
@@ -109,7 +90,7 @@ def test_nothing_overflows(term, difference, advantage):
     assert gradient.item() * advantage <= 0  # it never pushes against the advantage
 
 
-def test_beyond_e20_the_ratio_goes_on_as_its_tangent():
+def test_beyond_e20_the_ratio_continues_as_its_tangent():
     data = [datum(1, logprobs=[-31.0], advantages=[-1.0])]
     value, gradient, _ = evaluated(ImportanceSampling(), data, torch.tensor([-1.0], dtype=torch.float64))
     assert value.item() == pytest.approx(math.exp(20) * 11)
@@ -127,7 +108,7 @@ def test_errors():
     with pytest.raises(InvalidData, match="datum 0 has no 'logprobs'"):
         PPO().compute(datums(advantages=A), logprobs)
     data = [datum(2, logprobs=[-1.0, -1.0], advantages=[1.0]), datum(1, logprobs=[-1.0], advantages=[1.0])]
-    with pytest.raises(InvalidData, match=r"'advantages' of datum 0 has shape \(1,\), its logprobs have shape \(2,\)"):
+    with pytest.raises(InvalidData, match=r"'advantages' of datum 0 has shape \(1,\), but .* \(2,\)"):
         CISPO().compute(data, random_logprobs(3))
-    with pytest.raises(InvalidData, match=r"PPO is for sampled tokens, .* shape \(8, 3\): give \[T\] targets"):
+    with pytest.raises(InvalidData, match=r"PPO needs sampled tokens, .* shape \(8, 3\): pass \[T\] targets"):
         PPO().compute(datums(candidates=3), random_logprobs(8, 3))

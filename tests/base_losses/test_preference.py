@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from torch.autograd import gradcheck, gradgradcheck
 
-from tests.regularizers.support import datums, evaluated, finite_differences, loss_of, random_logprobs
+from tests.regularizers.support import datums, evaluated, random_logprobs
 from tinkex_py import InvalidData, Pipeline
 from tinkex_py.base_losses import DPO
 
@@ -46,8 +44,8 @@ def test_the_formula(reduction, smoothing):
     assert value.item() == pytest.approx(share * sum(losses))
     pulls = [share * beta * (sigmoid(-z) - smoothing) for z in margins]
     per_datum = [-pulls[0], pulls[0], -pulls[1], pulls[1]]
-    wanted = torch.repeat_interleave(torch.tensor(per_datum, dtype=torch.float64), torch.tensor(LENGTHS))
-    torch.testing.assert_close(gradient, wanted * torch.tensor(WEIGHTS).double())
+    expected = torch.repeat_interleave(torch.tensor(per_datum, dtype=torch.float64), torch.tensor(LENGTHS))
+    torch.testing.assert_close(gradient, expected * torch.tensor(WEIGHTS).double())
     assert metrics == {
         "accuracy": pytest.approx(sum(z > 0 for z in margins) / 2),
         "margin": pytest.approx(sum(margins) / 2),
@@ -57,42 +55,26 @@ def test_the_formula(reduction, smoothing):
     }
 
 
-@pytest.mark.parametrize("term", [DPO(**FIELD), DPO(**FIELD, beta=2.0, label_smoothing=0.2, reduction="sum")])
-def test_gradients(term):
-    assert gradcheck(loss_of(term, data_of()), MODEL.clone().requires_grad_())
-    assert gradgradcheck(loss_of(term, data_of()), MODEL.clone().requires_grad_())
-    _, gradient, _ = evaluated(term, data_of(), MODEL)
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data_of()), MODEL), rtol=1e-5, atol=1e-8)
-
-
-def test_a_model_that_is_the_reference_loses_log_2():
+def test_the_loss_of_the_reference_is_log_2():
     value, _, metrics = evaluated(DPO(**FIELD), data_of(), REFERENCE)
     assert value.item() == pytest.approx(math.log(2))
     assert metrics["margin"] == 0
 
 
-def test_data_without_weights_counts_fully():
+def test_data_without_weights_has_weight_1():
     value, _, _ = evaluated(DPO(**FIELD, beta=1.0), data_of(weights=None), MODEL)
     rewards = rewards_by_hand(1.0, [1.0] * 8)
-    wanted = [-math.log(sigmoid(rewards[0] - rewards[1])), -math.log(sigmoid(rewards[2] - rewards[3]))]
-    assert value.item() == pytest.approx(sum(wanted) / 2)
+    expected = [-math.log(sigmoid(rewards[0] - rewards[1])), -math.log(sigmoid(rewards[2] - rewards[3]))]
+    assert value.item() == pytest.approx(sum(expected) / 2)
 
 
-@given(scale=st.floats(1.0, 1e6))
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
 def test_huge_margins_stay_finite(scale):
     for sign in (1.0, -1.0):
         model = REFERENCE + sign * scale * torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
         value, gradient, _ = evaluated(DPO(**FIELD, beta=10.0), data_of(), model.float())
         assert torch.isfinite(value)
         assert torch.isfinite(gradient).all()
-
-
-def test_pairs_may_come_in_any_order():
-    value, gradient, _ = evaluated(DPO(**FIELD), data_of(), MODEL)
-    data = data_of()
-    swapped, _, _ = evaluated(DPO(**FIELD), [*data[2:], *data[:2]], torch.cat([MODEL[4:], MODEL[:4]]))
-    assert swapped.item() == pytest.approx(value.item())
-    assert gradient[4] == 0  # the prompt
 
 
 @pytest.mark.asyncio
@@ -102,8 +84,8 @@ async def test_as_the_base_loss_with_an_async_reference():
 
     tensors = list(torch.split(MODEL.float(), list(LENGTHS)))
     output = await Pipeline(DPO(reference=frozen)).compute(data_of(), tensors)
-    wanted, _, _ = evaluated(DPO(**FIELD), data_of(), MODEL)
-    assert output.loss_total == pytest.approx(wanted.item(), rel=1e-6)
+    expected, _, _ = evaluated(DPO(**FIELD), data_of(), MODEL)
+    assert output.loss_total == pytest.approx(expected.item(), rel=1e-6)
     assert output.base_loss.metrics["pairs"] == 2.0
 
 
@@ -112,5 +94,5 @@ def test_errors():
         DPO(reference=MODEL[:6]).compute(datums(LENGTHS[:3]), MODEL[:6])
     with pytest.raises(InvalidData, match="got 0"):
         DPO(reference=MODEL).compute([], MODEL)
-    with pytest.raises(InvalidData, match="DPO is for sampled tokens"):
+    with pytest.raises(InvalidData, match="DPO needs sampled tokens"):
         DPO(reference=random_logprobs(8, 3)).compute(datums(LENGTHS, 3), random_logprobs(8, 3))

@@ -427,7 +427,7 @@ async def test_answers_are_read_leniently_and_checked(scripted):
         with pytest.raises(InvalidResponse, match="an invalid TrainingRun"):
             await rest.get_training_run("r")
     server.script(path, answer(json=[1]))
-    with pytest.raises(InvalidResponse, match="no object"):
+    with pytest.raises(InvalidResponse, match="not an object"):
         await rest.get_training_run("r")
     server.script(path, answer(401))
     with pytest.raises(Authentication):

@@ -1,4 +1,4 @@
-"""Small tokenizers in memory with chat templates of several kinds, and what their datums must be."""
+"""Small tokenizers in memory with chat templates of several kinds, and the expected datums."""
 
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The same, with marks around what the assistant says.
+# The same, with marks around the text of the assistant.
 MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
@@ -31,7 +31,7 @@ PLAIN = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-# What was thought is forgotten in every turn but the last.
+# Earlier thoughts are dropped.
 FORGETFUL = (
     "{% for message in messages %}{% set content = message['content'] %}"
     "{% if message['role'] == 'assistant' and not loop.last %}"
@@ -61,7 +61,7 @@ def byte_tokenizer(template: str | None, *, merges: tuple[tuple[str, str], ...] 
 
 
 def adding_a_start() -> Any:
-    """A tokenizer that puts its first token in front of every text, as Llama's does."""
+    """A tokenizer that puts its first token in front of every text, as that of Llama does."""
     tokenizer = byte_tokenizer.__wrapped__(BRACKETS)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -73,8 +73,8 @@ def said(role, content):
     return {"role": role, "content": content}
 
 
-def learnt_text(tokenizer, datum):
-    """What the datum teaches, decoded: one text for each run of weights that are not 0."""
+def learned_text(tokenizer, datum):
+    """The text that the datum teaches, one for each run of weights that are not 0."""
     targets = datum.loss_fn_inputs["target_tokens"].tolist()
     weights = datum.loss_fn_inputs["weights"].tolist()
     texts, run = [], []
@@ -89,7 +89,7 @@ def learnt_text(tokenizer, datum):
 
 
 def whole(tokenizer, datum):
-    """The tokens behind the pre-shifted form, which must fit together."""
+    """The tokens before shifting; inputs and targets must overlap."""
     inputs, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()
     assert inputs[1:] == targets[:-1]
     assert len(inputs) == len(targets) == len(datum.loss_fn_inputs["weights"].tolist())
@@ -106,12 +106,12 @@ def chatml_by_hand(tokenizer, messages, turns):
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     tokens, mask = [], []
     for index, message in enumerate(messages):
-        is_learnt = message["role"] == "assistant" and (turns == "all" or index == last)
-        for piece, learnt in (
+        is_learned = message["role"] == "assistant" and (turns == "all" or index == last)
+        for piece, learned in (
             ([start, *encoded(message["role"] + "\n")], False),
-            ([*encoded(message["content"]), end], is_learnt),
+            ([*encoded(message["content"]), end], is_learned),
             (encoded("\n"), False),
         ):
             tokens += piece
-            mask += [float(learnt)] * len(piece)
+            mask += [float(learned)] * len(piece)
     return tokens, mask

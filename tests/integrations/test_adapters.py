@@ -1,4 +1,4 @@
-"""Checkpoints as peft adapters: peft's own logprobs against the service's, and what must never happen to files."""
+"""Checkpoints as peft adapters: peft reproduces the logprobs of the service, and files are never damaged."""
 
 import io
 import json
@@ -8,19 +8,24 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
-import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, InvalidData, InvalidResponse, ModelInput, TinkexError
 from tinkex_py.integrations.huggingface import adapters, download_adapter, export_adapter
-from tinkex_py.local.models import load_model
+from tinkex_py.local.models import load_model, quiet_loading
+from tinkex_py.local.tokenizers import save_byte_tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# peft still reads the old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    # peft still reads the old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Only relevant to merging the adapter into the model.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
 
 
 def datum(length: int, seed: int) -> Datum:
@@ -35,6 +40,16 @@ def tiny_network(folder: Path):
     return load_model("tiny", "cpu", folder).network
 
 
+def tied_model(folder: Path) -> str:
+    """A model in files whose output layer is its embedding, as in SmolLM2."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=258, max_position_embeddings=64, tie_word_embeddings=True, **sizes)
+    with quiet_loading():
+        LlamaForCausalLM(config).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return str(folder)
+
+
 def logprobs_of(network, data):
     """By transformers and peft alone."""
     rows = []
@@ -43,45 +58,44 @@ def logprobs_of(network, data):
         with torch.no_grad():
             logits = network(torch.tensor([one.model_input.to_ints()])).logits[0]
         rows.append(torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0])
-    return rows
-
-
-def loaded(folder: Path, adapter: Path):
-    return peft.PeftModel.from_pretrained(tiny_network(folder), str(adapter)).eval()
+    return torch.cat(rows)
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("kinds", [{}, {"train_unembed": False, "train_mlp": False}])
-async def test_peft_gives_the_logprobs_of_the_service(tmp_path, kinds):
-    async with AsyncServiceClient.local(model="tiny") as service:
-        training = await service.create_lora_training_client("tiny", rank=4, seed=1, **kinds)
+@pytest.mark.parametrize(
+    ("tied", "kinds"), [(False, {}), (False, {"train_unembed": False, "train_mlp": False}), (True, {})]
+)
+async def test_peft_gives_the_logprobs_of_the_service(tmp_path, tied, kinds):
+    model = tied_model(tmp_path / "model") if tied else "tiny"
+    with quiet_loading():
+        network = AutoModelForCausalLM.from_pretrained(model) if tied else tiny_network(tmp_path)
+    async with AsyncServiceClient.local(model=model) as service:
+        training = await service.create_lora_training_client(model, rank=4, seed=1, **kinds)
         for _ in range(3):
             await training.forward_backward_custom(DATA, lambda data, logprobs: -logprobs.mean())
             await training.optim_step(AdamParams(learning_rate=2e-2))
-        expected = [out["logprobs"].to_torch() for out in (await training.forward(DATA)).loss_fn_outputs]
+        expected = torch.cat([out["logprobs"].to_torch() for out in (await training.forward(DATA)).loss_fn_outputs])
         saved = await training.save_state("trained")
         rest = service.create_rest_client()
-        seen = []
-        network = tiny_network(tmp_path)
+        progress = []
         adapter = await download_adapter(
-            rest, saved.path, tmp_path / "new" / "adapter", network=network, on_progress=seen.append
+            rest, saved.path, tmp_path / "new" / "adapter", network=network, on_progress=progress.append
         )
         checkpoint = await rest.download_checkpoint(saved.path, tmp_path / "checkpoint")
         sampler = await training.save_weights_for_sampler("sampler")
         await download_adapter(rest, sampler.path, tmp_path / "sampler")
     assert adapter == tmp_path / "new" / "adapter"
-    assert seen[-1].received_bytes == seen[-1].total_bytes
+    assert progress[-1].received_bytes == progress[-1].total_bytes
     assert sorted(file.name for file in adapter.iterdir()) == [CONFIG, WEIGHTS]
     assert sorted(file.name for file in adapter.parent.iterdir()) == ["adapter"]  # nothing hidden is left
     config = json.loads((adapter / CONFIG).read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("tiny", 4, 32)
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (model, 4, 32)
 
     tuned = peft.PeftModel.from_pretrained(network, str(adapter)).eval()
-    own = torch.cat(logprobs_of(tuned, DATA))
-    torch.testing.assert_close(own, torch.cat(expected), atol=1e-4, rtol=0)
+    own = logprobs_of(tuned, DATA)
+    torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
     with tuned.disable_adapter():
-        untouched = torch.cat(logprobs_of(tuned, DATA))
-    assert (own - untouched).abs().max() > 0.1  # so the adapter is what makes them equal
+        assert (own - logprobs_of(tuned, DATA)).abs().max() > 0.1  # so the adapter is what makes them equal
 
     saved_weights = load_file(checkpoint / WEIGHTS)
     for made in (adapter, tmp_path / "sampler", export_adapter(checkpoint, tmp_path / "again")):
@@ -92,7 +106,7 @@ async def test_peft_gives_the_logprobs_of_the_service(tmp_path, kinds):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint's folder as the embedded service makes it, with random numbers."""
+    """The folder of a checkpoint of the embedded service, with random numbers."""
     folder = tmp_path_factory.mktemp("checkpoints") / "one"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -123,17 +137,13 @@ def changed(checkpoint, folder, *, weights=None, config=None):
 
 
 def test_every_adapted_layer_is_named_so_that_peft_loads_all(checkpoint, tmp_path):
-    """To peft "all-linear" leaves out the output layer, and the file of such a checkpoint says it."""
-    adapter = export_adapter(checkpoint, tmp_path / "adapter")
-    state = peft.get_peft_model_state_dict(loaded(tmp_path, adapter), save_embedding_layers=False)
+    """To peft "all-linear", which such a checkpoint contains, excludes the output layer."""
+    adapter = export_adapter(checkpoint, tmp_path / "adapter", base_model="other")
+    tuned = peft.PeftModel.from_pretrained(tiny_network(tmp_path), str(adapter))
+    state = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     weights = load_file(checkpoint / WEIGHTS)
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[key], weights[key]) for key in weights)
-    assert json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"] == "mine"
-
-
-def test_the_base_model_can_be_named(checkpoint, tmp_path):
-    adapter = export_adapter(checkpoint, tmp_path / "adapter", base_model="other")
     assert peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path == "other"
 
 
@@ -159,7 +169,7 @@ def archive_of(folder: Path, archive: Path, *, mode="w", inside="", extra=()):
 
 
 @pytest.mark.parametrize("inside", ["", "deep/inside/"])
-def test_an_archive_is_as_good_as_a_folder(checkpoint, tmp_path, inside):
+def test_an_archive_gives_the_same_adapter_as_a_folder(checkpoint, tmp_path, inside):
     archive = archive_of(checkpoint, tmp_path / "checkpoint.tar.gz", mode="w:gz", inside=inside)
     adapter = export_adapter(archive, tmp_path / "adapter")
     folder = export_adapter(checkpoint, tmp_path / "other")
@@ -176,10 +186,10 @@ def test_names_that_lead_out_of_the_folder(checkpoint, tmp_path, name):
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
+def test_nothing_is_overwritten_without_overwrite(checkpoint, tmp_path):
     target = tmp_path / "adapter"
     target.mkdir()
-    export_adapter(checkpoint, target)  # an empty folder is free
+    export_adapter(checkpoint, target)  # an empty folder is accepted
     before = (target / CONFIG).read_bytes()
     with pytest.raises(InvalidData, match="is not empty: choose another one, or pass overwrite=True"):
         export_adapter(checkpoint, target, base_model="other")
@@ -187,15 +197,14 @@ def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
     export_adapter(checkpoint, target, base_model="other", overwrite=True)
     assert json.loads((target / CONFIG).read_text())["base_model_name_or_path"] == "other"
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidData, match="holds more than an adapter, so it is not replaced"):
+    with pytest.raises(InvalidData, match="contains more than an adapter and is not replaced"):
         export_adapter(checkpoint, target, overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(target)
-    with pytest.raises(InvalidData, match="is not a folder"):
-        export_adapter(checkpoint, tmp_path / "link", overwrite=True)
     (tmp_path / "file").touch()
-    with pytest.raises(InvalidData, match="is not a folder"):
-        export_adapter(checkpoint, tmp_path / "file", overwrite=True)
+    for name in ("link", "file"):
+        with pytest.raises(InvalidData, match="is not a folder"):
+            export_adapter(checkpoint, tmp_path / name, overwrite=True)
 
 
 def test_a_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
@@ -213,7 +222,7 @@ def test_a_failure_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
     assert (target / CONFIG).read_bytes() == before
 
 
-def test_an_old_adapter_comes_back_if_the_new_one_cannot_take_its_place(checkpoint, tmp_path, monkeypatch):
+def test_the_old_adapter_is_restored_if_the_new_one_cannot_be_moved(checkpoint, tmp_path, monkeypatch):
     target = export_adapter(checkpoint, tmp_path / "new" / "adapter")
     real = Path.rename
 
@@ -240,80 +249,76 @@ def with_tensor(key, shape):
 @pytest.mark.parametrize(
     ("weights", "config", "reason"),
     [
-        (without("lm_head", "B"), {}, r"matrices of layer 'lm_head' do not belong together: \{'A': \(2, 64\)\}"),
-        (with_tensor(f"{PREFIX}lm_head.lora_B.weight", (258, 3)), {}, "'lm_head' do not belong together"),
+        (without("lm_head", "B"), {}, r"matrices of layer 'lm_head' do not match: \{'A': \(2, 64\)\}"),
+        (with_tensor(f"{PREFIX}lm_head.lora_B.weight", (258, 3)), {}, "'lm_head' do not match"),
         (with_tensor(f"{PREFIX}m.experts.w1.lora_A.weight", (8, 2, 4)), {}, r"experts.* of shape \(8, 2, 4\)"),
-        (with_tensor("model.embed_tokens.weight", (4, 4)), {}, "has 'model.embed_tokens.weight'"),
+        (with_tensor("model.embed_tokens.weight", (4, 4)), {}, "contains 'model.embed_tokens.weight'"),
         (lambda given: {}, {}, "is empty"),
         (None, {"r": 4}, "layer '.*' has rank 2, but adapter_config.json says 4"),
-        (None, {"r": None}, "needs the number 'r', got None"),
-        (None, {"lora_alpha": "a"}, "needs the number 'lora_alpha', got 'a'"),
+        (None, {"r": None}, "is invalid: r: Input should be a valid integer"),
+        (None, {"lora_alpha": "a"}, "is invalid: lora_alpha: .*Input should be a valid integer"),
         (None, {"use_dora": True}, "sets use_dora=True; only plain LoRA can be exported"),
         (None, {"bias": "all"}, "sets bias='all'"),
         (None, {"unheard_of": [1]}, "sets unheard_of="),
-        (None, {"peft_type": "IA3"}, "of the kind 'IA3'"),
+        (None, {"peft_type": "IA3"}, "of type 'IA3'"),
     ],
 )
-def test_checkpoints_that_are_no_plain_lora(checkpoint, tmp_path, weights, config, reason):
+def test_only_plain_lora_is_exported(checkpoint, tmp_path, weights, config, reason):
     source = changed(checkpoint, tmp_path / "source", weights=weights, config=config)
     with pytest.raises(InvalidData, match=reason):
         export_adapter(source, tmp_path / "adapter")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["source"]
 
 
-def test_damaged_files(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (CONFIG, b"{", "adapter_config.json of the checkpoint is invalid: Invalid JSON"),
+        (CONFIG, b"[]", "adapter_config.json of the checkpoint is invalid: Input should be an object"),
+        (WEIGHTS, b"\0", "adapter_model.safetensors of the checkpoint is damaged"),
+        (WEIGHTS, None, "contains 0 LoRA adapters"),
+    ],
+)
+def test_damaged_files(checkpoint, tmp_path, name, content, reason):
     source = changed(checkpoint, tmp_path / "source")
-    (source / CONFIG).write_text("{")
-    with pytest.raises(InvalidData, match="adapter_config.json of the checkpoint is damaged"):
-        export_adapter(source, tmp_path / "adapter")
-    (source / CONFIG).write_text("[]")
-    with pytest.raises(InvalidData, match="is no JSON object"):
-        export_adapter(source, tmp_path / "adapter")
-    (source / CONFIG).write_text((checkpoint / CONFIG).read_text())
-    (source / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes()[:-1])
-    with pytest.raises(InvalidData, match="adapter_model.safetensors of the checkpoint is damaged"):
-        export_adapter(source, tmp_path / "adapter")
-    (source / WEIGHTS).unlink()
-    with pytest.raises(InvalidData, match="holds 0 LoRA adapters"):
+    (source / name).unlink()
+    if content is not None:
+        (source / name).write_bytes(content)
+    with pytest.raises(InvalidData, match=reason):
         export_adapter(source, tmp_path / "adapter")
     with pytest.raises(InvalidData, match="there is no checkpoint"):
         export_adapter(tmp_path / "nowhere", tmp_path / "adapter")
 
 
-def test_another_base_model_is_noticed(checkpoint, tmp_path):
+def test_another_base_model_raises(checkpoint, tmp_path):
     network = tiny_network(tmp_path)
     renamed = {key.replace("layers.1", "layers.9"): value for key, value in load_file(checkpoint / WEIGHTS).items()}
     source = changed(checkpoint, tmp_path / "source", weights=lambda given: renamed)
     with pytest.raises(InvalidData, match=r"the base model has no layer 'model.layers.9.mlp.down_proj'"):
         export_adapter(source, tmp_path / "adapter", network=network)
     network.lm_head = torch.nn.Linear(64, 300, bias=False)
-    with pytest.raises(InvalidData, match=r"'lm_head' is \(300, 64\) in the base model, but the .* \(258, 64\)"):
+    with pytest.raises(InvalidData, match=r"'lm_head' is \(300, 64\) in the base model, but \(258, 64\)"):
         export_adapter(checkpoint, tmp_path / "adapter", network=network)
 
 
-@pytest_asyncio.fixture
-async def service():
-    async with AsyncServiceClient.local(model="tiny") as service:
-        yield service
-
-
 @pytest.mark.asyncio
-async def test_a_download_that_fails_leaves_nothing(service, tmp_path):
-    training = await service.create_lora_training_client("tiny", rank=2)
-    saved = await training.save_state("first")
-    rest = service.create_rest_client()
+async def test_a_download_that_fails_leaves_nothing(tmp_path):
     target = tmp_path / "new" / "adapter"
 
     def stop(_progress):
         raise RuntimeError("enough")
 
-    with pytest.raises(RuntimeError, match="enough"):
-        await download_adapter(rest, saved.path, target, on_progress=stop)
-    assert list(target.parent.iterdir()) == []
-    with pytest.raises(TinkexError, match="no-such"):
-        await download_adapter(rest, saved.path.replace("first", "no-such"), target)
-    target.mkdir()
-    (target / "notes.txt").touch()
-    with pytest.raises(InvalidData, match="is not empty"):
-        await download_adapter(rest, saved.path, target)
+    async with AsyncServiceClient.local(model="tiny") as service:
+        training = await service.create_lora_training_client("tiny", rank=2)
+        saved = await training.save_state("first")
+        rest = service.create_rest_client()
+        with pytest.raises(RuntimeError, match="enough"):
+            await download_adapter(rest, saved.path, target, on_progress=stop)
+        assert list(target.parent.iterdir()) == []
+        with pytest.raises(TinkexError, match="no-such"):
+            await download_adapter(rest, saved.path.replace("first", "no-such"), target)
+        target.mkdir()
+        (target / "notes.txt").touch()
+        with pytest.raises(InvalidData, match="is not empty"):
+            await download_adapter(rest, saved.path, target)
     assert [file.name for file in target.parent.rglob("*")] == ["adapter", "notes.txt"]

@@ -1,4 +1,4 @@
-"""What is logged is what the trackers' own readers read; a run that goes on stays one run."""
+"""The readers of the trackers return what was logged; a resumed run stays one run."""
 
 import json
 import math
@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.tracked import RUN, log_twice
+from tests.integrations.tracker_program import RUN, log_twice
 from tinkex_py.errors import ConfigError, MissingExtra
-from tinkex_py.integrations.trackers import JsonlSink, MlflowSink, TensorBoardSink, TrackioSink, WandbSink
-from tinkex_py.integrations.trackers.identity import run_key
-from tinkex_py.integrations.trackers.mlflow import allowed_key
+from tinkex_py.integrations.trackers import (
+    JsonlSink,
+    MlflowSink,
+    TensorBoardSink,
+    TrackioSink,
+    WandbSink,
+    mlflow_key,
+    run_key,
+)
 from tinkex_py.runs.records import RunInfo
 from tinkex_py.runs.sinks import MetricSink
 
@@ -66,7 +72,7 @@ def test_jsonl(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_jsonl_keeps_nan_and_other_runs_and_drops_an_unfinished_line(tmp_path: Path) -> None:
+def test_jsonl_keeps_nan_and_other_runs_and_removes_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "numbers.jsonl"
     other = RUN.model_copy(update={"started_at": 1.0})
     for run, rows in ((other, {5: 1.0}), (RUN, {1: math.nan, 2: 2.0, 3: 3.0})):
@@ -88,12 +94,6 @@ def test_jsonl_keeps_nan_and_other_runs_and_drops_an_unfinished_line(tmp_path: P
     ]
 
 
-def test_jsonl_in_a_place_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="numbers.jsonl cannot be written: "):
-        JsonlSink(tmp_path / "file" / "numbers.jsonl").start(RUN)
-
-
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -108,7 +108,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert b'"learning_rate": 0.0001' in text.tensor_proto.string_val[0]
 
 
-def told_by(tracker: str, folder: Path) -> dict[str, Any]:
+def logged_with(tracker: str, folder: Path) -> dict[str, Any]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))}
     finished = subprocess.run(
         [sys.executable, "-m", "tests.integrations.tracker_program", tracker, str(folder)],
@@ -123,8 +123,8 @@ def told_by(tracker: str, folder: Path) -> dict[str, Any]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def assert_both_histories(told: dict[str, Any], infinity: float = math.inf) -> None:
-    points = {name: [(step, value) for step, value in curve] for name, curve in told["points"].items()}
+def assert_both_histories(found: dict[str, Any], infinity: float = math.inf) -> None:
+    points = {name: [(step, value) for step, value in curve] for name, curve in found["points"].items()}
     assert points == {
         "loss/total": [(1, 0.1), (2, same(math.nan)), (2, 0.3), (3, -1e-12)],
         "term/l1/value": [(1, 4.9), (2, infinity), (2, -infinity), (3, 7.0)],
@@ -132,23 +132,23 @@ def assert_both_histories(told: dict[str, Any], infinity: float = math.inf) -> N
 
 
 def test_wandb(tmp_path: Path) -> None:
-    told = told_by("wandb", tmp_path)
-    assert_both_histories(told)
-    assert told["ids"] == [told["key"]]
-    assert told["names"] == [RUN.name]
-    assert told["config"]["terms"] == ["l1", "kl"]
-    assert told["config"]["seed"] == 7
-    assert told["still_open"]
+    found = logged_with("wandb", tmp_path)
+    assert_both_histories(found)
+    assert found["ids"] == [found["key"]]
+    assert found["names"] == [RUN.name]
+    assert found["config"]["terms"] == ["l1", "kl"]
+    assert found["config"]["seed"] == 7
+    assert found["still_open"]
 
 
 def test_mlflow(tmp_path: Path) -> None:
-    told = told_by("mlflow", tmp_path)
-    for curve in told["points"].values():
+    found = logged_with("mlflow", tmp_path)
+    for curve in found["points"].values():
         curve[1:3] = sorted(curve[1:3], key=lambda point: point[1] < 1)  # the order within one step is not kept
-    assert_both_histories(told, infinity=sys.float_info.max)
-    assert told["names"] == [RUN.name]
-    assert told["status"] == "FINISHED"
-    assert told["config"] == {
+    assert_both_histories(found, infinity=sys.float_info.max)
+    assert found["names"] == [RUN.name]
+    assert found["status"] == "FINISHED"
+    assert found["config"] == {
         "model": "tiny",
         "seed": "7",
         "learning_rate": "0.0001",
@@ -158,11 +158,11 @@ def test_mlflow(tmp_path: Path) -> None:
 
 
 def test_trackio(tmp_path: Path) -> None:
-    told = told_by("trackio", tmp_path)
-    assert_both_histories(told)
-    assert told["names"] == [told["key"]]
-    assert told["config"]["terms"] == ["l1", "kl"]
-    assert told["still_open"]
+    found = logged_with("trackio", tmp_path)
+    assert_both_histories(found)
+    assert found["names"] == [found["key"]]
+    assert found["config"]["terms"] == ["l1", "kl"]
+    assert found["still_open"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_trackio(tmp_path: Path) -> None:
         ("trackio", lambda: TrackioSink("project")),
     ],
 )
-def test_a_missing_extra_is_told_at_once(package: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_raises_at_once(package: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra) as caught:
         make()
@@ -192,11 +192,14 @@ def test_all_are_sinks_and_importing_them_loads_no_tracker(tmp_path: Path) -> No
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
-def test_a_sink_that_was_not_started_says_so(tmp_path: Path) -> None:
+def test_sinks_raise_without_a_run_and_without_a_folder(tmp_path: Path) -> None:
     for sink in (JsonlSink(tmp_path / "x"), TensorBoardSink(tmp_path)):
         with pytest.raises(ConfigError, match=rf"{type(sink).__name__} has no run: call start\(run\)"):
             sink.log(1, {"loss/total": 1.0})
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"numbers.jsonl cannot be written \(.*\): pass another path"):
+        JsonlSink(tmp_path / "file" / "numbers.jsonl").start(RUN)
 
 
 def test_run_keys_are_the_same_for_the_same_run_only() -> None:
@@ -224,5 +227,5 @@ def test_run_keys_are_the_same_for_the_same_run_only() -> None:
         ("x" * 300, "x" * 250),
     ],
 )
-def test_names_that_mlflow_takes(name: str, key: str) -> None:
-    assert allowed_key(name) == key
+def test_names_in_mlflow(name: str, key: str) -> None:
+    assert mlflow_key(name) == key

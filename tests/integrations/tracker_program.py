@@ -1,21 +1,45 @@
-"""Logs to one tracker without any network and prints, as JSON, what the tracker's own reader tells.
+"""Logs to one tracker without a network, and prints what the tracker's reader returns as JSON.
 
     python -m tests.integrations.tracker_program TRACKER FOLDER
 
-A process of its own because these libraries keep threads, processes and settings for as long as a process lives.
+A separate process, because these libraries keep threads, processes and settings until the process ends.
 """
 
 import json
+import math
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.integrations.tracked import RUN, log_twice
-from tinkex_py.integrations.trackers import MlflowSink, TrackioSink, WandbSink
-from tinkex_py.integrations.trackers.identity import run_key
+from tinkex_py.integrations.trackers import MlflowSink, TrackioSink, WandbSink, run_key
+from tinkex_py.runs.records import RunInfo
+from tinkex_py.runs.sinks import MetricSink
 
 Points = list[tuple[int, float]]
+
+RUN = RunInfo(
+    name="sft kl/1",
+    started_at=1_795_000_000.25,
+    updated_at=1_795_000_000.25,
+    model="tiny",
+    config={"learning_rate": 1e-4, "terms": ["l1", "kl"], "note": "plain"},
+    seed=7,
+)
+FIRST = {1: {"loss/total": 0.1, "term/l1/value": 4.9}, 2: {"loss/total": math.nan, "term/l1/value": math.inf}}
+# The run failed after step 2 and resumes from the checkpoint of step 1.
+AGAIN = {2: {"loss/total": 0.3, "term/l1/value": -math.inf}, 3: {"loss/total": -1e-12, "term/l1/value": 7.0}}
+
+
+def log_twice(make: Callable[[], MetricSink]) -> None:
+    """Logs like a run that fails after step 2 and then resumes."""
+    for rows, status in ((FIRST, "failed"), (AGAIN, "finished")):
+        sink = make()
+        sink.start(RUN)
+        for step, metrics in rows.items():
+            sink.log(step, metrics)
+        sink.finish(status)
 
 
 def refuse_the_network() -> None:
@@ -61,15 +85,15 @@ def wandb(folder: Path) -> dict[str, Any]:
 
 def leveldb_records(content: bytes) -> list[bytes]:
     """The records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
-    records, record, place = [], b"", 7
-    while place + 7 <= len(content):
-        left_in_block = 32768 - place % 32768
+    records, record, start = [], b"", 7
+    while start + 7 <= len(content):
+        left_in_block = 32768 - start % 32768
         if left_in_block < 7:
-            place += left_in_block
+            start += left_in_block
             continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        record += content[place + 7 : place + 7 + length]
-        place += 7 + length
+        length, kind = int.from_bytes(content[start + 4 : start + 6], "little"), content[start + 6]
+        record += content[start + 7 : start + 7 + length]
+        start += 7 + length
         if kind in (1, 4):  # whole, or the last part
             records.append(record)
             record = b""
@@ -114,5 +138,5 @@ def trackio(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     refuse_the_network()
     tracker = {"wandb": wandb, "mlflow": mlflow, "trackio": trackio}[sys.argv[1]]
-    told = tracker(Path(sys.argv[2]))
-    sys.stdout.write(json.dumps({**told, "key": run_key(RUN)}) + "\n")
+    found = tracker(Path(sys.argv[2]))
+    sys.stdout.write(json.dumps({**found, "key": run_key(RUN)}) + "\n")

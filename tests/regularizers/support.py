@@ -1,4 +1,4 @@
-"""Shared by the tests of ready-made terms: datums, leaves, gradients, and finite differences."""
+"""Shared by the tests of ready-made terms: datums, leaves, losses and gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +36,7 @@ def datums(
 
 
 def packed_leaf(values: torch.Tensor) -> torch.Tensor:
-    """What a term gets from a client: it refuses to be used as a list of datums."""
+    """A leaf as a client passes it to terms: iterating over it raises."""
     return values.detach().clone().as_subclass(PackedLogprobs).requires_grad_()
 
 
@@ -60,18 +60,6 @@ def loss_of(term: ReadyMadeTerm, data: Sequence[Datum] = ()) -> Callable[[torch.
         return result[0]
 
     return loss
-
-
-def finite_differences(loss: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
-    """Central differences of a loss, number by number; no autograd."""
-    step = 1e-6
-    slopes = torch.zeros_like(at)
-    for index in np.ndindex(*at.shape):
-        up, down = at.clone(), at.clone()
-        up[index] += step
-        down[index] -= step
-        slopes[index] = (loss(up).item() - loss(down).item()) / (2 * step)
-    return slopes
 
 
 def random_logprobs(*shape: int, seed: int = 0) -> torch.Tensor:

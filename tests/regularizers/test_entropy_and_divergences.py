@@ -1,24 +1,13 @@
 """Entropy, KL divergence and Jensen-Shannon divergence of distributions."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from torch.autograd import gradcheck, gradgradcheck
+from hypothesis import given, settings, strategies as st
 
-from tests.losses.support import GUIDE_VALUES, guide_logprobs
-from tests.regularizers.support import (
-    LENGTHS,
-    datum,
-    datums,
-    evaluated,
-    finite_differences,
-    loss_of,
-    packed_leaf,
-    random_logprobs,
-)
+from tests.losses.support import guide_logprobs
+from tests.regularizers.support import LENGTHS, datum, datums, evaluated, packed_leaf, random_logprobs
 from tinkex_py import Executor, InvalidData, NonFiniteLoss, Pipeline, RegularizerSpec
 from tinkex_py.regularizers import Entropy, JensenShannon, KLDivergence
 
@@ -46,7 +35,7 @@ def test_entropy_of_the_guides_logprobs():
 def test_kl_to_uniform_of_the_guides_logprobs():
     uniform = torch.full((5,), -math.log(5))
     value, gradient, _ = evaluated(KLDivergence(reference=uniform, over="tokens"), [], guide_logprobs())
-    assert value.item() == pytest.approx(-0.6294379, rel=1e-6)  # negative: these five are no distribution
+    assert value.item() == pytest.approx(-0.6294379, rel=1e-6)  # negative: these five are not a distribution
     assert gradient.norm().item() == pytest.approx(0.4472136, rel=1e-6)
 
 
@@ -85,17 +74,14 @@ def test_entropy_closed_forms():
     assert evaluated(Entropy(mode="minimize"), [], uniform)[0].item() == pytest.approx(3 * math.log(4))
     assert evaluated(Entropy(mode="minimize", normalize=True), [], uniform)[0].item() == pytest.approx(3.0)
     assert evaluated(Entropy(mode="minimize", reduction="mean"), [], uniform)[0].item() == pytest.approx(math.log(4))
-    assert evaluated(Entropy(), [], MODEL)[0].item() == pytest.approx(-0.5623351, rel=1e-6)
+    value, gradient, _ = evaluated(Entropy(), [], MODEL)
+    assert value.item() == pytest.approx(-0.5623351, rel=1e-6)
+    assert gradient.tolist() == pytest.approx([p * (1 + math.log(p)) for p in (0.25, 0.75)])
     assert evaluated(Entropy(temperature=0.5), [], MODEL)[0].item() == pytest.approx(-0.3250830, rel=1e-6)
-    # at a high temperature everything is uniform, at a low one certain
+    # a high temperature makes the distribution uniform, a low one deterministic
     assert evaluated(Entropy(temperature=1e6), [], MODEL)[0].item() == pytest.approx(-LOG2)
     assert evaluated(Entropy(temperature=1e-2), [], MODEL)[0].item() == pytest.approx(0.0, abs=1e-12)
     assert evaluated(Entropy(normalize=True), [], torch.zeros(2, 1))[0].item() == 0.0
-
-
-def test_entropys_gradient_is_the_documented_one():
-    _, gradient, _ = evaluated(Entropy(), [], MODEL)
-    assert gradient.tolist() == pytest.approx([p * (1 + math.log(p)) for p in (0.25, 0.75)])
 
 
 def test_kl_closed_forms_and_gradients():
@@ -112,9 +98,9 @@ def test_kl_closed_forms_and_gradients():
 def test_jensen_shannon_closed_forms():
     p, q = [0.25, 0.75], [0.5, 0.5]
     m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-    wanted = sum(a * math.log(a / c) + b * math.log(b / c) for a, b, c in zip(p, q, m, strict=True)) / 2
+    expected = sum(a * math.log(a / c) + b * math.log(b / c) for a, b, c in zip(p, q, m, strict=True)) / 2
     value, gradient, _ = evaluated(JensenShannon(reference=HALF), [], MODEL)
-    assert value.item() == pytest.approx(wanted)
+    assert value.item() == pytest.approx(expected)
     assert gradient.tolist() == pytest.approx([a * math.log(a / c) / 2 for a, c in zip(p, m, strict=True)])
     # distributions without a common outcome are log 2 apart, the most there is
     apart = torch.tensor([1.0, 0.0]).log()
@@ -126,51 +112,36 @@ def test_jensen_shannon_closed_forms():
 # --- which numbers make a distribution ------------------------------------------------------------------------------
 
 FIELD = {"reference_field": "reference_logprobs"}
-DISTRIBUTION_TERMS = [
-    Entropy(),
-    KLDivergence(**FIELD),
-    JensenShannon(**FIELD),
-]
 
 
-@pytest.mark.parametrize("term", DISTRIBUTION_TERMS)
+@pytest.mark.parametrize("term", [Entropy(), KLDivergence(**FIELD), JensenShannon(**FIELD)])
 def test_one_number_per_position_is_refused(term):
     data = datums(reference_logprobs=[-1.0] * 8)
     for logprobs in (packed_leaf(random_logprobs(8)), random_logprobs(8)):
         with pytest.raises(InvalidData, match=rf"{type(term).__name__} is .* shape \(8,\): one number per position"):
             term.compute(data, logprobs)
-    # a client's logprobs are what they are, whatever the datums say
+    # also without datums, if the logprobs are a client's
     with pytest.raises(InvalidData, match="one number per position"):
         Entropy().compute([], packed_leaf(random_logprobs(8)))
     result = term.compute(data, packed_leaf(random_logprobs(8)), over="tokens")
     assert torch.isfinite(result[0])
 
 
-@pytest.mark.asyncio
-async def test_the_pipeline_names_the_term_that_refuses():
-    tensors = [torch.tensor([-1.0, -2.0])]
-    with pytest.raises(Exception, match=r"'entropy' failed with InvalidData: .*over='tokens'") as caught:
-        await Executor.execute_one(RegularizerSpec(fn=Entropy(), weight=0.1), [datum(2)], tensors)
-    assert isinstance(caught.value.__cause__, InvalidData)
-
-
 def test_a_tensor_given_directly_is_taken_over_its_last_axis():
     logprobs = random_logprobs(2, 3, 4)
     value = evaluated(Entropy(), [], logprobs)[0].item()
-    wanted = sum(math.exp(x) * x for x in logprobs.flatten().tolist())
-    assert value == pytest.approx(wanted)
+    expected = sum(math.exp(x) * x for x in logprobs.flatten().tolist())
+    assert value == pytest.approx(expected)
     mean = evaluated(Entropy(reduction="mean"), [], logprobs)[0].item()
-    assert mean == pytest.approx(wanted / 6)
-    # one distribution next to datums that it does not belong to
+    assert mean == pytest.approx(expected / 6)
+    # one distribution with datums that it does not belong to
     assert Entropy().compute(two_way(), MODEL)[0].item() == pytest.approx(-0.5623351, rel=1e-6)
     with pytest.raises(InvalidData, match="at least one axis"):
         Entropy().compute([], torch.tensor(-1.0))
-
-
-def test_the_whole_vocabulary_given_directly_next_to_datums_with_plain_targets():
+    # the whole vocabulary with datums that have one target per position
     logprobs, reference = random_logprobs(8, 5), random_logprobs(8, 5, seed=3).float().double()
-    data = datums(reference_logprobs=reference)
-    value, _, _ = evaluated(KLDivergence(**FIELD, reduction="seq-mean-token-sum"), data, logprobs)
+    term = KLDivergence(**FIELD, reduction="seq-mean-token-sum")
+    value, _, _ = evaluated(term, datums(reference_logprobs=reference), logprobs)
     assert value.item() == pytest.approx((reference.exp() * (reference - logprobs)).sum().item() / 3)
 
 
@@ -187,20 +158,18 @@ def test_temperature_over_tokens_is_per_datum(normalize, lengths):
     logprobs, data = random_logprobs(8), datums(lengths)
     parts = [part.tolist() for part in torch.split(logprobs, list(lengths))]
     scale = [math.log(max(2, length)) if normalize else 1.0 for length in lengths]
-    wanted = sum(softmax_entropy(part, 0.5) / s for part, s in zip(parts, scale, strict=True))
+    expected = sum(softmax_entropy(part, 0.5) / s for part, s in zip(parts, scale, strict=True))
     term = Entropy(over="tokens", temperature=0.5, normalize=normalize)
-    value, gradient, _ = evaluated(term, data, logprobs)
-    assert value.item() == pytest.approx(wanted)
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), logprobs), atol=1e-8, rtol=1e-6)
+    assert evaluated(term, data, logprobs)[0].item() == pytest.approx(expected)
 
 
 def test_a_low_temperature_over_tokens_does_not_overflow():
     value, gradient, _ = evaluated(Entropy(over="tokens", temperature=1e-3), datums(), random_logprobs(8).float())
-    assert value.item() == pytest.approx(0.0, abs=1e-6)  # each datum's most likely token has all the probability
+    assert value.item() == pytest.approx(0.0, abs=1e-6)  # the most likely token of each datum has probability 1
     assert torch.isfinite(gradient).all()
 
 
-def test_temperature_over_tokens_leaves_out_what_the_mask_does():
+def test_temperature_over_tokens_excludes_masked_positions():
     logprobs = torch.tensor([-1.0, -torch.inf, -2.0, -0.5])
     data = datums((3, 1), weights=[1.0, 0.0, 1.0, 0.0])
     value, gradient, _ = evaluated(Entropy(over="tokens", temperature=2.0, mask="weights"), data, logprobs)
@@ -222,11 +191,11 @@ def test_outcomes_without_probability_add_nothing():
             (KLDivergence(reference=torch.stack([logprobs[0], logprobs[0]])), None),
             (JensenShannon(reference=reference), None),
         ]
-        for term, wanted in terms:
+        for term, expected in terms:
             value, gradient, _ = evaluated(term, [], logprobs)
             assert torch.isfinite(value), term
             assert torch.isfinite(gradient).all(), term
-            assert wanted is None or value.item() == pytest.approx(wanted, rel=1e-6)
+            assert expected is None or value.item() == pytest.approx(expected, rel=1e-6)
     both = torch.tensor([0.0, -torch.inf])
     for term in (KLDivergence(reference=both), KLDivergence(reference=both, symmetric=True)):
         value, gradient, _ = evaluated(term, [], both)
@@ -235,38 +204,12 @@ def test_outcomes_without_probability_add_nothing():
 
 
 @pytest.mark.asyncio
-async def test_an_infinite_divergence_is_an_error_and_no_large_number():
+async def test_an_infinite_divergence_raises():
     certain = torch.tensor([0.0, -torch.inf])
     for direction, reference, model in (("forward", HALF.float(), certain), ("reverse", certain, HALF.float())):
         term = KLDivergence(reference=reference, direction=direction)
         with pytest.raises(NonFiniteLoss, match="'kl_divergence' is inf"):
             await Executor.execute_one(RegularizerSpec(fn=term, weight=0.1), [], model)
-
-
-# --- gradients ------------------------------------------------------------------------------------------------------
-
-REFERENCE = random_logprobs(8, 3, seed=1)
-TERMS = [
-    Entropy(),
-    Entropy(mode="minimize", temperature=0.7, normalize=True, reduction="seq-mean-token-mean"),
-    Entropy(over="tokens", temperature=1.5, mask="weights", reduction="mean"),
-    KLDivergence(reference=REFERENCE),
-    KLDivergence(reference=REFERENCE, direction="reverse", mask="weights", reduction="token-mean"),
-    KLDivergence(reference=REFERENCE, symmetric=True, reduction="seq-mean-token-sum"),
-    KLDivergence(reference=REFERENCE, over="tokens", direction="reverse"),
-    JensenShannon(reference=REFERENCE, mask="weights"),
-    JensenShannon(reference=REFERENCE, over="tokens", reduction="mean"),
-]
-
-
-@pytest.mark.parametrize("term", TERMS, ids=repr)
-def test_gradients(term):
-    data = datums(candidates=3, weights=[1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 0.0, 1.0])
-    logprobs = random_logprobs(8, 3)
-    assert gradcheck(loss_of(term, data), logprobs.clone().requires_grad_())
-    assert gradgradcheck(loss_of(term, data), logprobs.clone().requires_grad_())
-    _, gradient, _ = evaluated(term, data, logprobs)
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), logprobs), rtol=1e-5, atol=1e-7)
 
 
 # --- properties -----------------------------------------------------------------------------------------------------
@@ -275,12 +218,13 @@ SEEDS = st.integers(0, 10_000)
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 6))
 
 
+@settings(max_examples=20)
 @given(shape=SHAPES, seed=SEEDS, other=SEEDS)
 def test_divergences_of_distributions(shape, seed, other):
     p, q = random_logprobs(*shape, seed=seed), random_logprobs(*shape, seed=other)
-    for settings in ({"direction": "forward"}, {"direction": "reverse"}, {"symmetric": True}):
-        assert evaluated(KLDivergence(reference=q, **settings), [], p)[0] >= -1e-12
-        assert evaluated(KLDivergence(reference=p, **settings), [], p)[0].item() == pytest.approx(0.0, abs=1e-12)
+    for options in ({"direction": "forward"}, {"direction": "reverse"}, {"symmetric": True}):
+        assert evaluated(KLDivergence(reference=q, **options), [], p)[0] >= -1e-12
+        assert evaluated(KLDivergence(reference=p, **options), [], p)[0].item() == pytest.approx(0.0, abs=1e-12)
     forward = evaluated(KLDivergence(reference=q), [], p)[0]
     swapped = evaluated(KLDivergence(reference=p, direction="reverse"), [], q)[0]
     assert forward.item() == pytest.approx(swapped.item(), abs=1e-12)
@@ -291,19 +235,11 @@ def test_divergences_of_distributions(shape, seed, other):
     assert -1e-12 <= entropy <= math.log(shape[1]) + 1e-12
 
 
-@given(seed=SEEDS)
-def test_packed_equals_per_datum(seed):
-    logprobs, reference = random_logprobs(8, 3, seed=seed), random_logprobs(8, 3, seed=seed + 1)
-    offsets = [0, 3, 4, 8]
-    for make in (KLDivergence, JensenShannon):
-        packed, gradient, _ = evaluated(make(reference=reference), datums(candidates=3), logprobs)
-        alone = [
-            evaluated(make(reference=reference[a:b]), [datum(b - a, 3)], logprobs[a:b])
-            for a, b in itertools.pairwise(offsets)
-        ]
-        assert packed.item() == pytest.approx(sum(value.item() for value, _, _ in alone))
-        torch.testing.assert_close(gradient, torch.cat([part for _, part, _ in alone]))
-
-
-def test_the_guides_values_are_the_ones_used_here():
-    assert guide_logprobs().tolist() == pytest.approx(list(GUIDE_VALUES))
+@pytest.mark.parametrize("make", [KLDivergence, JensenShannon])
+def test_packed_equals_per_datum(make):
+    logprobs, reference = random_logprobs(8, 3), random_logprobs(8, 3, seed=1)
+    packed, gradient, _ = evaluated(make(reference=reference), datums(candidates=3), logprobs)
+    pieces = zip(*(torch.split(tensor, list(LENGTHS)) for tensor in (logprobs, reference)), strict=True)
+    alone = [evaluated(make(reference=q), [datum(len(p), 3)], p) for p, q in pieces]
+    assert packed.item() == pytest.approx(sum(value.item() for value, _, _ in alone))
+    torch.testing.assert_close(gradient, torch.cat([part for _, part, _ in alone]))

@@ -1,25 +1,19 @@
-"""GradientPenalty: the second derivatives are the true ones."""
+"""GradientPenalty: closed forms, interpolation and pipelines."""
 
 import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
 
-from tests.regularizers.support import LENGTHS, datum, datums, evaluated, finite_differences, loss_of, random_logprobs
-from tinkex_py import Executor, InvalidData, Pipeline, RegularizerSpec, per_datum
+from tests.regularizers.support import LENGTHS, datum, datums, evaluated, random_logprobs
+from tinkex_py import Executor, InvalidData, Pipeline, RegularizerSpec
 from tinkex_py.base_losses import NLL
-from tinkex_py.regularizers import L2, Entropy, GradientPenalty, KLDivergence
+from tinkex_py.regularizers import L2, GradientPenalty
 
 
 def cubic(data, logprobs):
     """g = 3 x**2, H = diag(6 x)."""
     return logprobs.pow(3).sum(), {"ignored": 1}
-
-
-def coupled(data, logprobs):
-    """A function whose second derivative is not diagonal."""
-    return (logprobs.exp().sum() ** 2).reshape(1)
 
 
 def penalty_by_hand(gradient, lengths, target, reduction="mean"):
@@ -54,27 +48,6 @@ def test_without_datums_the_tensor_is_one():
     torch.testing.assert_close(gradient, 2 * (g.norm() - 1) * (6 * x * g) / g.norm())
 
 
-TERMS = [
-    GradientPenalty(fn=cubic),
-    GradientPenalty(fn=coupled, target_norm=0.0, reduction="sum"),
-    GradientPenalty(fn=Entropy(over="tokens")),
-    GradientPenalty(fn=KLDivergence(reference_field="pair", direction="reverse", over="tokens")),
-    GradientPenalty(fn=cubic, mode="interpolated", reference_field="pair", seed=3),
-    GradientPenalty(fn=coupled, mode="interpolated", reference_field="pair", seed=4, target_norm=0.5),
-    GradientPenalty(fn=per_datum(lambda data, parts: sum(part.exp().sum() ** 2 for part in parts))),
-]
-
-
-@pytest.mark.parametrize("term", TERMS, ids=lambda term: f"{term.mode}-{term.target_norm}")
-def test_gradients(term):
-    data = datums(pair=random_logprobs(8, seed=1))
-    x = random_logprobs(8)
-    assert gradcheck(loss_of(term, data), x.clone().requires_grad_())
-    assert gradgradcheck(loss_of(term, data), x.clone().requires_grad_())
-    _, gradient, _ = evaluated(term, data, x)
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), x), rtol=1e-5, atol=1e-6)
-
-
 def test_interpolation_is_one_share_per_datum():
     pair = random_logprobs(8, seed=1).float().double()
     x = random_logprobs(8)
@@ -89,13 +62,6 @@ def test_interpolation_is_one_share_per_datum():
     assert evaluated(free, datums(pair=pair), x)[0] != evaluated(free, datums(pair=pair), x)[0]
 
 
-def test_interpolation_of_candidates():
-    pair, x = random_logprobs(8, 3, seed=1), random_logprobs(8, 3)
-    term = GradientPenalty(fn=cubic, mode="interpolated", reference_field="pair", seed=1)
-    data = datums(candidates=3, pair=pair)
-    assert gradcheck(loss_of(term, data), x.clone().requires_grad_())
-
-
 def test_a_vanishing_gradient_gives_no_nan():
     value, gradient, _ = evaluated(GradientPenalty(fn=L2(), target_norm=2.0), [], torch.zeros(3))
     assert (value.item(), gradient.tolist()) == (4.0, [0.0, 0.0, 0.0])
@@ -103,7 +69,7 @@ def test_a_vanishing_gradient_gives_no_nan():
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("fn", [NLL(), lambda data, p: torch.tensor(1.0), lambda data, p: p.detach().sum()])
-async def test_a_term_without_second_derivative_pulls_nowhere_and_says_so(fn):
+async def test_a_term_without_second_derivative_is_reported_as_not_differentiable(fn):
     tensors = [torch.tensor([-1.0, -2.0, -3.0, -4.0])]
     spec = RegularizerSpec(fn=GradientPenalty(fn=fn, target_norm=1.0), weight=0.5)
     output = await Executor.execute_one(spec, [datum(4)], tensors, track_grad_norms=True)
@@ -124,13 +90,13 @@ async def test_in_a_pipeline_in_a_thread():
     assert regularizer.grad_norm == pytest.approx(4 * math.sqrt(14), rel=1e-6)
 
 
-def test_it_takes_its_gradient_under_no_grad_and_of_a_plain_tensor_too():
+def test_it_works_under_no_grad_and_on_a_plain_tensor():
     with torch.no_grad():
         loss, _ = GradientPenalty(fn=L2()).compute([], torch.tensor([-3.0, -4.0]))
     assert loss.item() == 81.0
 
 
-def test_errors_of_the_reference():
+def test_the_reference_field_is_required():
     term = GradientPenalty(fn=L2(), mode="interpolated", reference_field="pair")
     with pytest.raises(InvalidData, match="datum 0 has no 'pair'"):
         term.compute(datums(), random_logprobs(8))

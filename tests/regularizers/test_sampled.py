@@ -1,17 +1,17 @@
-"""Estimates from sampled tokens: closed forms, and exact expectations over a small categorical distribution."""
+"""Estimates from sampled tokens: closed forms, and exact expectations over a categorical distribution."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from torch.autograd import gradcheck
 
-from tests.regularizers.support import datum, datums, evaluated, finite_differences, loss_of, random_logprobs
+from tests.regularizers.support import datum, datums, evaluated, random_logprobs
 from tinkex_py import InvalidData, NonFiniteLoss, Pipeline
 from tinkex_py.regularizers import SampledEntropy, SampledKL
-from tinkex_py.regularizers.sampled import ESTIMATORS
+from tinkex_py.regularizers.sampled import Estimator
 
+ESTIMATORS = get_args(Estimator)
 LOGITS = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64)
 REFERENCE = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log()
 
@@ -49,34 +49,23 @@ def kl_reference_model(log_p):
     return (REFERENCE.exp() * (REFERENCE - log_p)).sum()
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3", "k1+", "k3+"])
-def test_the_value_is_unbiased(estimator):
-    value, _ = expected(SampledKL(reference=REFERENCE, estimator=estimator), LOGITS)
-    assert value == pytest.approx(exact(kl_model_reference)[0], rel=1e-12)
-
-
-@pytest.mark.parametrize("estimator", ["k2", "abs", "k2+", "abs+"])
-def test_the_others_are_biased(estimator):
-    value, _ = expected(SampledKL(reference=REFERENCE, estimator=estimator), LOGITS)
-    assert abs(value - exact(kl_model_reference)[0]) > 1e-3
-
-
-@pytest.mark.parametrize("estimator", ["k2", "k1+", "k2+", "k3+", "abs+"])
-def test_the_gradient_is_that_of_the_divergence(estimator):
-    _, gradient = expected(SampledKL(reference=REFERENCE, estimator=estimator), LOGITS)
-    torch.testing.assert_close(gradient, exact(kl_model_reference)[1])
-    slopes = finite_differences(lambda logits: kl_model_reference(logits.log_softmax(0)), LOGITS)
-    torch.testing.assert_close(gradient, slopes, rtol=1e-6, atol=1e-9)
-
-
-def test_the_gradient_of_k1_is_zero_and_that_of_k3_the_other_divergences():
-    _, gradient = expected(SampledKL(reference=REFERENCE, estimator="k1"), LOGITS)
-    torch.testing.assert_close(gradient, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
-    _, gradient = expected(SampledKL(reference=REFERENCE, estimator="k3"), LOGITS)
-    torch.testing.assert_close(gradient, exact(kl_reference_model)[1])
-    assert not torch.allclose(gradient, exact(kl_model_reference)[1], atol=1e-3)
-    _, gradient = expected(SampledKL(reference=REFERENCE, estimator="abs"), LOGITS)
-    assert not torch.allclose(gradient, exact(kl_model_reference)[1], atol=1e-3)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_bias_of_value_and_gradient(estimator):
+    """The table of the docstring: which values and gradients are right on average."""
+    value, gradient = expected(SampledKL(reference=REFERENCE, estimator=estimator), LOGITS)
+    true_value, true_gradient = exact(kl_model_reference)
+    unbiased_value = estimator.removesuffix("+") in ("k1", "k3")
+    assert (abs(value - true_value) < 1e-12) == unbiased_value
+    if not unbiased_value:
+        assert abs(value - true_value) > 1e-3
+    if estimator == "k1":
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+    elif estimator == "k3":
+        torch.testing.assert_close(gradient, exact(kl_reference_model)[1])
+    if estimator == "k2" or estimator.endswith("+"):
+        torch.testing.assert_close(gradient, true_gradient)
+    else:
+        assert not torch.allclose(gradient, true_gradient, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["maximize", "minimize"])
@@ -118,28 +107,17 @@ def test_the_sampled_entropys_closed_form():
     assert metrics == {"entropy": 3.0, "tokens": 2.0}
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
-@pytest.mark.parametrize("reduction", ["sum", "seq-mean-token-mean"])
-def test_gradients_of_plain_estimators(estimator, reduction):
-    data = datums(reference_logprobs=random_logprobs(8, seed=1), weights=[1.0, 0.0, 2.0, 1.0, 0.5, 0.0, 0.0, 1.0])
-    term = SampledKL(reference_field="reference_logprobs", estimator=estimator, mask="weights", reduction=reduction)
-    logprobs = random_logprobs(8)
-    assert gradcheck(loss_of(term, data), logprobs.clone().requires_grad_())
-    _, gradient, _ = evaluated(term, data, logprobs)
-    torch.testing.assert_close(gradient, finite_differences(loss_of(term, data), logprobs), rtol=1e-6, atol=1e-8)
-
-
-@given(difference=st.floats(-60, 60), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_k2_and_k3_are_never_negative_and_never_overflow(difference, dtype):
+@pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("difference", [-60.0, -20.0, -1e-4, 0.0, 1e-4, 20.0, 60.0])
+def test_values_are_never_negative_and_never_overflow(estimator, dtype, difference):
     logprobs = torch.tensor([-70.0], dtype=dtype)
-    for estimator in ("k2", "k3", "abs"):
-        term = SampledKL(reference=logprobs - difference, estimator=estimator)
-        value, gradient, _ = evaluated(term, [], logprobs)
-        assert value >= (0.0 if estimator != "k3" else -1e-6)
-        assert torch.isfinite(value)
-        # the pull is always towards the reference
-        assert torch.isfinite(gradient).all()
-        assert gradient.item() * difference >= 0
+    value, gradient, _ = evaluated(SampledKL(reference=logprobs - difference, estimator=estimator), [], logprobs)
+    assert value >= (0.0 if estimator != "k3" else -1e-6)
+    assert torch.isfinite(value)
+    # the pull is always to the reference
+    assert torch.isfinite(gradient).all()
+    assert gradient.item() * difference >= 0
 
 
 def test_k3_keeps_its_digits_near_zero():
@@ -149,7 +127,7 @@ def test_k3_keeps_its_digits_near_zero():
     assert value.item() == pytest.approx(0.0009765625**2 / 2, rel=1e-3)
 
 
-def test_far_from_the_reference_k3_goes_on_as_its_tangent():
+def test_far_from_the_reference_k3_continues_as_its_tangent():
     logprobs = torch.tensor([-150.0], dtype=torch.float64)
     value, gradient, _ = evaluated(SampledKL(reference=torch.tensor([-1.0]), estimator="k3"), [], logprobs)
     slope = math.exp(20)
@@ -158,7 +136,7 @@ def test_far_from_the_reference_k3_goes_on_as_its_tangent():
 
 
 @pytest.mark.asyncio
-async def test_infinity_in_the_mask_is_an_error_and_outside_of_it_nothing():
+async def test_infinity_raises_only_inside_of_the_mask():
     tensors = [torch.tensor([-torch.inf, -1.0])]
     fields = {"reference_logprobs": [-1.0, -1.5], "weights": [0.0, 1.0]}
     term = SampledKL(reference_field="reference_logprobs", mask="weights")
@@ -169,11 +147,11 @@ async def test_infinity_in_the_mask_is_an_error_and_outside_of_it_nothing():
 
 
 @pytest.mark.parametrize("term", [SampledKL(reference_field="reference_logprobs"), SampledEntropy()])
-def test_candidates_are_no_samples(term):
+def test_candidates_are_not_samples(term):
     logprobs = random_logprobs(8, 3)
     data = datums(candidates=3, reference_logprobs=logprobs)
-    with pytest.raises(InvalidData, match=r"for sampled tokens, one number per position, .* shape \(8, 3\): use "):
+    with pytest.raises(InvalidData, match=r"needs sampled tokens, one number per position, .* shape \(8, 3\): use "):
         term.compute(data, logprobs)
-    # a padded batch given directly is no matter of candidates
+    # the last axis of a tensor given directly need not be candidates
     padded = SampledEntropy().compute([], logprobs)[0]
     assert padded.item() == pytest.approx(logprobs.sum().item())

@@ -1,4 +1,4 @@
-"""Ready-made base losses; their names are in `__init__.pyi`, loaded when used."""
+"""Ready-made base losses. `__init__.pyi` lists their names, which are loaded on first use."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import lazy_loader

@@ -1,13 +1,11 @@
-"""The names that `__init__.py` loads at their first use."""
+"""The names that `__init__.py` loads on first use."""
 
 from .likelihood import (
+    DPO as DPO,
     NLL as NLL,
 )
 from .policy import (
     CISPO as CISPO,
     PPO as PPO,
     ImportanceSampling as ImportanceSampling,
-)
-from .preference import (
-    DPO as DPO,
 )

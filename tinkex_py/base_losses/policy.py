@@ -1,7 +1,7 @@
-"""Policy gradients on sampled tokens: importance sampling and its clipped forms.
+"""Policy gradients on sampled tokens.
 
-The formulas are those of the losses that services have built in. As terms they take masks, other reductions, and
-regularizers beside them.
+The formulas are those of the built-in losses of services. As terms they also accept masks, other reductions and
+regularizers.
 """
 
 from abc import abstractmethod
@@ -10,56 +10,42 @@ from dataclasses import dataclass
 
 import torch
 
-from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_exp
+from tinkex_py.terms.ready_made import NonEmptyStr, NonNegative, Positive
 from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum
 
-Gains = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+Objective = tuple[torch.Tensor, Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss(ReducedTerm):
-    """A loss on the ratio between the model's probability of each token and that of the sampler.
+    """A loss on the ratio between the probabilities of model and sampler for each token."""
 
-    Args:
-        name: the term's name, if it is used as a regularizer and its spec gives none.
-        reduction: how the numbers become one loss, see `Positions.reduce`.
-        mask: a `loss_fn_inputs` field that says what counts, see `Positions.of`.
-        logprobs_field: the field with the sampler's logprobs, `[T]`.
-        advantages_field: the field with the advantages, `[T]`.
-    """
-
-    logprobs_field: str = "logprobs"
-    advantages_field: str = "advantages"
-
-    def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_text("logprobs_field")
-        self._check_text("advantages_field")
+    logprobs_field: NonEmptyStr = "logprobs"
+    advantages_field: NonEmptyStr = "advantages"
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula. Its metrics are means over the positions that count, and the denominators."""
-        self._check_sampled(data, logprobs, "give [T] targets")
+        """Computes the loss. Its metrics are means over the selected positions, and the denominators."""
+        self.check_sampled(data, logprobs, "pass [T] targets")
         sampler = aligned_field(data, self.logprobs_field, logprobs)
         advantages = aligned_field(data, self.advantages_field, logprobs)
         positions = self.positions(data, logprobs)
-        chosen = positions.select(logprobs)
-        log_ratio = chosen - positions.select(sampler)
+        selected = positions.select(logprobs)
+        log_ratio = selected - positions.select(sampler)
         ratio = safe_exp(log_ratio)
-        gains, shares = self._gains(chosen, ratio, positions.select(advantages))
-        loss, metrics = positions.reduce(-gains, self.reduction)
+        objective, shares = self._objective(selected, ratio, positions.select(advantages))
+        loss, metrics = positions.reduce(-objective, self.reduction)
         with torch.no_grad():
             means = {"mean_ratio": ratio, "approx_kl": ratio - 1.0 - log_ratio, **shares}
             measured = {name: positions.reduce(values, "mean")[0] for name, values in means.items()}
         return loss, {**measured, **metrics}
 
     @abstractmethod
-    def _gains(self, chosen: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Gains:
-        """What each token gains, `[M]`, and further numbers per token whose means are metrics."""
+    def _objective(self, logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Objective:
+        """Returns what to maximize for each token, `[M]`, and values per token whose means are metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,51 +59,38 @@ class ImportanceSampling(PolicyLoss):
     - shapes: `[N]`
     - units: those of the advantages
 
-    `exp` goes on as its tangent for `p - q > 20`, so that nothing overflows. Metrics: `mean_ratio`, and `approx_kl`,
+    `exp` continues as its tangent for `p - q > 20`, so that nothing overflows. Metrics: `mean_ratio`, and `approx_kl`,
     the mean of `r - 1 - log r`, an estimate of KL(sampler || model).
 
     Source: the Tinker API's `importance_sampling`.
 
     Args:
-        name: the term's name, if it is used as a regularizer and its spec gives none.
+        name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 leaves a position out.
+        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position.
         logprobs_field: the field with the sampler's logprobs, `[T]`.
         advantages_field: the field with the advantages, `[T]`.
     """
 
-    name: str = "importance_sampling"
+    name: NonEmptyStr = "importance_sampling"
 
-    def _gains(self, chosen: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Gains:
-        del chosen
+    def _objective(self, logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Objective:
+        del logprobs
         return ratio * advantages, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedPolicyLoss(PolicyLoss):
-    """A policy loss that limits the ratio.
+    """A policy loss that limits the ratio."""
 
-    Args:
-        name: the term's name, if it is used as a regularizer and its spec gives none.
-        reduction: how the numbers become one loss, see `Positions.reduce`.
-        mask: a `loss_fn_inputs` field that says what counts, see `Positions.of`.
-        logprobs_field: the field with the sampler's logprobs, `[T]`.
-        advantages_field: the field with the advantages, `[T]`.
-        clip_low_threshold: smallest ratio, >= 0.
-        clip_high_threshold: largest ratio, >= the smallest.
-    """
-
-    clip_low_threshold: float
-    clip_high_threshold: float
+    clip_low_threshold: NonNegative
+    clip_high_threshold: Positive
 
     def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_number("clip_low_threshold", at_least=0)
-        self._check_number("clip_high_threshold", above=0)
+        """Raises InvalidSpec if the lower threshold is above the upper one."""
         if self.clip_low_threshold > self.clip_high_threshold:
-            raise InvalidSpec(
-                f"{type(self).__name__}: clip_low_threshold must not be above clip_high_threshold, got "
+            raise self.invalid(
+                "clip_low_threshold must not be above clip_high_threshold, got "
                 f"{self.clip_low_threshold!r} and {self.clip_high_threshold!r}"
             )
 
@@ -127,7 +100,7 @@ class ClippedPolicyLoss(PolicyLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(ClippedPolicyLoss):
-    """Proximal policy optimization: a token stops counting once its ratio has moved far enough in its direction.
+    """Proximal policy optimization: a token has no gradient once its ratio has moved far enough in its direction.
 
     With p the model's and q the sampler's logprobs, A the advantages, `r = exp(p - q)` and w the mask:
 
@@ -136,27 +109,27 @@ class PPO(ClippedPolicyLoss):
     - shapes: `[N]`
     - units: those of the advantages
 
-    `exp` goes on as its tangent for `p - q > 20`, so that nothing overflows. Metrics: `clip_fraction`, the share of
+    `exp` continues as its tangent for `p - q > 20`, so that nothing overflows. Metrics: `clip_fraction`, the share of
     tokens whose gradient is clipped away; `mean_ratio`; `approx_kl`, the mean of `r - 1 - log r`.
 
     Source: J. Schulman et al., "Proximal Policy Optimization Algorithms" (equation 7); the Tinker API's `ppo`.
 
     Args:
-        name: the term's name, if it is used as a regularizer and its spec gives none.
+        name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 leaves a position out.
+        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position.
         logprobs_field: the field with the sampler's logprobs, `[T]`.
         advantages_field: the field with the advantages, `[T]`.
         clip_low_threshold: smallest ratio, >= 0; a ratio, not a distance from 1.
         clip_high_threshold: largest ratio.
     """
 
-    name: str = "ppo"
-    clip_low_threshold: float = 0.8
-    clip_high_threshold: float = 1.2
+    name: NonEmptyStr = "ppo"
+    clip_low_threshold: NonNegative = 0.8
+    clip_high_threshold: Positive = 1.2
 
-    def _gains(self, chosen: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Gains:
-        del chosen
+    def _objective(self, logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Objective:
+        del logprobs
         free, limited = ratio * advantages, self._clipped(ratio) * advantages
         return torch.minimum(free, limited), {"clip_fraction": (limited < free).to(ratio.dtype)}
 
@@ -179,20 +152,20 @@ class CISPO(ClippedPolicyLoss):
     `cispo`.
 
     Args:
-        name: the term's name, if it is used as a regularizer and its spec gives none.
+        name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 leaves a position out.
+        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position.
         logprobs_field: the field with the sampler's logprobs, `[T]`.
         advantages_field: the field with the advantages, `[T]`.
         clip_low_threshold: smallest ratio, >= 0; a ratio, not a distance from 1.
         clip_high_threshold: largest ratio.
     """
 
-    name: str = "cispo"
-    clip_low_threshold: float = 0.0
-    clip_high_threshold: float = 4.0
+    name: NonEmptyStr = "cispo"
+    clip_low_threshold: NonNegative = 0.0
+    clip_high_threshold: Positive = 4.0
 
-    def _gains(self, chosen: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Gains:
+    def _objective(self, logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor) -> Objective:
         constant = ratio.detach()
         clipped = self._clipped(constant)
-        return clipped * chosen * advantages, {"clip_fraction": (clipped != constant).to(ratio.dtype)}
+        return clipped * logprobs * advantages, {"clip_fraction": (clipped != constant).to(ratio.dtype)}

@@ -3,15 +3,16 @@
     with OpenTelemetry():  # the global providers of the process
         await training.forward_backward_custom(...)
 
-A step is one trace: the call of the client, the composed loss in it, the terms in that, and the HTTP requests
-wherever they are made. The context goes to the service in the W3C header `traceparent`.
+A step is one trace: the call of the client contains the composed loss, which contains the terms; HTTP requests are
+children of what sends them. The service receives the context in the W3C header `traceparent`.
 
-Nothing of the data goes along: no text, no tokens, no key, no message of an error, only its class.
+No data is exported: no text, no tokens, no key, and of an error only its class.
 """
 
 import asyncio
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextvars import Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,14 +20,13 @@ from typing import Any, Final, Self
 
 from tinkex_py import telemetry
 from tinkex_py.errors import MissingExtra
-from tinkex_py.integrations.opentelemetry_metrics import Instruments, endpoint
 from tinkex_py.telemetry import Event
 from tinkex_py.version import __version__
 
 try:
     from opentelemetry import context, metrics, trace
     from opentelemetry.context import Context
-    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.metrics import Histogram, Meter, MeterProvider
     from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, Status, StatusCode, TracerProvider
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ModuleNotFoundError as error:
@@ -34,11 +34,11 @@ except ModuleNotFoundError as error:
 
 _SCOPE: Final = "tinkex_py"
 _CANCELLED: Final = "CancelledError"
-_NOT_YET: Final = 408  # how services answer a poll whose result is not there yet
+_NOT_YET: Final = 408  # the response to a poll whose result is not ready
 _MODEL_KEY: Final = context.create_key("tinkex.model_id")
 _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
 
-# What spans tell, by the names of the events' measurements and metadata. What is not here stays here.
+# Exported attributes of spans, by the names of measurements and metadata of events. Nothing else is exported.
 _ATTRIBUTES: Final[Mapping[str, str]] = {
     "attempt": "tinkex.attempt",
     "bytes": "http.response.body.size",
@@ -68,9 +68,33 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
 }
 
 
+# Histogram of the duration of each unit of work, and the metadata that become its attributes.
+_DURATIONS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "tinkex.run.step": ("tinkex.run.step.duration", ()),
+    "tinkex.training": ("tinkex.training.duration", ("operation",)),
+    "tinkex.custom_loss": ("tinkex.custom_loss.duration", ()),
+    "tinkex.regularizer.compute": ("tinkex.term.duration", ("regularizer_name",)),
+    "tinkex.http.request": ("tinkex.http.duration", ("method", "path", "status")),
+    "tinkex.future": ("tinkex.future.duration", ("request_type",)),
+}
+# Measurements of two units of work that become gauges.
+_GAUGES: Final[Mapping[str, Mapping[str, str]]] = {
+    "tinkex.custom_loss": {"loss_total": "The composed loss", "regularizer_total": "Sum of the contributions"},
+    "tinkex.regularizer.compute": {
+        "value": "A regularizer's own loss",
+        "contribution": "Weight times value",
+        "grad_norm": "Unweighted gradient norm",
+    },
+}
+_BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds
+_QUEUED: Final = frozenset({"paused_capacity", "paused_rate_limit", "unknown"})
+
+Attributes = dict[str, str | int]
+
+
 @dataclass(frozen=True)
-class _Open:
-    """A span that has not ended, and how to leave its context again in the task that entered it."""
+class _OpenSpan:
+    """A span in progress, with the token and the task that its context must be detached in."""
 
     span: Span
     token: Token[Context]
@@ -78,16 +102,17 @@ class _Open:
 
 
 class OpenTelemetry:
-    """Turns events into spans and metrics while it is attached. Use it with `with`, or `attach` and `detach`.
+    """Converts events to spans and metrics while it is attached. Use it with `with`, or `attach` and `detach`.
 
-    Spans are children of whatever span is current where the call is made, and current themselves while their work
-    runs, in terms too, on the loop and in threads. Work that outlives its parent, such as the heartbeat of a session,
-    starts a trace of its own with a link to it.
+    A span is a child of the span that is current where the call is made, and is itself current while its work runs, in
+    terms too, on the loop and in threads. Work that outlives its parent, such as the heartbeat of a session, starts a
+    new trace with a link to it.
+
+    The guide to this integration lists the metrics and their attributes.
 
     Args:
-        tracer_provider: makes the spans; None is the process's own.
-        meter_provider: makes the metrics; None is the process's own. They are those of
-            `tinkex_py.integrations.opentelemetry_metrics.Instruments`.
+        tracer_provider: creates the spans; None uses that of the process.
+        meter_provider: creates the metrics; None uses that of the process.
         propagate: send the W3C headers `traceparent` and `tracestate` to the service, never to another origin.
     """
 
@@ -99,22 +124,22 @@ class OpenTelemetry:
         propagate: bool = True,
     ) -> None:
         self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider)
-        self._instruments = Instruments(metrics.get_meter(_SCOPE, __version__, meter_provider))
+        self._instruments = _Instruments(metrics.get_meter(_SCOPE, __version__, meter_provider))
         self._propagate = propagate
         self._handler_id: str | None = None
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenSpan] = {}
         self._lock = threading.Lock()
 
     def attach(self) -> Self:
-        """Starts listening; does nothing if it listens already."""
+        """Attaches to the events; does nothing if it is attached."""
         with self._lock:
             if self._handler_id is None:
                 headers = _trace_headers if self._propagate else None
-                self._handler_id = telemetry.attach(self._hear, request_headers=headers)
+                self._handler_id = telemetry.attach(self._handle, request_headers=headers)
         return self
 
     def detach(self) -> None:
-        """Stops listening, and ends the spans of work that is still under way."""
+        """Detaches, and ends the spans of work in progress."""
         with self._lock:
             if self._handler_id is not None:
                 telemetry.detach(self._handler_id)
@@ -132,10 +157,10 @@ class OpenTelemetry:
     ) -> None:
         self.detach()
 
-    def _hear(self, event: Event) -> None:
-        self._instruments.hear(event, _current_model())
+    def _handle(self, event: Event) -> None:
+        self._instruments.record(event, _current_model())
         if event.unit is None:
-            _current_span().add_event(event.name, _attributes(event))
+            trace.get_current_span().add_event(event.name, _attributes(event))
         elif event.name.endswith(".start"):
             self._begin(event.unit, event)
         else:
@@ -143,31 +168,33 @@ class OpenTelemetry:
 
     def _begin(self, unit: int, event: Event) -> None:
         parent = context.get_current()
-        outlived = trace.get_current_span(parent) if _has_ended(trace.get_current_span(parent)) else None
-        if outlived is not None:
+        links: list[Link] = []
+        current = trace.get_current_span(parent)
+        if getattr(current, "end_time", None) is not None:  # only spans of the SDK have it
+            links.append(Link(current.get_span_context()))
             parent = trace.set_span_in_context(INVALID_SPAN, parent)
         span = self._tracer.start_span(
             _span_name(event),
             parent,
             kind=SpanKind.CLIENT if _is_http(event) else SpanKind.INTERNAL,
             attributes=_attributes(event),
-            links=[Link(outlived.get_span_context())] if outlived is not None else [],
+            links=links,
         )
         inside = trace.set_span_in_context(span, parent)
         if "model_id" in event.metadata:
             inside = context.set_value(_MODEL_KEY, event.metadata["model_id"], inside)
         with self._lock:
-            if self._handler_id is None:  # detached meanwhile by another thread
+            if self._handler_id is None:  # another thread has detached it
                 span.end()
                 return
-            self._open[unit] = _Open(span, context.attach(inside), _current_task())
+            self._open[unit] = _OpenSpan(span, context.attach(inside), _current_task())
 
     def _end(self, unit: int, event: Event) -> None:
         with self._lock:
             opened = self._open.pop(unit, None)
-        if opened is None:  # it began before this was attached
+        if opened is None:  # started before this was attached
             return
-        # An abandoned generator is closed by another task, which has nothing to leave.
+        # Another task closes an abandoned generator; the token is not valid there.
         if opened.task is _current_task() and trace.get_current_span() is opened.span:
             context.detach(opened.token)
         opened.span.set_attributes(_attributes(event))
@@ -178,6 +205,71 @@ class OpenTelemetry:
             opened.span.set_attribute("error.type", failure)
             opened.span.set_status(Status(StatusCode.ERROR, failure))
         opened.span.end()
+
+
+class _Instruments:
+    """Records events as metrics."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._durations = {unit: _histogram(meter, name) for unit, (name, _) in _DURATIONS.items()}
+        self._queue_wait = _histogram(meter, "tinkex.queue.wait")
+        self._http_retries = meter.create_counter("tinkex.http.retries", description="Repeated HTTP requests")
+        self._term_retries = meter.create_counter("tinkex.term.retries", description="Repeated calls of terms")
+        self._gauges = {
+            key: meter.create_gauge(_ATTRIBUTES[key], description=description)
+            for descriptions in _GAUGES.values()
+            for key, description in descriptions.items()
+        }
+        self._queues: dict[object, _QueueWait] = {}
+
+    def record(self, event: Event, model_id: str | None) -> None:
+        """Records one event; `model_id` is that of its training client, if it has one."""
+        unit, _, phase = event.name.rpartition(".")
+        if event.name == "tinkex.regularizer.retry":
+            self._term_retries.add(1, _labels(event, ("regularizer_name",)))
+        elif event.name == "tinkex.http.request.start" and event.metadata["attempt"] > 1:
+            self._http_retries.add(1, _labels(event, ("path",)))
+        elif phase in ("stop", "exception") and unit in _DURATIONS:
+            labels = _labels(event, _DURATIONS[unit][1])
+            failed: Attributes = {"error.type": str(event.metadata["reason"])} if phase == "exception" else {}
+            self._durations[unit].record(event.measurements["duration"], {**labels, **failed})
+            if phase == "stop":
+                self._set_gauges(unit, event, labels if model_id is None else {**labels, "tinkex.model_id": model_id})
+        if unit == "tinkex.future":
+            self._record_queue(event, phase)
+
+    def _set_gauges(self, unit: str, event: Event, labels: Attributes) -> None:
+        for key in _GAUGES.get(unit, ()):
+            value = event.measurements.get(key)
+            if value is not None:
+                self._gauges[key].set(value, labels)
+
+    def _record_queue(self, event: Event, phase: str) -> None:
+        key = (asyncio.current_task(), event.metadata["request_id"])
+        if phase == "start":
+            self._queues[key] = _QueueWait()
+        elif key not in self._queues:  # started before this was attached
+            return
+        elif phase == "queue_state":
+            self._queues[key].update(queued=event.metadata["queue_state"] in _QUEUED)
+        else:
+            queue = self._queues.pop(key)
+            queue.update(queued=False)
+            self._queue_wait.record(queue.seconds, _labels(event, ("request_type",)))
+
+
+class _QueueWait:
+    """Seconds during which the service reported one request as queued."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    def update(self, *, queued: bool) -> None:
+        now = time.monotonic()
+        if self._since is not None:
+            self.seconds += now - self._since
+        self._since = now if queued else None
 
 
 def _trace_headers() -> dict[str, str]:
@@ -200,12 +292,12 @@ def _span_name(event: Event) -> str:
 
 
 def _attributes(event: Event) -> dict[str, Any]:
-    told = {**event.measurements, **event.metadata}
-    return {name: told[key] for key, name in _ATTRIBUTES.items() if told.get(key) is not None}
+    given = {**event.measurements, **event.metadata}
+    return {name: given[key] for key, name in _ATTRIBUTES.items() if given.get(key) is not None}
 
 
 def _failure(event: Event) -> str | None:
-    """The class of the error, or the HTTP status that tells of one."""
+    """Returns the class of the error, or the HTTP status that reports one."""
     if "reason" in event.metadata:
         return str(event.metadata["reason"])
     status = event.measurements.get("status") or 0
@@ -217,16 +309,24 @@ def _current_model() -> str | None:
     return model_id if isinstance(model_id, str) else None
 
 
-def _current_span() -> Span:
-    return trace.get_current_span()
-
-
-def _has_ended(span: Span) -> bool:
-    return getattr(span, "end_time", None) is not None  # the API cannot tell; the SDK's spans know
-
-
 def _current_task() -> asyncio.Task[Any] | None:
     try:
         return asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         return None
+
+
+def endpoint(path: str) -> str:
+    """Returns the endpoint of a path, without ids: "forward_backward" of `/prefix/api/v1/forward_backward`."""
+    _, found, below = path.partition("/api/v1/")
+    return (below if found else path.lstrip("/")).partition("/")[0]
+
+
+def _labels(event: Event, keys: Sequence[str]) -> Attributes:
+    given = {**event.measurements, **event.metadata}
+    labels: Attributes = {_ATTRIBUTES[key]: given[key] for key in keys if given.get(key) is not None and key != "path"}
+    return {**labels, "tinkex.endpoint": endpoint(given["path"])} if "path" in keys else labels
+
+
+def _histogram(meter: Meter, name: str) -> Histogram:
+    return meter.create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=_BUCKETS)

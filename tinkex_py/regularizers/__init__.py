@@ -1,4 +1,4 @@
-"""Ready-made regularizers; their names are in `__init__.pyi`, loaded when used."""
+"""Ready-made regularizers. `__init__.pyi` lists their names, which are loaded on first use."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 import lazy_loader

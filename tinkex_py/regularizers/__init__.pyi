@@ -1,15 +1,13 @@
-"""The names that `__init__.py` loads at their first use."""
+"""The names that `__init__.py` loads on first use."""
 
 from .constraints import (
     Consistency as Consistency,
     Orthogonality as Orthogonality,
 )
-from .divergences import (
+from .distributions import (
+    Entropy as Entropy,
     JensenShannon as JensenShannon,
     KLDivergence as KLDivergence,
-)
-from .entropy import (
-    Entropy as Entropy,
 )
 from .gradient_penalty import (
     GradientPenalty as GradientPenalty,

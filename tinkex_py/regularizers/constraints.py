@@ -1,4 +1,4 @@
-"""Constraints on structure: agreement with a paired field, and orthogonality."""
+"""Terms on structure: agreement with a paired field, and orthogonality."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,19 +8,14 @@ import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermResult
-from tinkex_py.regularizers.distributions import OVERS, Distributions, Over, kl_parts
+from tinkex_py.regularizers.distributions import Over, distributions, symmetric_kl_parts
 from tinkex_py.regularizers.norms import NormTerm
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
+from tinkex_py.terms.ready_made import NonEmptyStr
 from tinkex_py.terms.reduction import ReducedTerm, Reduction
 from tinkex_py.types import Datum
 
-ConsistencyMetric = Literal["mse", "l1", "cosine", "kl"]
-CONSISTENCY_METRICS: tuple[ConsistencyMetric, ...] = ("mse", "l1", "cosine", "kl")
-OrthogonalityMode = Literal["soft", "hard", "spectral"]
-ORTHOGONALITY_MODES: tuple[OrthogonalityMode, ...] = ("soft", "hard", "spectral")
-Axis = Literal["rows", "columns"]
-AXES: tuple[Axis, ...] = ("rows", "columns")
 _eigenvalues = cast("Callable[[torch.Tensor], torch.Tensor]", torch.linalg.eigvalsh)  # pyright: ignore
 
 
@@ -39,41 +34,34 @@ class Consistency(ReducedTerm):
     - shapes: `[N]`, `[N, K]`, or any shape that the field has too; `kl` on `[N]` only with `over="tokens"`
     - units: nats squared, nats, none, nats
 
-    The field is a constant: only the logprobs are pulled.
+    The field is a constant: no gradient flows into it.
 
     Source: the NxPenalties library, "consistency"; S. Laine and T. Aila, "Temporal Ensembling for Semi-Supervised
     Learning".
 
     Args:
-        name: the regularizer's name, if its spec gives none.
+        name: default name of the regularizer.
         reduction: over numbers, vectors or distributions: "mean" or "token-mean", "sum", "seq-mean-token-sum",
             "seq-mean-token-mean". Vectors of `[N]` are one per datum: there every mean is the mean over datums.
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 leaves a number out.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
         pair_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs.
         metric: "mse", "l1", "cosine" or "kl".
-        over: for "kl": what makes a distribution, as in `KLDivergence`.
+        over: for "kl": which numbers form a distribution, as in `KLDivergence`.
     """
 
-    name: str = "consistency"
+    name: NonEmptyStr = "consistency"
     reduction: Reduction = "mean"
-    pair_field: str = "original_logprobs"
-    metric: ConsistencyMetric = "mse"
+    pair_field: NonEmptyStr = "original_logprobs"
+    metric: Literal["mse", "l1", "cosine", "kl"] = "mse"
     over: Over = "candidates"
 
-    def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_text("pair_field")
-        self._check_choice("metric", CONSISTENCY_METRICS)
-        self._check_choice("over", OVERS)
-
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; the denominators are its metrics."""
+        """Computes the loss; its metrics are the denominators."""
         pair = aligned_field(data, self.pair_field, logprobs)
         if self.metric == "kl":
-            distributions = Distributions.of(self, self.over, data, logprobs)
-            log_p, log_q = distributions.positions.select(logprobs), distributions.positions.select(pair)
-            return distributions.reduce(0.5 * (kl_parts(log_p, log_q) + kl_parts(log_q, log_p)), self.reduction)
+            positions = distributions(self, self.over, data, logprobs)
+            parts = symmetric_kl_parts(positions.select(logprobs), positions.select(pair))
+            return positions.reduce(parts, self.reduction)
         if self.metric == "cosine":
             return self._cosine(data, logprobs, pair)
         positions = self.positions(data, logprobs)
@@ -95,8 +83,8 @@ class Consistency(ReducedTerm):
 class Orthogonality(NormTerm):
     """Pulls vectors apart until they are orthogonal.
 
-    The vectors are the rows or columns of the matrix of all positions, `[N, K]`. With G their Gram matrix, the products
-    of all pairs:
+    The vectors are the rows or columns of the matrix of all positions, `[N, K]`. With G their Gram matrix, which
+    contains the products of all pairs:
 
     - formula: `soft`: the sum of squares of G off its diagonal; `hard`: `||G - I||**2`, the sum of all squares;
       `spectral`: the largest absolute eigenvalue of `G - I`
@@ -106,49 +94,42 @@ class Orthogonality(NormTerm):
     - shapes: `[N, K]`, or any shape with at least two axes given directly, as rows over its last axis
     - units: none with `normalize`, else nats to the fourth power (`spectral`: squared)
 
-    Only the smaller one of the two Gram matrices is ever made, so N may be large. More vectors than dimensions cannot
-    be orthogonal: then none of the three reaches 0.
+    Only the smaller of the two Gram matrices is computed, so N may be large. More vectors than dimensions cannot be
+    orthogonal: then none of the three reaches 0.
 
     Source: the NxPenalties library, "orthogonality"; N. Bansal, X. Chen and Z. Wang, "Can We Gain More from
     Orthogonality Regularizations in Training Deep CNNs?" (soft orthogonality, and spectral restricted isometry).
 
     Args:
-        name: the regularizer's name, if its spec gives none.
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 leaves a position out, any other number
-            keeps it.
+        name: default name of the regularizer.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position, any other number keeps
+            it.
         target: "logprobs", "probs", or the name of a field, as in `L1`.
         reduction: only "sum".
         mode: "soft", "hard" or "spectral".
         axis: "rows": the vectors are the positions; "columns": they are the candidates.
-        normalize: divide each vector by its length first. None: with "soft", which then is a sum of squared cosines,
-            and not with the others, which also ask for length 1.
+        normalize: divide each vector by its norm first. None: only with "soft", which then is a sum of squared
+            cosines. The others also pull the norms to 1.
     """
 
-    name: str = "orthogonality"
-    mode: OrthogonalityMode = "soft"
-    axis: Axis = "rows"
+    name: NonEmptyStr = "orthogonality"
+    reduction: Literal["sum"] = "sum"
+    mode: Literal["soft", "hard", "spectral"] = "soft"
+    axis: Literal["rows", "columns"] = "rows"
     normalize: bool | None = None
 
-    def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_choice("reduction", ("sum",))
-        self._check_choice("mode", ORTHOGONALITY_MODES)
-        self._check_choice("axis", AXES)
-        self._check_choice("normalize", (True, False, None))
-
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; the number of vectors is its metric."""
-        target = self._target(data, logprobs)
+        """Computes the loss; its metric is the number of vectors."""
+        target = self.target_tensor(data, logprobs)
         if target.ndim < 2:
             raise InvalidData(
                 f"Orthogonality needs one vector per position, [N, K], but the {self.target} have shape "
-                f"{tuple(target.shape)}"
+                f"{tuple(target.shape)}: pass [T, K] targets"
             )
-        rows = self._selected(target, self.positions(data, target, by_row=True))
+        _, rows = self.selected(data, logprobs, by_row=True)
         vectors = rows if self.axis == "rows" else rows.T
         if self.normalize if self.normalize is not None else self.mode == "soft":
-            vectors = _of_length_one(vectors)
+            vectors = _normalized(vectors)
         penalty = _spectral(vectors) if self.mode == "spectral" else _gram_squares(vectors, hard=self.mode == "hard")
         return penalty, {"vectors": vectors.shape[0]}
 
@@ -168,30 +149,30 @@ def _over_datums(
     return (total if reduction == "sum" else total / max(1.0, sequences)), {"sequences": sequences}
 
 
-def _of_length_one(vectors: torch.Tensor) -> torch.Tensor:
+def _normalized(vectors: torch.Tensor) -> torch.Tensor:
     lengths = safe_sqrt(vectors.square().sum(1, keepdim=True))
     return vectors / torch.where(lengths > 0, lengths, 1.0)
 
 
 def _gram_squares(vectors: torch.Tensor, *, hard: bool) -> torch.Tensor:
-    """Sum of squares of the Gram matrix without its diagonal; `hard`: minus the identity."""
+    """Returns the sum of squares of the Gram matrix without its diagonal; `hard`: minus the identity."""
     count, dimensions = vectors.shape
     if count <= dimensions:
         gram = vectors @ vectors.T
         wanted = torch.ones_like(gram.diagonal()) if hard else gram.diagonal()
         return (gram - torch.diag(wanted)).square().sum()
-    # X X^T and X^T X have the same sum of squares, and the diagonal is at hand without the large one.
+    # X X^T and X^T X have the same sum of squares, and the diagonal needs neither.
     squares = (vectors.T @ vectors).square().sum()
     diagonal = vectors.square().sum(1)
     return squares - 2.0 * diagonal.sum() + count if hard else squares - diagonal.square().sum()
 
 
 def _spectral(vectors: torch.Tensor) -> torch.Tensor:
-    """Largest absolute eigenvalue of the Gram matrix minus the identity."""
+    """Returns the largest absolute eigenvalue of the Gram matrix minus the identity."""
     count, dimensions = vectors.shape
     if not count:
         return vectors.sum()
     gram = vectors @ vectors.T if count <= dimensions else vectors.T @ vectors
     deviations = (_eigenvalues(gram) - 1.0).abs()
-    # The eigenvalues that the larger matrix has on top are all 0.
+    # The larger Gram matrix has the same eigenvalues and zeros.
     return deviations.amax() if count <= dimensions else torch.cat([deviations, deviations.new_ones(1)]).amax()

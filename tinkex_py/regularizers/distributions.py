@@ -1,6 +1,6 @@
-"""What entropy and divergences share: which numbers make a distribution, and their formulas, outcome by outcome.
+"""Terms over distributions: entropy, Kullback-Leibler and Jensen-Shannon divergence.
 
-For all formulas `0 * log 0` is 0: an outcome without probability adds nothing and gets no gradient.
+In all formulas `0 * log 0` is 0: an outcome without probability adds nothing and has no gradient.
 """
 
 import math
@@ -11,91 +11,201 @@ from typing import Literal
 import torch
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.fields import is_one_number_per_position
 from tinkex_py.terms.numerics import segment_log_softmax
-from tinkex_py.terms.reduction import Positions, ReducedTerm, Reduction
+from tinkex_py.terms.ready_made import NonEmptyStr, Positive
+from tinkex_py.terms.reduction import Positions, ReducedTerm
+from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
 Over = Literal["candidates", "tokens"]
-OVERS: tuple[Over, ...] = ("candidates", "tokens")
+Mode = Literal["maximize", "minimize"]
 
 
-@dataclass(frozen=True)
-class Distributions:
-    """The distributions in a tensor of logprobs.
+def distributions(
+    term: ReducedTerm, over: Over, data: Sequence[Datum], logprobs: torch.Tensor, *, by_datum: bool = False
+) -> Positions:
+    """Selects the distributions of packed logprobs, or of a tensor given directly.
 
-    Attributes:
+    Args:
+        term: the term, whose mask and reduction apply.
         over: "candidates": the last axis is one distribution; "tokens": all numbers of a datum are.
-        positions: what counts: rows over the candidates, or single numbers.
+        data: the datums.
+        logprobs: `[N, K]`, or a tensor given directly; `[N]` with `over="tokens"`.
+        by_datum: with `over="tokens"`, keep the datum of each number.
+
+    Returns:
+        Rows over the candidates, or single numbers.
+
+    Raises:
+        InvalidData: the logprobs are a client's `[T]`, without `over="tokens"`.
+    """
+    if over == "tokens":
+        return term.positions(data, logprobs, by_datum=by_datum)
+    if is_one_number_per_position(data, logprobs):
+        raise InvalidData(
+            f"{type(term).__name__} is a formula over distributions, but the logprobs have shape "
+            f"{tuple(logprobs.shape)}: one number per position, that of the target token. Pass [T, K] targets; or use "
+            "SampledKL or SampledEntropy for sampled tokens; or pass over='tokens' to treat all numbers of a datum as "
+            "one distribution, which they are not"
+        )
+    if not logprobs.ndim:
+        raise InvalidData(f"{type(term).__name__} needs at least one axis of outcomes, got a 0-d tensor")
+    return term.positions(data, logprobs, by_row=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entropy(ReducedTerm):
+    """Entropy of each distribution, to raise or lower it.
+
+    With `H = -sum(p * log p)` over the outcomes of one distribution:
+
+    - formula: `reduce(-H)` to maximize, `reduce(H)` to minimize; the pipeline always minimizes the loss
+    - gradient of `-H`: `p * (1 + log p)`, 0 where p is 0; through the softmax if a temperature is set
+    - shapes: `[N, K]`, or any tensor given directly, over its last axis; `[N]` only with `over="tokens"`
+    - units: nats; with `normalize` a number from 0 to 1 if the probabilities sum to 1
+
+    The probabilities are used as they are: K candidates are not normalized to sum to 1, except with a temperature.
+
+    Source: the regularizers guide, "Entropy Regularization" and "entropy temperature".
+
+    Args:
+        name: default name of the regularizer.
+        reduction: over distributions: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position.
+        mode: "maximize" or "minimize" the entropy.
+        temperature: 1.0 uses the logprobs as they are, else `log_softmax(logprobs / temperature)`: sharper below 1.0,
+            flatter above. Must be > 0.
+        normalize: divide by `log n`, the largest entropy of n outcomes (by log 2 for a single outcome).
+        over: "candidates": the last axis is a distribution. "tokens": all numbers of a datum are treated as one, which
+            is the guide's formula; see "Terms over distributions" in the guide to the ready-made terms.
     """
 
-    over: Over
-    positions: Positions
+    name: NonEmptyStr = "entropy"
+    mode: Mode = "maximize"
+    temperature: Positive = 1.0
+    normalize: bool = False
+    over: Over = "candidates"
 
-    @classmethod
-    def of(
-        cls, term: ReducedTerm, over: Over, data: Sequence[Datum], logprobs: torch.Tensor, *, by_datum: bool = False
-    ) -> "Distributions":
-        """Those of packed logprobs, or of a tensor given directly.
-
-        Args:
-            term: whose mask and reduction count, and whose name an error tells.
-            over: what makes a distribution.
-            data: the datums.
-            logprobs: `[N, K]`, or a tensor given directly; `[N]` with `over="tokens"`.
-            by_datum: with `over="tokens"`, whether each datum's distribution must be told from the others.
-
-        Raises:
-            InvalidData: `[T]` logprobs of a client without `over="tokens"`.
-        """
-        if over == "tokens":
-            return cls(over, term.positions(data, logprobs, by_datum=by_datum))
-        if is_one_number_per_position(data, logprobs):
-            raise InvalidData(
-                f"{type(term).__name__} is a formula over distributions, but the logprobs have shape "
-                f"{tuple(logprobs.shape)}: one number per position, that of the target token. Give [T, K] targets; or "
-                "use SampledKL or SampledEntropy for sampled tokens; or say over='tokens' to take all numbers of a "
-                "datum as one distribution, which they are not"
-            )
-        if not logprobs.ndim:
-            raise InvalidData(f"{type(term).__name__} needs at least one axis of outcomes, got a 0-d tensor")
-        return cls(over, term.positions(data, logprobs, by_row=True))
-
-    def log_softmax(self, values: torch.Tensor) -> torch.Tensor:
-        """Selected values, normalized within each distribution."""
-        if self.over == "candidates":
-            return values.log_softmax(-1)
-        return segment_log_softmax(values, self.positions.sequences, self.positions.sequence_count)
-
-    def largest_entropy(self, values: torch.Tensor) -> torch.Tensor | float:
-        """`log n` of a distribution over n outcomes, in a shape that divides the selected values; log 2 for n = 1."""
-        if self.over == "candidates":
-            return math.log(max(2, values.shape[-1]))
-        sequences, count = self.positions.sequences, self.positions.sequence_count
-        if sequences is None:
-            return math.log(max(2, values.numel()))
-        return torch.bincount(sequences, minlength=count).clamp(min=2).to(values.dtype).log()[sequences]
-
-    def reduce(self, parts: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, dict[str, float]]:
-        """One loss from the parts of the outcomes, and its denominators."""
-        return self.positions.reduce(parts.sum(-1) if self.over == "candidates" else parts, reduction)
+    def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
+        """Computes the loss; its metrics are the entropy and the denominators."""
+        by_datum = self.normalize or self.temperature != 1.0
+        positions = distributions(self, self.over, data, logprobs, by_datum=by_datum)
+        log_p = positions.select(logprobs)
+        if self.temperature != 1.0:
+            log_p = _log_softmax(log_p / self.temperature, positions)
+        parts = -log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
+        if self.normalize:
+            parts = parts / _largest_entropy(log_p, positions)
+        entropy, metrics = positions.reduce(parts, self.reduction)
+        return (-entropy if self.mode == "maximize" else entropy), {"entropy": entropy.detach(), **metrics}
 
 
-def entropy_parts(log_p: torch.Tensor) -> torch.Tensor:
-    """`-p * log p`."""
-    return -log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KLDivergence(ReferenceTerm):
+    """Kullback-Leibler divergence between the model and a reference.
+
+    With p the model's and q the reference's probabilities of the outcomes of one distribution:
+
+    - formula: forward `KL(q || p) = sum(q * (log q - log p))`, which is mode-covering; reverse
+      `KL(p || q) = sum(p * (log p - log q))`, which is mode-seeking; symmetric: the mean of both. Then reduced.
+    - gradient: forward `-q`; reverse `p * (1 + log p - log q)`; 0 where the outcome has no probability
+    - shapes: `[N, K]`, or any tensor given directly, over its last axis; `[N]` only with `over="tokens"`
+    - units: nats
+
+    It is never negative between distributions; numbers that do not sum to 1 can make it negative. If one distribution
+    excludes what the other allows, it is infinite, and the pipeline raises NonFiniteLoss.
+
+    Source: the regularizers guide, "KL Divergence from Target Distribution" and "KL direction/symmetric".
+
+    Args:
+        name: default name of the regularizer.
+        reduction: over distributions: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position.
+        reference: a tensor that can be broadcast to the logprobs, or a function `reference(data)`, sync or async,
+            that returns them packed, as one tensor per datum, or as the result of a client's `forward`.
+        reference_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs. Exactly one of
+            `reference` and `reference_field` is required.
+        direction: "forward" or "reverse".
+        symmetric: use the mean of both directions; `direction` is ignored.
+        over: "candidates": the last axis is a distribution. "tokens": all numbers of a datum are treated as one, which
+            is the guide's formula; see "Terms over distributions" in the guide to the ready-made terms.
+    """
+
+    name: NonEmptyStr = "kl_divergence"
+    direction: Literal["forward", "reverse"] = "forward"
+    symmetric: bool = False
+    over: Over = "candidates"
+
+    def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
+        """Computes the loss; its metrics are the denominators."""
+        positions = distributions(self, self.over, data, logprobs)
+        log_p, log_q = positions.select(logprobs), positions.select(reference)
+        if self.symmetric:
+            parts = symmetric_kl_parts(log_p, log_q)
+        else:
+            parts = kl_parts(log_q, log_p) if self.direction == "forward" else kl_parts(log_p, log_q)
+        return positions.reduce(parts, self.reduction)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JensenShannon(ReferenceTerm):
+    """Jensen-Shannon divergence between the model and a reference: symmetric, from 0 to log 2, never infinite.
+
+    With p the model's and q the reference's probabilities, and `m = (p + q) / 2`:
+
+    - formula: `(KL(p || m) + KL(q || m)) / 2`, then reduced
+    - gradient: `p * (log p - log m) / 2`
+    - shapes: `[N, K]`, or any tensor given directly, over its last axis; `[N]` only with `over="tokens"`
+    - units: nats
+
+    Source: J. Lin, "Divergence Measures Based on the Shannon Entropy".
+
+    Args:
+        name: default name of the regularizer.
+        reduction: over distributions: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position.
+        reference: as in `KLDivergence`.
+        reference_field: as in `KLDivergence`. Exactly one of `reference` and `reference_field` is required.
+        over: "candidates": the last axis is a distribution. "tokens": all numbers of a datum are treated as one.
+    """
+
+    name: NonEmptyStr = "jensen_shannon"
+    over: Over = "candidates"
+
+    def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
+        """Computes the loss; its metrics are the denominators."""
+        positions = distributions(self, self.over, data, logprobs)
+        smallest = torch.finfo(logprobs.dtype).min
+        log_p = positions.select(logprobs).clamp(min=smallest)
+        log_q = positions.select(reference).clamp(min=smallest)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+        parts = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
+        return positions.reduce(parts, self.reduction)
 
 
 def kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """`p * (log p - log q)`: infinite where q rules out what p allows."""
+    """Returns `p * (log p - log q)` of each outcome: infinite where q excludes what p allows."""
     p = log_p.exp()
     impossible = p == 0
     return p * (log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0))
 
 
-def js_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """`(p * (log p - log m) + q * (log q - log m)) / 2` with `m = (p + q) / 2`."""
-    smallest = torch.finfo(log_p.dtype).min
-    log_p, log_q = log_p.clamp(min=smallest), log_q.clamp(min=smallest)
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
+def symmetric_kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Returns the summands of the mean of both directions."""
+    return 0.5 * (kl_parts(log_p, log_q) + kl_parts(log_q, log_p))
+
+
+def _log_softmax(values: torch.Tensor, positions: Positions) -> torch.Tensor:
+    if positions.rows is not None:
+        return values.log_softmax(-1)
+    return segment_log_softmax(values, positions.sequences, positions.sequence_count)
+
+
+def _largest_entropy(values: torch.Tensor, positions: Positions) -> torch.Tensor | float:
+    """Returns `log n` for n outcomes, in a shape that divides the values; log 2 for n = 1."""
+    if positions.rows is not None or positions.sequences is None:
+        return math.log(max(2, values.shape[-1]))
+    outcomes = torch.bincount(positions.sequences, minlength=positions.sequence_count)
+    return outcomes.clamp(min=2).to(values.dtype).log()[positions.sequences]

@@ -6,84 +6,77 @@ from typing import Literal, cast
 
 import torch
 
-from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import split
 from tinkex_py.losses.spec import PerDatum, Term, TermResult, is_async_term, term_function, why_not_a_term
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
-from tinkex_py.terms.ready_made import ReadyMadeTerm
+from tinkex_py.terms.ready_made import NonEmptyStr, NonNegative, ReadyMadeTerm
 from tinkex_py.terms.reduction import Positions
 from tinkex_py.types import Datum
-
-Mode = Literal["output", "interpolated"]
-MODES: tuple[Mode, ...] = ("output", "interpolated")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GradientPenalty(ReadyMadeTerm):
-    """Holds the length of another term's gradient at a target: `(||g|| - target_norm)**2` for each datum.
+    """Pulls the norm of another term's gradient to a target: `(||g|| - target_norm)**2` for each datum.
 
     With f the other term, x the logprobs, and g the slice of `df/dx` that belongs to one datum:
 
     - formula: the mean or sum over datums of `(||g|| - target_norm)**2`; without datums, the whole tensor is one.
-      `output` takes g at x itself; `interpolated` at `u * x + (1 - u) * y`, with y a reference field and u drawn
+      `output` evaluates g at x; `interpolated` at `u * x + (1 - u) * y`, with y a reference field and u drawn
       uniformly from [0, 1) for each datum
     - gradient: `2 * (||g|| - target_norm) * H g / ||g||` with H the second derivative of f; `u` times that where
       interpolated; 0 where g is 0
-    - shapes: whatever f takes: `[N]`, `[N, K]`, or any shape with `data=[]`
+    - shapes: those that f accepts: `[N]`, `[N, K]`, or any shape with `data=[]`
     - units: those of f per nat, squared
 
-    The second derivative is the true one, from a graph of the first. It is 0 for an f that is linear in the logprobs,
-    such as NLL: then nothing is pulled, and the output says `differentiable=False`.
+    The second derivative is exact, from a graph of the first. It is 0 for an f that is linear in the logprobs, such as
+    NLL: then the penalty has no gradient, and the output reports `differentiable=False`.
 
     Source: I. Gulrajani et al., "Improved Training of Wasserstein GANs" (equation 3); the NxPenalties library,
     "gradient_penalty".
 
     Args:
-        name: the regularizer's name, if its spec gives none.
-        fn: the term f; anything a RegularizerSpec takes, but not async.
+        name: default name of the regularizer.
+        fn: the term f: any term that is not async.
         mode: "output" or "interpolated".
-        target_norm: the length to hold, >= 0.
+        target_norm: the target, >= 0.
         reference_field: for "interpolated": a `loss_fn_inputs` field of every datum, in the shape of its logprobs.
         reduction: "mean" or "sum" over datums.
-        seed: for "interpolated": makes the draw the same every time; None draws from torch's global generator.
+        seed: for "interpolated": makes the draw reproducible; None draws from torch's global generator.
     """
 
-    name: str = "gradient_penalty"
+    name: NonEmptyStr = "gradient_penalty"
     fn: Term = field(repr=False)
-    mode: Mode = "output"
-    target_norm: float = 1.0
-    reference_field: str | None = None
+    mode: Literal["output", "interpolated"] = "output"
+    target_norm: NonNegative = 1.0
+    reference_field: NonEmptyStr | None = None
     reduction: Literal["mean", "sum"] = "mean"
     seed: int | None = None
 
     def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
+        """Raises InvalidSpec if `fn` is not usable, or if `mode` and `reference_field` contradict each other."""
         problem = why_not_a_term(self.fn, {})
         if problem is None and is_async_term(self.fn):
-            problem = "fn must not be async: its gradient is taken inside this term"
+            problem = "fn must not be async, because its gradient is computed inside this term: pass a sync function"
         if problem is not None:
-            raise InvalidSpec(f"GradientPenalty: {problem}")
-        self._check_choice("mode", MODES)
-        self._check_number("target_norm", at_least=0)
-        self._check_choice("reduction", ("mean", "sum"))
-        self._check_text("reference_field", optional=True)
+            raise self.invalid(problem)
         if (self.mode == "interpolated") != (self.reference_field is not None):
-            raise self._refuse("reference_field", "given with mode='interpolated', and only then")
-        self._check_int("seed", optional=True)
+            raise self.invalid(
+                f"mode='interpolated' needs a reference_field, and mode='output' has none, got mode={self.mode!r} and "
+                f"reference_field={self.reference_field!r}"
+            )
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; the mean length of the gradients and the number of datums are its metrics."""
+        """Computes the loss; its metrics are the mean norm of the gradients and the number of datums."""
         positions = Positions.of(data, logprobs, by_datum=True)
         with torch.enable_grad():
             point = logprobs if self.mode == "output" else self._between(data, logprobs, positions)
             gradient = self._gradient(data, point if point.requires_grad else point.detach().requires_grad_())
-        lengths = safe_sqrt(positions.sums(positions.select(gradient).square()))
-        penalties = (lengths - self.target_norm).square()
+        norms = safe_sqrt(positions.sums(positions.select(gradient).square()))
+        penalties = (norms - self.target_norm).square()
         loss = penalties.mean() if self.reduction == "mean" else penalties.sum()
-        return loss, {"gradient_norm": lengths.detach().mean(), "sequences": float(lengths.numel())}
+        return loss, {"gradient_norm": norms.detach().mean(), "sequences": float(norms.numel())}
 
     def _between(self, data: Sequence[Datum], logprobs: torch.Tensor, positions: Positions) -> torch.Tensor:
         reference = aligned_field(data, cast("str", self.reference_field), logprobs)

@@ -2,79 +2,72 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.ready_made import NonEmptyStr, Positive
 from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.types import Datum
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormTerm(ReducedTerm):
-    """A penalty on one tensor.
+    """A penalty on the logprobs, the probabilities or a field."""
 
-    Args:
-        name: the regularizer's name, if its spec gives none.
-        reduction: how the numbers become one loss, see `Positions.reduce`.
-        mask: a `loss_fn_inputs` field that says what counts, see `Positions.of`.
-        target: which tensor: "logprobs"; "probs", their exponential; or the name of a `loss_fn_inputs` field. A field
-            holds constants: its penalty counts in the loss, but no gradient comes from it, and the output says
-            `differentiable=False`.
-    """
+    target: NonEmptyStr = "logprobs"
 
-    target: str = "logprobs"
-
-    def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_text("target")
-
-    def _target(self, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    def target_tensor(self, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+        """Returns the field, or the logprobs for both "logprobs" and "probs"."""
         if self.target in ("logprobs", "probs"):
             return logprobs
         return aligned_field(data, self.target, logprobs, per_position=True)
 
-    def _selected(self, target: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def selected(
+        self, data: Sequence[Datum], logprobs: torch.Tensor, *, by_row: bool = False
+    ) -> tuple[Positions, torch.Tensor]:
+        """Returns the selected positions, and the numbers to penalize: `[M]`, or `[M, K]` by row."""
+        target = self.target_tensor(data, logprobs)
+        positions = self.positions(data, target, by_row=by_row)
         values = positions.select(target)
-        return values.exp() if self.target == "probs" else values
+        return positions, values.exp() if self.target == "probs" else values
 
 
 @dataclass(frozen=True, kw_only=True)
 class L1(NormTerm):
-    """Sum of absolute values: pulls every number towards 0 with the same force, so that small ones reach it.
+    """Sum of absolute values: pulls every number to 0 with the same force, so that small ones reach it.
 
     With x the target and w the mask:
 
     - formula: `reduce(|x|)`; by default `sum(w * |x|)`
     - gradient: `w * sign(x)`, 0 at 0; for `target="probs"` `w * exp(logprobs)`
     - shapes: `[N]`, `[N, K]`, or any shape with `data=[]`
-    - units: nats for logprobs, pure numbers for probabilities
+    - units: nats for logprobs, dimensionless for probabilities
 
     Source: the regularizers guide, "L1 Sparsity"; R. Tibshirani, "Regression Shrinkage and Selection via the Lasso".
 
     Args:
-        name: the regularizer's name, if its spec gives none.
+        name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 leaves a number out.
-        target: "logprobs", "probs", or the name of a field. A field holds constants: its penalty counts, but no
-            gradient comes from it.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        target: "logprobs", "probs" for their exponential, or the name of a field. A field is a constant: its penalty
+            counts in the loss, but it has no gradient, and the output reports `differentiable=False`.
     """
 
-    name: str = "l1_sparsity"
+    name: NonEmptyStr = "l1_sparsity"
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; the denominators are its metrics."""
-        target = self._target(data, logprobs)
-        positions = self.positions(data, target)
-        values = self._selected(target, positions)
+        """Computes the loss; its metrics are the denominators."""
+        positions, values = self.selected(data, logprobs)
         return positions.reduce(values.abs(), self.reduction)
 
 
 @dataclass(frozen=True, kw_only=True)
 class L2(NormTerm):
-    """Sum of squares, without a square root: pulls large numbers harder than small ones.
+    """Sum of squares, without a square root: pulls large numbers more strongly than small ones.
 
     With x the target, c the center and w the mask:
 
@@ -86,40 +79,27 @@ class L2(NormTerm):
     Source: the regularizers guide, "L2 Weight Decay"; `center` and `clip` as in the NxPenalties library.
 
     Args:
-        name: the regularizer's name, if its spec gives none.
+        name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 leaves a number out.
-        target: "logprobs", "probs", or the name of a field. A field holds constants: its penalty counts, but no
-            gradient comes from it.
-        center: what is pulled to: None for 0; a number; "mean" for the mean of the numbers that count; or the name of
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        target: "logprobs", "probs", or the name of a field, as in `L1`.
+        center: where the pull leads: None for 0; a number; "mean" for the mean of the selected numbers; or the name of
             a field in the shape of the datum's logprobs, which makes this a distance to that field.
-        clip: numbers further from the center count as if they were this far; None for no limit. Must be > 0.
+        clip: upper bound on the distance from the center that counts, > 0; None for no bound.
     """
 
-    name: str = "l2_weight_decay"
-    center: float | str | None = None
-    clip: float | None = None
-
-    def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        if isinstance(self.center, str):
-            self._check_text("center")
-        elif self.center is not None:
-            self._check_number("center")
-        if self.clip is not None:
-            self._check_number("clip", above=0)
+    name: NonEmptyStr = "l2_weight_decay"
+    center: float | NonEmptyStr | None = None
+    clip: Positive | None = None
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; the denominators are its metrics."""
-        target = self._target(data, logprobs)
-        positions = self.positions(data, target)
-        values = self._selected(target, positions)
+        """Computes the loss; its metrics are the denominators."""
+        positions, values = self.selected(data, logprobs)
         if self.center == "mean":
-            mean, _ = positions.reduce(values, "mean")
-            values = values - mean
+            values = values - positions.reduce(values, "mean")[0]
         elif isinstance(self.center, str):
-            values = values - positions.select(aligned_field(data, self.center, target))
+            center = aligned_field(data, self.center, self.target_tensor(data, logprobs))
+            values = values - positions.select(center)
         elif self.center is not None:
             values = values - self.center
         if self.clip is not None:
@@ -141,26 +121,18 @@ class ElasticNet(NormTerm):
     Source: H. Zou and T. Hastie, "Regularization and Variable Selection via the Elastic Net".
 
     Args:
-        name: the regularizer's name, if its spec gives none.
+        name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 leaves a number out.
-        target: "logprobs", "probs", or the name of a field. A field holds constants: its penalty counts, but no
-            gradient comes from it.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        target: "logprobs", "probs", or the name of a field, as in `L1`.
         l1_ratio: share of L1, from 0 (only L2) to 1 (only L1).
     """
 
-    name: str = "elastic_net"
-    l1_ratio: float = 0.5
-
-    def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_number("l1_ratio", at_least=0, at_most=1)
+    name: NonEmptyStr = "elastic_net"
+    l1_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; the denominators are its metrics."""
-        target = self._target(data, logprobs)
-        positions = self.positions(data, target)
-        values = self._selected(target, positions)
+        """Computes the loss; its metrics are the denominators."""
+        positions, values = self.selected(data, logprobs)
         mixed = self.l1_ratio * values.abs() + (1 - self.l1_ratio) * values.square()
         return positions.reduce(mixed, self.reduction)

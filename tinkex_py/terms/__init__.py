@@ -1,1 +1,1 @@
-"""What the ready-made regularizers and base losses are built from."""
+"""Building blocks of the ready-made regularizers and base losses."""

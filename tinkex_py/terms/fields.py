@@ -1,4 +1,4 @@
-"""Fields of `loss_fn_inputs` that belong to the logprobs: laid out like them, and checked datum by datum."""
+"""Fields of `loss_fn_inputs` that are aligned with the logprobs."""
 
 from collections.abc import Sequence
 
@@ -14,19 +14,20 @@ Shape = tuple[int, ...]
 
 
 def datum_lengths(data: Sequence[Datum], positions: int) -> list[int]:
-    """How many positions each datum has.
+    """Returns the number of positions of each datum.
 
     Args:
         data: the datums, with `target_tokens`.
         positions: the length of the packed tensor.
 
     Raises:
-        InvalidData: a datum has no targets, or the lengths do not add up.
+        InvalidData: a datum has no targets, or the lengths do not add up to the number of positions.
     """
     lengths = [target_shape(datum, index)[0] for index, datum in enumerate(data)]
     if sum(lengths) != positions:
         raise InvalidData(
-            f"target_tokens of {len(data)} datums cover {sum(lengths)} positions, but the logprobs have {positions}"
+            f"target_tokens of {len(data)} datums cover {sum(lengths)} positions, but the logprobs have {positions}: "
+            "pass the logprobs of exactly these datums"
         )
     return lengths
 
@@ -34,61 +35,62 @@ def datum_lengths(data: Sequence[Datum], positions: int) -> list[int]:
 def aligned_field(
     data: Sequence[Datum], name: str, logprobs: torch.Tensor, *, per_position: bool = False
 ) -> torch.Tensor:
-    """A field of every datum, packed, in the shape and dtype of the logprobs and on their device.
-
-    A datum's own shape follows from its `target_tokens`; where it has none, from the field itself.
+    """Packs a field of all datums, in the dtype and on the device of the logprobs.
 
     Args:
-        data: the datums.
+        data: the datums. The shape of a datum is that of its `target_tokens`, or of the field if it has none.
         name: the field.
-        logprobs: packed, or a tensor given directly whose first axis is that of all datums' positions.
-        per_position: one number per position, `[T]`, will do where the logprobs are `[T, K]`.
+        logprobs: packed, or a tensor given directly whose first axis holds the positions of all datums.
+        per_position: also accept one number per position, `[T]`, for logprobs of shape `[T, K]`.
 
     Returns:
-        The shape of the logprobs; `[N]` where the field has one number per position.
+        A tensor in the shape of the logprobs; `[N]` if the field has one number per position.
 
     Raises:
-        InvalidData: naming the datum, the field and both shapes.
+        InvalidData: a datum lacks the field or its shape does not match.
     """
     if not data:
-        raise InvalidData(f"no datum to take {name!r} from")
+        raise InvalidData(f"the term reads the field {name!r}, but data is empty: pass datums that have it")
     shapes = [_field_shape(datum, index, name) for index, datum in enumerate(data)]
-    wanted = _datum_shapes(data, shapes, logprobs)
-    flat = per_position and all(shape == full[:1] for shape, full in zip(shapes, wanted, strict=True))
-    if shapes != wanted and not flat:
-        bad = next(i for i, (shape, full) in enumerate(zip(shapes, wanted, strict=True)) if shape != full)
-        raise InvalidData(f"{name!r} of datum {bad} has shape {shapes[bad]}, its logprobs have shape {wanted[bad]}")
+    expected = _datum_shapes(data, shapes, logprobs)
+    flat = per_position and all(shape == full[:1] for shape, full in zip(shapes, expected, strict=True))
+    for index, (shape, full) in enumerate(zip(shapes, expected, strict=True)):
+        if shape != full and not flat:
+            raise InvalidData(f"{name!r} of datum {index} has shape {shape}, but its logprobs have shape {full}")
     total = sum(shape[0] for shape in shapes)
     if total != logprobs.shape[0]:
         raise InvalidData(
-            f"{name!r} of datums 0 to {len(data) - 1} covers {total} positions, the logprobs have shape "
-            f"{tuple(logprobs.shape)}"
+            f"{name!r} of {len(data)} datums covers {total} positions, but the logprobs have shape "
+            f"{tuple(logprobs.shape)}: pass the logprobs of exactly these datums"
         )
     arrays = [datum.loss_fn_inputs[name].to_numpy() for datum in data]
     return like(torch.from_numpy(np.concatenate(arrays)), logprobs)  # pyright: ignore[reportUnknownMemberType]
 
 
 def like(constants: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Constants in the dtype of the logprobs and on their device."""
+    """Detaches a tensor and moves it to the dtype and device of the logprobs."""
     return constants.detach().to(logprobs.dtype).to(logprobs.device)
 
 
 def has_field(data: Sequence[Datum], name: str) -> bool:
-    """Whether the datums have the field.
+    """Returns whether the datums have the field.
 
     Raises:
-        InvalidData: some have it and some do not.
+        InvalidData: only some datums have it.
     """
-    lacking = [index for index, datum in enumerate(data) if name not in datum.loss_fn_inputs]
-    if lacking and len(lacking) < len(data):
-        raise InvalidData(f"datum {lacking[0]} has no {name!r} in loss_fn_inputs, but other datums have it")
-    return bool(data) and not lacking
+    missing = [index for index, datum in enumerate(data) if name not in datum.loss_fn_inputs]
+    if missing and len(missing) < len(data):
+        raise InvalidData(
+            f"datum {missing[0]} has no {name!r} in loss_fn_inputs, but other datums have it: set it on all or on none"
+        )
+    return bool(data) and not missing
 
 
 def is_one_number_per_position(data: Sequence[Datum], logprobs: torch.Tensor) -> bool:
-    """Whether these are a client's `[T]` logprobs, those of the target tokens alone.
+    """Returns whether the logprobs are those of the target tokens alone, `[T]`.
 
-    A tensor given directly counts as such if it has one number for each of the datums' targets.
+    That is the case for one-dimensional logprobs of a client, and for a tensor given directly that has one number for
+    each target of the datums.
     """
     if logprobs.ndim != 1:
         return False
@@ -105,7 +107,7 @@ def _field_shape(datum: Datum, index: int, name: str) -> Shape:
     if field is None:
         raise InvalidData(f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})")
     if not field.shape:
-        raise InvalidData(f"{name!r} of datum {index} is a single number; it must have one entry per position")
+        raise InvalidData(f"{name!r} of datum {index} is a scalar: pass one entry per position")
     return field.shape
 
 

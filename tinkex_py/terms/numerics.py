@@ -1,44 +1,41 @@
-"""Arithmetic that stays finite, and sums over the datums of a packed tensor."""
+"""Numerically safe functions, and sums over the datums of a packed tensor."""
 
 import math
 
 import torch
 
-# Up to here the exponential is exact; e**20 is 5e8, far beyond any ratio of probabilities worth its exact value.
+# Up to here the exponential is exact. e**20 is 5e8, far beyond the ratios of probabilities that occur in training.
 EXACT_UP_TO = 20.0
 _SLOPE = math.exp(EXACT_UP_TO)
 
 
 def safe_exp(exponent: torch.Tensor) -> torch.Tensor:
-    """`exp(x)`, continued by its tangent for x > 20.
-
-    Neither the value nor the gradient overflows, and the gradient keeps its sign.
-    """
+    """Returns `exp(x)`, continued by its tangent for x > 20, so that neither value nor gradient overflows."""
     return exponent.clamp(max=EXACT_UP_TO).exp() + _SLOPE * torch.relu(exponent - EXACT_UP_TO)
 
 
 def safe_expm1(exponent: torch.Tensor) -> torch.Tensor:
-    """`exp(x) - 1` without loss of digits near 0, continued by its tangent for x > 20."""
+    """Returns `exp(x) - 1`, exact near 0 and continued by its tangent for x > 20."""
     return exponent.clamp(max=EXACT_UP_TO).expm1() + _SLOPE * torch.relu(exponent - EXACT_UP_TO)
 
 
 def safe_sqrt(square: torch.Tensor) -> torch.Tensor:
-    """`sqrt(x)` for x >= 0, with gradient 0 at 0."""
+    """Returns `sqrt(x)` for x >= 0, with gradient 0 at 0."""
     positive = square > 0
     return torch.where(positive, square, 1.0).sqrt() * positive
 
 
-def valued_as(value: torch.Tensor, gradient_of: torch.Tensor) -> torch.Tensor:
-    """The value of one tensor with the gradient of another."""
-    return gradient_of - gradient_of.detach() + value.detach()
+def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the value of one tensor with the gradient of another."""
+    return other - other.detach() + value.detach()
 
 
 def segment_sum(values: torch.Tensor, segments: torch.Tensor | None, count: int) -> torch.Tensor:
-    """Sum over each segment.
+    """Sums over segments.
 
     Args:
         values: `[M]`.
-        segments: segment of each value, `[M]`; None if there is only one.
+        segments: index of the segment of each value, `[M]`; None if there is only one segment.
         count: number of segments.
 
     Returns:
@@ -50,7 +47,7 @@ def segment_sum(values: torch.Tensor, segments: torch.Tensor | None, count: int)
 
 
 def segment_log_softmax(values: torch.Tensor, segments: torch.Tensor | None, count: int) -> torch.Tensor:
-    """`log_softmax` over each segment; arguments as in `segment_sum`."""
+    """Computes `log_softmax` over each segment; the arguments are those of `segment_sum`."""
     if segments is None:
         return values.log_softmax(0)
     largest = values.detach().new_full((count,), -torch.inf).scatter_reduce(0, segments, values.detach(), "amax")

@@ -1,106 +1,101 @@
-"""What all ready-made terms share: they are frozen settings with a formula."""
+"""Base class of the ready-made terms."""
 
 import dataclasses
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from functools import cache
+from typing import Annotated, Any, Self, get_type_hints
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.checks import checked_number
 from tinkex_py.losses.spec import TermFunction, TermResult
 from tinkex_py.types import Datum
+
+NonEmptyStr = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyMadeTerm(ABC):
     """A term whose settings are the fields of a frozen dataclass.
 
-    Subclasses are dataclasses of the same kind: each field is a setting, `check` refuses bad ones, and `loss` is the
-    formula. Settings may be overridden per call or by `RegularizerSpec.options`.
+    pydantic validates the settings against their annotations. Fields with `repr=False` hold tensors and functions,
+    which `check` validates.
 
     Args:
-        name: the regularizer's name, if its spec gives none.
+        name: default name of the regularizer.
+
+    Raises:
+        InvalidSpec: a setting is invalid.
     """
 
-    name: str
+    name: NonEmptyStr
 
     def __post_init__(self) -> None:
-        self._check_text("name")
+        try:
+            _settings_model(type(self)).model_validate(vars(self))
+        except ValidationError as error:
+            raise self.invalid(_problem(error)) from None
         self.check()
 
-    def check(self) -> None:  # noqa: B027  # most terms have something to check, none must
-        """Raises InvalidSpec if a setting cannot be used."""
+    def check(self) -> None:  # noqa: B027  # optional
+        """Raises InvalidSpec if the settings contradict each other."""
 
     @abstractmethod
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult | Awaitable[TermResult]:
-        """The formula."""
+        """Computes the loss and its metrics."""
 
     @property
     def compute(self) -> TermFunction:
-        """`compute(data, logprobs, **settings)`: the formula; settings given here override those of the object."""
-
-        def compute(
-            data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
-        ) -> TermResult | Awaitable[TermResult]:
-            return self.with_options(settings).loss(data, logprobs)
-
-        return self._with_settings_in_signature(compute)
+        """`compute(data, logprobs, **settings)`, where settings replace those of the object for this call."""
+        return self._compute
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The same term with some settings replaced.
+        """Returns the term with some settings replaced.
 
         Raises:
-            InvalidSpec: a value cannot be used.
-            TypeError: there is no such setting.
+            InvalidSpec: a value is invalid.
+            TypeError: the term has no such setting.
         """
         if "name" in options:
-            raise TypeError(f"{type(self).__name__}: the name is not an option; give it to the spec")
+            raise TypeError(f"{type(self).__name__}: name is not an option: pass it to the spec")
         return dataclasses.replace(self, **options) if options else self
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises InvalidSpec if a spec's options cannot replace settings."""
-        self.with_options(options)
+        """Raises InvalidSpec if the options of a spec are not valid settings."""
+        try:
+            self.with_options(options)
+        except TypeError as error:
+            raise self.invalid(str(error)) from error
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments that make an equal term."""
+        """Returns the keyword arguments that create an equal term."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _with_settings_in_signature(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Lists the settings in the function's signature, so that a spec refuses one that does not exist."""
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        positional = list(inspect.signature(compute).parameters.values())[:2]
-        names = [field.name for field in dataclasses.fields(self) if field.name != "name"]
-        settings = [inspect.Parameter(name, keyword, default=getattr(self, name)) for name in names]
-        cast("Any", compute).__signature__ = inspect.Signature([*positional, *settings])
-        return compute
+    def invalid(self, problem: str) -> InvalidSpec:
+        """Returns the error for an invalid setting."""
+        return InvalidSpec(f"{type(self).__name__}: {problem}")
 
-    def _refuse(self, setting: str, wanted: str) -> InvalidSpec:
-        return InvalidSpec(f"{type(self).__name__}: {setting} must be {wanted}, got {getattr(self, setting)!r}")
+    def _compute(
+        self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
+    ) -> TermResult | Awaitable[TermResult]:
+        return self.with_options(settings).loss(data, logprobs)
 
-    def _check_choice(self, setting: str, allowed: Sequence[object]) -> None:
-        value = getattr(self, setting)
-        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
-            raise self._refuse(setting, f"one of {', '.join(map(repr, allowed))}")
 
-    def _check_flag(self, setting: str) -> None:
-        self._check_choice(setting, (True, False))
+@cache
+def _settings_model(cls: type[ReadyMadeTerm]) -> type[BaseModel]:
+    hints = get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {field.name: (hints[field.name], ...) for field in dataclasses.fields(cls) if field.repr}
+    return create_model(cls.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
 
-    def _check_text(self, setting: str, *, optional: bool = False) -> None:
-        value = getattr(self, setting)
-        if not (isinstance(value, str) and value) and not (optional and value is None):
-            raise self._refuse(setting, "a non-empty str" + (" or None" if optional else ""))
 
-    def _check_int(self, setting: str, *, optional: bool = False) -> None:
-        value = getattr(self, setting)
-        if (isinstance(value, bool) or not isinstance(value, int)) and not (optional and value is None):
-            raise self._refuse(setting, "an int" + (" or None" if optional else ""))
-
-    def _check_number(
-        self, setting: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
-    ) -> None:
-        value = getattr(self, setting)
-        checked_number(type(self).__name__, setting, value, above=above, at_least=at_least, at_most=at_most)
+def _problem(error: ValidationError) -> str:
+    """Describes the first invalid setting. A setting with several types has one message for each of them."""
+    found = error.errors(include_url=False)
+    setting, value = found[0]["loc"][0], found[0]["input"]
+    messages = [item["msg"].partition(" should ")[2] for item in found if item["loc"][0] == setting]
+    return f"{setting} must {' or '.join(messages)}, got {value!r}"

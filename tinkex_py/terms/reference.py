@@ -1,4 +1,4 @@
-"""Terms that compare the model with a reference: where the reference's logprobs come from."""
+"""Terms that compare the model with a reference."""
 
 import inspect
 from abc import abstractmethod
@@ -8,9 +8,10 @@ from typing import Any, Self, cast
 
 import torch
 
-from tinkex_py.errors import InvalidData, InvalidSpec
+from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
 from tinkex_py.terms.fields import aligned_field, like
+from tinkex_py.terms.ready_made import NonEmptyStr
 from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
@@ -21,60 +22,59 @@ Reference = torch.Tensor | Callable[[Sequence[Datum]], ReferenceLogprobs | Await
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceTerm(ReducedTerm):
-    """A ready-made term that needs a reference's logprobs. They are constants: no gradient flows into them.
+    """A ready-made term that needs the logprobs of a reference. They are constants: no gradient flows into them.
 
     Args:
-        name: the regularizer's name, if its spec gives none.
-        reduction: how the numbers become one loss, see `Positions.reduce`.
-        mask: a `loss_fn_inputs` field that says what counts, see `Positions.of`.
+        name: default name of the regularizer.
+        reduction: see `Positions.reduce`.
+        mask: see `Positions.of`.
         reference: a tensor that can be broadcast to the logprobs, or a function `reference(data)`, sync or async,
-            that gives the reference's logprobs: packed, or one tensor per datum, or what a client's `forward` gives.
-            So another training client's `forward` is a reference as it is.
-        reference_field: a `loss_fn_inputs` field of every datum that holds them, in the shape of the datum's logprobs.
-            Exactly one of the two is given.
+            that returns them packed, as one tensor per datum, or as the result of a client's `forward`.
+        reference_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs. Exactly one of
+            `reference` and `reference_field` is required.
     """
 
     reference: Reference | None = field(default=None, repr=False)
-    reference_field: str | None = None
+    reference_field: NonEmptyStr | None = None
 
     def check(self) -> None:
-        """Raises InvalidSpec if a setting cannot be used."""
-        super().check()
-        self._check_text("reference_field", optional=True)
+        """Raises InvalidSpec unless exactly one usable reference is given."""
         given = [name for name in ("reference", "reference_field") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise InvalidSpec(
-                f"{type(self).__name__} needs exactly one of reference=<tensor>, reference=<function> and "
-                f"reference_field=<name>, got {' and '.join(given) or 'none'}"
+            raise self.invalid(
+                "pass exactly one of reference=<tensor>, reference=<function> and reference_field=<name>, got "
+                f"{' and '.join(given) or 'none'}"
             )
         if self.reference is not None and not isinstance(self.reference, torch.Tensor) and not callable(self.reference):
-            raise self._refuse("reference", "a tensor or a function of the datums")
+            raise self.invalid(f"reference must be a tensor or a function of the datums, got {self.reference!r}")
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult | Awaitable[TermResult]:
-        """The formula; an awaitable of its result if the reference is async."""
-        found = self._find(data, logprobs)
-        if inspect.isawaitable(found):
-            return self._loss_later(found, data, logprobs)
-        return self.loss_against(_aligned(found, data, logprobs), data, logprobs)
+        """Computes the loss; returns an awaitable if the reference is async."""
+        if self.reference_field is not None:
+            reference = aligned_field(data, self.reference_field, logprobs)
+        elif isinstance(self.reference, torch.Tensor):
+            reference = _broadcast(self.reference, logprobs)
+        else:
+            assert self.reference is not None, "checked at construction"
+            with torch.no_grad():
+                found = self.reference(data)
+            if inspect.isawaitable(found):
+                return self._loss_later(found, data, logprobs)
+            reference = _aligned(found, data, logprobs)
+        return self.loss_against(reference, data, logprobs)
 
     @abstractmethod
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
-        """The formula; `reference` has the shape and dtype of the logprobs."""
+        """Computes the loss; `reference` has the shape and dtype of the logprobs."""
 
     @property
     def compute(self) -> TermFunction:
         """`compute(data, logprobs, **settings)`; a coroutine function if the reference is one."""
-        if not (callable(self.reference) and is_async_term(self.reference)):
-            return super().compute
-
-        async def compute(data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any) -> TermResult:
-            result = self.with_options(settings).loss(data, logprobs)
-            return await result if inspect.isawaitable(result) else result
-
-        return self._with_settings_in_signature(compute)
+        is_async = callable(self.reference) and is_async_term(self.reference)
+        return self._compute_async if is_async else super().compute
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
-        """The same term with some settings replaced; a reference given in one way replaces that of the other."""
+        """Returns the term with some settings replaced; `reference` and `reference_field` replace each other."""
         given = dict(options)
         if given.get("reference") is not None:
             given.setdefault("reference_field", None)
@@ -82,14 +82,9 @@ class ReferenceTerm(ReducedTerm):
             given.setdefault("reference", None)
         return super().with_options(given)
 
-    def _find(self, data: Sequence[Datum], logprobs: torch.Tensor) -> object:
-        if self.reference_field is not None:
-            return aligned_field(data, self.reference_field, logprobs)
-        if isinstance(self.reference, torch.Tensor):
-            return _broadcast(self.reference, logprobs)
-        assert self.reference is not None, "checked at construction"
-        with torch.no_grad():
-            return self.reference(data)
+    async def _compute_async(self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any) -> TermResult:
+        result = self.with_options(settings).loss(data, logprobs)
+        return await result if inspect.isawaitable(result) else result
 
     async def _loss_later(self, found: Awaitable[object], data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         return self.loss_against(_aligned(await found, data, logprobs), data, logprobs)
@@ -99,47 +94,47 @@ def _broadcast(reference: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     try:
         return like(reference, logprobs).expand(logprobs.shape)
     except RuntimeError:
-        raise _misfit(tuple(reference.shape), logprobs) from None
+        raise _mismatch(tuple(reference.shape), logprobs) from None
 
 
 def _aligned(found: object, data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
-    """What a reference gave, as one tensor of the logprobs' shape and dtype on their device."""
+    """Converts what a reference function returned to one tensor like the logprobs."""
     if isinstance(found, ForwardBackwardOutput):
         found = found.packed.get("logprobs")
         if found is None:
-            raise InvalidData("the reference gave a ForwardBackwardOutput without 'logprobs'")
+            raise InvalidData(
+                "the reference returned a ForwardBackwardOutput without 'logprobs': return that of a forward pass"
+            )
     if isinstance(found, PackedTensor):
         found = [TensorData.from_numpy(found.datum(index)) for index in range(len(found))]
     if isinstance(found, Sequence) and not isinstance(found, str):
         found = _joined(cast("Sequence[object]", found), data, logprobs)
     if not isinstance(found, torch.Tensor):
         raise InvalidData(
-            f"the reference gave a {type(found).__name__}, not a tensor, a list with one tensor per datum, or the "
-            "result of a client's forward"
+            f"the reference returned a {type(found).__name__}: return a tensor, a list with one tensor per datum, or "
+            "the result of a client's forward"
         )
     if found.shape != logprobs.shape:
-        raise _misfit(tuple(found.shape), logprobs)
+        raise _mismatch(tuple(found.shape), logprobs)
     return like(found, logprobs)
 
 
 def _joined(parts: Sequence[object], data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
     if len(parts) != len(data):
-        raise InvalidData(f"the reference gave {len(parts)} tensors for {len(data)} datums")
-    tensors = [_tensor(part) for part in parts]
+        raise InvalidData(f"the reference returned {len(parts)} tensors for {len(data)} datums: return one per datum")
+    tensors = [
+        part if isinstance(part, torch.Tensor) else TensorData.of(cast("Any", part)).to_torch() for part in parts
+    ]
     for index, (tensor, datum) in enumerate(zip(tensors, data, strict=True)):
         shape = tuple(tensor.shape)
         length = target_shape(datum, index)[:1] if "target_tokens" in datum.loss_fn_inputs else shape[:1]
-        if shape != (*length, *logprobs.shape[1:]):
+        expected = (*length, *logprobs.shape[1:])
+        if shape != expected:
             raise InvalidData(
-                f"the reference's logprobs of datum {index} have shape {shape}, those of the model "
-                f"{(*length, *logprobs.shape[1:])}"
+                f"the logprobs of the reference have shape {shape} for datum {index}, those of the model {expected}"
             )
     return torch.cat(tensors)
 
 
-def _tensor(part: object) -> torch.Tensor:
-    return part if isinstance(part, torch.Tensor) else TensorData.of(cast("Any", part)).to_torch()
-
-
-def _misfit(shape: tuple[int, ...], logprobs: torch.Tensor) -> InvalidData:
-    return InvalidData(f"the reference's logprobs have shape {shape}, those of the model {tuple(logprobs.shape)}")
+def _mismatch(shape: tuple[int, ...], logprobs: torch.Tensor) -> InvalidData:
+    return InvalidData(f"the logprobs of the reference have shape {shape}, those of the model {tuple(logprobs.shape)}")

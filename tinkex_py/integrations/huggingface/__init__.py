@@ -1,9 +1,6 @@
-"""Hugging Face: datums from rows and chat templates, and checkpoints as peft adapters.
+"""Hugging Face: datums from rows and chat templates, and checkpoints as peft adapters."""
 
-Needs the extra `huggingface`. The names are in `__init__.pyi`, loaded when used.
-"""
+from tinkex_py.integrations.huggingface.adapters import download_adapter, export_adapter
+from tinkex_py.integrations.huggingface.datums import chat_datum, datums_from, preference_datums, text_datum
 
-# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = ["chat_datum", "datums_from", "download_adapter", "export_adapter", "preference_datums", "text_datum"]

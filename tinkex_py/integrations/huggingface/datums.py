@@ -22,24 +22,24 @@ def chat_datum(
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> Datum:
-    """A conversation as a datum of `N` tokens, in the form of the tokenizer's chat template.
+    """Converts a conversation to a datum of `N` tokens, with the chat template of the tokenizer.
 
-    `weights`, `[N]`, is 1 where the target is a token that the assistant says, the mark that ends its turn included,
-    and 0 elsewhere. Where the template marks what the assistant says (`{% generation %}`), exactly that counts.
+    `weights`, `[N]`, is 1 for targets in the turns of the assistant, including their end marks, and 0 elsewhere. If the
+    template marks the text of the assistant (`{% generation %}`), its marks decide.
 
     Args:
-        tokenizer: a Hugging Face tokenizer, or what `await training.get_tokenizer()` gives where that has templates.
-        messages: `{"role": ..., "content": ...}` in order, as the template wants them; fields that are None are left
-            out.
+        tokenizer: a Hugging Face tokenizer, or that of `await training.get_tokenizer()` if it has templates.
+        messages: `{"role": ..., "content": ...}` in order, as the template expects them; fields that are None are
+            removed.
         turns: "all" learns every turn of the assistant, "last" only the last one.
-        max_length: most tokens that the model reads; what is over is cut off at the end. None cuts nothing.
+        max_length: maximum number of input tokens; the end is cut off. None cuts nothing.
         tools: schemas or functions that the template describes to the model.
-        chat_template: used instead of the tokenizer's own.
+        chat_template: replaces that of the tokenizer.
         template_options: variables of the template, such as `{"enable_thinking": False}`.
 
     Raises:
-        InvalidData: no conversation, no turn of the assistant, a template that fails or whose turns cannot be told
-            apart, or no token left to learn within `max_length`.
+        InvalidData: the conversation has no turn of the assistant, the template fails, the tokens of a turn cannot be
+            determined, or no token within `max_length` is left to learn.
         MissingExtra: jinja2 is not installed.
     """
     if turns not in ("all", "last"):
@@ -47,39 +47,39 @@ def chat_datum(
     checked = checked_messages(messages)
     renderer = ChatRenderer(tokenizer, chat_template=chat_template, tools=tools, options=template_options)
     rendered = renderer.render(checked, turns)
-    return _datum(rendered.tokens, rendered.learnt, max_length)
+    return _datum(rendered.tokens, rendered.learned, max_length)
 
 
 def text_datum(
     tokenizer: Any, text: str, *, prompt: str = "", append_end: bool = True, max_length: int | None = None
 ) -> Datum:
-    """A text as a datum of `N` tokens, without any template.
+    """Converts a text to a datum of `N` tokens, without a template.
 
-    `weights`, `[N]`, is 1 for the tokens of the text and 0 for those of the prompt. Prompt and text are encoded apart,
-    so that the text begins where a model would go on. The token that begins every text stands in front where the
-    tokenizer puts it there by itself.
+    `weights`, `[N]`, is 1 for the tokens of the text and 0 for those of the prompt. Prompt and text are encoded
+    separately, so that the text begins where a model would continue. The datum begins with the BOS token if the
+    tokenizer adds it by itself.
 
     Args:
-        tokenizer: anything with `encode`.
-        text: what to learn.
-        prompt: what stands before it and is not to be learnt.
-        append_end: whether the token that ends a text is learnt too.
-        max_length: most tokens that the model reads; what is over is cut off at the end. None cuts nothing.
+        tokenizer: any object with `encode`.
+        text: the text to learn.
+        prompt: text before it that is not learned.
+        append_end: also learn the EOS token.
+        max_length: maximum number of input tokens; the end is cut off. None cuts nothing.
 
     Raises:
-        InvalidData: there is nothing to learn, or no token that ends a text.
+        InvalidData: there is nothing to learn, or the tokenizer has no EOS token.
     """
     for name, value in (("text", text), ("prompt", prompt)):
         if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"{name} must be a text, got a {type(value).__name__}")
+            raise InvalidData(f"{name} must be a str, got a {type(value).__name__}")
     before = [*_start_tokens(tokenizer), *_encoded(tokenizer, prompt)]
-    learnt = _encoded(tokenizer, text)
+    learned = _encoded(tokenizer, text)
     if append_end:
         end = getattr(tokenizer, "eos_token_id", None)
         if end is None:
-            raise InvalidData("the tokenizer has no token that ends a text: pass append_end=False")
-        learnt.append(end)
-    return _datum([*before, *learnt], [False] * len(before) + [True] * len(learnt), max_length)
+            raise InvalidData("the tokenizer has no EOS token: pass append_end=False")
+        learned.append(end)
+    return _datum([*before, *learned], [False] * len(before) + [True] * len(learned), max_length)
 
 
 def preference_datums(
@@ -93,24 +93,24 @@ def preference_datums(
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[Datum, Datum]:
-    """A pair of answers as `(chosen, rejected)`, the order in which `base_losses.DPO` takes datums.
+    """Converts a pair of answers to `(chosen, rejected)`, the order in which `base_losses.DPO` expects datums.
 
-    As rows have them: three texts, which become texts as in `text_datum`; or messages, where the answers go on after
-    the prompt, or hold the whole conversation if there is none, and only their last turn counts. Where the prompt
-    holds messages, an answer may be a text: the assistant's.
+    If all three are texts, they are converted as in `text_datum`. Otherwise the answers continue the messages of the
+    prompt, or contain the whole conversation if there is no prompt, and only their last turn is learned. An answer to
+    messages may be a text of the assistant.
 
     Args:
-        tokenizer: as `chat_datum` and `text_datum` take it.
+        tokenizer: as in `chat_datum` and `text_datum`.
         chosen: the better answer.
         rejected: the worse answer.
-        prompt: what both answer.
-        max_length: most tokens that the model reads, in each of the two. None cuts nothing.
-        tools: schemas or functions that the template describes to the model.
-        chat_template: used instead of the tokenizer's own.
-        template_options: variables of the template.
+        prompt: text or messages before both answers.
+        max_length: maximum number of input tokens of each datum. None cuts nothing.
+        tools: as in `chat_datum`.
+        chat_template: as in `chat_datum`.
+        template_options: as in `chat_datum`.
 
     Raises:
-        InvalidData: as in `chat_datum` and `text_datum`, naming the answer.
+        InvalidData: as in `chat_datum` and `text_datum`; the message names the answer.
     """
 
     def datum_of(name: str, answer: Answer) -> Datum:
@@ -133,14 +133,14 @@ def preference_datums(
 
 
 def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Datum]]) -> Iterator[Datum]:
-    """The datums of rows, one row after another as they are asked for.
+    """Converts rows to datums, lazily.
 
     Args:
         rows: a `datasets.Dataset`, streamed or not, or any rows.
-        render: makes one datum or several of a row: `lambda row: chat_datum(tokenizer, row["messages"])`.
+        render: converts a row to one datum or several: `lambda row: chat_datum(tokenizer, row["messages"])`.
 
     Raises:
-        InvalidData: a row has no such column or cannot be rendered; the message has its number, from 0.
+        InvalidData: a row lacks a column or cannot be rendered; the message contains its number, from 0.
     """
     for number, row in enumerate(rows):
         try:
@@ -152,26 +152,25 @@ def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Da
         datums: Sequence[object] = made if isinstance(made, list | tuple) else [made]
         for datum in datums:
             if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidData(f"row {number}: render must give a Datum or several, got a {type(datum).__name__}")
+                raise InvalidData(f"row {number}: render must return one or more Datum, got a {type(datum).__name__}")
             yield datum
 
 
-def _datum(tokens: Sequence[int], learnt: Sequence[bool], max_length: int | None) -> Datum:
-    """The pre-shifted form: position `i` predicts token `i + 1`."""
+def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | None) -> Datum:
+    """Shifts the tokens: position `i` predicts token `i + 1`."""
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"max_length must be an int >= 1, got {max_length!r}")
-    if not any(learnt[1:]):
-        raise InvalidData("there is nothing to learn: no token that something stands before")
-    # The last token is a target only: the model does not read it.
-    inputs, targets, weights = tokens[:-1][:max_length], tokens[1:][:max_length], learnt[1:][:max_length]
+    if not any(learned[1:]):
+        raise InvalidData("there is nothing to learn: the first token has no prediction, and no other is to be learned")
+    inputs, targets, weights = tokens[:-1][:max_length], tokens[1:][:max_length], learned[1:][:max_length]
     if not any(weights):
         raise InvalidData(
-            f"max_length={max_length} cuts off all that is to be learnt: it begins at token {learnt.index(True)} "
-            f"of {len(tokens)}"
+            f"max_length={max_length} cuts off everything that is to be learned, which begins at token "
+            f"{learned.index(True)} of {len(tokens)}: raise max_length, or shorten what precedes"
         )
     return Datum(
         model_input=ModelInput.from_ints(inputs),
-        loss_fn_inputs={"target_tokens": targets, "weights": [float(is_learnt) for is_learnt in weights]},
+        loss_fn_inputs={"target_tokens": targets, "weights": [float(weight) for weight in weights]},
     )
 
 
@@ -179,14 +178,14 @@ def _conversation(prompt: Answer, answer: Answer) -> list[Message]:
     return [*_as_messages("user", prompt), *_as_messages("assistant", answer)]
 
 
-def _as_messages(role: str, said: Answer) -> Sequence[Message]:
-    if not isinstance(said, str):
-        return said
-    return [{"role": role, "content": said}] if said else []
+def _as_messages(role: str, given: Answer) -> Sequence[Message]:
+    if not isinstance(given, str):
+        return given
+    return [{"role": role, "content": given}] if given else []
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:
-    """The token that begins every text, where the tokenizer puts it there by itself."""
+    """Returns the BOS token if the tokenizer adds it by itself."""
     start = getattr(tokenizer, "bos_token_id", None)
     return [start] if start is not None and list(tokenizer.encode(""))[:1] == [start] else []
 
