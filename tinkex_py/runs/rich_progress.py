@@ -5,12 +5,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinkex_py.runs.progress import ProgressView
 from tinkex_py.runs.records import RunInfo, StepRecord, scalars
 
 
-class RichProgress(ProgressView):
-    """Live display of a run."""
+class RichProgress:
+    """A `ProgressView` with a live display."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
