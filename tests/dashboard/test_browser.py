@@ -1,5 +1,6 @@
 """The dashboard in a real browser."""
 
+import asyncio
 import csv
 import io
 from collections.abc import AsyncIterator
@@ -168,8 +169,9 @@ async def test_zoom_hover_and_curves_on_and_off(browser: Browser, tmp_path: Path
         await expect(page.locator("#reset")).to_be_hidden()
         for panel in (LAST_WEIGHTS, LOSSES):  # each is drawn as soon as it is near the screen
             await page.locator(panel).first.scroll_into_view_if_needed()
-            await page.wait_for_function(f"document.querySelector({panel!r}).panel.plot.scales.x.max === {whole[1]}")
-            assert await scale(page, panel) == whole
+            async with asyncio.timeout(30):
+                while await scale(page, panel) != whole:
+                    await page.evaluate("new Promise(requestAnimationFrame)")
 
         # A click on the legend hides a curve; it stays hidden while the panel is drawn again.
         shown = f"document.querySelector({LOSSES!r}).panel.plot.series.slice(1).map((one) => one.show)"

@@ -83,7 +83,7 @@ def test_the_file_may_be_read_at_any_length(tmp_path_factory: pytest.TempPathFac
 
 def test_a_long_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "steps.jsonl"
-    path.write_bytes(lines(1, 6) + b'{"step": 7')
+    path.write_bytes(lines(1, 6) + b'{"step')
     monkeypatch.setattr(following, "BLOCK", len(lines(1, 2)) + 10)
     followed = FollowedSteps(path)
     seen = []
@@ -91,7 +91,7 @@ def test_a_long_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.
         seen.append((followed.curves.axes["step"][-1], followed.is_behind))
     assert seen == [(2, True), (4, True), (6, False)]
     monkeypatch.setattr(following, "BLOCK", 7)  # smaller than a line
-    append(path, lines(7, 8)[len(b'{"step": 7') :])
+    append(path, lines(7, 8)[len(b'{"step') :])
     read_all(followed)
     assert followed.curves.axes["step"] == [1, 2, 3, 4, 5, 6, 7, 8]
 

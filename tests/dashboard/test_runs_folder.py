@@ -18,7 +18,7 @@ def test_a_line_about_each_run(tmp_path: Path):
     write_run(tmp_path / "b", [], run_info(status="failed", reason="it broke"))
     (tmp_path / "no run").mkdir()
     (tmp_path / "a file").touch()
-    write_run(tmp_path / os.fsdecode(b"\xff"), [])  # JSON cannot contain the name
+    write_run(tmp_path / os.fsdecode(b"\xff"), [], run_info())  # JSON cannot contain the name
     folder = RunsFolder(tmp_path)
     assert folder.lines == {}
     assert folder.refresh()

@@ -220,13 +220,15 @@ async def test_a_port_in_use_is_named(tmp_path: Path):
 
 
 def test_the_command_fails_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def told(*arguments: str) -> str:
+    def error(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["dashboard", *arguments])
         assert done.exit_code == 2
         (line,) = done.stderr.splitlines()
         return line
 
-    assert "nowhere is not a folder" in told(str(tmp_path / "nowhere"))
-    assert "--allow-other-machines" in told(str(tmp_path), "--host", "0.0.0.0")
+    assert "nowhere is not a folder" in error(str(tmp_path / "nowhere"))
+    assert "--allow-other-machines" in error(str(tmp_path), "--host", "0.0.0.0")
+    for module in ("tinkex_py.dashboard", "tinkex_py.dashboard.server", "tinkex_py.dashboard.app"):
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "fastapi.sse", None)
-    assert told(os.fspath(tmp_path)).endswith("Run: pip install 'tinkex-py[dashboard]'")
+    assert error(os.fspath(tmp_path)).endswith("Run: pip install 'tinkex-py[dashboard]'")

@@ -1,10 +1,6 @@
-"""Folders of runs that were never trained: their curves have closed forms, and their pictures can be looked at.
-
-`python -m tests.runs.made_up_runs FOLDER` writes some.
-"""
+"""Folders of runs that were never trained, whose curves have closed forms."""
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,14 +79,5 @@ def made_up_run(
     folder: Path, steps: int = 30, terms: Sequence[str] = TERMS, *, norms: bool = True, **fields: object
 ) -> Path:
     made = [made_up_step(step, terms, norms=norms) for step in range(1, steps + 1)]
-    told = {"name": folder.name, "status": "finished", "total_steps": steps, "model": "tiny", **fields}
-    return write_run(folder, made, run_info(**told))
-
-
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    made_up_run(place / "one-step", 1)
-    made_up_run(place / "short", 30, config={"learning_rate": 5e-4, "optimizer": {"beta1": 0.9}})
-    made_up_run(place / "without-norms", 200, norms=False)
-    made_up_run(place / "ten-terms", 300, [f"term_{number}" for number in range(10)])
-    made_up_run(place / "long", 10_000, config={"learning_rate": 1e-3, "optimizer": {"beta1": 0.9}})
+    fields = {"name": folder.name, "status": "finished", "total_steps": steps, "model": "tiny", **fields}
+    return write_run(folder, made, run_info(**fields))

@@ -1,4 +1,4 @@
-"""The run's folder: what is written can be read, whatever moment the process died at."""
+"""The folder of a run: written files can be read, also after the process was killed at any time."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 @given(cut=strategies.integers(min_value=0))
-def test_a_last_line_that_was_cut_anywhere_is_left_out(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     for number in (1, 2):
         folder.append_step(step_record(number))
@@ -55,7 +55,10 @@ def test_a_last_line_that_was_cut_anywhere_is_left_out(tmp_path_factory: pytest.
     assert read_steps(folder.path) == [step_record(1), step_record(2, loss=9.0)]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    for read in (read_run, read_steps):
+        with pytest.raises(ConfigError, match=r"nothing.run\.json cannot be read: No such file"):
+            read(tmp_path / "nothing")
     folder = RunFolder(tmp_path)
     folder.append_step(step_record(1))
     with (tmp_path / STEPS_FILE).open("ab") as file:
@@ -65,25 +68,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         ConfigError, match=r"steps\.jsonl, line 2 is not a valid StepRecord: finished_at: Field required"
     ):
         read_steps(tmp_path)
+    for content in (b"", b"{", b'{"name": "a"}', b"\xff"):
+        for name in (RUN_FILE, STATE_FILE):
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"run\.json is not a valid RunInfo"):
+            read_run(tmp_path)
+        with pytest.raises(ConfigError, match=r"state\.json is not a valid RunState"):
+            folder.read_state()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"name": "a"}', b"\xff"])
-def test_a_broken_run_or_state_is_named(tmp_path: Path, content: bytes) -> None:
-    for name in (RUN_FILE, STATE_FILE):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"run\.json is not a valid RunInfo"):
-        read_run(tmp_path)
-    with pytest.raises(ConfigError, match=r"state\.json is not a valid RunState"):
-        RunFolder(tmp_path).read_state()
-
-
-def test_where_there_is_no_run_reading_says_so(tmp_path: Path) -> None:
-    for read in (read_run, read_steps):
-        with pytest.raises(ConfigError, match=r"nothing.run\.json cannot be read: No such file"):
-            read(tmp_path / "nothing")
-
-
-def test_steps_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+def test_steps_after_the_checkpoint_are_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for number in (1, 2, 3):
         folder.append_step(step_record(number))
@@ -95,7 +89,10 @@ def test_steps_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     assert (tmp_path / STEPS_FILE).read_bytes() == b""
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_and_an_impossible_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file"), RunFolder(tmp_path / "file" / "run"):
+        pytest.fail("entered")
     program = "import sys; from tinkex_py.runs.folder import RunFolder\nwith RunFolder(sys.argv[1]): pass"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with RunFolder(tmp_path), pytest.raises(ConfigError, match="another process, or by this one"), RunFolder(tmp_path):
@@ -105,12 +102,6 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert "is being trained by another process" in refused.stderr
     assert subprocess.run(command, check=False).returncode == 0
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file"), RunFolder(tmp_path / "file" / "run"):
-        pytest.fail("entered")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,14 +39,7 @@ _ADVICE: tuple[tuple[type[errors.TinkexError], str], ...] = (
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
-
-    Attributes:
-        name: of the check.
-        state: "works"; "missing" for an optional feature that the service does not have; "failed".
-        detail: the result, or the error.
-        way_out: what to do about a failure.
-    """
+    """The result of one check; `way_out` is advice about a failure, and "missing" means an optional feature."""
 
     name: str
     state: State
@@ -96,12 +89,7 @@ def check(
 
 
 async def checked_service(base_url: str | None, timeout: float) -> ServiceReport:
-    """Checks what a service supports.
-
-    Args:
-        base_url: of the service; None takes it from the environment.
-        timeout: of each request, in seconds.
-    """
+    """Checks a service; without `base_url`, the one of the environment."""
     from tinkex_py.client.service import AsyncServiceClient
     from tinkex_py.config import TinkexConfig
     from tinkex_py.limits import RetryPolicy

@@ -61,18 +61,7 @@ def train(
 async def train_from_config(
     config: "TrainConfig", folder: Path, *, stop: asyncio.Event, progress: "bool | ProgressView"
 ) -> "TrainedRun":
-    """Trains, or resumes the run that the folder holds.
-
-    Args:
-        config: what to train.
-        folder: the run's files.
-        stop: ends the run with a checkpoint once it is set.
-        progress: see `train`.
-
-    Raises:
-        ConfigError: the configuration, the data or the folder is not valid; no step was made.
-        TinkexError: a step failed.
-    """
+    """Trains, or resumes the run that the folder contains; the other arguments and errors are those of `runs.train`."""
     from tinkex_py import runs
     from tinkex_py.runs.config import optimizer_of, pipeline_of
     from tinkex_py.runs.pairs import read_pairs, shuffled_batches

@@ -30,12 +30,7 @@ routes = APIRouter()
 
 
 def dashboard_app(feed: Feed, *, hosts: Sequence[str] = THIS_MACHINE) -> FastAPI:
-    """Creates the application over a feed.
-
-    Args:
-        feed: of the folder of runs; runs as long as the application.
-        hosts: permitted host names, against DNS rebinding; `*` is any.
-    """
+    """Creates the application, which runs the feed; `hosts` are permitted host names, against DNS rebinding."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:

@@ -30,11 +30,8 @@ class _Sums:
 class Curves:
     """One curve per name of `tinkex_py.runs.scalars`.
 
-    At most `most_points` points are kept. When they are full, each two neighbours are joined, and from then on a point
-    stands for twice as many steps: its value is their mean, its position on an x axis that of the last of them.
-
-    Args:
-        most_points: number of points to keep; even.
+    At most `most_points` points, an even number, are kept. When they are full, each two neighbours are joined, and from
+    then on a point stands for twice as many steps: its value is their mean, its position on an x axis that of the last.
 
     Attributes:
         axes: name of the x axis -> position of each point; "step" is always there.
@@ -62,12 +59,9 @@ class Curves:
         return list(self._curves)
 
     def add(self, step: int, numbers: Mapping[str, float], **positions: float) -> None:
-        """Adds the numbers of one step. A step that is not after the last one is ignored.
+        """Adds the finite numbers of one step, with its positions on further x axes, the same ones for every step.
 
-        Args:
-            step: its number.
-            numbers: name -> value. Values that are not finite are ignored.
-            positions: on further x axes, the same ones for every step.
+        A step that is not after the last one is ignored.
         """
         if self.points and step <= self.axes["step"][-1]:
             return

@@ -51,11 +51,7 @@ class _Sent:
 
 
 class Feed:
-    """Follows a folder of runs as long as a stream is open.
-
-    Args:
-        runs_dir: the folder.
-        interval: seconds between two reads of the files.
+    """Follows a folder of runs as long as a stream is open, and reads its files every `interval` seconds.
 
     Raises:
         ConfigError: it is not a folder.

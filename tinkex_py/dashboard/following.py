@@ -19,10 +19,7 @@ LONGEST_SAMPLE = 2000  # characters
 class FollowedSteps:
     """The steps of one run so far.
 
-    A file that was replaced or truncated, as by a resumed run, is read again from the start.
-
-    Args:
-        path: of `steps.jsonl`; it may not exist yet.
+    A file that was replaced or truncated, as by a resumed run, is read again from the start. It may not exist yet.
 
     Attributes:
         curves: the numbers.

@@ -51,10 +51,7 @@ class RunLine(BaseModel):
 
 
 class RunsFolder:
-    """A folder of runs. A run is a folder in it, not a link to one elsewhere, that holds a `run.json`.
-
-    Args:
-        path: of the folder.
+    """A folder of runs. A run is a folder in it, not a link to another one, that contains a `run.json`.
 
     Attributes:
         lines: the runs by name, as of the last `refresh`; a line that did not change is the same object.
@@ -74,11 +71,7 @@ class RunsFolder:
         self._followed: dict[str, FollowedSteps] = {}
 
     def refresh(self, wanted: Collection[str] = ()) -> bool:
-        """Reads what is new in the files. Returns whether anything changed.
-
-        Args:
-            wanted: names of the runs whose curves are needed.
-        """
+        """Reads what is new in the files, and the curves of the `wanted` runs. Returns whether anything changed."""
         stamps = dict(self._look())
         changed = stamps.keys() != self.lines.keys()
         lines: dict[str, RunLine] = {}

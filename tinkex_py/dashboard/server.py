@@ -21,10 +21,10 @@ async def serve_dashboard(
     """Serves until cancelled; the streams of open pages end at once. Installs no signal handlers.
 
     Args:
-        runs_dir: the folder that holds the runs' folders.
+        runs_dir: the folder that contains the folders of the runs.
         host: address to listen on.
         port: TCP port; 0 selects a free one.
-        allow_other_machines: permits a host that others can reach; they see every run, without a login.
+        allow_other_machines: permits a host that other machines can reach; they see every run, without a login.
         interval: seconds between two reads of the files while a page is open.
         on_listening: called once with the address of the page when connections are accepted.
 

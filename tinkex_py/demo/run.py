@@ -23,18 +23,7 @@ HELD_OUT_PROMPTS = 2
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Settings of a demo run.
-
-    Args:
-        model: "smollm2", "tiny", or a local Hugging Face folder.
-        steps: optimizer steps.
-        batch_size: datums per step.
-        learning_rate: of AdamW.
-        rank: of the LoRA adapters.
-        runs_dir: where the run's folder is created.
-        data: JSON Lines file of pairs; None selects the data set of the project.
-        seed: of the adapters and the order of the data.
-    """
+    """Settings of a demo run; the command documents them. `data` None selects the data set of the project."""
 
     model: str = "smollm2"
     steps: int = 30
@@ -47,15 +36,7 @@ class DemoOptions:
 
 
 class DemoSummary(BaseModel):
-    """Result of a demo run.
-
-    Attributes:
-        first_loss: loss_total of the first step.
-        last_loss: loss_total of the last step.
-        steps: optimizer steps made.
-        folder: the run's files.
-        report: the page of its report.
-    """
+    """Result of a demo run; the losses are the totals of the first and the last step."""
 
     model_config = ConfigDict(frozen=True)
 

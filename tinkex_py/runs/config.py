@@ -49,12 +49,7 @@ class DataSection(Section):
 
 
 class TermSection(Section):
-    """A term.
-
-    Attributes:
-        term: class name of a ready-made term, such as `NLL`, or `module:name` of a custom one.
-        options: its settings.
-    """
+    """A term: the class name of a ready-made one, such as `NLL`, or `module:name` of a custom one; and its settings."""
 
     term: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -63,8 +58,7 @@ class TermSection(Section):
 class RegularizerSection(TermSection):
     """A regularizer; further keys are fields of `RegularizerSpec`, such as `name` and `timeout`.
 
-    Attributes:
-        weight: a number; or `{schedule: Linear, ...}` or `{controller: AdaptiveKL, ...}` with its settings.
+    The weight is a number, `{schedule: Linear, ...}` or `{controller: AdaptiveKL, ...}` with its settings.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -73,14 +67,7 @@ class RegularizerSection(TermSection):
 
 
 class LossSection(Section):
-    """The loss: `base + sum(weight * regularizer)`.
-
-    Attributes:
-        base: the base loss.
-        regularizers: the other terms.
-        track_grad_norms: compute gradient norms.
-        combine: how the gradients are combined, see `Pipeline`.
-    """
+    """The arguments of `Pipeline`."""
 
     base: TermSection = TermSection(term="NLL", options={"reduction": "token-mean"})
     regularizers: tuple[RegularizerSection, ...] = ()
@@ -89,11 +76,7 @@ class LossSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW; further keys are fields of `AdamParams`.
-
-    Attributes:
-        learning_rate: a number, or `{schedule: Linear, ...}`.
-    """
+    """AdamW: the learning rate is a number or `{schedule: Linear, ...}`; further keys are fields of `AdamParams`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -114,13 +97,8 @@ class TrainConfig(Section):
 
     Attributes:
         model: name of the base model; for the embedded service "tiny", "smollm2" or a local folder.
-        data: the training data.
         base_url: a service; the key is TINKER_API_KEY. None selects the embedded service, which keeps its checkpoints
             in the run's folder.
-        lora: the adapters.
-        loss: the loss.
-        optimizer: the optimizer.
-        training: settings of the run, the fields of `TrainSettings`.
         seed: of the adapters and of the order of the data.
     """
 
@@ -261,12 +239,7 @@ def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
 
 @dataclass(frozen=True)
 class ScheduledAdam:
-    """AdamW whose learning rate depends on the step.
-
-    Args:
-        params: all other settings.
-        learning_rate: called with the number of steps made before.
-    """
+    """AdamW whose learning rate depends on the number of steps made before."""
 
     params: AdamParams
     learning_rate: "Schedule"
@@ -279,12 +252,8 @@ class ScheduledAdam:
 def named_object(reference: str, where: str) -> object:
     """Imports `module:name`; modules of the working folder are found too.
 
-    Args:
-        reference: the name.
-        where: the option or setting that holds it, for the error.
-
     Raises:
-        ConfigError: it cannot be imported.
+        ConfigError: it cannot be imported; the message begins with `where`.
     """
     module, _, name = reference.partition(":")
     if not module or not name:

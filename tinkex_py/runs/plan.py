@@ -30,17 +30,7 @@ _DECISIVE = ("accumulate", "execution")
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of `train` that describe a run.
-
-    Attributes:
-        service: where the model is trained.
-        model: the model of a new run, or a function that creates it.
-        pipeline: the loss.
-        optimizer: its settings, or a function from the number of steps made before to its settings.
-        settings: of the run.
-        config: other values that decide the numbers.
-        evaluate: the evaluation hook.
-    """
+    """The arguments of `train` that describe a run."""
 
     service: AsyncServiceClient
     model: Model
@@ -93,15 +83,10 @@ def versions() -> dict[str, str]:
 
 
 def check_same(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], folder: object) -> None:
-    """Refuses to resume a run with settings that would give other numbers.
-
-    Args:
-        before: the `config` of `run.json`.
-        now: the same for the arguments of this call.
-        folder: of the run, for the error.
+    """Compares the `config` of `run.json` with that of this call.
 
     Raises:
-        ConfigError: naming each setting with both values.
+        ConfigError: settings would give other numbers; the message names each with both values.
     """
     old, new = flattened(_decisive(before)), flattened(_decisive(now))
     differences = [

@@ -31,11 +31,7 @@ class NoProgress(ProgressView):
 
 
 class ProgressLines(ProgressView):
-    """Writes one line per step, for logs and pipes; and one when the run waits or restarts.
-
-    Args:
-        stream: where the lines are written.
-    """
+    """Writes one line per step, for logs and pipes; and one when the run waits or restarts."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -63,11 +59,7 @@ class ProgressLines(ProgressView):
 
 
 class ProgressBar(ProgressView):
-    """A bar of the tqdm library, for notebooks.
-
-    Args:
-        make: creates the bar, as `tqdm.tqdm` does.
-    """
+    """A bar of the tqdm library, for notebooks; `make` creates it, as `tqdm.tqdm` does."""
 
     def __init__(self, make: Any) -> None:
         self._make = make

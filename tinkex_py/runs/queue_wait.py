@@ -13,12 +13,7 @@ _REASONS = {"paused_capacity": "the service is at capacity", "paused_rate_limit"
 
 
 class QueueWait:
-    """Follows the queue state of a training client.
-
-    Args:
-        read: returns the state.
-        on_change: called with the reason when requests begin to wait, and with None when the wait ends.
-    """
+    """Follows a queue state. `on_change` gets the reason when requests begin to wait, and None when the wait ends."""
 
     def __init__(self, read: Callable[[], QueueState], on_change: Callable[[str | None], None]) -> None:
         self._read = read

@@ -42,13 +42,7 @@ class ModelLost(Exception):
 async def complete(
     step: OptimizerStep, training: AsyncTrainingClient, send: Callable[[], Awaitable[None]], resends: int
 ) -> None:
-    """Sends the missing parts of a step until all of it took effect.
-
-    Args:
-        step: a step that was sent, and failed in part.
-        training: the model's client.
-        send: sends what is missing.
-        resends: largest number of attempts.
+    """Sends the missing parts of a step that failed in part, at most `resends` times, until all of it took effect.
 
     Raises:
         ModelLost: the step cannot be completed with this model.

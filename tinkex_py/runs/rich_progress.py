@@ -5,16 +5,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinkex_py.runs.progress import ProgressView
 from tinkex_py.runs.records import RunInfo, StepRecord, scalars
 
 
-class RichProgress(ProgressView):
-    """Live display of a run.
-
-    Args:
-        console: where it is drawn.
-    """
+class RichProgress:
+    """A `ProgressView` with a live display."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -54,12 +49,7 @@ class RichProgress(ProgressView):
 
 
 def terms_table(record: StepRecord, first: StepRecord) -> Table:
-    """Returns one row per term: its numbers in one step, and its contribution in another.
-
-    Args:
-        record: the step to show.
-        first: the step to compare it with.
-    """
+    """Returns one row per term: its numbers in the step of `record`, and its contribution in the step `first`."""
     table = Table(title=f"terms of step {record.step}", title_justify="left")
     table.add_column("term", no_wrap=True)
     for heading in ("value", "weight", "contribution", f"at step {first.step}", "gradient norm"):

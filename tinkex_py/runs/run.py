@@ -28,16 +28,7 @@ from tinkex_py.threads import FileThread
 
 
 class Run:
-    """One run of `train`.
-
-    Args:
-        plan: the arguments of `train` that describe the run.
-        folder: the run's files, locked by the caller.
-        files: thread for file work.
-        reader: the data.
-        sinks: further receivers of the numbers.
-        view: shows the progress.
-        stop: ends the run after the steps in flight once it is set.
+    """One run of `train`. The caller locks the folder.
 
     Attributes:
         training: client of the model.
@@ -76,12 +67,7 @@ class Run:
         self._is_begun = False  # until then, the folder is unchanged and nothing was shown
 
     async def execute(self) -> None:
-        """Trains to the end.
-
-        Raises:
-            ConfigError: the folder holds a run with other settings, or cannot be read.
-            TinkexError: a step failed, and recovery was not possible.
-        """
+        """Trains to the end, and raises as `train` does."""
         try:
             await self._open()
             async with self._queue.watching():

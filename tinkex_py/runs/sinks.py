@@ -52,12 +52,7 @@ class Sinks:
         self._workers: list[asyncio.Task[None]] = []
 
     def send(self, call: Call, *, discard_waiting: bool = False) -> None:
-        """Queues a call of every sink.
-
-        Args:
-            call: makes the call.
-            discard_waiting: drop the calls that still wait.
-        """
+        """Queues a call of every sink, if requested instead of the calls that still wait."""
         for _, queue in self._queues:
             while discard_waiting and not queue.empty():
                 queue.get_nowait()

@@ -31,11 +31,6 @@ class MicroBatch:
 class OptimizerStep:
     """An optimizer step, which can be sent repeatedly until all of it took effect.
 
-    Args:
-        number: of the step, from 1.
-        batches: whose gradients it adds up.
-        params: of the optimizer.
-
     Attributes:
         parts: the batches and their results.
         response: the service's response to the update; None before.
@@ -63,11 +58,7 @@ class OptimizerStep:
     ) -> None:
         """Sends what is missing, the update behind the gradients. Failures are stored in the step, none is raised.
 
-        Args:
-            training: the model's client.
-            pipeline: the loss.
-            execution: where the terms run.
-            after: the step before, if its update may still be in flight: if that has failed, nothing is sent.
+        Nothing is sent if the update of the step `after`, which may still be in flight, has failed.
         """
         missing = [part for part in self.parts if part.output is None]
         sequences = sum(len(part.batch) for part in self.parts) if len(self.parts) > 1 else None

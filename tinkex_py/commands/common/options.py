@@ -33,10 +33,5 @@ def service_at(base_url: str | None) -> "AsyncServiceClient":
 
 
 def announcement(words: str, *, as_json: bool) -> Callable[[str], None]:
-    """Returns a function that prints the address on which a command listens.
-
-    Args:
-        words: printed before the address.
-        as_json: print `{"address": ...}` instead.
-    """
+    """Returns a function that prints the address on which a command listens, after `words` or as JSON."""
     return lambda address: typer.echo(json.dumps({"address": address}) if as_json else f"{words} {address}")

@@ -34,15 +34,7 @@ def exit_code(error: Exception) -> int:
 
 @contextmanager
 def one_line_errors(command: str, *, extra: str = "cli") -> Generator[None]:
-    """Turns errors into one line on stderr and an exit code.
-
-    Args:
-        command: name of the command, which begins the line.
-        extra: what to install if a library is missing.
-
-    Raises:
-        Exit: of typer, with the code.
-    """
+    """Turns errors into one line on stderr and an exit code; `extra` is what to install if a library is missing."""
     try:
         yield
     except BrokenPipeError:

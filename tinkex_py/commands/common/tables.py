@@ -25,16 +25,7 @@ async def show_listing(
     as_json: bool,
     nothing: str,
 ) -> None:
-    """Prints items as they arrive, one line of JSON each, or all of them as a table.
-
-    Args:
-        items: closed at the end.
-        columns: titles of the table's columns.
-        row: the cells of one item.
-        limit: maximum number of items; 0 for all.
-        as_json: print lines of JSON.
-        nothing: printed if there is no item.
-    """
+    """Prints at most `limit` items (0 for all), as lines of JSON while they arrive, or together as a table."""
     rows: list[Sequence[object]] = []
     count, more = 0, False
     async with aclosing(items) as found:
