@@ -2,8 +2,8 @@
 
 python -m benchmarks [NAME ...] [--rounds N] [--quick] [--out FOLDER]
 
-The exit status is 1 when a target is missed. A run of all benchmarks at full size is the one that docs/performance.md
-shows: it writes `latest.json`, `latest.png` and the page's table. Other runs write `part.json` or `quick.json`.
+The exit status is 1 if a target is missed. A run of all benchmarks at full size writes `latest.json`, `latest.png` and
+the table of docs/performance.md. Other runs write `part.json` or `quick.json`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.table import show, write_page
 
 PAGE = ROOT / "docs" / "performance.md"
 QUICK_ROUNDS = 2
-WIDTH = 150  # where the output is no terminal
+WIDTH = 150  # if the output is not a terminal
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     against_official.BENCHMARK,
@@ -53,7 +53,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 def run(benchmarks: Sequence[Benchmark], settings: Settings, console: Console) -> Report:
-    """Runs them one after another."""
+    """Runs benchmarks one after another."""
     machine = this_machine()
     results: list[Result] = []
     for benchmark in benchmarks:
@@ -65,7 +65,7 @@ def run(benchmarks: Sequence[Benchmark], settings: Settings, console: Console) -
 
 
 def write(made: Report, folder: Path, *, complete: bool) -> list[Path]:
-    """Writes JSON and plot; only a complete run at full size replaces the latest one."""
+    """Writes JSON and plot; only a complete run at full size replaces the latest results."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("quick.json" if made.quick else "latest.json" if complete else "part.json")
     path.write_text(made.model_dump_json(indent=1) + "\n")
@@ -74,23 +74,23 @@ def write(made: Report, folder: Path, *, complete: bool) -> list[Path]:
 
 
 def parsed(arguments: Sequence[str], names: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; default all")
-    parser.add_argument("--rounds", type=int, default=None, help="runs of every subject that count")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; judges nothing")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where JSON and plot go")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}; default: all")
+    parser.add_argument("--rounds", type=int, default=None, help="measured runs of every subject")
+    parser.add_argument("--quick", action="store_true", help="small sizes, without verdicts")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for JSON and plot")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.names) - set(names))
     if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(names)}")
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(names)}")
     if given.rounds is not None and given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     return given
 
 
 def main(arguments: Sequence[str], benchmarks: Sequence[Benchmark] = BENCHMARKS) -> int:
-    """Does what the command line says; gives the exit status."""
+    """Runs the command; returns the exit status."""
     given = parsed(arguments, [benchmark.name for benchmark in benchmarks])
     settings = Settings(given.rounds or (QUICK_ROUNDS if given.quick else Settings.rounds), quick=given.quick)
     chosen = [benchmark for benchmark in benchmarks if not given.names or benchmark.name in given.names]

@@ -1,4 +1,4 @@
-"""(a) One custom step with nothing but a negative log-likelihood: this client against the official SDK."""
+"""(a) One custom step with only a negative log-likelihood: this client against the official SDK."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ QUICK = (Batch(16, (32,)), Batch(8, (16, 4)))
 
 @dataclass(frozen=True)
 class Bounds:
-    """Targets of one batch; None is no target."""
+    """Targets of one batch; None means no target."""
 
     cpu: float | None = None
     wall: float | None = None
@@ -24,20 +24,20 @@ BOUNDS = {BATCHES[1]: Bounds(cpu=1 / 5, wall=1 / 3), BATCHES[2]: Bounds(cpu=1 / 
 
 
 def run(settings: Settings) -> list[Result]:
-    """All batches."""
+    """Measures all batches."""
     batches = QUICK if settings.quick else BATCHES
     measured = {batch: measure(batch, rounds_of(batch, settings)) for batch in batches}
     return [result for batch, clients in measured.items() for result in compared(batch, clients)]
 
 
 def measure(batch: Batch, rounds: int) -> dict[str, Measured]:
-    """Both clients on one batch, and a check that they send the same gradient."""
+    """Measures both clients on one batch, and checks that they send the same gradient."""
     with replayed(SUBJECTS, same=True, datums=batch.datums, shape=batch.shape) as services:
         return alternate(services.subjects, rounds=rounds)
 
 
 def compared(batch: Batch, measured: Mapping[str, Measured]) -> list[Result]:
-    """The ratios of one batch."""
+    """Returns the ratios of one batch."""
     own, official = measured["own"], measured["official"]
     bounds = BOUNDS.get(batch, Bounds())
     ratios = [

@@ -1,4 +1,4 @@
-"""The batches that are measured, as both SDKs hold them."""
+"""The measured batches, as datums of both SDKs."""
 
 import math
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ import numpy.typing as npt
 from benchmarks.benchmark import Settings
 
 VOCABULARY = 32_000
-# A step on fewer numbers than this is over in milliseconds, so single ones say little.
+# A step on fewer numbers takes only milliseconds, so it is measured more often.
 SMALL = 100_000
 MORE_ROUNDS = 10
 
 
 @dataclass(frozen=True)
 class Batch:
-    """So many datums, each with targets of one shape: `(T,)` or `(T, K)`."""
+    """Datums with targets of one shape: `(T,)` or `(T, K)`."""
 
     datums: int
     shape: tuple[int, ...]
@@ -43,13 +43,13 @@ BATCHES = (
 
 
 def rounds_of(batch: Batch, settings: Settings) -> int:
-    """How often a batch is measured."""
+    """Returns how often a batch is measured."""
     is_short = batch.logprobs < SMALL and not settings.quick
     return settings.rounds * MORE_ROUNDS if is_short else settings.rounds
 
 
 def arrays(datums: int, shape: tuple[int, ...]) -> Iterator[tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]]:
-    """Tokens and loss inputs of every datum."""
+    """Yields the tokens and loss inputs of every datum."""
     numbers = np.random.default_rng(3)
     for _ in range(datums):
         tokens = numbers.integers(0, VOCABULARY, shape[0], dtype=np.int32)
@@ -58,7 +58,7 @@ def arrays(datums: int, shape: tuple[int, ...]) -> Iterator[tuple[npt.NDArray[An
 
 
 def own(datums: int, shape: tuple[int, ...]) -> list[Any]:
-    """The batch as this package's datums."""
+    """Returns the batch as datums of this package."""
     from tinkex_py import Datum, ModelInput
 
     return [
@@ -68,7 +68,7 @@ def own(datums: int, shape: tuple[int, ...]) -> list[Any]:
 
 
 def official(datums: int, shape: tuple[int, ...]) -> list[Any]:
-    """The batch as the official SDK's datums."""
+    """Returns the batch as datums of the official SDK."""
     from tinker import types
 
     return [

@@ -1,4 +1,4 @@
-"""What a benchmark is: a letter, a title, and a function that gives results."""
+"""A benchmark: a letter, a title, and a function that returns results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from benchmarks.results import Result
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes.
+    """Settings of a run.
 
     Attributes:
         rounds: runs of every subject that count.

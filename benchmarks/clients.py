@@ -1,4 +1,4 @@
-"""One custom step of each client, for `subject_process`. What must stay unmeasured is done before the work is given."""
+"""Custom steps of each client, for `subject_process`. Unmeasured preparation happens before the work is yielded."""
 
 import asyncio
 import gc
@@ -10,12 +10,12 @@ from benchmarks import batches
 from benchmarks.event_loop import watched_loop
 
 Work = Callable[[], Awaitable[object]]
-# A first step on so much data loads what is loaded lazily, starts threads and opens connections.
+# A first step on this much data does the lazy imports, starts threads and opens connections.
 _FIRST_DATUMS, _FIRST_LENGTH = 40, 512
 
 
 def first_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the first step's datums."""
+    """Returns the shape of the first step's datums."""
     return (_FIRST_LENGTH, *shape[1:])
 
 
@@ -76,7 +76,7 @@ async def _own_work(base_url: str, shape: Sequence[int], datums: int, **options:
 async def own_together(
     base_url: str, clients: int, steps: int, datums: int, shape: Sequence[int]
 ) -> AsyncGenerator[Work]:
-    """Many training clients at once; tells the longest gap of the event loop in seconds."""
+    """Many training clients at once; the work returns the longest gap of the event loop in seconds."""
     async with _own_clients(base_url, clients, datums, shape) as step:
 
         async def all_steps(client: int) -> None:
@@ -95,7 +95,7 @@ async def own_together(
 async def own_together_frozen(
     base_url: str, clients: int, steps: int, datums: int, shape: Sequence[int]
 ) -> AsyncGenerator[Work]:
-    """The same, in a process that has told Python's garbage collector to leave the imported libraries alone."""
+    """The same, in a process that excludes the imported libraries from garbage collection with `gc.freeze`."""
     async with own_together(base_url, clients, steps, datums, shape) as work:
         gc.collect()
         gc.freeze()
@@ -106,7 +106,7 @@ async def own_together_frozen(
 async def own_one_by_one(
     base_url: str, clients: int, steps: int, datums: int, shape: Sequence[int]
 ) -> AsyncGenerator[Work]:
-    """As many steps as those of many clients, of one client."""
+    """One client with as many steps as many clients together."""
     async with _own_clients(base_url, 1, datums, shape) as step:
 
         async def work() -> None:

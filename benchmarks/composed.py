@@ -1,4 +1,4 @@
-"""Eight regularizers of the kinds that users write, each one line of torch."""
+"""Eight typical regularizers, each one line of torch."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def base_loss(_data: Any, logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def regularizers() -> list[RegularizerSpec]:
-    """All eight as specs."""
+    """Returns all eight as specs."""
     return [
         RegularizerSpec(fn=term, weight=weight, name=term.__name__) for term, weight in zip(TERMS, WEIGHTS, strict=True)
     ]

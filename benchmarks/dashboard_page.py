@@ -1,4 +1,4 @@
-"""(k) The dashboard in headless Chromium: 20 runs of 20,000 steps laid over each other."""
+"""(k) The dashboard in headless Chromium: 20 runs of 20,000 steps in the same charts."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ QUICK_RUNS, QUICK_STEPS = 3, 300
 WINDOW = {"width": 1400, "height": 1000}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-# Resolves to the milliseconds since the navigation once the page has drawn, and the browser has painted that.
+# Resolves to the milliseconds since the navigation when the browser has painted the drawn page.
 _DRAWN = """
 () => new Promise((resolve) => {
   const look = () => (document.body?.dataset.drawn
@@ -45,7 +45,7 @@ _SCALE = "() => { const {min, max} = document.querySelector('#losses .chart').pa
 
 
 def run(settings: Settings) -> list[Result]:
-    """Opens the page with all runs selected; without Chromium there is nothing to measure."""
+    """Opens the page with all runs selected; returns no result without Chromium."""
     if CHROMIUM is None:
         print("no chromium on this machine, skipped (Debian: apt-get install chromium)")
         return []
@@ -58,7 +58,7 @@ def run(settings: Settings) -> list[Result]:
 
 
 async def measured(address: str, rounds: int, runs: int, steps: int) -> list[Result]:
-    """All rounds, each with a new page. The server reads the files while the first page is open."""
+    """Measures all rounds, each with a new page. The server reads the files while the first page is open."""
     async with browser() as chromium:
         unread, complete = await first_look(chromium, address, runs, steps)
         drawn: list[float] = []
@@ -87,7 +87,7 @@ async def measured(address: str, rounds: int, runs: int, steps: int) -> list[Res
 
 
 async def drag(page: Any) -> float:
-    """Milliseconds from the end of a drag over the middle third of the first panel until all panels are zoomed."""
+    """Returns the milliseconds from the end of a drag over the middle third of a panel until all panels are zoomed."""
     box = await page.locator("#losses .u-over").first.bounding_box()
     left, width, middle = box["x"], box["width"], box["y"] + box["height"] / 2
     await page.mouse.move(left + width / 3, middle)
@@ -99,7 +99,7 @@ async def drag(page: Any) -> float:
 
 
 async def first_look(chromium: Any, address: str, runs: int, steps: int) -> tuple[float, float]:
-    """Milliseconds until something is drawn, and until all steps are there, from a server that has read no file."""
+    """Returns the milliseconds until the first drawing, and until all steps are drawn, from a new server."""
     page = await chromium.new_page(viewport=WINDOW)
     await page.goto(address, wait_until="commit")
     drawn = await page.evaluate(_DRAWN)
@@ -111,7 +111,7 @@ async def first_look(chromium: Any, address: str, runs: int, steps: int) -> tupl
 
 @asynccontextmanager
 async def browser() -> AsyncGenerator[Any]:
-    """A headless Chromium."""
+    """Starts a headless Chromium."""
     from playwright.async_api import async_playwright
 
     async with async_playwright() as playwright:
@@ -122,7 +122,7 @@ async def browser() -> AsyncGenerator[Any]:
 
 @contextmanager
 def served(folder: Path) -> Generator[str]:
-    """The address of a dashboard in a process of its own."""
+    """Yields the address of a dashboard in its own process."""
     command = [sys.executable, "-m", "tinkex_py", "dashboard", str(folder), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -133,7 +133,7 @@ def served(folder: Path) -> Generator[str]:
 
 
 def write_runs(folder: Path, runs: int, steps: int) -> list[str]:
-    """Folders of runs that were never trained; some have the same steps, as links to one file."""
+    """Creates run folders without training; some share their steps, as links to one file."""
     names = [f"run-{number:02}" for number in range(runs)]
     for number, name in enumerate(names):
         own = folder / name
@@ -151,7 +151,7 @@ def write_runs(folder: Path, runs: int, steps: int) -> list[str]:
 
 
 def step_record(step: int, factor: float) -> StepRecord:
-    """A step with three terms and their norms."""
+    """Returns the record of a step with three terms and their norms."""
     value = factor * (0.5 + 10.0 / (10.0 + step)) * (1.0 + 0.1 * ((step * 7919) % 101) / 101)
     term = RegularizerOutput(
         name="", value=value, weight=0.1, contribution=0.1 * value, grad_norm=value, grad_norm_weighted=0.1 * value

@@ -1,4 +1,4 @@
-"""A TCP proxy that delivers whatever a service says a while later: a network with a long way back.
+"""A TCP proxy that delays everything that a service sends: a network with a long return path.
 
     python -m benchmarks.delay_proxy 127.0.0.1:8000 --seconds 0.05
 
@@ -15,7 +15,7 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """At once, until the sender ends."""
+    """Forwards at once, until the sender ends."""
     while piece := await reader.read(_PIECE):
         writer.write(piece)
         await writer.drain()
@@ -23,7 +23,7 @@ async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def pass_on_later(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> None:
-    """Every piece so many seconds after it came, until the sender ends."""
+    """Forwards every piece some seconds after its arrival, until the sender ends."""
     pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -46,7 +46,7 @@ async def pass_on_later(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 
 
 def handler(host: str, port: int, seconds: float) -> Handler:
-    """What becomes of one connection."""
+    """Forwards one connection in both directions."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         service_reader, service_writer = await asyncio.open_connection(host, port)
@@ -55,7 +55,7 @@ def handler(host: str, port: int, seconds: float) -> Handler:
                 group.create_task(pass_on(reader, service_writer))
                 group.create_task(pass_on_later(service_reader, writer, seconds))
         except* ConnectionError:
-            # One side has gone; there is nothing more to pass on.
+            # One side has closed; there is nothing more to forward.
             writer.close()
             service_writer.close()
 

@@ -1,4 +1,4 @@
-"""(i) The embedded service on a real model: against plain torch and peft, and what a custom step costs there."""
+"""(i) The embedded service on a real model: against plain torch and peft, and the cost of a custom step."""
 
 from contextlib import ExitStack
 
@@ -9,12 +9,12 @@ from benchmarks.subjects import BenchmarkError, Measured, alternate, served, sub
 MODEL, SHAPE, VOCABULARY = "smollm2", (8, 128), 49_000
 QUICK_MODEL, QUICK_SHAPE, QUICK_VOCABULARY = "tiny", (2, 16), 256
 CALLS = ("forward_backward", "custom", "two_passes")
-# A relative difference of two float32 sums over the same logits.
+# Relative difference of two float32 sums over the same logits.
 TOLERANCE = 1e-3
 
 
 def run(settings: Settings) -> list[Result]:
-    """All calls on one service, and plain torch beside it."""
+    """Measures all calls on one service, and plain torch for comparison."""
     if settings.quick:
         measured = measure(QUICK_MODEL, QUICK_SHAPE, QUICK_VOCABULARY, settings.rounds)
     else:
@@ -33,7 +33,7 @@ def run(settings: Settings) -> list[Result]:
 
 
 def measure(model: str, shape: tuple[int, int], vocabulary: int, rounds: int) -> dict[str, Measured]:
-    """Every call in turn, and a check that all of them come to the same loss."""
+    """Runs every call in turn, and checks that all compute the same loss."""
     with ExitStack() as stack:
         service = stack.enter_context(served("tinkex_py", "serve", "--model", model, "--port", "0"))
         common = {"shape": shape, "vocabulary": vocabulary}
@@ -50,12 +50,12 @@ def measure(model: str, shape: tuple[int, int], vocabulary: int, rounds: int) ->
 
 
 def check_losses(measured: dict[str, Measured]) -> None:
-    """Refuses subjects that computed something else.
+    """Checks that all subjects computed the same loss.
 
     Raises:
         BenchmarkError: naming the losses.
     """
-    losses = {name: one.told[-1] for name, one in measured.items()}
+    losses = {name: one.returned[-1] for name, one in measured.items()}
     expected = losses["plain"]
     if any(abs(loss - expected) > TOLERANCE * abs(expected) for loss in losses.values()):
         raise BenchmarkError(f"the losses differ: {losses}")

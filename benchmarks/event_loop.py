@@ -1,4 +1,4 @@
-"""How long an event loop was away."""
+"""Measures for how long an event loop was blocked."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Between two looks, in seconds.
+# Seconds between two callbacks of the probe.
 _PERIOD = 0.001
 
 
@@ -19,7 +19,7 @@ class LoopGap:
 
 @contextmanager
 def watched_loop() -> Generator[LoopGap]:
-    """Looks at the running loop every millisecond while the block runs."""
+    """Probes the running loop every millisecond during the block."""
     loop = asyncio.get_running_loop()
     gap = LoopGap()
     last = time.perf_counter()

@@ -9,14 +9,14 @@ from benchmarks.subjects import Measured, alternate, replayed, sent_bytes
 
 LENGTH, QUICK_LENGTH = 1_000, 10
 DATUMS = (10, 100, 1_000, 10_000)
-# Below this the fixed costs of a step are most of its time.
+# Below this, fixed costs dominate the time of a step.
 LEAST_TOKENS = 100_000
 MOST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one size took.
+    """The measurements of one size.
 
     Attributes:
         tokens: in all.
@@ -30,23 +30,23 @@ class Size:
 
     @property
     def time_per_token(self) -> float:
-        """Seconds."""
+        """Seconds per step."""
         return self.own.wall / self.tokens
 
     @property
     def memory(self) -> float:
-        """Peak growth in units of the backward request."""
+        """Peak growth in multiples of the backward request."""
         return self.own.growth / self.sent
 
 
 def run(settings: Settings) -> list[Result]:
-    """All sizes; those of 10^5 tokens and more are judged."""
+    """Measures all sizes; those of 10^5 tokens and more have targets."""
     length = QUICK_LENGTH if settings.quick else LENGTH
     sizes = [measure(Batch(datums, (length,)), min(settings.rounds, MOST_ROUNDS)) for datums in DATUMS]
     judged = [size for size in sizes if settings.quick or size.tokens >= LEAST_TOKENS]
     times = [size.time_per_token for size in judged]
     facts = {f"{size.tokens}_{fact}": value for size in sizes for fact, value in size.own.facts().items()}
-    told = [
+    times = [
         Result(benchmark="e", what=f"{size.tokens:,} tokens: time per 1,000 tokens", measured=value, unit="us")
         for size in sizes
         if (value := size.time_per_token * 1e9)
@@ -58,11 +58,11 @@ def run(settings: Settings) -> list[Result]:
         bound=3.0,
         facts=facts,
     )
-    return [*told, spread, *(memory(size, judged=size in judged) for size in sizes)]
+    return [*times, spread, *(memory(size, judged=size in judged) for size in sizes)]
 
 
 def memory(size: Size, *, judged: bool) -> Result:
-    """Peak memory of one size."""
+    """Returns the peak memory of one size."""
     return Result(
         benchmark="e",
         what=f"{size.tokens:,} tokens: peak memory / bytes of the backward request",
@@ -73,7 +73,7 @@ def memory(size: Size, *, judged: bool) -> Result:
 
 
 def measure(batch: Batch, rounds: int) -> Size:
-    """One size."""
+    """Measures one size."""
     functions = {"own": "benchmarks.clients:own_step"}
     with replayed(functions, same=True, datums=batch.datums, shape=batch.shape) as service:
         own = alternate(service.subjects, rounds=rounds)["own"]

@@ -1,4 +1,4 @@
-"""(f) What `import tinkex_py` costs, against `import tinker`."""
+"""(f) The cost of `import tinkex_py`, against `import tinker`."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ print(json.dumps([wall, cpu, len(found), sum(name.partition(".")[0] == "torch" f
 
 
 def run(settings: Settings) -> list[Result]:
-    """In fresh processes, in turn. The first round, which may have to read the files from the disk, does not count."""
+    """Measures fresh processes, in turn. The first round may read files from the disk and does not count."""
     runs: dict[str, list[Sequence[float]]] = {name: [] for name in IMPORTS}
     for number in range(1 + settings.rounds):
         for name, statement in IMPORTS.items():
@@ -69,7 +69,7 @@ def run(settings: Settings) -> list[Result]:
 
 
 def imported(statement: str) -> list[float]:
-    """Wall and CPU seconds of an import, modules it loaded, and how many of those are torch's."""
+    """Returns the wall and CPU seconds of an import, the number of loaded modules, and how many of them are torch's."""
     command = [sys.executable, "-c", _PROGRAM.format(statement=statement)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment()).stdout
     return json.loads(printed)

@@ -1,4 +1,4 @@
-"""Many terms at once, for `subject_process`. Each run tells the worst gap of the event loop, in seconds."""
+"""Many terms at once, for `subject_process`. Each run returns the longest gap of the event loop, in seconds."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -16,7 +16,7 @@ Work = Callable[[], Awaitable[object]]
 
 
 def heavy(_data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-    """Much torch work on few tokens."""
+    """Does much torch work on few tokens."""
     values = logprobs
     for _ in range(12):
         values = torch.sin(values) + torch.exp(-values.square())
@@ -25,7 +25,7 @@ def heavy(_data: Any, logprobs: torch.Tensor) -> torch.Tensor:
 
 @asynccontextmanager
 async def waiting(terms: int, seconds: float, tokens: int, max_concurrency: int) -> AsyncGenerator[Work]:
-    """Async terms that wait for something, as one that asks a judge does."""
+    """Async terms that wait, as for the response of a judge model."""
 
     async def judge(_data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         await asyncio.sleep(seconds)
@@ -59,7 +59,7 @@ async def _watched(pipeline: Pipeline, tokens: int) -> AsyncGenerator[Work]:
 
 @asynccontextmanager
 async def busy_alone(terms: int, tokens: int) -> AsyncGenerator[Work]:
-    """The torch work of the busy terms and nothing else, one after another: torch itself uses all cores."""
+    """Only the torch work of the busy terms, one after another: torch itself uses all cores."""
     logprobs = logprobs_of(tokens)
 
     def evaluate() -> None:

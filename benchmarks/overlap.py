@@ -1,4 +1,4 @@
-"""(h) Eight micro-batches accumulated with one `asyncio.gather`, behind a network with a long way back."""
+"""(h) Eight micro-batches accumulated with one `asyncio.gather`, over a network with a long return path."""
 
 from contextlib import ExitStack
 from statistics import median
@@ -13,18 +13,18 @@ BATCHES = 8
 SHAPE = (32, 128)
 DELAY_SECONDS, TERM_SECONDS = 0.05, 0.03
 QUICK_DELAY_SECONDS = 0.005
-# A second compute thread costs the tiny model more than it brings.
+# The tiny model is too small for a second compute thread.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def run(settings: Settings) -> list[Result]:
-    """Both ways on one service."""
+    """Runs both ways on one service."""
     delay = QUICK_DELAY_SECONDS if settings.quick else DELAY_SECONDS
     return [compared(measure(settings.rounds, batches=BATCHES, delay=delay, term=TERM_SECONDS), delay)]
 
 
 def measure(rounds: int, *, batches: int, delay: float, term: float) -> dict[str, Measured]:
-    """All micro-batches together, and one after another; checks that the trained weights are the same."""
+    """Runs all micro-batches together, and one after another; checks that the trained weights are equal."""
     with ExitStack() as stack:
         service = stack.enter_context(served("tinkex_py", "serve", "--model", "tiny", "--port", "0", **ONE_THREAD))
         proxy = stack.enter_context(served("benchmarks.delay_proxy", urlsplit(service).netloc, "--seconds", str(delay)))
@@ -46,19 +46,19 @@ def measure(rounds: int, *, batches: int, delay: float, term: float) -> dict[str
 
 
 def check_weights(measured: dict[str, Measured]) -> None:
-    """Refuses runs that trained anything else.
+    """Checks that all runs trained the same weights.
 
     Raises:
         BenchmarkError: the weights are not the same, bit by bit.
     """
-    digests = {told["weights"] for one in measured.values() for told in one.told}
+    digests = {result["weights"] for one in measured.values() for result in one.returned}
     if len(digests) != 1:
         raise BenchmarkError(f"eight steps together and in turn trained {len(digests)} different sets of weights")
 
 
 def compared(measured: dict[str, Measured], delay: float) -> Result:
     """The ratio of the times."""
-    seconds = {name: median(told["seconds"] for told in one.told) for name, one in measured.items()}
+    seconds = {name: median(result["seconds"] for result in one.returned) for name, one in measured.items()}
     return Result(
         benchmark="h",
         what=f"{BATCHES} micro-batches together / one after another, answers {delay * 1e3:.0f} ms late: wall time",

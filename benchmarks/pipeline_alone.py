@@ -1,4 +1,4 @@
-"""(c) The pipeline alone, without any service: against a fused total in plain torch, and against the naive way."""
+"""(c) The pipeline alone, without any service: against a fused total and a naive loop in plain torch."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ REPEAT, QUICK_REPEAT = 50, 5
 
 
 def run(settings: Settings) -> list[Result]:
-    """At 10^6 tokens, and the overhead per term on tiny tensors."""
+    """Measures at 10^6 tokens, and the overhead per term on tiny tensors."""
     tokens = QUICK_TOKENS if settings.quick else TOKENS
     repeat = QUICK_REPEAT if settings.quick else REPEAT
     large = measure(WAYS, settings.rounds, tokens=tokens)
@@ -30,7 +30,7 @@ def run(settings: Settings) -> list[Result]:
 
 
 def measure(ways: Sequence[str], rounds: int, **arguments: Any) -> dict[str, Measured]:
-    """Those ways in turn, and a check that they come to the same gradient."""
+    """Runs the ways in turn, and checks that they compute the same gradient."""
     with tempfile.TemporaryDirectory(prefix="tinkex-bench-") as name, ExitStack() as stack:
         files = {way: Path(name) / f"{way}.npy" for way in ways}
         subjects = {
@@ -43,7 +43,7 @@ def measure(ways: Sequence[str], rounds: int, **arguments: Any) -> dict[str, Mea
 
 
 def compared(tokens: int, measured: Mapping[str, Measured]) -> list[Result]:
-    """The pipeline with norms against the others."""
+    """Compares the pipeline with norms with the others."""
     facts = {f"{way}_{fact}": value for way, one in measured.items() for fact, value in one.facts().items()}
     pipeline = measured["pipeline"].wall
     ratios: list[tuple[str, float, float | None, str]] = [
@@ -74,7 +74,7 @@ def compared(tokens: int, measured: Mapping[str, Measured]) -> list[Result]:
 
 
 def overhead(measured: Mapping[str, Measured], repeat: int) -> Result:
-    """What the pipeline adds to the torch work of a term."""
+    """Measures what the pipeline adds to the torch work of a term."""
     facts = {f"{way}_{fact}": value for way, one in measured.items() for fact, value in one.facts().items()}
     extra = measured["pipeline"].wall - measured["terms_alone"].wall
     return Result(

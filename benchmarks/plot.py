@@ -1,4 +1,4 @@
-"""One picture of a run: every result that has a target, as a share of it."""
+"""The plot of a run: every result with a target, as a share of it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _GREEN, _RED = "#2a7f4f", "#b3362b"
 
 
 def share_of_target(result: Result) -> float:
-    """At most 1 where the target is reached; longer bars than `_LONGEST` say no more."""
+    """Returns at most 1 if the target is reached; bars end at `_LONGEST`."""
     assert result.bound is not None, "only results with a target have a share of it"
     low, high = (result.measured, result.bound) if result.target == "at most" else (result.bound, result.measured)
     if low <= 0:
@@ -19,7 +19,7 @@ def share_of_target(result: Result) -> float:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Writes the picture, PNG."""
+    """Writes the plot as PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,11 +1,10 @@
-"""A training service that computes nothing: it answers every pass at once with stored logprobs, over real HTTP.
+"""A training service without computation: it responds to every pass at once with stored logprobs, over real HTTP.
 
     python -m benchmarks.replay_service [--retrieve-futures]
 
-All datums of a request must have targets of one shape, that of its first datum; nothing else of them is read. The
-service keeps no state beside the bodies of the latest backward pass, from which `GET /replay/gradient` and
-`/replay/bytes` tell what the client has sent back. Samples are done when they are submitted; with `--retrieve-futures`
-clients are told to wait for many of them with one poll.
+All datums of a request must have targets of the shape of its first datum; nothing else of them is read. The service
+stores only the bodies of the latest backward pass, which `GET /replay/gradient` and `/replay/bytes` report. Samples are
+done when they are submitted; with `--retrieve-futures` the service asks clients to wait for many with one poll.
 """
 
 import http.server
@@ -28,10 +27,10 @@ from tinkex_py.transport import wire
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
 MODEL = "replayed"
-# Logprobs of about this many tokens are drawn; longer answers repeat them.
+# Logprobs of this many tokens are drawn; longer responses repeat them.
 _STORED = 1_000_003
 
-# Seconds for which a poll that waits for any sample is held.
+# Seconds for which a poll for samples is held.
 _HOLD = 20.0
 
 Array = npt.NDArray[Any]
@@ -39,7 +38,7 @@ Answer = tuple[HTTPStatus, str, bytes]
 
 
 def _light_request() -> Any:
-    """ForwardBackwardRequest with its datums left unread: counting them is all that an answer needs."""
+    """Makes a ForwardBackwardRequest that leaves its datums unparsed: a response needs only their number."""
     file = descriptor_pb2.FileDescriptorProto(name="light_request.proto", package="replay", syntax="proto3")
     message = file.message_type.add(name="LightRequest")
     one, many = FieldDescriptorProto.LABEL_OPTIONAL, FieldDescriptorProto.LABEL_REPEATED
@@ -55,13 +54,13 @@ LightRequest = _light_request()
 
 
 def stored_logprobs(datums: int, shape: tuple[int, ...]) -> Array:
-    """The logprobs of a request with so many datums, float32 `[datums * prod(shape)]`; always the same."""
+    """Returns the logprobs for this many datums, float32 `[datums * prod(shape)]`; always the same."""
     drawn = -np.random.default_rng(7).gamma(1.5, 0.8, _STORED).astype(np.float32)
     return np.resize(drawn, datums * math.prod(shape))
 
 
 def packed_answer(datums: int, shape: tuple[int, ...], *, loss: bool) -> bytes:
-    """A ForwardBackwardOutput. `loss` adds the metric that the official SDK wants of a backward pass."""
+    """Encodes a ForwardBackwardOutput. `loss` adds the metric that the official SDK requires of a backward pass."""
     size = 4 * math.prod(shape)
     field = wire.BatchedTensor(
         data=stored_logprobs(datums, shape).tobytes(),
@@ -87,7 +86,7 @@ SAMPLE = wire.SampleResponse(
 
 
 class ReplayService:
-    """What is answered to what."""
+    """Maps requests to responses."""
 
     def __init__(self, *, retrieve_futures: bool = False) -> None:
         self._settings = {"proto_write_fwdbwd": True, "sample_use_retrieve_futures": retrieve_futures}
@@ -99,7 +98,7 @@ class ReplayService:
         self._lock = threading.Lock()
 
     def answer(self, path: str, body: bytes) -> Answer:
-        """Status, media type and body for one request."""
+        """Returns status, media type and body for one request."""
         known: dict[str, Callable[[bytes], Answer]] = {
             "forward_backward": self._pass,
             "retrieve_future": self._result,
@@ -107,7 +106,7 @@ class ReplayService:
             "create_model": self._create_model,
             "create_session": self._create_session,
             "get_info": self._info,
-            # Says that protobuf is read, which this package would ask for otherwise; the official SDK asks for nothing.
+            # Announces protobuf, which this package would probe for otherwise; the official SDK does not probe.
             "client/config": lambda _: _json(self._settings),
             "create_sampling_session": self._create_sampling_session,
             "asample": self._sample,
@@ -124,7 +123,7 @@ class ReplayService:
         return answer(body)
 
     def gradient(self) -> Array:
-        """The weights of the latest backward pass, all datums end to end, float32."""
+        """Returns the weights of the latest backward pass, all datums concatenated, float32."""
         with self._lock:
             bodies = [body for _, body in sorted(self._backward.items())]
         data = [datum for body in bodies for datum in wire.ForwardBackwardRequest.FromString(body).data]
@@ -206,7 +205,7 @@ def _future(request_id: str) -> Answer:
 
 
 def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandler]:
-    """The class that reads the requests of one connection."""
+    """Returns the class that handles the requests of one connection."""
     numbers = itertools.count(1)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -237,12 +236,12 @@ def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandle
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """One thread per connection, and room for many that come at once."""
+    """Uses one thread per connection, with a long queue of new connections."""
 
     request_queue_size = 1024
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that ends without closing its connections is no error of this service."""
+        """Ignores clients that end without closing their connections."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # pyright: ignore
 

@@ -1,4 +1,4 @@
-"""What the benchmarks found: one `Result` per line of the table, and all of them as JSON."""
+"""Results of the benchmarks: one `Result` per row of the table, and a `Report` of a whole run as JSON."""
 
 import os
 import platform
@@ -19,16 +19,16 @@ Target = Literal["at most", "at least"]
 
 
 class Result(BaseModel):
-    """One number that was measured.
+    """One measured number.
 
     Attributes:
-        benchmark: its letter or name.
-        what: what the number is.
+        benchmark: letter or name of the benchmark.
+        what: what was measured.
         measured: the number.
         unit: "x" is a ratio.
-        bound: the target; None where the number is only told.
-        target: which side of the bound is right.
-        facts: what the number was made from: medians of seconds, bytes and so on.
+        bound: the target; None if there is none.
+        target: the side of the bound that passes.
+        facts: the underlying numbers: medians of seconds, bytes and so on.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,24 +43,24 @@ class Result(BaseModel):
 
     @property
     def passed(self) -> bool | None:
-        """Whether the target is reached; None if there is none."""
+        """Whether the target is reached; None without a target."""
         if self.bound is None:
             return None
         return self.measured <= self.bound if self.target == "at most" else self.measured >= self.bound
 
     @property
     def target_text(self) -> str:
-        """For tables."""
+        """Text for tables."""
         return "" if self.bound is None else f"{'<=' if self.target == 'at most' else '>='} {self._text(self.bound)}"
 
     @property
     def measured_text(self) -> str:
-        """For tables."""
+        """Text for tables."""
         return self._text(self.measured)
 
     @property
     def verdict(self) -> str:
-        """For tables."""
+        """Text for tables."""
         return {True: "pass", False: "miss", None: "-"}[self.passed]
 
     def _text(self, number: float) -> str:
@@ -71,7 +71,7 @@ class Result(BaseModel):
 
 
 class Machine(BaseModel):
-    """Where the numbers were measured, and with what."""
+    """The machine and the package versions of a run."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -80,15 +80,15 @@ class Machine(BaseModel):
     system: str
     python: str
     versions: Mapping[str, str]
-    threads: Mapping[str, str] = Field(description="environment variables that say how torch uses threads")
-    load: float = Field(description="processes that wanted a core in the minute before the run")
+    threads: Mapping[str, str] = Field(description="environment variables that control the threads of torch")
+    load: float = Field(description="load average of the minute before the run")
 
 
 class Report(BaseModel):
     """One run of `python -m benchmarks`.
 
     Attributes:
-        quick: small sizes, for trying the benchmarks out; targets are not judged.
+        quick: whether sizes were small, to try the benchmarks; targets are not judged.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -106,12 +106,12 @@ class Report(BaseModel):
 
 
 def usable_cores() -> int:
-    """CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def this_machine() -> Machine:
-    """Facts of the machine and of the packages that matter."""
+    """Describes this machine and the relevant packages."""
     return Machine(
         cores=usable_cores(),
         processor=_processor(),
@@ -124,7 +124,7 @@ def this_machine() -> Machine:
 
 
 def report(results: Sequence[Result], machine: Machine, *, rounds: int, quick: bool) -> Report:
-    """The results of a run that is over."""
+    """Makes the report of a finished run."""
     made = datetime.now(UTC).replace(microsecond=0)
     return Report(made=made, rounds=rounds, quick=quick, machine=machine, results=results)
 

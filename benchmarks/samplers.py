@@ -1,4 +1,4 @@
-"""Many samples at once, for `subject_process`."""
+"""Many concurrent samples, for `subject_process`."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable

@@ -12,7 +12,7 @@ SERVICES: Mapping[str, Sequence[str]] = {"polled one by one": (), "one poll for 
 
 
 def run(settings: Settings) -> list[Result]:
-    """Both ways to wait for samples."""
+    """Measures both ways to wait for samples."""
     samples = 20 if settings.quick else SAMPLES
     results: list[Result] = []
     for way, options in SERVICES.items():
@@ -25,7 +25,7 @@ def run(settings: Settings) -> list[Result]:
 
 
 def compared(what: str, samples: int, measured: Mapping[str, Measured]) -> list[Result]:
-    """The ratios of one way to wait."""
+    """Returns the ratios of one way to wait."""
     own, official = measured["own"], measured["official"]
     facts = {f"{name}_{fact}": value for name, one in measured.items() for fact, value in one.facts().items()}
     milliseconds = own.cpu / samples * 1e3

@@ -1,9 +1,9 @@
-"""The process of one subject, that is of one thing measured. Started by `subjects.Subject`.
+"""The process of one measured subject. `subjects.subject` starts it.
 
     python -m benchmarks.subject_process benchmarks.clients:own_step '{"base_url": "..."}'
 
-The named function is an async context manager that makes everything ready and gives the work: an async function
-without arguments. Each line on stdin runs it once; each run gives a line of JSON on stdout.
+The named function is an async context manager that prepares everything and yields the work: an async function without
+arguments. Each line on stdin runs it once; each run prints a line of JSON on stdout.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ async def serve(name: str, arguments: Mapping[str, Any]) -> None:
     module, _, function = name.partition(":")
     prepare = getattr(importlib.import_module(module), function)
     async with prepare(**arguments) as work:
-        tell({"resident": resident()})
+        report({"resident": resident()})
         while await asyncio.to_thread(sys.stdin.readline):
             found: list[object] = []
 
@@ -30,16 +30,16 @@ async def serve(name: str, arguments: Mapping[str, Any]) -> None:
                 found.append(await work())
 
             usage = await used_by(once)
-            tell({**asdict(usage), "told": found[0]})
+            report({**asdict(usage), "returned": found[0]})
 
 
-def tell(fields: Mapping[str, object]) -> None:
+def report(fields: Mapping[str, object]) -> None:
     sys.stdout.write(json.dumps(fields) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
     asyncio.run(serve(sys.argv[1], json.loads(sys.argv[2])))
-    # All was measured and closed. With the threads that the official SDK leaves behind, Python's own way out may abort.
+    # All is measured and closed. The threads that the official SDK leaves behind may abort a regular exit.
     sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Subjects seen from outside: each in a process of its own, run in turn so that what disturbs one disturbs all."""
+"""Runs subjects, each in its own process, in turn, so that a disturbance affects all of them."""
 
 import json
 import os
@@ -23,11 +23,11 @@ LISTENING = "Listening on "
 
 
 class BenchmarkError(Exception):
-    """A benchmark could not be run, or a subject computed something else than it should."""
+    """A benchmark could not run, or a subject computed a wrong result."""
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Of subjects and services: nothing that the caller set for another service, no telemetry."""
+    """Returns the environment of subjects and services: no TINKER_ variables of the caller, no telemetry."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TINKER_")}
     return {**kept, "TINKER_TELEMETRY": "0", "TINKER_API_KEY": "tml-benchmark", **extra}
 
@@ -37,14 +37,14 @@ class Measured:
     """All runs of one subject.
 
     Attributes:
-        resident: resident bytes before the first run, with its data ready.
-        usages: what each run took, warm-up runs left out.
-        told: what each run told of itself.
+        resident: resident bytes before the first run, with its data loaded.
+        usages: the usage of each run, without warm-up runs.
+        returned: the result of each run.
     """
 
     resident: int
     usages: Sequence[Usage]
-    told: Sequence[Any]
+    returned: Sequence[Any]
 
     @property
     def wall(self) -> float:
@@ -58,7 +58,7 @@ class Measured:
 
     @property
     def growth(self) -> int:
-        """Bytes by which the process grew over what it held before the first run, at the most."""
+        """The most bytes by which the process grew since before the first run."""
         return max(usage.peak for usage in self.usages) - self.resident
 
     def facts(self) -> dict[str, float]:
@@ -68,31 +68,31 @@ class Measured:
 
 @dataclass(frozen=True)
 class Subject:
-    """One process that runs the work of `function` whenever it is told to."""
+    """A process that runs the work of a function on request."""
 
     process: "subprocess.Popen[str]"
     name: str
 
     def ready(self) -> int:
-        """Waits until it has its data; gives the resident bytes of the process then. Once, before the first run."""
-        return _told(self.process, self.name)["resident"]
+        """Waits until the data is loaded; returns the resident bytes. Call it once, before the first run."""
+        return _next_line(self.process, self.name)["resident"]
 
     def run(self) -> tuple[Usage, Any]:
-        """What one run took, and what it told."""
+        """Runs once; returns the usage and the result."""
         assert self.process.stdin is not None
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
-        fields = _told(self.process, self.name)
-        told = fields.pop("told")
-        return Usage(**fields), told
+        fields = _next_line(self.process, self.name)
+        returned = fields.pop("returned")
+        return Usage(**fields), returned
 
 
 @contextmanager
 def subject(function: str, arguments: Mapping[str, Any], **extra: str) -> Iterator[Subject]:
-    """A subject that is about to be ready, so that several make themselves ready at the same time.
+    """Starts a subject without waiting for its data, so that several load at the same time.
 
     Args:
-        function: `module:name` of what makes the work, see `subject_process`.
+        function: `module:name` of the function that prepares the work; see `subject_process`.
         arguments: its arguments.
         extra: more environment variables.
     """
@@ -110,44 +110,43 @@ def subject(function: str, arguments: Mapping[str, Any], **extra: str) -> Iterat
             process.kill()
 
 
-def _told(process: "subprocess.Popen[str]", name: str) -> dict[str, Any]:
+def _next_line(process: "subprocess.Popen[str]", name: str) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise BenchmarkError(f"the process of {name} ended with status {process.wait()}; its last words are above")
+        raise BenchmarkError(f"the process of {name} ended with status {process.wait()}; its output is above")
     return json.loads(line)
 
 
 def alternate(subjects: Mapping[str, Subject], *, rounds: int, warm_up: int = 1) -> dict[str, Measured]:
-    """Runs all subjects in turn, for so many rounds; each round begins with another one, so that none is always behind
-    the same one.
+    """Runs all subjects in turn. Each round starts with another one, so that none always follows the same one.
 
     Args:
         subjects: by name.
-        rounds: runs of each that count.
-        warm_up: runs of each before, which do not.
+        rounds: measured runs of each.
+        warm_up: runs of each before, which are not measured.
     """
     resident = {name: one.ready() for name, one in subjects.items()}
     usages: dict[str, list[Usage]] = {name: [] for name in subjects}
-    told: dict[str, list[Any]] = {name: [] for name in subjects}
+    returned: dict[str, list[Any]] = {name: [] for name in subjects}
     names = deque(subjects)
     for number in range(warm_up + rounds):
         names.rotate(-1)
         for name in names:
-            usage, words = subjects[name].run()
+            usage, result = subjects[name].run()
             if number >= warm_up:
                 usages[name].append(usage)
-                told[name].append(words)
-    return {name: Measured(resident[name], usages[name], told[name]) for name in subjects}
+                returned[name].append(result)
+    return {name: Measured(resident[name], usages[name], returned[name]) for name in subjects}
 
 
 @contextmanager
 def served(module: str, *arguments: str, **extra: str) -> Iterator[str]:
-    """The address of a service in a process of its own, that tells where it listens.
+    """Yields the address of a service in its own process, which prints where it listens.
 
     Args:
         module: its program.
-        arguments: of the program.
+        arguments: arguments of the program.
         extra: more environment variables.
     """
     command = [sys.executable, "-m", module, *arguments]
@@ -174,13 +173,13 @@ class Replayed:
 def replayed(
     functions: Mapping[str, str], *, same: bool, service_options: Sequence[str] = (), **arguments: Any
 ) -> Iterator[Replayed]:
-    """Subjects that each have a replay service to themselves, as their argument `base_url`.
+    """Starts subjects that each have their own replay service, as their argument `base_url`.
 
     Args:
-        functions: by the name of the subject, see `subject`.
-        same: at the end, check that all of them have sent the same gradient.
-        service_options: of the replay service.
-        arguments: of all of them.
+        functions: functions by the name of the subject; see `subject`.
+        same: whether to check at the end that all of them sent the same gradient.
+        service_options: options of the replay service.
+        arguments: arguments of all subjects.
     """
     with ExitStack() as stack:
         urls = {name: stack.enter_context(served("benchmarks.replay_service", *service_options)) for name in functions}
@@ -194,22 +193,22 @@ def replayed(
 
 
 def sent_gradient(url: str) -> npt.NDArray[np.float32]:
-    """What a replay service got in the latest backward pass."""
+    """Returns the gradient that a replay service received in the latest backward pass."""
     with urllib.request.urlopen(f"{url}/replay/gradient", timeout=60) as answer:
         return np.frombuffer(answer.read(), "<f4")
 
 
 def sent_bytes(url: str) -> int:
-    """How long the bodies of the latest backward pass were."""
+    """Returns the total length of the bodies of the latest backward pass."""
     with urllib.request.urlopen(f"{url}/replay/bytes", timeout=60) as answer:
         return int(answer.read())
 
 
 def check_equal(gradients: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Refuses gradients that are not the same numbers.
+    """Checks that all gradients are the same numbers.
 
     Raises:
-        BenchmarkError: naming the two.
+        BenchmarkError: two differ; the message names them.
     """
     (first, expected), *others = gradients.items()
     if expected.size == 0 or not np.isfinite(expected).all() or not expected.any():

@@ -1,4 +1,4 @@
-"""The results as a table: on screen, and in docs/performance.md."""
+"""Formats the results as a table, for the terminal and for docs/performance.md."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _STYLES = {"pass": "green", "miss": "bold red", "-": "dim"}
 
 
 def rows_of(report: Report) -> list[tuple[str, str, str, str]]:
-    """One row per result. A quick run judges nothing: its sizes are not those of the targets."""
+    """Returns one row per result. A quick run has no verdicts: the targets are for full sizes."""
     return [
         (
             f"({result.benchmark}) {result.what}",
@@ -35,14 +35,14 @@ def show(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The table, and on which machine it was made."""
+    """Formats the table, and the machine it was made on."""
     lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows_of(report)]
     return "\n".join([*lines, "", made_with(report)])
 
 
 def made_with(report: Report) -> str:
-    """When and on which machine."""
+    """Describes the day, the machine and the versions."""
     machine = report.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     settings = "".join(f" `{name}={value}`" for name, value in machine.threads.items())
@@ -54,7 +54,7 @@ def made_with(report: Report) -> str:
 
 
 def write_page(report: Report, page: Path) -> None:
-    """Puts the table between the two marks of a page."""
+    """Replaces the text between the two markers of a page with the table."""
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     page.write_text(f"{head}{BEGIN}\n\n{markdown(report)}\n\n{END}{tail}")

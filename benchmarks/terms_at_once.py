@@ -15,14 +15,14 @@ LONGEST_GAP_MS = 10.0
 
 
 def run(settings: Settings) -> list[Result]:
-    """Both kinds of terms."""
+    """Measures both kinds of terms."""
     return [*waiting(settings), *busy(settings)]
 
 
 def waiting(settings: Settings) -> list[Result]:
-    """Terms that wait 50 ms each; the ideal is that all wait at the same time."""
+    """Terms that wait 50 ms each; ideally all wait at the same time."""
     one = measured({"waiting": WAITING}, settings)["waiting"]
-    facts = {**one.facts(), "worst_gap_s": max(one.told)}
+    facts = {**one.facts(), "worst_gap_s": max(one.returned)}
     ideal = WAITING["seconds"]
     return [
         result("64 async terms of 50 ms: wall time / 50 ms", one.wall / ideal, 1.6, facts),
@@ -31,13 +31,13 @@ def waiting(settings: Settings) -> list[Result]:
 
 
 def busy(settings: Settings) -> list[Result]:
-    """Terms that compute; the ideal is their torch work alone, spread evenly over the cores."""
+    """Terms that compute; ideally their torch work alone, spread evenly over the cores."""
     arguments = QUICK_BUSY if settings.quick else BUSY
     both = measured({"busy": arguments, "busy_alone": arguments}, settings)
     own, alone = both["busy"], both["busy_alone"]
     ideal = alone.cpu / usable_cores()
     facts = {f"{name}_{fact}": value for name, one in both.items() for fact, value in one.facts().items()}
-    facts |= {"ideal_s": ideal, "gap_ms": gap_ms(own), "gap_alone_ms": gap_ms(alone), "worst_gap_s": max(own.told)}
+    facts |= {"ideal_s": ideal, "gap_ms": gap_ms(own), "gap_alone_ms": gap_ms(alone), "worst_gap_s": max(own.returned)}
     what = f"{arguments['terms']} busy sync terms"
     return [
         result(f"{what}: wall time / ideal on {usable_cores()} cores", own.wall / ideal, None, facts),
@@ -47,7 +47,7 @@ def busy(settings: Settings) -> list[Result]:
 
 
 def measured(arguments: dict[str, dict[str, Any]], settings: Settings) -> dict[str, Measured]:
-    """Those subjects in turn."""
+    """Runs the subjects in turn."""
     with ExitStack() as stack:
         subjects = {
             name: stack.enter_context(subject(f"benchmarks.many_terms:{name}", given))
@@ -57,12 +57,12 @@ def measured(arguments: dict[str, dict[str, Any]], settings: Settings) -> dict[s
 
 
 def gap_ms(one: Measured) -> float:
-    """The longest gap of each run; the median of that over the runs, in milliseconds."""
-    return median(one.told) * 1e3
+    """Returns the longest gap of a run, as the median over the runs, in milliseconds."""
+    return median(one.returned) * 1e3
 
 
 def result(what: str, number: float, bound: float | None, facts: dict[str, float], unit: Unit = "x") -> Result:
-    """One line."""
+    """Returns one row of the table."""
     return Result(benchmark="d", what=what, measured=number, bound=bound, unit=unit, facts=facts)
 
 

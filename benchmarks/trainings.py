@@ -30,7 +30,7 @@ RANK, SEED = 8, 11
 
 
 def datums(count: int, length: int, vocabulary: int, seed: int) -> list[Datum]:
-    """Random tokens, targets pre-shifted."""
+    """Returns random tokens, with shifted targets."""
     rows = np.random.default_rng(seed).integers(0, vocabulary, (count, length + 1))
     return [
         Datum(
@@ -45,7 +45,7 @@ def datums(count: int, length: int, vocabulary: int, seed: int) -> list[Datum]:
 async def accumulated(
     base_url: str, together: bool, batches: int, shape: Sequence[int], term_seconds: float
 ) -> AsyncGenerator[Work]:
-    """Custom steps on micro-batches and one optimizer step; tells the seconds of the former and the weights' digest.
+    """Runs custom steps on micro-batches and an optimizer step; returns the seconds and a digest of the weights.
 
     Args:
         base_url: the service.
@@ -115,14 +115,14 @@ async def over_http(base_url: str, call: str, shape: Sequence[int], vocabulary: 
 
 @asynccontextmanager
 async def plain(model: str, shape: Sequence[int], vocabulary: int) -> AsyncGenerator[Work]:
-    """Forward and backward pass of the same datums in plain torch and peft; tells the loss."""
+    """Forward and backward pass of the same datums in plain torch and peft; the work returns the loss."""
     from peft import LoraConfig, get_peft_model
 
     from tinkex_py.local.models import load_model
 
     with tempfile.TemporaryDirectory(prefix="tinkex-bench-") as folder:
         network = load_model(model, None, Path(folder)).network
-    network.config.tie_word_embeddings = False  # peft's warning about merging, which nobody does here
+    network.config.tie_word_embeddings = False  # avoids a warning of peft about merging
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers has renamed

@@ -1,4 +1,4 @@
-"""What a piece of work costs the process that does it: wall time, CPU of all threads, peak memory."""
+"""Measures wall time, CPU time of all threads and peak memory of some work in this process."""
 
 import gc
 import time
@@ -8,13 +8,13 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-# proc(5): writing 5 sets VmHWM to the present resident size.
+# proc(5): writing 5 sets VmHWM to the current resident size.
 _RESET_PEAK = "5"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one run took.
+    """The resources of one run.
 
     Attributes:
         wall: seconds.
@@ -28,7 +28,7 @@ class Usage:
 
 
 def resident() -> int:
-    """Resident bytes of this process."""
+    """Returns the resident bytes of this process."""
     return _status("VmRSS")
 
 
@@ -44,7 +44,7 @@ def _forget_peak() -> None:
 
 
 async def used_by(work: Callable[[], Awaitable[object]]) -> Usage:
-    """Runs the work once. What earlier work left to the garbage collector is not counted."""
+    """Runs the work once, after a garbage collection."""
     gc.collect()
     _forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()

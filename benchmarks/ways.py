@@ -1,6 +1,6 @@
-"""Four ways to the gradient of the same composed loss, for `subject_process`: the pipeline, and three in plain torch.
+"""Four ways to compute the gradient of a composed loss, for `subject_process`: the pipeline, and three in plain torch.
 
-Each writes its gradient into the file `gradient_to`, so that the benchmark can check that all compute the same.
+Each writes its gradient to the file `gradient_to`, so that the benchmark can check that all are equal.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ ALL: tuple[tuple[float, Term], ...] = ((1.0, base_loss), *zip(WEIGHTS, TERMS, st
 
 
 def logprobs_of(tokens: int) -> torch.Tensor:
-    """The same for all ways, float32 `[tokens]`."""
+    """Returns the same logprobs for all ways, float32 `[tokens]`."""
     return torch.from_numpy(stored_logprobs(tokens, (1,)))
 
 
@@ -38,7 +38,7 @@ def keep(gradient: torch.Tensor, gradient_to: str) -> None:
 
 @asynccontextmanager
 async def pipeline(tokens: int, gradient_to: str, repeat: int = 1) -> AsyncGenerator[Work]:
-    """This package: every term's value, gradient and norm."""
+    """This package: value, gradient and norm of every term."""
     logprobs = logprobs_of(tokens)
     composed = Pipeline(base_loss, regularizers(), track_grad_norms=True)
 
@@ -56,7 +56,7 @@ async def pipeline(tokens: int, gradient_to: str, repeat: int = 1) -> AsyncGener
 
 @asynccontextmanager
 async def pipeline_on_cpus(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
-    """The same, with every thread kept on one CPU: what is left when the kernel moves none of them."""
+    """The same, with every thread pinned to one CPU, so that the kernel moves none."""
     async with pipeline(tokens, gradient_to) as work:
         cpus = sorted(os.sched_getaffinity(0))
         for prefix, first in (("tinkex-term", 0), ("tinkex-arithmetic", 0)):
@@ -69,7 +69,7 @@ async def pipeline_on_cpus(tokens: int, gradient_to: str) -> AsyncGenerator[Work
 
 @asynccontextmanager
 async def fused(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
-    """The least that torch can do: one total, one backward pass; no norms, no values of the terms."""
+    """The minimum in torch: one total and one backward pass, without norms or values of the terms."""
     logprobs = logprobs_of(tokens)
 
     def evaluate() -> torch.Tensor:
@@ -89,7 +89,7 @@ async def fused(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
 
 @asynccontextmanager
 async def naive(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
-    """Every function called for its value, again for its norm, and again for the total; one after another."""
+    """Calls every function for its value, again for its norm, and again for the total, one after another."""
     logprobs = logprobs_of(tokens)
 
     def evaluate() -> torch.Tensor:
@@ -109,7 +109,7 @@ async def naive(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
 
 @asynccontextmanager
 async def naive_threads(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
-    """The same calls, each in a fresh thread so that the event loop stays free; terms at the same time."""
+    """The same calls, each in a new thread so that the event loop stays free; terms run concurrently."""
     logprobs = logprobs_of(tokens)
 
     async def evaluate() -> torch.Tensor:
@@ -127,7 +127,7 @@ async def naive_threads(tokens: int, gradient_to: str) -> AsyncGenerator[Work]:
 
 @asynccontextmanager
 async def terms_alone(tokens: int, gradient_to: str, repeat: int = 1) -> AsyncGenerator[Work]:
-    """What the terms themselves cost: forward, backward and norm of each, one after another."""
+    """Only the terms: forward, backward and norm of each, one after another."""
     logprobs = logprobs_of(tokens)
 
     def evaluate() -> torch.Tensor:
@@ -148,7 +148,7 @@ async def terms_alone(tokens: int, gradient_to: str, repeat: int = 1) -> AsyncGe
 
 
 async def in_fresh_thread(call: Callable[[], Result]) -> Result:
-    """The result of a call that runs in a thread of its own."""
+    """Returns the result of a call that runs in its own thread."""
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[Result] = loop.create_future()
     context = contextvars.copy_context()

@@ -1,4 +1,4 @@
-"""(b) The custom step of (a) with eight regularizers and gradient norms, against the official SDK's bare one."""
+"""(b) The custom step of (a) with eight regularizers and gradient norms, against a bare step of the official SDK."""
 
 from benchmarks.against_official import QUICK, SUBJECTS
 from benchmarks.batches import BATCHES, Batch, rounds_of
@@ -10,13 +10,13 @@ COMPOSED = {"official": SUBJECTS["official"], "own": "benchmarks.clients:own_com
 
 
 def run(settings: Settings) -> list[Result]:
-    """All batches."""
+    """Measures all batches."""
     batches = QUICK if settings.quick else BATCHES
     return [result for batch in batches for result in results_of(batch, rounds_of(batch, settings))]
 
 
 def results_of(batch: Batch, rounds: int) -> list[Result]:
-    """CPU and wall time of one batch. The gradients differ: the official SDK has no regularizers."""
+    """Returns the CPU and wall time of one batch. The gradients differ: the official SDK has no regularizers."""
     with replayed(COMPOSED, same=False, datums=batch.datums, shape=batch.shape) as services:
         measured = alternate(services.subjects, rounds=rounds)
     own, official = measured["own"], measured["official"]

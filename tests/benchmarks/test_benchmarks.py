@@ -95,14 +95,14 @@ async def test_micro_batches_train_the_same_together_and_in_turn(monkeypatch: py
 
 
 def told_seconds(measured: dict[str, Measured], name: str) -> float:
-    return measured[name].told[0]["seconds"]
+    return measured[name].returned[0]["seconds"]
 
 
 def test_subjects_run_in_turn_and_warm_up_runs_do_not_count():
     counted = "tests.benchmarks.counted:counted"
     with subject(counted, {"start": 10}) as first, subject(counted, {"start": 20}) as second:
         measured = alternate({"first": first, "second": second}, rounds=2, warm_up=1)
-    assert (measured["first"].told, measured["second"].told) == ([12, 13], [22, 23])
+    assert (measured["first"].returned, measured["second"].returned) == ([12, 13], [22, 23])
     assert all(map(is_sane, measured["first"].usages))
 
 
@@ -156,7 +156,7 @@ def test_a_name_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main(["nonsense"], [benchmark_of(TOLD)])
     assert caught.value.code == 2
-    assert "no benchmark nonsense; there are z" in capsys.readouterr().err
+    assert "unknown benchmark nonsense; choose from z" in capsys.readouterr().err
 
 
 def test_the_page_shows_the_latest_run():
