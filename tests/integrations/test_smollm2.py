@@ -1,10 +1,13 @@
 """The real model: its tokenizer's chat template, and an adapter of it in peft. It is loaded once."""
 
+import contextlib
 import copy
+import io
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -14,7 +17,7 @@ from tinkex_py import AdamParams, LoraConfig
 from tinkex_py.integrations.huggingface import chat_datum, export_adapter
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.checkpoints import CheckpointStore
-from tinkex_py.local.data import EncodedDatum, EnginePass
+from tinkex_py.local.data import EncodedDatum, EnginePass, SampleRequest
 from tinkex_py.local.engine import Engine
 from tinkex_py.local.models import load_model
 from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
@@ -37,7 +40,18 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_model("smollm2", "cpu", tmp_path_factory.mktemp("smollm2"))
+    with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.redirect_stdout(shown):
+        loaded = load_model("smollm2", "cpu", tmp_path_factory.mktemp("smollm2"))
+    assert shown.getvalue() == ""
+    return loaded
+
+
+def test_the_capital_of_france(model, tmp_path: Path):
+    with contextlib.closing(CheckpointStore(tmp_path)) as store:
+        engine = Engine(model, store, LocalOptions(), threading.Event())
+        prompt = np.array(model.tokenizer.encode("The capital of France is"))
+        sampled = engine.sample(None, SampleRequest(prompt, max_tokens=3, temperature=0.0))
+    assert model.tokenizer.decode(sampled.sequences[0].tokens.tolist()).startswith(" Paris")
 
 
 @pytest.mark.parametrize("turns", ["all", "last"])
