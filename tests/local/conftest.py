@@ -181,6 +181,13 @@ async def client() -> AsyncIterator[RawClient]:
         yield raw
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[RawClient]:
+    """One service for the tests of a module, which create their own models; they run on the module's loop."""
+    async with running(LocalOptions(model="tiny", device="cpu", hold_seconds=5)) as raw:
+        yield raw
+
+
 def dense(values: Any, dtype: str) -> wire.Tensor:
     array = np.asarray(values, dtype=dtype)
     kind = wire.DTYPE_INT64 if array.dtype.kind == "i" else wire.DTYPE_FLOAT32

@@ -1,7 +1,5 @@
-"""Runs in a process of its own: the official SDK's REST client against the address in argv[1]. Prints one JSON line."""
+"""The official SDK's REST client, as a part of `official_programs.py`."""
 
-import json
-import sys
 import urllib.request
 import warnings
 from collections.abc import Callable
@@ -20,17 +18,17 @@ def refusal(call: Callable[[], Any]) -> int:
     return 200
 
 
-def main() -> None:
+def main(address: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     seen: dict[str, Any] = {}
-    rest = tinker.RestClient(base_url=sys.argv[1], api_key="tml-local")
+    rest = tinker.RestClient(base_url=address, api_key="tml-local")
     seen["nothing_yet"] = [
         len(rest.list_training_runs().result().training_runs),
         len(rest.list_sessions().result().sessions),
         len(rest.list_user_checkpoints().result().checkpoints),
     ]
     service = tinker.ServiceClient(
-        base_url=sys.argv[1], api_key="tml-local", user_metadata={"who": "official"}, project_id="p1"
+        base_url=address, api_key="tml-local", user_metadata={"who": "official"}, project_id="p1"
     )
     trainings = [
         service.create_lora_training_client(base_model="tiny", rank=4, user_metadata={"n": str(n)}).result()
@@ -113,8 +111,4 @@ def main() -> None:
     (over,) = searched(session_id=session_id)
     seen["over"] = [over.status.type, over.status.reason.type, over.status.detail]
     seen["none_active"] = searched(statuses=[{"type": "active"}]) == []
-    sys.stdout.write(json.dumps(seen) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return seen

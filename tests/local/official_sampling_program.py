@@ -1,8 +1,6 @@
-"""Runs in a process of its own: many samples of the official SDK from the address in argv[1]. Prints one JSON line."""
+"""Many samples of the official SDK, as a part of `official_programs.py`."""
 
-import json
 import pickle
-import sys
 from typing import Any
 
 import tinker
@@ -32,10 +30,10 @@ def drawn(sampler: tinker.SamplingClient, count: int, first_seed: int = 0) -> li
     return [future.result().sequences[0].tokens for future in futures]
 
 
-def main() -> None:
+def main(address: str) -> dict[str, Any]:
     counts: dict[str, int] = {}
     seen: dict[str, Any] = {}
-    service = tinker.ServiceClient(base_url=sys.argv[1], api_key="tml-local")
+    service = tinker.ServiceClient(base_url=address, api_key="tml-local")
     sampler = service.create_sampling_client(base_model="tiny").result()
     seen["flag"] = service.holder.get_client_config().sample_use_retrieve_futures
     counted("retrieve_multi", counts)
@@ -55,8 +53,4 @@ def main() -> None:
     seen["failed"] = [categories[0], len(categories)]
     seen["again"] = len(drawn(sampler, 50, 1000))
     service.close("success")
-    sys.stdout.write(json.dumps(seen) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return seen

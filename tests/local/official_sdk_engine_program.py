@@ -1,7 +1,4 @@
-"""Runs in a process of its own: the official SDK's rarer calls against the address in argv[1]. Prints one JSON line."""
-
-import json
-import sys
+"""The official SDK's rarer calls, as a part of `official_programs.py`."""
 
 import tinker
 import torch
@@ -163,17 +160,13 @@ def samplers(service: tinker.ServiceClient, seen: dict[str, object]) -> None:
     seen["concurrent"] = len({tuple(score.result()[1:]) for score in scores}) == 1
 
 
-def main() -> None:
+def main(address: str) -> dict[str, object]:
     seen: dict[str, object] = {}
-    service = tinker.ServiceClient(base_url=sys.argv[1], api_key="tml-local")
+    service = tinker.ServiceClient(base_url=address, api_key="tml-local")
     training = service.create_lora_training_client(base_model="tiny", rank=8, seed=3).result()
     builtin_losses(training, seen)
     sparse_and_pictures(training, seen)
     uploaded_losses(service, seen)
     samplers(service, seen)
     service.close("success")
-    sys.stdout.write(json.dumps(seen, default=list) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return seen

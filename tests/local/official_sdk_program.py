@@ -1,8 +1,6 @@
-"""Runs in a process of its own: the unmodified official SDK against the address in argv[1]. Prints one JSON line."""
+"""The unmodified official SDK, as a part of `official_programs.py`."""
 
 import itertools
-import json
-import sys
 
 import tinker
 import torch
@@ -19,10 +17,10 @@ def datum(ids: list[int]) -> types.Datum:
     )
 
 
-def main() -> None:
+def main(address: str) -> dict[str, object]:
     seen: dict[str, object] = {}
-    service = tinker.ServiceClient(base_url=sys.argv[1], api_key="tml-local")
-    rest = tinker.RestClient(base_url=sys.argv[1], api_key="tml-local")
+    service = tinker.ServiceClient(base_url=address, api_key="tml-local")
+    rest = tinker.RestClient(base_url=address, api_key="tml-local")
     seen["models"] = [model.model_name for model in rest.get_server_capabilities().result().supported_models]
     training = service.create_lora_training_client(base_model="tiny", rank=8, seed=3).result()
     info = training.get_info()
@@ -79,16 +77,12 @@ def main() -> None:
 
     run_id = path.split("/")[2]
     seen["checkpoints"] = sorted(item.checkpoint_id for item in rest.list_checkpoints(run_id).result().checkpoints)
-    runs = rest.list_training_runs().result()
-    seen["runs"] = len(runs.training_runs)
+    runs = rest.list_training_runs().result().training_runs
+    seen["runs"] = len([run for run in runs if run.training_run_id.partition(":")[0] == run_id.partition(":")[0]])
     seen["info_rank"] = rest.get_weights_info_by_tinker_path(path).result().lora_rank
     try:
         service.create_lora_training_client(base_model="nope").result()
     except tinker.RequestFailedError as error:
         seen["unknown_model"] = "'nope'" in str(error) and "'tiny'" in str(error)
     service.close("success")
-    sys.stdout.write(json.dumps(seen, default=list) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return seen

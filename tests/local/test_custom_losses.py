@@ -136,19 +136,19 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "function"), [*FUNCTIONS.items(), *METHODS.items()])
 @pytest.mark.filterwarnings("ignore")
-def test_a_call_never_gives_more_than_it_was_said_to_cost(name, function):
-    ran = 0
-    for arguments in SAMPLES:
-        try:
-            result = function(*arguments)
-            told = cost(function, arguments, {})
-        except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, InvalidData):
-            continue
-        ran += 1
-        assert told >= sum(tensor.numel() for tensor in tensors_in(result)), arguments
-    assert ran, "no sample is an argument of it"
+def test_a_call_never_gives_more_than_its_cost():
+    for name, function in [*FUNCTIONS.items(), *METHODS.items()]:
+        ran = 0
+        for arguments in SAMPLES:
+            try:
+                result = function(*arguments)
+                bound = cost(function, arguments, {})
+            except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, InvalidData):
+                continue
+            ran += 1
+            assert bound >= sum(tensor.numel() for tensor in tensors_in(result)), (name, arguments)
+        assert ran, f"no sample is an argument of {name}"
 
 
 def test_a_mask_and_numbers_are_no_index_together():
@@ -384,11 +384,10 @@ def any_argument(random, names, depth=0):
     return random.choice(encoded)
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.filterwarnings("ignore")
-def test_any_graph_of_allowed_operations_runs_or_is_the_users_mistake(seed):
+def test_any_graph_of_allowed_operations_runs_or_is_the_users_mistake():
     """Random operations on random arguments: never another exception, and never more elements than the budget."""
-    random = Random(seed)
+    random = Random(0)
     operations = [("call_function", name) for name in sorted(FUNCTIONS)]
     operations += [("call_method", name) for name in sorted(METHODS)]
     keywords = ("dim", "keepdim", "dtype", "min", "max", "reduction", "alpha", "value", "k", "n", "p", "size", "pad")

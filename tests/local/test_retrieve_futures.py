@@ -1,17 +1,13 @@
 """One poll for all samples of a client: what is completed, in whose queue, and until when."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.local.test_server import official_sdk
-from tests.support.served import serving
 from tinkex_py.local import LocalOptions
 from tinkex_py.local.results import CompletionQueues
 
-PROGRAM = Path(__file__).with_name("official_sampling_program.py")
 PROTOBUF = "application/x-protobuf"
 
 
@@ -46,11 +42,6 @@ async def completed(client: Any, sampler: str, count: int, clone: int = 0) -> tu
         found += answer["completions"]
         cursor = answer["cursor"]
     return found, cursor
-
-
-@pytest.mark.asyncio
-async def test_clients_are_told_to_use_it(client):
-    assert (await client.ask("client/config"))["sample_use_retrieve_futures"] is True
 
 
 @pytest.mark.asyncio
@@ -176,19 +167,3 @@ async def test_many_completions_come_in_pages():
         seen += page
         cursor = max(page.values())
     assert seen == [f"r{number}" for number in range(3000)]
-
-
-@pytest.mark.timeout(300)
-def test_the_official_sdk_draws_hundreds_of_samples_at_once():
-    with serving() as (_, address):
-        seen = official_sdk(PROGRAM, address)
-    assert seen.pop("polls") < 60  # one by one they would be hundreds
-    assert seen == {
-        "flag": True,
-        "sequences": 200,
-        "tokens": 800,
-        "different": True,
-        "clones": [20, 20],
-        "failed": ["user", 3],
-        "again": 50,
-    }

@@ -53,30 +53,31 @@ async def test_who_only_looks_at_a_session_does_not_keep_it(run_service):
         assert core.take_active_sessions() == set()
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     "path",
     ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session", "retrieve_futures"],
 )
-async def test_whatever_a_client_asks_for_is_heard(run_service, path, kit):
-    async with run_service(LocalOptions(session_timeout=None)) as client:
-        model_id = await client.model()
-        core = client.service.core
-        sampler = {"session_id": client.session_id, "sampling_session_seq_id": 1, "base_model": "tiny"}
-        sampler_id = (await client.ask("create_sampling_session", sampler))["sampling_session_id"]
-        core.take_active_sessions()
-        assert core.take_active_sessions() == set()
-        if path == "forward":
-            await client.send_pass(kit.message(model_id, 1, [kit.datum(3, 1)]))
-        else:
-            body = {
-                "session_heartbeat": {"session_id": client.session_id, "type": "session_heartbeat"},
-                "get_info": {"model_id": model_id},
-                "optim_step": {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}},
-                "create_sampling_session": {**sampler, "sampling_session_seq_id": 0},
-                "retrieve_futures": {"target": {"sampling_session_id": sampler_id}, "timeout": 0},
-            }[path]
-            assert (await client.post(path, body)).status_code == 200
-        assert core.take_active_sessions() == {client.session_id}
+async def test_whatever_a_client_asks_for_is_heard(shared, path, kit):
+    await shared.session()
+    model_id = await shared.model()
+    core = shared.service.core
+    sampler = {"session_id": shared.session_id, "sampling_session_seq_id": 1, "base_model": "tiny"}
+    sampler_id = (await shared.ask("create_sampling_session", sampler))["sampling_session_id"]
+    core.take_active_sessions()
+    assert core.take_active_sessions() == set()
+    if path == "forward":
+        await shared.send_pass(kit.message(model_id, 1, [kit.datum(3, 1)]))
+    else:
+        body = {
+            "session_heartbeat": {"session_id": shared.session_id, "type": "session_heartbeat"},
+            "get_info": {"model_id": model_id},
+            "optim_step": {"model_id": model_id, "seq_id": 1, "adam_params": {"learning_rate": 0.1}},
+            "create_sampling_session": {**sampler, "sampling_session_seq_id": 0},
+            "retrieve_futures": {"target": {"sampling_session_id": sampler_id}, "timeout": 0},
+        }[path]
+        assert (await shared.post(path, body)).status_code == 200
+    assert core.take_active_sessions() == {shared.session_id}
 
 
 async def test_a_loop_that_stood_still_ends_no_session(run_service, monkeypatch):
