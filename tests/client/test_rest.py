@@ -207,7 +207,7 @@ async def test_copies_and_external_weights(http_bench):
     await again.forward_backward([datum(3, 1)])
     with pytest.raises(NotFound, match="no projects"):
         await rest.copy_checkpoint(copies[0], project_id="p")
-    with pytest.raises(APIStatusError, match="take another"):
+    with pytest.raises(APIStatusError, match="choose another"):
         await rest.copy_checkpoint(copies[0], session_id=session_id, model_number=0)
     with pytest.raises(UnsupportedFeature, match="does not support putting sessions into projects"):
         await rest.assign_session_project(session_id, "p")
