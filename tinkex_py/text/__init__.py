@@ -1,0 +1,1 @@
+"""Text as tokens: the one place where prompts, answers and chats are encoded."""
