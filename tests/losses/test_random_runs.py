@@ -102,7 +102,7 @@ async def test_every_permit_and_thread_comes_back(seed: int):
             ends = await asyncio.gather(*steps, return_exceptions=True)
         for end in ends:
             assert end is None or isinstance(end, TinkexError | TimeoutError | asyncio.CancelledError), end
-    await until(lambda: not workers.limiter.holders())
+    await until(lambda: not workers.limiter.holders() and not workers.abandoned())
     assert terms.peak <= BOUND
     assert workers.abandoned() == []
     workers.close()
