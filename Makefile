@@ -8,7 +8,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance fuzz faults soak guards audit lint types docs clean
+.PHONY: help install demo notebook test bench conformance fuzz faults soak guards audit fresh lint types docs clean
 .SUFFIXES:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
 	@echo "make guards replaces lines that keep promises, and shows that their tests then fail (about 10 minutes)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
+	@echo "make fresh  demo and test on bare Debians, as root with debootstrap: ARGS=bookworm or ARGS=trixie for one"
 	@echo "make lint   ruff and the import contracts"
 	@echo "make types  pyright"
 	@echo "make docs   the documentation, into site/"
@@ -31,10 +32,10 @@ install: $(DEV)
 
 # The demo's packages are a part of the developers': `make test` installs the rest into the same environment.
 $(DEMO): pyproject.toml constraints-demo.txt
-	@PYTHON="$(PYTHON)" sh scripts/install.sh demo
+	@$(PYTHON) scripts/install.py demo
 
 $(DEV): pyproject.toml constraints-demo.txt constraints.txt
-	@PYTHON="$(PYTHON)" sh scripts/install.sh dev
+	@$(PYTHON) scripts/install.py dev
 
 demo: $(DEMO)
 	@$(BIN)/tinkex-py demo $(ARGS)
@@ -78,6 +79,10 @@ guards: $(DEV)
 audit: $(DEV)
 	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit; }
 	@$(BIN)/python -m tests.security.audit .audit/bin/pip-audit $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+# Needs no .venv: it makes a system, clones the last commit into it and installs there. ARGS: a suite, then commands.
+fresh:
+	@sh scripts/fresh.sh $(ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check --quiet .

@@ -50,7 +50,7 @@ class Job:
 
 
 class TrainingService:
-    """Runs jobs as tasks of one task group: none outlives the `async with` block."""
+    """Runs jobs as tasks of one task group, which all end with the `async with` block."""
 
     def __init__(self, service):
         self._service = service

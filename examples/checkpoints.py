@@ -1,7 +1,7 @@
-"""Keep, look through, download and delete checkpoints.
+"""Save, list, download and delete checkpoints.
 
-Runs as it is, on the embedded service. With TINKER_BASE_URL and TINKER_API_KEY set it uses that service instead.
-The downloaded checkpoint is in the folder `downloaded_checkpoint`.
+Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY. The downloaded checkpoint is in the folder
+`downloaded_checkpoint`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ DAY = 24 * 3600
 
 
 async def train(training):
-    """A few steps on one sentence, saved twice on the way."""
+    """Trains a few steps on one sentence and saves two checkpoints."""
     tokens = list((await training.get_tokenizer()).encode("Ahoy friend, fair winds!"))
     data = [Datum(model_input=ModelInput.from_ints(tokens[:-1]), loss_fn_inputs={"target_tokens": tokens[1:]})]
     paths = []
@@ -40,11 +40,11 @@ async def main():
         async for checkpoint in rest.checkpoints(training.model_id):
             print(f"{checkpoint.checkpoint_id}: {checkpoint.size_bytes} bytes, expires: {checkpoint.expires_at}")
         info = await rest.get_weights_info(late)
-        print(f"made from {info.base_model} with rank {info.lora_rank}")
+        print(f"base model {info.base_model}, rank {info.lora_rank}")
 
         try:
             await rest.set_checkpoint_ttl(late, None)
-            print("kept for ever: late")
+            print("late never expires")
         except UnsupportedFeature as error:
             print(error)
 
@@ -52,10 +52,10 @@ async def main():
         print("files:", ", ".join(sorted(file.name for file in folder.iterdir())))
 
         again = await service.create_training_client_from_state(late, with_optimizer=True)
-        print("goes on as", (await again.get_info()).model_data.model_name)
+        print("resumed training of", (await again.get_info()).model_data.model_name)
 
         await rest.delete_checkpoint(early)
-        print("left:", [checkpoint.checkpoint_id async for checkpoint in rest.checkpoints(training.model_id)])
+        print("remaining:", [checkpoint.checkpoint_id async for checkpoint in rest.checkpoints(training.model_id)])
 
 
 asyncio.run(main())

@@ -1,7 +1,7 @@
-"""Preference training (DPO) with a loss that is written for the official SDK and runs here unchanged.
+"""Preference training (DPO) with a loss function that was written for the official SDK.
 
-`dpo_loss` takes `(data, logprobs_list)`, one tensor per datum: `tinker.TrainingClient.forward_backward_custom` takes it
-as it is (see official_sdk.py), and under `per_datum` so does this package. Runs on the embedded service, or on
+`dpo_loss` takes `(data, logprobs_list)`, one tensor per datum. `tinker.TrainingClient.forward_backward_custom` accepts
+it directly (see official_sdk.py); this package accepts it with `per_datum`. Runs on the embedded service, or on
 TINKER_BASE_URL with TINKER_API_KEY.
 """
 
@@ -24,7 +24,7 @@ PREFERENCES = [  # prompt, chosen, rejected
 
 
 def dpo_loss(data, logprobs_list):
-    """Datums in pairs, chosen before rejected. Rafailov et al., "Direct Preference Optimization" (2023), equation 7."""
+    """Pairs of datums, chosen before rejected. Rafailov et al., "Direct Preference Optimization" (2023), equation 7."""
     rewards = []
     for datum, logprobs in zip(data, logprobs_list, strict=True):
         mask = datum.loss_fn_inputs["weights"].to_torch()
@@ -58,10 +58,10 @@ async def main():
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16, seed=0)
         tokenizer = await training.get_tokenizer()
-        untouched = await training.forward([make_datum(tokenizer, *text) for text in texts()])
+        reference = await training.forward([make_datum(tokenizer, *text) for text in texts()])
         data = [
             make_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
-            for text, output in zip(texts(), untouched.loss_fn_outputs, strict=True)
+            for text, output in zip(texts(), reference.loss_fn_outputs, strict=True)
         ]
         drift = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
         regularizers = [RegularizerSpec(fn=drift, weight=0.01, name="drift")]

@@ -1,7 +1,7 @@
-"""Fine-tune on answers while an adaptive controller holds the distance to the untouched model.
+"""Fine-tune on answers while an adaptive controller keeps the model near the base model.
 
-Trains twice from the same start: once with a weight that stays, once with one that follows the measured KL. Runs on the
-embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
+Trains twice with the same initial weights: with a fixed weight, and with a weight that follows the measured KL. Runs on
+the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
@@ -33,12 +33,12 @@ def make_datum(tokenizer, prompt, answer, **inputs):
 
 
 async def train(service, model, weight):
-    """Trains with one weight of the KL term; gives (loss, KL, weight) of each step."""
+    """Trains with this weight of the KL term. Returns (loss, KL, weight) of each step."""
     training = await service.create_lora_training_client(model, rank=16, seed=0)
     tokenizer = await training.get_tokenizer()
     data = [make_datum(tokenizer, *pair) for pair in PAIRS]
 
-    # A fresh adapter changes nothing yet, so this forward pass is the reference.
+    # A new adapter does not change the output, so this forward pass is the reference.
     reference = await training.forward(data)
     data = [
         make_datum(tokenizer, *pair, reference_logprobs=output["logprobs"])

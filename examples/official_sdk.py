@@ -1,8 +1,8 @@
 """Train with the official SDK (`pip install tinker`) and this package's composed loss.
 
-Three runs from the same start: the official way with a plain loss function, the same loss as a pipeline (the same
-numbers), and that pipeline with regularizers. Runs against `tinkex-py serve --model tiny`, which it starts, or against
-TINKER_BASE_URL with TINKER_API_KEY.
+Three runs with the same initial weights: a plain loss function as the official SDK takes it, the same loss as a
+pipeline, which gives the same numbers, and that pipeline with regularizers. Runs against `tinkex-py serve --model
+tiny`, which it starts, or against TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import os
@@ -22,7 +22,7 @@ STEPS = 6
 
 @contextmanager
 def some_service():
-    """The address of a service and a key for it."""
+    """Yields the address of a service and its key."""
     if "TINKER_BASE_URL" in os.environ:
         yield os.environ["TINKER_BASE_URL"], os.environ["TINKER_API_KEY"]
         return
@@ -43,13 +43,13 @@ def make_datum(tokenizer, prompt, answer, **inputs):
 
 
 def train(service, model, loss_of_step):
-    """Trains a fresh model; gives the loss of every step."""
+    """Trains a new adapter. Returns the loss of every step."""
     training = service.create_lora_training_client(base_model=model, rank=16, seed=0).result()
     tokenizer = training.get_tokenizer()
-    untouched = training.forward([make_datum(tokenizer, *text) for text in texts()], "cross_entropy").result()
+    reference = training.forward([make_datum(tokenizer, *text) for text in texts()], "cross_entropy").result()
     data = [
         make_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
-        for text, output in zip(texts(), untouched.loss_fn_outputs, strict=True)
+        for text, output in zip(texts(), reference.loss_fn_outputs, strict=True)
     ]
     losses = []
     for step in range(STEPS):

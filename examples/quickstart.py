@@ -1,6 +1,6 @@
 """Fine-tune a model with a composed loss.
 
-Runs as it is, on the embedded service. With TINKER_BASE_URL and TINKER_API_KEY set it uses that service instead.
+Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ def make_datum(tokenizer, prompt, answer):
     question = list(tokenizer.encode(f"Q: {prompt}\nA:"))
     reply = list(tokenizer.encode(f" {answer}\n"))
     tokens = question + reply
-    weights = [0.0] * (len(question) - 1) + [1.0] * len(reply)  # learn the answer, not the question
+    weights = [0.0] * (len(question) - 1) + [1.0] * len(reply)  # only the answer is learned
     return Datum(
         model_input=ModelInput.from_ints(tokens[:-1]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
@@ -37,7 +37,7 @@ def l2(data, logprobs):
 
 
 def confidence(data, logprobs):
-    """Sum of p log p over the answer tokens: lowest at p = 1/e, so it holds back over-confident tokens."""
+    """Mean of p log p over the answer tokens: lowest at p = 1/e, so it discourages overconfidence."""
     mask = packed_field(data, "weights")
     return (logprobs.exp() * logprobs * mask).sum() / mask.sum()
 

@@ -1,7 +1,7 @@
-"""Stop in the middle of a training run, go on in a new client, and end where a run without a stop ends.
+"""Stop a training in the middle and resume it in a new client, with the numbers of an uninterrupted training.
 
-What has to be kept: the service's checkpoint with the optimizer, the number of steps, and the state of the weights that
-move. Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
+Three things are kept: the service's checkpoint with the optimizer, the number of steps, and the state of the weight
+controllers. Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ async def main():
         await training.aclose()
         print(f"stopped after {len(losses)} steps")
 
-        # Everything below could be another process, on another day.
+        # The code below could run in another process.
         state = json.loads(saved)
         resumed = await service.create_training_client_from_state(state["path"], with_optimizer=True)
         resumed.step = state["step"]
@@ -68,7 +68,7 @@ async def main():
         losses += await train(resumed, pipeline, data, STEPS - STEPS // 2)
 
     for step, (one, other) in enumerate(zip(whole, losses, strict=True)):
-        print(f"step {step}  without a stop {one:.6f}  with a stop {other:.6f}")
+        print(f"step {step}  uninterrupted {one:.6f}  resumed {other:.6f}")
     print(f"largest difference: {max(abs(one - other) for one, other in zip(whole, losses, strict=True)):.1e}")
 
 

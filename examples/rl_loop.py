@@ -1,8 +1,8 @@
-"""A small policy-gradient loop with a reward that can be checked: the share of letters in what the model writes.
+"""A small policy-gradient loop with a verifiable reward: the share of letters in a sample.
 
-Sampling and training take turns: every round draws answers from the weights as they are, rewards each one against
-its group, and trains on them with importance sampling and a KL penalty to the untouched model. Runs on the
-embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
+Every round samples answers with the current weights, computes each reward relative to its group, and trains with
+importance sampling and a KL penalty to the initial model. Runs on the embedded service, or on TINKER_BASE_URL with
+TINKER_API_KEY.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def make_datum(prompt, sequence, advantage):
 
 
 async def draw(training, tokenizer, seed):
-    """One round of answers: datums with their advantages, and the mean reward."""
+    """Returns the datums of one round with their advantages, and the mean reward."""
     params = SamplingParams(max_tokens=LENGTH, temperature=1.0, seed=seed)
     data, rewards = [], []
     async with await training.save_weights_and_get_sampling_client() as sampler:
@@ -56,9 +56,9 @@ async def draw(training, tokenizer, seed):
     return data, statistics.fmean(rewards)
 
 
-async def with_reference(untouched, data):
-    """The same datums with the logprobs of the model as it was before the training."""
-    outputs = (await untouched.forward(data)).loss_fn_outputs
+async def with_reference(initial, data):
+    """Returns the datums with the logprobs of the model before the training."""
+    outputs = (await initial.forward(data)).loss_fn_outputs
     return [
         Datum(
             model_input=datum.model_input,
@@ -73,14 +73,14 @@ async def main():
     async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16, seed=0)
-        untouched = await service.create_lora_training_client(model, rank=1, seed=0)  # a fresh adapter changes nothing
+        initial = await service.create_lora_training_client(model, rank=1, seed=0)  # a new adapter changes no output
         tokenizer = await training.get_tokenizer()
         policy = ImportanceSampling(mask="weights", reduction="token-mean")
         kl = SampledKL(reference_field="reference_logprobs", estimator="k3+", mask="weights", reduction="token-mean")
         regularizers = [RegularizerSpec(fn=kl, weight=0.01, name="kl")]
         for round_number in range(ROUNDS):
             data, mean_reward = await draw(training, tokenizer, seed=round_number)
-            data = await with_reference(untouched, data)
+            data = await with_reference(initial, data)
             output, _ = await asyncio.gather(
                 training.forward_backward_custom(data, policy, regularizers=regularizers),
                 training.optim_step(AdamParams(learning_rate=1e-2)),

@@ -1,7 +1,6 @@
-"""Draw from a model: stops, seeds, many samples at once, and the log-probabilities of texts.
+"""Sample from a model: stop sequences, seeds, many samples at once, and the logprobs of texts.
 
-Runs as it is, on the embedded service, whose tiny model has random weights and so writes nonsense. With
-TINKER_BASE_URL and TINKER_API_KEY set it uses that service instead.
+Runs on the embedded service, whose tiny model has random weights, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
@@ -22,25 +21,25 @@ async def one_prompt(sampler, tokenizer):
         print(f"sample {number}: {tokenizer.decode(sequence.tokens)!r}  {sequence.stop_reason}  logprob {total:.3f}")
     again = await sampler.sample(prompt, num_samples=2, sampling_params=params)
     repeated = [sequence.tokens for sequence in again.sequences] == [one.tokens for one in response.sequences]
-    print(f"the same seed draws the same: {repeated}")
+    print(f"the same seed gives the same samples: {repeated}")
 
 
 async def many_prompts(sampler, tokenizer):
-    """All at once: as many are in flight as the service wants, and those it turns away are submitted again."""
+    """Samples all prompts at once. The client limits requests in flight and resubmits those that are refused."""
     params = SamplingParams(max_tokens=6, temperature=0.0, stop=["\n"])
     prompts = [ModelInput.from_text(text, tokenizer) for text in PROMPTS]
     responses = await asyncio.gather(*(sampler.sample(prompt, sampling_params=params) for prompt in prompts))
     for text, response in zip(PROMPTS, responses, strict=True):
-        print(f"{text!r} goes on {tokenizer.decode(response.sequences[0].tokens)!r}")
+        print(f"{text!r} -> {tokenizer.decode(response.sequences[0].tokens)!r}")
 
 
 async def score(sampler, tokenizer):
-    """How likely the model finds a text, and which of two endings it prefers."""
+    """Computes the perplexity of a text, and compares two endings."""
     tokens = list(tokenizer.encode(PROMPTS[0] + " Paris"))
-    logprobs = (await sampler.compute_logprobs(ModelInput.from_ints(tokens)))[1:]  # nothing stands before the first
+    logprobs = (await sampler.compute_logprobs(ModelInput.from_ints(tokens)))[1:]  # the first token has none
     print(f"perplexity {math.exp(-sum(logprobs) / len(logprobs)):.2f} over {len(logprobs)} tokens")
 
-    # Logprobs of chosen tokens at a chosen place of the prompt: row i is scored at position i + 1, -1 asks for nothing.
+    # Logprobs of given tokens at a position of the prompt: row i is scored at position i + 1, -1 is ignored.
     candidates = [tokenizer.encode(text)[-1] for text in (" Paris", " Rome")]
     rows = [[-1, -1] for _ in tokens[1:]]
     rows[-1] = candidates

@@ -1,6 +1,6 @@
 """The composed loss on real logprobs, for several steps.
 
-Trains against TINKER_BASE_URL with TINKER_API_KEY, else against the embedded service:
+Runs on TINKER_BASE_URL with TINKER_API_KEY, or on the embedded service:
 
     tinkex-py serve --model tiny --port 8000
     TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python structured_regularizers_live.py

@@ -1,7 +1,7 @@
-"""What every test gets: a clean process before it, and a check that it left nothing behind.
+"""Gives every test a clean process, and checks that it leaves nothing behind.
 
-A test that leaves a task, a thread, a socket or a file open fails with their names. Things that live
-longer than one test belong to a fixture of a wider scope, which starts before this check does.
+A test that leaves a task, a thread, a socket or a file open fails and names them. Objects that live
+longer than one test belong to a fixture with a wider scope, which is set up before this check.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from tests.support.left_behind import descriptors_left, open_descriptors, thread
 from tinkex_py import telemetry
 from tinkex_py.telemetry import handlers
 
-# The models of the tests are so small that a second torch thread costs more than it brings, in subprocesses too.
+# The models of the tests are too small for a second torch thread, in subprocesses too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("tinkex", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,9 +30,9 @@ _FAILED = pytest.StashKey[bool]()
 
 
 class TasksLeft:
-    """Collects the tasks that were still running when their loop was about to close.
+    """Collects the tasks that still run when their loop is about to close.
 
-    `asyncio.Runner` cancels them in silence, which is how a leaked task goes unnoticed.
+    `asyncio.Runner` cancels them silently, so a leaked task would not be noticed.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
-    gc.freeze()  # torch and its friends: looking through them at every collection costs 0.2 s a time
+    gc.freeze()  # with torch and its dependencies, every collection would take 0.2 s
 
 
 @pytest.hookimpl(wrapper=True)
@@ -89,7 +89,7 @@ def clean_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     _reset_observers()
     tasks = _TASKS_LEFT.take()
     if request.node.stash.get(_FAILED, False):
-        return  # the traceback of a failed test keeps its objects alive: they would be a second, false, alarm
+        return  # the traceback of a failed test keeps its objects alive, which would be a false alarm
     left = [f"task {name}" for name in tasks]
     left += [f"thread {thread.name}" for thread in threads_left(threads)]
     left += [f"descriptor {number} -> {target}" for number, target in descriptors_left(descriptors)]
@@ -102,7 +102,7 @@ def clean_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def tasks_may_be_left() -> None:
-    """For a test whose subject is a loop that closes while tasks run."""
+    """Allows a test to close a loop while tasks run."""
     _TASKS_LEFT.expected = True
 
 

@@ -132,13 +132,13 @@ def test_the_class_of_a_status(status: int, name: str):
     assert status_error_class(status).__name__ == name
 
 
-def test_a_missing_extra_has_the_line_to_type():
+def test_a_missing_extra_names_the_command():
     error = errors.MissingExtra("rich", "cli")
     assert "pip install 'tinkex-py[cli]'" in str(error)
     assert (error.package, error.extra) == ("rich", "cli")
 
 
-def test_half_an_accumulation_is_told():
+def test_an_incomplete_accumulation_is_reported():
     error = errors.RegularizerError("term 'kl' failed", name="kl")
     assert str(error) == "term 'kl' failed"
     error.accumulated = 3

@@ -1,4 +1,4 @@
-"""Where the service is, the key, timeouts and limits."""
+"""Configuration of a service client: address, key, timeouts and limits."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -24,39 +24,39 @@ HOSTED_SERVICE = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
 @dataclass(frozen=True, kw_only=True)
 class TinkexConfig:
-    """Settings of a service client. Arguments win over the environment.
+    """Settings of a service client. Arguments take precedence over the environment.
 
     Args:
-        base_url: where the service is; else `TINKER_BASE_URL`, else the hosted service.
-        api_key: else `TINKER_API_KEY`, else what the command in `TINKER_CREDENTIAL_CMD` prints, else the default
-            entry of `~/.tinker/credentials.json`. It never shows in a repr, log, error or pickle; an unpickled
-            config looks for it again.
+        base_url: address of the service; else `TINKER_BASE_URL`, else the hosted service.
+        api_key: else `TINKER_API_KEY`, else the output of the command in `TINKER_CREDENTIAL_CMD`, else the default
+            entry of `~/.tinker/credentials.json`. No repr, log, error or pickle shows it; an unpickled config looks
+            it up again.
         timeout: seconds for one HTTP exchange.
-        poll_timeout: seconds for one exchange that waits for a result; services hold it for 20 to 40 s. If it
-            passes and the service still answers other requests, the result is simply asked for again.
-        retry: how often and how long requests are repeated.
-        max_connections: HTTP connections at once for requests that are answered at once.
-        max_polls: HTTP connections at once for waiting for results.
-        max_threads: worker threads for sync terms, over all training clients; None is the usable CPU count.
+        poll_timeout: seconds for one poll of a result; services hold polls for 20 to 40 s. After this time the result
+            is polled again, as long as the service responds to other requests.
+        retry: how long and how often requests are repeated.
+        max_connections: maximum concurrent HTTP connections for requests other than polls.
+        max_polls: maximum concurrent HTTP connections for polls.
+        max_threads: worker threads for sync terms, shared by all training clients; None is the usable CPU count.
         close_timeout: seconds that closing waits for requests in flight.
-        heartbeat_interval: seconds between signs of life of a session.
-        tags: labels of the session; else `TINKER_TAGS`, split at its commas.
-        user_metadata: more labels of the session.
+        heartbeat_interval: seconds between the heartbeats of a session.
+        tags: labels of the session; else `TINKER_TAGS`, split at commas.
+        user_metadata: further labels of the session.
         project_id: project of the session; else `TINKER_PROJECT_ID`.
-        default_headers: sent with every request, for one to a proxy in front of the service. They show in no repr.
-        wire: "auto" finds out what the service reads; "protobuf" keeps numbers packed; "json" is for services that
-            read nothing else.
-        billing_pause: seconds that requests wait while the service asks for payment (402); None is what the service
-            says, usually an hour; 0 raises BillingRequired at once.
-        sampling_patience: seconds without any progress after which samples that the service turns away (429) fail.
-        on_queue_state: called with a QueueState whenever it changes, on the event loop; it should be quick. One that
-            raises is not called again.
+        default_headers: sent with every request, for example for a proxy in front of the service. No repr shows them.
+        wire: encoding of passes: "auto" detects it; "protobuf" keeps numbers packed; "json" is for services without
+            protobuf.
+        billing_pause: seconds that requests wait while the service asks for payment (402); None is the service's own
+            limit, usually an hour; 0 raises BillingRequired at once.
+        sampling_patience: seconds without progress after which samples that the service refuses (429) fail.
+        on_queue_state: called with each new QueueState, on the event loop; it should be quick. If it raises, it is not
+            called again.
 
     Raises:
-        ConfigError: no key, or a value out of range.
+        ConfigError: there is no key, or a value is invalid.
     """
 
-    base_url: str = None  # type: ignore[assignment]  # None asks the environment; a str afterwards
+    base_url: str = None  # type: ignore[assignment]  # None reads the environment; a str afterwards
     api_key: str | Secret | None = field(default=None, repr=False, compare=False)
     timeout: float = 60.0
     poll_timeout: float = 45.0
@@ -87,20 +87,20 @@ class TinkexConfig:
         object.__setattr__(self, "project_id", project)
         object.__setattr__(self, "default_headers", _checked_headers("default_headers", self.default_headers))
         access = {name: os.environ.get(variable, "") for name, variable in ACCESS_VARIABLES.items()}
-        told = {name: value for name, value in access.items() if value}
-        object.__setattr__(self, "access_headers", _checked_headers("CLOUDFLARE_ACCESS_CLIENT_*", told))
+        present = {name: value for name, value in access.items() if value}
+        object.__setattr__(self, "access_headers", _checked_headers("CLOUDFLARE_ACCESS_CLIENT_*", present))
         tags = cast("object", self.tags or _tags_of_environment())
         is_sequence = isinstance(tags, Iterable) and not isinstance(tags, str)
         if not is_sequence or not all(isinstance(tag, str) for tag in cast("Iterable[object]", tags)):
-            raise ConfigError(f"tags must be a sequence of texts, got {tags!r}")
+            raise ConfigError(f"tags must be a sequence of strings, got {tags!r}")
         if not isinstance(self.user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"user_metadata must be a mapping, got {self.user_metadata!r}")
         object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)))
         for name in ("timeout", "poll_timeout", "heartbeat_interval", "sampling_patience"):
-            _check_seconds(name, getattr(self, name), least_excluded=0)
-        _check_seconds("close_timeout", self.close_timeout, least_excluded=None)
+            _check_seconds(name, getattr(self, name), positive=True)
+        _check_seconds("close_timeout", self.close_timeout, positive=False)
         if self.billing_pause is not None:
-            _check_seconds("billing_pause", self.billing_pause, least_excluded=None)
+            _check_seconds("billing_pause", self.billing_pause, positive=False)
         if self.on_queue_state is not None and not callable(self.on_queue_state):
             raise ConfigError(f"on_queue_state must be a function, got {self.on_queue_state!r}")
         for name in ("max_connections", "max_polls", "max_threads"):
@@ -115,12 +115,12 @@ class TinkexConfig:
 
     @property
     def key(self) -> str:
-        """The key itself, for the header it is sent in; empty if a command prints it."""
+        """The key itself, for the header that sends it; empty if a command prints it."""
         return self.secret_key.reveal()
 
     @property
     def secret_key(self) -> Secret:
-        """The key, wrapped so that it does not show."""
+        """The key, wrapped so that nothing shows it."""
         assert isinstance(self.api_key, Secret)
         return self.api_key
 
@@ -142,14 +142,13 @@ def _restore(settings: dict[str, Any]) -> TinkexConfig:
 
 def _checked_text(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{name} must be a text, got {value!r}")
+        raise ConfigError(f"{name} must be a string, got {value!r}")
     return value
 
 
-def _check_seconds(name: str, value: object, *, least_excluded: int | None) -> None:
-    if not (is_seconds(value) and value >= 0 and value != least_excluded):
-        least = "> 0" if least_excluded == 0 else ">= 0"
-        raise ConfigError(f"{name} must be a number of seconds {least}, got {value!r}")
+def _check_seconds(name: str, value: object, *, positive: bool) -> None:
+    if not (is_seconds(value) and (value > 0 if positive else value >= 0)):
+        raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {value!r}")
 
 
 def _tags_of_environment() -> tuple[str, ...]:
@@ -158,10 +157,10 @@ def _tags_of_environment() -> tuple[str, ...]:
 
 def _checked_headers(name: str, headers: object) -> Mapping[str, str]:
     if not isinstance(headers, Mapping):
-        raise ConfigError(f"{name} must map names to texts, got a {type(headers).__name__}")
+        raise ConfigError(f"{name} must map names to strings, got a {type(headers).__name__}")
     given = cast("Mapping[object, object]", headers)
     if not all(isinstance(key, str) and isinstance(value, str) for key, value in given.items()):
-        raise ConfigError(f"{name} must map names to texts")
+        raise ConfigError(f"{name} must map names to strings: convert its names and values to str")
     try:
         return merged_headers(cast("Mapping[str, str]", headers))
     except InvalidData as error:
@@ -172,7 +171,7 @@ def _secret(api_key: str | Secret | None, command: Secret) -> Secret:
     if isinstance(api_key, Secret) and api_key:
         return api_key
     if api_key is not None and not isinstance(api_key, str | Secret):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"api_key must be a text, got a {type(api_key).__name__}")
+        raise ConfigError(f"api_key must be a string, got a {type(api_key).__name__}")
     given = api_key if isinstance(api_key, str) else ""
     key = given or os.environ.get(KEY_VARIABLE) or ""
     if not key and command:
@@ -185,6 +184,6 @@ def _secret(api_key: str | Secret | None, command: Secret) -> Secret:
         )
     if not (key.isascii() and key.isprintable()) or key != key.strip():
         raise ConfigError(
-            "the API key has spaces around it or characters that no header can carry; was it copied completely?"
+            "the API key has spaces around it, or characters that no HTTP header can contain: copy it again"
         )
     return Secret(key)

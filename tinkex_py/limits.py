@@ -12,8 +12,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
 
-import tenacity
-
 from tinkex_py import telemetry
 from tinkex_py.errors import APIStatusError, BillingRequired, ConfigError
 
@@ -125,21 +123,23 @@ class Attempts:
         self._since = self._loop.time()
         self._failures = 0
 
-    def pause_after(self, state: tenacity.RetryCallState) -> float:
-        """Seconds to wait: the service's `retry-after`, else random below a bound that doubles (full jitter)."""
+    def next_pause(self, error: BaseException) -> float | None:
+        """Returns the seconds to wait after a failed attempt; None if there is no further attempt.
+
+        The wait is the service's `retry-after`, else random below a bound that doubles with each failure (full jitter).
+        A wait that would end after the deadline does not start.
+        """
         self.number += 1
         self._failures += 1
-        error = state.outcome.exception() if state.outcome is not None else None
+        policy = self._policy
         asked_for = error.retry_after if isinstance(error, APIStatusError) else None
         if asked_for is not None and asked_for >= _LEAST_ASKED_FOR:
-            return asked_for
-        bound = min(self._policy.initial_wait * 2.0 ** min(self._failures - 1, 16), self._policy.max_wait)
-        return random.uniform(0.0, bound)  # noqa: S311  (spreads load, hides nothing)
-
-    def are_over(self, state: tenacity.RetryCallState) -> bool:
-        """Whether there is no further attempt; a wait that would end after the deadline does not start."""
-        limit = self._policy.max_attempts
-        return (limit is not None and self._failures >= limit) or state.upcoming_sleep > self.seconds_left
+            pause = asked_for
+        else:
+            bound = min(policy.initial_wait * 2.0 ** min(self._failures - 1, 16), policy.max_wait)
+            pause = random.uniform(0.0, bound)  # noqa: S311  (spreads load, hides nothing)
+        is_last = policy.max_attempts is not None and self._failures >= policy.max_attempts
+        return None if is_last or pause > self.seconds_left else pause
 
 
 async def with_retries(
@@ -155,25 +155,14 @@ async def with_retries(
         is_worth_another: whether another attempt may succeed after this error; if not, the error is raised at once.
     """
     attempts = Attempts(policy)
-    try:  # most first attempts succeed, and tenacity costs a tenth of a request
-        return await attempt(attempts)
-    except Exception as error:
-        if not is_worth_another(error):
-            raise
-        failures = [error]
-    retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception(is_worth_another),
-        wait=attempts.pause_after,
-        stop=attempts.are_over,
-        sleep=asyncio.sleep,
-        reraise=True,
-    )
-    async for one in retrying:
-        with one:
-            if failures:
-                raise failures.pop()
+    while True:
+        try:
             return await attempt(attempts)
-    raise AssertionError("the last attempt returned or raised")
+        except Exception as error:
+            pause = attempts.next_pause(error) if is_worth_another(error) else None
+            if pause is None:
+                raise
+        await asyncio.sleep(pause)
 
 
 class ByteBudget:

@@ -23,8 +23,7 @@ from benchmarks.table import BEGIN, END, markdown, rows_of
 from benchmarks.trainings import accumulated
 from benchmarks.usage import Usage, used_by
 from benchmarks.ways import fused, naive, naive_threads, pipeline
-from tinkex_py.local import LocalOptions
-from tinkex_py.local.server import serve
+from tinkex_py.local import LocalOptions, serve
 
 MOST_BYTES = 1 << 34
 

@@ -8,6 +8,7 @@ import pytest
 from tests.client.data import datum, nll
 from tests.support.scripted_server import Behaviour, ScriptedServer, answer, half_a_body, raw, reset
 from tinkex_py import AsyncServiceClient, ModelInput, RetryPolicy, TinkexConfig, TinkexError
+from tinkex_py.client import AsyncSamplingClient, AsyncTrainingClient
 
 pytestmark = pytest.mark.asyncio
 RETRY = RetryPolicy(deadline=5.0, max_attempts=1, initial_wait=0.0, max_wait=0.0)
@@ -38,116 +39,79 @@ ODD: dict[str, Behaviour] = {
 }
 
 
-class Service:
-    """A service whose answers are right but for one."""
-
-    def __init__(self, server: ScriptedServer) -> None:
-        self.server = server
-        right: dict[str, Behaviour] = {
-            "client/config": answer(json={"proto_write_fwdbwd": True}),
-            "create_session": answer(json={"session_id": "s"}),
-            "sessions/s/finish": answer(json={}),
-            "get_server_capabilities": answer(json={}),
-            "create_model": answer(json={"request_id": "1"}),
-            "retrieve_future": answer(json={"model_id": "m"}),
-            "create_sampling_session": answer(json={"sampling_session_id": "d"}),
-            "asample": answer(json={"request_id": "2"}),
-            "load_weights": answer(404),
-            "weights_info": answer(json={"base_model": "m"}),
-            "get_info": answer(json={"model_id": "m", "model_data": {}}),
-            **{name: answer(json={"request_id": "3"}) for name in ("forward_backward", "optim_step", "save_weights")},
-        }
-        for path, behaviour in right.items():
-            server.script(f"/api/v1/{path}", behaviour)
-
-    def spoil(self, path: str, behaviour: Behaviour) -> None:
-        self.server.script(f"/api/v1/{path}", behaviour)
+RIGHT: dict[str, Behaviour] = {
+    "client/config": answer(json={"proto_write_fwdbwd": True}),
+    "create_session": answer(json={"session_id": "s"}),
+    "sessions/s/finish": answer(json={}),
+    "get_server_capabilities": answer(json={}),
+    "create_model": answer(json={"request_id": "1"}),
+    "retrieve_future": answer(json={"model_id": "m"}),
+    "create_sampling_session": answer(json={"sampling_session_id": "d"}),
+    "asample": answer(json={"request_id": "2"}),
+    "load_weights": answer(404),
+    "weights_info": answer(json={"base_model": "m"}),
+    "get_info": answer(json={"model_id": "m", "model_data": {}}),
+    **{name: answer(json={"request_id": "3"}) for name in ("forward_backward", "optim_step", "save_weights")},
+}
 
 
-async def train(service: AsyncServiceClient) -> Any:
+def script_right_answers(server: ScriptedServer) -> None:
+    for path, behaviour in RIGHT.items():
+        server.script(f"/api/v1/{path}", behaviour)
+
+
+async def connected(service: AsyncServiceClient) -> AsyncServiceClient:
+    return service
+
+
+async def train(service: AsyncServiceClient) -> AsyncTrainingClient:
     return await service.create_lora_training_client("m")
 
 
-async def sampler(service: AsyncServiceClient) -> Any:
+async def sampler(service: AsyncServiceClient) -> AsyncSamplingClient:
     return await service.create_sampling_client(base_model="m")
 
 
-async def _forward(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    training = await train(service)
-    spoil()
-    await training.forward(DATA)
+def forward(training: AsyncTrainingClient) -> Awaitable[Any]:
+    return training.forward(DATA)
 
 
-async def _custom(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    training = await train(service)
-    spoil()
-    await training.forward_backward_custom(DATA, nll)
+def custom(training: AsyncTrainingClient) -> Awaitable[Any]:
+    return training.forward_backward_custom(DATA, nll)
 
 
-async def _step(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    training = await train(service)
-    spoil()
-    await training.optim_step()
+def save(training: AsyncTrainingClient) -> Awaitable[Any]:
+    return training.save_state("name")
 
 
-async def _save(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    training = await train(service)
-    spoil()
-    await training.save_state("name")
+def sample(drawing: AsyncSamplingClient) -> Awaitable[Any]:
+    return drawing.sample(ModelInput.from_ints([1]))
 
 
-async def _info(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    training = await train(service)
-    spoil()
-    await training.get_info()
+def from_state(service: AsyncServiceClient) -> Awaitable[Any]:
+    return service.create_training_client_from_state("tinker://m/weights/x")
 
 
-async def _sample(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    drawing = await sampler(service)
-    spoil()
-    await drawing.sample(ModelInput.from_ints([1]))
-
-
-async def _create(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    spoil()
-    await train(service)
-
-
-async def _open(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    spoil()
-    await service.get_server_capabilities()
-
-
-async def _open_sampler(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    spoil()
-    await sampler(service)
-
-
-async def _from_state(service: AsyncServiceClient, spoil: Callable[[], None]) -> None:
-    spoil()
-    await service.create_training_client_from_state("tinker://m/weights/x")
-
-
-Call = Callable[[AsyncServiceClient, Callable[[], None]], Awaitable[None]]
-CALLS: dict[str, tuple[Call, str]] = {
-    "config": (_open, "client/config"),
-    "session": (_open, "create_session"),
-    "capabilities": (_open, "get_server_capabilities"),
-    "create": (_create, "create_model"),
-    "the result of create": (_create, "retrieve_future"),
-    "forward": (_forward, "forward_backward"),
-    "the result of forward": (_forward, "retrieve_future"),
-    "the forward of a custom step": (_custom, "forward_backward"),
-    "its result": (_custom, "retrieve_future"),
-    "optim_step": (_step, "optim_step"),
-    "save": (_save, "save_weights"),
-    "the result of save": (_save, "retrieve_future"),
-    "info": (_info, "get_info"),
-    "sampling session": (_open_sampler, "create_sampling_session"),
-    "sample": (_sample, "asample"),
-    "the result of sample": (_sample, "retrieve_future"),
-    "from state": (_from_state, "load_weights"),
-    "what is in a checkpoint": (_from_state, "weights_info"),
+# What is prepared with right answers, the call, and the path whose answer is odd.
+CALLS: dict[str, tuple[Callable[[AsyncServiceClient], Awaitable[Any]], Callable[[Any], Awaitable[Any]], str]] = {
+    "config": (connected, AsyncServiceClient.get_server_capabilities, "client/config"),
+    "session": (connected, AsyncServiceClient.get_server_capabilities, "create_session"),
+    "capabilities": (connected, AsyncServiceClient.get_server_capabilities, "get_server_capabilities"),
+    "create": (connected, train, "create_model"),
+    "the result of create": (connected, train, "retrieve_future"),
+    "forward": (train, forward, "forward_backward"),
+    "the result of forward": (train, forward, "retrieve_future"),
+    "the forward of a custom step": (train, custom, "forward_backward"),
+    "its result": (train, custom, "retrieve_future"),
+    "optim_step": (train, AsyncTrainingClient.optim_step, "optim_step"),
+    "save": (train, save, "save_weights"),
+    "the result of save": (train, save, "retrieve_future"),
+    "info": (train, AsyncTrainingClient.get_info, "get_info"),
+    "sampling session": (connected, sampler, "create_sampling_session"),
+    "sample": (sampler, sample, "asample"),
+    "the result of sample": (sampler, sample, "retrieve_future"),
+    "from state": (connected, from_state, "load_weights"),
+    "what is in a checkpoint": (connected, from_state, "weights_info"),
 }
 # Where an answer without anything in it says enough.
 HARMLESS = {
@@ -162,20 +126,17 @@ HARMLESS = {
 
 @pytest.mark.parametrize("name", CALLS)
 async def test_odd_answers(name):
-    call, path = CALLS[name]
+    prepare, call, path = CALLS[name]
+    config = {"api_key": "tml-x", "retry": RETRY, "timeout": 5.0, "close_timeout": 1.0}
     async with ScriptedServer() as server:
         for odd, behaviour in ODD.items():
-            scripted = Service(server)
-            service = AsyncServiceClient(
-                TinkexConfig(base_url=server.url, api_key="tml-x", retry=RETRY, timeout=5.0, close_timeout=1.0)
-            )
-
-            def spoil(scripted: Service = scripted, behaviour: Behaviour = behaviour) -> None:
-                scripted.spoil(path, behaviour)
-
-            failure: BaseException | None = None
+            script_right_answers(server)
+            service = AsyncServiceClient(TinkexConfig(base_url=server.url, **config))
+            prepared = await prepare(service)
+            server.script(f"/api/v1/{path}", behaviour)
+            failure: TinkexError | None = None
             try:
-                await call(service, spoil)
+                await call(prepared)
             except TinkexError as error:
                 failure = error
             finally:

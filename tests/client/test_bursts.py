@@ -100,7 +100,7 @@ async def test_random_bursts(local_bench, spoiled):
     dice = random.Random(20_000 + spoiled)
     bench = local_bench()
     async with bench.service:
-        for _ in range(6):
+        for _ in range(3):
             training = await bench.train()
             for _ in range(5):
                 await run_burst(dice, bench, training, spoiled=spoiled)

@@ -102,32 +102,6 @@ async def test_cancelled_at_every_suspension(local_bench, late):
         assert training.accumulated == 0
 
 
-async def test_cancelled_over_http_at_every_suspension(http_bench):
-    training = await http_bench.train()
-    at = 1
-    while await run_cancelled_single(http_bench, training, at):
-        at += 1
-    assert at > 5
-    await training.forward_backward(DATA)
-    assert http_bench.kinds(training)[-1] == "B"
-
-
-async def run_cancelled_single(bench: Any, training: Any, at: int) -> bool:
-    driven = Cancelling(training.forward_backward_custom(DATA, nll), at, late=False)
-
-    async def drive() -> Any:
-        return await driven
-
-    before = bench.kinds(training)
-    step = asyncio.create_task(drive())
-    async with asyncio.timeout(30):
-        await asyncio.wait([step])
-    await training._ordering.drain(10.0)
-    assert training._ordering.is_empty
-    assert bench.kinds(training)[len(before) :] in ([], ["F"], ["F", "B"])
-    return driven.suspensions >= at
-
-
 async def test_cancelled_after_any_number_of_turns_of_the_loop(local_bench):
     """Reaches what the step's own task does not see: the exchanges, the terms and their threads."""
     bench = local_bench()

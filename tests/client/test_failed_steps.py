@@ -10,10 +10,10 @@ import torch
 from tests.client.data import bad_datum, datum, nll
 from tests.client.recorder import after, answering, chunked
 from tinkex_py import (
-    AdamParams,
     Datum,
     InPlaceMutation,
     InvalidData,
+    InvalidSpec,
     InvalidTermResult,
     ModelInput,
     NonFiniteLoss,
@@ -26,6 +26,7 @@ from tinkex_py import (
     RequestFailed,
     TinkexError,
     Unprocessable,
+    UnsupportedFeature,
 )
 
 pytestmark = pytest.mark.asyncio
@@ -179,57 +180,68 @@ async def test_asyncio_timeout_around_a_step_fires_as_a_timeout(bench):
     assert bench.kinds(training)[-2:] == ["F", "B"]
 
 
-@pytest.mark.parametrize("custom", [False, True])
-async def test_bad_data_beside_an_optim_step_sends_nothing(bench, custom):
+class BrokenLength(list):
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+
+THREE = ModelInput.from_ints([1, 2, 3])
+WITHOUT_TARGETS = Datum(model_input=THREE, loss_fn_inputs={"weights": [1.0, 1.0, 1.0]})
+SHORT_TARGETS = Datum(model_input=THREE, loss_fn_inputs={"target_tokens": [2, 3]})
+SPEC = RegularizerSpec(fn=nll, weight=1.0, name="a")
+INVALID: list[tuple[type[Exception], str, Callable[[Any], Any]]] = [
+    *((InvalidData, "", lambda training, data=data: training.forward_backward(data))
+      for data in ([], ["no datum"], None, [*DATA, WITHOUT_TARGETS], [*DATA, SHORT_TARGETS])),
+    *((InvalidData, "", lambda training, data=data: training.forward_backward_custom(data, nll))
+      for data in ([], ["no datum"], None, [*DATA, WITHOUT_TARGETS], [*DATA, SHORT_TARGETS])),
+    *((InvalidData, "'advantages'", lambda training, loss=loss: training.forward_backward(DATA, loss))
+      for loss in ("importance_sampling", "ppo", "cispo", "dro", "gspo")),
+    (RuntimeError, "no length", lambda training: training.forward_backward_custom(BrokenLength(DATA), nll)),
+    (PipelineError, "3", lambda training: training.forward_backward_custom(DATA, 3)),
+    (InvalidSpec, "", lambda training: training.forward_backward_custom(DATA, nll, regularizers=None)),
+    (InvalidSpec, "", lambda training: training.forward_backward_custom(DATA, nll, regularizers=SPEC)),
+    (InvalidData, "AdamParams", lambda training: training.optim_step({"learning_rate": 1.0})),
+    (InvalidData, "", lambda training: training.load_state(object())),
+]  # fmt: skip
+
+
+async def test_invalid_requests_hold_the_optim_step_behind_them_back(bench):
     training = await bench.train()
-
-    def request(data: Any) -> Any:
-        return training.forward_backward_custom(data, nll) if custom else training.forward_backward(data)
-
-    tokens = ModelInput.from_ints([1, 2, 3])
-    without_targets = Datum(model_input=tokens, loss_fn_inputs={"weights": [1.0, 1.0, 1.0]})
-    short = Datum(model_input=tokens, loss_fn_inputs={"target_tokens": [2, 3]})
-    for bad in ([], ["no datum"], None, [*DATA, without_targets], [*DATA, short]):
-        step, update = await asyncio.gather(request(bad), training.optim_step(), return_exceptions=True)
-        assert isinstance(step, InvalidData), bad
-        assert isinstance(update, PrecedingRequestFailed), (bad, update)
+    for error_class, words, request in INVALID:
+        result, update = await asyncio.gather(request(training), training.optim_step(), return_exceptions=True)
+        assert isinstance(result, error_class), result
+        assert words in str(result)
+        assert isinstance(update, PrecedingRequestFailed), (result, update)
     assert bench.kinds(training) == []
-    await asyncio.gather(request(DATA), training.optim_step())
-    assert bench.kinds(training)[-2:] == ["B", "optim_step"]
+    await asyncio.gather(training.forward_backward(DATA), training.optim_step())
+    assert bench.kinds(training) == ["B", "optim_step"]
+    load, update = await asyncio.gather(training.load_state("x"), training.optim_step(), return_exceptions=True)
+    assert isinstance(load, UnsupportedFeature)
+    assert isinstance(update, PrecedingRequestFailed)
 
 
-@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
-async def test_inputs_that_a_known_loss_lacks_send_nothing(bench, loss_fn):
+async def test_a_deadline_before_hand_over_ends_the_step_and_one_after_it_does_nothing(bench):
     training = await bench.train()
     step, update = await asyncio.gather(
-        training.forward_backward(DATA, loss_fn), training.optim_step(), return_exceptions=True
+        training.forward_backward_custom(DATA, endless, timeout=None, deadline=0.3),
+        training.optim_step(),
+        return_exceptions=True,
     )
-    assert isinstance(step, InvalidData)
-    assert "'advantages'" in str(step)
+    assert isinstance(step, TimeoutError)
+    assert isinstance(step, TinkexError)
+    assert "0.3" in str(step)
     assert isinstance(update, PrecedingRequestFailed)
-    assert bench.kinds(training) == []
-
-
-async def test_a_bad_base_loss_beside_an_optim_step_sends_nothing(bench):
-    training = await bench.train()
-    step, update = await asyncio.gather(
-        training.forward_backward_custom(DATA, 3), training.optim_step(), return_exceptions=True
-    )
-    assert isinstance(step, PipelineError)
-    assert isinstance(update, PrecedingRequestFailed)
-    assert bench.kinds(training) == []
-
-
-async def test_bad_adam_params_break_what_is_behind(bench):
-    training = await bench.train()
-    results = await asyncio.gather(
-        training.optim_step({"learning_rate": 1.0}), training.forward_backward(DATA), return_exceptions=True
-    )
-    assert isinstance(results[0], InvalidData)
-    assert isinstance(results[1], PrecedingRequestFailed)
-    assert bench.kinds(training) == []
-    with pytest.raises(InvalidData):
-        AdamParams(learning_rate=float("nan"))
+    assert bench.kinds(training) == ["F"]
+    # The gradient is handed over, but its response takes longer than the deadline.
+    gate = asyncio.Event()
+    bench.recorder.faults["B"] = [after(gate)]
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    late = asyncio.create_task(training.forward_backward_custom(DATA, nll, deadline=1.0))
+    await bench.recorder.until(lambda: len(bench.recorder.of("B")) == 1)
+    loop.call_at(started + 1.1, gate.set)
+    assert (await late).service_output.num_datums == 2
+    assert bench.kinds(training) == ["F", "F", "B"]
 
 
 async def test_errors_tell_what_is_accumulated_and_what_to_do(bench):
@@ -289,30 +301,13 @@ async def test_a_request_that_the_service_fails_breaks_what_is_queued_and_lists_
     assert caught.value.category == "user"
     assert caught.value.handed_over == (2,)
     assert caught.value.accumulated == 2
-    gate.set()
-    with pytest.raises(PrecedingRequestFailed):
+    with pytest.raises(PrecedingRequestFailed):  # while another submission is on the wire
         await queued
+    gate.set()
     assert (await sent).num_datums == 2
     assert bench.kinds(training) == ["B", "B"]
     await training.optim_step()
     assert bench.kinds(training) == ["B", "B", "optim_step"]
-
-
-async def test_what_is_broken_learns_it_at_once_even_while_another_submission_is_on_the_wire(bench):
-    training = await bench.train()
-    gate = asyncio.Event()
-    bench.recorder.faults["B"] = [None, after(gate)]
-    bad = asyncio.create_task(training.forward_backward([bad_datum()]))
-    sent = asyncio.create_task(training.forward_backward(DATA))
-    queued = asyncio.create_task(training.optim_step())
-    with pytest.raises(RequestFailed):
-        await bad
-    await asyncio.wait([queued], timeout=2)
-    told = queued.done()
-    gate.set()
-    results = await asyncio.gather(sent, queued, return_exceptions=True)
-    assert isinstance(results[1], PrecedingRequestFailed)
-    assert told, "the broken optim_step was told only after an unrelated submission had been answered"
 
 
 async def test_a_forward_that_the_service_fails_fails_its_custom_step_and_nothing_is_sent(bench):
@@ -333,35 +328,3 @@ async def test_a_read_that_fails_breaks_nothing(bench):
     assert isinstance(read, RequestFailed)
     assert not isinstance(update, BaseException)
     assert bench.kinds(training) == ["F", "optim_step"]
-
-
-async def test_a_deadline_before_hand_over_ends_the_step_and_one_after_it_does_nothing(bench):
-    training = await bench.train()
-    with pytest.raises(TimeoutError) as caught:
-        await training.forward_backward_custom(DATA, endless, timeout=None, deadline=0.3)
-    assert isinstance(caught.value, TinkexError)
-    assert "0.3" in str(caught.value)
-    assert bench.kinds(training) == ["F"]
-    # The gradient is handed over, but its answer takes longer than the deadline.
-    gate = asyncio.Event()
-    bench.recorder.faults["B"] = [after(gate)]
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    step = asyncio.create_task(training.forward_backward_custom(DATA, nll, deadline=2.0))
-    await bench.recorder.until(lambda: len(bench.recorder.of("B")) == 1)
-    loop.call_at(started + 2.2, gate.set)
-    assert (await step).service_output.num_datums == 2
-    assert loop.time() > started + 2.2
-    assert bench.kinds(training) == ["F", "F", "B"]
-
-
-async def test_a_step_deadline_holds_optim_step_back(bench):
-    training = await bench.train()
-    step, update = await asyncio.gather(
-        training.forward_backward_custom(DATA, endless, timeout=None, deadline=0.3),
-        training.optim_step(),
-        return_exceptions=True,
-    )
-    assert isinstance(step, TimeoutError)
-    assert isinstance(update, PrecedingRequestFailed)
-    assert "optim_step" not in bench.kinds(training)

@@ -16,7 +16,7 @@ async def test_the_embedded_service(taken):
         assert tokenizer.decode(tokenizer.encode("Ahoy")) == "Ahoy"
         with pytest.raises(ConfigError, match="'other' is not served here"):
             await service.get_tokenizer("other")
-        with pytest.raises(InvalidData, match="name must be a non-empty text"):
+        with pytest.raises(InvalidData, match="name must be a non-empty string"):
             await service.get_tokenizer("")
 
 
@@ -30,7 +30,7 @@ async def test_the_embedded_services_tokenizer_needs_no_session():
 
 
 @pytest.mark.asyncio
-async def test_a_service_that_reads_json():
+async def test_features_of_a_json_service():
     async with ScriptedServer() as server:
         server.script("/api/v1/client/config", answer(json={"proto_write_fwdbwd": False}))
         server.script("/api/v1/create_session", answer(json={"session_id": "s"}))

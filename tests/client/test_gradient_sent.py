@@ -10,7 +10,7 @@ import torch
 
 from tests.client.data import datum
 from tests.client.recorder import Arrival, chunked, sent_weights
-from tinkex_py import Datum, ModelInput, RegularizerSpec, TensorData, per_datum
+from tinkex_py import AdamParams, Datum, ModelInput, RegularizerSpec, TensorData, per_datum
 from tinkex_py.losses import packed_field
 from tinkex_py.transport import wire
 
@@ -146,9 +146,9 @@ async def test_per_datum_terms_may_see_datums_of_mixed_shapes(local_bench):
     assert relative_error(-sent, reference) > 1.9
 
 
-async def test_many_tokens_go_another_way_to_the_same_gradient(bench):
+async def test_large_batches_get_the_same_gradient(bench):
     """Above some size encoding and sums leave the loop's thread, and 1,024 datums fill a chunk."""
-    data = [datum(9 + index % 3, index) for index in range(1700)]
+    data = [datum(15 + index % 3, index) for index in range(1100)]
     seen: list[torch.Tensor] = []
 
     def base(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ async def test_many_tokens_go_another_way_to_the_same_gradient(bench):
     training = await bench.train()
     await training.forward_backward_custom(data, base, regularizers=[SPECS[0], SPECS[1]])
     messages = [arrival.message for arrival in bench.recorder.of("B")]
-    assert [len(message.data) for message in messages] == [1024, 676]
+    assert [len(message.data) for message in messages] == [1024, 76]
     weights = packed_field(data, "weights").double()
     assert len(weights) > 16_384
 
@@ -230,7 +230,7 @@ async def test_forward_and_backward_differ_in_weights_number_and_kind_only(local
     assert tokens == [item.model_input.to_ints() for item in data]
 
 
-async def test_a_list_that_the_caller_changes_meanwhile_does_not_reach_the_terms(bench):
+async def test_later_changes_of_the_list_do_not_reach_the_terms(bench):
     training = await bench.train()
     data = [datum(3, 1), datum(2, 2)]
     seen: list[int] = []
@@ -246,27 +246,30 @@ async def test_a_list_that_the_caller_changes_meanwhile_does_not_reach_the_terms
     assert seen == [2]
 
 
-async def test_datums_without_weights_are_fine_in_a_custom_step(local_bench):
+async def test_datums_without_weights_are_fine_in_a_custom_step(bench):
     plain = Datum(model_input=ModelInput.from_ints([5, 6, 7]), loss_fn_inputs={"target_tokens": [6, 7, 8]})
-    bench = local_bench()
-    async with bench.service:
-        training = await bench.train()
-        await training.forward_backward_custom([plain], lambda data, logprobs: -2 * logprobs.sum())
+    training = await bench.train()
+    await training.forward_backward_custom([plain], lambda data, logprobs: -2 * logprobs.sum())
     (forward,), (backward,) = bench.recorder.of("F"), bench.recorder.of("B")
     assert sent_weights([backward.message]).tolist() == [2.0, 2.0, 2.0]
     assert sent_weights([forward.message]).tolist() == [0.0, 0.0, 0.0]
     assert forward.message.data[0].loss_fn_inputs["target_tokens"].dtype == wire.DTYPE_INT64
 
 
-async def test_the_service_got_the_gradient_not_only_the_wire(local_bench):
-    """The adapters move as if the total loss had been differentiated on the service itself."""
+async def test_the_service_got_the_gradient_not_only_the_wire(http_bench):
+    """Training moves the adapters as if the total loss were differentiated on the service itself."""
     data = [datum(5, 1), datum(3, 2)]
-    bench = local_bench()
-    async with bench.service:
-        builtin, custom = await bench.train(), await bench.train()
-        await builtin.forward_backward(data)
-        await custom.forward_backward_custom(data, masked_nll)
-        steps = [await client.optim_step() for client in (builtin, custom)]
-        after = [await client.forward(data) for client in (builtin, custom)]
-    assert steps[0].metrics["grad_norm"] == pytest.approx(steps[1].metrics["grad_norm"], rel=1e-5)
-    np.testing.assert_allclose(after[0].packed["logprobs"].values, after[1].packed["logprobs"].values, rtol=1e-4)
+    adam = AdamParams(learning_rate=5e-3)
+    builtin, custom = await http_bench.train(seed=7), await http_bench.train(seed=7)
+    losses: list[tuple[float, float]] = []
+    for _ in range(5):
+        first, second, *_ = await asyncio.gather(
+            builtin.forward_backward(data),
+            custom.forward_backward_custom(data, masked_nll),
+            builtin.optim_step(adam),
+            custom.optim_step(adam),
+        )
+        losses.append((first.metrics["loss:sum"], second.loss_total))
+    np.testing.assert_allclose([one for one, _ in losses], [other for _, other in losses], rtol=1e-4)
+    assert losses[-1][0] < 0.9 * losses[0][0]
+    assert http_bench.kinds(custom) == ["F", "B", "optim_step"] * 5

@@ -120,33 +120,6 @@ async def test_the_key_of_a_command(monkeypatch):
         assert KEY not in everything_about(caught.value)
 
 
-async def test_a_command_that_fails_at_the_first_contact(monkeypatch):
-    monkeypatch.setenv("TINKER_CREDENTIAL_CMD", f"echo {KEY} >&2; exit 4")
-    async with ScriptedServer() as server:
-        Issuer(server)
-        with pytest.raises(ConfigError, match="status 4") as caught:
-            await AsyncServiceClient(config(server)).__aenter__()
-        assert server.requests == []
-        assert KEY not in everything_about(caught.value)
-
-
-async def test_a_service_may_ask_for_the_command(monkeypatch):
-    monkeypatch.setenv("TINKER_CREDENTIAL_CMD", "echo tml-command")
-    async with ScriptedServer() as server:
-        Issuer(server, credential_default_source="credential_cmd")
-        async with AsyncServiceClient(config(server, api_key=KEY)):
-            assert server.requests_to(TOKEN)[0].headers["x-api-key"] == "tml-command"
-
-
-async def test_a_token_as_key_that_has_ended_is_not_sent():
-    ended = jwt(exp=time.time() - 60)
-    async with ScriptedServer() as server:
-        with pytest.raises(ConfigError, match="get a new one") as caught:
-            await AsyncServiceClient(config(server, api_key=ended)).__aenter__()
-        assert server.requests == []
-        assert ended not in everything_about(caught.value)
-
-
 def home_with_key(monkeypatch: pytest.MonkeyPatch, folder: Path, key: str) -> None:
     monkeypatch.setenv("HOME", str(folder))
     (folder / ".tinker").mkdir()
@@ -164,12 +137,6 @@ async def test_sources_in_their_order(monkeypatch, tmp_path):
     monkeypatch.setenv("TINKER_API_KEY", "tml-from-environment")
     assert TinkexConfig(**base).key == "tml-from-environment"
     assert TinkexConfig(**base, api_key="tml-given").key == "tml-given"
-
-
-async def test_a_broken_file_is_told(monkeypatch, tmp_path):
-    home_with_key(monkeypatch, tmp_path, "")
-    with pytest.raises(ConfigError, match=r"credentials\.json"):
-        TinkexConfig(base_url="http://127.0.0.1:1")
 
 
 async def test_headers_and_labels_of_the_environment(monkeypatch):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.client.data import datum, nll
-from tests.client.recorder import after, answering, http_client, lose_the_answer
+from tests.client.recorder import after, answering, lose_the_answer
 from tinkex_py import (
     BadRequest,
     ClientClosed,
@@ -49,7 +49,7 @@ async def test_a_lost_answer_is_replayed_with_the_same_number_and_applied_once(h
 
 
 async def test_an_answer_without_a_future_is_asked_for_again(http_bench):
-    """It is a success, and JSON, but not the service's: somebody on the way has answered."""
+    """A proxy returns 200 and JSON, but no future."""
     training = await http_bench.train()
     http_bench.recorder.faults.update({kind: [answering(200, {"all": "well"})] for kind in ("B", "optim_step")})
     await training.forward_backward(DATA)
@@ -78,14 +78,6 @@ async def test_other_numbered_calls_are_replayed_too(http_bench):
     assert http_bench.kinds(training) == ["save_weights"]
     assert http_bench.kinds(again) == ["save_weights_for_sampler"]
     assert not any(http_bench.recorder.faults[kind] for kind in ("save_weights", "load_weights", "asample"))
-
-
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
-async def test_a_passing_trouble_is_waited_out(bench, status):
-    training = await bench.train()
-    bench.recorder.faults["B"] = [answering(status), answering(status), None]
-    await asyncio.gather(training.forward_backward(DATA), training.optim_step())
-    assert submissions(bench, training) == [("B", 1)] * 3 + [("optim_step", 2)]
 
 
 @pytest.mark.parametrize(("status", "error_class"), [(400, BadRequest), (409, Conflict), (422, Unprocessable)])
@@ -165,19 +157,8 @@ async def test_a_number_that_was_answered_and_never_arrived_loses_the_client(loc
         bench.recorder.faults["B"] = [answering(200, {"request_id": "made-up"})]
         with pytest.raises(ResultLost):
             await training.forward_backward(DATA)
-        with pytest.raises(SequenceLost, match="waits for request 1, which was answered on the way"):
+        with pytest.raises(SequenceLost, match="waits for request 1, which a proxy answered"):
             await training.forward(DATA)
-        with pytest.raises(SequenceLost):
-            await training.optim_step()
-
-
-async def test_a_lost_forward_of_a_custom_step_loses_the_client_too(local_bench):
-    bench = local_bench(retry=IMPATIENT)
-    async with bench.service:
-        training = await bench.train()
-        bench.recorder.always["F"] = answering(503)
-        with pytest.raises(SequenceLost):
-            await training.forward_backward_custom(DATA, nll)
         with pytest.raises(SequenceLost):
             await training.optim_step()
 
@@ -218,22 +199,3 @@ async def test_closing_lets_a_submission_in_flight_end(local_bench):
             await closing
         assert bench.recorder.of("B")[0].status == 200
         await asyncio.wait([step])
-
-
-async def test_closing_over_http_with_requests_under_way():
-    gate = asyncio.Event()
-    async with http_client(close_timeout=0.2) as (service, recorder):
-        training = await service.create_lora_training_client("tiny", rank=4)
-        recorder.always["B"] = after(gate)
-        recorder.always["retrieve_future"] = after(gate)
-        tasks = [
-            asyncio.create_task(training.forward_backward(DATA)),
-            asyncio.create_task(training.optim_step()),
-            asyncio.create_task(service.create_lora_training_client("tiny", rank=4)),
-        ]
-        await recorder.until(lambda: len(recorder.of("B")) == 1 and len(recorder.of("retrieve_future")) >= 2)
-        async with asyncio.timeout(10):
-            await service.aclose()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [ClientClosed] * 3, results
-        gate.set()

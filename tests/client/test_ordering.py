@@ -1,15 +1,13 @@
 """The order of one training client's requests."""
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.ordering import Kind, Ordering, Turn
+from tinkex_py.client.ordering import Kind, Ordering
 from tinkex_py.errors import (
     APIStatusError,
     BadRequest,
@@ -127,28 +125,6 @@ async def test_the_order_of_gather_is_the_order_on_the_wire():
     assert ordering.is_empty
 
 
-async def test_an_early_forward_goes_out_one_step_ahead_and_its_terms_wait():
-    ordering, wire = new_ordering(), Wire()
-    called: list[str] = []
-
-    def terms(label: str, until_sent: int):
-        async def run() -> None:
-            called.append(label)
-            await wire.until_sent(until_sent)
-
-        return run
-
-    await asyncio.gather(
-        custom(ordering, wire, "a", terms("a", 2), early=True),
-        custom(ordering, wire, "b", terms("b", 4), early=True),
-        custom(ordering, wire, "c", terms("c", 5), early=True),
-        single(ordering, wire, Kind.UPDATE, "step"),
-    )
-    sent = [label for _, label in wire.sent]
-    assert sent == ["a.F", "b.F", "a.B", "c.F", "b.B", "c.B", "step"]
-    assert called == ["a", "b", "c"]
-
-
 async def test_one_submission_is_on_the_wire_at_a_time():
     ordering, wire = new_ordering(), Wire(gate=asyncio.Event())
     tasks = [asyncio.create_task(single(ordering, wire, Kind.GRADIENT, name)) for name in "ab"]
@@ -158,14 +134,6 @@ async def test_one_submission_is_on_the_wire_at_a_time():
     assert wire.sent == [(1, "a")]
     wire.gate.set()
     assert await asyncio.gather(*tasks) == ["a", "b"]
-
-
-async def test_chunks_of_one_call_get_consecutive_numbers():
-    ordering, wire = new_ordering(), Wire()
-    await asyncio.gather(
-        single(ordering, wire, Kind.GRADIENT, "a", count=3), single(ordering, wire, Kind.UPDATE, "step")
-    )
-    assert wire.sent == [(1, "a"), (2, "a"), (3, "a"), (4, "step")]
 
 
 async def test_a_step_that_fails_before_its_gradient_breaks_what_is_behind_and_leaves_no_gap():
@@ -183,16 +151,6 @@ async def test_a_step_that_fails_before_its_gradient_breaks_what_is_behind_and_l
     assert await single(ordering, wire, Kind.UPDATE, "step") == "step"
     assert wire.sent == [(1, "a.F"), (2, "b.F"), (3, "b.B"), (4, "step")]
     assert ordering.is_empty
-
-
-async def test_a_read_that_fails_breaks_nothing():
-    ordering, wire = new_ordering(), Wire(fail_with={"save": BadRequest("no", status=400)})
-    results = await asyncio.gather(
-        single(ordering, wire, Kind.READ, "save"), single(ordering, wire, Kind.UPDATE, "step"), return_exceptions=True
-    )
-    assert isinstance(results[0], BadRequest)
-    assert results[1] == "step"
-    assert wire.sent == [(1, "save"), (2, "step")]
 
 
 async def test_a_final_refusal_of_a_gradient_breaks_and_spends_its_number():
@@ -219,22 +177,6 @@ async def test_a_request_cancelled_while_queued_breaks_what_is_behind():
     with pytest.raises(PrecedingRequestFailed):
         await third
     assert wire.sent == [(1, "a")]
-    assert ordering.is_empty
-
-
-async def test_a_caller_cancelled_after_hand_over_counts_as_happened_and_leaves_at_once():
-    ordering, wire = new_ordering(), Wire(gate=asyncio.Event())
-    first = asyncio.create_task(single(ordering, wire, Kind.GRADIENT, "a"))
-    second = asyncio.create_task(single(ordering, wire, Kind.UPDATE, "step"))
-    await wire.until_sent(1)
-    first.cancel()
-    await asyncio.wait([first])
-    assert first.cancelled()
-    assert not ordering.is_empty  # its submission still runs
-    wire.gate.set()
-    assert await second == "step"
-    assert wire.sent == [(1, "a"), (2, "step")]
-    await ordering.drain(1.0)
     assert ordering.is_empty
 
 
@@ -269,50 +211,6 @@ async def test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists
         await queued
 
 
-async def test_terms_start_when_the_gradient_before_them_was_accepted_and_not_only_when_its_result_is_there():
-    """Accepting is the 2xx on its submission; the gradient of the step behind is handed over by the ordinary rule."""
-    ordering, wire = new_ordering(), Wire(results={"a.B": asyncio.Event()})
-    started = asyncio.Event()
-
-    async def terms() -> None:
-        assert (2, "b.F") in wire.sent
-        assert (3, "a.B") in wire.sent
-        started.set()
-
-    async def terms_of_the_first() -> None:
-        await wire.until_sent(2)
-
-    first = asyncio.create_task(custom(ordering, wire, "a", terms_of_the_first, early=True))
-    second = asyncio.create_task(custom(ordering, wire, "b", terms, early=True))
-    await started.wait()
-    assert not first.done()
-    assert await second == "b.B"
-    wire.results["a.B"].set()
-    assert await first == "a.B"
-
-
-async def test_a_gradient_that_fails_while_the_terms_behind_it_run_lets_nothing_of_theirs_be_sent():
-    results = {"a.B": asyncio.Event()}
-    ordering, wire = new_ordering(), Wire(fail_later={"a.B": RequestFailed("no")}, results=results)
-    running, go_on = asyncio.Event(), asyncio.Event()
-
-    async def terms() -> None:
-        running.set()
-        await go_on.wait()
-
-    first = asyncio.create_task(custom(ordering, wire, "a", early=True))
-    second = asyncio.create_task(custom(ordering, wire, "b", terms, early=True))
-    await running.wait()
-    results["a.B"].set()
-    with pytest.raises(RequestFailed):
-        await first
-    go_on.set()
-    with pytest.raises(PrecedingRequestFailed):
-        await second
-    assert [label for _, label in wire.sent if label.endswith("B")] == ["a.B"]
-    assert ordering.is_empty
-
-
 async def test_terms_wait_for_the_acceptance_of_a_gradient_whose_caller_has_left():
     ordering, wire = new_ordering(), Wire()
     started = asyncio.Event()
@@ -337,53 +235,6 @@ async def test_terms_wait_for_the_acceptance_of_a_gradient_whose_caller_has_left
     assert await second == "b.B"
 
 
-async def test_a_step_broken_while_its_terms_run_does_not_overlap_with_the_next():
-    results = {"first": asyncio.Event()}
-    ordering, wire = new_ordering(), Wire(fail_later={"first": RequestFailed("no")}, results=results)
-    events: list[str] = []
-    running, go_on = asyncio.Event(), asyncio.Event()
-
-    async def old_terms() -> None:
-        running.set()
-        await go_on.wait()
-        with pytest.raises(RequestInsideStep):
-            await single(ordering, wire, Kind.UPDATE, "step")
-        with pytest.raises(PrecedingRequestFailed):
-            await reference(ordering, wire, "old reference")
-        events.append("old step ended")
-
-    async def new_terms() -> None:
-        events.append("new step began")
-
-    first = asyncio.create_task(single(ordering, wire, Kind.GRADIENT, "first"))
-    old = asyncio.create_task(custom(ordering, wire, "old", old_terms))
-    await running.wait()
-    results["first"].set()
-    with pytest.raises(RequestFailed):
-        await first
-    new = asyncio.create_task(custom(ordering, wire, "new", new_terms))
-    for _ in range(10):
-        await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(PrecedingRequestFailed):
-        await old
-    await new
-    assert events == ["old step ended", "new step began"]
-    assert wire.sent == [(1, "first"), (2, "old.F"), (3, "new.F"), (4, "new.B")]
-    assert ordering.is_empty
-
-
-async def test_a_forward_pass_asked_for_by_a_term_runs_inside_the_step():
-    ordering, wire = new_ordering(), Wire()
-
-    async def terms() -> None:
-        await reference(ordering, wire, "reference")
-
-    await asyncio.wait_for(custom(ordering, wire, "a", terms), 5)
-    assert wire.sent == [(1, "a.F"), (2, "reference"), (3, "a.B")]
-    assert ordering.is_empty
-
-
 async def test_anything_else_asked_for_by_a_term_is_refused_at_once():
     ordering, wire = new_ordering(), Wire()
 
@@ -393,32 +244,6 @@ async def test_anything_else_asked_for_by_a_term_is_refused_at_once():
     with pytest.raises(RequestInsideStep):
         await asyncio.wait_for(custom(ordering, wire, "a", terms), 5)
     assert wire.sent == [(1, "a.F")]
-
-
-async def test_the_mark_reaches_threads_and_dies_with_the_step():
-    ordering, wire = new_ordering(), Wire()
-    later: list[asyncio.Task[str]] = []
-
-    async def terms() -> None:
-        def in_thread() -> bool:
-            return ordering.step_around() is not None
-
-        assert await asyncio.to_thread(in_thread)
-        started = asyncio.Event()
-
-        async def after_the_step() -> str:
-            started.set()
-            await step_over.wait()
-            return await single(ordering, wire, Kind.UPDATE, "step")
-
-        later.append(asyncio.create_task(after_the_step()))
-        await started.wait()
-
-    step_over = asyncio.Event()
-    await custom(ordering, wire, "a", terms)
-    step_over.set()
-    assert await later[0] == "step"
-    assert wire.sent == [(1, "a.F"), (2, "a.B"), (3, "step")]
 
 
 async def test_a_term_of_another_clients_step_does_not_hide_the_outer_step():
@@ -432,125 +257,3 @@ async def test_a_term_of_another_clients_step_does_not_hide_the_outer_step():
 
     await asyncio.wait_for(custom(ordering_a, wire, "a", outer_terms), 5)
     assert [label for _, label in wire.sent] == ["a.F", "b.F", "a.reference", "b.B", "a.B"]
-
-
-@dataclass(frozen=True)
-class Request:
-    kind: str
-    outcome: str
-    delay: int
-    cancel_after: int | None
-    early: bool
-
-
-requests = st.builds(
-    Request,
-    kind=st.sampled_from(["custom", "gradient", "update", "read"]),
-    outcome=st.sampled_from(["fine", "fine", "fine", "bad_input", "refused", "term_fails", "service_fails"]),
-    delay=st.integers(0, 3),
-    cancel_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
-    early=st.booleans(),
-)
-
-
-class FuzzedService:
-    """Answers after random suspensions; knows which submission was what."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.log: list[tuple[int, int, str]] = []
-        self.payloads: dict[int, tuple[int, str]] = {}
-        self.running_terms = 0
-        self.sending = False
-
-    def work(self, index: int, part: str, *, refuse: bool = False, fail: bool = False) -> Work:
-        async def send(numbers: Sequence[int]) -> None:
-            assert not self.sending, "two submissions on the wire"
-            self.sending = True
-            try:
-                await deliver(numbers)
-            finally:
-                self.sending = False
-
-        async def deliver(numbers: Sequence[int]) -> None:
-            for number in numbers:
-                assert self.payloads.setdefault(number, (index, part)) == (index, part)
-                self.log.append((number, index, part))
-            for _ in range(self.random.randrange(4)):
-                await asyncio.sleep(0)
-            if refuse:
-                raise BadRequest("refused", status=422)
-
-        return Work(part, send, failure=RequestFailed("failed on the service") if fail else None)
-
-
-async def fuzzed_request(ordering: Ordering, service: FuzzedService, index: int, request: Request) -> None:
-    kind = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}[request.kind]
-    async with ordering.enter(kind, request.kind) as turn:
-        if request.outcome == "bad_input":
-            raise ValueError("bad input")
-        for _ in range(request.delay):
-            await asyncio.sleep(0)
-        refuse, fail = request.outcome == "refused", request.outcome == "service_fails"
-        if request.kind == "custom":
-            await turn.send(service.work(index, "F"), last=False, early=request.early)
-            await fuzzed_terms(service, turn, request)
-            await turn.send(service.work(index, "B", refuse=refuse, fail=fail))
-        else:
-            await turn.send(service.work(index, request.kind, refuse=refuse, fail=fail))
-
-
-async def fuzzed_terms(service: FuzzedService, turn: Turn, request: Request) -> None:
-    async with turn.running_terms():
-        assert service.running_terms == 0, "terms of two steps overlap"
-        service.running_terms += 1
-        try:
-            for _ in range(request.delay):
-                await asyncio.sleep(0)
-            if request.outcome == "term_fails":
-                raise NonFiniteLoss("nan", name="l1")
-        finally:
-            service.running_terms -= 1
-
-
-@settings(max_examples=400)
-@given(burst=st.lists(requests, min_size=1, max_size=9), seed=st.integers(0, 2**16))
-async def test_invariants_hold_for_random_bursts(burst: list[Request], seed: int):
-    ordering, service = new_ordering(), FuzzedService(seed)
-    tasks = [
-        asyncio.create_task(fuzzed_request(ordering, service, index, request)) for index, request in enumerate(burst)
-    ]
-
-    async def cancel(task: asyncio.Task[None], after: int) -> None:
-        for _ in range(after):
-            await asyncio.sleep(0)
-        task.cancel()
-
-    cancels = [
-        asyncio.create_task(cancel(task, request.cancel_after))
-        for task, request in zip(tasks, burst, strict=True)
-        if request.cancel_after is not None
-    ]
-    async with asyncio.timeout(20):
-        await asyncio.gather(*tasks, *cancels, return_exceptions=True)
-    await ordering.drain(5.0)
-    assert ordering.is_empty
-
-    numbers = [number for number, _, _ in service.log]
-    assert numbers == list(range(1, len(numbers) + 1)), "gap or disorder"
-    applied = [(index, part) for _, index, part in service.log if part not in ("F", "read")]
-    assert [index for index, _ in applied] == sorted(index for index, _ in applied), "order of places"
-    sent = {index for index, _ in applied}
-    for index, part in applied:
-        if part == "update":
-            earlier = [i for i in range(index) if burst[i].kind in ("custom", "gradient")]
-            assert all(i in sent for i in earlier), "an update was sent though a gradient before it was not"
-    for position, (_, index, part) in enumerate(service.log):
-        if part == "F":
-            before = {i for _, i, p in service.log[:position] if p not in ("F", "read")}
-            updates_before_place = {i for i in range(index) if burst[i].kind == "update" and i in sent}
-            assert updates_before_place <= before, "F crossed an update"
-    # What follows a burst works normally.
-    async with ordering.enter(Kind.UPDATE, "update") as turn:
-        await turn.send(service.work(len(burst), "update"))
-    assert service.log[-1][0] == len(numbers) + 1

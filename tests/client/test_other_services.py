@@ -44,8 +44,7 @@ async def only_into_a_model(arrival: Arrival, serve: Any, send: Any) -> None:
 only_into_a_model.status = 422
 
 
-@pytest.mark.parametrize("status", [400, 404, 405, 422])
-@pytest.mark.parametrize("with_optimizer", [True, False])
+@pytest.mark.parametrize(("status", "with_optimizer"), [(400, True), (404, False), (405, True), (422, True)])
 async def test_from_state_the_old_way_is_the_same(bench, status, with_optimizer, monkeypatch):
     monkeypatch.setattr(only_into_a_model, "status", status)
     training, saved, loss = await trained(bench)
@@ -67,18 +66,11 @@ async def test_from_state_the_old_way_is_the_same(bench, status, with_optimizer,
         await client.optim_step(AdamParams(learning_rate=1e-2))
         losses.append((await client.forward(DATA)).metrics["loss:sum"])
     assert losses[0] == losses[1]
-
-
-async def test_the_optimizer_state_makes_a_difference(bench):
-    """So the test above compares something."""
-    _, saved, _ = await trained(bench)
-    losses = []
-    for with_optimizer in (True, False):
-        client = await bench.service.create_training_client_from_state(saved.path, with_optimizer=with_optimizer)
-        await client.forward_backward(DATA)
-        await client.optim_step(AdamParams(learning_rate=1e-2))
-        losses.append((await client.forward(DATA)).metrics["loss:sum"])
-    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+    # The state of the optimizer changes the step, so the comparison above can fail.
+    other = await bench.service.create_training_client_from_state(saved.path, with_optimizer=not with_optimizer)
+    await other.forward_backward(DATA)
+    await other.optim_step(AdamParams(learning_rate=1e-2))
+    assert (await other.forward(DATA)).metrics["loss:sum"] != pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -91,7 +83,7 @@ async def test_a_checkpoint_that_is_not_there(bench, old):
         await bench.service.create_training_client_from_state(path)
 
 
-async def test_what_a_checkpoint_holds_must_make_sense(bench):
+async def test_invalid_weights_info_is_an_invalid_response(bench):
     _, saved, _ = await trained(bench)
     bench.recorder.always["load_weights"] = only_into_a_model
     bench.recorder.always["weights_info"] = answering(200, {"base_model": "tiny", "lora_rank": 0})
@@ -99,7 +91,7 @@ async def test_what_a_checkpoint_holds_must_make_sense(bench):
         await bench.service.create_training_client_from_state(saved.path)
 
 
-async def test_a_server_error_is_no_reason_to_try_the_old_way(local_bench):
+async def test_a_server_error_does_not_select_the_old_way(local_bench):
     from tinkex_py import RetryPolicy, ServerError
 
     bench = local_bench(retry=RetryPolicy(deadline=5.0, max_attempts=2, initial_wait=0.0))
@@ -159,13 +151,8 @@ async def test_all_of_adam_arrives(bench):
         "weight_decay": 0.01,
         "grad_clip_norm": 1.0,
     }
-
-
-async def test_what_adam_has_switched_off_is_not_sent(bench):
-    training = await bench.train()
-    await training.forward_backward(DATA)
-    await training.optim_step()
-    sent = bench.recorder.of("optim_step")[0].json["adam_params"]
+    await training.optim_step()  # what is off is not sent
+    sent = bench.recorder.of("optim_step")[1].json["adam_params"]
     assert sent == {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
 
 

@@ -148,23 +148,3 @@ async def test_the_terms_of_a_step_start_when_the_gradient_of_the_step_before_it
     first = training.forward_backward_custom(BATCHES[0], Terms(bench, training).behind("1", 2))
     await asyncio.gather(first, training.forward_backward_custom(BATCHES[1], term))
     assert bench.kinds(training) == ["F", "F", "B", "B"]
-
-
-async def test_a_cancelled_step_lets_the_early_forward_of_the_next_be(bench):
-    training = await bench.train()
-    never = asyncio.Event()
-
-    async def waits(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        await never.wait()
-        return nll(data, logprobs)
-
-    first = asyncio.create_task(training.forward_backward_custom(BATCHES[0], waits))
-    second = asyncio.create_task(training.forward_backward_custom(BATCHES[1], nll))
-    await bench.recorder.until(lambda: bench.kinds(training) == ["F", "F"])
-    first.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await first
-    with pytest.raises(PrecedingRequestFailed):
-        await second
-    await asyncio.gather(training.forward_backward_custom(BATCHES[1], nll), training.optim_step())
-    assert bench.kinds(training) == ["F", "F", "F", "B", "optim_step"]

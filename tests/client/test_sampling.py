@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from tinkex_py import (
     UnsupportedFeature,
     telemetry,
 )
+from tinkex_py.client import AsyncSamplingClient
 from tinkex_py.transport import wire
 
 pytestmark = pytest.mark.asyncio
@@ -172,7 +175,7 @@ async def test_alternatives_of_the_embedded_service(bench):
     assert response.prompt_alt_tokens.tokens.to_numpy().tolist() == [[token, token] for token in likeliest]
 
 
-async def test_many_at_once_with_a_service_that_turns_them_away(local_bench):
+async def test_refused_samples_are_submitted_again(local_bench):
     """Every second submission is turned away; each comes through, with the number and bytes it had."""
     bench = local_bench()
     events: list[Any] = []
@@ -200,7 +203,7 @@ async def test_many_at_once_with_a_service_that_turns_them_away(local_bench):
     assert all(arrival.headers["x-tinker-sampling-backpressure"] == "1" for arrival in bench.recorder.of("asample"))
 
 
-async def test_patience_ends(local_bench):
+async def test_sampling_patience_is_limited(local_bench):
     bench = local_bench(sampling_patience=0.05)
     bench.recorder.always["asample"] = answering(429, {"detail": "busy"}, retry_after_ms="20")
     async with bench.service:
@@ -286,6 +289,13 @@ def sampling_server(server: ScriptedServer, submit: Any, *results: Any) -> Async
     return AsyncServiceClient(quick_config(server.url))
 
 
+@asynccontextmanager
+async def scripted_sampler(submit: Any, *results: Any) -> AsyncIterator[tuple[ScriptedServer, AsyncSamplingClient]]:
+    """A sampling client of a service with these responses."""
+    async with ScriptedServer() as server, sampling_server(server, submit, *results) as service:
+        yield server, await service.create_sampling_client(base_model="tiny")
+
+
 async def test_a_service_that_answers_with_a_future_of_the_sampling_session():
     """As hatchery."""
     opened = answer(json={"type": "create_sampling_session", "sampling_session_id": "later"})
@@ -311,11 +321,8 @@ async def test_an_old_service_answers_json_without_names_and_with_a_number_as_id
         "prompt_cache_hit_tokens": 4,
         "something_new": True,
     }
-    async with ScriptedServer() as server:
-        service = sampling_server(server, answer(202, json={"request_id": 17}), answer(json=result))
-        async with service:
-            sampler = await sampler_of(type("Bench", (), {"service": service}))
-            response = await sampler.sample(PROMPT, num_samples=2, include_prompt_logprobs=True, topk_prompt_logprobs=1)
+    async with scripted_sampler(answer(202, json={"request_id": 17}), answer(json=result)) as (_, sampler):
+        response = await sampler.sample(PROMPT, num_samples=2, include_prompt_logprobs=True, topk_prompt_logprobs=1)
     assert [one.sequence_id for one in response.sequences] == ["17:0", "17:1"]
     assert response.sequences[0].logprobs == [-0.5, -1.0]
     assert response.topk_prompt_logprobs == [None, [(6, -1.0)], [(7, -2.0)], [(8, -3.0)]]
@@ -333,12 +340,9 @@ async def test_alternative_draws_and_names():
     )
     result = answer(200, message.SerializeToString(), headers={"content-type": "application/x-protobuf"})
     submit = answer(json={"request_id": "r", "sample_sequence_ids": ["name"]})
-    async with ScriptedServer() as server:
-        service = sampling_server(server, submit, result)
-        async with service:
-            sampler = await sampler_of(type("Bench", (), {"service": service}))
-            response = await sampler.sample(PROMPT, prompt_alt_tokens_k=2)
-            assert server.requests_to("/api/v1/asample")[0].json()["prompt_alt_tokens_k"] == 2
+    async with scripted_sampler(submit, result) as (server, sampler):
+        response = await sampler.sample(PROMPT, prompt_alt_tokens_k=2)
+        assert server.requests_to("/api/v1/asample")[0].json()["prompt_alt_tokens_k"] == 2
     assert response.sequences[0].sequence_id == "name"
     assert response.prompt_alt_tokens is not None
     assert response.prompt_alt_tokens.tokens.tolist() == [[0, 1], [2, 3], [4, 5]]
@@ -358,15 +362,12 @@ async def test_alternative_draws_and_names():
 async def test_a_service_that_ignores_what_was_asked_for(options):
     """SkyRL does so: silence is not taken for an answer."""
     result = {"sequences": [{"tokens": [1], "logprobs": [-0.5], "stop_reason": "stop"}]}
-    async with ScriptedServer() as server:
-        service = sampling_server(server, answer(json={"request_id": "1"}), answer(json=result))
-        async with service:
-            sampler = await sampler_of(type("Bench", (), {"service": service}))
-            with pytest.raises(UnsupportedFeature, match="left out"):
-                await sampler.sample(PROMPT, **options)
+    async with scripted_sampler(answer(json={"request_id": "1"}), answer(json=result)) as (_, sampler):
+        with pytest.raises(UnsupportedFeature, match="it omitted"):
+            await sampler.sample(PROMPT, **options)
 
 
-async def test_a_prompt_costs_more_bytes_after_it_was_turned_away():
+async def test_a_prompt_costs_more_bytes_after_a_429():
     """At most ten at a time are submitted for a while, whatever the budget."""
     away = answer(429, json={"detail": "busy"}, headers={"retry-after-ms": "5"})
     release = asyncio.Event()
@@ -403,11 +404,8 @@ async def test_a_score_left_out_for_the_first_token_is_none():
         "sequences": [{"tokens": [1], "logprobs": [-0.5], "stop_reason": "length"}],
         "prompt_logprobs": [-float(number) for number in range(1, PROMPT.length)],
     }
-    async with ScriptedServer() as server:
-        service = sampling_server(server, answer(json={"request_id": "1"}), answer(json=result))
-        async with service:
-            sampler = await sampler_of(type("Bench", (), {"service": service}))
-            assert await sampler.compute_logprobs(PROMPT) == [None, -1.0, -2.0, -3.0]
+    async with scripted_sampler(answer(json={"request_id": "1"}), answer(json=result)) as (_, sampler):
+        assert await sampler.compute_logprobs(PROMPT) == [None, -1.0, -2.0, -3.0]
 
 
 @pytest.mark.parametrize(
@@ -418,15 +416,10 @@ async def test_a_score_left_out_for_the_first_token_is_none():
     ],
 )
 async def test_a_refusal_that_says_what_the_service_lacks(refusal):
-    async with ScriptedServer() as server:
-        service = sampling_server(server, answer(json={"request_id": "1"}), *[refusal] * 4)
-        async with service:
-            sampler = await sampler_of(type("Bench", (), {"service": service}))
-            host = server.url.removeprefix("http://")
-            with pytest.raises(
-                UnsupportedFeature, match=f"^{host} does not support sampling with .*topk_prompt_logprobs"
-            ):
-                await sampler.sample(PROMPT, include_prompt_logprobs=True, topk_prompt_logprobs=2)
+    async with scripted_sampler(answer(json={"request_id": "1"}), *[refusal] * 4) as (server, sampler):
+        host = server.url.removeprefix("http://")
+        with pytest.raises(UnsupportedFeature, match=f"^{host} does not support sampling with .*topk_prompt_logprobs"):
+            await sampler.sample(PROMPT, include_prompt_logprobs=True, topk_prompt_logprobs=2)
 
 
 async def test_a_service_without_sampling(bench):

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.client.data import datum, nll
 from tests.support.scripted_server import ScriptedServer, answer, computed, half_a_body, reset
 from tinkex_py import (
     AsyncServiceClient,
     ConfigError,
-    RegularizerSpec,
     RetryPolicy,
     TinkexConfig,
     TinkexError,
@@ -127,21 +125,6 @@ async def test_failures_of_work_do_not_quote_the_key(caplog, poll):
                 await service.create_lora_training_client("tiny")
     assert KEY not in everything_about(caught.value)
     assert KEY not in caplog.text
-
-
-async def test_events_of_a_custom_step_do_not_hold_the_key(local_bench):
-    events: list[Any] = []
-    telemetry.attach(events.append)
-    bench = local_bench(api_key=KEY)
-    async with bench.service:
-        training = await bench.train()
-        spec = RegularizerSpec(fn=nll, weight=0.5, name="again")
-        await training.forward_backward_custom([datum(3, 1)], nll, regularizers=[spec])
-        await training.optim_step()
-    assert {event.name for event in events} >= {"tinkex.training.stop", "tinkex.custom_loss.stop"}
-    assert KEY not in repr(events)
-    headers = [arrival.headers for arrival in bench.recorder.arrivals]
-    assert all(given["x-api-key"] == KEY for given in headers)
 
 
 async def test_a_key_in_the_address_is_refused_without_showing_it():

@@ -141,11 +141,10 @@ async def test_auto_runs_on_the_service_where_it_can_and_tells_why_not(uploading
     telemetry.detach(handler)
     assert told == [
         (
-            "term 'spread' cannot run on the service: std() is not the sum over positions of something that each "
-            "position has for itself, so that one datum at a time would give another number: use sum(), or write the "
-            "term with sum_over_datums"
+            "term 'spread' cannot run on the service: std() does not sum over positions, so the loss would have "
+            "another value one datum at a time: use sum(), or write the term with sum_over_datums"
         ),
-        "track_grad_norms=True needs the gradient of every term, which stays on the service",
+        "track_grad_norms=True needs the gradient of every term, which the service does not return",
     ]
 
 
@@ -154,7 +153,7 @@ async def test_server_says_why_not_and_sends_nothing(uploading, tmp_path):
     async with made.service:
         training = await made.train()
         for options, reason in (
-            ({"base_loss": spread}, r"std\(\) is not the sum"),
+            ({"base_loss": spread}, r"std\(\) does not sum over positions"),
             ({"base_loss": nll, "track_grad_norms": True}, "track_grad_norms=True"),
             ({"base_loss": nll, "record": tmp_path / "r"}, "record=... needs the terms on the client"),
             (
@@ -168,7 +167,7 @@ async def test_server_says_why_not_and_sends_nothing(uploading, tmp_path):
         missing = sum_over_datums(lambda logprobs, other: logprobs.sum())
         with pytest.raises(InvalidData, match="no 'other'"):
             await training.forward_backward_custom(rows(), missing, execution="server")
-        with pytest.raises(PipelineError, match="nothing to train on"):
+        with pytest.raises(PipelineError, match="no gradient"):
             await training.forward_backward_custom(rows(), lambda data, p: p.detach().sum(), execution="server")
         with pytest.raises(InvalidData, match="execution must be one of 'client', 'auto', 'server', got 'here'"):
             await training.forward_backward_custom(rows(), nll, execution="here")
@@ -181,7 +180,7 @@ async def test_server_says_why_not_and_sends_nothing(uploading, tmp_path):
 
 async def test_a_service_without_uploads(bench):
     training = await bench.train()
-    with pytest.raises(UnsupportedFeature, match="takes no uploaded losses"):
+    with pytest.raises(UnsupportedFeature, match="does not execute uploaded losses"):
         await training.forward_backward_custom(rows(), nll, execution="server")
     await training.forward_backward_custom(rows(), nll, execution="auto")
     assert bench.kinds(training) == ["F", "B"]

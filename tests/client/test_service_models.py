@@ -56,7 +56,7 @@ async def test_a_service_of_one_model_is_asked_for_no_other(http_bench):
     ],
 )
 @pytest.mark.asyncio
-async def test_who_does_not_say_it_clearly_is_asked_for_the_model(bench, fault):
+async def test_without_a_clear_list_the_model_is_requested(bench, fault):
     says(bench, fault)
     with pytest.raises(RequestFailed, match="'typo'"):
         await bench.service.create_lora_training_client("typo")

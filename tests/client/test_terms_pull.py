@@ -36,17 +36,12 @@ def with_input(item: Datum, **inputs: Any) -> Datum:
     return Datum(model_input=item.model_input, loss_fn_inputs={**item.loss_fn_inputs, **inputs})
 
 
-@pytest.mark.parametrize(
-    "term",
-    [
-        SampledKL(reference_field="reference_logprobs", estimator="k3+", reduction="token-mean"),
-        Consistency(pair_field="reference_logprobs", metric="mse"),
-    ],
-    ids=["kl", "consistency"],
-)
-async def test_a_strong_pull_keeps_the_model_near_its_reference(bench: Bench, term: Any):
+async def test_a_strong_pull_keeps_the_model_near_its_reference(bench: Bench):
     free = await distance_after(bench, [])
-    held = await distance_after(bench, [RegularizerSpec(fn=term, weight=3.0, name="pull")])
     # At rest the pull 3 * d equals the loss's own 1 (per token), so d is near 1/3: far less than half of the free run.
     assert free > 1.0
-    assert held < 0.25 * free
+    for term in (
+        SampledKL(reference_field="reference_logprobs", estimator="k3+", reduction="token-mean"),
+        Consistency(pair_field="reference_logprobs", metric="mse"),
+    ):
+        assert await distance_after(bench, [RegularizerSpec(fn=term, weight=3.0, name="pull")]) < 0.25 * free

@@ -34,7 +34,7 @@ async def one_step(bench: Any) -> float:
     return (await training.forward(DATA)).metrics["loss:sum"]
 
 
-async def test_a_service_that_says_nothing_is_asked_once(local_bench):
+async def test_without_flags_the_encoding_is_probed_once(local_bench):
     bench = local_bench()
     bench.recorder.always["config"] = flags()
     async with bench.service:
@@ -85,7 +85,7 @@ async def test_a_refusal_of_the_content_is_no_reason_to_write_it_otherwise(local
         assert len(bench.recorder.of("B")) == 1
 
 
-async def test_a_wish_is_not_overruled(local_bench):
+async def test_the_encoding_of_the_config_takes_precedence(local_bench):
     bench = local_bench(wire="protobuf")
     bench.recorder.always.update({"config": flags(proto_write_fwdbwd=False), "B": refuse_protobuf})
     async with bench.service:

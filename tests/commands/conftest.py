@@ -13,7 +13,7 @@ KEY = "tml-secret-of-the-tests"
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """Where a service of the tiny model is, in a process of its own; it wants a key."""
+    """The address of a service of the tiny model in its own process; it requires a key."""
     with serving("--api-key", KEY, "--custom-losses") as (_, address):
         yield address
 
@@ -23,10 +23,10 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def plain_command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs a command in this process; its output never holds the key."""
+    """Runs a command in this process; its output must not contain the key."""
     monkeypatch.setenv("TINKER_API_KEY", KEY)
 
-    def run(*arguments: str, stdin: str | None = None) -> Result:
+    def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
         result = CliRunner().invoke(app, list(arguments), input=stdin, prog_name="tinkex-py")
         assert KEY not in result.output
         assert "Traceback" not in result.output

@@ -53,7 +53,7 @@ def test_a_limit_says_that_there_is_more(command, saved):
     run_id, paths = saved
     result = command("checkpoints", "list", "--run", run_id, "--limit", "2", "--json")
     assert [line["tinker_path"] for line in lines_of(result)] == [paths[2], paths[1]]
-    assert result.stderr == "there are more than 2: --limit 0 lists all\n"
+    assert result.stderr == "only the first 2 are shown: use --limit 0 to list all\n"
     assert command("checkpoints", "list", "--run", run_id, "--limit", "3").stderr == ""
 
 
@@ -91,7 +91,7 @@ def test_download(command, saved, tmp_path, monkeypatch):
     _, paths = saved
     monkeypatch.chdir(tmp_path)
     result = command("checkpoints", "download", paths[0])
-    assert (result.exit_code, result.stdout) == (0, f"{paths[0]} is in {tmp_path / 'one'}\n")
+    assert (result.exit_code, result.stdout) == (0, f"downloaded {paths[0]} to {tmp_path / 'one'}\n")
     names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"]
     assert sorted(file.name for file in (tmp_path / "one").iterdir()) == names
     (line,) = lines_of(command("checkpoints", "download", paths[1], "new/two", "--json"))
@@ -147,7 +147,7 @@ def test_delete_without_a_terminal_deletes_nothing(command, saved):
     run_id, paths = saved
     result = command("checkpoints", "delete", paths[0], stdin="y\n")
     assert result.exit_code == 2
-    assert "stdin is no terminal: pass --yes" in result.stderr
+    assert "stdin is not a terminal: pass --yes" in result.stderr
     result = command("checkpoints", "delete", paths[0], "nonsense", "--yes")
     assert result.exit_code == 2
     assert paths_left(command, run_id) == paths[::-1]

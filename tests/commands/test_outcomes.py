@@ -16,7 +16,7 @@ from tinkex_py.commands.common.running import exit_code, one_line_errors, run
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (errors.ConfigError("m"), 2),
+        (errors.ConfigError("one\ntwo"), 2),
         (errors.InvalidData("m"), 2),
         (errors.MissingExtra("peft", "huggingface"), 2),
         (errors.InvalidSpec("m"), 2),
@@ -37,13 +37,7 @@ def test_errors_and_their_codes(error, code, capsys):
     with pytest.raises(typer.Exit) as caught, one_line_errors("thing"):
         raise error
     assert caught.value.exit_code == code
-    assert capsys.readouterr().err == f"tinkex-py thing: {error}\n"
-
-
-def test_a_message_of_several_lines_is_one(capsys):
-    with pytest.raises(typer.Exit), one_line_errors("thing"):
-        raise errors.ConfigError("one\ntwo")
-    assert capsys.readouterr().err == "tinkex-py thing: one two\n"
+    assert capsys.readouterr().err == f"tinkex-py thing: {str(error).replace(chr(10), ' ')}\n"
 
 
 def test_a_missing_library_names_its_extra(capsys):
@@ -61,7 +55,7 @@ def test_errors_of_our_own_code_are_not_hidden():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_work_in_order(number):
+def test_a_signal_cancels_the_work(number):
     ended = []
 
     async def work():

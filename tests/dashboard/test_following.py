@@ -1,5 +1,6 @@
-"""Reading a file of steps that grows, is replaced, or is broken."""
+"""Reading a file of steps that grows, is replaced, or is broken; curves in bounded memory."""
 
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,44 @@ from hypothesis import given, strategies as st
 from tests.runs.made_up_runs import base_loss, made_up_step
 from tests.runs.support import step_record
 from tinkex_py.dashboard import following
+from tinkex_py.dashboard.curves import Curves
 from tinkex_py.dashboard.following import FollowedSteps, last_step
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.sampled_from([2, 4, 10]))
+def test_points_are_means_over_as_many_steps_as_necessary(values: list[float], points: int):
+    curves = Curves(points)
+    for step, value in enumerate(values, start=1):
+        curves.add(step, {"loss/total": value}, tokens=10 * step)
+    stride = 1
+    while math.ceil(len(values) / stride) > points:
+        stride *= 2
+    groups = [values[start : start + stride] for start in range(0, len(values), stride)]
+    assert (curves.stride, curves.steps_made, curves.points) == (stride, len(values), len(groups))
+    means = [math.fsum(group) / len(group) for group in groups]
+    assert curves.values("loss/total") == pytest.approx(means, abs=1e-3, rel=1e-9)
+    ends = [min(end, len(values)) for end in range(stride, len(values) + stride, stride)]
+    assert curves.axes == {"step": ends, "tokens": [10 * end for end in ends]}
+    start = len(groups) // 2
+    assert curves.values("loss/total", start) == curves.values("loss/total")[start:]
+
+
+def test_missing_values_and_repeated_steps_are_ignored():
+    curves = Curves(4)
+    numbers = [
+        (1, {"a": 1.0}),
+        (2, {"b": 10.0}),
+        (3, {"a": math.nan, "b": 20.0}),
+        (4, {"a": math.inf}),
+        (5, {"a": 5.0}),
+    ]
+    for step, row in [*numbers, (5, {"a": 9.0}), (2, {"a": 9.0})]:
+        curves.add(step, row)
+    assert curves.names == ["a", "b"]
+    assert curves.axes["step"] == [2, 4, 5]
+    assert curves.values("a") == [1.0, None, 5.0]
+    assert curves.values("b") == [10.0, 20.0, None]
+    assert curves.values("c", 1) == [None, None]
 
 
 def lines(first: int, last: int, loss: float = 1.5) -> bytes:
@@ -27,7 +65,7 @@ def read_all(followed: FollowedSteps) -> None:
 
 
 @given(cuts=st.lists(st.integers(0, 3_000), max_size=8))
-def test_it_does_not_matter_where_a_look_cuts_the_file(tmp_path_factory: pytest.TempPathFactory, cuts: list[int]):
+def test_the_file_may_be_read_at_any_length(tmp_path_factory: pytest.TempPathFactory, cuts: list[int]):
     path = tmp_path_factory.mktemp("run") / "steps.jsonl"
     content = lines(1, 6)
     followed = FollowedSteps(path)
@@ -43,17 +81,23 @@ def test_it_does_not_matter_where_a_look_cuts_the_file(tmp_path_factory: pytest.
     assert (followed.restarts, followed.problem) == (0, None)
 
 
-def test_blocks_smaller_than_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(following, "BLOCK", 7)
+def test_a_long_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "steps.jsonl"
-    path.write_bytes(lines(1, 5) + b'{"step": 6')
+    path.write_bytes(lines(1, 6) + b'{"step": 7')
+    monkeypatch.setattr(following, "BLOCK", len(lines(1, 2)) + 10)
     followed = FollowedSteps(path)
+    seen = []
+    while followed.read_more():
+        seen.append((followed.curves.axes["step"][-1], followed.is_behind))
+    assert seen == [(2, True), (4, True), (6, False)]
+    monkeypatch.setattr(following, "BLOCK", 7)  # smaller than a line
+    append(path, lines(7, 8)[len(b'{"step": 7') :])
     read_all(followed)
-    assert followed.curves.axes["step"] == [1, 2, 3, 4, 5]
+    assert followed.curves.axes["step"] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("way", ["replaced", "cut and written on", "removed and written on"])
-def test_a_resumed_run_is_read_anew(tmp_path: Path, way: str):
+@pytest.mark.parametrize("way", ["replaced", "truncated", "removed"])
+def test_the_file_of_a_resumed_run_is_read_from_the_start(tmp_path: Path, way: str):
     path = tmp_path / "steps.jsonl"
     path.write_bytes(lines(1, 5))
     followed = FollowedSteps(path)
@@ -63,7 +107,7 @@ def test_a_resumed_run_is_read_anew(tmp_path: Path, way: str):
     if way == "replaced":
         (tmp_path / "draft").write_bytes(resumed)
         (tmp_path / "draft").replace(path)
-    elif way == "cut and written on":
+    elif way == "truncated":
         os.truncate(path, len(lines(1, 2)))
         append(path, resumed[len(lines(1, 2)) :])
     else:
@@ -77,44 +121,32 @@ def test_a_resumed_run_is_read_anew(tmp_path: Path, way: str):
     assert not followed.read_more()
 
 
-def test_a_line_that_is_no_step_is_told_and_passed_over(tmp_path: Path):
-    path = tmp_path / "steps.jsonl"
-    path.write_bytes(lines(1, 1) + b'{"step": "two"}\n' + lines(3, 3))
-    followed = FollowedSteps(path)
-    assert followed.read_more()
-    assert followed.curves.axes["step"] == [1, 3]
-    assert followed.problem == "steps.jsonl, line 2 is not a step"
-
-
-def test_a_line_without_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("second", "steps", "problem"),
+    [
+        (b'{"step": "two"}\n', [1, 3], "steps.jsonl, line 2 is not a step"),
+        (b"x" * 5_000, [1], "steps.jsonl, line 2 is too long for a step"),
+    ],
+)
+def test_a_broken_line_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bytes, steps: list[int], problem: str
+):
     monkeypatch.setattr(following, "LONGEST_LINE", 2_000)
     monkeypatch.setattr(following, "BLOCK", 500)
     path = tmp_path / "steps.jsonl"
-    path.write_bytes(lines(1, 1) + b"x" * 5_000)
+    path.write_bytes(lines(1, 1) + second + lines(3, 3))
     followed = FollowedSteps(path)
     read_all(followed)
-    assert followed.curves.axes["step"] == [1]
-    assert followed.problem == "steps.jsonl, line 2 is longer than any step"
+    assert followed.curves.axes["step"] == steps
+    assert followed.problem == problem
 
 
-def test_what_cannot_be_read_is_told_once(tmp_path: Path):
+def test_an_unreadable_file_is_reported_once(tmp_path: Path):
     (tmp_path / "steps.jsonl").mkdir()
     followed = FollowedSteps(tmp_path / "steps.jsonl")
     assert followed.read_more()
     assert not followed.read_more()
-    assert followed.problem is not None
-    assert followed.problem.startswith("steps.jsonl cannot be read: ")
-
-
-def test_a_long_file_is_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "steps.jsonl"
-    path.write_bytes(lines(1, 6))
-    monkeypatch.setattr(following, "BLOCK", len(lines(1, 2)) + 10)
-    followed = FollowedSteps(path)
-    seen = []
-    while followed.read_more():
-        seen.append((followed.curves.axes["step"][-1], followed.is_behind))
-    assert seen == [(2, True), (4, True), (6, False)]
+    assert str(followed.problem).startswith("steps.jsonl cannot be read: ")
 
 
 def test_further_axes_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -123,9 +155,8 @@ def test_further_axes_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for step in range(1, 5):
         # On the third step the run was resumed on a machine whose clock is behind.
         finished = 100.0 + step - (50 if step >= 3 else 0)
-        record = step_record(
-            step, finished_at=finished, seconds=1.0, tokens=7, samples={"q": "x" * 9_000} if step > 1 else {}
-        )
+        samples = {"q": "x" * 9_000} if step > 1 else {}
+        record = step_record(step, finished_at=finished, seconds=1.0, tokens=7, samples=samples)
         append(path, record.model_dump_json().encode() + b"\n")
     followed = FollowedSteps(path)
     read_all(followed)
@@ -133,27 +164,17 @@ def test_further_axes_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(followed.samples) == [(step, {"q": "x" * following.LONGEST_SAMPLE}) for step in (3, 4)]
 
 
-@pytest.mark.parametrize("end", [b"", b'{"step": 4'])
-def test_the_last_step(tmp_path: Path, end: bytes):
-    path = tmp_path / "steps.jsonl"
-    path.write_bytes(lines(1, 3) + end)
-    step = last_step(path)
-    assert step is not None
-    assert step.step == 3
-
-
-def test_the_last_step_of_a_file_without_one(tmp_path: Path):
+def test_the_last_step(tmp_path: Path):
     path = tmp_path / "steps.jsonl"
     for content in (b"", b"no step", b"no step\n", b"x" * 100_000):
         path.write_bytes(content)
         assert last_step(path) is None
-
-
-def test_a_last_step_longer_than_the_first_reach(tmp_path: Path):
-    path = tmp_path / "steps.jsonl"
-    terms = [f"term {number}" for number in range(200)]
-    path.write_bytes(lines(1, 1) + made_up_step(2, terms).model_dump_json().encode() + b"\n")
-    assert path.stat().st_size > 4 * (1 << 14)
+    for end in (b"", b'{"step": 4'):
+        path.write_bytes(lines(1, 3) + end)
+        assert getattr(last_step(path), "step", None) == 3
+    many = made_up_step(2, [f"term {number}" for number in range(200)])
+    path.write_bytes(lines(1, 1) + many.model_dump_json().encode() + b"\n")
+    assert path.stat().st_size > 4 * (1 << 14)  # longer than the first block that is read
     step = last_step(path)
     assert step is not None
     assert step.losses[0].base_loss.value == base_loss(2)

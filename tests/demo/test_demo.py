@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from tinkex_py import ForwardBackwardOutput, packed_field
 from tinkex_py.cli import app
-from tinkex_py.demo.data import default_file
-from tinkex_py.demo.folder import new_run_folder
+from tinkex_py.demo.files import default_file, new_run_folder
 from tinkex_py.demo.losses import kl_to_base, l2, masked_nll, rarity_server
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.local.tokenizers import ByteTokenizer

@@ -1,4 +1,4 @@
-"""Names of tests in tables and lists: whether they exist, found without running anything."""
+"""Checks that tests named in tables and lists exist, without running them."""
 
 import ast
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ _DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def problem_of(name: str) -> str | None:
-    """What is wrong with the name of a test.
+    """Returns what is wrong with the name of a test; None if it exists.
 
     Args:
-        name: `path::name` or `path::Class::name`, the path below `tests/`; parameters are not looked at.
+        name: `path::name` or `path::Class::name`, with the path below `tests/`; parameters are ignored.
     """
     path, _, inside = name.partition("[")[0].partition("::")
     if not inside.split("::")[-1].startswith(("test_", "Test")):
@@ -25,7 +25,7 @@ def problem_of(name: str) -> str | None:
 
 @cache
 def _definitions(path: Path) -> frozenset[str]:
-    """Names of a file's functions and classes, those inside a class as `Class::name`."""
+    """Returns the names of functions and classes in a file; inside a class, `Class::name`."""
 
     def named(nodes: list[ast.stmt], prefix: str = "") -> Iterator[str]:
         for node in nodes:

@@ -1,4 +1,4 @@
-"""What the pages say about events, errors, names, links and commands is what the code has."""
+"""The pages agree with the code about events, errors, names, links and commands."""
 
 import ast
 import dataclasses
@@ -64,8 +64,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_to_elsewhere_are_addresses(page: Path) -> None:
-    """Their syntax only: nothing is asked of the network."""
+def test_external_links_are_valid_urls(page: Path) -> None:
+    """Checks only their syntax, without the network."""
     for link in re.findall(r"\]\((\w+:[^)]*)\)", without_code(page.read_text())):
         address = httpx.URL(link)
         assert address.scheme == "https", link
@@ -81,6 +81,18 @@ def test_named_files_and_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:^|`)make (\w+)", text, re.MULTILINE):
         assert target in targets, f"{name_of(page)} says make {target}"
+
+
+def test_the_table_of_workarounds_names_existing_files() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Workarounds")[1]
+    rows = [row.split(" | ") for row in re.findall(r"^\| (?!library|---)(.*) \|$", table, re.MULTILINE)]
+    assert len(rows) >= 20
+    for library, _, code, issue, ends in rows:
+        files = re.findall(r"`([\w/]+\.py)`", code)
+        assert files, library
+        assert [file for file in files if not (ROOT / "tinkex_py" / file).is_file()] == []
+        assert issue, library
+        assert ends, library
 
 
 def test_the_events_page_lists_all_events() -> None:
@@ -109,7 +121,7 @@ def flaky() -> Any:
 
 
 async def steps_on_the_embedded_service() -> None:
-    """One step that works at the second attempt and whose controller fails, one that fails."""
+    """Runs a step that succeeds on its second attempt and whose controller fails, and a step that fails."""
     datum = tinkex_py.Datum(
         model_input=tinkex_py.ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3]}
     )
@@ -132,7 +144,7 @@ async def steps_on_the_embedded_service() -> None:
 
 
 @pytest.mark.asyncio
-async def test_the_events_page_tells_what_events_carry() -> None:
+async def test_the_events_page_lists_the_fields_of_events() -> None:
     rows = event_rows(DOCS / "telemetry.md")
     seen: dict[str, tuple[set[str], set[str]]] = {}
     handler_id = telemetry.attach(
@@ -158,7 +170,7 @@ async def test_the_events_page_tells_what_events_carry() -> None:
 
 
 @pytest.mark.asyncio
-async def test_the_events_page_tells_the_numbers_of_the_diagnosis() -> None:
+async def test_the_events_page_lists_the_numbers_of_the_diagnosis() -> None:
     row, _ = event_rows(DOCS / "telemetry.md")["tinkex.custom_loss.stop"]
     seen: list[telemetry.Event] = []
     handler_id = telemetry.attach(seen.append, events="tinkex.custom_loss.stop")
@@ -237,7 +249,7 @@ def test_the_guide_has_every_field_of_a_spec_and_option_of_a_pipeline() -> None:
 
 def test_the_options_of_the_embedded_service_exist() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", (DOCS / "embedded_service.md").read_text(), re.MULTILINE)
-    fields = LocalOptions.__dataclass_fields__
+    fields = LocalOptions.model_fields
     for name, default in rows:
         assert name in fields, name
         if default.startswith("`"):
@@ -268,19 +280,19 @@ OURS = {
 
 
 def called(node: ast.expr, names: Mapping[str, object]) -> Any:
-    """What an expression names; of a call it is what was called, so that `Class(...).method` is found."""
+    """Returns the object that an expression names; for a call, what is called, so that `Class(...).method` is found."""
     if isinstance(node, ast.Attribute):
         return getattr(called(node.value, names), node.attr)
     return called(node.func, names) if isinstance(node, ast.Call) else names[ast.unparse(node)]
 
 
 def check_calls(text: str, names: Mapping[str, object]) -> int:
-    """Binds every call in the text to the signature of what it calls; gives how many there were."""
+    """Binds every call in the text to the signature of what it calls; returns the number of calls."""
     tree = compile(text, "page", "eval", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for call in calls:
         target = called(call.func, names)
-        if isinstance(target, property):  # `compute` of a ready-made term gives a function; that it is there is enough
+        if isinstance(target, property):  # `compute` of a ready-made term returns a function; its existence is enough
             continue
         signature = inspect.signature(target)
         is_method = inspect.isfunction(target) and next(iter(signature.parameters), "") == "self"

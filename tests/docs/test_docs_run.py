@@ -1,4 +1,4 @@
-"""Every python block of the README and the documentation runs, and prints what the page says it prints."""
+"""Every Python block of the README and the documentation runs, and prints the output that the page shows."""
 
 import ast
 import asyncio
@@ -22,7 +22,7 @@ PRINTS = 'text title="prints"'
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: what stands behind the fence, its text, and the line it starts on."""
+    """A fenced block: the text after its fence, its content, and its first line number."""
 
     info: str
     text: str
@@ -53,11 +53,11 @@ def is_python(block: Block) -> bool:
 
 
 async def run_block(page: Path, block: Block, namespace: dict[str, object]) -> str:
-    """What the block prints. Blocks of one page share the namespace and the event loop."""
+    """Runs a block and returns its output. The blocks of a page share the namespace and the event loop."""
     source = "\n" * (block.line - 1) + block.text  # so that a traceback shows the line of the page
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        if "asyncio.run(" in block.text:  # a whole script: it makes a loop of its own
+        if "asyncio.run(" in block.text:  # a complete script with its own loop
             await asyncio.to_thread(exec, compile(source, str(page), "exec"), namespace)
         else:
             code = compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
@@ -73,7 +73,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def fonts() -> None:
-    """Matplotlib opens each font at its first use and keeps it open; the tutorial writes a report."""
+    """Lets matplotlib open its fonts, which stay open; the tutorial writes a report."""
     figure = Figure()
     axes = figure.subplots()
     axes.set_yscale("log")
@@ -85,7 +85,7 @@ def fonts() -> None:
 
 @pytest.fixture(autouse=True)
 def garbage_collection() -> Generator[None]:
-    """A page may take what there is out of garbage collection; later tests want it back in."""
+    """Undoes `gc.freeze` of a page for later tests."""
     yield
     gc.unfreeze()
 
@@ -95,7 +95,7 @@ def garbage_collection() -> Generator[None]:
 async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for variable in ("TINKER_BASE_URL", "TINKER_API_KEY"):
-        monkeypatch.setenv(variable, "")  # so that what a page sets is undone after it
+        monkeypatch.setenv(variable, "")  # undoes what a page sets
         monkeypatch.delenv(variable)
     namespace: dict[str, object] = {"__name__": "__main__"}
     blocks = blocks_of(page)
@@ -109,7 +109,7 @@ async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_python_block_hides_from_the_tests(page: Path) -> None:
+def test_every_block_has_a_known_language(page: Path) -> None:
     blocks = blocks_of(page)
     for index, block in enumerate(blocks):
         assert block.info in ("python", "text", "bash", "json", "yaml", PRINTS), f"line {block.line}: {block.info!r}"

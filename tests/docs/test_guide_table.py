@@ -1,4 +1,4 @@
-"""The table of the regularizers guide names a test for each of its 161 items, and the tests exist."""
+"""The table of the regularizers guide names an existing test for each of its 161 items."""
 
 import ast
 import re
@@ -15,18 +15,18 @@ ROW = re.compile(r"^\| *(\d+) *\| *(.*?) *\| *(.*?) *\|$")
 
 
 def table_of(text: str) -> list[tuple[int, str, list[str]]]:
-    """Number, item and tests of every row; the rows without a number are headings."""
+    """Returns the number, item and tests of every row; rows without a number are headings."""
     rows = [found for line in text.splitlines() if (found := ROW.match(line))]
     return [
         (int(number), item, re.findall(r"`([^`]+)`", tests)) for number, item, tests in (row.groups() for row in rows)
     ]
 
 
-def test_no_row_is_missing_or_there_twice() -> None:
+def test_rows_are_complete_and_unique() -> None:
     assert [number for number, _, _ in table_of(TABLE.read_text())] == list(range(1, ITEMS + 1))
 
 
-def test_every_row_says_what_it_is_and_which_test_proves_it() -> None:
+def test_every_row_has_an_item_and_a_test() -> None:
     empty = [number for number, item, tests in table_of(TABLE.read_text()) if not item or not tests]
     assert empty == []
 
@@ -45,7 +45,7 @@ def test_the_tests_of_the_table_exist() -> None:
     ("name", "problem"),
     [
         ("docs/test_guide_table.py::test_the_tests_of_the_table_exist", None),
-        ("docs/test_guide_table.py::test_a_test_that_does_not_exist_is_noticed[any]", None),
+        ("docs/test_guide_table.py::test_a_missing_test_is_reported[any]", None),
         ("docs/test_guide_table.py::TestInside", None),
         ("docs/test_guide_table.py::TestInside::test_found", None),
         ("docs/test_guide_table.py::test_found", "does not exist"),
@@ -54,7 +54,7 @@ def test_the_tests_of_the_table_exist() -> None:
         ("docs/test_nothing.py::test_found", "is in a file that does not exist"),
     ],
 )
-def test_a_test_that_does_not_exist_is_noticed(name: str, problem: str | None) -> None:
+def test_a_missing_test_is_reported(name: str, problem: str | None) -> None:
     assert problem_of(name) == problem
 
 

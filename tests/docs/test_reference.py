@@ -1,4 +1,4 @@
-"""The reference is made from docstrings: it has every public name, and says of each what Python says."""
+"""The API reference contains every public name, with the signature that Python has."""
 
 import html
 import inspect
@@ -39,13 +39,13 @@ OPTIONS = {
 
 
 def directives() -> dict[str, Path]:
-    """What the pages have docstrings of: the dotted name behind `:::`, and the page."""
+    """Returns the documented names, from the `:::` lines, and their pages."""
     found = [
         (name, page)
         for page in PAGES
         for name in re.findall(r"^::: ([\w.]+)$", without_code(page.read_text()), re.MULTILINE)
     ]
-    assert len({name for name, _ in found}) == len(found), "a name has two places in the reference"
+    assert len({name for name, _ in found}) == len(found), "a name occurs twice in the reference"
     return dict(found)
 
 
@@ -79,7 +79,7 @@ def test_the_docstrings_have_every_field_of_a_loss_output(cls: type[BaseModel]) 
 
 
 def members(name: str) -> Iterator[tuple[str, Any]]:
-    """A documented name and the public methods of a documented class, or the classes of a documented module."""
+    """Yields a documented name, and the public methods of a class or the classes of a module."""
     value = pkgutil.resolve_name(name)
     if inspect.ismodule(value):
         for inner, cls in vars(value).items():
@@ -94,7 +94,7 @@ def members(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def has_signature(value: Any) -> bool:
-    """Functions, and classes made with arguments of their own; models and options list their fields instead."""
+    """Whether the site shows a signature; models and options list their fields instead."""
     if is_typeddict(value):
         return False
     if inspect.isclass(value):
@@ -103,7 +103,7 @@ def has_signature(value: Any) -> bool:
 
 
 def missing_of(name: str, value: Any, page: str) -> list[str]:
-    """Parameters of what Python has under a name that the name's signature in the site does not show."""
+    """Returns the parameters that the signature in the site does not show."""
     heading = page.find(f'id="{name}"')
     assert heading > 0, f"{name} is not in the site"
     signature = page[page.find("doc-signature", heading) :].split("</div>")[0]
@@ -114,11 +114,11 @@ def missing_of(name: str, value: Any, page: str) -> list[str]:
 
 
 def test_the_site_builds_strictly_and_has_the_true_signatures(tmp_path: Path) -> None:
-    """No broken link, anchor or docstring, no page outside the navigation; and names that are imported lazily, too.
+    """No broken link, anchor or docstring, and no page outside the navigation; lazily imported names included.
 
-    One test, because the build is the expensive part of it.
+    One test, because the build is slow.
     """
-    # Not --quiet: it drops the warnings before --strict counts them.
+    # --quiet would drop the warnings before --strict counts them.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
@@ -144,6 +144,6 @@ def test_the_docstrings_have_every_option(options: Any) -> None:
     ]
 
 
-def test_a_parameter_that_the_site_does_not_show_is_noticed() -> None:
+def test_a_missing_parameter_is_reported() -> None:
     page = '<h3 id="made.up">up</h3><div class="doc-signature"><span>up</span>(<span>first</span>)</div><p>second</p>'
     assert missing_of("made.up", lambda first, second: None, page) == ["second"]

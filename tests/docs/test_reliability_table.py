@@ -1,4 +1,4 @@
-"""The tables of promises name tests that exist; the page for users has no test names."""
+"""The tables of promises name existing tests; the page for users names none."""
 
 import re
 
@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 
 def rows() -> list[tuple[str, list[str]]]:
-    """Promise and tests of every row below the first heading of a room."""
+    """Returns the promise and the tests of every row below the first heading."""
     _, tables = TABLES.read_text(encoding="utf-8").split("\n## ", 1)
     lines = [line for line in tables.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -28,16 +28,16 @@ def test_every_promise_has_tests_and_they_exist():
     assert [f"{name} {problem}" for _, tests in found for name in tests if (problem := problem_of(name))] == []
 
 
-def test_no_promise_is_there_twice():
+def test_promises_are_unique():
     promises = [promise for promise, _ in rows()]
     assert sorted(set(promises)) == sorted(promises)
 
 
-def test_the_page_for_users_has_no_names_of_tests():
+def test_the_page_for_users_names_no_tests():
     assert re.findall(r"\btest_\w+", PAGE.read_text(encoding="utf-8")) == []
 
 
-def test_the_page_for_users_says_the_defaults():
+def test_the_page_for_users_states_the_defaults():
     config, retry, local = TinkexConfig(api_key="tml-key"), RetryPolicy(), LocalOptions()
     bounds = [
         f"for up to {retry.deadline:g} s (`RetryPolicy.deadline`)",

@@ -108,11 +108,11 @@ async def test_a_job_from_start_to_result(example: None, tmp_path: Path) -> None
         assert (result["first_loss"], result["last_loss"]) == (losses[0], losses[-1])
         assert result["checkpoint"].startswith("tinker://")
         assert [step["step"] for step in result["history"]] == [1, 2, 3, 4, 5]
-        # Whoever comes late gets all of it, whoever comes back the rest.
+        # A late follower gets all events, and one that reconnects the rest.
         assert len([event async for event in events(web, job)]) == 6
         assert [number for _, number, _ in [event async for event in events(web, job, after=3)]] == ["4", "5", ""]
         assert (await web.get("/jobs")).json() == [last | {"followers": 0}]
-        assert (await web.delete(f"/jobs/{job}")).json()["status"] == "finished"  # over is over
+        assert (await web.delete(f"/jobs/{job}")).json()["status"] == "finished"  # an ended job stays as it is
         assert read_run(tmp_path / job).status == "finished"
 
 
@@ -126,12 +126,12 @@ async def test_two_jobs_interleave(example: None, tmp_path: Path) -> None:
                 arrived.append(job)
 
     async with running(tmp_path) as (web, _):
-        jobs = [await start(web, {**BODY, "steps": 12, "seed": seed}) for seed in (1, 2)]
+        jobs = [await start(web, {**BODY, "steps": 8, "seed": seed}) for seed in (1, 2)]
         await asyncio.gather(*(follow(web, job) for job in jobs))
         first, second = [(await web.get(f"/jobs/{job}/result")).json() for job in jobs]
-    assert sorted(arrived) == sorted(jobs * 12)
+    assert sorted(arrived) == sorted(jobs * 8)
     turns = sum(one != other for one, other in pairwise(arrived))
-    assert turns >= 6, arrived  # one after the other would be a single turn
+    assert turns >= 4, arrived  # in sequence, there would be a single turn
     assert first["history"] != second["history"]
 
 
@@ -163,25 +163,12 @@ async def test_cancelling_ends_the_job_its_model_and_its_followers(example: None
         problem(await web.get(f"/jobs/{job}/result"), 409)
         assert (read_run(tmp_path / job).status, read_run(tmp_path / job).reason) == ("stopped", "cancelled")
         at_once = await start(web)
-        assert (await web.delete(f"/jobs/{at_once}")).json()["status"] == "cancelled"  # hardly begun
+        assert (await web.delete(f"/jobs/{at_once}")).json()["status"] == "cancelled"  # before its first step
 
 
 @pytest.mark.asyncio
-async def test_a_follower_that_leaves_is_noticed_and_the_job_goes_on(example: None, tmp_path: Path) -> None:
-    async with running(tmp_path) as (web, _):
-        job = await start(web)
-        stream = events(web, job)
-        await anext(stream)
-        assert (await web.get(f"/jobs/{job}")).json()["followers"] == 1
-        await stream.aclose()
-        gone = await until(web, job, lambda state: state["followers"] == 0)
-        later = await until(web, job, lambda state: state["steps_made"] > gone["steps_made"] + 1)
-        assert later["status"] == "running"
-
-
-@pytest.mark.asyncio
-async def test_a_follower_of_a_silent_job_that_leaves_is_noticed(example: None, tmp_path: Path) -> None:
-    """There is no event whose sending could fail."""
+async def test_a_follower_that_leaves_is_noticed(example: None, tmp_path: Path) -> None:
+    """Also of a job without events, whose sending could fail."""
     from training_service.jobs import Job
     from training_service.models import JobRequest
 
@@ -243,44 +230,38 @@ async def test_bad_input_starts_nothing(example: None, tmp_path: Path) -> None:
         problem(await web.post("/jobs", content=infinite, headers={"content-type": "application/json"}), 422)
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/result")):
             told = problem(await web.request(method, f"/jobs/none{path}"), 404)
-            assert told["detail"] == "there is no job 'none'"
+            assert told["detail"] == "no job has the id 'none'"
         job = await start(web, {**BODY, "steps": 1})
         problem(await web.get(f"/jobs/{job}/events", headers={"Last-Event-ID": "x"}), 422)
         assert len((await web.get("/jobs")).json()) == 1
 
 
-def test_the_openapi_page_reads_well(example: None, tmp_path: Path) -> None:
+def test_the_openapi_page(example: None, tmp_path: Path) -> None:
     from training_service.app import create_app
+    from training_service.models import JobRequest
     from training_service.settings import Settings
 
     schema = create_app(Settings(AsyncServiceClient.local, "tiny", tmp_path)).openapi()
-    assert [tag["name"] for tag in schema["tags"]] == ["jobs", "progress"]
-    operations = {(method, path): told for path, methods in schema["paths"].items() for method, told in methods.items()}
+    operations = {(method, path): own for path, methods in schema["paths"].items() for method, own in methods.items()}
+    jobs, job = "/jobs", "/jobs/{job_id}"
     assert set(operations) == {
-        ("post", "/jobs"),
-        ("get", "/jobs"),
-        ("get", "/jobs/{job_id}"),
-        ("delete", "/jobs/{job_id}"),
-        ("get", "/jobs/{job_id}/events"),
-        ("get", "/jobs/{job_id}/result"),
+        *(("post", jobs), ("get", jobs), ("get", job), ("delete", job)),
+        *(("get", f"{job}/events"), ("get", f"{job}/result")),
     }
-    for place, told in operations.items():
-        assert told["summary"], place
-        assert told["description"], place
-        assert told["tags"][0] in ("jobs", "progress"), place
-        if "{job_id}" in place[1]:
-            assert "application/problem+json" in told["responses"]["404"]["content"], place
-    assert set(operations["post", "/jobs"]["responses"]) == {"202", "422", "429", "503"}
-    assert "Retry-After" in operations["post", "/jobs"]["responses"]["429"]["headers"]
+    for (_, path), own in operations.items():
+        assert own["summary"]
+        assert own["description"]
+        assert own["tags"][0] in ("jobs", "progress")
+        assert "{job_id}" not in path or "application/problem+json" in own["responses"]["404"]["content"]
+    responses = operations["post", jobs]["responses"]
+    assert set(responses) == {"202", "422", "429", "503"}
+    assert "Retry-After" in responses["429"]["headers"]
     (example_body,) = schema["components"]["schemas"]["JobRequest"]["examples"]
-    from training_service.models import JobRequest
-
     assert JobRequest(**example_body).steps == 10
-    stream = operations["get", "/jobs/{job_id}/events"]["responses"]["200"]["content"]["text/event-stream"]
+    stream = operations["get", f"{job}/events"]["responses"]["200"]["content"]["text/event-stream"]
     shown = dict(line.split(": ", 1) for line in stream["example"].splitlines() if line)
     assert set(json.loads(shown["data"])) == set(schema["components"]["schemas"]["JobState"]["properties"])
-    for text in ("HTTPValidationError", "Successful Response"):
-        assert text not in json.dumps(schema)
+    assert "HTTPValidationError" not in json.dumps(schema)
 
 
 def test_settings_from_the_environment(example: None) -> None:

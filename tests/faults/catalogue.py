@@ -1,7 +1,7 @@
-"""What production does to requests.
+"""The faults that are injected: what networks, proxies and services do to requests in production.
 
-`RECOVERS`: what a client gets over by itself, wherever in a step it happens. `FINAL`: answers after which a call ends
-in a typed error.
+`RECOVERS`: faults from which a client recovers at every place of a step. `FINAL`: responses that end a call in a typed
+error.
 """
 
 import asyncio
@@ -17,18 +17,18 @@ from tests.faults.proxy import Answer, Fault, Passing
 
 PROTOBUF = "application/x-protobuf"
 SHORT = 0.03
-"""Seconds that something takes which takes long."""
+"""Seconds that a slow fault takes."""
 
 Treatment = Callable[[Passing], Awaitable[None]]
 
 
 def before(name: str, treat: Treatment) -> Fault:
-    """It happens before the service has heard of the request."""
+    """Returns a fault that happens before the request reaches the service."""
     return Fault(f"{name}, before", treat)
 
 
 def after(name: str, treat: Treatment) -> Fault:
-    """It happens to the answer, when the service has taken the request."""
+    """Returns a fault that replaces the response after the service has processed the request."""
 
     async def act(passing: Passing) -> None:
         await passing.ask()
@@ -38,7 +38,7 @@ def after(name: str, treat: Treatment) -> Fault:
 
 
 def answering(answer: Answer) -> Treatment:
-    """Answers without the service."""
+    """Sends this response."""
 
     async def treat(passing: Passing) -> None:
         await passing.answer(answer)
@@ -65,7 +65,7 @@ async def stall(passing: Passing) -> None:
 
 
 async def endless_drip(passing: Passing) -> None:
-    """A head, then a byte now and then: every single read is quick, the whole never ends."""
+    """Sends a head, then a byte at a time: every read is quick, but the response never ends."""
     await passing.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n")
     passing.keep_alive = False
     while True:
@@ -83,7 +83,7 @@ async def break_next_connections(passing: Passing) -> None:
     await passing.reset()
 
 
-# What happens to a right answer
+# Faults of a correct response
 
 
 async def half_an_answer(passing: Passing) -> None:
@@ -137,7 +137,7 @@ async def closed_after_the_answer(passing: Passing) -> None:
 
 
 def moment(seconds: float) -> str:
-    """An HTTP date so many seconds from now."""
+    """Returns the HTTP date that many seconds from now."""
     return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
 
 
@@ -147,11 +147,11 @@ def busy(status: int, **headers: str) -> Answer:
 
 RETRY_AFTER = {
     "seconds": {"retry_after": "1"},
-    "a part of a second": {"retry_after": "0.021"},
+    "a fraction of a second": {"retry_after": "0.021"},
     "milliseconds": {"retry_after_ms": "21"},
     "milliseconds and seconds": {"retry_after_ms": "21", "retry_after": "50"},
-    "a date to come": {"retry_after": moment(3600)},
-    "a date that is past": {"retry_after": moment(-3600)},
+    "a future date": {"retry_after": moment(3600)},
+    "a past date": {"retry_after": moment(-3600)},
     "nothing": {"retry_after": ""},
     "zero": {"retry_after": "0"},
     "almost zero": {"retry_after_ms": "0.000001"},
@@ -160,19 +160,19 @@ RETRY_AFTER = {
     "infinite": {"retry_after": "inf"},
     "not a number": {"retry_after": "nan"},
     "garbage": {"retry_after": "soon; \xff\x80"},
-    "a date of no calendar": {"retry_after": "Fri, 99 Zed 99999999999 99:99:99 GMT"},
+    "an invalid date": {"retry_after": "Fri, 99 Zed 99999999999 99:99:99 GMT"},
 }
 
 HTML = Answer.of(200, b"<html>Please log in</html>", "text/html")
 WRONG_PROTOBUF = Answer.of(200, b"\x0a\xff\xff\xff\xff\x0fgarbage", PROTOBUF)
-TELLING_LIST = Answer.of(200, [1, 2, 3])
+JSON_LIST = Answer.of(200, [1, 2, 3])
 BROKEN_GZIP = Answer.of(200, b"not gzip", content_encoding="gzip")
 CUT_OFF_GZIP = Answer.of(200, gzip.compress(b'{"request_id": "1"}')[:16], content_encoding="gzip")
-GARBAGE = b"\x00\xfe\xff\x16\x03 nothing that was agreed on \r\n\r\n\r\n"
+GARBAGE = b"\x00\xfe\xff\x16\x03 not HTTP \r\n\r\n\r\n"
 
 HINTS = [
-    before(f"status {status} with Retry-After: {name}", answering(busy(status, **told)))
-    for (name, told), status in zip(RETRY_AFTER.items(), itertools.cycle((429, 503, 425, 500)), strict=False)
+    before(f"status {status} with Retry-After: {name}", answering(busy(status, **hint)))
+    for (name, hint), status in zip(RETRY_AFTER.items(), itertools.cycle((429, 503, 425, 500)), strict=False)
 ]
 
 RECOVERS: dict[str, list[Fault]] = {
@@ -183,23 +183,23 @@ RECOVERS: dict[str, list[Fault]] = {
     "garbage bytes": [
         before("garbage bytes", sending(GARBAGE)),
         after("garbage bytes", sending(GARBAGE)),
-        before("nothing at all", sending(b"")),
+        before("an empty response", sending(b"")),
     ],
     "wrong content type": [
         before("wrong content type", answering(HTML)),
         after("wrong content type", answering(HTML)),
-        after("JSON of another kind", answering(TELLING_LIST)),
+        after("JSON of another type", answering(JSON_LIST)),
     ],
     "wrong protobuf": [
         before("wrong protobuf", answering(WRONG_PROTOBUF)),
         after("wrong protobuf", answering(WRONG_PROTOBUF)),
     ],
     "broken gzip": [
-        before("gzip that is none", answering(BROKEN_GZIP)),
-        after("gzip that is cut off", answering(CUT_OFF_GZIP)),
+        before("invalid gzip", answering(BROKEN_GZIP)),
+        after("truncated gzip", answering(CUT_OFF_GZIP)),
     ],
     "slow drip": [Fault("slow drip", slow_drip, answers=True)],
-    "a drip without end": [before("a drip without end", endless_drip)],
+    "an endless response": [before("an endless response", endless_drip)],
     "stall": [before("stall", stall), after("stall", stall)],
     "status, before": [
         before(f"status {status}", answering(busy(status))) for status in (408, 425, 429, 500, 502, 503, 504)
@@ -214,7 +214,7 @@ RECOVERS: dict[str, list[Fault]] = {
     "passed on after another": [Fault("passed on after another", passed_on_after_another, answers=True)],
     "closed after the answer": [Fault("closed after the answer", closed_after_the_answer, answers=True)],
 }
-"""By name, faults that come one after another to a request."""
+"""By name, faults that happen one after another to the same request."""
 
 FINAL: list[Fault] = [
     *(before(f"status {status}", answering(busy(status))) for status in (401, 403, 404, 409, 410, 422)),
@@ -222,19 +222,19 @@ FINAL: list[Fault] = [
 ]
 
 
-def follow_flags(**flags: object) -> Fault:
-    """No fault: the service's answer to client/config, with other flags."""
+def with_flags(**flags: object) -> Fault:
+    """Not a fault: the response to client/config with other flags."""
 
     async def act(passing: Passing) -> None:
         answer = await passing.ask()
-        told = {**json.loads(answer.body), **flags}
-        await passing.answer(Answer(answer.status, answer.headers, json.dumps(told).encode()))
+        body = json.dumps({**json.loads(answer.body), **flags}).encode()
+        await passing.answer(Answer(answer.status, answer.headers, body))
 
     return Fault(f"flags {sorted(flags)}", act, answers=True)
 
 
 def random_faults(seed: int, share: float) -> Callable[[Passing], Fault | None]:
-    """Spoils this share of all requests, each with any of the faults that a client gets over."""
+    """Injects any of `RECOVERS` into this share of all requests."""
     dice = random.Random(seed)
     choices = [fault for faults in RECOVERS.values() for fault in dict.fromkeys(faults)]
 
@@ -244,5 +244,5 @@ def random_faults(seed: int, share: float) -> Callable[[Passing], Fault | None]:
     return choose
 
 
-IN_CHUNKS = follow_flags(fwdbwd_max_chunk_len=2)
-"""Calls of three datums go out in two requests at the same time."""
+IN_CHUNKS = with_flags(fwdbwd_max_chunk_len=2)
+"""Sends calls of three datums as two requests at the same time."""

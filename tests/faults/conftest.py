@@ -1,4 +1,4 @@
-"""A real service in a process of its own, a proxy in front of it, and the weights of a run without faults."""
+"""A real service in its own process, a proxy in front of it, and the weights of runs without faults."""
 
 import asyncio
 import ssl
@@ -15,24 +15,24 @@ import torch
 
 from tests.faults.catalogue import IN_CHUNKS
 from tests.faults.proxy import FaultProxy
-from tests.faults.runs import config, kept_run, long_run, new_client, resumed_run, short_run, weights
+from tests.faults.runs import config, long_run, new_client, resumed_run, saved_run, short_run, weights
 from tests.faults.tally import Tally, tally_of
 from tests.support.served import serving
-from tinkex_py import AsyncServiceClient
+from tinkex_py import AsyncServiceClient, AsyncTrainingClient
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of pytest-xdist tells its counts to the process that prints them."""
+    """Sends the counts of a pytest-xdist worker to the process that prints them."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["faults"] = tally_of(session.config).tell()
+        output["faults"] = tally_of(session.config).counts()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    told = getattr(node, "workeroutput", {}).get("faults")
-    if told is not None:  # a worker that died tells nothing
-        tally_of(node.config).hear(told)
+    counts = getattr(node, "workeroutput", {}).get("faults")
+    if counts is not None:  # a worker that crashed sends nothing
+        tally_of(node.config).add(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @dataclass(frozen=True)
 class Served:
-    """The service of these tests, with its state folder."""
+    """The service of these tests and its state folder."""
 
     url: str
     state: Path
@@ -53,7 +53,7 @@ class Served:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """The tiny model's matrices are so small that a second thread only waits."""
+    """The matrices of the tiny model are too small for a second thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,32 +74,30 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="package")
 def expected(served: Served) -> dict[str, np.ndarray]:
-    """The weights after a short run without faults."""
+    """Weights after a short run without faults."""
 
-    async def run(service: AsyncServiceClient) -> str:
-        return await short_run(await new_client(service))
-
-    return quiet_run(served, run)
+    return quiet_run(served, lambda service: on_new_client(service, short_run))
 
 
 @pytest.fixture(scope="package")
 def expected_of_long_runs(served: Served) -> dict[str, np.ndarray]:
-    """The weights after a long run without faults, its calls in chunks of two."""
+    """Weights after a long run without faults, its calls in chunks of two."""
 
-    async def run(service: AsyncServiceClient) -> str:
-        return await long_run(await new_client(service))
-
-    return quiet_run(served, run)
+    return quiet_run(served, lambda service: on_new_client(service, long_run))
 
 
 @pytest.fixture(scope="package")
 def twin(served: Served) -> dict[str, np.ndarray]:
-    """The weights of a run that was resumed, without any fault, its calls in one piece each."""
+    """Weights of a resumed run without faults, its calls in one chunk each."""
 
     async def run(service: AsyncServiceClient) -> str:
-        return await resumed_run(service, await kept_run(service))
+        return await resumed_run(service, await saved_run(service))
 
     return quiet_run(served, run, in_chunks=False)
+
+
+async def on_new_client(service: AsyncServiceClient, run: Callable[[AsyncTrainingClient], Awaitable[str]]) -> str:
+    return await run(await new_client(service))
 
 
 def quiet_run(
@@ -120,26 +118,26 @@ async def proxy(served: Served, tally: Tally) -> AsyncIterator[FaultProxy]:
     async with FaultProxy(served.url) as running:
         running.spoil("config", IN_CHUNKS)
         yield running
-    tally.add(running)
+    tally.injected.update(running.injected)
 
 
 @pytest.fixture(scope="package")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     folder = tmp_path_factory.mktemp("tls")
-    key, made = folder / "key.pem", folder / "certificate.pem"
+    key, file = folder / "key.pem", folder / "certificate.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(file)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except FileNotFoundError:
         pytest.skip("needs the openssl command to make a certificate")
-    return made, key
+    return file, key
 
 
 @pytest.fixture
 def trusted_certificate(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
-    """A server's TLS context that clients of this test trust."""
+    """The TLS context of a server that clients of this test trust."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))

@@ -1,15 +1,13 @@
-"""What was injected and what was checked, over all tests of this folder."""
+"""Counts injected faults and checked promises, over all tests of this folder and all worker processes."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
 
-from tests.faults.proxy import FaultProxy
-
-Told = dict[str, list[list[object]]]
-"""Counts as processes can tell each other."""
+Counts = tuple[Mapping[tuple[str, str], int], Mapping[str, int]]
+"""What a worker of pytest-xdist sends: plain dicts, which it can serialize."""
 
 
 @dataclass
@@ -24,23 +22,13 @@ class Tally:
     injected: Counter[tuple[str, str]] = field(default_factory=Counter)
     checked: Counter[str] = field(default_factory=Counter)
 
-    def add(self, proxy: FaultProxy) -> None:
-        """Counts what a proxy did."""
-        self.injected.update(proxy.injected)
+    def counts(self) -> Counts:
+        return dict(self.injected), dict(self.checked)
 
-    def tell(self) -> Told:
-        """All counts."""
-        return {
-            "injected": [[*key, count] for key, count in self.injected.items()],
-            "checked": [[name, count] for name, count in self.checked.items()],
-        }
-
-    def hear(self, told: Told) -> None:
+    def add(self, counts: Counts) -> None:
         """Adds the counts of another process."""
-        for name, place, count in told["injected"]:
-            self.injected[str(name), str(place)] += int(str(count))
-        for name, count in told["checked"]:
-            self.checked[str(name)] += int(str(count))
+        self.injected.update(counts[0])
+        self.checked.update(counts[1])
 
     def lines(self) -> Iterator[str]:
         """Two tables: faults with their places, and promises."""
@@ -63,5 +51,5 @@ TALLY = pytest.StashKey[Tally]()
 
 
 def tally_of(config: pytest.Config) -> Tally:
-    """The one of this process."""
+    """Returns the tally of this process."""
     return config.stash.setdefault(TALLY, Tally())

@@ -1,4 +1,4 @@
-"""100 large batches at once: what is under way is bounded by the limit that the service tells, not by their number."""
+"""100 large batches at once: the limit of the service bounds the bytes in flight, whatever the number of batches."""
 
 import asyncio
 import tracemalloc
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.asyncio
 BATCHES = 100
 TOKENS = 40_000
 BATCH = 16 * TOKENS
-"""Bytes on the wire, roughly: tokens, targets and weights."""
+"""Approximate bytes on the wire: tokens, targets and weights."""
 LIMIT = 5 * BATCH
 PASSES = "/api/v1/forward_backward"
 
 
 def script(server: ScriptedServer) -> None:
-    """A service that makes models, and then reads no pass."""
+    """Scripts a service that creates models, and then does not read the body of any pass."""
     server.script("/api/v1/client/config", answer(json={"fwdbwd_dispatch_bytes_semaphore_size": LIMIT}))
     server.script("/api/v1/create_session", answer(json={"session_id": "s1"}))
     server.script("/api/v1/get_server_capabilities", answer(json={"supported_models": [{"model_name": "tiny"}]}))
@@ -37,12 +37,12 @@ async def test_a_hundred_large_batches(tally, kind: str):
         script(server)
         patient = {"timeout": NO_HANG, "wire": "protobuf", "close_timeout": 0.0}
         service = AsyncServiceClient(config(server.url, **patient))
-        made = [
+        created = [
             await service.create_lora_training_client("tiny")
             for _ in range(BATCHES if kind == "calls of many clients" else 1)
         ]
-        clients = (made * BATCHES)[:BATCHES]
-        fitting = LIMIT // BATCH if len(made) > 1 else 1  # one client sends one after the other
+        clients = (created * BATCHES)[:BATCHES]
+        fitting = LIMIT // BATCH if len(created) > 1 else 1  # one client sends one at a time
         tracemalloc.start()
         try:
             if kind.startswith("custom"):
@@ -50,7 +50,7 @@ async def test_a_hundred_large_batches(tally, kind: str):
             else:
                 steps = [asyncio.create_task(training.forward_backward(data)) for training in clients]
             await server.until(lambda: sum(target == PASSES for target in server.started) >= fitting)
-            for _ in range(100):  # whoever could go on has gone on
+            for _ in range(100):  # every call that can proceed has proceeded
                 await asyncio.sleep(0)
             _, peak = tracemalloc.get_traced_memory()
         finally:
@@ -66,5 +66,5 @@ async def test_a_hundred_large_batches(tally, kind: str):
         await service.aclose()
         assert service._session.pass_bytes.held == 0
         await server.until(lambda: server.open_connections == 0)
-    tally.injected["a service that reads nothing", "B"] += fitting
-    tally.checked["batches that wait cost no memory"] += BATCHES
+    tally.injected["a service that does not read", "B"] += fitting
+    tally.checked["waiting batches are not encoded"] += BATCHES

@@ -1,6 +1,7 @@
-"""Nothing waits or repeats for ever: every call ends in a typed error within its attempts or its deadline."""
+"""Every call ends: in a typed error, within its attempts or its deadline."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -23,9 +24,10 @@ from tinkex_py.telemetry import Event
 
 pytestmark = pytest.mark.asyncio
 THREE = RetryPolicy(deadline=20.0, max_attempts=3, initial_wait=0.001, max_wait=0.01)
-_NOT_HERE = ("connection refused", "connections that break at once", "stall", "a drip without end")
-LASTING = {name: faults[-1] for name, faults in RECOVERS.items() if not faults[-1].answers and name not in _NOT_HERE}
-
+_OTHER_TESTS = ("connection refused", "connections that break at once", "stall", "an endless response")
+PERMANENT = {
+    name: faults[-1] for name, faults in RECOVERS.items() if not faults[-1].answers and name not in _OTHER_TESTS
+}
 PATIENT = {"timeout": NO_HANG, "poll_timeout": NO_HANG}
 
 Call = Callable[[AsyncTrainingClient], Awaitable[Any]]
@@ -38,68 +40,68 @@ CALLS: dict[str, Call] = {
 
 
 class Attempts:
-    """The numbers of attempts, by path, as events tell them."""
+    """Collects the attempt numbers of HTTP requests, by endpoint, from telemetry."""
 
     def __init__(self) -> None:
-        self.by_path: dict[str, list[int]] = {}
-        self._handler = telemetry.attach(self._hear, events="tinkex.http.request.start")
+        self.by_endpoint: defaultdict[str, list[int]] = defaultdict(list)
+        telemetry.attach(self._note, events="tinkex.http.request.start")
 
-    def _hear(self, event: Event) -> None:
-        endpoint = event.metadata["path"].rsplit("/", 1)[-1]
-        self.by_path.setdefault(endpoint, []).append(event.metadata["attempt"])
+    def _note(self, event: Event) -> None:
+        self.by_endpoint[event.metadata["path"].rsplit("/", 1)[-1]].append(event.metadata["attempt"])
 
 
-def lasts(proxy: FaultProxy, place: str, fault: Fault) -> None:
+def make_permanent(proxy: FaultProxy, place: str, fault: Fault) -> None:
     """The fault happens at every request of a place from now on."""
     proxy.choose = lambda passing: fault if passing.place == place else None
 
 
-@pytest.mark.parametrize("place", CALLS)
-@pytest.mark.parametrize("name", LASTING)
-async def test_a_fault_that_lasts_ends_the_call(proxy: FaultProxy, tally, name: str, place: str):
+@pytest.mark.parametrize("fault", PERMANENT.values(), ids=PERMANENT)
+async def test_a_permanent_fault_ends_the_call(proxy: FaultProxy, tally, fault: Fault):
     proxy.heal()
+    attempts = Attempts()
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=THREE)) as service:
-        training = await new_client(service)
-        lasts(proxy, place, LASTING[name])
-        attempts = Attempts()
-        with pytest.raises(TinkexError) as caught:
-            await CALLS[place](training)
-        assert proxy.requests[place] - (place == "retrieve_future") == 3  # one poll was for the model
-        if place != "retrieve_future":
-            assert isinstance(caught.value, SequenceLost), caught.value
-            assert "create_training_client_from_state" in str(caught.value)
-            endpoint = place if place == "optim_step" else "forward_backward"
-            assert attempts.by_path[endpoint][-3:] == [1, 2, 3]
-            with pytest.raises(SequenceLost):
-                await training.forward(DATA)
-        proxy.heal()
-        await (await new_client(service)).optim_step(ADAM)  # the others are not harmed
-    tally.checked["a fault that lasts ends in a typed error"] += 1
+        for place, call in CALLS.items():
+            training = await new_client(service)
+            before_it = proxy.requests[place]
+            make_permanent(proxy, place, fault)
+            with pytest.raises(TinkexError) as caught:
+                await call(training)
+            assert proxy.requests[place] == before_it + 3
+            if place != "retrieve_future":
+                assert isinstance(caught.value, SequenceLost), caught.value
+                assert "create_training_client_from_state" in str(caught.value)
+                endpoint = place if place == "optim_step" else "forward_backward"
+                assert attempts.by_endpoint[endpoint][-3:] == [1, 2, 3]
+                with pytest.raises(SequenceLost):
+                    await training.forward(DATA)
+            proxy.heal()
+            tally.checked["a permanent fault ends in a typed error"] += 1
+        await (await new_client(service)).optim_step(ADAM)  # other clients are not affected
 
 
 @pytest.mark.parametrize(
-    "fault", [before("stall", stall), before("a drip without end", endless_drip)], ids=["stall", "drip"]
+    "fault", [before("stall", stall), before("an endless response", endless_drip)], ids=["stall", "drip"]
 )
 async def test_the_deadline_ends_an_attempt_that_stalls(proxy: FaultProxy, tally, fault: Fault):
-    """The exchange alone might last ten minutes."""
+    """The timeout of the exchange alone is ten minutes."""
     retry = RetryPolicy(deadline=1.0, initial_wait=0.001, max_wait=0.01)
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, timeout=600.0, retry=retry)) as service:
         training = await new_client(service)
-        lasts(proxy, "B", fault)
+        make_permanent(proxy, "B", fault)
         with pytest.raises(SequenceLost, match=r"retry deadline of 1 s"):
             await training.forward_backward(DATA)
     tally.checked["a deadline ends the retries"] += 1
 
 
 @pytest.mark.parametrize("place", ["B", "retrieve_future"])
-async def test_no_wait_that_the_service_asks_for_goes_beyond_the_deadline(proxy: FaultProxy, tally, place: str):
-    """It asks for a minute at each attempt; a client that obeyed would be here for an hour."""
+async def test_no_wait_requested_by_the_service_exceeds_the_deadline(proxy: FaultProxy, tally, place: str):
+    """The service requests a minute at each attempt, which would last for an hour."""
     retry = RetryPolicy(deadline=20.0, initial_wait=0.001, max_wait=0.01)
     proxy.heal()
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=retry)) as service:
         training = await new_client(service)
         before_it = proxy.requests[place]
-        lasts(proxy, place, before("a minute", answering(busy(503, retry_after="60"))))
+        make_permanent(proxy, place, before("a minute", answering(busy(503, retry_after="60"))))
         with pytest.raises(TinkexError, match="503"):
             await training.forward_backward(DATA)
         assert proxy.requests[place] == before_it + 1
@@ -107,19 +109,19 @@ async def test_no_wait_that_the_service_asks_for_goes_beyond_the_deadline(proxy:
 
 
 @pytest.mark.parametrize("place", ["B", "retrieve_future"])
-async def test_a_service_cannot_ask_to_be_asked_at_network_speed(proxy: FaultProxy, tally, place: str):
-    """With our own waits of minutes, a hint that is no wait must not bring a second attempt."""
+async def test_a_service_cannot_request_immediate_retries(proxy: FaultProxy, tally, place: str):
+    """With own waits of hours, a hint without a usable wait must not cause a second attempt."""
     names = ("zero", "almost zero", "negative", "garbage")
     hints = [before(name, answering(busy(503, **RETRY_AFTER[name]))) for name in names]
     retry = RetryPolicy(deadline=1e6, initial_wait=1e5, max_wait=1e5)
     proxy.heal()
-    # The submission of a cancelled caller goes on, here for days: closing cuts it off.
+    # The submission of a cancelled caller continues, here for days, until closing ends it.
     settings = config(proxy.url, **PATIENT, retry=retry, close_timeout=0.01)
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(settings) as service:
         for hint in hints:
             training = await new_client(service)
             before_it = proxy.requests[place]
-            lasts(proxy, place, hint)
+            make_permanent(proxy, place, hint)
             step = asyncio.create_task(training.forward_backward(DATA))
             await proxy.until(lambda count=before_it: proxy.requests[place] == count + 1)
             await asyncio.wait([step], timeout=0.03)
@@ -130,14 +132,14 @@ async def test_a_service_cannot_ask_to_be_asked_at_network_speed(proxy: FaultPro
     tally.checked["hostile waits are not obeyed"] += len(hints)
 
 
-async def test_waiting_for_a_result_ends_when_the_caller_wants(proxy: FaultProxy, tally):
-    """A service may work on a request for hours, so this wait has no bound of its own."""
+async def test_a_caller_can_stop_waiting_for_a_result(proxy: FaultProxy, tally):
+    """A service may work on a request for hours, so this wait is unbounded."""
     proxy.heal()
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, poll_timeout=0.05)) as service:
         training = await new_client(service)
         for fault in (before("stall", stall), before("not yet", answering(busy(408)))):
             polls = proxy.requests["retrieve_future"]
-            lasts(proxy, "retrieve_future", fault)
+            make_permanent(proxy, "retrieve_future", fault)
             step = asyncio.create_task(training.forward(DATA))
             await proxy.until(lambda count=polls: proxy.requests["retrieve_future"] >= count + 3)
             step.cancel()
@@ -149,23 +151,23 @@ async def test_waiting_for_a_result_ends_when_the_caller_wants(proxy: FaultProxy
     tally.checked["a caller ends a wait for a result"] += 2
 
 
-async def test_nobody_listens(proxy: FaultProxy, tally):
-    """At the first contact, and in the middle of a run."""
+async def test_a_service_that_is_down(proxy: FaultProxy, tally):
+    """Both at the first request and in the middle of a run."""
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT, retry=THREE)) as service:
         training = await new_client(service)
         await proxy.refuse_for(1e6)
         with pytest.raises(SequenceLost, match="nothing answers there"):
             await training.forward_backward(DATA)
         attempts = Attempts()
-        failure = await first_contact(proxy.url)
+        failure = await first_request_fails(proxy.url)
         assert "nothing answers there" in str(failure)
         assert failure.attempts == 3
-        assert attempts.by_path["config"] == [1, 2, 3]
-    tally.checked["a fault that lasts ends in a typed error"] += 2
+        assert attempts.by_endpoint["config"] == [1, 2, 3]
+    tally.checked["a permanent fault ends in a typed error"] += 2
 
 
-async def first_contact(url: str) -> ConnectionFailed:
-    """How a client fails that cannot reach its service."""
+async def first_request_fails(url: str) -> ConnectionFailed:
+    """Returns the error of a client that cannot reach its service."""
     service = AsyncServiceClient(config(url, **PATIENT, retry=THREE))
     async with asyncio.timeout(NO_HANG):
         with pytest.raises(ConnectionFailed) as caught:
@@ -174,19 +176,19 @@ async def first_contact(url: str) -> ConnectionFailed:
     return caught.value
 
 
-async def test_a_name_that_nobody_has(tally):
-    failure = await first_contact("http://no-such-host.invalid")
-    assert "the name of the host cannot be resolved" in str(failure)
+async def test_an_unknown_host_name(tally):
+    failure = await first_request_fails("http://no-such-host.invalid")
+    assert "the host name cannot be resolved" in str(failure)
     assert failure.attempts == 3
-    tally.checked["a fault that lasts ends in a typed error"] += 1
+    tally.checked["a permanent fault ends in a typed error"] += 1
 
 
-async def test_tls_that_cannot_be_trusted_or_spoken(proxy, served, trusted_certificate, monkeypatch, tally):
+async def test_tls_without_trust_or_without_tls(proxy, served, trusted_certificate, monkeypatch, tally):
     monkeypatch.delenv("SSL_CERT_FILE")
     async with FaultProxy(served.url, tls=trusted_certificate) as tls_proxy:
-        failure = await first_contact(tls_proxy.url)
+        failure = await first_request_fails(tls_proxy.url)
         assert "the certificate of the service is not trusted" in str(failure)
         assert "SSL_CERT_FILE" in str(failure)
-    failure = await first_contact(proxy.url.replace("http:", "https:"))
+    failure = await first_request_fails(proxy.url.replace("http:", "https:"))
     assert "the TLS handshake failed" in str(failure)
-    tally.checked["a fault that lasts ends in a typed error"] += 2
+    tally.checked["a permanent fault ends in a typed error"] += 2

@@ -1,4 +1,4 @@
-"""Calls cancelled at each of their suspensions, over HTTP: the client goes on, and the weights are right."""
+"""Calls cancelled at each of their suspensions, over HTTP: the client stays usable, and the weights are correct."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ PATIENT = {"timeout": NO_HANG, "poll_timeout": NO_HANG}
 
 
 async def cancelled_at(make: Callable[[], Any], at: int) -> tuple[asyncio.Task[Any], bool]:
-    """The call, cancelled at its suspension `at`; and whether it had that many."""
+    """Cancels a call at its suspension `at`; also returns whether it had that many."""
     driven = Cancelling(make(), at, late=False)
 
     async def drive() -> Any:
@@ -29,7 +29,7 @@ async def cancelled_at(make: Callable[[], Any], at: int) -> tuple[asyncio.Task[A
 
 
 async def twin_of(service: AsyncServiceClient, updates: list[bool]) -> AsyncTrainingClient:
-    """A client that makes these passes, and an optimizer step behind those that are True."""
+    """Returns a client after these passes, each followed by an optimizer step if True."""
     twin = await new_client(service)
     for updated in updates:
         await twin.forward_backward_custom(DATA, nll)
@@ -44,9 +44,9 @@ async def saved(training: AsyncTrainingClient) -> str:
 
 @pytest.mark.parametrize("call", ["custom step", "optim_step", "save_state"])
 async def test_cancelled_at_every_suspension(proxy: FaultProxy, served, tally, call: str):
-    """What counts is whether a request was handed over; a twin makes exactly those."""
+    """A twin repeats exactly the requests that were handed over."""
     proxy.heal()
-    passes: list[bool] = []  # every pass that happened, and whether an update came behind it
+    passes: list[bool] = []  # every pass that took effect, and whether an update followed
     async with asyncio.timeout(2 * NO_HANG), AsyncServiceClient(config(proxy.url, **PATIENT)) as service:
         training = await new_client(service)
         at, reached = 1, True
@@ -78,12 +78,12 @@ async def test_cancelled_at_every_suspension(proxy: FaultProxy, served, tally, c
     proxy.check_numbers(training.model_id)
     assert_same(weights(served.state, path), weights(served.state, expected))
     tally.injected["cancelled at a suspension", call] += at - 2
-    tally.checked["a cancelled call leaves the client in order"] += at - 2
+    tally.checked["a cancelled call leaves the client usable"] += at - 2
 
 
 @pytest.mark.parametrize("call", ["entering", "first model"])
-async def test_opening_that_is_cancelled_at_every_suspension(proxy: FaultProxy, tally, call: str):
-    """Entering that fails closes the client; a first call that is cancelled leaves one that works."""
+async def test_opening_cancelled_at_every_suspension(proxy: FaultProxy, tally, call: str):
+    """A failed entry closes the client; a cancelled first call leaves it usable."""
     proxy.heal()
     settings: TinkexConfig = config(proxy.url, **PATIENT)
     at, reached = 1, True
@@ -106,4 +106,4 @@ async def test_opening_that_is_cancelled_at_every_suspension(proxy: FaultProxy, 
         assert at > 3
         await proxy.until(lambda: proxy.open_connections == 0)
     tally.injected["cancelled at a suspension", call] += at - 2
-    tally.checked["a cancelled call leaves the client in order"] += at - 2
+    tally.checked["a cancelled call leaves the client usable"] += at - 2

@@ -1,4 +1,4 @@
-"""200 training clients on one loop: each trains as if it were alone, over few connections."""
+"""200 training clients on one loop: each trains as it would alone, over few connections."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from tinkex_py import AsyncServiceClient, AsyncTrainingClient, Datum, Regularize
 
 pytestmark = pytest.mark.asyncio
 CLIENTS = 200
-RECIPES = 20
+RECIPES = 8
 CONNECTIONS, POLLS = 4, 12
 SETTINGS = {"timeout": NO_HANG, "poll_timeout": NO_HANG, "max_connections": CONNECTIONS, "max_polls": POLLS}
 
 
 def recipe(number: int) -> tuple[int, Sequence[Datum]]:
-    """A seed, and data of its own."""
+    """Returns the seed and the data of a recipe."""
     return 100 + number, [datum(2 + number % 3, 50 + number), datum(3, 90 + number)]
 
 
 async def step(training: AsyncTrainingClient, data: Sequence[Datum]) -> list[float]:
-    """What a custom step and its optimizer step say, sent in one burst, and all logprobs of the new weights."""
+    """Runs a custom step with its optimizer step; returns their numbers and all logprobs of the new weights."""
     specs = [RegularizerSpec(fn=smooth, weight=0.5, name="smooth")]
     loss, update, after = await asyncio.gather(
         training.forward_backward_custom(data, nll, regularizers=specs, track_grad_norms=True),
@@ -31,12 +31,12 @@ async def step(training: AsyncTrainingClient, data: Sequence[Datum]) -> list[flo
         training.forward(data),
     )
     assert loss.total_grad_norm is not None
-    told = [loss.loss_total, loss.total_grad_norm, update.metrics["grad_norm"]]
-    return [*told, *after.packed["logprobs"].values.tolist()]
+    numbers = [loss.loss_total, loss.total_grad_norm, update.metrics["grad_norm"]]
+    return [*numbers, *after.packed["logprobs"].values.tolist()]
 
 
 async def small_client(service: AsyncServiceClient, seed: int) -> AsyncTrainingClient:
-    """With few layers adapted: there are two hundred of it."""
+    """Returns a client with few adapted layers."""
     return await service.create_lora_training_client("tiny", rank=1, seed=seed, train_mlp=False, train_unembed=False)
 
 
@@ -50,7 +50,7 @@ async def test_two_hundred_training_clients_on_one_loop(proxy: FaultProxy, tally
     """Two service clients with a hundred training clients each."""
     proxy.heal()
     expected = [await alone(proxy.url, number) for number in range(RECIPES)]
-    assert len({tuple(told) for told in expected}) == RECIPES, "recipes that cannot be told apart"
+    assert len({tuple(numbers) for numbers in expected}) == RECIPES, "recipes with equal numbers"
     await proxy.until(lambda: proxy.open_connections == 0)
     proxy.most_connections = 0
     async with (
@@ -69,10 +69,10 @@ async def test_two_hundred_training_clients_on_one_loop(proxy: FaultProxy, tally
         clients = [run.result()[0] for run in runs]
         assert all(training._ordering.is_empty for training in clients)
         assert one._session.pass_bytes.held == other._session.pass_bytes.held == 0
-    assert 2 < proxy.most_connections <= 2 * (CONNECTIONS + POLLS)  # both clients ask for several things at once
+    assert 2 < proxy.most_connections <= 2 * (CONNECTIONS + POLLS)  # both clients send several requests at once
     await proxy.until(lambda: proxy.open_connections == 0)
     for number, run in enumerate(runs):
-        training, told = run.result()
-        assert told == expected[number % RECIPES]
+        training, numbers = run.result()
+        assert numbers == expected[number % RECIPES]
         proxy.check_numbers(training.model_id)
-    tally.checked["many clients train as if alone"] += CLIENTS
+    tally.checked["many clients train as they would alone"] += CLIENTS

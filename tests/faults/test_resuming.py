@@ -1,4 +1,4 @@
-"""Where a step cannot be saved it ends in typed errors, and a run resumed from its checkpoint is as if nothing was."""
+"""A step that cannot complete ends in typed errors; a run resumed from its checkpoint gets the same weights."""
 
 import asyncio
 import signal
@@ -18,9 +18,9 @@ from tests.faults.runs import (
     PLACES,
     assert_same,
     config,
-    kept_run,
     new_client,
     resumed_run,
+    saved_run,
     weights,
 )
 from tests.support.served import serving
@@ -38,43 +38,43 @@ pytestmark = pytest.mark.asyncio
 
 
 async def errors_of_a_step(training: AsyncTrainingClient) -> list[TinkexError]:
-    """Both requests of a step, sent in one burst; what they end in is an error that has a type, or nothing."""
+    """Starts both requests of a step together; returns their errors, which are typed."""
     calls = (training.forward_backward_custom(DATA, nll), training.optim_step(ADAM))
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    assert errors, "the step went through"
+    assert errors, "the step succeeded"
     assert all(isinstance(error, TinkexError) for error in errors), errors
-    assert not isinstance(errors[0], PrecedingRequestFailed), "nothing went before it"
+    assert not isinstance(errors[0], PrecedingRequestFailed), "no request precedes it"
     return [error for error in errors if isinstance(error, TinkexError)]
 
 
 @pytest.mark.parametrize("place", PLACES)
-async def test_final_answers_end_in_typed_errors_and_the_run_goes_on(proxy, served, twin, tally, place: str):
-    proxy.heal()  # calls in one piece each
+async def test_final_responses_end_in_typed_errors(proxy, served, twin, tally, place: str):
+    proxy.heal()  # calls in one chunk each
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url)) as service:
-        kept = await kept_run(service)
+        checkpoint = await saved_run(service)
         for fault in FINAL:
-            training = await service.create_training_client_from_state(kept, with_optimizer=True)
+            training = await service.create_training_client_from_state(checkpoint, with_optimizer=True)
             proxy.spoil(place, fault)
             await errors_of_a_step(training)
-            assert proxy.injected[fault.name, place] == 1, "a final answer is not asked for again"
-            tally.checked["final answers end in typed errors"] += 1
-        path = await resumed_run(service, kept)
+            assert proxy.injected[fault.name, place] == 1, "a final response is not retried"
+            tally.checked["final responses end in typed errors"] += 1
+        path = await resumed_run(service, checkpoint)
     assert_same(weights(served.state, path), twin)
     tally.checked["a resumed run equals its twin"] += 1
 
 
-async def test_expired_futures_say_so(proxy: FaultProxy):
+async def test_an_expired_future_is_a_typed_error(proxy: FaultProxy):
     async with asyncio.timeout(NO_HANG), AsyncServiceClient(config(proxy.url)) as service:
         training = await new_client(service)
-        gone = next(fault for fault in FINAL if fault.name == "status 410, before")
-        proxy.spoil("retrieve_future", gone)
+        expired = next(fault for fault in FINAL if fault.name == "status 410, before")
+        proxy.spoil("retrieve_future", expired)
         with pytest.raises(ResultLost, match="create_training_client_from_state"):
             await training.forward_backward(DATA)
 
 
-class Life:
-    """A service in a process of its own that can be killed and started again on the same state."""
+class RestartableService:
+    """A service in its own process that can be killed and restarted on the same state."""
 
     def __init__(self, state: Path, stack: ExitStack) -> None:
         self.state = state
@@ -83,8 +83,8 @@ class Life:
         self._process: Any = None
 
     async def start(self) -> str:
-        """Its address."""
-        # Beside the loop: the clients go on meanwhile.
+        """Returns its URL."""
+        # In a thread: the clients run meanwhile.
         self._process, url = await asyncio.to_thread(self._stack.enter_context, serving("--state-dir", str(self.state)))
         return url
 
@@ -94,7 +94,7 @@ class Life:
         self.killed.set()
 
     def fault(self, *, reaches: bool) -> Fault:
-        """The request is on its way when the service dies."""
+        """Returns the fault of a request that is in flight when the service dies."""
 
         async def act(passing: Passing) -> None:
             if reaches:
@@ -102,38 +102,38 @@ class Life:
             await passing.unless_client_leaves(self.killed.wait())
             await passing.reset()
 
-        return Fault(f"restart of the service, request {'taken' if reaches else 'not taken'}", act)
+        return Fault(f"restart of the service, request {'accepted' if reaches else 'not accepted'}", act)
 
 
 async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
-    """Clients at every place of a step, with the request taken or not, when the service is killed."""
+    """The service is killed while clients are at every place of a step, with the request accepted or not."""
     patient = {
         "timeout": 60.0,
         "poll_timeout": 60.0,
         "retry": RetryPolicy(deadline=60.0, initial_wait=0.01, max_wait=0.05),
     }
     with ExitStack() as stack:
-        life = Life(tmp_path, stack)
+        server = RestartableService(tmp_path, stack)
         async with (
             asyncio.timeout(3 * NO_HANG),
-            FaultProxy(await life.start()) as proxy,
+            FaultProxy(await server.start()) as proxy,
             AsyncServiceClient(config(proxy.url, **patient)) as service,
         ):
-            kept = await kept_run(service)
+            checkpoint = await saved_run(service)
             steps: list[asyncio.Task[list[TinkexError]]] = []
             for place in PLACES:
                 for reaches in (False, True):
-                    training = await service.create_training_client_from_state(kept, with_optimizer=True)
-                    fault = life.fault(reaches=reaches)
+                    training = await service.create_training_client_from_state(checkpoint, with_optimizer=True)
+                    fault = server.fault(reaches=reaches)
                     proxy.spoil(place, fault)
                     steps.append(asyncio.create_task(errors_of_a_step(training)))
                     await proxy.until(lambda f=fault, p=place: proxy.injected[f.name, p] == 1)
-            life.kill()
-            proxy.service_url = await life.start()
+            server.kill()
+            proxy.service_url = await server.start()
             for errors in await asyncio.gather(*steps):
                 assert isinstance(errors[0], NotFound | ResultLost), errors
                 tally.checked["a restart ends every call in a typed error"] += len(errors)
-            path = await resumed_run(service, kept)
-        tally.add(proxy)
+            path = await resumed_run(service, checkpoint)
+        tally.injected.update(proxy.injected)
         assert_same(weights(tmp_path, path), twin)
         tally.checked["a resumed run equals its twin"] += 1

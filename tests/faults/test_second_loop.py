@@ -1,4 +1,4 @@
-"""A client that is used on a second event loop says so, in the middle of a step too, and goes on on its own."""
+"""A client raises a typed error on a second event loop, even during a step, and stays usable on its own loop."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from tinkex_py import AsyncServiceClient, ClientClosed, ModelInput
 
 
 def on_another_loop(call: Callable[[], Awaitable[Any]]) -> BaseException | None:
-    """What a call ends in on a loop of its own, in a thread of its own."""
+    """Runs a call on another loop in another thread; returns its error."""
     outcomes: list[BaseException | None] = []
 
     async def use() -> None:
@@ -30,7 +30,7 @@ def on_another_loop(call: Callable[[], Awaitable[Any]]) -> BaseException | None:
 
 @pytest.mark.asyncio
 async def test_a_second_loop_in_the_middle_of_a_step(proxy: FaultProxy, served, expected: dict[str, np.ndarray], tally):
-    """While the gradient of a step is under way, and again when nothing is."""
+    """Both while the gradient of a step is in flight and when the client is idle."""
     patient = config(proxy.url, timeout=NO_HANG, poll_timeout=NO_HANG)
     release = asyncio.Event()
 
@@ -71,4 +71,4 @@ async def test_a_second_loop_in_the_middle_of_a_step(proxy: FaultProxy, served, 
     proxy.check_numbers(training.model_id)
     assert_same(weights(served.state, path), expected)
     tally.injected["used on a second loop", "any"] += 2 * len(calls)
-    tally.checked["a second loop is refused, the own goes on"] += 2 * len(calls)
+    tally.checked["a second loop is refused, the first continues"] += 2 * len(calls)

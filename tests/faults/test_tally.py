@@ -1,4 +1,6 @@
-"""The table at the end, over several processes."""
+"""The table at the end of `make faults`."""
+
+import execnet
 
 from tests.faults.tally import Tally
 
@@ -9,7 +11,7 @@ def test_counts_of_two_processes_add_up():
     one.checked["a promise"] += 1
     other.injected.update({("reset", "F"): 3, ("reset", "B"): 1, ("stall", "any"): 1})
     other.checked.update({"a promise": 2, "another": 5})
-    one.hear(other.tell())
+    one.add(execnet.loads(execnet.dumps(other.counts())))
     assert list(one.lines()) == [
         "injected  times  where",
         "reset         6  B 1, F 5",

@@ -1,7 +1,7 @@
 """Fuzzes all targets with atheris: `python -m tests.fuzz --seconds 60`, or `--runs 1000`.
 
-The first byte of an input chooses the target. An input that breaks one is written to the current folder (`crash-...`)
-and can be tried again with `python -m tests.fuzz --try FILE`.
+The first byte of an input selects the target. An input that crashes one is written to the current folder (`crash-...`)
+and can be repeated with `python -m tests.fuzz --try FILE`.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--seconds", type=int, help="how long")
-    chosen.add_argument("--runs", type=int, help="how many inputs")
-    chosen.add_argument("--try", type=Path, dest="file", help="one input")
+    chosen.add_argument("--seconds", type=int, help="duration")
+    chosen.add_argument("--runs", type=int, help="number of inputs")
+    chosen.add_argument("--try", type=Path, dest="file", help="file with one input")
     parser.add_argument("--seed", type=int, default=20261124)
     given = parser.parse_args()
-    import torch  # before the rest is instrumented: it is large, and not what is fuzzed
+    import torch  # before the instrumentation: it is large, and not fuzzed
 
     del torch
     if given.file is not None:

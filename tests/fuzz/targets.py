@@ -1,4 +1,4 @@
-"""What is fuzzed: all that reads bytes of others. A target takes any bytes, and raises only what is a defect."""
+"""The fuzz targets: everything that reads untrusted bytes. A target accepts any bytes; an exception is a defect."""
 
 import contextlib
 import io
@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from tinkex_py.client.archive import extract
 from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError, TinkexError, UnsupportedFeature
-from tinkex_py.local import requests, wire_format
-from tinkex_py.local.bodies import check_structure, unpacked
+from tinkex_py.local import schemas, wire_format
 from tinkex_py.local.core import Refused
+from tinkex_py.local.middleware import check_structure, decompressed
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
@@ -36,35 +36,35 @@ LIMIT = 1 << 20
 
 
 def pass_request(body: bytes) -> None:
-    """The service reads a forward or backward pass in protobuf."""
+    """Reads a forward or backward pass in protobuf, as the service does."""
     with contextlib.suppress(DecodeError, InvalidData, UnsupportedFeature):
         wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(body).data)
 
 
 def json_request(body: bytes) -> None:
-    """The service reads JSON: its structure, then as a pass and as a sample."""
+    """Reads JSON as the service does: its structure, then as every kind of request."""
     with contextlib.suppress(Refused, ValueError):
         text = body.decode()
         check_structure(text)
         value = json.loads(text)
-        for model in (requests.PassInput, requests.SampleBody, requests.SearchBody, requests.SaveWeightsBody):
+        for model in (schemas.PassInput, schemas.SampleBody, schemas.SearchBody, schemas.SaveWeightsBody):
             with contextlib.suppress(ValidationError, InvalidData, UnsupportedFeature):
                 read: Any = model.model_validate(value)
-                if isinstance(read, requests.PassInput):
+                if isinstance(read, schemas.PassInput):
                     wire_format.datums_from_json(read.data)
-                if isinstance(read, requests.SampleBody):
+                if isinstance(read, schemas.SampleBody):
                     wire_format.tokens_from_json("prompt", read.prompt)
                     wire_format.ids_from_json("targets", read.target_prompt_logprobs)
 
 
 def zstd_body(body: bytes) -> None:
-    """The service unpacks a body."""
+    """Decompresses a body, as the service does."""
     with contextlib.suppress(Refused):
-        assert len(unpacked(body, LIMIT)) <= LIMIT
+        assert len(decompressed(body, LIMIT)) <= LIMIT
 
 
 def pass_result(body: bytes) -> None:
-    """The client reads the result of a pass in protobuf."""
+    """Reads the result of a pass in protobuf, as the client does."""
     with contextlib.suppress(InvalidResponse):
         for row in decode_forward_backward(body).loss_fn_outputs:
             for tensor in row.values():
@@ -72,18 +72,18 @@ def pass_result(body: bytes) -> None:
 
 
 def sample_result(body: bytes) -> None:
-    """The client reads the result of a sample in protobuf."""
+    """Reads the result of a sample in protobuf, as the client does."""
     with contextlib.suppress(InvalidResponse):
         decode_sample(body)
 
 
-def json_answer(body: bytes) -> None:
-    """The client reads an answer in JSON, good or bad."""
+def json_response(body: bytes) -> None:
+    """Reads a successful or failed response in JSON, as the client does."""
     for status in (200, 400, 429):
-        answer = Response(status, {"content-type": "application/json"}, body)
+        response = Response(status, {"content-type": "application/json"}, body)
         with contextlib.suppress(TinkexError):
-            raise_for_status(answer)
-            value = answer.json()
+            raise_for_status(response)
+            value = response.json()
             if isinstance(value, dict):
                 for read in (read_forward_backward, read_sample):
                     with contextlib.suppress(InvalidResponse):
@@ -91,7 +91,7 @@ def json_answer(body: bytes) -> None:
 
 
 def checkpoint_archive(body: bytes) -> None:
-    """The client takes a downloaded checkpoint apart."""
+    """Extracts a downloaded checkpoint, as the client does."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "archive").write_bytes(body)
@@ -101,7 +101,7 @@ def checkpoint_archive(body: bytes) -> None:
 
 
 def checkpoint_file(body: bytes) -> None:
-    """The service reads the tensors of a checkpoint."""
+    """Reads the tensors of a checkpoint, as the service does."""
     from tinkex_py.local.engine import read_tensors
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def checkpoint_file(body: bytes) -> None:
 
 
 def files_of_a_run(body: bytes) -> None:
-    """The files that a run and a recorded step leave are read."""
+    """Reads the files of a run and of a recorded step."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name in (RUN_FILE, STEPS_FILE, JSON_NAME, TENSORS_NAME):
@@ -133,7 +133,7 @@ TARGETS: Mapping[str, Target] = {
         zstd_body,
         pass_result,
         sample_result,
-        json_answer,
+        json_response,
         checkpoint_archive,
         checkpoint_file,
         files_of_a_run,
@@ -142,7 +142,7 @@ TARGETS: Mapping[str, Target] = {
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """Good input of every kind, to begin with."""
+    """Returns valid input for every target."""
     import torch
     import zstandard
     from safetensors.torch import save
@@ -181,7 +181,7 @@ def seeds() -> dict[str, list[bytes]]:
         "prompt": {"chunks": [{"tokens": [1]}]},
         "target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]},
     }
-    answer_json = {
+    response_json = {
         "loss_fn_outputs": [{"logprobs": {"data": [0.5], "dtype": "float32", "shape": [1]}}],
         "sequences": [{"tokens": [1], "logprobs": [-0.5], "stop_reason": "stop"}],
         "metrics": {"loss:sum": 1.0},
@@ -194,7 +194,7 @@ def seeds() -> dict[str, list[bytes]]:
         "zstd_body": [zstandard.ZstdCompressor().compress(bytes(5000)), zstandard.ZstdCompressor().compress(b"{}")],
         "pass_result": [output.SerializeToString()],
         "sample_result": [sample.SerializeToString()],
-        "json_answer": [json.dumps(answer_json).encode(), b'{"detail": [{"loc": ["a"], "msg": "b"}], "code": "c"}'],
+        "json_response": [json.dumps(response_json).encode(), b'{"detail": [{"loc": ["a"], "msg": "b"}], "code": "c"}'],
         "checkpoint_archive": [_tar("w"), _tar("w:gz")],
         "checkpoint_file": [tensors],
         "files_of_a_run": [json.dumps(run_json).encode() + b"\n", tensors],

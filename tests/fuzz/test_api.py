@@ -1,4 +1,4 @@
-"""The service's OpenAPI document tells the truth, and no request that it allows or forbids is the service's fault."""
+"""The OpenAPI document is accurate, and no request, valid or not, causes an internal error of the service."""
 
 import json
 import logging
@@ -16,9 +16,9 @@ from tinkex_py.local.results import Failure
 from tinkex_py.transport import wire
 
 pytestmark = pytest.mark.asyncio
-EXAMPLES = 12
+EXAMPLES = 8
 OPTIONS = LocalOptions(hold_seconds=0.02, custom_losses=True)
-# What these do to things that are there would leave nothing for the others.
+# These end or remove objects that other requests need.
 ENDING = ("/finish", "unload_model", "cancel_future", "DELETE")
 
 
@@ -28,7 +28,7 @@ async def document_of(client: Any) -> dict[str, Any]:
     return answer.json()
 
 
-async def test_the_document_has_every_route_and_no_other(client):
+async def test_the_document_lists_every_route(client):
     document = await document_of(client)
     routes = [route for route in innermost(client.service.app).routes if route.path != "/openapi.json"]
     expected = {(route.path, method.lower()) for route in routes for method in route.methods - {"HEAD"}}
@@ -46,9 +46,9 @@ def required_fields(document: dict[str, Any], operation: dict[str, Any]) -> set[
     return set(document["components"]["schemas"].get(name, schema).get("required", []))
 
 
-async def test_the_document_says_which_fields_a_route_needs(run_service):
-    """An empty body is answered with exactly the fields that the document requires."""
-    asked = 0
+async def test_the_document_lists_the_required_fields(run_service):
+    """The response to an empty body names exactly the fields that the document requires."""
+    checked = 0
     async with run_service(OPTIONS) as client:
         document = await document_of(client)
         operations = [
@@ -62,22 +62,22 @@ async def test_the_document_says_which_fields_a_route_needs(run_service):
             answer = await client.http.request(method, path, json={})
             if needed:
                 assert answer.status_code == 422, path
-                told = {problem.partition(":")[0] for problem in answer.json()["detail"].split("; ")}
-                assert told == needed, path
-                asked += 1
+                named = {problem.partition(":")[0] for problem in answer.json()["detail"].split("; ")}
+                assert named == needed, path
+                checked += 1
             else:
                 assert answer.status_code in (200, 404), path
-    assert asked >= 18
+    assert checked >= 18
 
 
-async def test_no_page_loads_anything_from_elsewhere(client):
-    """FastAPI's own pages would load scripts from another host."""
+async def test_there_are_no_pages_with_external_scripts(client):
+    """The default pages of FastAPI load scripts from another host."""
     for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
         assert (await client.http.get(path)).status_code == 404
 
 
 class Planted:
-    """Things that are there, put into generated requests so that they get further than to a 404."""
+    """Puts ids of existing objects into generated requests, so that they do not all end in a 404."""
 
     def __init__(self, chance: random.Random, things: dict[str, Any]) -> None:
         self._chance = chance
@@ -121,7 +121,7 @@ async def planted_in(client: Any, kit: Any) -> dict[str, Any]:
 
 
 def cases_of(operation: Any, planted: Planted) -> list[dict[str, Any]]:
-    """Requests for one route, within the document and beyond it."""
+    """Generates requests for one route, valid and invalid."""
     found: list[dict[str, Any]] = []
 
     @seed(20261124)
@@ -143,7 +143,7 @@ def cases_of(operation: Any, planted: Planted) -> list[dict[str, Any]]:
     return found
 
 
-async def test_no_request_is_the_services_fault(run_service, kit, caplog):
+async def test_no_request_causes_an_internal_error(run_service, kit, caplog):
     caplog.set_level(logging.ERROR, "tinkex_py.local")
     async with run_service(OPTIONS) as client:
         schema = schemathesis.openapi.from_dict(await document_of(client))
@@ -161,20 +161,20 @@ async def test_no_request_is_the_services_fault(run_service, kit, caplog):
                 assert case is not None
                 operation.validate_response(answer)
         core = client.service.core
-        await client.model(10**6)  # behind everything that was asked for
+        await client.model(10**6)  # returns after all earlier requests
         failures = [pending.outcome for pending in core.results._results.values()]
         faults = [outcome for outcome in failures if isinstance(outcome, Failure) and outcome.category != "user"]
         assert faults == []
         assert caplog.records == []
-        # All kinds of answers have occurred: the requests are neither all refused nor all taken.
-        assert statuses[200] > 90
-        assert statuses[422] > 30
-        assert statuses[404] > 30
-        assert len(failures) > 30
+        # All kinds of responses occurred: the requests are neither all rejected nor all accepted.
+        assert statuses[200] > 60
+        assert statuses[422] > 20
+        assert statuses[404] > 20
+        assert len(failures) > 20
 
 
-async def test_no_protobuf_is_the_services_fault(run_service, kit):
-    """A good request with bytes changed, cut and put in: a 4xx, or a future that is done or fails by the user."""
+async def test_no_protobuf_causes_an_internal_error(run_service, kit):
+    """A valid request with changed, removed and inserted bytes gets a 4xx, or a future without an internal error."""
     async with run_service(OPTIONS) as client:
         model_id = await client.model()
         whole = kit.message(model_id, 0, [kit.datum(5, 1), kit.datum(3, 2, weights=[1.0, 0.5, 0.0])])
@@ -182,7 +182,7 @@ async def test_no_protobuf_is_the_services_fault(run_service, kit):
         bodies: list[bytes] = []
 
         @seed(20261124)
-        @settings(max_examples=120, database=None, phases=[Phase.generate])
+        @settings(max_examples=60, database=None, phases=[Phase.generate])
         @given(
             st.lists(st.tuples(st.integers(0, len(content) - 1), st.binary(min_size=1, max_size=1)), max_size=2),
             st.one_of(st.none(), st.none(), st.none(), st.integers(0, len(content))),
@@ -203,9 +203,9 @@ async def test_no_protobuf_is_the_services_fault(run_service, kit):
                 continue
             message = wire.ForwardBackwardRequest.FromString(body)
             if message.seq_id > 0 and message.seq_id != client.service.core.sequencers[model_id].next_number - 1:
-                continue  # it waits for numbers that do not come
+                continue  # it waits for earlier numbers
             result = await client.final(answer.json()["request_id"])
             assert result.status_code == 200
             assert result.json().get("category", "user") == "user", result.text
             done += 1
-        assert done > 20
+        assert done > 10

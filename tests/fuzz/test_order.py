@@ -1,7 +1,7 @@
-"""The order of a training client's requests, whatever happens to them: the ordering against a model of the service.
+"""The order of a training client's requests, tested against a model of the service.
 
-The model knows nothing of the ordering's inside. It numbers what arrives, takes a number that comes again as the same
-request, and knows from the rules (which request did not take effect, which come behind it) what each must end with.
+The model is independent of the implementation. It numbers what arrives, takes a repeated number for the same request,
+and derives from the rules (which request had no effect, which requests follow it) how each must end.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from tinkex_py.errors import (
 from tinkex_py.transport.api import Sent
 
 KINDS = {"custom": Kind.GRADIENT, "gradient": Kind.GRADIENT, "update": Kind.UPDATE, "read": Kind.READ}
-# Turns of the loop after which nothing moves that does not wait for the test.
+# Turns of the loop after which everything waits for the test.
 TURNS = 25
 BURSTS = st.lists(
     st.tuples(st.sampled_from(["custom", *sorted(KINDS)]), st.booleans(), st.integers(1, 2)), min_size=1, max_size=3
@@ -35,11 +35,11 @@ OWN_FAILURES = (BadRequest, NonFiniteLoss, RequestFailed)
 
 @dataclass
 class Request:
-    """One request and what the model expects of it.
+    """One request and its expected state.
 
     Attributes:
         happened: its last submission was handed over.
-        broken: an earlier write did not take effect before this one was handed over.
+        broken: an earlier write had no effect when this one was handed over.
     """
 
     index: int
@@ -78,7 +78,7 @@ class Work:
         return self.count
 
     def handed_over(self) -> None:
-        assert not self.request.broken, "something broken was sent"
+        assert not self.request.broken, "a broken request was sent"
         self.request.happened = self.is_last
 
     async def submit(self, numbers: Sequence[int]) -> Sequence[Sent]:
@@ -97,7 +97,7 @@ class Work:
 
 @dataclass
 class Service:
-    """What arrives: each number once, in order, one submission at a time."""
+    """Checks what arrives: each number once, in order, one submission at a time."""
 
     log: list[tuple[int, int, str]] = field(default_factory=list)
     answer: "asyncio.Future[str] | None" = None
@@ -107,7 +107,7 @@ class Service:
         if known is None:
             assert number == len(self.log) + 1, f"number {number} came after {len(self.log)}"
             self.log.append((number, index, part))
-        assert known in (None, (number, index, part)), "one number for two requests"
+        assert known in (None, (number, index, part)), "two requests have one number"
 
 
 class Requests(RuleBasedStateMachine):
@@ -136,7 +136,7 @@ class Requests(RuleBasedStateMachine):
 
     async def deliver(self, request: Request, part: str, numbers: Sequence[int], *, last: bool) -> Sequence[Sent]:
         before = [other for other in self.requests[: request.index] if not (other.happened or other.left)]
-        assert len(before) <= (part == "F" and request.early), "it goes out before its turn"
+        assert len(before) <= (part == "F" and request.early), "it was sent before its turn"
         while True:
             assert self.service.answer is None, "two submissions on the wire"
             for number in numbers:
@@ -146,7 +146,7 @@ class Requests(RuleBasedStateMachine):
                 outcome = await self.service.answer
             finally:
                 self.service.answer = None
-            if outcome == "again":  # the answer was lost, and the same is sent under the same number
+            if outcome == "again":  # the response was lost: the request is repeated with its number
                 continue
             if outcome == "refused":
                 request.refused = last
@@ -196,7 +196,7 @@ class Requests(RuleBasedStateMachine):
         for other in self.requests[request.index + 1 :]:
             other.broken = other.broken or not (other.happened or other.left)
 
-    # What can happen
+    # Rules
 
     def waiting(self, what: str) -> list[Request]:
         found = [(request, getattr(request, what)) for request in self.requests]
@@ -271,15 +271,15 @@ class Requests(RuleBasedStateMachine):
         self.run(cancel)
 
     @rule(times=st.integers(1, 4))
-    def go_on(self, times: int) -> None:
-        """Nothing goes wrong for a while."""
+    def continue_normally(self, times: int) -> None:
+        """Continues without failures for some steps."""
         for _ in range(times):
             if self.service.answer is not None and not self.service.answer.done():
                 self.answer_the_submission("fine")
             elif self.waiting("terms"):
                 self.end_terms(False)
 
-    # What always holds
+    # Invariants
 
     @invariant()
     def every_request_ends_as_the_rules_say(self) -> None:
@@ -287,11 +287,11 @@ class Requests(RuleBasedStateMachine):
             if request.task is None or not request.task.done():
                 continue
             if request.task.cancelled():
-                assert request.cancelled, "a cancellation from nowhere"
+                assert request.cancelled, "an unrequested cancellation"
                 continue
             error = request.task.exception()
             if isinstance(error, PrecedingRequestFailed):
-                assert request.broken, f"request {request.index} was broken by nothing"
+                assert request.broken, f"request {request.index} was broken without a cause"
             elif isinstance(error, SequenceLost):
                 assert self.lost
             elif error is None:
@@ -301,7 +301,7 @@ class Requests(RuleBasedStateMachine):
                 assert isinstance(error, OWN_FAILURES), repr(error)
 
     @invariant()
-    def the_service_sees_writes_in_the_order_in_which_they_were_called(self) -> None:
+    def the_service_receives_writes_in_the_order_of_the_calls(self) -> None:
         writes = [index for _, index, part in self.service.log if part not in ("F", "read")]
         assert writes == sorted(writes)
 
@@ -311,7 +311,7 @@ class Requests(RuleBasedStateMachine):
             if part == "update":
                 before = {other for _, other, other_part in self.service.log[:position] if other_part != "F"}
                 missing = [r for r in self.requests[:index] if KINDS[r.kind] is Kind.GRADIENT and r.index not in before]
-                # A gradient that did not happen broke what stood behind it: only what was called later may be sent.
+                # A failed gradient breaks the requests behind it: only later calls may be sent.
                 assert all(request.left and request.index not in before for request in missing)
                 assert not self.requests[index].broken
 
@@ -323,9 +323,9 @@ class Requests(RuleBasedStateMachine):
                 assert not any(other < index for other in sent_later)
 
     def teardown(self) -> None:
-        """Whatever is left ends when it is answered, and the ordering goes on as if nothing had been."""
+        """Checks that the remaining requests end when answered, and that the ordering still works."""
         for _ in range(100):
-            self.go_on(2)
+            self.continue_normally(2)
             if self.waiting("result"):
                 self.give_a_result(0, False)
         left = self.unfinished()
@@ -342,9 +342,9 @@ class Requests(RuleBasedStateMachine):
             request.task.cancel()
         self.run(self.make_ordering)
         self.loop.close()
-        assert not left, f"requests that never end: {left}"
+        assert not left, f"requests that do not end: {left}"
         assert is_empty
 
 
 class TestOrdering(Requests.TestCase):
-    settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+    settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -1,7 +1,7 @@
-"""Shows that tests fail without what they are there for: `python -m tests.guards`, or `make guards`.
+"""Shows that tests fail without the lines that they protect: `python -m tests.guards`, or `make guards`.
 
-Everything happens on a copy of the package and its tests. First the tests run there untouched, and must pass. Then one
-guard after another is replaced, and each of its tests must fail. A test that hangs has failed, too.
+It works on a copy of the package and its tests. First the tests run unchanged, and must pass. Then one guard at a time
+is replaced, and each of its tests must fail. A test that hangs counts as failed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         outcome: "failed" if a test failed or hung; "broken" if the tests could not be run.
-        reason: why it did not pass.
+        reason: the failure.
     """
 
     outcome: Literal["passed", "failed", "broken"]
@@ -40,19 +40,19 @@ class Run:
 
 
 def make_copy(repository: Path, root: Path) -> None:
-    """Copies what the tests need."""
+    """Copies the package, the tests and the settings."""
     for name in _COPIED:
         if (repository / name).is_dir():
             shutil.copytree(repository / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(repository / name, root / name)
-    # Checked by content: a guard is replaced and put back within the granularity of file times.
+    # Hashes instead of times: a guard is replaced and restored faster than file times can show.
     compileall.compile_dir(root / PACKAGE, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
 
 @contextmanager
 def replaced(guard: Guard, root: Path) -> Generator[None]:
-    """The copy without a guard."""
+    """Replaces a guard in the copy until the block ends."""
     path = root / PACKAGE / guard.file
     original = path.read_text(encoding="utf-8")
     path.write_text(guard.without(original), encoding="utf-8")
@@ -63,12 +63,12 @@ def replaced(guard: Guard, root: Path) -> Generator[None]:
 
 
 def run(root: Path, tests: Sequence[str], seconds: float) -> Run:
-    """Runs tests of a copy up to the first that fails.
+    """Runs tests in a copy until the first failure.
 
     Args:
         root: the copy.
         tests: node ids.
-        seconds: for each test; a run that does not end is killed after three times as many for each id.
+        seconds: timeout of each test; a run that does not end is killed after three times as many for each id.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", f"--timeout={seconds:g}"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", *tests]
@@ -83,7 +83,7 @@ def run(root: Path, tests: Sequence[str], seconds: float) -> Run:
             return Run("failed", "the run did not end")
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the services that the tests have started
+                os.killpg(process.pid, signal.SIGKILL)  # with the services that the tests started
                 process.wait()
         output.seek(0)
         lines = output.read().splitlines()
@@ -96,27 +96,29 @@ def run(root: Path, tests: Sequence[str], seconds: float) -> Run:
 
 
 def try_without(guard: Guard, root: Path, seconds: float) -> list[Run]:
-    """Runs each test of a guard without that guard."""
+    """Runs each test of a guard while the guard is replaced."""
     with replaced(guard, root):
         return [run(root, [test], seconds) for test in guard.tests]
 
 
 def say(line: str) -> None:
-    """Prints a line at once."""
+    """Prints a line and flushes it."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def main() -> int:
-    """Tries guards; the exit code."""
+    """Tries guards; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.guards")
-    parser.add_argument("-k", default="", metavar="WORD", help="only guards with this in promise, file or test")
-    parser.add_argument("--timeout", type=float, default=40.0, help="seconds for a test; it hangs after that")
+    parser.add_argument(
+        "-k", default="", metavar="WORD", help="only guards with this word in their promise, file or tests"
+    )
+    parser.add_argument("--timeout", type=float, default=40.0, help="seconds after which a test counts as hanging")
     given = parser.parse_args()
     guards = [guard for guard in GUARDS if given.k in " ".join((guard.promise, guard.file, *guard.tests))]
     if not guards:
-        parser.error(f"no guard has {given.k!r} in it")
-    say(f"{len(guards)} guards; first their tests with all of them in place")
+        parser.error(f"no guard contains {given.k!r} in its promise, file or tests")
+    say(f"{len(guards)} guards; first their tests, unchanged")
     with tempfile.TemporaryDirectory(prefix="guards-") as folder:
         root = Path(folder)
         make_copy(REPOSITORY, root)
@@ -133,7 +135,7 @@ def main() -> int:
             say(f"{'ok ' if is_needed else 'BAD'} {time.monotonic() - started:5.1f} s  {guard.promise} ({guard.file})")
             for test, one in zip(guard.tests, runs, strict=True):
                 say(f"      {one.outcome}: {one.reason or test}")
-    say(f"{needed} of {len(guards)} guards are needed by all of their tests")
+    say(f"without the guard, all of its tests fail: {needed} of {len(guards)} guards")
     return 0 if needed == len(guards) else 1
 
 

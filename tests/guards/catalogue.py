@@ -1,7 +1,6 @@
-"""The lines that keep the most valuable promises, and tests that fail without them.
+"""Lines that keep the most valuable promises, and tests that fail without them.
 
-An entry names a line at the level of behaviour, which is likely to stay: `make guards` replaces it in a copy, and its
-tests must fail there.
+`make guards` replaces each line in a copy, where its tests must fail.
 """
 
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ PACKAGE = "tinkex_py"
 
 @dataclass(frozen=True)
 class Guard:
-    """What keeps a promise.
+    """A line that keeps a promise.
 
     Attributes:
-        promise: what is kept.
-        file: where, below the package.
-        text: the guard; it is in the file exactly once.
-        instead: what breaks the promise.
-        tests: node ids of pytest; each must fail then. Without parameters an id stands for all of them.
+        promise: the promise.
+        file: path below the package.
+        text: the source text, which occurs in the file exactly once.
+        instead: the replacement that breaks the promise.
+        tests: node ids that must fail then. An id without parameters stands for all of them.
     """
 
     promise: str
@@ -28,22 +27,22 @@ class Guard:
     tests: tuple[str, ...]
 
     def without(self, content: str) -> str:
-        """The content of the file without the guard.
+        """Returns the content of the file with the guard replaced.
 
         Raises:
-            ValueError: the guard is not in it exactly once.
+            ValueError: the text does not occur exactly once.
         """
         if (count := content.count(self.text)) != 1:
-            raise ValueError(f"{self.file} has this {count} times instead of once: {self.text!r}")
+            raise ValueError(f"{self.file} contains this text {count} times instead of once: {self.text!r}")
         return content.replace(self.text, self.instead)
 
 
 def guard(promise: str, file: str, text: str, instead: str, *tests: str) -> Guard:
-    """An entry; its tests are named as below `tests/`."""
+    """Makes an entry from test ids below `tests/`."""
     return Guard(promise, file, text, instead, tuple(f"tests/{test}" for test in tests))
 
 
-_LONG_NAME = (
+_FAILED_STEP = (
     "client/test_ordering.py::test_a_step_that_fails_before_its_gradient_breaks_what_is_behind_and_leaves_no_gap"
 )
 
@@ -54,7 +53,7 @@ GUARDS = (
         "client/ordering.py",
         "return all(other.happened or other.left or other.index >= turn.index for other in self._turns)",
         "return True",
-        _LONG_NAME,
+        _FAILED_STEP,
     ),
     guard(
         "One submission is on the wire at a time",
@@ -68,7 +67,7 @@ GUARDS = (
         "client/ordering.py",
         "            self._turns.remove(turn)\n",
         "            self._turns.remove(turn)\n            self.next_number += not turn.happened\n",
-        _LONG_NAME,
+        _FAILED_STEP,
     ),
     guard(
         "No update runs on the gradients of a step that did not happen",
@@ -86,22 +85,22 @@ GUARDS = (
         "client/test_ordering.py::test_a_failure_on_the_service_breaks_what_is_not_handed_over_and_lists_what_was",
     ),
     guard(
-        "A number that may be lost ends its client in a typed error",
+        "A number that may be lost ends its client with a typed error",
         "client/ordering.py",
         "raise self._lose(numbers, error) from error",
         "raise",
         "client/test_ordering.py::test_no_final_answer_loses_the_lane_with_a_way_out",
-        "faults/test_bounds.py::test_a_fault_that_lasts_ends_the_call[reset-B]",
+        "faults/test_bounds.py::test_a_permanent_fault_ends_the_call[reset]",
     ),
     guard(
-        "A number that was refused on the way ends in an error, not in a hang",
+        "A number that a proxy refused ends in an error, not in a hang",
         "client/ordering.py",
         "if gap is not None and int(gap[1]) in self._refused:",
         "if gap is not None and int(gap[1]) in ():",
         "client/test_queue_state.py::test_a_number_that_a_proxy_refused_ends_the_client_and_not_in_a_hang",
     ),
     guard(
-        "A submission goes on when its caller is cancelled",
+        "A submission continues when its caller is cancelled",
         "client/ordering.py",
         "return await asyncio.shield(task)",
         "return await task",
@@ -109,27 +108,27 @@ GUARDS = (
         "faults/test_every_suspension.py::test_cancelled_at_every_suspension[optim_step]",
     ),
     guard(
-        "A request that is cancelled at any moment gives up its turn",
+        "A request gives up its turn whenever it is cancelled",
         "client/ordering.py",
         "        finally:\n            self._leave(turn)\n",
         "        else:\n            self._leave(turn)\n",
         "client/test_cancellation.py::test_cancelled_at_every_suspension",
     ),
     guard(
-        "A term that asks its own client for what must wait is refused, and does not deadlock",
+        "A call that a term makes on its own client is refused instead of deadlocking",
         "client/ordering.py",
         "if host is not None and not forward_only:",
         "if host is None and self.lost is not None:",
         "client/test_inside_a_step.py::test_anything_else_is_refused_at_once",
     ),
     guard(
-        "Terms of a step start when the gradient of the step before it was accepted",
+        "The terms of a step start after the gradient of the previous step is accepted",
         "client/ordering.py",
         "while not self._ordering.may_start_terms(self):",
         "while self._ordering.lost:",
         "client/test_ordering.py::test_terms_wait_for_the_acceptance_of_a_gradient_whose_caller_has_left",
     ),
-    # What the service holds
+    # State of the service
     guard(
         "A chunk whose result is lost is not reported as missing: its gradient might be added twice",
         "client/passes.py",
@@ -138,7 +137,7 @@ GUARDS = (
         "client/test_chunks_of_a_call.py::test_a_chunk_whose_result_is_lost_is_not_told_as_missing",
     ),
     guard(
-        "Bytes under way are bounded, and batches that wait are not written yet",
+        "Bytes in flight are bounded, and waiting batches are not encoded",
         "client/passes.py",
         "async with self._session.pass_bytes.hold(chunk.size):",
         "if chunk.size:",
@@ -146,7 +145,7 @@ GUARDS = (
         "faults/test_backpressure.py::test_a_hundred_large_batches[calls of many clients]",
     ),
     guard(
-        "An optim_step that was refused or failed gives the gradients back",
+        "A refused or failed optim_step keeps the accumulated gradients",
         "client/accumulation.py",
         "self._calls[:0] = calls",
         "return",
@@ -154,37 +153,37 @@ GUARDS = (
     ),
     # Retries and deadlines
     guard(
-        "A request without a usable response is sent again",
+        "A request without a usable response is retried",
         "transport/api.py",
         "            return isinstance(error, TransportError)\n\n        return await",
         "            return False\n\n        return await",
-        "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[reset-B]",
-        "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[garbage bytes-F]",
+        "faults/test_exactly_once.py::test_a_fault_at_every_place_of_a_step[reset]",
+        "faults/test_exactly_once.py::test_a_fault_at_every_place_of_a_step[garbage bytes]",
     ),
     guard(
-        "409 is never sent again, whatever the service says",
+        "409 is never retried, whatever the service says",
         "transport/api.py",
         "if error.status == _CONFLICT:",
         "if error.status == -1:",
         "client/test_lost_answers.py::test_a_409_is_never_retried_even_when_told_to",
     ),
     guard(
-        "The deadline ends an attempt that stalls",
+        "The deadline ends a stalled attempt",
         "transport/api.py",
         "async with time_limit(attempts.seconds_left, too_late):",
         "async with time_limit(None, too_late):",
         "faults/test_bounds.py::test_the_deadline_ends_an_attempt_that_stalls",
     ),
     guard(
-        "A service cannot ask to be asked at network speed",
+        "A service cannot request immediate retries",
         "limits.py",
         "asked_for >= _LEAST_ASKED_FOR",
         "asked_for >= 0",
         "transport/test_api.py::test_a_service_cannot_ask_to_be_asked_at_network_speed",
-        "faults/test_bounds.py::test_a_service_cannot_ask_to_be_asked_at_network_speed",
+        "faults/test_bounds.py::test_a_service_cannot_request_immediate_retries",
     ),
     guard(
-        "Polls that the service does not hold are paced",
+        "Polls that the service answers at once are paced",
         "transport/api.py",
         "await asyncio.sleep(self._pause)",
         "await asyncio.sleep(0)",
@@ -192,14 +191,14 @@ GUARDS = (
     ),
     # Connections
     guard(
-        "A cancelled exchange closes its connection, and no half-used one is used again",
+        "A cancelled exchange closes its connection",
         "transport/connections.py",
         "        except BaseException:\n            self._discard(connection)\n",
         "        except BaseException:\n            self._idle.append(connection)\n",
         "faults/test_storms.py::test_a_thousand_cancelled_requests",
     ),
     guard(
-        "A connection whose exchange did not end cleanly is not used again",
+        "A connection is reused only after an exchange that ended cleanly",
         "transport/connections.py",
         "if connection.ended_cleanly and not self._closed:",
         "if not self._closed:",
@@ -207,21 +206,21 @@ GUARDS = (
         "transport/test_http_cancellation.py::test_random_trouble",
     ),
     guard(
-        "Bytes behind a response are never taken for the next response",
+        "Surplus bytes after a response are never taken for the next response",
         "transport/connections.py",
         "if stream is not None and not stream.has_read_since_write:",
         "if stream is None:",
         "transport/test_http_cancellation.py::test_bytes_behind_a_response_are_never_taken_for_the_next_one",
     ),
     guard(
-        "However many clients there are, connections are few",
+        "Connections are bounded, whatever the number of clients",
         "transport/http.py",
         "asyncio.Semaphore(max_connections)",
         "asyncio.Semaphore(1000 * max_connections)",
         "transport/test_http_cancellation.py::test_two_hundred_exchanges_over_eight_connections",
     ),
     guard(
-        "A client that is used on a second event loop says so",
+        "A client refuses a second event loop",
         "transport/http.py",
         "if self._loop is not loop:",
         "if self._loop is None:",
@@ -229,7 +228,7 @@ GUARDS = (
         "faults/test_second_loop.py::test_a_second_loop_in_the_middle_of_a_step",
     ),
     guard(
-        "The key goes only to the origin of base_url",
+        "The key is sent only to the origin of base_url",
         "transport/http.py",
         "key if at_home else NO_SECRET",
         "key",
@@ -237,14 +236,14 @@ GUARDS = (
     ),
     # Terms and threads
     guard(
-        "A thread that outlives its term keeps its permit: term threads are never more than the bound",
+        "A thread that outlives its term keeps its permit, so the bound on threads holds",
         "losses/worker_pool.py",
         "future.add_done_callback(lambda _, held=held: held.release())",
         "held.release()",
         "losses/test_threads.py::test_six_terms_that_outlive_their_timeouts",
     ),
     guard(
-        "A term that waits behind abandoned threads waits no longer than its timeout",
+        "A term behind abandoned threads waits no longer than its timeout",
         "losses/worker_pool.py",
         "stalled = all(held.abandoned for held in self._in_the_way(permit))",
         "stalled = False",
@@ -257,17 +256,17 @@ GUARDS = (
         "if not writers:",
         "losses/test_leaves.py::test_rule_1_the_writer_is_named",
     ),
-    # The embedded service, and what comes from others
+    # The embedded service and untrusted input
     guard(
-        "A request that comes again under its number is done once",
+        "A repeated request with the same number is processed once",
         "local/core.py",
         "        if receipt is None:\n            return None\n",
         "        return None\n",
         "local/test_protocol.py::test_a_repeat_gets_the_first_answer_and_is_done_once",
-        "faults/test_exactly_once.py::test_a_fault_at_any_place_of_a_step[passed on twice-B]",
+        "faults/test_exactly_once.py::test_a_fault_at_every_place_of_a_step[passed on twice]",
     ),
     guard(
-        "A save is whole or not there: the old checkpoint goes when the new one can be found",
+        "A save is atomic: the old checkpoint is removed after the new one is complete",
         "local/checkpoints.py",
         "        draft.mkdir(parents=True)\n",
         "        draft.mkdir(parents=True)\n        if old is not None:\n            self._remove_files(old)\n",
@@ -275,14 +274,14 @@ GUARDS = (
         "security/test_atomic_checkpoints.py::test_killed_before_every_line_of_a_save",
     ),
     guard(
-        "Pickles are never opened",
+        "Pickles are never loaded",
         "local/engine.py",
         "return load(file.read_bytes())",
         'return torch.load(file.open("rb"), weights_only=False)',
         "security/test_foreign_code.py::test_a_pickle_in_the_place_of_a_checkpoint_is_refused",
     ),
     guard(
-        "The key shows nowhere when a service echoes it",
+        "A key that a service echoes is redacted",
         "transport/api.py",
         "failed on the service: {response.secret.redacted_from(message)}",
         "failed on the service: {message}",

@@ -1,4 +1,4 @@
-"""The list of guards fits the package and the tests, and trying a guard says what is true."""
+"""The catalogue matches the package and the tests, and trying a guard reports the truth."""
 
 import ast
 from pathlib import Path
@@ -13,20 +13,20 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("entry", GUARDS, ids=lambda entry: entry.promise)
-def test_a_guard_is_in_its_file_once_and_its_tests_exist(entry: Guard):
+def test_a_guard_occurs_once_and_its_tests_exist(entry: Guard):
     content = (ROOT / PACKAGE / entry.file).read_text(encoding="utf-8")
     assert ast.dump(ast.parse(entry.without(content))) != ast.dump(ast.parse(content))
     assert [test for test in entry.tests if problem_of(test.removeprefix("tests/"))] == []
     assert entry.tests
 
 
-def test_no_promise_is_there_twice():
+def test_promises_are_unique():
     assert len({entry.promise for entry in GUARDS}) == len(GUARDS)
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a package with one function, tested without other plugins than the needed one."""
+    """A copy of a package with one function, tested without any other plugin."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     files = {
         f"{PACKAGE}/__init__.py": "def double(x):\n    return 2 * x\n",
@@ -47,21 +47,20 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("instead", "outcomes"),
     [
-        ("3 * x", ["failed", "failed"]),
         ("x + 2", ["passed", "failed"]),
         ("2 *", ["broken", "broken"]),
-        ("next(y for y in iter(int, 1) if y)", ["failed", "failed"]),
+        ("next(y for y in iter(int, 1) if y)", ["failed"]),
     ],
 )
-def test_what_comes_of_a_guard(root: Path, instead: str, outcomes: list[str]):
+def test_the_outcomes_of_a_guard(root: Path, instead: str, outcomes: list[str]):
     tests = ("tests/test_double.py::test_two", "tests/test_double.py::test_one")
-    entry = Guard("doubles", "__init__.py", "2 * x", instead, tests)
+    entry = Guard("doubles", "__init__.py", "2 * x", instead, tests[: len(outcomes)])
     seconds = 2.0 if "iter" in instead else 60.0
     assert [one.outcome for one in try_without(entry, root, seconds)] == outcomes
     assert "2 * x" in (root / PACKAGE / "__init__.py").read_text()
 
 
 @pytest.mark.parametrize("text", ["3 * x", "x"])
-def test_a_guard_that_is_not_there_once_is_an_error(root: Path, text: str):
+def test_a_guard_that_does_not_occur_once_is_an_error(root: Path, text: str):
     with pytest.raises(ValueError, match="instead of once"):
         try_without(Guard("doubles", "__init__.py", text, "", ("tests/test_double.py",)), root, 60.0)

@@ -240,7 +240,7 @@ BAD_DATUMS = {
     "no target": (EncodedDatum(np.arange(3), {}), "needs target_tokens"),
     "empty": (EncodedDatum(np.arange(0), {"target_tokens": np.arange(0)}), "model_input is empty"),
     "lengths": (EncodedDatum(np.arange(3), {"target_tokens": np.arange(4)}), r"shape \(4,\), but model_input has 3"),
-    "rank": (EncodedDatum(np.arange(1), {"target_tokens": np.zeros((1, 1, 1), np.int64)}), "cannot be used"),
+    "rank": (EncodedDatum(np.arange(1), {"target_tokens": np.zeros((1, 1, 1), np.int64)}), "does not accept"),
     "token": (EncodedDatum(np.array([1, 258]), {"target_tokens": np.arange(2)}), "token 258 is not in 0..257"),
     "target": (EncodedDatum(np.arange(2), {"target_tokens": np.array([-1, 0])}), "token -1 is not in"),
     "weights": (
@@ -249,7 +249,7 @@ BAD_DATUMS = {
     ),
     "too long": (
         EncodedDatum(np.zeros(2049, np.int64), {"target_tokens": np.zeros(2049, np.int64)}),
-        "2049 tokens, but 'tiny' holds at most 2048",
+        "2049 tokens, but 'tiny' supports at most 2048",
     ),
 }
 
@@ -265,7 +265,7 @@ def test_bad_datums_are_named(bench, kit, case):
 
 def test_bad_losses_are_named(bench, kit):
     model_id = bench.create("a")
-    with pytest.raises(InvalidData, match=r"'nope' is not known here. Known: cispo, cross_entropy, custom, dro"):
+    with pytest.raises(InvalidData, match=r"unknown loss_fn 'nope'. Known: cispo, cross_entropy, custom, dro"):
         bench.passed(model_id, [kit.datum(2, 0)], "nope")
     with pytest.raises(InvalidData, match="no option 'beta'"):
         bench.passed(model_id, [kit.datum(2, 0)], beta=1.0)

@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_used_are_named(name, config, message):
 
 
 def test_what_is_not_published_is_not_invented(bench, kit):
-    with pytest.raises(UnsupportedFeature, match="'stable_reinforce' is not offered .* not published"):
+    with pytest.raises(UnsupportedFeature, match="'stable_reinforce': its formula is not published"):
         find_loss("stable_reinforce", {"kl_coeff": 0.1})
     model_id = bench.create("a")
     ones = {"logprobs": [-1.0, -1.0], "advantages": [1.0, 1.0]}

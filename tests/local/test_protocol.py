@@ -109,7 +109,7 @@ async def test_sparse_weights_and_zstd(client, kit):
     expected = -float((weights * kit.unpack(plain)[0]).sum())
     assert plain.metrics["loss:sum"] == pytest.approx(expected, rel=1e-5)
     bad = await client.http.post("/api/v1/forward_backward", content=b"no", headers=headers)
-    assert (bad.status_code, bad.json()) == (400, {"detail": "the body is no valid zstd stream"})
+    assert (bad.status_code, bad.json()) == (400, {"detail": "the body is not a valid zstd stream"})
     headers["Content-Encoding"] = "br"
     assert (await client.http.post("/api/v1/forward_backward", content=b"", headers=headers)).status_code == 415
 
@@ -217,7 +217,12 @@ async def test_malformed_tensors_fail_the_future(client, kit):
     broken[1].data[0].loss_fn_inputs["target_tokens"].shape[:] = [7]
     broken[2].data[0].loss_fn_inputs["target_tokens"].dtype = wire.DTYPE_BFLOAT16
     broken[3].data[0].model_input.append(wire.Chunk(image=wire.ImageChunk(data=b"x", format="png")))
-    expected = ["3 bytes are no whole number", "do not fill the shape [7]", "dtype 4", "reads text only, not 'image'"]
+    expected = [
+        "3 bytes are not a whole number",
+        "do not fill the shape [7]",
+        "dtype 4",
+        "reads text only, not 'image'",
+    ]
     for message, text in zip(broken, expected, strict=True):
         answer = await client.final((await client.send_pass(message)).json()["request_id"])
         assert text in answer.json()["error"]
@@ -252,7 +257,7 @@ async def test_an_unknown_base_model_fails_its_creation_with_the_names_there_are
     failed = await client.done("create_model", body)
     assert failed == {"error": "base model 'huge' is not served here. Served: 'tiny'", "category": "user"}
     body.update(model_seq_id=1, base_model="tiny", optimizer_config={"type": "dimuon"})
-    assert "Known: 'adamw'" in (await client.done("create_model", body))["error"]
+    assert "Supported: 'adamw'" in (await client.done("create_model", body))["error"]
 
 
 async def test_create_model_is_idempotent_and_info_describes_it(client):
@@ -368,10 +373,10 @@ async def test_what_the_embedded_service_does_not_offer_is_said(client):
     external = await client.done(
         "save_weights_external", {"model_id": model_id, "seq_id": 1, "path": "x", "age_encryption_recipients": ["age1"]}
     )
-    assert "cannot encrypt" in external["error"]
+    assert "does not encrypt" in external["error"]
     muon = {"type": "dimuon", "learning_rate": 0.1}
     step = await client.done("optim_step", {"model_id": model_id, "seq_id": 2, "optimizer_params": muon})
-    assert "'dimuon' is not known here" in step["error"]
+    assert "'dimuon' is not supported" in step["error"]
     nameless = await client.done("save_weights", {"model_id": model_id, "seq_id": 3})
     assert "needs a name" in nameless["error"]
     neither = await client.done("save_weights_for_sampler", {"model_id": model_id, "seq_id": 4})
@@ -458,7 +463,7 @@ async def test_results_that_were_fetched_are_kept_by_bytes(run_service, kit):
         ({"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": [1]}, "loss_fn_inputs is not a JSON object"),
         (
             {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"target_tokens": {"data": [None]}}},
-            "target_tokens holds values that are not whole numbers",
+            "target_tokens contains values that are not whole numbers",
         ),
         (
             {"model_input": {"chunks": [{"tokens": [1]}]}, "loss_fn_inputs": {"x": {"data": [1], "dtype": "int8"}}},

@@ -134,7 +134,7 @@ async def test_optional_tables_in_both_encodings(client):
         ({"prompt_logprobs": True, "prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n=2 must be between 1 and 1"),
         ({"prompt_alt_tokens_k": 259}, "prompt_alt_tokens_k=259 must be between 0 and 258"),
         ({"topk_sample_logprobs": 259}, "topk_sample_logprobs=259 must be between 0 and 258"),
-        ({"sampling_params": {"stop": [""]}}, "an empty text cannot be a stop"),
+        ({"sampling_params": {"stop": [""]}}, "stop contains an empty text"),
         ({"target_prompt_logprobs": {"data": [1.0], "dtype": "float32", "shape": [1, 1]}}, "dtype must be int64"),
         ({"target_prompt_logprobs": {"data": [999], "dtype": "int64", "shape": [1, 1]}}, "ids must be in -1..257"),
     ],

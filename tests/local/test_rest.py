@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tinkex_py.local import LocalOptions
-from tinkex_py.local.archives import DownloadLinks, write_archive
+from tinkex_py.local.checkpoints import DownloadLinks, write_archive
 from tinkex_py.local.records import SessionEnd, SessionInfo
-from tinkex_py.local.requests import SearchBody
-from tinkex_py.local.session_search import fits
+from tinkex_py.local.routes_rest import matches
+from tinkex_py.local.schemas import SearchBody
 
 
 async def saved(client: Any, *names: str, **fields: Any) -> list[str]:
@@ -242,7 +242,7 @@ def session(name: str | None = None, end: str | None = None, **fields: Any) -> S
     ],
 )
 def test_which_sessions_fit_a_query(found, query, expected):
-    assert fits(found, SearchBody.model_validate(query)) is expected
+    assert matches(found, SearchBody.model_validate(query)) is expected
 
 
 @pytest.mark.asyncio

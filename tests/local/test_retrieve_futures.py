@@ -9,7 +9,7 @@ import pytest
 from tests.local.test_server import official_sdk
 from tests.support.served import serving
 from tinkex_py.local import LocalOptions
-from tinkex_py.local.completions import CompletionQueues
+from tinkex_py.local.results import CompletionQueues
 
 PROGRAM = Path(__file__).with_name("official_sampling_program.py")
 PROTOBUF = "application/x-protobuf"

@@ -72,12 +72,12 @@ def test_a_batch_gives_every_request_what_it_gets_alone(bench):
         for mine, theirs in zip(got.sequences, alone.sequences, strict=True):
             assert mine.tokens.tolist() == theirs.tokens.tolist()
             np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
-        for name in ("prompt_logprobs", "topk_prompt", "target_logprobs", "alt_tokens"):
-            assert (getattr(got, name) is None) == (getattr(alone, name) is None)
-        if got.prompt_logprobs is not None:
-            np.testing.assert_allclose(got.prompt_logprobs, alone.prompt_logprobs, atol=1e-4)
-        if got.alt_tokens is not None:
-            np.testing.assert_array_equal(got.alt_tokens.ids, alone.alt_tokens.ids)
+        for name in ("logprobs", "topk", "targets", "alternatives"):
+            assert (getattr(got.prompt, name) is None) == (getattr(alone.prompt, name) is None)
+        if got.prompt.logprobs is not None:
+            np.testing.assert_allclose(got.prompt.logprobs, alone.prompt.logprobs, atol=1e-4)
+        if got.prompt.alternatives is not None:
+            np.testing.assert_array_equal(got.prompt.alternatives.ids, alone.prompt.alternatives.ids)
 
 
 def test_requests_of_the_same_weights_share_their_passes(bench, monkeypatch):
@@ -203,7 +203,7 @@ def test_waiting_requests_can_be_cancelled_and_fill_the_queue(bench):
 def test_alternative_draws_follow_the_distribution(bench):
     drawn = bench.engine.sample(
         None, request(PROMPTS[3], max_tokens=0, alt_tokens=258, temperature=0.5, seed=1)
-    ).alt_tokens
+    ).prompt.alternatives
     assert drawn.ids.shape == drawn.logprobs.shape == (4, 258)
     bench.engine._bank.activate(None)
     table = bench.model.network(input_ids=torch.tensor([PROMPTS[3]])).logits[0].log_softmax(-1).detach().numpy()
@@ -214,12 +214,16 @@ def test_alternative_draws_follow_the_distribution(bench):
     counts = (drawn.ids == table[:-1].argmax(1)[:, None]).mean(1)
     assert (np.abs(counts - shares) < 5 * np.sqrt(shares * (1 - shares) / 258) + 1e-9).all()
     again = bench.engine.sample(None, request(PROMPTS[3], max_tokens=0, alt_tokens=258, temperature=0.5, seed=1))
-    np.testing.assert_array_equal(again.alt_tokens.ids, drawn.ids)
-    greedy = bench.engine.sample(None, request(PROMPTS[3], max_tokens=0, alt_tokens=2, temperature=0.0)).alt_tokens
+    np.testing.assert_array_equal(again.prompt.alternatives.ids, drawn.ids)
+    greedy = bench.engine.sample(
+        None, request(PROMPTS[3], max_tokens=0, alt_tokens=2, temperature=0.0)
+    ).prompt.alternatives
     np.testing.assert_array_equal(greedy.ids, np.repeat(table[:-1].argmax(1)[:, None], 2, 1))
-    coldest = bench.engine.sample(None, request(PROMPTS[3], max_tokens=0, alt_tokens=2, temperature=5e-324)).alt_tokens
+    coldest = bench.engine.sample(
+        None, request(PROMPTS[3], max_tokens=0, alt_tokens=2, temperature=5e-324)
+    ).prompt.alternatives
     np.testing.assert_array_equal(coldest.ids, greedy.ids)
-    lone = bench.engine.sample(None, request([5], max_tokens=1, alt_tokens=2)).alt_tokens
+    lone = bench.engine.sample(None, request([5], max_tokens=1, alt_tokens=2)).prompt.alternatives
     assert lone.ids.shape == (0, 2)
 
 
@@ -228,9 +232,9 @@ def test_the_last_n_also_bound_the_topk_table(bench):
     part = bench.engine.sample(
         None, request(PROMPTS[1], prompt_logprobs=True, topk_prompt_logprobs=2, prompt_logprobs_last=3)
     )
-    assert np.isnan(part.prompt_logprobs[:-3]).all()
-    assert (part.topk_prompt.logprobs[:-3] == -99999.0).all()
-    np.testing.assert_array_equal(part.topk_prompt.ids[-3:], full.topk_prompt.ids[-3:])
+    assert np.isnan(part.prompt.logprobs[:-3]).all()
+    assert (part.prompt.topk.logprobs[:-3] == -99999.0).all()
+    np.testing.assert_array_equal(part.prompt.topk.ids[-3:], full.prompt.topk.ids[-3:])
 
 
 # Over the wire
@@ -276,7 +280,7 @@ async def test_inflight_samplers_follow_later_saves_and_snapshots_do_not(client,
     live = await client.pass_result(kit.message(model_id, 6, [kit.datum(3, 1)], forward_only=True))
     assert len(kit.unpack(live)[0]) == 3
     unknown = {"model_id": model_id, "seq_id": 7, "sampling_session_seq_id": 3, "kind": "other"}
-    assert "Known: 'snapshot', 'inflight'" in (await client.done("save_weights_for_sampler", unknown))["error"]
+    assert "Supported: 'snapshot', 'inflight'" in (await client.done("save_weights_for_sampler", unknown))["error"]
     await client.done("unload_model", {"model_id": model_id})
     body = {"sampling_session_id": inflight, "seq_id": 9, "prompt": {"chunks": [{"tokens": [1]}]}}
     assert "inflight weights" in (await client.done("asample", body))["error"]
@@ -313,7 +317,7 @@ async def test_a_full_queue_answers_429_and_keeps_the_number_free(run_service, k
             refused = await client.post("asample", draw(1))
             assert refused.status_code == 429
             assert refused.headers["retry-after"] == "1"
-            assert "come back in a second" in refused.json()["detail"]
+            assert "retry in a second" in refused.json()["detail"]
             assert (await client.ask("asample", draw(0)))["request_id"] == first["request_id"]
             cancelled = first["request_id"]
             assert await client.ask("cancel_future", {"request_id": cancelled}) == {}

@@ -124,14 +124,14 @@ def test_prompt_logprobs_equal_those_of_a_forward_pass(bench, kit):
     source = bench.checkpoint(model_id, "x", "sampler_weights")
     datum = kit.datum(12, 3)
     ids = np.append(datum.tokens, datum.inputs["target_tokens"][-1])
-    scored = bench.engine.sample(source, SampleRequest(ids, max_tokens=1, prompt_logprobs=True)).prompt_logprobs
+    scored = bench.engine.sample(source, SampleRequest(ids, max_tokens=1, prompt_logprobs=True)).prompt.logprobs
     forward = bench.passed(model_id, [datum], forward_only=True).logprobs[0]
     assert math.isnan(scored[0])
     np.testing.assert_allclose(scored[1:], forward, atol=1e-4)
-    base = bench.engine.sample(None, SampleRequest(ids, max_tokens=1, prompt_logprobs=True)).prompt_logprobs
+    base = bench.engine.sample(None, SampleRequest(ids, max_tokens=1, prompt_logprobs=True)).prompt.logprobs
     assert np.abs(base[1:] - forward).max() > 0.01
     last = SampleRequest(ids, max_tokens=1, prompt_logprobs=True, prompt_logprobs_last=3)
-    partial = bench.engine.sample(source, last).prompt_logprobs
+    partial = bench.engine.sample(source, last).prompt.logprobs
     assert np.isnan(partial[:-3]).all()
     np.testing.assert_array_equal(partial[-3:], scored[-3:])
 
@@ -141,17 +141,17 @@ def test_topk_and_target_tables(bench):
     targets[3] = [65, 66]
     result = draw(bench, topk_prompt_logprobs=2, topk_sample_logprobs=3, target_logprobs=targets, temperature=0.0)
     values, ids = full_logprobs(bench, PROMPT).topk(2)
-    assert result.topk_prompt.ids[0].tolist() == [0, 0]
-    assert result.topk_prompt.logprobs[0].tolist() == [-99999.0, -99999.0]
-    np.testing.assert_array_equal(result.topk_prompt.ids[1:], ids[:-1].numpy())
-    np.testing.assert_allclose(result.topk_prompt.logprobs[1:], values[:-1].numpy(), atol=1e-5)
+    assert result.prompt.topk.ids[0].tolist() == [0, 0]
+    assert result.prompt.topk.logprobs[0].tolist() == [-99999.0, -99999.0]
+    np.testing.assert_array_equal(result.prompt.topk.ids[1:], ids[:-1].numpy())
+    np.testing.assert_allclose(result.prompt.topk.logprobs[1:], values[:-1].numpy(), atol=1e-5)
     table = result.sequences[0].topk
     assert table.ids.shape == (8, 3)
     np.testing.assert_array_equal(table.ids[:, 0], result.sequences[0].tokens)
     np.testing.assert_array_equal(table.logprobs[:, 0], result.sequences[0].logprobs)
     expected = np.zeros_like(targets, dtype=np.float32)
     expected[3] = full_logprobs(bench, PROMPT)[3, [65, 66]].numpy()
-    np.testing.assert_allclose(result.target_logprobs, expected, atol=1e-5)
+    np.testing.assert_allclose(result.prompt.targets, expected, atol=1e-5)
 
 
 def test_the_context_is_never_exceeded(bench):

@@ -13,8 +13,7 @@ import pytest
 
 from tests.support.served import ENVIRONMENT, serving
 from tinkex_py.errors import ConfigError
-from tinkex_py.local import LocalOptions
-from tinkex_py.local.server import serve
+from tinkex_py.local import LocalOptions, serve
 
 OFFICIAL_SDK_ENGINE_PROGRAM = Path(__file__).with_name("official_sdk_engine_program.py")
 OFFICIAL_SDK_PROGRAM = Path(__file__).with_name("official_sdk_program.py")
@@ -118,7 +117,7 @@ def test_the_official_sdk_completes_the_whole_way():
 def test_the_command_line_says_what_is_wrong():
     for arguments, message in (
         (["--model", "huge"], "model='huge': there is no such model"),
-        (["--host", "0.0.0.0"], "host '0.0.0.0' can be reached by others: set an api_key"),
+        (["--host", "0.0.0.0"], "other machines can reach host '0.0.0.0': set an api_key"),
     ):
         command = [sys.executable, "-m", "tinkex_py", "serve", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)

@@ -198,7 +198,7 @@ async def test_the_apps_lifespan_runs_the_service():
         ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch=0"),
         ({"graph_budget_bytes": -1}, "graph_budget_bytes=-1"),
         ({"hold_seconds": 60}, "hold_seconds=60"),
-        ({"api_key": ""}, "api_key is empty"),
+        ({"api_key": ""}, "api_key must be a non-empty ASCII text"),
     ],
 )
 async def test_bad_options_are_named(fields, message):
@@ -212,7 +212,7 @@ async def test_the_key_is_not_in_the_repr():
 
 async def test_importing_the_package_loads_nothing_heavy():
     program = (
-        "import sys, tinkex_py.local, tinkex_py.local.server, tinkex_py.__main__\n"
+        "import sys, tinkex_py.local, tinkex_py.__main__\n"
         "tinkex_py.local.LocalService().app\n"
         "print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
     )

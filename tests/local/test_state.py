@@ -102,7 +102,7 @@ async def test_the_default_leaves_nothing_behind():
 async def test_two_services_cannot_share_a_folder(tmp_path):
     first, second = (LocalService(LocalOptions(state_dir=tmp_path)) for _ in range(2))
     await first.start()
-    with pytest.raises(ConfigError, match=r"in use by another service: give each service a folder of its own"):
+    with pytest.raises(ConfigError, match=r"in use by another service: give each service its own folder"):
         await second.start()
     await first.stop()
     await second.start()
@@ -121,7 +121,7 @@ def test_another_process_cannot_take_the_folder_either(tmp_path):
 def test_files_that_are_no_state_files_are_refused_and_left_alone(tmp_path):
     notes = tmp_path / STATE_FILE
     notes.write_text("my notes, which are not a database " * 40)
-    with pytest.raises(ConfigError, match="is no state file"):
+    with pytest.raises(ConfigError, match="is not a state file"):
         CheckpointStore(tmp_path)
     assert notes.read_text().startswith("my notes")
     notes.unlink()

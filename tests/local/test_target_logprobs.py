@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinkex_py.local.target_logprobs import target_logprobs
+from tinkex_py.local.passes import target_logprobs
 
 SHAPES = [((1, 1), 1), ((2, 3), 1), ((5, 20), 2), ((1, 33), 3)]
 

@@ -19,8 +19,7 @@ from tinkex_py.losses import grad_mode
 pytestmark = pytest.mark.asyncio
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(("is_async", "parallel"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("fatal", [KeyboardInterrupt, SystemExit, OwnBaseError])
 async def test_row_120_fatal_errors_cancel_the_siblings_and_come_out_unchanged(
     fatal: type[BaseException], parallel: bool, is_async: bool
@@ -52,17 +51,6 @@ async def test_row_120_a_cancellation_nobody_asked_for(is_async: bool, parallel:
     assert caught.value.name == "odd"
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
     assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
-
-
-async def test_row_120_a_cancelled_future_inside_a_term():
-    async def waits_for_a_cancelled_future(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        future = asyncio.get_running_loop().create_future()
-        future.cancel()
-        return await future
-
-    with pytest.raises(RegularizerError) as caught:
-        await Pipeline(async_nll, [spec(waits_for_a_cancelled_future, "odd")]).compute([], guide_logprobs())
-    assert caught.value.name == "odd"
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -138,37 +126,6 @@ async def test_rule_5_a_cancelled_caller_leaves_everything_clean(parallel: bool)
     assert not hasattr(caught.value, "__notes__")  # a term that was merely cancelled has not failed
     assert term.cleaned
     assert asyncio.all_tasks() == before
-
-
-async def test_rule_5_a_term_that_swallows_the_callers_cancellation_does_not_hide_it():
-    started = asyncio.Event()
-
-    async def stubborn(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        try:
-            started.set()
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            await asyncio.sleep(0)
-        return logprobs.sum()
-
-    computing = asyncio.ensure_future(Pipeline(async_nll, [spec(stubborn, "s")]).compute([], guide_logprobs()))
-    await started.wait()
-    computing.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await computing
-
-
-async def test_rule_5_a_cancelled_caller_does_not_wait_for_threads():
-    gate = Gate()
-    with gate.opening():
-        computing = asyncio.ensure_future(Pipeline(async_nll, [spec(gate, "slow")]).compute([], guide_logprobs()))
-        await until(lambda: gate.running == 1)
-        computing.cancel()
-        async with asyncio.timeout(LIMIT):
-            with pytest.raises(asyncio.CancelledError):
-                await computing
-        assert gate.running == 1
-    await until(lambda: gate.running == 0)
 
 
 async def test_fatal_errors_are_never_skipped():

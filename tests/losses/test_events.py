@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import structlog
 import torch
-from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import async_l2, async_nll, guide_logprobs, guide_specs, l1, names_of, nll, recorded, spec
-from tinkex_py import Executor, Pipeline, RegularizerError, TinkexError, telemetry
+from tinkex_py import Executor, Pipeline, RegularizerError, telemetry
 from tinkex_py.telemetry import Event
 
 SHORT = 0.005
@@ -43,12 +42,8 @@ async def test_rows_88_and_89_start_and_stop_of_the_whole():
     assert 0 <= stop.measurements["duration"] < 60
     assert isinstance(stop.measurements["duration"], float)
     assert start.exception is stop.exception is None
-
-
-@pytest.mark.asyncio
-async def test_row_89_without_norms_the_stop_has_what_the_guide_has():
     with recorded("tinkex.custom_loss.stop") as events:
-        await Pipeline(nll, guide_specs()).compute([], guide_logprobs())
+        await Pipeline(nll, specs).compute([], guide_logprobs())
     assert set(events[0].measurements) == {"duration", "loss_total", "regularizer_total"}
 
 
@@ -190,132 +185,3 @@ async def test_row_105_a_handler_that_raises_does_not_break_the_step(capsys: pyt
     assert not telemetry.detach(handler)
     assert names_of(events)[0] == "tinkex.custom_loss.start"
     assert names_of(events)[-1] == "tinkex.custom_loss.stop"
-
-
-class Failure(Exception):
-    pass
-
-
-def behaving(kind: str) -> Any:
-    """A term of one of the kinds that the property test draws."""
-
-    def sync_ok(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.sum()
-
-    def sync_fail(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        raise Failure
-
-    def sync_nan(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.sum() * math.nan
-
-    def sync_slow(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        threading.Event().wait(3 * SHORT)
-        return logprobs.sum()
-
-    async def async_ok(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        await asyncio.sleep(0)
-        return logprobs.sum()
-
-    async def async_fail(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        await asyncio.sleep(0)
-        raise Failure
-
-    async def async_slow(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        await asyncio.Event().wait()
-        return logprobs.sum()
-
-    async def async_swallows(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            await asyncio.sleep(0)
-        return logprobs.sum()
-
-    async def async_odd_cancel(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        raise asyncio.CancelledError
-
-    return locals()[kind]
-
-
-KINDS = [
-    "sync_ok",
-    "sync_fail",
-    "sync_nan",
-    "sync_slow",
-    "async_ok",
-    "async_fail",
-    "async_slow",
-    "async_swallows",
-    "async_odd_cancel",
-]
-drawn_terms = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(["raise", "skip"])), max_size=5)
-
-
-async def _one_step(pipeline: Pipeline, cancel_after_turns: int | None) -> str:
-    computing = asyncio.ensure_future(pipeline.compute([], guide_logprobs()))
-    if cancel_after_turns is not None:
-        for _ in range(cancel_after_turns):
-            await asyncio.sleep(0)
-        computing.cancel()
-    try:
-        async with asyncio.timeout(10):
-            await asyncio.wait([computing])
-            await computing
-    except TinkexError:
-        return "failed"
-    except asyncio.CancelledError:
-        assert computing.cancelled()
-        return "cancelled"
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-    return "done"
-
-
-@settings(max_examples=60)
-@given(
-    terms=drawn_terms,
-    base=st.sampled_from(["sync_ok", "async_ok", "async_ok", "sync_fail"]),
-    parallel=st.booleans(),
-    max_concurrency=st.integers(1, 4),
-    max_threads=st.integers(1, 3),
-    cancel_after_turns=st.none() | st.integers(0, 12),
-)
-def test_row_94_exactly_one_end_for_every_start(
-    terms: list[tuple[str, str]],
-    base: str,
-    parallel: bool,
-    max_concurrency: int,
-    max_threads: int,
-    cancel_after_turns: int | None,
-):
-    specs = [
-        spec(behaving(kind), f"{index}_{kind}", 0.5, on_error=on_error) for index, (kind, on_error) in enumerate(terms)
-    ]
-    pipeline = Pipeline(
-        behaving(base),
-        specs,
-        parallel=parallel,
-        timeout=SHORT,
-        max_concurrency=max_concurrency,
-        max_threads=max_threads,
-    )
-    with recorded() as events:
-        ended = asyncio.run(_one_step(pipeline, cancel_after_turns))
-
-    whole = [name for name in names_of(events) if name.startswith("tinkex.custom_loss.")]
-    if cancel_after_turns == 0:
-        assert whole == []
-    else:
-        assert whole == ["tinkex.custom_loss.start", f"tinkex.custom_loss.{'stop' if ended == 'done' else 'exception'}"]
-        assert (names_of(events)[0], names_of(events)[-1]) == (whole[0], whole[1])
-    history: dict[str, list[str]] = {}
-    order: list[str] = []
-    for event in events:
-        if event.name.startswith("tinkex.regularizer.compute."):
-            history.setdefault(event.metadata["regularizer_name"], []).append(event.name.rsplit(".", 1)[1])
-            order.append(event.metadata["regularizer_name"])
-    assert all(phases in (["start", "stop"], ["start", "exception"]) for phases in history.values()), history
-    if not parallel:
-        assert order == sorted(order)
-        assert order[::2] == order[1::2]
-    if ended == "done" and "sync_slow" not in {kind for kind, _ in terms}:
-        assert set(history) == {one.name for one in specs}

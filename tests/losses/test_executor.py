@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.losses.failing_terms import OwnError, raising
 from tests.losses.support import (
     LIMIT,
     Crowd,
-    Gate,
     async_l2,
     datum,
     guide_logprobs,
@@ -29,7 +29,6 @@ from tinkex_py import (
     PipelineError,
     RegularizerError,
     RegularizerOutput,
-    RegularizerTimeout,
     per_datum,
 )
 
@@ -46,8 +45,10 @@ async def test_row_76_execute_one():
     assert (await Executor.execute_one(spec(l1, "l1", 0.01), [], guide_logprobs())).grad_norm is None
 
 
-async def test_row_76_a_term_that_is_off_can_be_run_on_its_own():
+async def test_row_76_a_term_that_is_off_or_may_be_skipped_runs_on_its_own():
     assert (await Executor.execute_one(spec(l1, "l1", enabled=False), [], guide_logprobs())).value > 0
+    with pytest.raises(RegularizerError):
+        await Executor.execute_one(spec(raising(OwnError("x")), "t", on_error="skip"), [], guide_logprobs())
 
 
 async def test_row_77_spec_order_and_empty_list():
@@ -92,17 +93,12 @@ async def test_row_77_options():
 
 
 async def test_row_77_skipped_and_disabled_terms_are_left_out():
-    def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        raise ValueError
-
-    specs = [spec(fails, "skipped", on_error="skip"), spec(l1, "off", enabled=False), spec(async_l2, "l2")]
+    specs = [
+        spec(raising(OwnError("x")), "skipped", on_error="skip"),
+        spec(l1, "off", enabled=False),
+        spec(async_l2, "l2"),
+    ]
     assert [output.name for output in await Executor.execute_all(specs, [], guide_logprobs())] == ["l2"]
-
-
-@pytest.mark.parametrize("stranger", [l1, "l1", None])
-async def test_row_76_what_is_no_spec_is_named(stranger: Any):
-    with pytest.raises(InvalidSpec, match=f"RegularizerSpec, got a {type(stranger).__name__}"):
-        await Executor.execute_one(stranger, [], guide_logprobs())
 
 
 @pytest.mark.parametrize("data", [None, datum(5), "text", 5])
@@ -116,14 +112,6 @@ async def test_row_63_what_is_no_list_of_datums_is_named(data: Any):
             with pytest.raises(InvalidData, match=f"list of Datum, got a {type(data).__name__}"):
                 await call
     assert events == []
-
-
-async def test_timeouts_abandon_and_raise():
-    gate = Gate()
-    with gate.opening(), pytest.raises(RegularizerTimeout) as caught:
-        async with asyncio.timeout(LIMIT):
-            await Executor.execute_one(spec(gate, "slow"), [], guide_logprobs(), timeout=0.02)
-    assert caught.value.timeout == 0.02
 
 
 async def test_writes_are_found_here_too():
@@ -145,13 +133,3 @@ async def test_lists_and_per_datum():
     assert output.grad_norm == pytest.approx(6**0.5, rel=1e-6)
     with pytest.raises(PipelineError):
         await Executor.execute_one(spec(per_datum(term), "t"), [datum(1)] * 3, parts)
-
-
-async def test_failures_are_those_of_the_pipeline():
-    def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        raise KeyError("own")
-
-    with pytest.raises(RegularizerError) as caught:
-        await Executor.execute_all([spec(async_l2, "l2"), spec(fails, "fails")], [], guide_logprobs())
-    assert caught.value.name == "fails"
-    assert isinstance(caught.value.__cause__, KeyError)

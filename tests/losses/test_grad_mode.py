@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.losses.support import LIMIT, async_nll, guide_logprobs, l1, nll, spec
+from tests.losses.support import LIMIT, guide_logprobs, l1, nll, spec
 from tinkex_py import Executor, GradientTracker, Pipeline, execute
 
 pytestmark = pytest.mark.asyncio
 
-MODES = [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)]
-MODE_IDS = ["no_grad", "inference_mode", "set_grad_enabled"]
+MODES = [torch.no_grad, torch.inference_mode]
+MODE_IDS = ["no_grad", "inference_mode"]
 Mode = Callable[[], AbstractContextManager[Any]]
 
 
@@ -98,18 +98,18 @@ async def with_subtasks(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("term", [on_the_spot, with_pauses, with_subtasks])
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-@pytest.mark.parametrize("size", [5, 10_000], ids=["small", "large"])
-async def test_rule_3_the_callers_mode_does_not_leak_in(mode: Mode, term: Any, size: int):
-    logprobs = torch.full((size,), -0.5)
-    with mode():
-        inference = torch.is_inference_mode_enabled()
-        output = await Pipeline(term, [spec(term, "again", 0.5)], track_grad_norms=True).compute([], logprobs)
-        assert not torch.is_grad_enabled()
-        assert torch.is_inference_mode_enabled() == inference
-    assert torch.is_grad_enabled()
-    assert output.base_loss.grad_norm == pytest.approx(size**0.5, rel=1e-6)  # 2 * -0.5 = -1 for each
-    assert output.total_grad_norm == pytest.approx(1.5 * size**0.5, rel=1e-6)
-    assert output.regularizers["again"].differentiable
+async def test_rule_3_the_callers_mode_does_not_leak_in(mode: Mode, term: Any):
+    pipeline = Pipeline(term, [spec(term, "again", 0.5)], track_grad_norms=True)
+    for size in (5, 10_000):
+        with mode():
+            inference = torch.is_inference_mode_enabled()
+            output = await pipeline.compute([], torch.full((size,), -0.5))
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled() == inference
+        assert torch.is_grad_enabled()
+        assert output.base_loss.grad_norm == pytest.approx(size**0.5, rel=1e-6)  # 2 * -0.5 = -1 for each
+        assert output.total_grad_norm == pytest.approx(1.5 * size**0.5, rel=1e-6)
+        assert output.regularizers["again"].differentiable
 
 
 @pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
@@ -123,21 +123,6 @@ async def test_rule_3_holds_behind_every_door(mode: Mode):
     assert one.grad_norm == pytest.approx(5**0.5, rel=1e-6)
     for loss in losses:
         assert loss.requires_grad
-
-
-@pytest.mark.parametrize("mode", MODES, ids=MODE_IDS)
-async def test_rule_3_a_term_that_fails_or_is_cancelled_while_silent_leaves_no_trace(mode: Mode):
-    silent, never = asyncio.Event(), asyncio.Event()
-
-    async def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        await silent.wait()
-        raise ValueError("stop")
-
-    specs = [spec(silencing(mode, silent, never), "silences"), spec(fails, "fails")]
-    with pytest.raises(Exception, match="stop"):
-        await Pipeline(async_nll, specs).compute([], guide_logprobs())
-    assert torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
 
 
 async def test_rule_3_a_worker_thread_is_handed_on_with_grad_on():

@@ -31,10 +31,6 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / max(expected.double().norm().item(), 1e-300)
 
 
-def written_out(logprobs: torch.Tensor) -> torch.Tensor:
-    return -logprobs.mean() + 0.01 * logprobs.abs().sum() + 0.005 * logprobs.pow(2).sum()
-
-
 @pytest.mark.asyncio
 async def test_rows_65_to_68_the_guides_norms():
     output = await Pipeline(nll, guide_specs(), track_grad_norms=True).compute([], guide_logprobs())
@@ -145,19 +141,12 @@ async def test_row_74_total_norm_equals_the_output():
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("scale", [1e25, 1.0, 1e-25])
-@pytest.mark.parametrize("count", [7, 4096, 5000, 100_001])
-async def test_row_64_norms_of_any_size(scale: float, count: int):
-    norm = await GradientTracker.grad_norm(lambda p: (p * scale).sum(), torch.zeros(count))
-    assert norm == pytest.approx(float(np.float32(scale)) * math.sqrt(count), rel=1e-6)
-
-
-@pytest.mark.asyncio
 @pytest.mark.parametrize("scale", [-1e25, 1.0, 1e-25])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (100_001,)])
-async def test_row_64_the_norm_of_a_gradient_that_is_one_number_everywhere(scale: float, shape: tuple[int, ...]):
-    norm = await GradientTracker.grad_norm(lambda p: p.sum() * scale, torch.zeros(shape))
-    assert norm == pytest.approx(abs(float(np.float32(scale))) * math.sqrt(math.prod(shape)), rel=1e-6)
+async def test_row_64_norms_of_any_size(scale: float):
+    for shape in ((), (1,), (3, 7), (4096,), (5000,), (100_001,)):
+        expected = pytest.approx(abs(float(np.float32(scale))) * math.sqrt(math.prod(shape)), rel=1e-6)
+        assert await GradientTracker.grad_norm(lambda p: (p * scale).sum(), torch.zeros(shape)) == expected
+        assert await GradientTracker.grad_norm(lambda p: p.sum() * scale, torch.zeros(shape)) == expected
 
 
 @pytest.mark.asyncio
@@ -238,30 +227,16 @@ def test_the_total_gradient_equals_autograd_of_the_written_out_total(
     leaf = torch.from_numpy(np.concatenate(arrays)).double().requires_grad_()
     parts = [TERMS[base[0]](leaf).sum(), *(weight * TERMS[name](leaf).sum() for name, weight, _ in regularizers)]
     total = sum(parts)
-    (expected,) = torch.autograd.grad(total, leaf)
-    scale = sum(torch.autograd.grad(TERMS[n](leaf).sum(), leaf)[0].norm().item() * w for n, w, _ in regularizers)
-    scale += torch.autograd.grad(TERMS[base[0]](leaf).sum(), leaf)[0].norm().item()
+    slopes = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in parts]
     # float32 terms that cancel each other leave their own rounding, so the bound is relative to the parts' norms.
-    assert (loss.gradient.double() - expected).norm().item() <= 1e-6 * scale
+    scale = sum(slope.norm().item() for slope in slopes)
+    assert (loss.gradient.double() - sum(slopes)).norm().item() <= 1e-6 * scale
     assert loss.gradient.shape == leaf.shape
-    assert loss.output.loss_total == pytest.approx(
-        total.item(), rel=1e-6, abs=1e-6 * sum(abs(part.item()) for part in parts) + 1e-6
-    )
+    # The numbers inside of a part cancel too: rounding changes it like a relative change of every logprob.
+    size = sum(abs(part.item()) + (leaf * slope).abs().sum().item() for part, slope in zip(parts, slopes, strict=True))
+    assert loss.output.loss_total == pytest.approx(total.item(), rel=1e-6, abs=1e-6 * size)
     if track:
         assert loss.output.total_grad_norm == pytest.approx(loss.gradient.double().norm().item(), rel=1e-6, abs=1e-12)
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("arrays", [[3, 1, 4], [(2, 3), (1, 3)]], ids=["T", "TK"])
-async def test_the_gradient_is_within_a_millionth_and_a_flipped_sign_is_not(arrays: Any):
-    random = np.random.default_rng(3)
-    values = [-random.exponential(1.0, size=shape).astype(np.float32) for shape in arrays]
-    specs = [spec(l1, "l1", 0.01), spec(async_l2, "l2", 0.005)]
-    loss = await Pipeline(async_nll, specs).evaluate([], packed(values))
-    leaf = torch.from_numpy(np.concatenate(values)).requires_grad_()
-    (expected,) = torch.autograd.grad(written_out(leaf), leaf)
-    assert relative(loss.gradient, expected) <= 1e-6
-    assert relative(-loss.gradient, expected) > 1.0
 
 
 @pytest.mark.asyncio
@@ -285,20 +260,20 @@ async def test_the_gradient_agrees_with_finite_differences(shape: tuple[int, ...
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_rule_4_a_loss_that_is_no_number(bad: float, is_async: bool):
+async def test_rule_4_a_loss_that_is_no_number(bad: float):
     def now(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         return logprobs.sum() * bad
 
     async def later(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         return now(data, logprobs)
 
-    with pytest.raises(NonFiniteLoss, match="'bad'") as caught:
-        await Pipeline(nll, [spec(later if is_async else now, "bad")]).compute([], guide_logprobs())
-    assert caught.value.name == "bad"
-    assert isinstance(caught.value, ArithmeticError)
-    with pytest.raises(NonFiniteLoss, match="base_loss"):
-        await Pipeline(later if is_async else now).compute([], guide_logprobs())
+    for term in (now, later):
+        with pytest.raises(NonFiniteLoss, match="'bad'") as caught:
+            await Pipeline(nll, [spec(term, "bad")]).compute([], guide_logprobs())
+        assert caught.value.name == "bad"
+        assert isinstance(caught.value, ArithmeticError)
+        with pytest.raises(NonFiniteLoss, match="base_loss"):
+            await Pipeline(term).compute([], guide_logprobs())
 
 
 @pytest.mark.asyncio
@@ -313,18 +288,11 @@ async def test_rule_4_a_gradient_that_is_no_number(size: int):
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-async def test_rule_4_a_bad_gradient_can_be_skipped(on_error: str):
-    specs = [spec(lambda d, p: p.sum() * math.nan, "bad", on_error=on_error)]
-    pipeline = Pipeline(nll, specs)
-    if on_error == "raise":
-        with pytest.raises(NonFiniteLoss):
-            await pipeline.compute([], guide_logprobs())
-    else:
-        output = await pipeline.compute([], guide_logprobs())
-        assert output.skipped == {"bad": "NonFiniteLoss"}
-        assert output.regularizers == {}
-        assert output.loss_total == output.base_loss.value
+async def test_rule_4_a_bad_gradient_can_be_skipped():
+    specs = [spec(lambda d, p: p.sum() * math.nan, "bad", on_error="skip")]
+    output = await Pipeline(nll, specs).compute([], guide_logprobs())
+    assert (output.skipped, output.regularizers) == ({"bad": "NonFiniteLoss"}, {})
+    assert output.loss_total == output.base_loss.value
 
 
 @pytest.mark.asyncio

@@ -61,8 +61,7 @@ def writing(write: Any, is_async: bool = False) -> Any:
     return later if is_async else term
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(("is_async", "on_error"), [(False, "raise"), (True, "skip")])
 @pytest.mark.parametrize("write", KNOWN_WRITERS)
 async def test_rule_1_the_writer_is_named(write: Any, on_error: str, is_async: bool):
     specs = [
@@ -77,8 +76,7 @@ async def test_rule_1_the_writer_is_named(write: Any, on_error: str, is_async: b
     assert events[0].metadata["reason"] == "InPlaceMutation"
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(("is_async", "on_error"), [(False, "skip"), (True, "raise")])
 @pytest.mark.parametrize("write", UNKNOWN_WRITERS)
 async def test_rule_1_an_unknown_writer_is_found(write: Any, on_error: str, is_async: bool):
     specs = [spec(writing(write, is_async), "writer", on_error=on_error)]
@@ -87,13 +85,10 @@ async def test_rule_1_an_unknown_writer_is_found(write: Any, on_error: str, is_a
 
 
 @pytest.mark.parametrize("write", [*KNOWN_WRITERS, *UNKNOWN_WRITERS])
-async def test_rule_1_holds_for_packed_leaves(write: Any):
+async def test_rule_1_holds_for_packed_leaves_and_views_per_datum(write: Any):
     with pytest.raises(InPlaceMutation):
         await Pipeline(writing(write)).evaluate([], packed(ARRAYS))
 
-
-@pytest.mark.parametrize("write", [*KNOWN_WRITERS, *UNKNOWN_WRITERS])
-async def test_rule_1_holds_for_views_per_datum(write: Any):
     def term(data: Any, logprobs: list[torch.Tensor]) -> torch.Tensor:
         write(logprobs[1])
         return logprobs[0].sum()
@@ -176,16 +171,6 @@ async def test_rule_1_leaves_share_memory_and_nothing_else():
     assert second._version == before
 
 
-async def test_rule_1_received_bytes_are_copied_once_and_never_written():
-    received = np.array([-0.5, -1.2, -0.8], np.float32)
-    received.flags.writeable = False
-    shared = Logprobs.from_packed(PackedTensor(received, np.array([0, 1, 3]), [(), ()]))
-    assert shared.buffer.dtype == torch.float32
-    with pytest.raises(InPlaceMutation):
-        await Pipeline(writing(write_data)).evaluate([], shared)
-    assert received.tolist() == np.array([-0.5, -1.2, -0.8], np.float32).tolist()
-
-
 async def test_rule_1_a_write_into_any_part_of_an_answer_in_chunks_is_seen():
     parts = [np.array([-0.5, -1.2], np.float32), np.zeros(0, np.float32), np.array([-0.8], np.float32)]
     for place in range(3):
@@ -200,17 +185,6 @@ async def test_rule_1_a_write_into_any_part_of_an_answer_in_chunks_is_seen():
         with pytest.raises(InPlaceMutation):
             await Pipeline(write).evaluate([], shared)
     assert [part.tolist() for part in parts] == [[np.float32(-0.5), np.float32(-1.2)], [], [np.float32(-0.8)]]
-
-
-async def test_rule_1_parallel_gradients_are_bitwise_equal_to_sequential_ones():
-    generator = torch.Generator().manual_seed(5)
-    arrays = [-torch.rand(length, generator=generator).numpy() for length in (3000, 2000, 4000)]
-    specs = [spec(lambda d, p, k=k: (p * k).sin().pow(2).sum(), f"t{k}", 0.1 * k) for k in range(1, 7)]
-    gradients = [
-        (await Pipeline(nll, specs, parallel=parallel).evaluate([], packed(arrays))).gradient
-        for parallel in (True, False)
-    ]
-    assert torch.equal(*gradients)
 
 
 # Rule 2
@@ -236,14 +210,15 @@ GUARDED = {
 }
 
 
-@pytest.mark.parametrize("arrays", [ARRAYS, PAIRS], ids=["T", "TK"])
 @pytest.mark.parametrize("use", GUARDED)
-async def test_rule_2_packed_is_no_list_of_datums(use: str, arrays: Any):
-    with pytest.raises(RegularizerError, match="per_datum") as caught:
-        await Pipeline(lambda d, p: torch.as_tensor(GUARDED[use](p)).sum()).evaluate([], packed(arrays))
-    assert isinstance(caught.value.__cause__, TypeError)
-    assert str(caught.value.__cause__).startswith("packed logprobs: wrap the function in per_datum(...)")
-    assert caught.value.name == "base_loss"
+async def test_rule_2_packed_is_no_list_of_datums(use: str):
+    for arrays in (ARRAYS, PAIRS):
+        with pytest.raises(RegularizerError, match="per_datum") as caught:
+            await Pipeline(lambda d, p: torch.as_tensor(GUARDED[use](p)).sum()).evaluate([], packed(arrays))
+        cause = caught.value.__cause__
+        assert isinstance(cause, TypeError)
+        assert str(cause).startswith("packed logprobs are not a list of datums: wrap the function in per_datum(...)")
+        assert caught.value.name == "base_loss"
 
 
 ALLOWED = {
@@ -269,26 +244,15 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("arrays", [ARRAYS, PAIRS], ids=["T", "TK"])
-@pytest.mark.parametrize("use", ALLOWED)
-async def test_rule_2_every_other_use_works_as_on_a_plain_tensor(use: str, arrays: Any):
-    loss = await Pipeline(lambda d, p: ALLOWED[use](p)).evaluate([], packed(arrays))
-    plain = torch.from_numpy(np.concatenate(arrays)).float().requires_grad_()
-    expected = ALLOWED[use](plain)
-    (gradient,) = torch.autograd.grad(expected, plain)
-    assert loss.output.loss_total == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.allclose(loss.gradient, gradient, rtol=1e-6)
-    assert type(loss.gradient) is torch.Tensor
-
-
-async def test_rule_2_printing_shows_the_numbers():
-    shown: list[str] = []
-
-    def prints(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        shown.append(f"{logprobs} {logprobs!r}")
-        return logprobs.sum()
-
-    await Pipeline(prints).evaluate([], packed([np.full((2000, 3), -0.25)]))
-    assert "-0.25" in shown[0]
+async def test_rule_2_every_other_use_works_as_on_a_plain_tensor(arrays: Any):
+    for name, use in ALLOWED.items():
+        loss = await Pipeline(lambda d, p, use=use: use(p)).evaluate([], packed(arrays))
+        plain = torch.from_numpy(np.concatenate(arrays)).float().requires_grad_()
+        expected = use(plain)
+        (gradient,) = torch.autograd.grad(expected, plain)
+        assert loss.output.loss_total == pytest.approx(expected.item(), rel=1e-6), name
+        assert torch.allclose(loss.gradient, gradient, rtol=1e-6), name
+        assert type(loss.gradient) is torch.Tensor, name
 
 
 async def test_rule_2_results_of_operations_are_plain_tensors():
@@ -349,5 +313,12 @@ async def test_rule_2_packed_field_and_split_are_inverse():
         packed_field(data, "nothing")
     with pytest.raises(InvalidData):
         packed_field([], "mask")
+    with pytest.raises(InvalidData, match="5 positions"):
+        split(data, torch.zeros(4))
+    for call in (lambda: split([5], torch.zeros(1)), lambda: packed_field(["x"], "mask")):  # type: ignore[list-item]
+        with pytest.raises(InvalidData, match=r"data\[0\] must be a Datum"):
+            call()
+    with pytest.raises(InvalidData, match="list"):
+        split(data, [0.1, 0.2])  # type: ignore[arg-type]
     with pytest.raises(InvalidData, match="datum 1"):
         packed_field([datum(2, 2), datum(2, 3)], "target_tokens")

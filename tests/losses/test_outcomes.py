@@ -107,24 +107,6 @@ async def test_rows_57_and_119_every_term_has_the_pipelines_timeout(is_async: bo
             assert caught.value.name == "base_loss"
 
 
-async def test_row_85_the_specs_own_timeout_wins_both_ways():
-    async with asyncio.timeout(LIMIT):
-        with pytest.raises(RegularizerTimeout) as caught:
-            await Pipeline(nll, [spec(for_ever, "short", timeout=SHORT)], timeout=30.0).compute([], guide_logprobs())
-        assert (caught.value.name, caught.value.timeout) == ("short", SHORT)
-
-    async def patient(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        await anyio.sleep(3 * SHORT)
-        return logprobs.sum()
-
-    for longer in (float("inf"), LIMIT):
-        await Pipeline(async_nll, [spec(patient, "patient", timeout=longer)], timeout=SHORT).compute(
-            [], guide_logprobs()
-        )
-    with pytest.raises(RegularizerTimeout):
-        await Executor.execute_one(spec(for_ever, "short", timeout=SHORT), [], guide_logprobs(), timeout=None)
-
-
 async def test_row_86_a_coroutine_has_cleaned_up_when_its_timeout_is_raised():
     term = Cleaning()
     with pytest.raises(RegularizerTimeout):
@@ -258,11 +240,6 @@ async def test_skip_reports_the_timeout_even_if_cleaning_up_failed():
         )
     assert output.skipped == {"untidy": "RegularizerTimeout"}
     assert [event.metadata["reason"] for event in events] == ["RegularizerTimeout"]
-
-
-async def test_execute_one_raises_whatever_on_error_says():
-    with pytest.raises(RegularizerError):
-        await Executor.execute_one(spec(raising(OwnError("x")), "t", on_error="skip"), [], guide_logprobs())
 
 
 async def test_row_150_the_next_step_succeeds():

@@ -116,17 +116,6 @@ async def test_row_111_metrics_that_are_no_json_numbers():
     assert again == {name: value for name, value in values.items() if name != "nan"}
 
 
-@pytest.mark.parametrize(
-    "output",
-    [
-        BaseLossOutput(value=0.5, metrics={"a": True}),
-        RegularizerOutput(name="n", value=1.0, weight=0.5, contribution=0.5),
-    ],
-)
-def test_row_112_each_output_encodes(output: Any):
-    assert type(output).model_validate_json(output.model_dump_json()) == output
-
-
 @pytest.mark.parametrize(("field", "value"), [("loss_total", 1.0), ("skipped", {})])
 def test_row_106_frozen(field: str, value: Any):
     output = CustomLossOutput(loss_total=0.0, base_loss=BaseLossOutput(value=0.0))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tests.losses.support import LIMIT, packed, spec
-from tinkex_py import Datum, Pipeline, RegularizerError, RegularizerSpec, TinkexError, per_datum
+from tests.losses.support import LIMIT, spec, until
+from tinkex_py import Datum, Pipeline, RegularizerError, RegularizerSpec, TinkexError
 from tinkex_py.losses.logprobs import Logprobs
 
 TERMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -97,40 +97,6 @@ async def test_parallel_equals_sequential(pairs: Any, values: list[float], sync:
 
 
 @pytest.mark.asyncio
-@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5), candidates=st.sampled_from([None, 1, 3]))
-@quick
-async def test_packed_equals_per_datum(lengths: list[int], candidates: int | None):
-    draw = np.random.default_rng(sum(lengths))
-    shapes = [(length,) if candidates is None else (length, candidates) for length in lengths]
-    arrays = [draw.uniform(-3, 0, shape) for shape in shapes]
-
-    def by_datum(data: Any, parts: list[torch.Tensor]) -> torch.Tensor:
-        return sum((part.exp().sum() + part.pow(2).sum() for part in parts), torch.tensor(0.0))
-
-    def whole(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.exp().sum() + logprobs.pow(2).sum()
-
-    losses = [
-        await Pipeline(base_loss, track_grad_norms=True).evaluate([], packed(arrays))
-        for base_loss in (whole, per_datum(by_datum))
-    ]
-    assert losses[0].output.loss_total == pytest.approx(losses[1].output.loss_total, rel=1e-5, abs=1e-6)
-    assert torch.allclose(losses[0].gradient, losses[1].gradient, rtol=1e-6)
-
-
-@pytest.mark.asyncio
-@given(pairs=chosen, values=numbers)
-@quick
-async def test_the_norm_is_that_of_the_written_out_sum(pairs: Any, values: list[float]):
-    leaf = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    written_out = base([], leaf) + sum(weight * TERMS[name](leaf) for name, weight in pairs)
-    (expected,) = torch.autograd.grad(written_out, leaf)
-    loss = await evaluate(Pipeline(base, specs_of(pairs), track_grad_norms=True), values)
-    assert loss.output.total_grad_norm == pytest.approx(float(expected.norm()), rel=1e-9, abs=1e-12)
-    assert float((loss.gradient - expected).norm()) <= 1e-9 * float(expected.norm()) + 1e-12
-
-
-@pytest.mark.asyncio
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("combine", ["sum", "pcgrad"])
@@ -194,8 +160,7 @@ class KeptAsync(Kept):
 @pytest.mark.asyncio
 @pytest.mark.parametrize("kind", [KeptSync, KeptAsync])
 @pytest.mark.parametrize("ending", ["works", "fails", "nan", "hangs"])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-@pytest.mark.parametrize("size", [5, 10_000])
+@pytest.mark.parametrize(("size", "on_error"), [(5, "raise"), (10_000, "skip")])
 async def test_leaves_and_losses_die_after_the_call(kind: Any, ending: str, on_error: Any, size: int):
     kept = kind(ending)
     specs = [spec(kept, "kept", on_error=on_error, timeout=0.01 if ending == "hangs" and kind is KeptAsync else 30.0)]
@@ -205,9 +170,13 @@ async def test_leaves_and_losses_die_after_the_call(kind: Any, ending: str, on_e
             await pipeline.compute([], torch.full((size,), -0.5))
     except RegularizerError as error:
         assert error.name == "kept"  # noqa: PT017  # it may also be skipped
-    gc.collect()
     assert kept.references
-    assert [reference() for reference in kept.references] == [None] * len(kept.references)
+
+    def all_are_gone() -> bool:
+        gc.collect()
+        return all(reference() is None for reference in kept.references)
+
+    await until(all_are_gone)
 
 
 @pytest.mark.asyncio

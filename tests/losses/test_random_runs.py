@@ -1,14 +1,20 @@
-"""Random pipelines on one pool, with failures, timeouts and cancellations: every permit and thread comes back."""
+"""Random pipelines on one pool, with failures, timeouts and cancellations.
+
+Every permit and thread comes back, and every start event has exactly one end.
+"""
 
 import asyncio
+import itertools
+import math
 import random
 import threading
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
-from tests.losses.support import LIMIT, packed, spec, until
+from tests.losses.support import LIMIT, packed, recorded, spec, until
 from tinkex_py import Pipeline, TinkexError
 from tinkex_py.losses.worker_pool import WorkerPool
 
@@ -20,6 +26,7 @@ class Terms:
 
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
+        self.numbers = itertools.count()
         self.lock = threading.Lock()
         self.running = 0
         self.peak = 0
@@ -28,7 +35,7 @@ class Terms:
         with self.lock:
             self.running += 1
             self.peak = max(self.peak, self.running)
-        threading.Event().wait(self.draw.random() * 0.004)
+        threading.Event().wait(self.draw.random() * 0.002)
         with self.lock:
             self.running -= 1
         return self._result(logprobs)
@@ -49,9 +56,12 @@ class Terms:
         return logprobs.sum()
 
     def _result(self, logprobs: torch.Tensor) -> torch.Tensor:
-        if self.draw.random() < 0.1:
+        ending = self.draw.random()
+        if ending < 0.1:
             raise ValueError("now and then")
-        return logprobs.pow(2).sum()
+        if ending < 0.15:
+            raise asyncio.CancelledError
+        return logprobs.pow(2).sum() * (math.nan if ending < 0.2 else 1.0)
 
 
 def random_pipeline(terms: Terms, draw: random.Random) -> Pipeline:
@@ -59,12 +69,12 @@ def random_pipeline(terms: Terms, draw: random.Random) -> Pipeline:
     specs = [
         spec(
             draw.choice(kinds),
-            f"t{index}",
+            f"{next(terms.numbers)}",
             draw.choice([0.0, 0.5]),
             timeout=draw.choice([None, 0.002, 0.02]),
             on_error=draw.choice(["raise", "skip"]),
         )
-        for index in range(draw.randint(0, 6))
+        for _ in range(draw.randint(0, 6))
     ]
     return Pipeline(
         draw.choice((terms.sync, terms.coroutine)),
@@ -84,11 +94,30 @@ async def step(pipeline: Pipeline, workers: WorkerPool, size: int, limit: float 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("seed", range(3))
-async def test_every_permit_and_thread_comes_back(seed: int):
+async def test_row_94_every_permit_and_thread_comes_back_and_every_start_has_one_end(seed: int):
     draw = random.Random(seed)
     terms, workers = Terms(draw), WorkerPool(BOUND)
+    with recorded() as events:
+        await run_steps(terms, workers, draw)
+    await until(lambda: not workers.limiter.holders() and not workers.abandoned())
+    assert terms.peak <= BOUND
+    assert workers.abandoned() == []
+    workers.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    phases: dict[str, list[str]] = {}
+    for event in events:
+        if event.name.startswith("tinkex.regularizer.compute."):
+            phases.setdefault(event.metadata["regularizer_name"], []).append(event.name.rsplit(".", 1)[1])
+    assert phases
+    assert all(own in (["start", "stop"], ["start", "exception"]) for own in phases.values())
+    whole = Counter(event.name for event in events)
+    ends = whole["tinkex.custom_loss.stop"] + whole["tinkex.custom_loss.exception"]
+    assert whole["tinkex.custom_loss.start"] == ends > 0
+
+
+async def run_steps(terms: Terms, workers: WorkerPool, draw: random.Random) -> None:
     loop = asyncio.get_running_loop()
-    for _ in range(15):
+    for _ in range(10):
         steps = [
             asyncio.ensure_future(
                 step(random_pipeline(terms, draw), workers, draw.choice([5, 5_000]), draw.choice([None, 0.004, 0.02]))
@@ -102,8 +131,3 @@ async def test_every_permit_and_thread_comes_back(seed: int):
             ends = await asyncio.gather(*steps, return_exceptions=True)
         for end in ends:
             assert end is None or isinstance(end, TinkexError | TimeoutError | asyncio.CancelledError), end
-    await until(lambda: not workers.limiter.holders() and not workers.abandoned())
-    assert terms.peak <= BOUND
-    assert workers.abandoned() == []
-    workers.close()
-    assert asyncio.all_tasks() == {asyncio.current_task()}

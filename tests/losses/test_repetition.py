@@ -171,7 +171,7 @@ def test_what_is_no_policy_is_refused(retry: Any):
 
 
 def test_sync_terms_have_no_policy():
-    with pytest.raises(InvalidSpec, match="retry is for async terms"):
+    with pytest.raises(InvalidSpec, match="retry is only supported for async terms"):
         spec(l2, "l2", retry=3)
     assert spec(lambda *given: async_l2(*given), "l2", retry=3, is_async=True).retry == 3  # noqa: PLW0108
 

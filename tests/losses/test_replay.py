@@ -3,9 +3,9 @@
 import asyncio
 import json
 import os
-import subprocess
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +115,6 @@ async def test_a_tensor_given_directly_keeps_its_shape_and_dtype(tmp_path: Path)
 
 
 @pytest.mark.asyncio
-async def test_mixed_shapes(tmp_path: Path):
-    def term(data: Any, parts: list[torch.Tensor]) -> torch.Tensor:
-        assert [part.shape for part in parts] == [(3,), (2, 2)]
-        return sum((part.pow(2).sum() for part in parts), torch.tensor(0.0))
-
-    pipeline = Pipeline(per_datum(term))
-    output = await pipeline.compute([], [torch.rand(3), torch.rand(2, 2)], record=tmp_path / "step")
-    assert await replay(tmp_path / "step", pipeline) == output
-
-
-@pytest.mark.asyncio
 async def test_a_failed_step_leaves_its_inputs_and_its_failure(tmp_path: Path):
     def odd(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         return (logprobs + 0.5).log().sum()
@@ -197,7 +186,7 @@ async def test_what_is_no_record_is_never_overwritten(tmp_path: Path):
 @pytest.mark.asyncio
 async def test_the_pipeline_must_have_the_same_regularizers(tmp_path: Path):
     await Pipeline(nll, guide_specs()).compute([], guide_logprobs(), record=tmp_path / "step")
-    with pytest.raises(PipelineError, match="must be the same"):
+    with pytest.raises(PipelineError, match="the same names in the same order"):
         await replay(tmp_path / "step", Pipeline(nll, guide_specs()[:2]))
 
 
@@ -222,30 +211,31 @@ async def test_nothing_foreign_is_imported_because_a_file_says_so(tmp_path: Path
     assert "antigravity" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "record.json").unlink(),
-        lambda folder: (folder / "record.json").write_text("{"),
-        lambda folder: (folder / "record.json").write_text('{"format": 2}'),
-        lambda folder: (folder / "tensors.safetensors").unlink(),
-        lambda folder: (folder / "tensors.safetensors").write_bytes(b"\xff" * 40),
-        lambda folder: os.truncate(folder / "tensors.safetensors", 90),
-        lambda folder: change(folder, lambda plain: plain["datums"][0].update(chunks=[900])),
-        lambda folder: change(folder, lambda plain: plain["datums"][1]["fields"]["label"].update(stored=3)),
-        lambda folder: change(folder, lambda plain: plain["datums"][1]["fields"]["label"].update(dtype="float32")),
-        lambda folder: change(folder, lambda plain: plain["datums"][0]["fields"]["table"].update(shape=[])),
-        lambda folder: change(folder, lambda plain: plain["datums"][0]["fields"]["table"].update(shape=[2])),
-        lambda folder: change(folder, lambda plain: plain.update(logprob_shapes=[[3], [3]])),
-        lambda folder: change(folder, lambda plain: plain.update(logprob_shapes=[[-3], [8]])),
-    ],
-)
+DAMAGES: list[Callable[[Path], object]] = [
+    lambda folder: (folder / "record.json").unlink(),
+    lambda folder: (folder / "record.json").write_text("{"),
+    lambda folder: (folder / "record.json").write_text('{"format": 2}'),
+    lambda folder: (folder / "tensors.safetensors").unlink(),
+    lambda folder: (folder / "tensors.safetensors").write_bytes(b"\xff" * 40),
+    lambda folder: os.truncate(folder / "tensors.safetensors", 90),
+    lambda folder: change(folder, lambda plain: plain["datums"][0].update(chunks=[900])),
+    lambda folder: change(folder, lambda plain: plain["datums"][1]["fields"]["label"].update(stored=3)),
+    lambda folder: change(folder, lambda plain: plain["datums"][1]["fields"]["label"].update(dtype="float32")),
+    lambda folder: change(folder, lambda plain: plain["datums"][0]["fields"]["table"].update(shape=[])),
+    lambda folder: change(folder, lambda plain: plain["datums"][0]["fields"]["table"].update(shape=[2])),
+    lambda folder: change(folder, lambda plain: plain.update(logprob_shapes=[[3], [3]])),
+    lambda folder: change(folder, lambda plain: plain.update(logprob_shapes=[[-3], [8]])),
+]
+
+
 @pytest.mark.asyncio
-async def test_a_damaged_record_is_a_typed_error(tmp_path: Path, damage: Any):
+async def test_a_damaged_record_is_a_typed_error(tmp_path: Path):
     await rich_pipeline().evaluate(rich_data(), rich_logprobs(), record=tmp_path / "step")
-    damage(tmp_path / "step")
-    with pytest.raises(PipelineError):
-        await replay(tmp_path / "step", rich_pipeline())
+    for number, damage in enumerate(DAMAGES):
+        damaged = shutil.copytree(tmp_path / "step", tmp_path / str(number))
+        damage(damaged)
+        with pytest.raises(PipelineError):
+            await replay(damaged, rich_pipeline())
 
 
 def change(folder: Path, edit: Any) -> None:
@@ -257,7 +247,7 @@ def change(folder: Path, edit: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_there_is_no_record(tmp_path: Path):
-    with pytest.raises(PipelineError, match="no readable record"):
+    with pytest.raises(PipelineError, match="cannot read the record"):
         await replay(tmp_path / "none", Pipeline(nll))
 
 
@@ -355,21 +345,10 @@ def test_the_command_shows_then_and_now(recorded_folder: Path, reference: str):
     shown = command("step", "--pipeline", reference)
     assert shown.exit_code == 0, shown.output
     assert "1.029" in shown.stdout  # 0.98 + 0.049
-    assert "same in every number" in shown.stdout
+    assert "all numbers are equal" in shown.stdout
     plain = json.loads(command("step", "--pipeline", reference, "--json").stdout)
     assert plain["same"] is True
     assert plain["replayed"]["loss_total"] == plain["recorded"]["loss_total"] == pytest.approx(1.029, rel=1e-6)
-
-
-def test_the_command_as_a_program(recorded_folder: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tinkex_py", "replay", "step", "--pipeline", "replayed_here:pipeline"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "same in every number" in done.stdout
 
 
 def test_the_command_fails_as_the_step_does(recorded_folder: Path):
@@ -378,9 +357,8 @@ def test_the_command_fails_as_the_step_does(recorded_folder: Path):
     assert "'l1'" in broken.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_the_command_refuses(recorded_folder: Path):
+    for arguments in (
         ["step"],
         ["none", "--pipeline", "replayed_here:pipeline"],
         ["step", "--pipeline", "replayed_here"],
@@ -388,9 +366,7 @@ def test_the_command_fails_as_the_step_does(recorded_folder: Path):
         ["step", "--pipeline", "no_such_module:pipeline"],
         ["step", "--pipeline", "replayed_here:MODULE"],
         ["step", "--pipeline", "replayed_here:torch"],
-    ],
-)
-def test_the_command_refuses(recorded_folder: Path, arguments: list[str]):
-    refused = command(*arguments)
-    assert refused.exit_code == 2, refused.output
-    assert refused.stderr.startswith("tinkex-py replay: ")
+    ):
+        refused = command(*arguments)
+        assert refused.exit_code == 2, refused.output
+        assert refused.stderr.startswith("tinkex-py replay: ")

@@ -8,10 +8,11 @@ import types
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 
-from tests.losses.support import async_l2, guide_specs, l1, nll, spec
+from tests.losses.support import async_l2, l1, nll, spec
 from tinkex_py import (
     DuplicateRegularizerNames,
     InvalidBaseLoss,
@@ -148,10 +149,24 @@ def test_row_15_weights_that_are_not(weight: Any):
     assert repr(weight) in str(caught.value) or weight == 10**400
 
 
-@pytest.mark.parametrize("name", ["", 3, b"bytes", ["n"], True])
-def test_row_16_names_that_are_none(name: Any):
-    with pytest.raises(InvalidSpec, match="name"):
-        RegularizerSpec(fn=l1, weight=1.0, name=name)
+BAD_FIELDS = {
+    "name": ["", 3, b"bytes", ["n"], True],
+    "timeout": [0, 0.0, -1.0, math.nan, -math.inf, True, "5", [1.0]],
+    "options": [None, 5, "text", {1: 2}],
+    "on_error": ["ignore", None, True, ""],
+    "enabled": ["no", 1, None],
+    "is_async": ["no", 0],
+    "max_grad_norm": [0.0, -1.0, math.nan, math.inf, "1", True],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, bad in BAD_FIELDS.items() for value in bad])
+def test_rows_16_21_and_22_bad_fields_are_named(field: str, value: Any):
+    with pytest.raises(InvalidSpec, match=field) as caught:
+        RegularizerSpec(**{"fn": l1, "weight": 1.0, "name": "slow", field: value})
+    assert "'slow'" in str(caught.value) or field == "name"
+    assert repr(value) in str(caught.value) or isinstance(value, dict)
+    assert not isinstance(caught.value, pydantic.ValidationError)
 
 
 def test_row_16_base_loss_is_reserved():
@@ -164,14 +179,6 @@ def test_row_21_timeouts_that_are_fine(timeout: Any):
     assert spec(l1, "n", timeout=timeout).timeout == timeout
 
 
-@pytest.mark.parametrize("timeout", [0, 0.0, -1.0, math.nan, -math.inf, True, "5", [1.0]])
-def test_row_21_timeouts_that_are_not(timeout: Any):
-    with pytest.raises(InvalidSpec, match="timeout") as caught:
-        spec(l1, "slow", timeout=timeout)
-    assert repr(timeout) in str(caught.value)
-    assert "'slow'" in str(caught.value)
-
-
 def test_row_22_options_are_checked_by_signature():
     assert spec(WithCompute(), "n", options={"scale": 2.0}).options == {"scale": 2.0}
     with pytest.raises(InvalidSpec, match="scales"):
@@ -180,29 +187,11 @@ def test_row_22_options_are_checked_by_signature():
         spec(l1, "n", options={"threshold": 1.0})
 
 
-@pytest.mark.parametrize("options", [None, 5, "text", {1: 2}])
-def test_row_22_options_that_are_none(options: Any):
-    with pytest.raises(InvalidSpec):
-        spec(l1, "n", options=options)
-
-
 def test_row_22_options_are_a_copy():
     given = {"scale": 2.0}
     made = spec(WithCompute(), "n", options=given)
     given["scale"] = 3.0
     assert made.options == {"scale": 2.0}
-
-
-@pytest.mark.parametrize("on_error", ["ignore", None, True, ""])
-def test_row_22_on_error(on_error: Any):
-    with pytest.raises(InvalidSpec, match="on_error"):
-        spec(l1, "n", on_error=on_error)
-
-
-@pytest.mark.parametrize("field", ["enabled", "is_async"])
-def test_row_22_flags_are_flags(field: str):
-    with pytest.raises(InvalidSpec, match=field):
-        spec(l1, "n", **{field: "no"})
 
 
 def test_specs_with_module_level_functions_pickle():
@@ -246,50 +235,12 @@ def test_row_121_every_duplicate_is_named_once():
 
 @pytest.mark.parametrize("base_loss", ["not a function", None, 3, WithCompute, lambda: 0, per_datum("nothing")])
 def test_row_122_base_losses_that_are_none(base_loss: Any):
-    with pytest.raises(InvalidBaseLoss) as caught:
+    with pytest.raises(InvalidBaseLoss, match="base loss: ") as caught:
         Pipeline(base_loss)
     assert isinstance(caught.value, TypeError)
     assert isinstance(caught.value, PipelineError)
 
 
-def test_row_122_the_value_is_named():
-    with pytest.raises(InvalidBaseLoss, match="not a function"):
-        Pipeline("not a function")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("count", [0, -1, True, 1.5, "2"])
-@pytest.mark.parametrize("option", ["max_concurrency", "max_threads"])
-def test_rows_58_and_59_counts(option: str, count: Any):
-    with pytest.raises(PipelineError, match=option) as caught:
-        Pipeline(nll, **{option: count})
-    assert repr(count) in str(caught.value)
-
-
-@pytest.mark.parametrize("timeout", [0, -1.0, math.nan, True, "5"])
-def test_row_57_timeouts(timeout: Any):
-    with pytest.raises(PipelineError, match="timeout"):
-        Pipeline(nll, timeout=timeout)
-
-
-@pytest.mark.parametrize("flag", ["no", 0, 1, None])
-@pytest.mark.parametrize("option", ["track_grad_norms", "parallel"])
-def test_rows_55_and_56_flags_are_flags(option: str, flag: Any):
-    with pytest.raises(PipelineError, match=option) as caught:
-        Pipeline(nll, **{option: flag})
-    assert repr(flag) in str(caught.value)
-
-
 def test_row_46_options_are_keyword_only():
     with pytest.raises(TypeError):
         Pipeline(nll, [], True)  # type: ignore[misc]
-
-
-def test_row_46_defaults():
-    made = Pipeline(nll, guide_specs())
-    assert (made.track_grad_norms, made.parallel, made.timeout, made.max_concurrency, made.max_threads) == (
-        False,
-        True,
-        30.0,
-        32,
-        None,
-    )

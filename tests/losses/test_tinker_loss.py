@@ -1,7 +1,6 @@
 """A pipeline as a loss of the official SDK, and the official SDK's losses in a pipeline."""
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,33 +85,6 @@ async def test_the_official_client_sends_the_same_gradient():
     assert all(type(number) is float for number in metrics.values())
 
 
-def test_the_gradient_is_that_of_the_written_out_loss():
-    parts = leaves()
-    loss, _ = pipeline().as_tinker_loss()(official_data(), parts)
-    loss.backward()
-    written = leaves()
-    flat = torch.cat(written)
-    expected = -flat.mean() + 0.3 * (torch.cat(REFERENCES) - flat).pow(2).sum() + 0.1 * flat.pow(2).sum()
-    expected.backward()
-    for part, own in zip(parts, written, strict=True):
-        assert part.grad is not None
-        assert own.grad is not None
-        assert torch.allclose(part.grad, own.grad, rtol=1e-6)
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
-
-
-def test_the_loss_composes_with_torch():
-    parts = leaves()
-    loss, _ = pipeline().as_tinker_loss()(own_data(), parts)
-    (2 * loss + parts[0].sum()).backward()
-    again = leaves()
-    single, _ = pipeline().as_tinker_loss()(own_data(), again)
-    single.backward()
-    assert again[0].grad is not None
-    assert parts[0].grad is not None
-    assert torch.allclose(parts[0].grad, 2 * again[0].grad + 1)
-
-
 @pytest.mark.asyncio
 async def test_it_may_be_called_on_a_running_loop():
     loss, metrics = pipeline().as_tinker_loss()(official_data(), leaves())
@@ -148,7 +120,7 @@ def test_failures_come_out_as_they_are():
     assert caught.value.name == "fails"
     with pytest.raises(PipelineError, match="no term depends"):
         Pipeline(lambda data, logprobs: torch.tensor(1.0)).as_tinker_loss()(official_data(), leaves())
-    with pytest.raises(PipelineError, match="2 datums need as many"):
+    with pytest.raises(PipelineError, match="got 1 for 2 datums"):
         pipeline().as_tinker_loss()(official_data(), leaves()[:1])
     with pytest.raises(PipelineError, match="step must be"):
         pipeline().as_tinker_loss(step=-1)
@@ -156,7 +128,7 @@ def test_failures_come_out_as_they_are():
 
 @pytest.mark.parametrize("datum", [None, 3, object(), {"model_input": 1}])
 def test_what_is_no_datum_is_named(datum: Any):
-    with pytest.raises(InvalidData, match="datum 1 does not hold"):
+    with pytest.raises(InvalidData, match="datum 1 must contain only"):
         pipeline().as_tinker_loss()([own_data()[0], datum], leaves())
 
 
@@ -177,16 +149,6 @@ def test_sparse_inputs_of_the_official_sdk():
 
     loss, _ = Pipeline(term).as_tinker_loss()([datum], [torch.tensor([2.0]).requires_grad_()])
     assert float(loss.detach()) == 6.0
-
-
-def test_no_thread_stays():
-    before = threading.active_count()
-    pipe = pipeline()
-    for _ in range(3):
-        pipe.as_tinker_loss()(official_data(), leaves())
-    # The workers of the pipeline's own sync terms are kept; no loop's thread is.
-    assert not [thread for thread in threading.enumerate() if "portal" in thread.name.lower()]
-    assert threading.active_count() - before <= 2 + 2 + 1
 
 
 # The other way: a loss of the official SDK's cookbook form, unchanged

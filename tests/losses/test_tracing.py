@@ -40,7 +40,7 @@ def make_logprobs(candidates=None):
 
 def on_the_service(traced, data, logprobs, weights):
     """The embedded service's own interpreter, one datum at a time: loss, gradients, and metrics put together."""
-    from tinkex_py.local.custom_graphs import read_graph
+    from tinkex_py.local.custom_losses import read_graph
 
     inputs = [{"name": name, "rank": rank} for name, rank in traced.inputs]
     graph = read_graph(json.loads(json.dumps({"name": "p", "inputs": inputs, "graph": traced.graph})))
@@ -173,7 +173,7 @@ async def asynchronous(data, logprobs):
 
 
 REASONS = {
-    "mean": (lambda data, logprobs: -logprobs.mean(), r"mean\(\) is not the sum over positions"),
+    "mean": (lambda data, logprobs: -logprobs.mean(), r"mean\(\) does not sum over positions"),
     "softmax": (lambda data, logprobs: logprobs.softmax(-1).square().sum(), r"softmax\(\)"),
     "norm": (lambda data, logprobs: logprobs.norm(), r"norm\(\)"),
     "shift": (lambda data, logprobs: logprobs.sum() + 1.0, r"add\(\)"),
@@ -183,25 +183,25 @@ REASONS = {
     "slice": (lambda data, logprobs: logprobs[1:].sum(), r"getitem\(\)"),
     "length": (lambda data, logprobs: logprobs.sum() / logprobs.shape[0], r"getattr\(\)"),
     "sorted": (lambda data, logprobs: logprobs.sort().values.sum(), r"sort\(\)"),
-    "reads data": (lambda data, logprobs: logprobs.sum() / len(data), "it reads the datums: take the fields"),
+    "reads data": (lambda data, logprobs: logprobs.sum() / len(data), "it reads the datums: accept the fields"),
     "iterates data": (lambda data, logprobs: sum(1 for _ in data) * logprobs.sum(), "it reads the datums"),
-    "per_datum": (per_datum(lambda data, logprobs: logprobs[0].sum()), r"sees all datums at once \(per_datum\)"),
+    "per_datum": (per_datum(lambda data, logprobs: logprobs[0].sum()), r"receives all datums at once \(per_datum\)"),
     "async": (asynchronous, "term 'base_loss' is async"),
     "branch": (branching, "tracing it failed with TraceError"),
     "number": (lambda data, logprobs: float(logprobs.sum()) * logprobs.sum(), "tracing it failed with TypeError"),
     "numpy": (lambda data, logprobs: torch.tensor(np.asarray(logprobs)).sum(), "tracing it failed with|not computed"),
     "item": (lambda data, logprobs: logprobs.sum() * logprobs.max().item(), r"max\(\)|item\(\)"),
     "in place": (sum_over_datums(lambda logprobs: logprobs.clone().add_(1.0).sum()), r"calls add_\(\), which changes"),
-    "captured": (captured(), r"is not the sum|tensor of shape \(4,\) from outside"),
+    "captured": (captured(), r"does not sum|captured tensor of shape \(4,\)"),
     "captured in a sum": (
         sum_over_datums(lambda logprobs: (logprobs * torch.ones(4)).sum()),
-        r"shape \(4,\) from outside",
+        r"captured tensor of shape \(4,\)",
     ),
-    "no_grad": (without_grad, "computes under torch.no_grad"),
-    "constant loss": (lambda data, logprobs: torch.tensor(1.0), "its loss is a Tensor that was not computed"),
-    "metric": (lambda data, logprobs: (logprobs.sum(), {"worst": logprobs.exp()}), "its metric 'worst' is no sum"),
-    "mean metric": (lambda data, logprobs: (logprobs.sum(), {"a:mean": logprobs.sum()}), "'a:mean' is no sum"),
-    "text metric": (lambda data, logprobs: (logprobs.sum(), {"a": "b"}), "its metric 'a' is a str"),
+    "no_grad": (without_grad, r"uses torch.no_grad\(\)"),
+    "constant loss": (lambda data, logprobs: torch.tensor(1.0), "its loss is a Tensor that is not computed"),
+    "metric": (lambda data, logprobs: (logprobs.sum(), {"worst": logprobs.exp()}), "its metric 'worst' is not a sum"),
+    "mean metric": (lambda data, logprobs: (logprobs.sum(), {"a:mean": logprobs.sum()}), "'a:mean' is not a sum"),
+    "text metric": (lambda data, logprobs: (logprobs.sum(), {"a": "b"}), "its metric 'a' must be a number, got a str"),
 }
 
 
@@ -232,7 +232,7 @@ def test_options_that_need_the_client_say_why():
         with pytest.raises(UnsupportedFeature, match=reason):
             trace_pipeline(Pipeline(PACKED["nll"], **options), make_data())
     many = [RegularizerSpec(fn=smoothness, weight=1.0, name=f"r{index}") for index in range(16)]
-    with pytest.raises(UnsupportedFeature, match="take 17 inputs; a service takes 16"):
+    with pytest.raises(UnsupportedFeature, match="have 17 inputs, but a service accepts at most 16"):
         trace_pipeline(Pipeline(PACKED["nll"], many), make_data())
 
 

@@ -187,24 +187,3 @@ async def test_torch_terms_do_not_block_the_loop():
     assert min(at_end) > max(at_start)
     assert output.total_grad_norm > 0
     assert [event.name for event in events].count("tinkex.regularizer.compute.stop") == 2
-
-
-async def test_the_backward_of_a_large_coroutine_term_runs_off_the_loop():
-    threads: list[int] = []
-
-    class Where(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-            return values.sum()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            threads.append(threading.get_ident())
-            return gradient.expand(1_000_000)
-
-    async def term(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
-        return Where.apply(logprobs)  # type: ignore[no-untyped-call]
-
-    await Pipeline(term, [spec(term, "again")]).compute([], torch.zeros(1_000_000))
-    assert len(threads) == 2
-    assert threading.get_ident() not in threads

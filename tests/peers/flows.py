@@ -1,4 +1,4 @@
-"""The rows of the conformance table, and how a program tells what became of them.
+"""The rows of the conformance table, and how a program reports the outcome of each.
 
 The programs run with the Python of a peer's venv, so this file needs nothing but the standard library.
 """
@@ -7,41 +7,43 @@ import json
 import sys
 from typing import Literal
 
-# "unsupported": the client said so, by name. "silent": nothing in the server's answers tells that it cannot.
+# "unsupported": the client raised an error that names the feature. "silent": no response of the server says that it
+# cannot do it.
 Outcome = Literal["pass", "unsupported", "silent", "absent", "fail"]
 
-FLOWS = (
-    "create_lora_training_client",
-    "unknown base model is refused",
-    "forward",
-    "forward_backward",
-    "importance_sampling, ppo, cispo",
-    "optim_step",
-    "forward_backward_custom",
-    "custom loss with regularizers",
-    "gradient of a custom loss arrives as computed",
-    "a call of 300 datums",
-    "training lowers the loss",
-    "save_state",
-    "from state",
-    "from state with optimizer",
-    "save_weights_and_get_sampling_client",
-    "sample",
-    "compute_logprobs",
-    "topk_prompt_logprobs",
-    "concurrent samplers",
-    "save_weights_for_sampler, sample by path",
-    "sample from the base model",
-    "list training runs",
-    "list checkpoints of a run",
-    "list all checkpoints",
-    "list sessions",
-    "weights info",
-    "checkpoint archive URL",
-)
+FLOWS = {
+    "create_lora_training_client": "create",
+    "unknown base model is refused": "unknown_model",
+    "forward": "forward",
+    "forward_backward": "forward_backward",
+    "importance_sampling, ppo, cispo": "policy_losses",
+    "optim_step": "optim_step",
+    "forward_backward_custom": "custom",
+    "custom loss with regularizers": "with_regularizers",
+    "gradient of a custom loss arrives as computed": "gradient",
+    "a call of 300 datums": "many_datums",
+    "training lowers the loss": "lowers",
+    "save_state": "save_state",
+    "from state": "from_state",
+    "from state with optimizer": "with_optimizer",
+    "save_weights_and_get_sampling_client": "get_sampler",
+    "sample": "sample",
+    "compute_logprobs": "compute_logprobs",
+    "topk_prompt_logprobs": "topk",
+    "concurrent samplers": "concurrent",
+    "save_weights_for_sampler, sample by path": "by_path",
+    "sample from the base model": "from_base",
+    "list training runs": "runs",
+    "list checkpoints of a run": "checkpoints",
+    "list all checkpoints": "all_checkpoints",
+    "list sessions": "sessions",
+    "weights info": "info",
+    "checkpoint archive URL": "archive",
+}
+"""Name of each flow, and the method of `Flows` in each program that runs it."""
 
 
-def tell(flow: str, outcome: Outcome, detail: str = "") -> None:
-    """Prints one line of JSON, at once: a program that hangs later has told this."""
+def report(flow: str, outcome: Outcome, detail: str = "") -> None:
+    """Prints one line of JSON and flushes it, so that it is not lost if the program hangs later."""
     sys.stdout.write(json.dumps({"flow": flow, "outcome": outcome, "detail": detail}) + "\n")
     sys.stdout.flush()

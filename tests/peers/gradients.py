@@ -1,9 +1,9 @@
-"""Whether the gradient of a custom loss arrives at a service as computed: its size, its sign, its sum over calls.
+"""Checks that the gradient of a custom loss arrives at a service as computed: size, sign and sum over calls.
 
-Services tell little of a gradient, so there are three ways to see it:
+Services report little about a gradient, so there are three ways to measure it:
 
 - `metric:NAME`: the service reports its norm with an optimizer step.
-- `folder:PATH`: the service keeps it in files below this folder (hatchery).
+- `folder:PATH`: the service stores it in files below this folder (hatchery).
 - `step`: the change of the loss by a step of Adam with an eps so large that the step is linear in the gradient.
 """
 
@@ -17,7 +17,7 @@ import torch
 from tinkex_py import AdamParams, AsyncServiceClient, AsyncTrainingClient, Datum, ModelInput
 
 LINEAR = AdamParams(learning_rate=0.1, eps=1e4)
-# hatchery takes no eps above 1.
+# hatchery accepts no eps above 1.
 SMALL = AdamParams(learning_rate=1e-3, eps=1.0)
 LENGTHS = (3, 9, 4, 6)
 FACTORS = (2.0, -0.5)
@@ -39,9 +39,9 @@ def make_data() -> list[Datum]:
 
 
 def signed(start: int = 0, factor: float = 1.0) -> Loss:
-    """A loss of positions from `start` whose gradient shows in its size and sign if it was divided by a sum of weights.
+    """Returns a loss over positions from `start` that reveals a division by the sum of weights.
 
-    Minus the gradient has both signs, and a sum well above 1: some services divide by max(sum, 1).
+    The negated gradient has both signs and a sum well above 1, because some services divide by max(sum, 1).
     """
 
     def loss(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
@@ -52,12 +52,12 @@ def signed(start: int = 0, factor: float = 1.0) -> Loss:
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """What became of the gradient of one step.
+class Measured:
+    """The measured gradient of one step.
 
     Attributes:
-        size: proportional to the gradient's size.
-        change: of the loss, by a step down the gradient.
+        size: proportional to the norm of the gradient.
+        change: change of the loss by a step against the gradient.
     """
 
     size: float
@@ -66,12 +66,12 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Measures on models that all start from one checkpoint.
+    """Measurements on models that all start from one checkpoint.
 
     Attributes:
-        service: the service.
-        start: the checkpoint.
-        view: how a gradient can be seen there, see the module.
+        service: the service client.
+        start: path of the checkpoint.
+        view: how a gradient is measured; see the module.
     """
 
     service: AsyncServiceClient
@@ -82,8 +82,8 @@ class Gradients:
     def kind(self) -> str:
         return self.view.partition(":")[0]
 
-    async def arrived(self, *calls: tuple[Sequence[Datum], Loss]) -> Arrived:
-        """What the calls of one step add up to."""
+    async def measure(self, *calls: tuple[Sequence[Datum], Loss]) -> Measured:
+        """Sends the calls of one step to a fresh model and measures their accumulated gradient."""
         training = await self.service.create_training_client_from_state(self.start)
         everything = make_data()
         before = await loss_of(training, everything)
@@ -91,25 +91,29 @@ class Gradients:
         for data, loss in calls:
             await training.forward_backward_custom(data, loss, sequences_per_step=count)
         kind, _, where = self.view.partition(":")
-        kept = norm_in_files(Path(where), training.model_id) if kind == "folder" else 0.0
+        stored = norm_in_files(Path(where), training.model_id) if kind == "folder" else 0.0
         step = await training.optim_step(LINEAR if kind == "step" else SMALL)
         change = await loss_of(training, everything) - before
-        sizes = {"metric": (step.metrics or {}).get(where, 0.0), "folder": kept, "step": -change}
-        return Arrived(sizes[kind], change)
+        sizes = {"metric": (step.metrics or {}).get(where, 0.0), "folder": stored, "step": -change}
+        return Measured(sizes[kind], change)
 
-    async def complaints(self) -> list[str]:
-        """What does not hold; nothing if the gradient arrives as computed."""
+    async def problems(self) -> list[str]:
+        """Returns what does not hold; empty if the gradient arrives as computed."""
         data = make_data()
-        whole = await self.arrived((data, signed()))
-        found = [] if whole.size > 0 and whole.change < 0 else [f"a step down the loss changes it by {whole.change:+g}"]
+        whole = await self.measure((data, signed()))
+        found = (
+            []
+            if whole.size > 0 and whole.change < 0
+            else [f"a step against the gradient changes the loss by {whole.change:+g}"]
+        )
         for factor in FACTORS:
-            scaled = await self.arrived((data, signed(factor=factor)))
+            scaled = await self.measure((data, signed(factor=factor)))
             expected = factor if self.kind == "step" else abs(factor)
             if not self._close(scaled.size, expected * whole.size):
                 found.append(f"the loss times {factor} has a gradient of {scaled.size:g}, times 1 of {whole.size:g}")
             if not scaled.change * factor < 0:
-                found.append(f"a step down the loss times {factor} changes it by {scaled.change:+g}")
-        parts = await self.arrived((data[:1], signed()), (data[1:], signed(start=LENGTHS[0])))
+                found.append(f"a step for the loss times {factor} changes it by {scaled.change:+g}")
+        parts = await self.measure((data[:1], signed()), (data[1:], signed(start=LENGTHS[0])))
         if not self._close(parts.size, whole.size):
             found.append(f"two calls have a gradient of {parts.size:g}, one of {whole.size:g}")
         return found
@@ -124,7 +128,7 @@ async def loss_of(training: AsyncTrainingClient, data: Sequence[Datum]) -> float
 
 
 def norm_in_files(folder: Path, model_id: str) -> float:
-    """The norm of the gradient that hatchery has accumulated for a model."""
+    """Returns the norm of the gradient that hatchery has accumulated for a model."""
     (file,) = folder.rglob(f"{model_id}/live_state/grad_accum.pt")
     gradients = torch.load(file, weights_only=True)
     return float(torch.cat([values.flatten() for values in gradients.values()]).norm())

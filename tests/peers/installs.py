@@ -1,4 +1,4 @@
-"""Venvs of the peers, made once and kept. The recipes say what each needs to run without a GPU."""
+"""Venvs of the peers, created once and reused, with what each needs to run without a GPU."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ TORCH = "torch==2.13.0"
 
 
 def peers_folder() -> Path:
-    """Where the venvs are kept: `TINKEX_PEERS_DIR`, else `.peers` in the repository."""
+    """Returns the folder of the venvs: `TINKEX_PEERS_DIR`, or `.peers` in the repository."""
     return Path(os.environ.get("TINKEX_PEERS_DIR") or ROOT / ".peers").resolve()
 
 
 @dataclass(frozen=True)
 class Install:
-    """One venv. The last step installs the package that names it, so its presence means that all went well."""
+    """One venv. Its last step installs `package`, so the presence of that package shows that all steps succeeded."""
 
     venv: str
     package: str
@@ -36,12 +36,12 @@ class Install:
         return self.folder / "bin" / "python"
 
     def ensure(self) -> "Install":
-        """Makes the venv unless it is there.
+        """Creates the venv unless it exists.
 
         Raises:
             PeerError: pip failed.
         """
-        if self._is_there():
+        if self._is_installed():
             return self
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         commands = [
@@ -55,16 +55,16 @@ class Install:
                 raise PeerError(f"{self.package} {self.version} could not be installed: {error}") from error
         return self
 
-    def _is_there(self) -> bool:
+    def _is_installed(self) -> bool:
         if not self.python.exists():
             return False
-        look = f"import importlib.metadata as m; print(m.version({self.package!r}))"
-        found = subprocess.run([str(self.python), "-c", look], capture_output=True, text=True, check=False)
+        query = f"import importlib.metadata as m; print(m.version({self.package!r}))"
+        found = subprocess.run([str(self.python), "-c", query], capture_output=True, text=True, check=False)
         return found.stdout.strip() == self.version
 
 
 def official(version: str) -> Install:
-    """An official SDK, with what its forward_backward_custom imports."""
+    """Returns the venv of an official SDK, with the packages that its forward_backward_custom imports."""
     return Install(
         f"venv-tinker-{version}", "tinker", version, ((TORCH,), ("numpy", "transformers"), (f"tinker=={version}",))
     )
@@ -100,7 +100,7 @@ TUFT = Install(
     "0.2.2",
     (
         (TORCH,),
-        # It pins vllm, which is of no use without a GPU: what else it requires, then it alone.
+        # It pins vllm, which needs a GPU: first its other requirements, then the package without dependencies.
         (
             *("accelerate>=1.0.0", "fastapi>=0.133.0,<0.137.0", "httpx>=0.28.1", "numpy>=2.0.0"),
             *("nvidia-ml-py>=13.0.0", "omegaconf>=2.3.0", "opentelemetry-api>=1.20.0"),

@@ -1,4 +1,4 @@
-"""Runs with the Python of an official SDK's venv: its flows against a service. One JSON line per flow.
+"""Runs the flows of an official SDK against a service, with the Python of its venv. Prints one JSON line per flow.
 
 python official_program.py BASE_URL API_KEY BASE_MODEL GRADIENT_VIEW
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import tinker
 import torch
-from flows import FLOWS, tell
+from flows import FLOWS, report
 from tinker import types
 
 TOKENS = [104, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]
@@ -52,7 +52,7 @@ def signed(start: int, factor: float) -> Callable[..., tuple[torch.Tensor, dict[
 
 
 class Flows:
-    """What the flows share. A failed flow drops the training client: it may be unusable."""
+    """The flows and the clients that they share. A failed flow drops the training client: it may be unusable."""
 
     def __init__(self, base_url: str, api_key: str, model: str, gradient_view: str) -> None:
         self.model = model
@@ -101,7 +101,7 @@ class Flows:
         except (tinker.APIStatusError, tinker.RequestFailedError, ValueError) as error:
             check("no-such-model" in str(error), f"the error does not name the model: {error}")
         else:
-            raise AssertionError("a model that is not there was created")
+            raise AssertionError("an unknown model was created")
 
     def forward(self) -> None:
         output = self.training.forward(self.data, "cross_entropy").result()
@@ -137,7 +137,7 @@ class Flows:
         raise AbsentInSdkError("composed losses")
 
     def gradient(self) -> None:
-        """The norms that the service reports: in proportion to the loss, and the same for one call and for two."""
+        """Checks that the reported norms are proportional to the loss, and equal for one call and for two."""
 
         def norm(*calls: tuple[list[types.Datum], int], factor: float = 1.0) -> float:
             for data, start in calls:
@@ -160,7 +160,7 @@ class Flows:
         self.training.optim_step(types.AdamParams(learning_rate=1e-6)).result()
 
     def lowers(self) -> None:
-        self.drop()  # the momentum of the steps before is no part of this
+        self.drop()  # a fresh model, without momentum of earlier steps
         passes = []
         for _ in range(5):
             passes.append(self.training.forward_backward(self.data, "cross_entropy"))
@@ -175,7 +175,7 @@ class Flows:
         expected = self.loss()
         path = self.training.save_state("plain").result().path
         again = done(self.service.create_training_client_from_state(path))
-        check(abs(self.loss(again) - expected) < 1e-4, "another loss after loading")
+        check(abs(self.loss(again) - expected) < 1e-4, "the loss differs after loading")
 
     def with_optimizer(self) -> None:
         path = self.training.save_state("optimizer").result().path
@@ -265,54 +265,25 @@ class Flows:
             raise AbsentInSdkError("get_checkpoint_archive_url_from_tinker_path")
         path = self.training.save_weights_for_sampler("archive").result().path
         answer = self.rest.get_checkpoint_archive_url_from_tinker_path(path).result()
-        check(bool(answer.url), "no address")
+        check(bool(answer.url), "no URL")
 
 
 def done(made: object) -> object:
-    """Old versions give the client itself, new ones a future of it."""
+    """Resolves a client: old versions return the client itself, new ones a future of it."""
     return made.result() if callable(getattr(made, "result", None)) else made
 
 
 def run(flows: Flows) -> None:
-    steps: tuple[Callable[[], None], ...] = (
-        flows.create,
-        flows.unknown_model,
-        flows.forward,
-        flows.forward_backward,
-        flows.policy_losses,
-        flows.optim_step,
-        flows.custom,
-        flows.with_regularizers,
-        flows.gradient,
-        flows.many_datums,
-        flows.lowers,
-        flows.save_state,
-        flows.from_state,
-        flows.with_optimizer,
-        flows.get_sampler,
-        flows.sample,
-        flows.compute_logprobs,
-        flows.topk,
-        flows.concurrent,
-        flows.by_path,
-        flows.from_base,
-        flows.runs,
-        flows.checkpoints,
-        flows.all_checkpoints,
-        flows.sessions,
-        flows.info,
-        flows.archive,
-    )
-    for flow, step in zip(FLOWS, steps, strict=True):
+    for flow, method in FLOWS.items():
         try:
-            step()
+            getattr(flows, method)()
         except AbsentInSdkError as error:
-            tell(flow, "absent", str(error))
-        except Exception as error:  # noqa: BLE001  # whatever the SDK raises is the outcome
-            tell(flow, "fail", f"{type(error).__name__}: {error}"[:500])
+            report(flow, "absent", str(error))
+        except Exception as error:  # noqa: BLE001  # any error of the SDK is the outcome
+            report(flow, "fail", f"{type(error).__name__}: {error}"[:500])
             flows.drop()
         else:
-            tell(flow, "pass")
+            report(flow, "pass")
 
 
 if __name__ == "__main__":

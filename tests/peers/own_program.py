@@ -1,4 +1,4 @@
-"""Runs in a process of its own: the flows of this package's client against a service. One JSON line per flow.
+"""Runs the flows of this package's client against a service. Prints one JSON line per flow.
 
 python -m tests.peers.own_program BASE_URL API_KEY BASE_MODEL GRADIENT_VIEW [--made-up-numbers] [--half-precision]
 """
@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import torch
 
-from tests.peers.flows import FLOWS, tell
+from tests.peers.flows import FLOWS, report
 from tests.peers.gradients import Gradients
 from tinkex_py import (
     AdamParams,
@@ -36,7 +36,7 @@ STEP = AdamParams(learning_rate=1e-2)
 PATIENCE = 120.0
 
 
-# What the error of an unsupported flow must name. Every server supports all other flows.
+# What the error of an unsupported flow must name. Every server supports the other flows.
 FEATURES = {
     "forward_backward_custom": "custom loss",
     "custom loss with regularizers": "custom loss",
@@ -56,7 +56,7 @@ FEATURES = {
 
 
 class SilentServerError(Exception):
-    """Nothing that the server answers tells that it cannot do this."""
+    """No response of the server says that it cannot do this."""
 
 
 def check(holds: bool, what: str) -> None:
@@ -77,7 +77,7 @@ def nll(data: list[Datum], logprobs: torch.Tensor) -> torch.Tensor:
 
 
 class Flows:
-    """What the flows share. A failed flow drops its clients."""
+    """The flows and the clients that they share. A failed flow drops the clients."""
 
     def __init__(
         self, service: AsyncServiceClient, model: str, gradient_view: str, *, made_up: bool, tolerance: float
@@ -114,7 +114,7 @@ class Flows:
 
     def number(self, holds: bool, what: str) -> None:
         if not holds and self.made_up:
-            raise SilentServerError("this server makes its numbers up")
+            raise SilentServerError("this server makes up its numbers")
         check(holds, what)
 
     async def loss(self, training: AsyncTrainingClient | None = None) -> float:
@@ -131,9 +131,9 @@ class Flows:
         except (APIStatusError, RequestFailed, UnsupportedFeature) as error:
             check("no-such-model" in str(error), f"the error does not name the model: {error}")
         except TimeoutExceeded:
-            raise SilentServerError("this server does not answer where it does not have the model") from None
+            raise SilentServerError("this server does not respond to a request for an unknown model") from None
         else:
-            raise AssertionError("a model that is not there was created")
+            raise AssertionError("an unknown model was created")
 
     async def forward(self) -> None:
         output = await (await self.training()).forward(self.data)
@@ -181,8 +181,8 @@ class Flows:
 
     async def gradient(self) -> None:
         gradients = Gradients(self.service, await self.state(), self.gradient_view)
-        complaints = await gradients.complaints()
-        check(not complaints, "; ".join(complaints))
+        problems = await gradients.problems()
+        check(not problems, "; ".join(problems))
 
     async def many_datums(self) -> None:
         training = await self.training()
@@ -191,7 +191,7 @@ class Flows:
         await training.optim_step(AdamParams(learning_rate=1e-6))
 
     async def lowers(self) -> None:
-        self.drop()  # the momentum of the steps before is no part of this
+        self.drop()  # a fresh model, without momentum of earlier steps
         training = await self.training()
         losses = []
         for _ in range(4):
@@ -296,39 +296,7 @@ class Flows:
 
     async def archive(self) -> None:
         path = (await (await self.training()).save_weights_for_sampler("archive")).path
-        check(bool((await self.rest.get_archive_url(path)).url), "no address")
-
-    def steps(self) -> tuple[Callable[[], Awaitable[None]], ...]:
-        """In the order of FLOWS."""
-        return (
-            self.create,
-            self.unknown_model,
-            self.forward,
-            self.forward_backward,
-            self.policy_losses,
-            self.optim_step,
-            self.custom,
-            self.with_regularizers,
-            self.gradient,
-            self.many_datums,
-            self.lowers,
-            self.save_state,
-            self.from_state,
-            self.with_optimizer,
-            self.get_sampler,
-            self.sample,
-            self.compute_logprobs,
-            self.topk,
-            self.concurrent,
-            self.by_path,
-            self.from_base,
-            self.runs,
-            self.checkpoints,
-            self.all_checkpoints,
-            self.sessions,
-            self.info,
-            self.archive,
-        )
+        check(bool((await self.rest.get_archive_url(path)).url), "no URL")
 
 
 async def attempt(flow: str, step: Callable[[], Awaitable[None]], host: str) -> bool:
@@ -339,14 +307,14 @@ async def attempt(flow: str, step: Callable[[], Awaitable[None]], host: str) -> 
         names_both = flow in FEATURES and re.match(
             rf"{re.escape(host)} does not support .*{FEATURES[flow]}", str(error)
         )
-        tell(flow, "unsupported" if names_both else "fail", str(error)[:500])
+        report(flow, "unsupported" if names_both else "fail", str(error)[:500])
     except SilentServerError as error:
-        tell(flow, "silent", str(error))
-    except Exception as error:  # noqa: BLE001  # whatever the client raises is the outcome
-        tell(flow, "fail", f"{type(error).__name__}: {error}"[:500])
+        report(flow, "silent", str(error))
+    except Exception as error:  # noqa: BLE001  # any error of the client is the outcome
+        report(flow, "fail", f"{type(error).__name__}: {error}"[:500])
         return False
     else:
-        tell(flow, "pass")
+        report(flow, "pass")
     return True
 
 
@@ -363,8 +331,8 @@ async def main(base_url: str, api_key: str, model: str, gradient_view: str, *opt
         made_up = "--made-up-numbers" in options
         flows = Flows(service, model, gradient_view, made_up=made_up, tolerance=tolerance)
         host = base_url.removeprefix("http://")
-        for flow, step in zip(FLOWS, flows.steps(), strict=True):
-            if not await attempt(flow, step, host):
+        for flow, method in FLOWS.items():
+            if not await attempt(flow, getattr(flows, method), host):
                 flows.drop()
 
 

@@ -1,4 +1,4 @@
-"""The columns of the conformance table: who talks to whom."""
+"""The columns of the conformance table: pairs of a client and a server."""
 
 import importlib.metadata
 import os
@@ -10,13 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tests.peers.embedded import embedded
-from tests.peers.hatchery import hatchery
 from tests.peers.installs import ROOT, SKYRL_030, SKYRL_040, official
-from tests.peers.peer import Peer
 from tests.peers.results import Defect
-from tests.peers.skyrl import skyrl
-from tests.peers.tuft import tuft
+from tests.peers.servers import Peer, embedded, hatchery, skyrl, tuft
 from tinkex_py.version import __version__
 
 Serve = Callable[[Path], AbstractContextManager[Peer]]
@@ -24,16 +20,16 @@ Serve = Callable[[Path], AbstractContextManager[Peer]]
 
 @dataclass(frozen=True)
 class Pair:
-    """One column.
+    """One column of the table.
 
-    Args:
-        name: how it is asked for, `make conformance ARGS=name`.
-        head: how the table calls it.
+    Attributes:
+        name: selects the pair, as in `make conformance ARGS=name`.
+        head: heading of its column.
         client: name and version of the client.
-        command: the program and its interpreter; may install.
+        command: returns the interpreter and the program; may install them.
         serve: starts the server in a folder.
         options: further arguments of the program.
-        defects: what fails inside the server, whoever asks.
+        defects: known failures inside the server.
     """
 
     name: str
@@ -88,7 +84,7 @@ PAIRS = (
 
 
 def program_output(pair: Pair, peer: Peer, errors: Path, patience: float) -> str:
-    """What the pair's program printed; of one that hangs, what it printed until then."""
+    """Runs the pair's program and returns its output; a program that hangs is killed after `patience` seconds."""
     command = [*pair.command(), peer.base_url, peer.api_key, peer.base_model, peer.gradient_view, *pair.options]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TINKER_", "TINKEX_", "PYTHON"))}
     environment = {**clean, "TINKER_TELEMETRY": "0", "OMP_NUM_THREADS": "1"}

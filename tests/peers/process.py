@@ -1,4 +1,4 @@
-"""Servers in processes of their own."""
+"""Starts and stops servers in their own processes."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PATIENCE = 240.0
-ALL_GONE = 30.0
+START_SECONDS = 240.0
+STOP_SECONDS = 30.0
 
 
 class PeerError(Exception):
@@ -24,10 +24,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return response.status == 200
     except OSError:
         return False
 
@@ -36,7 +36,7 @@ def answers(url: str) -> bool:
 def running(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], is_ready: Callable[[], bool]
 ) -> Iterator[None]:
-    """The process, in a group of its own, from when it is ready; ended with all its children."""
+    """Runs a server in its own process group until the block ends; yields when it is ready."""
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -56,25 +56,25 @@ def running(
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, is_ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + START_SECONDS
     while not is_ready():
         if _ended(process, 0.5):
             raise PeerError(f"the server ended while starting:\n{_end_of(log)}")
         if time.monotonic() > deadline:
-            raise PeerError(f"the server was not ready after {PATIENCE:g} s:\n{_end_of(log)}")
+            raise PeerError(f"the server was not ready after {START_SECONDS:g} s:\n{_end_of(log)}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    _ended(process, ALL_GONE)
+    _ended(process, STOP_SECONDS)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlived it; it leads their group
+        os.killpg(process.pid, signal.SIGKILL)  # its remaining children
     process.wait()
 
 
-def _ended(process: subprocess.Popen[bytes], patience: float) -> bool:
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
     try:
-        process.wait(patience)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         return False
     return True

@@ -1,4 +1,4 @@
-"""What became of the flows, kept per pair, and the table of it."""
+"""The outcomes of the flows, stored per pair, and their table."""
 
 import json
 import re
@@ -21,12 +21,12 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Defect:
-    """One answer of one call by which a server fails a flow, whoever asks.
+    """A response by which a server fails a flow for every client.
 
     Attributes:
         flow: the flow.
-        answer: a pattern for all that the client says of it. Any other failure of the flow is ours.
-        reason: what is wrong in the server.
+        answer: a pattern for the whole error of the client. Any other failure of the flow is ours.
+        reason: the defect of the server.
     """
 
     flow: str
@@ -36,7 +36,7 @@ class Defect:
 
 @dataclass(frozen=True)
 class Cell:
-    """The outcome of one flow, and what the client said where it was not a pass."""
+    """The outcome of one flow, and the error of the client if it is not a pass."""
 
     outcome: str
     detail: str = ""
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One pair's results, and with what and when they were made."""
+    """The results of one pair, with the versions and the day of the run."""
 
     head: str
     client: str
@@ -58,15 +58,15 @@ class Column:
 
 
 def cells_from(lines: Iterable[str]) -> dict[str, Cell]:
-    """Reads what a program told. A flow it did not reach is a failure."""
-    told = [json.loads(line) for line in lines if line.startswith("{")]
-    found = {item["flow"]: Cell(item["outcome"], item["detail"]) for item in told}
+    """Reads the output of a program. A flow that it did not reach is a failure."""
+    items = [json.loads(line) for line in lines if line.startswith("{")]
+    found = {item["flow"]: Cell(item["outcome"], item["detail"]) for item in items}
     missing = Cell("fail", "the program ended or hung before this was done")
     return {flow: found.get(flow, missing) for flow in FLOWS}
 
 
 def with_defects(cells: Mapping[str, Cell], defects: Sequence[Defect]) -> dict[str, Cell]:
-    """Failures of which it is known that the server itself is at fault: it does not support that flow."""
+    """Replaces failures that match a known defect of the server: it does not support that flow."""
     found = dict(cells)
     for defect in defects:
         cell = cells[defect.flow]
@@ -87,7 +87,7 @@ def load(path: Path) -> Column:
 
 
 def markdown(columns: Sequence[Column]) -> str:
-    """The table, what was used and when, and every cell's reason that is not a pass."""
+    """Formats the table, the versions and days, and the reason of every cell that is not a pass."""
     lines = [
         _row(["", *(column.head for column in columns)]),
         _row(["---"] * (len(columns) + 1)),
@@ -109,7 +109,7 @@ def markdown(columns: Sequence[Column]) -> str:
 
 
 def with_block(page: str, block: str) -> str:
-    """The page with what is between the markers replaced.
+    """Returns the page with the text between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.

@@ -1,24 +1,27 @@
-"""The table of the conformance runs, and the page that holds it. The runs themselves are `make conformance`."""
+"""The table of the conformance runs and its page. `make conformance` does the runs."""
+
+import re
+from pathlib import Path
 
 import pytest
 
 from tests.peers import results
+from tests.peers.__main__ import PAGE, main
 from tests.peers.flows import FLOWS
-from tests.peers.installs import ROOT
 from tests.peers.pairs import PAIRS
 
-PAGE = ROOT / "docs" / "compatibility.md"
+FOLDER = Path(__file__).parent
 
 
-def test_what_a_program_did_not_reach_is_a_failure():
-    told = ['{"flow": "forward", "outcome": "pass", "detail": ""}', "noise of a library", ""]
-    cells = results.cells_from(told)
+def test_an_unreached_flow_is_a_failure():
+    output = ['{"flow": "forward", "outcome": "pass", "detail": ""}', "noise of a library", ""]
+    cells = results.cells_from(output)
     assert list(cells) == list(FLOWS)
     assert cells.pop("forward") == results.Cell("pass")
     assert {cell.outcome for cell in cells.values()} == {"fail"}
 
 
-def test_only_the_very_failure_that_is_known_is_a_defect_of_the_server():
+def test_only_the_known_failure_is_a_defect_of_the_server():
     defects = [results.Defect(flow, r"ServerError: POST /a returned 500\..*", "broken") for flow in ("one", "two")]
     known = results.Cell("fail", "ServerError: POST /a returned 500. At line 1\nof it")
     for cell, expected in (
@@ -34,22 +37,22 @@ def test_only_the_very_failure_that_is_known_is_a_defect_of_the_server():
         assert seen["one"].detail == ("a defect of the server: broken" if expected == "silent" else cell.detail)
 
 
-def test_the_defects_are_of_flows_that_there_are():
+def test_defects_name_existing_flows():
     assert {defect.flow for pair in PAIRS for defect in pair.defects} <= set(FLOWS)
 
 
-def test_a_column_survives_being_kept(tmp_path):
+def test_a_saved_column_is_loaded_unchanged(tmp_path):
     cells = {flow: results.Cell("pass") for flow in FLOWS} | {"sample": results.Cell("unsupported", "no\n`sampler`")}
-    column = results.Column("ours -> it", "a 1", "b 2", "2026-01-02", cells)
-    results.save(column, tmp_path / "kept" / "one.json")
-    assert results.load(tmp_path / "kept" / "one.json") == column
+    column = results.Column("ours -> other", "a 1", "b 2", "2026-01-02", cells)
+    results.save(column, tmp_path / "results" / "one.json")
+    assert results.load(tmp_path / "results" / "one.json") == column
     block = results.markdown([column])
     assert "| sample | unsupported |" in block
-    assert "| ours -> it | a 1 | b 2 | 2026-01-02 |" in block
+    assert "| ours -> other | a 1 | b 2 | 2026-01-02 |" in block
     assert "- sample: `no 'sampler'`" in block
 
 
-def test_only_what_is_between_the_markers_is_replaced():
+def test_only_the_text_between_the_markers_is_replaced():
     page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
     once = results.with_block(page, "new\n")
     assert once.startswith("before\n")
@@ -60,7 +63,7 @@ def test_only_what_is_between_the_markers_is_replaced():
         results.with_block("no markers", "new")
 
 
-def test_the_page_has_every_pair_and_flow_and_no_failure():
+def test_the_page_lists_every_pair_and_flow_without_failures():
     page = PAGE.read_text()
     table = page[page.index(results.BEGIN) : page.index(results.END)]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
@@ -68,3 +71,19 @@ def test_the_page_has_every_pair_and_flow_and_no_failure():
     assert [row[0] for row in rows[2 : 2 + len(FLOWS)]] == list(FLOWS)
     words = {word for row in rows[2 : 2 + len(FLOWS)] for word in row[1:]}
     assert words == {"pass", "unsupported", "not by this server", "not in this SDK"}
+
+
+def test_every_flow_is_a_method_of_both_programs():
+    for program in ("official_program.py", "own_program.py"):
+        methods = set(re.findall(r"^    (?:async )?def (\w+)\(self\)", (FOLDER / program).read_text(), re.MULTILINE))
+        assert set(FLOWS.values()) <= methods, program
+
+
+@pytest.mark.parametrize(("argument", "code", "shown"), [("--help", 0, "skyrl-0.4.0"), ("nobody", 2, "unknown pair")])
+def test_the_command_line_lists_the_pairs(capsys, argument: str, code: int, shown: str):
+    with pytest.raises(SystemExit) as exit_:
+        main([argument])
+    output = capsys.readouterr()
+    assert exit_.value.code == code
+    assert shown in output.out + output.err
+    assert "skyrl-0.4.0" in output.out + output.err

@@ -1,6 +1,6 @@
-"""A tiny random Qwen3 with its tokenizer, for servers that want a model folder.
+"""Creates a tiny random Qwen3 with its tokenizer, for servers that need a model folder.
 
-Run with the Python of a server's venv; importing it needs the standard library only.
+Runs with the Python of a server's venv; importing it needs the standard library only.
 
     python tiny_model.py FOLDER
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 VOCABULARY = 512
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# The byte alphabet makes any text encodable; the merges only have to exist.
+# The byte alphabet makes any text encodable; the sentences only provide some merges.
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "A client sends a batch, the server answers with a promise of a result.",
@@ -22,7 +22,7 @@ SENTENCES = [
 
 
 def ensure_tiny_model(python: Path, folder: Path) -> None:
-    """Makes the model with that Python, unless it is there."""
+    """Creates the model with that Python, unless it exists."""
     if not (folder / "model.safetensors").exists():
         subprocess.run([str(python), __file__, str(folder)], check=True, capture_output=True)
 
@@ -65,7 +65,7 @@ def _model(tokenizer):
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,  # so that train_unembed has a matrix of its own
+        tie_word_embeddings=False,  # train_unembed needs a separate matrix
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -74,7 +74,7 @@ def _model(tokenizer):
     torch.set_num_threads(1)
     model = transformers.Qwen3ForCausalLM(config).to(torch.float32).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(5.0)  # the default leaves all tokens about equally likely
+        model.lm_head.weight.mul_(5.0)  # by default all tokens are about equally likely
     return model
 
 

@@ -89,7 +89,7 @@ def test_steps_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
         folder.append_step(step_record(number))
     assert folder.keep_steps(2) == [step_record(1), step_record(2)]
     assert read_steps(tmp_path) == [step_record(1), step_record(2)]
-    with pytest.raises(ConfigError, match=r"does not hold the steps 1 to 5"):
+    with pytest.raises(ConfigError, match=r"does not contain the steps 1 to 5"):
         folder.keep_steps(5)
     assert folder.keep_steps(0) == []
     assert (tmp_path / STEPS_FILE).read_bytes() == b""

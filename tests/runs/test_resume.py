@@ -1,4 +1,4 @@
-"""A run that ended at any moment goes on, and its numbers are those of a run that nothing ended.
+"""A run that ended at any moment resumes, with the numbers of an uninterrupted run.
 
 A process that is really killed is in tests/commands/test_train.py.
 """
@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.runs.support import Calls, batches, losses, pipeline, run_to
+from tests.runs.support import Calls, batches, calm, losses, pipeline, run_to
 from tinkex_py import AdamParams, AsyncServiceClient, ConfigError, InvalidSpec, NotFound, RequestFailed
 from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import STATE_FILE, STEPS_FILE
+from tinkex_py.runs.progress import NoProgress
 
 pytestmark = pytest.mark.asyncio
 
@@ -25,8 +26,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-class Snapshots:
-    """Copies what is on disk at every moment that the progress tells of: what a process killed there leaves behind."""
+class Snapshots(NoProgress):
+    """Copies the files at every call of the progress view: what a process that is killed there leaves behind."""
 
     def __init__(self, original: Path, copies: Path) -> None:
         self._original = original
@@ -74,23 +75,16 @@ async def test_a_line_that_reached_the_disk_in_part_is_forgotten(bench: Any, tmp
     with (tmp_path / "run" / STEPS_FILE).open("ab") as file:
         file.write(b'{"step": ')
     await run_to(bench.service, tmp_path / "run", steps=4)
-    await run_to(bench.service, tmp_path / "whole", steps=4)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == await calm(bench.service, 4)
 
 
 async def test_a_run_that_was_asked_to_stop_goes_on(bench: Any, tmp_path: Path) -> None:
     stop = asyncio.Event()
 
-    class Stopping:
-        def start(self, run: RunInfo, made: int) -> None: ...
-
+    class Stopping(NoProgress):
         def doing(self, text: str) -> None:
             if text == "step 3":
                 stop.set()
-
-        def step(self, record: StepRecord) -> None: ...
-
-        def finish(self, run: RunInfo) -> None: ...
 
     first = await run_to(bench.service, tmp_path / "run", stop=stop, checkpoint_every=None, progress=Stopping())
     assert (first.info.status, first.info.reason) == ("stopped", "stop was requested")
@@ -101,8 +95,7 @@ async def test_a_run_that_was_asked_to_stop_goes_on(bench: Any, tmp_path: Path) 
     assert second.info.status == "finished"
     assert second.info.started_at == first.info.started_at
     assert calls.made == []
-    await run_to(bench.service, tmp_path / "whole")
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == await calm(bench.service, 6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -129,8 +122,7 @@ async def test_a_stop_while_a_batch_is_awaited_ends_the_run(bench: Any, tmp_path
     assert len(read_steps(tmp_path / "run")) == 2
     second = await run_to(bench.service, tmp_path / "run", accumulate=accumulate)
     assert second.info.status == "finished"
-    await run_to(bench.service, tmp_path / "whole", accumulate=accumulate)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == await calm(bench.service, 6, accumulate)
 
 
 async def test_a_stop_before_the_first_step_leaves_a_run_that_can_go_on(bench: Any, tmp_path: Path) -> None:
@@ -141,14 +133,12 @@ async def test_a_stop_before_the_first_step_leaves_a_run_that_can_go_on(bench: A
     assert (await run_to(bench.service, tmp_path)).info.status == "finished"
 
 
-class Cancelling:
+class Cancelling(NoProgress):
     """Cancels the run at a moment."""
 
     def __init__(self, moment: str) -> None:
         self.running: asyncio.Task[Any] | None = None
         self._moment = moment
-
-    def start(self, run: RunInfo, made: int) -> None: ...
 
     def doing(self, text: str) -> None:
         if text == self._moment and self.running is not None:
@@ -157,11 +147,9 @@ class Cancelling:
     def step(self, record: StepRecord) -> None:
         self.doing(f"made {record.step}")
 
-    def finish(self, run: RunInfo) -> None: ...
-
 
 async def test_a_cancelled_run_says_so_and_goes_on(bench: Any, tmp_path: Path) -> None:
-    await run_to(bench.service, tmp_path / "whole", steps=4)
+    expected = await calm(bench.service, 4)
     for moment in ("step 1", "step 4", "saving a checkpoint after step 2", "made 3"):
         folder, view = tmp_path / moment, Cancelling(moment)
         view.running = asyncio.create_task(run_to(bench.service, folder, steps=4, progress=view))
@@ -173,7 +161,7 @@ async def test_a_cancelled_run_says_so_and_goes_on(bench: Any, tmp_path: Path) -
         assert left == [], moment
         run = await run_to(bench.service, folder, steps=4)
         assert run.info.status == "finished", moment
-        assert losses(folder) == losses(tmp_path / "whole"), moment
+        assert losses(folder) == expected, moment
 
 
 async def test_a_run_that_was_cancelled_before_its_first_checkpoint_says_so(bench: Any, tmp_path: Path) -> None:
@@ -202,8 +190,7 @@ async def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(bench: Any, 
     assert bench.kinds(again.training) == []
     longer = await run_to(bench.service, tmp_path / "run", steps=6)
     assert longer.info.status == "finished"
-    await run_to(bench.service, tmp_path / "whole", steps=6)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == await calm(bench.service, 6)
 
 
 async def test_other_settings_are_refused_by_name(bench: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that nothing disturbs: the numbers are those of a loop written by hand, and the folder tells them."""
+"""Undisturbed runs: the numbers are those of a plain loop, and the folder records them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -179,10 +179,12 @@ async def test_early_stop_by_an_evaluation(bench: Any, tmp_path: Path) -> None:
 
 
 async def test_early_stop_by_a_number_that_is_not_there_names_those_that_are(bench: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no 'loss/totl'; there are .*loss/base, .*loss/total"):
+    with pytest.raises(ConfigError, match=r"no metric is named 'loss/totl'; use one of .*loss/base, .*loss/total"):
         await run_to(bench.service, tmp_path, early_stop=EarlyStop(metric="loss/totl"))
     with pytest.raises(ConfigError, match="metric must begin with one of loss/, .*'time/step'"):
         EarlyStop(metric="time/step")
+    with pytest.raises(ConfigError, match="TrainSettings: no setting is named 'step'"):
+        TrainSettings(step=3)
 
 
 async def test_progress_is_told_in_order(bench: Any, tmp_path: Path) -> None:
@@ -236,10 +238,10 @@ async def test_one_folder_is_one_run_at_a_time(bench: Any, tmp_path: Path) -> No
     [
         ({"batches": 3}, "batches must be an iterable of batches, or a function .* got a int"),
         ({"batches": lambda start: 3}, r"batches\(0\) must return an iterable, got a int"),
-        ({"sinks": [object()]}, "a object has no start, log and finish"),
-        ({"progress": "yes"}, "progress must be True, False or a view, got a str"),
+        ({"sinks": [object()]}, "sinks: object needs the methods start, log and finish"),
+        ({"progress": "yes"}, "progress must be True, False or a ProgressView, got a str"),
         ({"model": 3}, "model must be a training client or a function that creates one, got a int"),
-        ({"config": {"set": {1}}}, "config must be plain JSON values"),
+        ({"config": {"set": {1}}}, "config must contain plain JSON values only"),
         ({"steps": 0}, "TrainSettings: steps: .*greater than or equal to 1, got 0"),
         ({"checkpoint_every": "often"}, "TrainSettings: checkpoint_every: .*got 'often'"),
     ],
@@ -248,11 +250,6 @@ async def test_bad_arguments_are_named(bench: Any, tmp_path: Path, options: dict
     with pytest.raises(ConfigError, match=words):
         await run_to(bench.service, tmp_path / "run", **options)
     assert not (tmp_path / "run" / "run.json").exists()
-
-
-async def test_a_setting_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ConfigError, match="TrainSettings: there is no setting 'step'"):
-        TrainSettings(step=3)
 
 
 class Sink:

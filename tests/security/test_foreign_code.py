@@ -82,7 +82,7 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_refused(bench, planted):
 
 def test_a_pickle_in_the_place_of_the_state_file_is_refused(bench_with, tmp_path, planted):
     (tmp_path / STATE_FILE).write_bytes(planted[0])
-    with pytest.raises(ConfigError, match="is no state file"):
+    with pytest.raises(ConfigError, match="is not a state file"):
         bench_with()
 
 
@@ -90,7 +90,7 @@ def test_a_pickle_in_the_place_of_a_recorded_step_is_refused(tmp_path, planted):
     for content in planted:
         (tmp_path / TENSORS_NAME).write_bytes(content)
         (tmp_path / "record.json").write_bytes(content)
-        with pytest.raises(PipelineError, match="no readable record"):
+        with pytest.raises(PipelineError, match="cannot read the record"):
             read_record(tmp_path)
 
 

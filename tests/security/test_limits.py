@@ -34,7 +34,7 @@ def step(model_id: str, number: int) -> dict[str, Any]:
 def check_refusal(answer: Any) -> None:
     assert answer.status_code == 429, answer.text
     assert answer.headers["retry-after"] == "1"
-    assert "come back in a second" in answer.json()["detail"]
+    assert "retry in a second" in answer.json()["detail"]
 
 
 async def test_a_full_queue_answers_429_and_the_number_stays_free(run_service, kit):
@@ -119,7 +119,7 @@ async def test_our_client_comes_back(monkeypatch):
     def twice(self: Admission, size: int) -> str | None:
         asked.append(size)
         # The first backward pass and the first update.
-        return "come back in a second" if len(asked) in (3, 5) else original(self, size)
+        return "retry in a second" if len(asked) in (3, 5) else original(self, size)
 
     config = TinkexConfig(base_url="http://x", api_key="tml-x", retry=QUICK)
     async with AsyncServiceClient.local(config=config) as service:

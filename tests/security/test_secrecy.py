@@ -40,8 +40,7 @@ from tinkex_py import (
 )
 from tinkex_py.base_losses import NLL
 from tinkex_py.integrations.opentelemetry import OpenTelemetry
-from tinkex_py.local import LocalOptions, LocalService
-from tinkex_py.local.server import serve
+from tinkex_py.local import LocalOptions, LocalService, serve
 from tinkex_py.regularizers import L2
 from tinkex_py.runs import RunInfo, TrainSettings, read_run, read_steps, train
 from tinkex_py.runs.folder import RunFolder

@@ -1,4 +1,4 @@
-"""What calls ended in, as texts that are equal exactly when every number is."""
+"""Outcomes of calls, as texts that are equal exactly if every number is equal."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ Weights = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One call's.
+    """The outcome of one call.
 
     Attributes:
-        kind: of the call.
-        failure: class of the error; None if it went well.
-        told: the numbers, or what the error names.
-        compared: whether a twin must have the same; not so where a caller left at any moment.
+        kind: kind of the call.
+        failure: class of the error; None if it succeeded.
+        numbers: the numbers, or the name in the error.
+        compared: whether its twin must be equal; false if the call was cancelled at any moment.
     """
 
     kind: str
     failure: str | None
-    told: str
+    numbers: str
     compared: bool = True
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Of names, shapes and every bit."""
+    """Returns a digest of names, shapes and every bit."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
@@ -38,15 +38,15 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return found.hexdigest()[:16]
 
 
-def told_by(output: object) -> str:
-    """The numbers of an output."""
+def numbers_of(output: object) -> str:
+    """Formats the numbers of an output."""
     if isinstance(output, CustomLossOutput):
         terms = {name: (term.value, term.weight, term.grad_norm) for name, term in output.regularizers.items()}
         assert output.service_output is not None
         return (
             f"loss_total={output.loss_total!r} base={output.base_loss.value!r} terms={terms!r} "
             f"norm={output.total_grad_norm!r} skipped={sorted(output.skipped.items())} "
-            f"backward: {told_by(output.service_output)}"
+            f"backward: {numbers_of(output.service_output)}"
         )
     if isinstance(output, ForwardBackwardOutput):
         packed = {name: field.values for name, field in output.packed.items()}
@@ -57,9 +57,9 @@ def told_by(output: object) -> str:
 
 
 def check_same(where: str, spoiled: list[Outcome], quiet: list[Outcome]) -> int:
-    """The outcomes of a run and of its twin; how many were compared."""
+    """Compares the outcomes of a run and its twin; returns how many were compared."""
     if len(spoiled) != len(quiet):
-        raise SoakFailed(f"{where}: {len(spoiled)} calls, its twin made {len(quiet)}")
+        raise SoakFailed(f"{where}: {len(spoiled)} calls, but {len(quiet)} without faults")
     compared = 0
     for number, (one, other) in enumerate(zip(spoiled, quiet, strict=True)):
         if one.compared and other.compared:
@@ -70,9 +70,9 @@ def check_same(where: str, spoiled: list[Outcome], quiet: list[Outcome]) -> int:
 
 
 def check_same_weights(where: str, spoiled: Weights, quiet: Weights) -> int:
-    """Bit for bit; how many tensors."""
+    """Compares tensors bit for bit; returns how many."""
     if spoiled.keys() != quiet.keys():
-        raise SoakFailed(f"{where}: other tensors: {sorted(spoiled.keys() ^ quiet.keys())}")
+        raise SoakFailed(f"{where}: the tensors differ: {sorted(spoiled.keys() ^ quiet.keys())}")
     for name, values in spoiled.items():
         if not np.array_equal(values, quiet[name]):
             most = float(np.max(np.abs(values.astype(np.float64) - quiet[name].astype(np.float64))))

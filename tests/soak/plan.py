@@ -1,8 +1,8 @@
-"""What a soak does, drawn from its seed before anything runs, so that a twin without faults can do the same.
+"""The plan of a soak, drawn from its seed before anything runs, so that a twin without faults can repeat it.
 
-Every call has an outcome that does not depend on time. What fails is meant to: a term that raises or hangs, a caller
-that leaves while a term waits, a datum that the service refuses. Callers that leave at any moment belong to calls that
-change nothing, and to `Wanderer`s, whose weights nobody compares.
+The outcome of every call is independent of time. Failures are planned: a term that raises or hangs, a caller that
+leaves while a term waits, a datum that the service refuses. Only calls without effect are cancelled at any moment, and
+calls of the wanderer, whose weights are not compared.
 """
 
 import random
@@ -16,7 +16,7 @@ Leaving = Literal["stays", "at once", "inside a term", "deadline"]
 Container = Literal["list", "numpy", "torch"]
 
 CHUNK = 2
-"""Most datums that go out in one request."""
+"""The maximum number of datums in one request."""
 SHAPES = ("squares", "absolute", "spread", "weighted", "by numpy", "per datum", "with metrics", "ready-made L1")
 TRACEABLE = ("squares", "absolute")
 BASES = ("nll", "weighted nll", "ready-made NLL")
@@ -28,13 +28,13 @@ class TermPlan:
 
     Attributes:
         name: unique in its step.
-        shape: its arithmetic, a key of `terms.FUNCTIONS`.
-        weight: of the regularizer, the first one if it is scheduled.
-        scheduled: the weight depends on the step.
-        is_async: a coroutine function, else one for a worker thread.
-        slow: takes some milliseconds.
-        fate: "waits" is for ever, until its caller leaves.
-        skipped: a failure leaves the term out of the step.
+        shape: its function, a key of `terms.FUNCTIONS`.
+        weight: the weight; the first one if it is scheduled.
+        scheduled: whether the weight depends on the step.
+        is_async: whether it is a coroutine function; otherwise it runs in a worker thread.
+        slow: whether it takes some milliseconds.
+        fate: "waits" lasts until its caller leaves.
+        skipped: whether a failure only skips the term.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TermPlan:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Datums: their lengths, and how many candidates each position has (None is one target)."""
+    """Datums: their lengths, and the candidates of each position (None means one target)."""
 
     seed: int
     lengths: tuple[int, ...]
@@ -72,7 +72,7 @@ class Custom:
 
     @property
     def failure(self) -> str | None:
-        """Class of the error that it ends in."""
+        """The class of its planned error."""
         if self.leaving != "stays":
             return "TimeoutExceeded" if self.leaving == "deadline" else "CancelledError"
         classes = {"raises": "RegularizerError", "hangs": "RegularizerTimeout"}
@@ -89,7 +89,7 @@ class BuiltIn:
 
     @property
     def failure(self) -> str | None:
-        """Class of the error that it ends in; of more than two datums some are sent apart, and those take effect."""
+        """The class of its planned error; with more than two datums, another request takes effect."""
         if not self.refused:
             return None
         return "RequestFailed" if len(self.data.lengths) + 1 <= CHUNK else "PartialFailure"
@@ -97,7 +97,7 @@ class BuiltIn:
 
 @dataclass(frozen=True)
 class Forward:
-    """forward; its caller leaves after so many seconds, if it is not done by then."""
+    """forward; its caller leaves after some seconds unless the call has ended."""
 
     data: DataPlan
     leaves_after: float | None = None
@@ -121,7 +121,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Samples:
-    """A sampling client for the weights of the moment, and draws from it; some callers leave."""
+    """A sampling client for the current weights, and samples from it; some callers leave."""
 
     seed: int
     leave_after: tuple[float | None, ...]
@@ -133,13 +133,13 @@ Call = Custom | BuiltIn | Forward | Optim | Save | Samples
 
 @dataclass(frozen=True)
 class Burst:
-    """Calls of one training client: all started at once, or one after another."""
+    """Calls of one training client, started together or one after another."""
 
     calls: tuple[Call, ...]
     gathered: bool
 
     def failures(self) -> tuple[str | None, ...]:
-        """Classes of the errors that its calls end in. In a gathered burst a failure takes along what is behind it."""
+        """Returns the class of each planned error. In a gathered burst, a failure also fails the calls behind it."""
         own = [call.failure for call in self.calls]
         if not self.gathered or not any(own):
             return tuple(own)
@@ -149,12 +149,12 @@ class Burst:
 
 @dataclass(frozen=True)
 class Reopen:
-    """Save, close the training client, and go on with a new one from what was saved."""
+    """Saves, closes the training client, and continues with a new one from the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What one training client does; `fresh` is the seed of a new adapter, None goes on with the last one."""
+    """The moves of one training client; `fresh` is the seed of a new adapter, None continues with the last one."""
 
     fresh: int | None
     moves: tuple[Burst | Reopen, ...]
@@ -162,7 +162,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Wandering:
-    """A gathered burst whose callers leave after so many seconds; then the client is closed, if `closes`."""
+    """A gathered burst whose callers leave after some seconds; meanwhile the client is closed if `closes`."""
 
     calls: tuple[Call, ...]
     leave_after: tuple[float | None, ...]
@@ -171,7 +171,7 @@ class Wandering:
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """All that happens between two looks at what is left: the trainers and the wanderer work side by side."""
+    """The plan between two checks of the resources: the trainers and the wanderer run concurrently."""
 
     trainers: tuple[Trainer, ...]
     wanderings: tuple[Wandering, ...]
@@ -181,7 +181,7 @@ class SegmentPlan:
 
 
 def draw_segment(seed: int, index: int, *, trainers: int, moves: int) -> SegmentPlan:
-    """One part of the run; the same for the same arguments."""
+    """Draws one segment; equal arguments give equal segments."""
     dice = random.Random(f"{seed}/{index}")
 
     def fresh(number: int) -> int | None:
@@ -196,18 +196,18 @@ def draw_segment(seed: int, index: int, *, trainers: int, moves: int) -> Segment
 
 
 def bursts(plan: SegmentPlan) -> Iterator[Burst]:
-    """Those of the trainers."""
+    """Yields the bursts of the trainers."""
     for trainer in plan.trainers:
         yield from (move for move in trainer.moves if isinstance(move, Burst))
 
 
 def planned_failures(plan: SegmentPlan) -> Counter[str]:
-    """How many calls are to fail, by class of the error; "skipped" counts the terms that are left out."""
+    """Counts the planned failures by error class; "skipped" counts skipped terms."""
     planned: Counter[str] = Counter()
     for burst in bursts(plan):
         for call, failure in zip(burst.calls, burst.failures(), strict=True):
-            anywhen = isinstance(call, Forward) and call.leaves_after is not None
-            if failure is not None and not anywhen:
+            at_any_moment = isinstance(call, Forward) and call.leaves_after is not None
+            if failure is not None and not at_any_moment:
                 planned[failure] += 1
             elif isinstance(call, Custom) and failure is None:
                 planned["skipped"] += sum(term.fate != "fine" and term.skipped for term in call.terms)
@@ -215,7 +215,7 @@ def planned_failures(plan: SegmentPlan) -> Counter[str]:
 
 
 def planned_leavers(plan: SegmentPlan) -> int:
-    """How many callers leave at any moment, unless they are answered before."""
+    """Counts the callers that leave at any moment, unless their call ends earlier."""
     of_wanderings = sum(moment is not None for wandering in plan.wanderings for moment in wandering.leave_after)
     calls = [call for burst in bursts(plan) for call in burst.calls]
     of_forwards = sum(isinstance(call, Forward) and call.leaves_after is not None for call in calls)
@@ -317,7 +317,7 @@ def _draw_optim(dice: random.Random) -> Optim:
 
 
 def _moment(dice: random.Random) -> float:
-    """Seconds; half of them are a few turns of the loop."""
+    """Draws seconds; half of them are only a few turns of the loop."""
     return dice.choice((0.0, 0.001, dice.uniform(0.0, 0.03), dice.uniform(0.0, 0.1)))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.client.data import bad_datum
 from tests.faults.runs import weights
-from tests.soak.outcomes import Outcome, digest, told_by
+from tests.soak.outcomes import Outcome, digest, numbers_of
 from tests.soak.plan import (
     BuiltIn,
     Burst,
@@ -39,10 +39,10 @@ from tinkex_py import (
 )
 
 DEADLINE = 0.15
-"""Seconds after which a call with a deadline is given up, in which a term waits for ever."""
-KEPT = 600
-"""Seconds that a checkpoint is kept."""
-PROOF = DataPlan(seed=1, lengths=(3, 2), candidates=None, container="numpy")
+"""Deadline of a call with a term that waits forever, in seconds."""
+TIME_TO_LIVE = 600
+"""Time to live of a checkpoint, in seconds."""
+USABILITY_DATA = DataPlan(seed=1, lengths=(3, 2), candidates=None, container="numpy")
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Ready:
     """A call that can be started.
 
     Attributes:
-        kind: of the call.
-        start: makes it.
-        stage: of its terms.
+        kind: kind of the call.
+        start: starts it.
+        stage: the stage of its terms.
         leaving: how its caller leaves.
-        leaves_after: seconds after which the caller leaves, whatever happens then.
+        leaves_after: seconds after which the caller leaves, in any state of the call.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Played:
-    """What a trainer did: its outcomes, its optimizer steps, and its last checkpoint."""
+    """The outcomes, optimizer steps and last checkpoint of a trainer."""
 
     outcomes: list[Outcome]
     steps: int
@@ -85,10 +85,10 @@ class Side:
     Attributes:
         service: the client.
         state: folder of the service.
-        clock: times every call.
-        seen: how often calls ended in a planned failure, by its class; "skipped" for terms that were left out.
-        left: the same for calls whose callers may leave at any moment.
-        numbered: ids of the models that were trained.
+        clock: measures every call.
+        seen: how often calls ended in a planned failure, by error class; "skipped" counts skipped terms.
+        left: the same for calls that may be cancelled at any moment.
+        numbered: ids of the trained models.
     """
 
     service: AsyncServiceClient
@@ -102,13 +102,13 @@ class Side:
     # Trainers
 
     async def train(self, plan: Trainer, last: Played | None) -> Played:
-        """Plays the moves of one trainer, from a new adapter or from where it was last."""
+        """Plays the moves of one trainer, from a new adapter or from its last checkpoint."""
         training = await self._opened(plan, last)
         outcomes: list[Outcome] = []
         for move in plan.moves:
             if isinstance(move, Reopen):
-                training, kept = await self._reopened(training)
-                outcomes.append(kept)
+                training, saved = await self._reopened(training)
+                outcomes.append(saved)
             else:
                 outcomes += await self._burst(training, move)
                 outcomes.append(Outcome("accumulated", None, str(training.accumulated)))
@@ -148,7 +148,7 @@ class Side:
         return again, Outcome("reopened", None, digest(weights(self.state, path)))
 
     async def _saved(self, training: AsyncTrainingClient) -> str:
-        saved = await self.clock.timed("save_state", lambda: training.save_state("last", ttl_seconds=KEPT))
+        saved = await self.clock.timed("save_state", lambda: training.save_state("last", ttl_seconds=TIME_TO_LIVE))
         return saved.path
 
     async def _burst(self, training: AsyncTrainingClient, burst: Burst) -> list[Outcome]:
@@ -159,13 +159,13 @@ class Side:
             outcomes = [outcome for one in ready for outcome in await self._run([one])]
         for outcome, call, failure in zip(outcomes, burst.calls, burst.failures(), strict=True):
             if outcome.compared and outcome.failure != failure:
-                raise SoakFailed(f"{call} was to end in {failure}, but: {outcome}\n  in {burst}")
+                raise SoakFailed(f"{call} was planned to end in {failure}, but: {outcome}\n  in {burst}")
         return outcomes
 
     # Calls
 
     def ready(self, training: AsyncTrainingClient, call: Call) -> Ready:
-        """Prepares one call; nothing is asked of the service yet."""
+        """Prepares one call without sending anything."""
         stage = Stage()
         if isinstance(call, Custom):
             return self._ready_custom(training, call, stage)
@@ -180,7 +180,7 @@ class Side:
             params = AdamParams(learning_rate=call.learning_rate)
             return Ready("optim_step", lambda: training.optim_step(params), stage)
         if isinstance(call, Save):
-            return Ready("save_state", lambda: self._kept(training), stage)
+            return Ready("save_state", lambda: self._saved_digest(training), stage)
         return Ready("sampling", lambda: self._sampled(training, call), stage)
 
     def _ready_custom(self, training: AsyncTrainingClient, call: Custom, stage: Stage) -> Ready:
@@ -202,10 +202,10 @@ class Side:
         kind = "custom step on the service" if call.on_service else "custom step"
         return Ready(kind, start, stage, call.leaving)
 
-    async def _kept(self, training: AsyncTrainingClient) -> str:
-        """The digest of a checkpoint; named by nothing else than its number, so that none is overwritten."""
+    async def _saved_digest(self, training: AsyncTrainingClient) -> str:
+        """Saves a checkpoint under a new name and returns its digest."""
         self._saves += 1
-        saved = await training.save_state(f"kept{self._saves}", ttl_seconds=KEPT)
+        saved = await training.save_state(f"kept{self._saves}", ttl_seconds=TIME_TO_LIVE)
         return digest(weights(self.state, saved.path))
 
     async def _sampled(self, training: AsyncTrainingClient, call: Samples) -> str:
@@ -225,14 +225,14 @@ class Side:
         await client.aclose()
         if failed := [outcome for outcome in drawn if outcome.compared and outcome.failure]:
             raise SoakFailed(f"a sample failed: {failed[0]}")
-        return str([outcome.told for outcome in drawn if outcome.compared])
+        return str([outcome.numbers for outcome in drawn if outcome.compared])
 
     async def _run(self, ready: Sequence[Ready]) -> list[Outcome]:
-        """Starts calls in their order, at once; leaves when all are over and nothing of their terms waits."""
+        """Starts calls in order, without waiting between them; returns when all have ended and no term waits."""
         tasks = [asyncio.create_task(self._call(one), name=f"soak.{one.kind}") for one in ready]
         leavers: list[asyncio.Task[None]] = []
         try:
-            await asyncio.sleep(0)  # every call has taken its place
+            await asyncio.sleep(0)  # every call has taken its turn in the order
             leavers = [
                 asyncio.create_task(_leave(one, task), name="soak.leaver")
                 for one, task in zip(ready, tasks, strict=True)
@@ -259,7 +259,7 @@ class Side:
         if error is None:
             output = task.result()
             seen["skipped"] += len(getattr(output, "skipped", ()))
-            return Outcome(one.kind, None, told_by(output), one.compared)
+            return Outcome(one.kind, None, numbers_of(output), one.compared)
         if not isinstance(error, TinkexError):
             raise error
         seen[type(error).__name__] += 1
@@ -268,10 +268,10 @@ class Side:
     # The wanderer
 
     async def wander(self, plans: Sequence[Wandering]) -> int:
-        """Callers of one client leave at any moment; whatever was left, the client stays in order.
+        """Cancels calls of one client at any moment, and checks that the client stays usable.
 
         Returns:
-            How often that was shown.
+            How often that was checked.
         """
         training = await self._new_wanderer()
         for plan in plans:
@@ -288,10 +288,12 @@ class Side:
                 await closing
             for outcome in outcomes:
                 if outcome.failure not in allowed:
-                    raise SoakFailed(f"a caller that may leave at any moment: {outcome}\n  in {plan}")
+                    raise SoakFailed(
+                        f"unexpected outcome of a call that may be cancelled at any moment: {outcome}\n  in {plan}"
+                    )
             if plan.closes:
                 training = await self._new_wanderer()
-            await self._prove(training)
+            await self._check_usable(training)
         await self.clock.timed("close a training client", training.aclose)
         return len(plans)
 
@@ -304,19 +306,19 @@ class Side:
         await asyncio.sleep(0.02)
         await self.clock.timed("close a training client", training.aclose)
 
-    async def _prove(self, training: AsyncTrainingClient) -> None:
-        lane = training._ordering
-        await lane.drain(self.clock.bound)
-        if not lane.is_empty:
-            raise SoakFailed("something is left in the lane of a client whose callers left")
-        for call in (BuiltIn(PROOF), Optim(1e-3)):
+    async def _check_usable(self, training: AsyncTrainingClient) -> None:
+        ordering = training._ordering
+        await ordering.drain(self.clock.bound)
+        if not ordering.is_empty:
+            raise SoakFailed("a request is left in the order of a client after its callers were cancelled")
+        for call in (BuiltIn(USABILITY_DATA), Optim(1e-3)):
             (outcome,) = await self._run([self.ready(training, call)])
             if outcome.failure is not None:
-                raise SoakFailed(f"a client whose callers left is not usable: {outcome}")
+                raise SoakFailed(f"a client is not usable after its callers were cancelled: {outcome}")
 
 
 async def _leave(one: Ready, task: asyncio.Task[object]) -> None:
-    """Cancels a call when its caller is to leave."""
+    """Cancels a call when its plan says so."""
     if one.leaving == "inside a term":
         await one.stage.entered.wait()
     if one.leaves_after is not None:

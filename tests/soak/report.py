@@ -1,15 +1,16 @@
-"""The table that a soak ends with."""
+"""The summary at the end of a soak."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 from tests.soak.resources import MIB, Look, growth
-from tests.soak.run import CLIENT_GROWTH, SERVICE_GROWTH, Settings, Tally
+from tests.soak.run import GROWTH_BOUNDS, Settings, Tally
 
 Row = Sequence[object]
 
 
 def table(settings: Settings, tally: Tally) -> str:
-    """All of it, as text."""
+    """Returns the summary as text."""
     clock = tally.watch.clock
     summary = (
         f"seed {settings.seed}: {tally.seconds:.0f} s, {tally.segments} segments, {sum(clock.calls.values())} calls "
@@ -29,9 +30,9 @@ def table(settings: Settings, tally: Tally) -> str:
             [
                 *((name, tally.planned[name], tally.seen[name]) for name in sorted(tally.planned | tally.seen)),
                 (
-                    "callers that leave at any moment",
+                    "callers cancelled at any moment",
                     tally.leavers,
-                    f"{tally.left['CancelledError']} before the answer",
+                    f"{tally.left['CancelledError']} before the result",
                 ),
             ],
         ),
@@ -43,7 +44,7 @@ def table(settings: Settings, tally: Tally) -> str:
 
 
 def section(title: str, heads: Sequence[str], rows: Iterable[Row]) -> str:
-    """One table with a title; the first column is left, all others are right."""
+    """Formats a table with a title; the first column is left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
     lines = [
@@ -66,29 +67,23 @@ def _faults(tally: Tally) -> str:
 
 def _resources(tally: Tally) -> str:
     looks = [tally.looks.get(moment) for moment in ("start", "warm", "end")]
-    names = ("tasks", "threads", "sockets", "descriptors", "rss")
-    of_service = ("service_threads", "service_sockets", "service_descriptors", "service_rss")
     rows: list[Row] = [
-        (name.replace("_", " "), *(_told(look, name) for look in looks), _trend(tally, name))
-        for name in (*names, *of_service)
+        (field.name.replace("_", " "), *(_shown(look, field.name) for look in looks), _trend(tally, field.name))
+        for field in fields(Look)
     ]
     return section("resources", ("what", "start", "warm", "end", "growth after the warm-up"), rows)
 
 
-def _told(look: Look | None, name: str) -> str:
-    value = None if look is None else getattr(look, name)
-    if value is None:
+def _shown(look: Look | None, name: str) -> str:
+    if look is None:
         return "-"
+    value = getattr(look, name)
     return f"{value / MIB:.1f} MiB" if name.endswith("rss") else str(value)
 
 
 def _trend(tally: Tally, name: str) -> str:
-    sizes, bound = {
-        "rss": (tally.memory.client, CLIENT_GROWTH),
-        "service_rss": (tally.memory.service, SERVICE_GROWTH),
-    }.get(name, ([], 0))
-    if not sizes:
+    if name not in GROWTH_BOUNDS:
         return ""
-    found = growth(name, sizes, bound)
-    told = "too few looks" if found.grown is None else f"{found.grown / MIB:.1f} MiB"
-    return f"{told}, at most {bound / MIB:.0f} MiB"
+    grown = growth(tally.sizes[name])
+    shown = "too few looks" if grown is None else f"{grown / MIB:.1f} MiB"
+    return f"{shown}, at most {GROWTH_BOUNDS[name] / MIB:.0f} MiB"

@@ -1,4 +1,4 @@
-"""The run: segments of a plan with faults and without, and what is checked after each."""
+"""Runs the segments of a plan with and without faults, and checks the results after each."""
 
 import asyncio
 import random
@@ -18,35 +18,33 @@ from tests.faults.runs import PLACES, config, weights
 from tests.soak.outcomes import check_same, check_same_weights
 from tests.soak.plan import SegmentPlan, draw_segment, planned_failures, planned_leavers
 from tests.soak.player import Played, Side
-from tests.soak.resources import MIB, Look, Memory, check_counts, growth, look, release_memory, settled_look
+from tests.soak.resources import MIB, Look, check_counts, check_growth, growth, look, release_memory, settled_look
 from tests.soak.watch import SoakFailed, Watch
 from tests.support.served import serving
 from tinkex_py import AsyncServiceClient
 
 WARM_UP = 3
 """Segments before the first look whose memory counts."""
-CLIENT_GROWTH = 6 * MIB
-"""What memory may grow between the first and the last third of the looks after the warm-up."""
-SERVICE_GROWTH = 20 * MIB
-"""The same of the service, which keeps its newest 4096 results to be asked for again: about 16 MiB here."""
+GROWTH_BOUNDS = {"rss": 6 * MIB, "service_rss": 20 * MIB}
+"""Bytes by which memory may grow after the warm-up. The service keeps its newest 4096 results: about 16 MiB here."""
 STALLED = 0.5
-"""Seconds after which a client of the run with faults gives an exchange up."""
+"""Timeout of an exchange in the run with faults, in seconds."""
 PATIENT = 20.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one soak.
+    """Settings of one soak.
 
     Attributes:
-        seed: of the plan and of the faults.
-        seconds: no segment begins after these.
-        segments: no more than these.
-        trainers: training clients whose weights are compared.
-        moves: of each of them in a segment.
-        share: of the requests of steps that meet a fault.
-        rare_share: the same of all others, of which there are few.
-        tell: hears where the service is.
+        seed: seed of the plan and the faults.
+        seconds: no segment starts after this time.
+        segments: the maximum number of segments.
+        trainers: how many training clients are compared.
+        moves: how many moves each makes in a segment.
+        share: which share of the requests of steps gets a fault.
+        rare_share: the same for other requests, which are few.
+        on_start: receives the address of the service.
     """
 
     seed: int
@@ -56,20 +54,21 @@ class Settings:
     moves: int = 10
     share: float = 0.04
     rare_share: float = 0.12
-    tell: Callable[[str], None] = field(default=lambda _: None)
+    on_start: Callable[[str], None] = field(default=lambda _: None)
 
 
 @dataclass
 class Tally:
-    """What was done and checked.
+    """Counts of what happened and was checked.
 
     Attributes:
-        planned: failures that the plan holds, by class.
-        leavers: callers that were to leave at any moment.
+        planned: failures in the plan, by error class.
+        leavers: callers that the plan cancels at any moment.
         injected: faults by name and place.
-        requests: that reached the proxies, by place.
-        checked: how often something was checked, by what.
-        looks: by moment: "start", "warm", "end".
+        requests: requests that reached the proxies, by place.
+        checked: how often each property was checked.
+        looks: resources at "start", "warm" and "end".
+        sizes: memory at every look after the warm-up.
     """
 
     segments: int = 0
@@ -82,38 +81,38 @@ class Tally:
     requests: Counter[str] = field(default_factory=Counter[str])
     checked: Counter[str] = field(default_factory=Counter[str])
     looks: dict[str, Look] = field(default_factory=dict[str, Look])
-    memory: Memory = field(default_factory=Memory)
+    sizes: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in GROWTH_BOUNDS})
     watch: Watch = field(default_factory=Watch)
 
 
 class SeededFaults:
-    """Some requests meet a fault that a client gets over; which ones and what faults hangs on the request alone.
+    """Chooses recoverable faults for some requests; the choice depends on the request alone.
 
-    A numbered request is known by its model's number in the session, its own number and how often it came, so that the
-    same plan meets the same faults, whatever the order in which requests of several clients come.
+    A numbered request is identified by the number of its model in the session, its own number and its attempt, so the
+    same plan gets the same faults in whatever order the requests of several clients arrive.
     """
 
     def __init__(self, seed: str, share: float, rare_share: float) -> None:
         self._seed = seed
         self._shares = {**dict.fromkeys(PLACES, share), "session_heartbeat": share}
         self._rare_share = rare_share
-        self._came: Counter[str] = Counter()
+        self._attempts: Counter[str] = Counter()
         self._choices = [fault for faults in RECOVERS.values() for fault in dict.fromkeys(faults)]
 
     def __call__(self, passing: Passing) -> Fault | None:
-        """What happens to this request."""
+        """Returns the fault of this request."""
         if passing.place == "config":
             return IN_CHUNKS
-        who = "" if passing.number is None else f"{passing.number[0].partition(':')[2]} {passing.number[1]}"
-        request = f"{passing.place} {who}"
-        self._came[request] += 1
-        dice = random.Random(f"{self._seed}/{request}/{self._came[request]}")
+        number = "" if passing.number is None else f"{passing.number[0].partition(':')[2]} {passing.number[1]}"
+        request = f"{passing.place} {number}"
+        self._attempts[request] += 1
+        dice = random.Random(f"{self._seed}/{request}/{self._attempts[request]}")
         share = self._shares.get(passing.place, self._rare_share)
         return dice.choice(self._choices) if dice.random() < share else None
 
 
 def always_in_chunks(passing: Passing) -> Fault | None:
-    """No fault; calls of three datums go out in two requests, as on the other side."""
+    """Injects no fault; sends calls of three datums as two requests, as on the other side."""
     return IN_CHUNKS if passing.place == "config" else None
 
 
@@ -121,7 +120,7 @@ def always_in_chunks(passing: Passing) -> Fault | None:
 async def side(
     url: str, state: Path, watch: Watch, faults: SeededFaults | None
 ) -> AsyncGenerator[tuple[Side, FaultProxy]]:
-    """A service client behind a proxy of its own; both are closed at the end."""
+    """Opens a service client behind its own proxy; closes both at the end."""
     async with AsyncExitStack() as stack:
         proxy = await stack.enter_async_context(FaultProxy(url))
         proxy.choose = faults or always_in_chunks
@@ -155,7 +154,7 @@ class Soak:
         """Plays segments until the time is over.
 
         Raises:
-            SoakFailed: something that was promised does not hold.
+            SoakFailed: a promise does not hold.
         """
         tally, settings = self.tally, self.settings
         began = time.monotonic()
@@ -172,17 +171,13 @@ class Soak:
                 tally.watch.check()
                 tally.checked["every start of telemetry has one end"] = tally.watch.ledger.units
                 tally.checked["calls within their bound"] = sum(tally.watch.clock.calls.values())
-                tally.checked["no warning, no error that nobody heard"] += 1
-        for name, sizes, bound in (
-            ("the client", tally.memory.client, CLIENT_GROWTH),
-            ("the service", tally.memory.service, SERVICE_GROWTH),
-        ):
-            found = growth(name, sizes, bound)
-            found.check()
-            tally.checked[f"memory of {name} does not grow"] += found.grown is not None
+                tally.checked["no warning, no unhandled error"] += 1
+        for name, bound in GROWTH_BOUNDS.items():
+            check_growth(name, tally.sizes[name], bound)
+            tally.checked[f"{name} does not grow"] += growth(tally.sizes[name]) is not None
 
     async def segment(self, index: int) -> None:
-        """Plays one segment on both sides at the same time, and compares."""
+        """Plays one segment on both sides at the same time, and compares the results."""
         tally, settings = self.tally, self.settings
         plan = draw_segment(settings.seed, index, trainers=settings.trainers, moves=settings.moves)
         faults = SeededFaults(f"{settings.seed}/{index}", settings.share, settings.rare_share)
@@ -206,7 +201,7 @@ class Soak:
             for model_id in spoiled.numbered:
                 proxy.check_numbers(model_id)
         tally.checked["numbers of a model without a gap, each with one payload"] += len(spoiled.numbered)
-        tally.checked["clients in order after callers left at any moment"] += wandering.result()
+        tally.checked["clients usable after callers were cancelled at any moment"] += wandering.result()
         self._note(plan, spoiled)
         self.last = ([task.result() for task in ends[0]], [task.result() for task in ends[1]])
         self._compare(index)
@@ -230,32 +225,33 @@ class Soak:
             checked["tensors equal to those of the twin"] += check_same_weights(where, own, others)
 
     async def check_resources(self) -> None:
-        """All clients and proxies are closed: everything is as it was before they were there."""
+        """Checks that nothing is left of the closed clients and proxies."""
         tally = self.tally
         now = await settled_look(self.process, tally.looks["start"])
         if tally.segments <= WARM_UP:
             tally.looks["warm"] = now
         else:
-            tally.memory.add(now)
+            for name, sizes in tally.sizes.items():
+                sizes.append(getattr(now, name))
         tally.looks["end"] = now
         check_counts(tally.looks["start"], now)
-        tally.checked["tasks, threads, sockets and descriptors as at the start"] += 1
+        tally.checked["tasks, threads and descriptors as at the start"] += 1
 
 
 async def soak(settings: Settings, tally: Tally) -> None:
     """Starts a service, and runs a soak against it.
 
     Raises:
-        SoakFailed: something that was promised does not hold.
+        SoakFailed: a promise does not hold.
     """
-    torch.set_num_threads(1)  # the tiny model's matrices are so small that a second thread only waits
+    torch.set_num_threads(1)  # the matrices of the tiny model are too small for a second thread
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, tempfile.TemporaryFile("w+") as log:
         state = Path(folder)
         with serving("--custom-losses", "--state-dir", folder, log=log, own_session=True) as (process, url):
-            settings.tell(f"listening at {url}")
+            settings.on_start(f"listening at {url}")
             await Soak(settings, url, state, process.pid, tally).run()
         log.seek(0)
-        told = log.read().strip()
-        if told:
-            raise SoakFailed(f"the service complained: {told[:2000]}")
+        output = log.read().strip()
+        if output:
+            raise SoakFailed(f"the service wrote to its log: {output[:2000]}")
     tally.checked["the service wrote nothing to its log"] += 1

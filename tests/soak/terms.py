@@ -1,4 +1,4 @@
-"""Datums and terms out of their plans."""
+"""Makes datums and terms from their plans."""
 
 import asyncio
 import functools
@@ -19,7 +19,7 @@ from tinkex_py.regularizers import L1
 
 PLANNED = "planned"
 HANGING = 0.05
-"""Seconds after which a term that hangs is given up."""
+"""Timeout of a term that hangs, in seconds."""
 SLOW = 0.01
 """Seconds that a slow coroutine takes."""
 
@@ -28,11 +28,11 @@ Values = dict[str, np.ndarray[Any, Any]]
 
 @dataclass
 class Stage:
-    """Lets a step's terms wait, and tells when one does.
+    """Controls the waiting terms of a step.
 
     Attributes:
-        entered: a term that waits was called.
-        let_go: ends what waits in worker threads.
+        entered: set when a waiting term is called.
+        let_go: ends the waits in worker threads.
     """
 
     entered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -45,9 +45,9 @@ class Stage:
 
 
 def datums(plan: DataPlan) -> list[Datum]:
-    """Random tokens, targets and weights."""
+    """Makes random tokens, targets and weights."""
     random = np.random.default_rng(plan.seed)
-    made: list[Datum] = []
+    data: list[Datum] = []
     for length in plan.lengths:
         shape = (length,) if plan.candidates is None else (length, plan.candidates)
         tokens = random.integers(0, 256, length).tolist()
@@ -56,12 +56,12 @@ def datums(plan: DataPlan) -> list[Datum]:
             "weights": random.random(shape, dtype=np.float32),
         }
         inputs = {name: contained(value, plan.container) for name, value in values.items()}
-        made.append(Datum(model_input=ModelInput.from_ints(tokens), loss_fn_inputs=inputs))
-    return made
+        data.append(Datum(model_input=ModelInput.from_ints(tokens), loss_fn_inputs=inputs))
+    return data
 
 
 def contained(value: np.ndarray[Any, Any], container: str) -> Any:
-    """The same numbers as a list, an array or a tensor."""
+    """Returns the numbers as a list, an array or a tensor."""
     if container == "list":
         return value.tolist()
     return torch.from_numpy(value) if container == "torch" else value
@@ -120,7 +120,7 @@ BASES: dict[str, Any] = {"nll": nll, "weighted nll": weighted_nll, "ready-made N
 
 
 def spec(plan: TermPlan, stage: Stage) -> RegularizerSpec:
-    """The regularizer of a plan."""
+    """Makes the regularizer of a plan."""
     return RegularizerSpec(
         fn=_term(plan, stage),
         weight=_weight(plan),

@@ -1,4 +1,4 @@
-"""What is watched while a soak runs: telemetry, warnings, errors nobody heard of, and how long calls take."""
+"""What is watched during a soak: telemetry, warnings, unhandled errors and the duration of calls."""
 
 import asyncio
 import gc
@@ -20,21 +20,21 @@ from tinkex_py.telemetry import Event
 T = TypeVar("T")
 
 CALL_BOUND = 30.0
-"""Seconds that a call may take: the retry deadline of 20 s, and what it waits for before it."""
+"""Seconds that a call may take: the retry deadline of 20 s, and the wait for its turn."""
 
 
 class SoakFailed(AssertionError):
-    """Something that was promised does not hold."""
+    """A promise does not hold."""
 
 
 class Ledger:
-    """Every start event has exactly one end, and every event is one line of structlog.
+    """Checks that every start event has exactly one end, and that every event is one structlog line.
 
     Attributes:
-        events: how many events there were, by name.
-        lines: the same for lines.
-        open: units of work that were started and have not ended, with their prefix.
-        wrong: ends without a start.
+        events: counts of events, by name.
+        lines: counts of log lines, by name.
+        open: started units of work that have not ended, with their event prefix.
+        wrong: ends without a start, and second starts.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class Ledger:
         self.open: dict[int, str] = {}
         self.wrong: list[str] = []
 
-    def hear(self, event: Event) -> None:
-        """One event."""
+    def note(self, event: Event) -> None:
+        """Records one event."""
         self.events[event.name] += 1
         if event.unit is None:
             return
@@ -57,17 +57,17 @@ class Ledger:
             self.wrong.append(f"{event.name} for unit {event.unit}, which is not open")
 
     def write(self, _logger: object, _method: str, line: Mapping[str, Any]) -> Any:
-        """A structlog processor that counts a line and drops it."""
+        """Counts a log line and drops it; a structlog processor."""
         self.lines[str(line["event"])] += 1
         raise structlog.DropEvent
 
     @property
     def units(self) -> int:
-        """Units of work that were started."""
+        """How many units of work were started."""
         return sum(count for name, count in self.events.items() if name.endswith(".start"))
 
     def check(self) -> None:
-        """To be asked when nothing is under way."""
+        """Raises SoakFailed if something is wrong; call it while nothing is in flight."""
         if self.wrong:
             raise SoakFailed(f"telemetry: {self.wrong[0]}")
         if self.open:
@@ -78,10 +78,10 @@ class Ledger:
 
     @contextmanager
     def listening(self) -> Generator[None]:
-        """Hears all events inside, with a structlog configuration of its own."""
+        """Records all events of the block, with its own structlog configuration."""
         before = structlog.get_config() if structlog.is_configured() else None
         structlog.configure(processors=[self.write])
-        handler = telemetry.attach(self.hear)
+        handler = telemetry.attach(self.note)
         try:
             yield
         finally:
@@ -92,35 +92,33 @@ class Ledger:
 
 
 class Complaints:
-    """Warnings, and errors that reached nobody: of tasks, futures, threads and finalizers."""
+    """Collects warnings, and unhandled errors of tasks, futures, threads and finalizers."""
 
     def __init__(self) -> None:
-        self._told: list[str] = []
+        self._errors: list[str] = []
         self._warnings: list[warnings.WarningMessage] = []
 
-    def tell(self, complaint: str) -> None:
-        """Remembers one."""
-        self._told.append(complaint)
-
     def check(self) -> None:
-        """Also finds what only a collection of garbage tells."""
+        """Raises SoakFailed if there are any; collects garbage first, which reveals some."""
         gc.collect()
-        told = [*self._told, *(f"{item.category.__name__}: {item.message}" for item in self._warnings)]
-        if told:
-            raise SoakFailed(f"{len(told)} complaint(s), the first: {told[0]}")
+        found = [*self._errors, *(f"{item.category.__name__}: {item.message}" for item in self._warnings)]
+        if found:
+            raise SoakFailed(f"{len(found)} complaint(s), the first: {found[0]}")
 
     @contextmanager
     def listening(self) -> Generator[None]:
-        """Hears all inside; to be used on a running loop."""
+        """Collects during the block; needs a running loop."""
         loop = asyncio.get_running_loop()
         handler, of_threads, unraisable = loop.get_exception_handler(), threading.excepthook, sys.unraisablehook
-        loop.set_exception_handler(lambda _loop, context: self.tell(_of_loop(context)))
-        threading.excepthook = lambda given: self.tell(f"thread: {given.exc_type.__name__}: {given.exc_value}")
-        sys.unraisablehook = lambda given: self.tell(f"unraisable: {given.err_msg or ''} {given.exc_value!r}")
+        loop.set_exception_handler(lambda _loop, context: self._errors.append(_of_loop(context)))
+        threading.excepthook = lambda given: self._errors.append(
+            f"thread: {given.exc_type.__name__}: {given.exc_value}"
+        )
+        sys.unraisablehook = lambda given: self._errors.append(f"unraisable: {given.err_msg or ''} {given.exc_value!r}")
         try:
-            with warnings.catch_warnings(record=True) as heard:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self._warnings = heard
+                self._warnings = caught
                 yield
         finally:
             loop.set_exception_handler(handler)
@@ -135,7 +133,7 @@ def _of_loop(context: dict[str, Any]) -> str:
 
 @dataclass
 class Clock:
-    """How many calls there were, the slowest of each kind in seconds, and those that were cut off."""
+    """Counts calls, and records the slowest of each kind in seconds and those over the bound."""
 
     calls: Counter[str] = field(default_factory=Counter[str])
     slowest: dict[str, float] = field(default_factory=dict[str, float])
@@ -143,7 +141,7 @@ class Clock:
     late: list[str] = field(default_factory=list[str])
 
     async def timed(self, kind: str, call: Callable[[], Awaitable[T]]) -> T:
-        """Awaits a call; one that is not over within the bound is cut off and remembered."""
+        """Awaits a call; cancels and records it if it exceeds the bound."""
         started = time.monotonic()
         scope = asyncio.timeout(self.bound)
         try:
@@ -156,14 +154,14 @@ class Clock:
                 self.late.append(kind)
 
     def check(self) -> None:
-        """No call took longer than the bound."""
+        """Raises SoakFailed if a call exceeded the bound."""
         if self.late:
             raise SoakFailed(f"{self.late[0]} took longer than {self.bound:g} s")
 
 
 @dataclass
 class Watch:
-    """All of them."""
+    """The ledger, the complaints and the clock."""
 
     ledger: Ledger = field(default_factory=Ledger)
     complaints: Complaints = field(default_factory=Complaints)
@@ -171,12 +169,12 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Generator[None]:
-        """Watches what happens inside; to be used on a running loop."""
+        """Watches the block; needs a running loop."""
         with self.ledger.listening(), self.complaints.listening():
             yield
 
     def check(self) -> None:
-        """To be asked when nothing is under way."""
+        """Raises SoakFailed if something is wrong; call it while nothing is in flight."""
         self.ledger.check()
         self.clock.check()
         self.complaints.check()

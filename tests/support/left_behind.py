@@ -1,4 +1,4 @@
-"""Threads and descriptors that were not there before."""
+"""Finds threads and descriptors that did not exist before."""
 
 import gc
 import os
@@ -6,15 +6,15 @@ import threading
 import time
 from pathlib import Path
 
-# How long threads that are on their way out may take, in seconds.
+# Seconds that ending threads may take.
 PATIENCE = 5.0
 _DESCRIPTORS = Path("/proc/self/fd")
-_FONT = ".ttf"  # matplotlib keeps the fonts that it used open
+_FONT = ".ttf"  # matplotlib keeps used fonts open
 _NO_LEAK = ("/dev/", "/proc/", "/sys/", "/memfd:", "anon_inode:inotify")
 
 
 def threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
-    """Living threads that are not among those before; waits for those that are about to end."""
+    """Returns new threads that are alive; waits for those that are about to end."""
 
     def new() -> list[threading.Thread]:
         return [
@@ -25,15 +25,15 @@ def threads_left(before: set[threading.Thread]) -> list[threading.Thread]:
 
     deadline = time.monotonic() + PATIENCE
     while (alive := new()) and time.monotonic() < deadline:
-        # Idle workers of a pool end when the pool is gone. One that has only just delivered its result may
-        # still hold the pool at the first look.
+        # Idle workers of a pool end when the pool is collected. One that has just delivered its result may
+        # still refer to the pool at first.
         gc.collect()
         alive[0].join(0.05)
     return new()
 
 
 def open_descriptors() -> dict[int, str]:
-    """Number and target of every open descriptor; none where /proc is missing."""
+    """Returns the number and target of every open descriptor; empty without /proc."""
     found: dict[int, str] = {}
     if not _DESCRIPTORS.is_dir():
         return found
@@ -46,7 +46,7 @@ def open_descriptors() -> dict[int, str]:
 
 
 def descriptors_left(before: dict[int, str]) -> list[tuple[int, str]]:
-    """Open descriptors that are not among those before."""
+    """Returns open descriptors that did not exist before."""
 
     def new() -> list[tuple[int, str]]:
         return [
@@ -57,5 +57,5 @@ def descriptors_left(before: dict[int, str]) -> list[tuple[int, str]]:
 
     if not new():
         return []
-    gc.collect()  # an object in a reference cycle closes late, and a ResourceWarning (an error here) says so
+    gc.collect()  # an object in a reference cycle closes late, with a ResourceWarning, which is an error here
     return new()

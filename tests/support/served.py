@@ -1,4 +1,4 @@
-"""`tinkex-py serve` in a process of its own."""
+"""Runs `tinkex-py serve` in its own process."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ ENVIRONMENT = {**os.environ, "TINKER_TELEMETRY": "0", "PYTHONWARNINGS": "default
 def serving(
     *arguments: str, port: int = 0, log: IO[str] | None = None, own_session: bool = False
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address; ended at the end if it still runs.
+    """Yields the process and its address; ends the process at the end if it still runs.
 
     Args:
-        arguments: of the command.
-        port: 0 takes a free one.
-        log: where its stderr goes. Without one it goes into a pipe that is read at the end, so it must not be much.
-        own_session: keep Ctrl-C in the terminal from it.
+        arguments: further arguments of the command.
+        port: 0 means a free one.
+        log: receives stderr. Without it, stderr goes to a pipe that is read at the end, so it must be short.
+        own_session: whether Ctrl-C in the terminal does not reach it.
     """
     command = [sys.executable, "-m", "tinkex_py", "serve", "--model", "tiny", "--port", str(port), *arguments]
     process = subprocess.Popen(

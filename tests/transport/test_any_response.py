@@ -1,5 +1,6 @@
-"""Whatever a service answers is read, or is one typed error; never anything else."""
+"""Any response of a service is parsed, or raises one typed error."""
 
+import asyncio
 import contextlib
 import json
 from typing import Any
@@ -77,7 +78,7 @@ DRAWS = st.fixed_dictionaries(
 
 
 def used(value: Any) -> None:
-    """Touches what is computed at its first use."""
+    """Computes everything that is computed at the first use."""
     if isinstance(value, ForwardBackwardOutput):
         for row in value.loss_fn_outputs:
             for tensor in row.values():
@@ -86,13 +87,13 @@ def used(value: Any) -> None:
         value.target_prompt_logprobs.to_numpy()
 
 
-@settings(max_examples=300)
-@given(st.one_of(OBJECTS, PASSES, DRAWS))
-def test_any_json_result(fields):
+@settings(max_examples=100)
+@given(st.one_of(OBJECTS, PASSES, DRAWS), st.sampled_from(NAMES))
+def test_any_json_result(fields, name):
     for read in (read_forward_backward, read_sample):
         with contextlib.suppress(InvalidResponse):
             used(read(Result(b"", fields)))
-    for answer in (
+    for model in (
         GetInfoResponse,
         OptimStepResponse,
         SaveWeightsForSamplerResponse,
@@ -101,19 +102,7 @@ def test_any_json_result(fields):
         WeightsInfo,
     ):
         with contextlib.suppress(InvalidResponse):
-            answer.read(fields)
-
-
-def test_a_count_that_nothing_has():
-    assert (
-        read_forward_backward(Result(b"", {"num_datums": 2**62, "packed": {}, "loss_fn_outputs": []})).loss_fn_outputs
-        == []
-    )
-
-
-@settings(max_examples=200)
-@given(OBJECTS, st.sampled_from(NAMES))
-def test_any_json_answer(fields, name):
+            model.read(fields)
     ServerConfig.read(fields)
     with contextlib.suppress(InvalidResponse):
         assert text_of(fields, name, "path").isprintable()
@@ -143,30 +132,30 @@ STATUSES = st.one_of(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(STATUSES, HEADERS, BODIES)
 def test_any_answer(status, headers, body):
-    answer = Response(status, headers, body)
-    told = retry_after(headers)
-    assert told is None or 0 <= told <= 60
-    rejects_token(answer)
+    response = Response(status, headers, body)
+    seconds = retry_after(headers)
+    assert seconds is None or 0 <= seconds <= 60
+    rejects_token(response)
     with contextlib.suppress(TinkexError):
-        raise_for_status(answer)
-        answer.json()
+        raise_for_status(response)
+        response.json()
 
 
 class Ended(Exception):
-    """The script of a service is at its end."""
+    """The service has no further response."""
 
 
 @pytest.mark.asyncio
 async def test_any_answer_to_a_poll(monkeypatch):
-    """Pending or troubled answers are asked again, which here ends the script; anything else is a result or typed."""
+    """Pending responses and failures are polled again, which raises Ended; others are a result or a typed error."""
     policy = RetryPolicy(deadline=5.0, max_attempts=1, initial_wait=0.0, max_wait=0.0)
     monkeypatch.setattr("tinkex_py.transport.api._FIRST_PAUSE", 0.0)
 
-    async def outcome(answer: Response, decode: Any) -> None:
-        left = [answer, answer]
+    async def poll(response: Response, decode: Any) -> None:
+        left = [response, response]
 
         class Http:
             host = "scripted"
@@ -183,35 +172,25 @@ async def test_any_answer_to_a_poll(monkeypatch):
 
     cases: list[tuple[int, dict[str, str], bytes]] = []
 
-    @settings(max_examples=250)
+    @settings(max_examples=100)
     @given(STATUSES, HEADERS, st.one_of(BODIES, OBJECTS.map(lambda value: json.dumps(value).encode())))
     def collect(status, headers, body):
         cases.append((status, {**headers, "retry-after-ms": "1"}, body))
 
     collect()
     cases += [(200, {}, json.dumps({name: [1]}).encode()) for name in ("status", "type", "category", "error")]
-    cases += [(200, {}, json.dumps(other).encode()) for other in ([1], 1, 0.5, "x", None, True)]
     for status, headers, body in cases:
-        for decode in (read_forward_backward, read_sample, lambda result: result):
-            await outcome(Response(status, headers, body), decode)
-    assert len(cases) >= 100
+        for decode in (read_forward_backward, read_sample):
+            await poll(Response(status, headers, body), decode)
 
 
-@pytest.mark.asyncio
-async def test_any_answer_to_a_probe():
-    cases: list[tuple[int, object]] = []
+@settings(max_examples=60)
+@given(st.integers(400, 599), ANY_JSON)
+def test_any_answer_to_a_probe(status, body):
+    error = status_error_class(status)("no", status=status, body=body)
+    refuses_protobuf(error)
 
-    @settings(max_examples=150)
-    @given(st.integers(400, 599), ANY_JSON)
-    def collect(status, body):
-        cases.append((status, body))
+    async def send(_encoded: object) -> object:
+        raise error
 
-    collect()
-    for status, body in cases:
-        error = status_error_class(status)("no", status=status, body=body)
-        refuses_protobuf(error)
-
-        async def send(_encoded: object, error: Exception = error) -> object:
-            raise error
-
-        assert (await choose_encoding("auto", ServerConfig(), send)).name in ("protobuf", "json")
+    assert asyncio.run(choose_encoding("auto", ServerConfig(), send)).name in ("protobuf", "json")

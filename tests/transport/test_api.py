@@ -1,4 +1,4 @@
-"""When a request is sent again, how long the client waits, and when it gives up."""
+"""Which failures are retried, how long the client waits between attempts, and when it gives up."""
 
 import asyncio
 import pickle
@@ -6,12 +6,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import tenacity
-from hypothesis import given, settings, strategies as st
 
 from tinkex_py import errors
 from tinkex_py.limits import Attempts, RetryPolicy
-from tinkex_py.transport.api import ServiceApi, is_retryable_status
+from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
 
@@ -19,7 +17,7 @@ AT_ONCE = RetryPolicy(initial_wait=0.0, max_wait=0.0)
 
 
 class Script:
-    """Sends what a list says; the last item is repeated."""
+    """Returns or raises the outcomes in order, and repeats the last one."""
 
     def __init__(self, *outcomes: Response | BaseException) -> None:
         self.outcomes = list(outcomes)
@@ -34,16 +32,9 @@ class Script:
         return outcome
 
 
-class ScriptedHttp:
-    """Exchanges that a script answers."""
-
-    host = "scripted"
-
-    def __init__(self, script: Callable[[int], Awaitable[Response]]) -> None:
-        self._script = script
-
-    async def exchange(self, sent: Request, *, key: Secret, attempt: int) -> Response:
-        return await self._script(attempt)
+async def stalls(_attempt: int) -> Response:
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
 async def send_with_retry(
@@ -51,7 +42,13 @@ async def send_with_retry(
     script: Callable[[int], Awaitable[Response]],
     retry_statuses: Callable[[int], bool] | None = None,
 ) -> Response:
-    http: Any = ScriptedHttp(script)
+    class Http:
+        host = "scripted"
+
+        async def exchange(self, sent: Request, *, key: Secret, attempt: int) -> Response:
+            return await script(attempt)
+
+    http: Any = Http()
     api = ServiceApi(http, http, Auth(Secret("key"), Secret("")), retry=policy, poll_timeout=1.0)
     return await api.send(request("POST", "/x"), lambda response: response, retry_statuses=retry_statuses)
 
@@ -65,24 +62,19 @@ OK = status(200)
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    "trouble",
+    "failure",
     [
-        status(408),
-        status(425),
-        status(429),
-        status(500),
-        status(503),
-        status(599),
+        *(status(code) for code in (408, 425, 429, 500, 503, 599)),
         status(404, x_should_retry="true"),
-        status(503, retry_after="0"),
+        status(503, x_should_retry="maybe"),
         status(503, retry_after="nan"),
         errors.ConnectionFailed("x"),
         errors.TimeoutExceeded("x"),
         errors.InvalidResponse("x"),
     ],
 )
-async def test_what_is_worth_another_attempt(trouble: Response | BaseException):
-    send = Script(trouble, trouble, OK)
+async def test_what_is_worth_another_attempt(failure: Response | BaseException):
+    send = Script(failure, failure, OK)
     assert await send_with_retry(AT_ONCE, send) is OK
     assert send.attempts == [1, 2, 3]
 
@@ -106,7 +98,6 @@ async def test_what_is_worth_another_attempt(trouble: Response | BaseException):
         (ZeroDivisionError(), ZeroDivisionError),
         (TimeoutError(), TimeoutError),
         (asyncio.CancelledError(), asyncio.CancelledError),
-        (KeyError("x"), KeyError),
     ],
 )
 async def test_what_is_final(final: Response | BaseException, kind: type[BaseException]):
@@ -118,49 +109,35 @@ async def test_what_is_final(final: Response | BaseException, kind: type[BaseExc
 
 
 @pytest.mark.asyncio
-async def test_an_unknown_should_retry_says_nothing():
-    send = Script(status(503, x_should_retry="maybe"), OK)
-    assert await send_with_retry(AT_ONCE, send) is OK
+async def test_a_caller_can_choose_the_statuses():
+    assert await send_with_retry(AT_ONCE, Script(status(404), OK), lambda code: code == 404) is OK
+    with pytest.raises(errors.ServerError):
+        await send_with_retry(AT_ONCE, Script(status(503)), lambda code: False)
 
 
 @pytest.mark.asyncio
-async def test_the_last_error_tells_the_attempts():
+async def test_the_last_error_counts_the_attempts():
     policy = RetryPolicy(max_attempts=3, initial_wait=0.0)
     with pytest.raises(errors.ServerError) as caught:
         await send_with_retry(policy, Script(status(500), status(502), status(503)))
     assert (caught.value.status, caught.value.attempts) == (503, 3)
     assert "after 3 attempts" in str(caught.value)
+    assert type(pickle.loads(pickle.dumps(caught.value))) is errors.ServerError
     last = errors.ConnectionFailed("last")
     with pytest.raises(errors.ConnectionFailed) as lost:
         await send_with_retry(policy, Script(status(500), status(500), last))
     assert lost.value is last
     assert lost.value.attempts == 3
-    assert type(pickle.loads(pickle.dumps(caught.value))) is errors.ServerError
-
-
-@pytest.mark.asyncio
-async def test_none_is_one_attempt():
-    send = Script(status(503))
     with pytest.raises(errors.ServerError) as caught:
-        await send_with_retry(RetryPolicy.none(), send)
+        await send_with_retry(RetryPolicy.none(), Script(status(503)))
     assert caught.value.attempts == 1
-    assert send.attempts == [1]
+
+
+# Deadline and cancellation
 
 
 @pytest.mark.asyncio
-async def test_a_caller_may_choose_the_statuses():
-    send = Script(status(404), OK)
-    assert await send_with_retry(AT_ONCE, send, retry_statuses=lambda code: code == 404) is OK
-    with pytest.raises(errors.ServerError):
-        await send_with_retry(AT_ONCE, Script(status(503)), retry_statuses=lambda code: False)
-
-
-@pytest.mark.asyncio
-async def test_the_deadline_bounds_an_attempt_that_stalls():
-    async def stalls(attempt: int) -> Response:
-        await asyncio.Event().wait()
-        raise AssertionError
-
+async def test_the_deadline_ends_an_attempt_that_stalls():
     with pytest.raises(errors.TimeoutExceeded, match=r"deadline of 0\.02 s \(1 attempt"):
         await send_with_retry(RetryPolicy(deadline=0.02), stalls)
 
@@ -169,18 +146,18 @@ async def test_the_deadline_bounds_an_attempt_that_stalls():
 async def test_the_deadline_ends_the_retries_with_the_last_error():
     sent: list[int] = []
 
-    async def answers_at_once(attempt: int) -> Response:
-        # Without a suspension the deadline cannot fall into an attempt, only between two.
+    async def responds_at_once(attempt: int) -> Response:
+        # Without a suspension the deadline cannot expire during an attempt, only between two.
         sent.append(attempt)
         return status(503)
 
     with pytest.raises(errors.ServerError) as caught:
-        await send_with_retry(RetryPolicy(deadline=0.05, initial_wait=0.001, max_wait=0.001), answers_at_once)
+        await send_with_retry(RetryPolicy(deadline=0.05, initial_wait=0.001, max_wait=0.001), responds_at_once)
     assert caught.value.attempts == len(sent) > 1
 
 
 @pytest.mark.asyncio
-async def test_no_wait_that_ends_after_the_deadline_is_begun():
+async def test_a_wait_that_would_end_after_the_deadline_does_not_start():
     send = Script(status(503, retry_after="50"))
     async with asyncio.timeout(10):
         with pytest.raises(errors.ServerError) as caught:
@@ -196,9 +173,7 @@ async def test_a_cancellation_ends_it_at_once(where: str):
 
     async def send(attempt: int) -> Response:
         reached.set()
-        if where == "in an attempt":
-            await asyncio.Event().wait()
-        return status(503, retry_after="50")
+        return await stalls(attempt) if where == "in an attempt" else status(503, retry_after="50")
 
     task = asyncio.create_task(send_with_retry(RetryPolicy(), send))
     await reached.wait()
@@ -207,16 +182,11 @@ async def test_a_cancellation_ends_it_at_once(where: str):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert task.cancelled()
 
 
 @pytest.mark.asyncio
-async def test_a_cancellation_that_meets_the_deadline_wins():
-    """The caller's own timeout expires in the same step as the deadline: it must still fire."""
-
-    async def stalls(attempt: int) -> Response:
-        await asyncio.Event().wait()
-        raise AssertionError
+async def test_a_cancellation_that_coincides_with_the_deadline_wins():
+    """The caller's own timeout expires in the same iteration of the loop as the deadline: it must still fire."""
 
     async def cancel_at_the_deadline() -> None:
         task = asyncio.current_task()
@@ -224,39 +194,20 @@ async def test_a_cancellation_that_meets_the_deadline_wins():
         asyncio.get_running_loop().call_later(0.01, task.cancel)
         await send_with_retry(RetryPolicy(deadline=0.01), stalls)
 
-    for _ in range(20):
-        task = asyncio.create_task(cancel_at_the_deadline())
+    for task in [asyncio.create_task(cancel_at_the_deadline()) for _ in range(20)]:
         with pytest.raises(asyncio.CancelledError):
             await task
-
     with pytest.raises(TimeoutError) as caught:
         async with asyncio.timeout(0.01):
             await send_with_retry(RetryPolicy(deadline=30.0), stalls)
     assert type(caught.value) is TimeoutError
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"deadline": 0.0}, "deadline"),
-        ({"deadline": float("nan")}, "deadline"),
-        ({"max_attempts": 0}, "max_attempts"),
-        ({"initial_wait": -1.0}, "initial_wait"),
-        ({"max_wait": float("inf")}, "max_wait"),
-    ],
-)
-def test_a_policy_out_of_range(options: dict[str, float], told: str):
-    with pytest.raises(errors.ConfigError, match=told):
-        RetryPolicy(**options)  # type: ignore[arg-type]
-
-
-@given(st.integers(100, 999))
-def test_retryable_statuses(code: int):
-    assert is_retryable_status(code) == (code in (408, 425, 429) or code >= 500)
+# Waits
 
 
 def pauses_after(policy: RetryPolicy, outcome: Response, count: int = 1) -> list[float]:
-    """The pauses after so many failures in a row."""
+    """Returns the pauses after each of several failures in a row."""
     try:
         raise_for_status(outcome)
     except errors.APIStatusError as error:
@@ -264,19 +215,9 @@ def pauses_after(policy: RetryPolicy, outcome: Response, count: int = 1) -> list
 
     async def drawn() -> list[float]:
         attempts = Attempts(policy)
-        state = tenacity.RetryCallState(tenacity.AsyncRetrying(), None, (), {})
-        state.set_exception((type(failure), failure, None))
-        return [attempts.pause_after(state) for _ in range(count)]
+        return [pause for _ in range(count) if (pause := attempts.next_pause(failure)) is not None]
 
     return asyncio.run(drawn())
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 40), st.floats(0, 10), st.floats(0, 100))
-def test_the_wait_is_random_below_an_exponential_bound(attempt: int, initial: float, longest: float):
-    drawn = pauses_after(RetryPolicy(initial_wait=initial, max_wait=longest), status(503), attempt)
-    for number, pause in enumerate(drawn):
-        assert 0.0 <= pause <= min(longest, initial * 2.0**number) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -284,22 +225,20 @@ def test_the_wait_is_random_below_an_exponential_bound(attempt: int, initial: fl
     [({"retry_after": "7"}, 7.0), ({"retry_after_ms": "20"}, 0.02), ({"retry_after": "1e9"}, 60.0)],
 )
 def test_the_wait_that_the_service_asks_for(headers: dict[str, str], expected: float):
-    policy = RetryPolicy(initial_wait=1000.0, max_wait=1000.0)
+    policy = RetryPolicy(deadline=1e9, initial_wait=1000.0, max_wait=1000.0)
     assert pauses_after(policy, status(503, **headers)) == [expected]
 
 
-@pytest.mark.parametrize(
-    "asked", ["0", "-1", "nan", "inf", "garbage", "", "1e-9", "0.000001", "Thu, 01 Jan 1970 00:00:00 GMT"]
-)
+@pytest.mark.parametrize("asked", ["0", "-1", "inf", "garbage", "", "0.000001", "Thu, 01 Jan 1970 00:00:00 GMT"])
 def test_a_service_cannot_ask_to_be_asked_at_network_speed(asked: str):
-    policy = RetryPolicy(initial_wait=1000.0, max_wait=1000.0)
+    policy = RetryPolicy(deadline=1e9, initial_wait=1000.0, max_wait=1000.0)
     for headers in ({"retry_after": asked}, {"retry_after_ms": asked}):
-        # Drawn from 0 to 1000 s: to be below a microsecond by chance has the odds of 1e-9.
+        # Drawn from 0 to 1000 s: below a microsecond with a probability of 1e-9.
         assert pauses_after(policy, status(503, **headers))[0] > 1e-6
 
 
 def test_full_jitter_spreads_over_the_whole_range():
     drawn = sorted(pauses_after(RetryPolicy(initial_wait=1.0, max_wait=1.0), status(503), 200))
-    # The chance that 200 uniform draws miss the lower or the upper fifth is 2 * 0.8**200, about 1e-19.
-    assert drawn[0] < 0.2
-    assert drawn[-1] > 0.8
+    # 200 uniform draws miss the lower or the upper fifth with a probability of 2 * 0.8**200, about 1e-19.
+    assert 0.0 <= drawn[0] < 0.2
+    assert 0.8 < drawn[-1] <= 1.0

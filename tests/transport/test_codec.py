@@ -1,4 +1,4 @@
-"""Requests and results as bytes: equal to what the official SDK writes and reads."""
+"""Encoded requests and results equal those of the official SDK."""
 
 import contextlib
 import importlib
@@ -42,8 +42,8 @@ def tensors(draw: Any, shape: tuple[int, ...], dtype: str) -> TensorData:
 
 @st.composite
 def datums(draw: Any, *, custom: bool = False) -> Datum:
-    length = draw(st.integers(1, 6))
-    shape = (length,) if draw(st.booleans()) else (length, draw(st.integers(1, 4)))
+    length = draw(st.integers(1, 4))
+    shape = (length,) if draw(st.booleans()) else (length, draw(st.integers(1, 3)))
     pieces = draw(st.lists(st.integers(0, 2**31 - 1), min_size=length, max_size=length))
     cut = draw(st.integers(0, length))
     chunks = [EncodedTextChunk(tokens=part) for part in (pieces[:cut], pieces[cut:]) if part]
@@ -93,16 +93,16 @@ def canonical(message: Any) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-@settings(max_examples=150)
-@given(st.lists(datums(), min_size=0, max_size=4), st.booleans())
+@settings(max_examples=50)
+@given(st.lists(datums(), min_size=0, max_size=3), st.booleans())
 def test_a_request_equals_the_official_one(data, forward_only):
     config = {"beta": 0.25, "mode": "strict", "clip_low_threshold": 1.0}
     official = official_request(data, config, forward_only=forward_only)
     assert canonical(ours(encode_batch(data), config, forward_only=forward_only)) == canonical(official)
 
 
-@settings(max_examples=150)
-@given(st.lists(datums(custom=True), min_size=1, max_size=4), st.data())
+@settings(max_examples=50)
+@given(st.lists(datums(custom=True), min_size=1, max_size=3), st.data())
 def test_a_custom_request_equals_the_official_one_with_those_weights(data, drawn):
     batch = encode_custom_batch(data)
     shapes = [item.loss_fn_inputs["target_tokens"].shape for item in data]
@@ -142,7 +142,7 @@ def test_lengths_at_which_varints_grow(length):
     assert all(data.loss_fn_inputs["weights"].shape == [length] for data in message.data)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.lists(datums(), min_size=1, max_size=3))
 def test_the_json_form_says_the_same(data):
     config = {"beta": 0.25, "mode": "strict"}
@@ -190,7 +190,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(outputs())
 def test_a_result_is_read_as_the_official_sdk_reads_it(message):
     body = message.SerializeToString()
@@ -255,18 +255,11 @@ def test_a_corrupt_field_is_an_invalid_response(name):
         _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
 
 
-def test_a_record_that_says_a_wrong_number_of_datums():
-    for count in (0, 1, 3, -1, 2**31 - 1):
-        message = wire.ForwardBackwardOutput(loss_fn_outputs=[wire.ArrayRecord(num_datums=count)])
-        message.loss_fn_outputs[0].fields["logprobs"].CopyFrom(field())
-        with pytest.raises(InvalidResponse):
-            _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
-
-
-@pytest.mark.parametrize("count", [-1, -5, 2**31 - 1])
-def test_a_record_without_fields_that_says_an_impossible_number_of_datums(count):
-    first = wire.ArrayRecord(num_datums=2, fields={"logprobs": field()})
-    for records in ([first, wire.ArrayRecord(num_datums=count)], [wire.ArrayRecord(num_datums=count)]):
+def test_a_record_that_declares_a_wrong_number_of_datums():
+    right = wire.ArrayRecord(num_datums=2, fields={"logprobs": field()})
+    wrong = [wire.ArrayRecord(num_datums=n, fields={"logprobs": field()}) for n in (0, 1, 3, -1, 2**31 - 1)]
+    without_fields = [wire.ArrayRecord(num_datums=n) for n in (-1, -5, 2**31 - 1)]
+    for records in [*([one] for one in wrong + without_fields), *([right, one] for one in without_fields)]:
         message = wire.ForwardBackwardOutput(loss_fn_outputs=records)
         with pytest.raises(InvalidResponse):
             _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
@@ -276,19 +269,18 @@ def test_a_record_without_fields_that_says_an_impossible_number_of_datums(count)
     "outputs",
     ["x", 1, True, [1], [None], [[1]], [{"logprobs": {}}], {"a": 1}],
 )
-def test_json_outputs_that_are_none(outputs):
+def test_invalid_json_outputs(outputs):
     with pytest.raises(InvalidResponse):
         read_forward_backward(Result(b"", {"loss_fn_outputs": outputs, "metrics": {}}))
 
 
-def test_json_says_how_many_datums_there_are_by_listing_them():
-    output = read_forward_backward(
-        Result(b"", {"metrics": {"loss:sum": 1.0}, "loss_fn_outputs": [], "num_datums": 2**31, "packed": {}})
-    )
+def test_fields_of_our_own_are_ignored_in_json():
+    fields = {"metrics": {}, "loss_fn_outputs": [], "num_datums": 2**62, "packed": {}}
+    output = read_forward_backward(Result(b"", fields))
     assert (output.num_datums, output.loss_fn_outputs) == (0, [])
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.one_of(st.binary(max_size=60), outputs().map(lambda m: m.SerializeToString())), st.data())
 def test_damaged_bytes_never_raise_anything_else(body, drawn):
     damaged = bytearray(body)

@@ -1,4 +1,4 @@
-"""How passes are written, and how a service's encoding is found out without risk."""
+"""The encodings of passes, and how a client detects the one that a service accepts."""
 
 import json
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def type_of(encoded: Request) -> str:
 
 
 class Service:
-    """Answers probes with one status and body after the other."""
+    """Responds to probes with these statuses and bodies in order."""
 
     def __init__(self, *answers: tuple[int, object] | Exception) -> None:
         self.answers = list(answers)
@@ -114,7 +114,7 @@ ANSWERS = {
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_what_a_probe_finds_out(name):
+async def test_what_a_probe_detects(name):
     answers, expected = ANSWERS[name]
     service = Service(*answers)
     encoding = await choose_encoding("auto", ServerConfig(), service)
@@ -139,7 +139,7 @@ async def test_what_a_probe_finds_out(name):
         ("auto", False, "json"),
     ],
 )
-async def test_nobody_is_probed_where_it_is_known(wanted, told, expected):
+async def test_no_probe_if_the_encoding_is_known(wanted, told, expected):
     service = Service()
     flags = ServerConfig(proto_write_fwdbwd=told, proto_compress_fwdbwd=True)
     encoding = await choose_encoding(wanted, flags, service)
@@ -150,7 +150,7 @@ async def test_nobody_is_probed_where_it_is_known(wanted, told, expected):
 
 
 @pytest.mark.asyncio
-async def test_a_service_that_cannot_be_asked_is_not_guessed():
+async def test_a_failed_probe_is_not_guessed():
     with pytest.raises(ConnectionFailed):
         await choose_encoding("auto", ServerConfig(), Service(ConnectionFailed("gone")))
 
@@ -171,7 +171,7 @@ def test_which_refusals_are_about_the_body():
         assert not refuses_protobuf(refusal(status, body)), (status, body)
 
 
-def test_flags_are_read_leniently():
+def test_server_config_is_parsed_leniently():
     assert ServerConfig.read({}) == ServerConfig()
     told = ServerConfig.read(
         {

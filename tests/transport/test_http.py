@@ -128,44 +128,31 @@ async def test_a_proxy_that_the_environment_names(server: ScriptedServer, monkey
 
 
 @pytest.mark.asyncio
-async def test_cookies_are_not_kept(server: ScriptedServer, client: KeyedClient):
-    server.script("/a", answer(json=1, headers={"set-cookie": "who=me; Path=/"}), answer(json=2))
+@pytest.mark.parametrize("key", [None, KEY])
+async def test_headers_of_a_request_replace_those_of_the_client_but_never_the_key(
+    server: ScriptedServer, key: str | None
+):
+    server.script("/a", answer(headers={"set-cookie": "who=me; Path=/"}))
+    headers = {"User-Agent": "mine", "X-One": "1", **({} if key is None else {"x-api-key": "other"})}
+    client = KeyedClient(base_url=server.url, api_key=key, headers=headers)
     for _ in range(2):
-        await client.exchange("GET", "a")
-    assert [request.headers.get("cookie") for request in server.requests] == [None, None]
-
-
-@pytest.mark.asyncio
-async def test_client_headers_and_no_key(server: ScriptedServer):
-    server.script("/a", answer())
-    client = KeyedClient(base_url=server.url, api_key=None, headers={"User-Agent": "mine", "X-One": "1"})
-    await client.exchange("GET", "/a", headers={"x-one": "2"})
+        await client.exchange("GET", "/a", headers={"x-one": "2", **({} if key is None else {"X-API-KEY": "another"})})
     await client.aclose()
-    (request,) = server.requests
-    assert request.headers["user-agent"] == "mine"
-    assert request.headers["x-one"] == "2"
-    assert "x-api-key" not in request.headers
+    for request in server.requests:
+        assert (request.headers["user-agent"], request.headers["x-one"]) == ("mine", "2")
+        assert request.headers.get("x-api-key") == key
+        assert "cookie" not in request.headers
 
 
 @pytest.mark.asyncio
-async def test_no_header_of_a_caller_replaces_the_key(server: ScriptedServer):
-    server.script("/a", answer())
-    client = KeyedClient(base_url=server.url, api_key=KEY, headers={"x-api-key": "other"})
-    await client.exchange("GET", "/a", headers={"X-API-KEY": "another"})
-    await client.aclose()
-    assert server.requests[0].headers["x-api-key"] == KEY
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-async def test_large_bodies_both_ways(server: ScriptedServer, client: KeyedClient, kind: type):
-    block = bytes(range(256)) * 4096
-    payload = block * 20
+async def test_large_bodies_both_ways(server: ScriptedServer, client: KeyedClient):
+    payload = bytes(range(256)) * (10 << 10)
     server.script("/echo", computed(lambda request: answer(200, request.body)))
-    got = await client.exchange("POST", "/echo", content=kind(payload))
-    assert len(payload) == 20 << 20
-    assert got.body == payload
-    assert server.requests[0].headers["content-length"] == str(20 << 20)
+    for kind in (bytes, bytearray, memoryview):
+        assert (await client.exchange("POST", "/echo", content=kind(payload))).body == payload
+    assert {request.headers["content-length"] for request in server.requests} == {str(len(payload))}
+    view = memoryview(bytearray(range(16))).cast("f")
+    assert (await client.exchange("POST", "/echo", content=view)).body == bytes(range(16))
 
 
 @pytest.mark.asyncio
@@ -187,13 +174,6 @@ async def test_a_large_response_is_read_in_pieces_as_large_as_the_loop_gives_the
 
 
 @pytest.mark.asyncio
-async def test_a_view_of_wider_items_is_sent_as_bytes(server: ScriptedServer, client: KeyedClient):
-    server.script("/echo", computed(lambda request: answer(200, request.body)))
-    view = memoryview(bytearray(range(16))).cast("f")
-    assert (await client.exchange("POST", "/echo", content=view)).body == bytes(range(16))
-
-
-@pytest.mark.asyncio
 async def test_a_compressed_answer(server: ScriptedServer, client: KeyedClient):
     body = json.dumps({"a": list(range(1000))}).encode()
     server.script("/a", answer(200, gzip.compress(body), headers={"content-encoding": "gzip"}))
@@ -201,11 +181,11 @@ async def test_a_compressed_answer(server: ScriptedServer, client: KeyedClient):
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("status", [204, 304, 400, 401, 404, 409, 410, 429, 500, 503])
-async def test_a_status_is_returned_not_raised(server: ScriptedServer, client: KeyedClient, status: int):
-    server.script("/a", answer(status, headers={"retry-after": "3"}))
-    got = await client.exchange("GET", "/a")
-    assert (got.status, got.headers["retry-after"]) == (status, "3")
+async def test_a_status_is_returned_not_raised(server: ScriptedServer, client: KeyedClient):
+    for status in (204, 304, 400, 401, 404, 409, 429, 500, 503):
+        server.script("/a", answer(status, headers={"retry-after": "3"}))
+        response = await client.exchange("GET", "/a")
+        assert (response.status, response.headers["retry-after"]) == (status, "3")
 
 
 # Redirects
@@ -216,7 +196,7 @@ async def test_redirects_within_the_origin_keep_method_body_and_key(server: Scri
     server.script("/a", answer(307, headers={"location": "/b?x=1"}))
     server.script("/b", answer(308, headers={"location": f"{server.url}/c"}))
     server.script("/c", answer(json="there"))
-    body = b"z" * (3 << 20)
+    body = b"z" * (1200 << 10)
     assert (await client.exchange("POST", "/a", content=body)).json() == "there"
     assert [(request.method, request.target) for request in server.requests] == [
         ("POST", "/a"),
@@ -287,7 +267,7 @@ def closed_port() -> int:
         (raw(b"HTTP/1.1 200", keep_open=True), errors.TimeoutExceeded),
     ],
 )
-async def test_an_answer_that_fails_is_a_typed_error_and_the_client_goes_on(
+async def test_a_failed_exchange_is_a_typed_error_and_the_client_still_works(
     server: ScriptedServer, client: KeyedClient, events: list[Event], behaviour: Behaviour, kind: type[Exception]
 ):
     server.script("/a", behaviour)
@@ -306,35 +286,27 @@ async def test_an_answer_that_fails_is_a_typed_error_and_the_client_goes_on(
     assert end.name == "tinkex.http.request.exception"
     assert end.metadata == {**start.metadata, "reason": kind.__name__}
     assert end.exception is caught.value
-    for _ in range(5):
-        assert (await client.exchange("GET", "/good")).json() == 1
+    assert (await client.exchange("GET", "/good")).json() == 1
 
 
 @pytest.mark.asyncio
-async def test_a_body_that_nobody_reads_times_out(server: ScriptedServer, client: KeyedClient):
+async def test_a_body_that_the_service_does_not_read_times_out(server: ScriptedServer, client: KeyedClient):
     server.script("/a", stop_reading())
     with pytest.raises(errors.TimeoutExceeded):
-        await client.exchange("POST", "/a", content=bytes(30 << 20), timeout=0.1)
+        await client.exchange("POST", "/a", content=bytes(12 << 20), timeout=0.1)
     assert server.started == ["/a"]
     assert server.requests == []
     server.reading_again.set()
 
 
 @pytest.mark.asyncio
-async def test_nobody_answers_there():
+async def test_no_service_at_the_address():
     port = closed_port()
-    client = KeyedClient(base_url=f"http://127.0.0.1:{port}", api_key=KEY)
-    with pytest.raises(errors.ConnectionFailed, match=f"GET /a at 127.0.0.1:{port}.*nothing answers"):
-        await client.exchange("GET", "/a")
-    await client.aclose()
-
-
-@pytest.mark.asyncio
-async def test_an_unknown_host():
-    client = KeyedClient(base_url="http://no-such-host.invalid", api_key=KEY)
-    with pytest.raises(errors.ConnectionFailed, match=r"no-such-host\.invalid"):
-        await client.exchange("GET", "/a")
-    await client.aclose()
+    for host, message in ((f"127.0.0.1:{port}", "nothing answers"), ("no-such-host.invalid", "cannot be resolved")):
+        client = KeyedClient(base_url=f"http://{host}", api_key=KEY)
+        with pytest.raises(errors.ConnectionFailed, match=f"GET /a at {host}.*{message}"):
+            await client.exchange("GET", "/a")
+        await client.aclose()
 
 
 @pytest.mark.asyncio
@@ -352,22 +324,17 @@ async def test_input_that_cannot_be_sent(server: ScriptedServer, client: KeyedCl
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("base_url", "message"),
     [
-        ({"base_url": ""}, "base_url"),
-        ({"base_url": "host:80"}, "base_url"),
-        ({"base_url": "ftp://host"}, "base_url"),
-        ({"base_url": "http://"}, "base_url"),
-        ({"base_url": "http://host:99999"}, "base_url"),
-        ({"base_url": "http://[::1"}, "base_url"),
-        ({"base_url": "http://ho st"}, "base_url"),
-        ({"base_url": "http://host/?a=b"}, "query"),
-        ({"base_url": f"http://user:{KEY}@host"}, "user name or password"),
+        *((url, "base_url") for url in ("", "host:80", "ftp://host", "http://", "http://host:99999", "http://[::1")),
+        ("http://ho st", "base_url"),
+        ("http://host/?a=b", "query"),
+        (f"http://user:{KEY}@host", "user name or password"),
     ],
 )
-def test_settings_that_cannot_be_used(options: dict[str, object], told: str):
-    with pytest.raises(errors.ConfigError, match=told) as caught:
-        KeyedClient(**{"api_key": KEY, **options})  # type: ignore[arg-type]
+def test_invalid_addresses(base_url: str, message: str):
+    with pytest.raises(errors.ConfigError, match=message) as caught:
+        KeyedClient(api_key=KEY, base_url=base_url)
     assert KEY not in str(caught.value)
 
 
@@ -391,7 +358,7 @@ async def test_events_of_a_good_exchange(server: ScriptedServer, client: KeyedCl
 
 
 @pytest.mark.asyncio
-async def test_the_key_shows_nowhere(server: ScriptedServer, caplog: pytest.LogCaptureFixture):
+async def test_nothing_shows_the_key(server: ScriptedServer, caplog: pytest.LogCaptureFixture):
     client = KeyedClient(base_url=server.url, api_key=KEY)
     server.script("/good", answer(json=1))
     server.script("/echo", answer(401, json={"detail": f"key {KEY} is wrong"}))
@@ -409,7 +376,7 @@ async def test_the_key_shows_nowhere(server: ScriptedServer, caplog: pytest.LogC
     shown += [caplog.text, repr(lines), "".join(traceback.format_exception(caught.value))]
     shown.append(pickle.dumps(caught.value).decode("latin-1"))
     assert not [text for text in shown if KEY in text]
-    with pytest.raises(TypeError, match="make a new one"):
+    with pytest.raises(TypeError, match="create a new one"):
         pickle.dumps(client.http)
 
 
@@ -461,7 +428,7 @@ async def test_cancelled_requests_over_tls(certificate: tuple[Path, Path], monke
         server.script("/good", answer(json=1))
         server.script("/stall", stall())
         client = KeyedClient(base_url=server.url, api_key=KEY, max_connections=4)
-        for steps in range(40):
+        for steps in range(0, 40, 2):
             tasks = [asyncio.create_task(client.exchange("GET", "/stall")) for _ in range(6)]
             for _ in range(steps):
                 await asyncio.sleep(0)

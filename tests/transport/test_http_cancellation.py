@@ -94,22 +94,25 @@ async def test_fifty_rounds_with_requests_that_arrived(server: ScriptedServer, c
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("path", ["/good", "/large", "/stall", "/drip", "/reset", "/stuck"])
+@pytest.mark.parametrize("path", ["/large", "/drip", "/reset", "/stuck"])
 async def test_cancelled_after_every_number_of_loop_steps(server: ScriptedServer, path: str):
-    server.script("/large", answer(200, bytes(3 << 20)))
+    server.script("/large", answer(200, bytes(600 << 10)))
     server.script("/drip", drip(b"x" * 1000, first=10))
     server.script("/reset", reset())
     server.script("/stuck", stop_reading())
-    content = bytes(8 << 20) if path == "/stuck" else b"x" * (1 << 20)
+    content = bytes(6 << 20) if path == "/stuck" else bytes(300 << 10)
     client = KeyedClient(base_url=server.url, api_key=KEY, max_connections=1)
-    for steps in range(70):
+    for steps in range(60):
         task = asyncio.create_task(client.exchange("POST", path, content=content))
         await ticks(steps)
+        complete = task.done()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert task.cancelled() or isinstance(task.exception(), errors.ConnectionFailed) or task.result().status == 200
         async with asyncio.timeout(30):
             assert (await client.exchange("GET", "/good")).json() == 1
+        if complete:
+            break
     await client.aclose()
     server.reading_again.set()
     await server.until(lambda: server.open_connections == 0)
@@ -131,7 +134,7 @@ async def test_cancelled_twice(server: ScriptedServer, client: KeyedClient):
 
 
 @pytest.mark.asyncio
-async def test_a_cancellation_is_told_by_an_event(server: ScriptedServer, client: KeyedClient):
+async def test_a_cancellation_is_an_exception_event(server: ScriptedServer, client: KeyedClient):
     seen: list[Event] = []
     handler_id = telemetry.attach(seen.append, events="tinkex.http.request.*")
     try:
@@ -142,14 +145,6 @@ async def test_a_cancellation_is_told_by_an_event(server: ScriptedServer, client
         telemetry.detach(handler_id)
     assert [event.name.rsplit(".", 1)[1] for event in seen] == ["start", "exception"]
     assert seen[1].metadata["reason"] == "CancelledError"
-
-
-@pytest.mark.asyncio
-async def test_the_callers_own_timeout_fires(server: ScriptedServer, client: KeyedClient):
-    with pytest.raises(TimeoutError) as caught:
-        async with asyncio.timeout(0.03):
-            await client.exchange("GET", "/stall")
-    assert type(caught.value) is TimeoutError
 
 
 @pytest.mark.asyncio
@@ -219,11 +214,11 @@ async def test_closing_stops_what_runs_and_what_waits(server: ScriptedServer):
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [errors.ClientClosed] * 5
     await client.aclose()
-    with pytest.raises(errors.ClientClosed, match="closed; make a new one"):
+    with pytest.raises(errors.ClientClosed, match="closed; create a new one"):
         await client.exchange("GET", "/good")
     await server.until(lambda: server.open_connections == 0)
     assert set(threading.enumerate()) == threads
-    assert asyncio.all_tasks() - {asyncio.current_task()} == set(server._tasks | server._notifiers)
+    assert asyncio.all_tasks() - {asyncio.current_task()} == server.tasks
 
 
 @pytest.mark.asyncio
@@ -276,7 +271,7 @@ def test_a_second_event_loop_is_refused():
             await server.__aexit__(None, None, None)
 
         server, client = first.run(start())
-        with pytest.raises(errors.ClientClosed, match="another one: make one client per event loop"):
+        with pytest.raises(errors.ClientClosed, match="another one: create one client per event loop"):
             second.run(client.exchange("GET", "/good"))
         with pytest.raises(errors.ClientClosed, match="another one"):
             second.run(client.aclose())

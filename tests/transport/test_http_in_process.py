@@ -1,11 +1,12 @@
-"""A service in this process, called through ASGI."""
+"""Calls a service in this process through ASGI."""
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.transport.keyed import KeyedClient
 from tinkex_py import errors
@@ -73,87 +74,62 @@ async def respond(send: Send, status: int, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def make_client(app: App, **options: Any) -> KeyedClient:
-    return KeyedClient(base_url="http://embedded/prefix", api_key=KEY, asgi_app=app, **options)
+@pytest.fixture
+def app() -> App:
+    return App()
+
+
+@pytest_asyncio.fixture
+async def client(app: App) -> AsyncIterator[KeyedClient]:
+    made = KeyedClient(base_url="http://embedded/prefix", api_key=KEY, asgi_app=app, max_connections=1)
+    yield made
+    await made.aclose()
 
 
 @pytest.mark.asyncio
-async def test_an_exchange():
-    app = App()
-    client = make_client(app)
+async def test_an_exchange(app: App, client: KeyedClient):
     body = bytes(range(256)) * 20_000
-    got = await client.exchange("POST", "/echo", content=body)
-    assert (got.status, got.body, got.media_type) == (200, body, "text/plain")
+    response = await client.exchange("POST", "/echo", content=body)
+    assert (response.status, response.body, response.media_type) == (200, body, "text/plain")
     path, headers, received = app.seen[0]
     assert (path, headers["x-api-key"], received) == ("/prefix/echo", KEY, body)
-    await client.aclose()
-    with pytest.raises(errors.ClientClosed):
-        await client.exchange("GET", "/echo")
 
 
 @pytest.mark.asyncio
-async def test_contextvars_cross_in_neither_direction():
-    client = make_client(App())
+async def test_contextvars_cross_in_neither_direction(client: KeyedClient):
     MARK.set("set by the caller")
     assert (await client.exchange("GET", "/mark")).body == b"unmarked"
     assert MARK.get() == "set by the caller"
-    await client.aclose()
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("path", ["/fails", "/times_out"])
-async def test_a_failing_service_answers_500(path: str):
-    client = make_client(App())
-    assert (await client.exchange("GET", path)).status == 500
-    await client.aclose()
-
-
-@pytest.mark.asyncio
-async def test_an_answer_that_breaks_off_or_never_comes():
-    client = make_client(App())
+async def test_failures_of_the_service(app: App, client: KeyedClient):
+    for path in ("/fails", "/times_out"):
+        assert (await client.exchange("GET", path)).status == 500
     with pytest.raises(errors.ConnectionFailed, match="5 of 10 bytes"):
         await client.exchange("GET", "/fails_midway")
     with pytest.raises(errors.InvalidResponse, match="without a response"):
         await client.exchange("GET", "/says_nothing")
-    await client.aclose()
-
-
-@pytest.mark.asyncio
-async def test_a_slow_service_times_out():
-    app = App()
-    client = make_client(app)
     with pytest.raises(errors.TimeoutExceeded, match=r"within 0\.02 s"):
         await client.exchange("GET", "/stalls", timeout=0.02)
     assert app.cancelled.is_set()
-    await client.aclose()
 
 
 @pytest.mark.asyncio
-async def test_cancellation_and_closing_reach_the_service():
-    app = App()
-    client = make_client(app)
-    task = asyncio.create_task(client.exchange("GET", "/stalls"))
-    await app.started.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert app.cancelled.is_set()
-    app.started.clear()
-    task = asyncio.create_task(client.exchange("GET", "/stalls"))
-    await app.started.wait()
-    await client.aclose()
-    with pytest.raises(errors.ClientClosed):
-        await task
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-@pytest.mark.asyncio
-async def test_more_exchanges_than_connections():
-    """Nothing is connected in process, so waiting calls never keep another one out."""
-    app = App()
-    client = make_client(app, max_connections=1)
-    waiting = [asyncio.create_task(client.exchange("GET", "/stalls")) for _ in range(30)]
+async def test_cancellation_and_closing_reach_the_service(app: App, client: KeyedClient):
+    """Nothing is connected, so exchanges never wait for each other, whatever `max_connections` is."""
+    cancelled = asyncio.create_task(client.exchange("GET", "/stalls"))
     await app.started.wait()
     assert (await client.exchange("POST", "/echo", content=b"x")).body == b"x"
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert app.cancelled.is_set()
+    app.started.clear()
+    closed = asyncio.create_task(client.exchange("GET", "/stalls"))
+    await app.started.wait()
     await client.aclose()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    for exchange in (closed, client.exchange("GET", "/echo")):
+        with pytest.raises(errors.ClientClosed):
+            await exchange
+    assert asyncio.all_tasks() == {asyncio.current_task()}

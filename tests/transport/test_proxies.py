@@ -1,4 +1,4 @@
-"""Which proxy the environment names: beside httpx on a table of values, then the differences that are meant."""
+"""The proxy variables: equal to httpx on a table of values, apart from the intended differences."""
 
 import http.server
 import socket
@@ -56,7 +56,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[str]:
-    """Answers whatever it is asked to pass on."""
+    """Responds to every request that it should forward."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -106,19 +106,19 @@ def test_the_same_hosts_go_through_the_proxy_as_with_httpx(excluded: str, proxy:
 
 
 @pytest.mark.parametrize(
-    ("excluded", "url"),
+    ("excluded", "host"),
     [
-        ("10.0.0.0/8", "http://10.1.2.3/v1"),
-        ("192.168.0.0/16,10.0.0.0/8", "http://10.1.2.3:9000/v1"),
-        ("[::1]", "http://[::1]:8000/v1"),
-        ("::1", "http://[::1]:8000/v1"),
-        ("fd00::/8", "http://[fd00::7]/v1"),
+        ("10.0.0.0/8", "10.1.2.3"),
+        ("192.168.0.0/16,10.0.0.0/8", "10.1.2.3:9000"),
+        ("[::1]", "[::1]:8000"),
+        ("::1", "[::1]:8000"),
+        ("fd00::/8", "[fd00::7]"),
     ],
 )
-def test_networks_and_addresses_in_brackets_are_excluded(excluded: str, url: str, monkeypatch: pytest.MonkeyPatch):
+def test_networks_and_addresses_in_brackets_are_excluded(excluded: str, host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", excluded)
-    assert proxy_for(urlsplit(url)) is None
+    assert proxy_for(urlsplit(f"http://{host}/v1")) is None
     assert proxy_for(urlsplit("http://172.16.0.1/v1")) is not None
 
 
@@ -137,7 +137,7 @@ def test_the_variable_of_the_scheme_comes_before_all(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "value", ["http://", "http://host:notaport", "ftp://proxy.example", "http://prö.example", "://x"]
 )
-def test_a_proxy_that_cannot_be_used_names_its_variable(value: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_invalid_proxy_is_an_error_that_names_its_variable(value: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("http_proxy", value)
     with pytest.raises(ConfigError, match="http_proxy"):
         proxy_for(urlsplit("http://service.example"))

@@ -1,4 +1,4 @@
-"""What the service holds since the last optimizer step, and what that step then moves on the client."""
+"""The gradients that the service holds since the last optimizer step, and the weight controllers behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class GradientCall:
     """One gradient call that was handed over.
 
     Attributes:
-        datums: those whose gradients the service holds, as far as is known; unknown ones count.
-        scaled_for: the number of datums that the gradient was scaled for; None if it does not depend on that.
+        datums: number of datums whose gradients the service holds or may hold.
+        scaled_for: the number of datums that the gradient was scaled for; None if the scale does not depend on it.
         controllers: the weight controllers of a custom step.
         output: the loss of a custom step, until its controllers have read it.
     """
@@ -33,7 +33,7 @@ class Accumulation:
     """The gradient calls of one training client since its last optimizer step.
 
     Attributes:
-        steps: optimizer steps that the service took, those before a resumed run included.
+        steps: number of optimizer steps, including those before a run was resumed.
     """
 
     def __init__(self) -> None:
@@ -43,39 +43,35 @@ class Accumulation:
 
     @property
     def count(self) -> int:
-        """Backward passes handed over, and not refused, since the last optimizer step."""
+        """Number of backward passes handed over, and not refused, since the last optimizer step."""
         return len(self._calls)
 
     def add(self, call: GradientCall) -> None:
-        """A gradient call is handed over."""
+        """Records a gradient call at its hand-over."""
         self._calls.append(call)
 
     def refuse(self, call: GradientCall) -> None:
-        """The service refused all of a call: it is as if it had not been handed over."""
+        """Removes a gradient call of which the service refused every chunk."""
         call.datums = 0
         self._calls = [other for other in self._calls if other is not call]
 
     def take(self) -> list[GradientCall]:
-        """An optimizer step is handed over: it uses up these calls."""
+        """Returns and clears the calls at the hand-over of an optimizer step."""
         taken, self._calls = self._calls, []
         return taken
 
     def put_back(self, calls: Sequence[GradientCall]) -> None:
-        """The optimizer step that took these calls has not happened."""
+        """Restores the calls of an optimizer step that was refused or failed."""
         self._calls[:0] = calls
 
     def check_divisor(self) -> None:
-        """Checks that the service divides by the number that the gradients were scaled for.
-
-        Raises:
-            SurrogateMismatch: it holds another number of datums.
-        """
+        """Raises SurrogateMismatch if gradients were scaled for another number of datums than the service holds."""
         held = sum(call.datums for call in self._calls)
         promised = {call.scaled_for for call in self._calls if call.datums and call.scaled_for is not None}
         wrong = sorted(promised - {held})
         if not wrong:
             return
-        way_out = "make a new client from the last checkpoint, and give every call sequences_per_step=" + str(held)
+        way_out = f"create a new client from the last checkpoint, and pass sequences_per_step={held} to every call"
         if promised == {wrong[0]} and held < wrong[0]:
             way_out = f"send the other {wrong[0] - held} datums with sequences_per_step={wrong[0]} first, or {way_out}"
         raise SurrogateMismatch(
@@ -85,9 +81,9 @@ class Accumulation:
         )
 
     def end_step(self, calls: Sequence[GradientCall]) -> None:
-        """The service accepted the optimizer step that took these calls: the weights of their regularizers move.
+        """Counts an accepted optimizer step and updates the weight controllers of its calls.
 
-        Never raises: the failure of a controller is reported by `check_controllers`.
+        Never raises: `check_controllers` reports the failure of a controller.
         """
         self.steps += 1
         outputs: dict[WeightController, list[CustomLossOutput]] = {}
@@ -99,7 +95,7 @@ class Accumulation:
         for controller, seen in outputs.items():
             try:
                 controller.update(seen)
-            except Exception as error:  # noqa: BLE001  # user code; the optimizer step is on its way and must not fail
+            except Exception as error:  # noqa: BLE001  # user code; the optimizer step was accepted and must not fail
                 self._controller_failure = self._failed(controller, error)
 
     def check_controllers(self) -> None:
@@ -112,8 +108,8 @@ class Accumulation:
         title = type(controller).__name__
         failure = PipelineError(
             f"the weight controller {title} failed after optimizer step {self.steps} with {type(error).__name__}: "
-            f"{error}; its weights stayed as they were, and no gradient of this custom step was sent. Call again to "
-            "go on with them"
+            f"{error}; its weights are unchanged, and no gradient of this custom step was sent. Call again to continue "
+            "with these weights"
         )
         failure.__cause__ = error
         metadata = {"controller": title, "step": self.steps, "reason": type(error).__name__}

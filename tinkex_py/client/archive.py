@@ -1,4 +1,4 @@
-"""Taking a downloaded archive apart, without trusting it."""
+"""Extracts an untrusted archive."""
 
 import lzma
 import os
@@ -17,14 +17,14 @@ _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, UnicodeError
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose damaged header is an error; tarfile takes one for the end of the archive."""
+    """A member whose damaged header is an error; tarfile treats it as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile: "tarfile.TarFile") -> Self:
         try:
             return super().fromtarfile(tarfile)
         except HeaderError as error:
-            if type(error).__name__ == "EOFHeaderError":  # the two empty blocks that belong to the end
+            if type(error).__name__ == "EOFHeaderError":  # the two empty blocks at the end
                 raise
             raise ReadError(f"{error} at byte {tarfile.offset}") from error
 
@@ -33,12 +33,12 @@ def extract(archive: Path, folder: Path, check: Callable[[], None]) -> None:
     """Writes the files of a tar archive, compressed or not, into a new folder, and flushes them to the disk.
 
     Args:
-        archive: what was downloaded.
-        folder: made here; what is in it after a failure is incomplete.
-        check: called again and again; raises to end early.
+        archive: the archive.
+        folder: the folder to create; incomplete after a failure.
+        check: called repeatedly; may raise to end the extraction.
 
     Raises:
-        InvalidResponse: the archive is damaged or empty, or a member is no plain file or folder, or its name leads
+        InvalidResponse: the archive is damaged or empty, or a member is not a plain file or folder, or its name leads
             out of the folder.
     """
     folder.mkdir()
@@ -56,32 +56,36 @@ def extract(archive: Path, folder: Path, check: Callable[[], None]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _write(content, target, member.size, check)
                 count += 1
-            # What stands behind the last file holds the checksum of a compressed archive.
+            # The checksum of a compressed archive follows the last file.
             while tar.fileobj.read(_PIECE):
                 check()
     except (FileExistsError, NotADirectoryError) as error:
-        raise InvalidResponse("the archive of the checkpoint has two files with one name; none was kept") from error
+        raise InvalidResponse(
+            "the archive of the checkpoint has two files of the same name; no file was kept"
+        ) from error
     except _DAMAGED as error:
         raise InvalidResponse(f"the archive of the checkpoint is damaged ({type(error).__name__}: {error})") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        # The decompressors' own word for damaged data.
+        # Decompressors raise OSError without errno for damaged data.
         raise InvalidResponse(f"the archive of the checkpoint is damaged ({error})") from error
     if count == 0:
-        raise InvalidResponse("the archive of the checkpoint has no files in it")
+        raise InvalidResponse("the archive of the checkpoint contains no files")
 
 
 def _inner_path(member: tarfile.TarInfo) -> PurePosixPath:
-    """The place of a member below the folder; tarfile's own filter would repair bad names instead of refusing them."""
+    """Returns the path of a member below the folder; tarfile's own filter repairs invalid names instead of raising."""
     name = member.name
     path = PurePosixPath(name)
     if not (member.isreg() or member.isdir()):
-        raise InvalidResponse(f"the archive of the checkpoint has {name!r}, a link or device; none of it was kept")
-    # Some file systems take look-alikes, such as a fullwidth slash, for the characters that they look like.
+        raise InvalidResponse(f"the archive of the checkpoint contains {name!r}, a link or device; no file was kept")
+    # Some file systems normalize characters, such as a fullwidth slash.
     alike = unicodedata.normalize("NFKC", name)
     if _leads_out(name) or _leads_out(alike) or not name.isprintable() or not (path.parts or member.isdir()):
-        raise InvalidResponse(f"the archive of the checkpoint has a file named {name!r}; none of it was kept")
+        raise InvalidResponse(
+            f"the archive of the checkpoint has a file with the invalid name {name!r}; no file was kept"
+        )
     return path
 
 

@@ -1,8 +1,7 @@
-"""The datums of one call: checked, cut into the chunks that the service takes, and the chunks' results as one."""
+"""Checks the datums of one call, cuts them into chunks, and merges the results of the chunks."""
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorDa
 from tinkex_py.types.datum import target_shape
 from tinkex_py.types.tensors import Array
 
-# The protocol's own losses, and what they need beside target_tokens. Other names are a service's own affair.
+# The losses of the protocol and the fields that they need besides target_tokens. Other losses are not checked here.
 _SAMPLED = ("logprobs", "advantages")
 _NEEDED: Mapping[str, Sequence[str]] = {
     "cross_entropy": (),
@@ -34,42 +33,30 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "gspo": (*_SAMPLED, "sequence_ratio_mask"),
 }
 
-_CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-
 
 @dataclass(frozen=True)
 class CustomBatch:
-    """A custom step's datums, laid out.
-
-    Attributes:
-        data: the datums as they are sent; the caller's list may change meanwhile.
-        chunks: their bytes, one request each.
-    """
+    """The encoded datums of a custom step, one request per chunk."""
 
     data: Sequence[Datum]
     chunks: Sequence[EncodedBatch]
 
     @property
     def size(self) -> int:
-        """Numbers in all targets, and so in all weights."""
+        """Number of weights of all datums."""
         return sum(chunk.weight_count for chunk in self.chunks)
 
     def write_weights(self, weights: Array) -> None:
-        """Gives the datums other weights, in place: no request of theirs may be under way.
+        """Replaces the weights of all datums in place, which no request in flight may still read.
 
         Args:
-            weights: float32, all datums' weights end to end.
+            weights: float32, concatenated over the datums.
         """
         for chunk, part in zip(self.chunks, self._parts(), strict=True):
             chunk.write_weights(weights[part])
 
     def with_advantages(self, logprobs: Array, advantages: Array) -> "CustomBatch":
-        """The same datums with logprobs and advantages instead of weights.
-
-        Args:
-            logprobs: float32, all datums' end to end, of targets with one dimension.
-            advantages: the same for the advantages.
-        """
+        """Returns the datums with logprobs and advantages instead of weights, both float32 and concatenated."""
         return CustomBatch(
             self.data,
             [
@@ -79,7 +66,6 @@ class CustomBatch:
         )
 
     def _parts(self) -> list[slice]:
-        """Where each chunk's numbers lie among those of all chunks."""
         stops = itertools.accumulate((chunk.weight_count for chunk in self.chunks), initial=0)
         return [slice(start, stop) for start, stop in itertools.pairwise(stops)]
 
@@ -87,16 +73,10 @@ class CustomBatch:
 def checked_chunks(
     data: Sequence[Datum], loss_fn: str, config: LossConfig, limits: ServerConfig
 ) -> Sequence[PlannedBatch]:
-    """Datums for one of the service's losses, in chunks that are laid out when they are sent.
-
-    Args:
-        data: the datums.
-        loss_fn: the loss.
-        config: its settings.
-        limits: of chunks.
+    """Returns the datums for a loss of the service in chunks that are encoded when they are sent.
 
     Raises:
-        InvalidData: they cannot be used.
+        InvalidData: the datums, the loss or its config are invalid.
     """
     datums = checked_data(data, loss_fn, config)
     parts = plan_chunks(datums, max_datums=limits.fwdbwd_max_chunk_len, max_bytes=limits.fwdbwd_max_chunk_bytes_count)
@@ -106,11 +86,7 @@ def checked_chunks(
 def checked_data(
     data: Sequence[Datum], loss_fn: str = "cross_entropy", config: LossConfig | None = None
 ) -> Sequence[Datum]:
-    """Datums that one of the service's losses can take.
-
-    Raises:
-        InvalidData: they cannot be used.
-    """
+    """Returns the datums if a loss of the service accepts them; else raises InvalidData."""
     datums = check_data(data)
     check_loss(loss_fn, config or {})
     check_inputs(datums, loss_fn)
@@ -118,40 +94,28 @@ def checked_data(
 
 
 def custom_batch(data: Sequence[Datum], limits: ServerConfig) -> CustomBatch:
-    """Lays out checked datums of a custom step: targets and weights only."""
-    parts = plan_chunks(
-        data,
-        max_datums=limits.fwdbwd_max_chunk_len,
-        max_bytes=limits.fwdbwd_max_chunk_bytes_count,
-        custom=True,
-    )
+    """Encodes checked datums of a custom step: only their targets and weights."""
+    max_datums, max_bytes = limits.fwdbwd_max_chunk_len, limits.fwdbwd_max_chunk_bytes_count
+    parts = plan_chunks(data, max_datums=max_datums, max_bytes=max_bytes, custom=True)
     return CustomBatch(data, [encode_custom_batch(part) for part in parts])
 
 
 def check_data(data: Sequence[Datum]) -> Sequence[Datum]:
-    """The datums, if they are datums and there is at least one.
-
-    Raises:
-        InvalidData: no datum, or something that is none.
-    """
+    """Returns a copy of a non-empty list of datums; raises InvalidData for anything else."""
     if isinstance(data, Datum) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
     if not data:
-        raise InvalidData("data is empty: a training request needs at least one datum")
+        raise InvalidData("data is empty: pass at least one datum")
     for index, datum in enumerate(data):
         if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
         if datum.model_input.length == 0:
-            raise InvalidData(f"model_input of datum {index} is empty")
+            raise InvalidData(f"model_input of datum {index} is empty: it needs at least one token")
     return list(data)
 
 
 def check_targets(data: Sequence[Datum]) -> None:
-    """Checks that every datum has targets that fit its input, and weights that fit its targets.
-
-    Raises:
-        InvalidData: naming the datum, the field and both shapes.
-    """
+    """Raises InvalidData unless the targets fit the input, and the weights fit the targets, of every datum."""
     for index, datum in enumerate(data):
         shape = target_shape(datum, index)
         targets = datum.loss_fn_inputs["target_tokens"]
@@ -170,11 +134,7 @@ def check_targets(data: Sequence[Datum]) -> None:
 
 
 def check_inputs(data: Sequence[Datum], loss_fn: str) -> None:
-    """Checks that every datum has what one of the protocol's losses needs; other losses are not checked.
-
-    Raises:
-        InvalidData: as `check_targets`, or naming the datum and the missing field.
-    """
+    """Raises InvalidData if a datum lacks a field that a loss of the protocol needs."""
     needed = _NEEDED.get(loss_fn)
     if needed is None:
         return
@@ -189,11 +149,7 @@ def check_inputs(data: Sequence[Datum], loss_fn: str) -> None:
 
 
 def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
-    """Checks the name and the settings of one of the service's losses.
-
-    Raises:
-        InvalidData: naming what cannot be sent.
-    """
+    """Raises InvalidData unless the name and the config of a loss can be encoded."""
     if not isinstance(loss_fn, str) or not loss_fn:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"loss_fn must be the name of a loss, got {loss_fn!r}")
     if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -209,49 +165,35 @@ def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
 
 
 def check_finite(data: Sequence[Datum], config: Mapping[str, float | str], *, fields: Collection[str] | None) -> None:
-    """Checks that JSON, which has neither NaN nor infinity, can hold all numbers.
+    """Raises InvalidData for NaN and infinity, which JSON cannot represent.
 
     Args:
         data: the datums.
         config: settings of the loss.
-        fields: the loss inputs that are sent; None is all.
-
-    Raises:
-        InvalidData: naming the datum and the field.
+        fields: the loss inputs that are sent; None means all.
     """
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidData(f"loss_fn_config[{name!r}] is {value}, which JSON cannot hold: use wire='protobuf'")
+            raise InvalidData(f"loss_fn_config[{name!r}] is {value}, which JSON cannot represent: use wire='protobuf'")
     for index, datum in enumerate(data):
         for name, tensor in datum.loss_fn_inputs.items():
             is_sent = fields is None or name in fields
             if is_sent and tensor.dtype == "float32" and not np.isfinite(tensor.data).all():
                 raise InvalidData(
-                    f"{name!r} of datum {index} is not finite, which JSON cannot hold: use wire='protobuf'"
+                    f"{name!r} of datum {index} is not finite, which JSON cannot represent: use wire='protobuf'"
                 )
-
-
-def check_name(name: str) -> str:
-    """A checkpoint name the service can use as a path segment.
-
-    Raises:
-        InvalidData: it is not one.
-    """
-    if not isinstance(name, str) or not _CHECKPOINT_NAME.fullmatch(name):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"a checkpoint name has 1 to 128 letters, digits, '_', '.', '-', got {name!r}")
-    return name
 
 
 def plan_chunks(
     data: Sequence[Datum], *, max_datums: int, max_bytes: int, custom: bool = False
 ) -> list[Sequence[Datum]]:
-    """Cuts data greedily into chunks; a datum that is too large alone is a chunk of its own.
+    """Cuts data greedily into chunks; a datum that exceeds the limit by itself becomes its own chunk.
 
     Args:
         data: all datums, in order.
-        max_datums: most datums of a chunk.
-        max_bytes: most bytes of a chunk: 4 per token, and the stored bytes of every loss input.
-        custom: of a custom step, which sends only targets, and a float32 for each of their numbers.
+        max_datums: maximum number of datums per chunk.
+        max_bytes: maximum number of estimated bytes per chunk, see `bytes_of`.
+        custom: a custom step sends only targets and one float32 weight for each of them.
     """
     chunks: list[Sequence[Datum]] = []
     start, size = 0, 0
@@ -267,7 +209,7 @@ def plan_chunks(
 
 
 def bytes_of(datum: Datum) -> int:
-    """Estimated bytes of a datum: 4 per token, and the stored bytes of every loss input."""
+    """Returns the estimated bytes of a datum: 4 per token, plus the stored bytes of every loss input."""
     return 4 * datum.model_input.length + sum(_bytes_stored(tensor) for tensor in datum.loss_fn_inputs.values())
 
 
@@ -282,7 +224,7 @@ def _bytes_stored(tensor: TensorData) -> int:
 
 
 def merge_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
-    """The result of one call from the results of its chunks, in chunk order."""
+    """Merges the results of the chunks of one call, in chunk order."""
     if len(outputs) == 1:
         return outputs[0]
     names = list(dict.fromkeys(name for output in outputs for name in output.packed))
@@ -299,14 +241,13 @@ def _field(output: ForwardBackwardOutput, name: str) -> PackedTensor:
 
 
 def merge_metrics(parts: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    """Merges metrics by the suffix behind their last colon (protocol: "Merging chunk results").
+    """Merges metrics by the suffix after their last colon (protocol: "Merging chunk results").
+
+    A metric with an unknown suffix, or that a chunk lacks, keeps the value of the first chunk that has it.
 
     Args:
         parts: metrics of every chunk.
-        weights: datums of every chunk.
-
-    Returns:
-        Merged metrics. A name that is unknown or not in every chunk is kept from the first chunk that has it.
+        weights: number of datums of every chunk.
     """
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):

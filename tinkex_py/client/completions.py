@@ -1,4 +1,4 @@
-"""Waits for many samples with one long poll, where the service offers it (protocol: `retrieve_futures`)."""
+"""Waits for many samples with one long poll, if the service supports it (protocol: `retrieve_futures`)."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -17,14 +17,10 @@ _UNSUPPORTED_STATUSES = frozenset({404, 405, 501})
 
 
 class SampleCompletions:
-    """Tells when the samples of one sampling client are done.
+    """Reports when the samples of one sampling client are complete.
 
-    One task polls while a sample is being waited for. A service that announces the endpoint and does not have it costs
-    one request: then every sample is polled by itself.
-
-    Args:
-        session: with the service.
-        sampling_session_id: the service's handle of the model.
+    One task polls for all of them. If the service lacks the endpoint that it announces, every sample is polled by
+    itself.
     """
 
     def __init__(self, session: ClientSession, sampling_session_id: str) -> None:
@@ -36,7 +32,7 @@ class SampleCompletions:
         }
         self._available = True
         self._waiting: dict[str, asyncio.Future[None]] = {}
-        self._finished_early: set[str] = set()  # before their submissions were answered here
+        self._finished_early: set[str] = set()  # complete before the response to their submission
         self._read: list[str] = []
         self._cursor = 0
         self._pace = PollPace()
@@ -44,14 +40,11 @@ class SampleCompletions:
 
     @asynccontextmanager
     async def awaited(self, request_id: str) -> AsyncGenerator[None]:
-        """Enters when a sample is done, failed, or can only be polled by itself; its result is to be read inside.
-
-        Args:
-            request_id: its future.
+        """Waits until a sample is complete, or can only be polled by itself; the block reads its result.
 
         Raises:
-            APIStatusError, TransportError: the service refused the poll, or polling kept failing.
-            ClientClosed: the service client was closed meanwhile.
+            APIStatusError, TransportError: the service refused the poll, or it failed within the retry policy.
+            ClientClosed: the service client was closed.
         """
         if self._is_used:
             await self._wait(request_id)
@@ -80,7 +73,7 @@ class SampleCompletions:
             self._poller = self._session.start_task(self._poll(), "tinkex.sample_completions")
 
     async def _poll(self) -> None:
-        failure: TinkexError = ClientClosed("the service client is closed; make a new one")
+        failure: TinkexError = ClientClosed("the service client is closed: create a new one")
         try:
             while self._available and (self._waiting or self._read):
                 await self._poll_once()
@@ -97,15 +90,15 @@ class SampleCompletions:
             self._waiting.clear()
 
     async def _poll_once(self) -> None:
-        told, waits = list(self._read), bool(self._waiting)
+        read, waits = list(self._read), bool(self._waiting)
         started = asyncio.get_running_loop().time()
         completions, self._cursor = await self._session.api.send(
-            self._next_poll(told, waits),
+            self._next_poll(read, waits),
             _completions_of,
             held=waits,
             retry_statuses=lambda status: status in (400, 409) or is_retryable_status(status),
         )
-        del self._read[: len(told)]
+        del self._read[: len(read)]
         for request_id in completions:
             self._finish(request_id)
         if completions:
@@ -113,13 +106,13 @@ class SampleCompletions:
         elif waits:
             await self._pace.wait(asyncio.get_running_loop().time() - started)
 
-    def _next_poll(self, told: list[str], waits: bool) -> Request:
+    def _next_poll(self, read: list[str], waits: bool) -> Request:
         fields: dict[str, Any] = {
             "target": self._target,
             "prev_cursor": self._cursor,
-            "retrieved_request_ids": told,
+            "retrieved_request_ids": read,
         }
-        if not waits:  # only the acknowledgement: the service is to respond at once
+        if not waits:  # only an acknowledgement, which needs no long poll
             fields["timeout"] = 0.0
         timeout = self._session.settings.poll_timeout if waits else _ACKNOWLEDGEMENT_TIMEOUT
         return request("POST", _PATH, json=fields, timeout=timeout)
@@ -137,7 +130,7 @@ def _completions_of(response: Response) -> tuple[list[str], int]:
     completions: object = fields.get("completions")
     cursor: object = fields.get("cursor")
     if not isinstance(completions, list) or not isinstance(cursor, int) or isinstance(cursor, bool):
-        raise InvalidResponse(f"{_PATH} returned no list `completions` or no number `cursor`")
+        raise InvalidResponse(f"{_PATH} returned no list `completions`, or no integer `cursor`")
     entries = cast("list[object]", completions)
     mappings = [cast("Mapping[str, object]", entry) for entry in entries if isinstance(entry, dict)]
     return [str(entry.get("request_id")) for entry in mappings], cursor

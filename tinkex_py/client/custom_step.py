@@ -1,8 +1,8 @@
-"""A custom step: forward pass, terms, and the backward pass that carries their gradient."""
+"""Custom steps: forward pass, evaluation of the terms, and the backward pass that carries their gradient."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -33,27 +33,26 @@ if TYPE_CHECKING:
 Execution = Literal["client", "auto", "server"]
 EXECUTIONS: tuple[Execution, ...] = ("client", "auto", "server")
 
-# Work on more tokens than this leaves the event loop's thread.
+# Batches of more tokens are encoded in a worker thread.
 _SMALL_TOKENS = 16_384
 
 
 class CustomStepOptions(PipelineOptions, total=False):
-    """Options of a custom step; those of a pipeline are for a step whose loss is no ready Pipeline.
+    """Options of a custom step. Those of a pipeline apply unless the loss is a ready `Pipeline`.
 
     Attributes:
-        deadline: seconds for everything up to the hand-over of the gradient, after which nothing cancels the step; None
-            is no limit. Default None.
-        record: a folder to write what the terms see to, for `tinkex_py.losses.replay`. Default None.
-        execution: where the terms run. "client": here. "server": the loss is traced, uploaded where it is new, and
-            the service does the whole step in one round trip, with the same gradient; terms emit no events of their
-            own, and their timeouts do not apply. "auto": on the service where that is possible. Default "client".
-        surrogate: the service's loss that carries the gradient. "auto": the one that carries it unchanged, by a table
-            of known services or by what the forward pass reports. Default "auto".
-        sequences_per_step: datums of all calls up to the next optim_step; None is this call's. Where the service
-            divides by that number ("importance_sampling"), the gradient is scaled for it. Default None.
-        overlap: where a custom step is right before this one, the forward pass goes out while that step's terms still
-            run, and the terms of this step start when the service has accepted that one's gradient. It changes no
-            number. Default True.
+        deadline: seconds until the hand-over of the gradient, after which nothing cancels the step; None means no
+            limit. Default None.
+        record: a folder that receives the inputs of the terms, for `tinkex_py.losses.replay`. Default None.
+        execution: where the terms run. "client": in this process. "server": the loss is traced and uploaded, and the
+            service executes the whole step in one round trip, with the same gradient; terms emit no events, and their
+            timeouts do not apply. "auto": on the service if possible. Default "client".
+        surrogate: the loss of the service that carries the gradient. "auto" selects the one that carries it unchanged,
+            from a table of known services or from the result of the forward pass. Default "auto".
+        sequences_per_step: number of datums of all calls up to the next optim_step; None means those of this call. The
+            gradient is scaled by it on services that divide by it ("importance_sampling"). Default None.
+        overlap: send the forward pass while the terms of the custom step before this one still run. The terms of this
+            step start when the service has accepted the gradient of that one. No number changes. Default True.
     """
 
     deadline: float | None
@@ -64,31 +63,17 @@ class CustomStepOptions(PipelineOptions, total=False):
     overlap: bool
 
 
-_STEP_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "deadline": None,
-        "record": None,
-        "execution": "client",
-        "surrogate": "auto",
-        "sequences_per_step": None,
-        "overlap": True,
-    }
-)
-DEFAULTS: Mapping[str, Any] = MappingProxyType({**PIPELINE_DEFAULTS, **_STEP_DEFAULTS})
-"""Every option of a custom step, with the value it has when it is not given."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class CustomStep:
-    """A checked custom step; its fields are those of `CustomStepOptions`."""
+    """A checked custom step; the fields are those of `CustomStepOptions`."""
 
     pipeline: "Pipeline"
-    deadline: float | None
-    record: str | os.PathLike[str] | None
-    execution: Execution
-    surrogate: SurrogateOption
-    sequences_per_step: int | None
-    overlap: bool
+    deadline: float | None = None
+    record: str | os.PathLike[str] | None = None
+    execution: Execution = "client"
+    surrogate: SurrogateOption = "auto"
+    sequences_per_step: int | None = None
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
@@ -100,13 +85,13 @@ class CustomStep:
     async def run(
         self, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]
     ) -> "CustomLossOutput":
-        """Runs it with the terms on the client.
+        """Runs the step with its terms on the client.
 
         Args:
-            turn: of the step.
-            model: what is trained.
+            turn: the turn of the step.
+            model: the model to train.
             data: the datums.
-            on_hand_over: called at the hand-over of the gradient, before anything else can run.
+            on_hand_over: called at the hand-over of the gradient, before any other code can run.
         """
         datums = checked_data(data)
         sequences = check_sequences(self.sequences_per_step, len(datums))
@@ -133,7 +118,7 @@ class CustomStep:
     async def _forward(
         self, turn: Turn, model: Model, data: Sequence[Datum]
     ) -> tuple[CustomBatch, ForwardBackwardOutput, Surrogate]:
-        """The forward pass, and the surrogate that it shows unless that is known."""
+        """Runs the forward pass, which also determines the surrogate unless that is known."""
         surrogates = model.session.surrogates
         surrogate = surrogates.for_step(self.surrogate, data)
         if surrogate is None and has_candidates(data):
@@ -171,15 +156,20 @@ class CustomStep:
         return loss
 
 
+_STEP_DEFAULTS = {field.name: field.default for field in fields(CustomStep) if field.name != "pipeline"}
+DEFAULTS: Mapping[str, Any] = MappingProxyType({**PIPELINE_DEFAULTS, **_STEP_DEFAULTS})
+"""Default values of all options."""
+
+
 def custom_step(
     base_loss: "Term | Pipeline", regularizers: "Sequence[RegularizerSpec]", options: CustomStepOptions
 ) -> CustomStep:
-    """A custom step from what its caller gave.
+    """Creates a custom step from the arguments of `forward_backward_custom`.
 
     Raises:
-        TypeError: there is no such option.
-        PipelineError: the loss cannot be composed, or options of a pipeline were given beside a ready one.
-        InvalidData: another option cannot be used.
+        TypeError: an option does not exist.
+        PipelineError: the loss cannot be composed, or a ready Pipeline was combined with options of a pipeline.
+        InvalidData: another option is invalid.
     """
     from tinkex_py.losses.pipeline import Pipeline
 
@@ -195,4 +185,4 @@ def custom_step(
         beside = (["regularizers"] if regularizers else []) + list(for_pipeline)
         if beside:
             raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(beside)} on it instead")
-    return CustomStep(pipeline=pipeline, **cast("Any", {**_STEP_DEFAULTS, **for_step}))
+    return CustomStep(pipeline=pipeline, **cast("Any", for_step))

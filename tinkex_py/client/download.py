@@ -1,4 +1,4 @@
-"""Downloading one checkpoint: the archive in pieces, resumed where it broke off, then its files all at once."""
+"""Downloads one checkpoint: the archive in resumable pieces, then all its files at once."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ _MOST_REDIRECTIONS = 5
 
 @dataclass(frozen=True)
 class _Source:
-    """What the bytes on the disk belong to: they can be continued only with the same validator."""
+    """The origin of the bytes on the disk, which only the same validator can continue."""
 
     path: str
     validator: str | None = None
@@ -47,11 +47,11 @@ class Download:
     """One download of one checkpoint into one folder.
 
     Args:
-        requests: the service.
+        requests: requests to the service.
         path: the checkpoint.
-        folder: what shall hold its files.
-        ask_where: asks the service for the archive's address.
-        on_progress: told how far it is.
+        folder: the folder of the files.
+        ask_where: requests the URL of the archive.
+        on_progress: called as bytes arrive.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Download:
             lock.acquire()
         except filelock.Timeout as error:
             raise InvalidData(
-                f"another download into {str(self._target)!r} is under way: wait for it, or choose another folder"
+                f"another download into {str(self._target)!r} is running: wait for it, or choose another folder"
             ) from error
         try:
             kept = _Source(**json.loads(self._source_file.read_bytes()))
@@ -107,13 +107,13 @@ class Download:
 
     def _close_workspace(self, lock: filelock.BaseFileLock) -> None:
         if not lock.is_locked:
-            return  # it is somebody else's
+            return  # the workspace belongs to another download
         done = not self._source_file.exists()
         if done:
             shutil.rmtree(self._workspace, ignore_errors=True)
         lock.release()
         if done:
-            # Where a locked file cannot be deleted, it can be now.
+            # Some systems cannot delete a locked file, so what is left is deleted now.
             shutil.rmtree(self._workspace, ignore_errors=True)
 
     def _require_free_target(self) -> None:
@@ -125,7 +125,7 @@ class Download:
     # The archive
 
     async def _fetch(self, files: FileThread) -> None:
-        """Goes on until the whole archive is on the disk, or for as long as the retry policy allows without a byte."""
+        """Fetches the whole archive; the retry policy starts again with every byte."""
 
         async def attempt(attempts: Attempts) -> None:
             before = self._received
@@ -150,7 +150,9 @@ class Download:
                     if location is None:
                         return await self._take(response, files)
                     url = _joined(url, location)
-        raise InvalidResponse("the address of a checkpoint's archive leads from one place to the next without end")
+        raise InvalidResponse(
+            f"the URL of the archive has more than {_MOST_REDIRECTIONS} redirections: report it to the service"
+        )
 
     def _range(self) -> dict[str, str]:
         headers = {"Accept-Encoding": "identity"}
@@ -240,14 +242,14 @@ def _check_address(url: str, host: str) -> None:
             checked_base_url(f"{parts.scheme}://{parts.netloc}")
             return
     except ValueError as error:
-        raise InvalidResponse(f"{host} gave an address for the archive that makes no sense") from error
+        raise InvalidResponse(f"{host} returned an invalid URL of the archive") from error
     raise UnsupportedFeature(
-        f"{host} does not support downloads of checkpoints as archives (their address begins with {parts.scheme!r})"
+        f"{host} does not support downloads of checkpoints as archives (their URL starts with {parts.scheme!r})"
     )
 
 
 def _validator(response: ResponseStream) -> str | None:
-    """What `If-Range` can tell a change of the archive by."""
+    """Returns the value of `If-Range` that identifies this version of the archive."""
     if response.headers.get("accept-ranges", "").lower() == "none" or response.length is None:
         return None
     tag = response.headers.get("etag", "")

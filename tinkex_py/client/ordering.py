@@ -1,24 +1,24 @@
 """The order of one training client's requests, and their sequence numbers.
 
-A request enters before its first suspension and then has a turn: the first one that has not yet happened. Numbers are
-taken at hand-over to the wire, never ahead, so a request that fails, is cancelled or times out before that leaves no
-gap. A gradient or update that leaves without having happened breaks what is behind it: those requests raise
-PrecedingRequestFailed, because an optim_step must never run on the gradients of a step that did not happen. Requests
-made after a break work normally.
+A request enters before its first suspension and sends when every earlier request has happened or left. Numbers are
+assigned at the hand-over, never ahead, so a request that fails, is cancelled or times out before that leaves no gap. A
+gradient or update that leaves without having happened breaks the requests behind it: they raise
+PrecedingRequestFailed, because an optim_step must never apply the gradients of a step that did not happen. Requests
+that enter after a break work normally.
 """
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from tinkex_py import telemetry
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.submission import Submission
 from tinkex_py.errors import (
     ClientClosed,
     PrecedingRequestFailed,
@@ -31,29 +31,56 @@ from tinkex_py.errors import (
 from tinkex_py.transport.api import Sent
 
 Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
 
-# How the embedded service says that a number never came.
+# The embedded service reports a missing number in these words.
 _GAP = re.compile(r"seq_id \d{1,18} waits for seq_id (\d{1,18})")
 
 
 class Kind(Enum):
-    """What a request does to the model."""
+    """The effect of a request on the model."""
 
     GRADIENT = auto()
     UPDATE = auto()
     READ = auto()
 
 
+class Submission(ABC, Generic[Value_co]):
+    """Requests that are submitted together, under consecutive sequence numbers."""
+
+    @abstractmethod
+    async def prepare(self) -> int:
+        """Does everything that can fail before numbers are assigned; returns the count of numbers."""
+
+    def handed_over(self) -> None:
+        """Called when the numbers are assigned, before any other code can run."""
+
+    @abstractmethod
+    async def submit(self, numbers: Sequence[int]) -> Sequence[Sent]:
+        """Sends the same bytes under these numbers until there is a final response to each.
+
+        Raises:
+            APIStatusError, TransportError: it is unknown whether a number arrived.
+        """
+
+    def submitted(self, sent: Sequence[Sent]) -> None:
+        """Called with the final responses, even if the caller was cancelled."""
+
+    @abstractmethod
+    async def result(self, sent: Sequence[Sent]) -> Value_co:
+        """Waits for the result."""
+
+
 class Ordering:
-    """The turns of one training client, and its sequence numbers.
+    """The turns and sequence numbers of one training client.
 
     Args:
-        model_id: the model.
-        accumulation: what the service holds; errors report it.
+        model_id: id of the model.
+        accumulation: the gradients that the service holds; errors report their number.
 
     Attributes:
-        next_number: the number that the next submission gets.
-        lost: set once a number may truly be lost.
+        next_number: the sequence number of the next submission.
+        lost: the reason why nothing more can be sent: a number may be lost, or the client is closed.
     """
 
     def __init__(self, model_id: str, accumulation: Accumulation) -> None:
@@ -61,28 +88,28 @@ class Ordering:
         self.lost: SequenceLost | ClientClosed | None = None
         self._model_id = model_id
         self._accumulation = accumulation
-        # Numbers with a final refusal, or whose result the service does not know. A service spends them too, but a
-        # proxy that answers by itself does not pass them on.
+        # Numbers that were refused, or whose result is lost. A service counts them, but a proxy that refuses a request
+        # does not forward its number.
         self._refused: set[int] = set()
         self._turns: list[Turn] = []
         self._entered = 0
         self._loop = asyncio.get_running_loop()
         self._wire_is_taken = False
-        self._waiting: dict[asyncio.Event, None] = {}  # in the order in which they began to wait
+        self._waiting: dict[asyncio.Event, None] = {}  # in waiting order
         self._in_flight: set[asyncio.Task[Sequence[Sent]]] = set()
 
     @asynccontextmanager
     async def enter(self, kind: Kind, operation: str, *, forward_only: bool = False) -> "AsyncGenerator[Turn]":
-        """Takes a turn around one request; its errors say what the service already holds.
+        """Takes a turn for one request and adds the state of the service to its errors.
 
         Args:
-            kind: what the request does to the model.
+            kind: the effect of the request on the model.
             operation: its name in events.
-            forward_only: a term of the running step may ask for it.
+            forward_only: the request is allowed inside a term of the running step.
 
         Raises:
-            RequestInsideStep: called from inside a term of this client's running step, and not forward-only.
-            SequenceLost: the ordering cannot go on.
+            RequestInsideStep: called inside a term of this client's running step, and not forward-only.
+            SequenceLost: a sequence number may be lost.
             ClientClosed: the client is closed, or belongs to another event loop.
         """
         turn = self._new_turn(kind, forward_only=forward_only)
@@ -93,19 +120,19 @@ class Ordering:
             if isinstance(error, TinkexError):
                 self._explain(error, turn)
             if not turn.numbers:
-                await asyncio.sleep(0)  # requests started together with this one enter before it fails
+                await asyncio.sleep(0)  # requests that start together with this one enter before it fails
             raise
         finally:
             self._leave(turn)
 
     def check_loop(self) -> None:
-        """Raises ClientClosed on an event loop that is not this ordering's."""
+        """Raises ClientClosed on any other event loop than the first one."""
         if asyncio.get_running_loop() is not self._loop:
-            raise ClientClosed("this training client belongs to another event loop: make one client per loop")
+            raise ClientClosed("this training client belongs to another event loop: create one client per loop")
 
     @property
     def is_unused(self) -> bool:
-        """True until the first number is taken or a request waits for one."""
+        """True until the first request enters."""
         return self.next_number == 1 and not self._turns
 
     @property
@@ -114,37 +141,32 @@ class Ordering:
         return not self._turns and not self._in_flight
 
     def check_reason(self, reason: str) -> None:
-        """Reads why the service has not begun with a request.
+        """Raises SequenceLost if the service waits for a number that a proxy refused.
 
-        Raises:
-            SequenceLost: it waits for a number that will never come, because something on the way refused it.
+        Args:
+            reason: why the service has not started a request, in its own words.
         """
         gap = _GAP.search(reason)
         if gap is not None and int(gap[1]) in self._refused:
             raise self.end_behind(int(gap[1]), "nothing after it is executed")
 
     def end_behind(self, number: int, consequence: str) -> SequenceLost | ClientClosed:
-        """Ends the ordering because a number will never reach the service; gives the error of it."""
+        """Ends the ordering because a number will never reach the service; returns the error."""
         return self.end(
             SequenceLost(
-                f"the service waits for request {number}, which was answered on the way to it (by a proxy?) and will "
-                f"never come, so {consequence}. Go on with "
-                "service.create_training_client_from_state(path, with_optimizer=True)"
+                f"the service waits for request {number}, which a proxy answered without forwarding it, so "
+                f"{consequence}. Continue with service.create_training_client_from_state(path, with_optimizer=True)"
             )
         )
 
     def end(self, error: SequenceLost | ClientClosed) -> SequenceLost | ClientClosed:
-        """Nothing can be sent any more; the first reason stays, and is given."""
+        """Ends the ordering: nothing more is sent. Returns the error of the first reason."""
         self.lost = self.lost or error
         self.wake_all()
         return _again(self.lost)
 
     async def drain(self, timeout: float) -> None:
-        """Waits for what is in flight, at most `timeout` seconds, then cancels it.
-
-        Raises:
-            ClientClosed: called on another event loop.
-        """
+        """Waits up to `timeout` seconds for submissions in flight, then cancels them."""
         self.check_loop()
         if not self._in_flight:
             return
@@ -154,8 +176,6 @@ class Ordering:
         if pending:
             await asyncio.wait(pending)
 
-    # Turns
-
     def _new_turn(self, kind: Kind, *, forward_only: bool) -> "Turn":
         if self.lost is not None:
             raise _again(self.lost)
@@ -163,8 +183,8 @@ class Ordering:
         host = self.step_around()
         if host is not None and not forward_only:
             raise RequestInsideStep(
-                "a term asked its own training client for something other than a forward pass, which would have to "
-                "wait for the step the term belongs to; do it after forward_backward_custom has returned"
+                "a term may only call forward() of the training client that runs it: any other request would wait for "
+                "the term's own step. Make this request after forward_backward_custom has returned"
             )
         if host is not None:
             return Turn(self, Kind.READ, host.turn.index, host=host)
@@ -174,7 +194,7 @@ class Ordering:
         return turn
 
     def step_around(self) -> "_RunningStep | None":
-        """The custom step of this client inside whose terms the caller runs, on whatever thread."""
+        """Returns the custom step of this client whose terms run the caller, on any thread."""
         steps = (step for step in _steps.get() if step.is_running and step.turn in self._turns)
         return next(steps, None)
 
@@ -191,16 +211,16 @@ class Ordering:
         self.wake_all()
 
     def has_turn(self, turn: "Turn") -> bool:
-        """True if every earlier request has happened or left."""
+        """Returns whether every earlier request has happened or left."""
         return all(other.happened or other.left or other.index >= turn.index for other in self._turns)
 
     def is_next_behind_terms(self, turn: "Turn") -> bool:
-        """True if all that has to happen before this is one custom step whose forward pass is answered."""
+        """Returns whether this only waits for one custom step, whose forward pass has its result."""
         ahead = [other for other in self._turns if other.index < turn.index and not (other.happened or other.left)]
         return len(ahead) == 1 and ahead[0].has_logprobs
 
     def may_start_terms(self, turn: "Turn") -> bool:
-        """True if the gradient of every custom step before this one was accepted, or will never be sent."""
+        """Returns whether the gradient of every earlier custom step was accepted, or will never be sent."""
         return not any(
             other.index < turn.index
             and other.has_logprobs
@@ -210,9 +230,9 @@ class Ordering:
         )
 
     def break_behind(self, turn: "Turn") -> None:
-        """Everything behind `turn` that has not happened raises PrecedingRequestFailed.
+        """Makes every later request that has not happened raise PrecedingRequestFailed.
 
-        A broken request keeps its turn until it leaves: a step whose terms still run must not overlap with the next.
+        A broken request keeps its turn until it leaves, so that its terms do not overlap with those of the next step.
         """
         for other in self._turns:
             if other.index > turn.index and not other.happened and other.broken is None:
@@ -222,17 +242,13 @@ class Ordering:
                 )
         self.wake_all()
 
-    # The wire
-
     async def hand_over(self, turn: "Turn", submission: Submission[Value], *, last: bool) -> Sequence[Sent]:
-        """Gives a submission its numbers and sends it; one submission is on the wire at a time.
+        """Assigns the numbers of a submission and sends it; one submission is on the wire at a time.
 
-        Once handed over it is sent to its end, even if the caller is cancelled.
+        A submission that was handed over is completed even if the caller is cancelled.
         """
         count = await submission.prepare()
-        while self._wire_is_taken:
-            await self.change()
-            turn.check()
+        await self.until_answered(turn)
         turn.check()
         self._wire_is_taken = True
         numbers = range(self.next_number, self.next_number + count)
@@ -248,13 +264,13 @@ class Ordering:
         return await asyncio.shield(task)
 
     async def until_answered(self, turn: "Turn") -> None:
-        """Waits until all that was handed over before has been answered."""
+        """Waits until every submission handed over before has a response."""
         while self._wire_is_taken:
             await self.change()
             turn.check()
 
     def give_back(self, turn: "Turn") -> None:
-        """The service did not count the turn's last number: the next request takes it, unless a later one is out."""
+        """Reuses the turn's last number, which the service did not count, unless a later one is assigned."""
         if turn.numbers and turn.numbers[-1] + 1 == self.next_number:
             self.next_number -= 1
 
@@ -267,7 +283,7 @@ class Ordering:
                 raise
             raise _again(self.lost) from None  # cut off by `drain`: its caller was not cancelled
         except Exception as error:
-            # Whatever it was: the numbers are taken, and whether they arrived is unknown.
+            # Any error: the numbers are assigned, and it is unknown whether they arrived.
             raise self._lose(numbers, error) from error
         finally:
             turn.in_flight = False
@@ -283,19 +299,19 @@ class Ordering:
     def _landed(self, task: asyncio.Task[Sequence[Sent]]) -> None:
         self._in_flight.discard(task)
         if not task.cancelled():
-            task.exception()  # retrieved here too: the caller may be gone
+            task.exception()  # retrieved here because the caller may have been cancelled
 
     def _lose(self, numbers: range, error: Exception) -> SequenceLost | ClientClosed:
         numbered = f"request {numbers[0]}" if len(numbers) == 1 else f"requests {numbers[0]} to {numbers[-1]}"
         return self.end(
             SequenceLost(
-                f"{numbered} got no final response ({type(error).__name__}: {error}), so the order on the service is "
-                "no longer known. Go on with service.create_training_client_from_state(path, with_optimizer=True)"
+                f"{numbered} got no final response ({type(error).__name__}: {error}), so the state of the service is "
+                "unknown. Continue with service.create_training_client_from_state(path, with_optimizer=True)"
             )
         )
 
     def _explain(self, error: TinkexError, turn: "Turn") -> None:
-        """Adds to an error what the service holds, and breaks what is behind a request that it failed."""
+        """Adds the state of the service to an error, and breaks the requests behind one that failed there."""
         if turn.kind is not Kind.READ:
             error.accumulated = self._accumulation.count
         if isinstance(error, ResultLost):
@@ -304,10 +320,10 @@ class Ordering:
             self.break_behind(turn)
             error.handed_over = tuple(range(max(turn.numbers, default=0) + 1, self.next_number))
             if error.handed_over:
-                error.add_note(f"requests {list(error.handed_over)} had been handed over already and may be executed")
+                error.add_note(f"requests {list(error.handed_over)} were already handed over and may be executed")
 
     async def change(self) -> None:
-        """Waits until something in this ordering has changed."""
+        """Waits for the next change of this ordering."""
         changed = asyncio.Event()
         self._waiting[changed] = None
         try:
@@ -316,21 +332,21 @@ class Ordering:
             del self._waiting[changed]
 
     def wake_all(self) -> None:
-        """Lets everything that waits look again."""
+        """Wakes every `change()`."""
         for changed in self._waiting:
             changed.set()
 
 
 class Turn:
-    """One request's turn.
+    """The turn of one request.
 
     Attributes:
         happened: its last submission was handed over.
         accepted: the service accepted that submission.
-        left: the request is over.
-        in_flight: a submission of it has no final response yet.
-        has_logprobs: it is a custom step whose forward pass was answered.
-        numbers: the sequence numbers it was given.
+        left: the request has ended.
+        in_flight: one of its submissions has no final response yet.
+        has_logprobs: it is a custom step whose forward pass has its result.
+        numbers: its sequence numbers.
         broken: why nothing more of it may be sent.
     """
 
@@ -348,15 +364,15 @@ class Turn:
         self._host = host
 
     async def reached(self, *, early: bool = False) -> None:
-        """Waits until every earlier request has happened or left; a term's request runs inside its step's turn.
+        """Waits until every earlier request has happened or left; the request of a term runs in its step's turn.
 
         Args:
-            early: being the next behind a custom step that only awaits its terms is enough. A forward pass changes
-                nothing, so it gives the same logprobs before that step's backward pass as after it.
+            early: also return when the only earlier request is a custom step that awaits its terms. A forward pass
+                changes nothing, so its logprobs are the same before and after that step's backward pass.
 
         Raises:
-            PrecedingRequestFailed: an earlier gradient or update did not happen, so this must not either.
-            SequenceLost, ClientClosed: the ordering cannot go on.
+            PrecedingRequestFailed: an earlier gradient or update did not happen.
+            SequenceLost, ClientClosed: nothing more can be sent.
         """
         ordering = self._ordering
         self.check()
@@ -367,30 +383,27 @@ class Turn:
             self.check()
 
     async def send(self, submission: Submission[Value], *, last: bool = True, early: bool = False) -> Value:
-        """Hands a submission over when the turn is reached, and waits for its result.
+        """Hands a submission over when the turn is reached, and waits for its result; raises like `reached`.
 
         Args:
-            submission: what is sent.
-            last: with it the request has happened.
+            submission: the requests.
+            last: whether the request has happened with this submission.
             early: as for `reached`.
-
-        Raises:
-            PrecedingRequestFailed, SequenceLost, ClientClosed: as `reached`; nothing was sent.
         """
         await self.reached(early=early)
         sent = await self._ordering.hand_over(self, submission, last=last)
         return await submission.result(sent)
 
     async def quiet(self) -> None:
-        """Waits for the turn, and until all that was handed over before has been answered; raises like `reached`."""
+        """Waits for the turn and for every submission handed over before; raises like `reached`."""
         await self.reached()
         await self._ordering.until_answered(self)
 
     @asynccontextmanager
     async def running_terms(self) -> AsyncGenerator[None]:
-        """The terms of a custom step, once its forward pass is answered and the steps before it are accepted.
+        """Waits until the earlier gradients are accepted; forward passes inside the block run in this turn.
 
-        Their forward passes run inside this turn. Raises like `reached`; then no term is to be called.
+        Raises like `reached`, before any term is called.
         """
         self.has_logprobs = True
         self._ordering.wake_all()
@@ -398,18 +411,21 @@ class Turn:
         while not self._ordering.may_start_terms(self):
             await self._ordering.change()
             self.check()
-        with _running(self):
+        step = _RunningStep(self)
+        token = _steps.set((*_steps.get(), step))
+        try:
             yield
+        finally:
+            step.is_running = False
+            _steps.reset(token)
 
     def check(self) -> None:
-        """Raises why nothing of this request may be sent, if there is a reason."""
+        """Raises the reason, if there is one, why nothing more of this request may be sent."""
         if self._ordering.lost is not None:
             raise _again(self._ordering.lost)
         if self._host is not None:
             if not self._host.is_running or self._host.turn.left:
-                raise PrecedingRequestFailed(
-                    "the step whose term asked for this forward pass has ended; nothing was sent"
-                )
+                raise PrecedingRequestFailed("the step whose term made this forward pass has ended; nothing was sent")
             self._host.turn.check()
         if self.broken is not None:
             raise self.broken
@@ -417,7 +433,7 @@ class Turn:
 
 @dataclass(eq=False)
 class _RunningStep:
-    """Marks code that runs inside the terms of a custom step; it ends with the step."""
+    """Marks code that runs inside the terms of a custom step, until the step ends."""
 
     turn: Turn
     is_running: bool = True
@@ -426,17 +442,6 @@ class _RunningStep:
 _steps: ContextVar[tuple[_RunningStep, ...]] = ContextVar("tinkex_steps", default=())
 
 
-@contextmanager
-def _running(turn: Turn) -> Generator[None]:
-    step = _RunningStep(turn)
-    token = _steps.set((*_steps.get(), step))
-    try:
-        yield
-    finally:
-        step.is_running = False
-        _steps.reset(token)
-
-
 def _again(error: SequenceLost | ClientClosed) -> SequenceLost | ClientClosed:
-    """A fresh exception with the same message: one object raised in many tasks would collect their tracebacks."""
+    """Returns a new exception with the same message: one object raised in many tasks collects their tracebacks."""
     return type(error)(*error.args)

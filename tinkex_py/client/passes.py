@@ -1,4 +1,4 @@
-"""Passes over data: cut into chunks, sent, awaited, and their results merged."""
+"""Forward and backward passes over data: sends the chunks, waits for their results and merges them."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tinkex_py.client.accumulation import Accumulation, GradientCall
 from tinkex_py.client.batches import check_finite, merge_outputs
-from tinkex_py.client.ordering import Ordering
+from tinkex_py.client.ordering import Ordering, Submission
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.session import ClientSession
 from tinkex_py.errors import (
@@ -26,7 +26,7 @@ from tinkex_py.transport.encoding import EncodedBatch, Encoding, LossConfig, Pas
 from tinkex_py.transport.messages import NO_HEADERS
 from tinkex_py.types import ForwardBackwardOutput
 
-# Work on more bytes than this leaves the event loop's thread.
+# Chunks of more bytes are encoded in a worker thread.
 SMALL_BYTES = 1 << 18
 _KEEP_GRAPH = {"X-Tinkex-Keep-Graph": "1"}
 
@@ -36,15 +36,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Model:
-    """The model that a training client's requests are about.
-
-    Attributes:
-        session: the service's.
-        model_id: the service's id.
-        ordering: of its requests.
-        accumulation: the gradients that the service holds.
-        queue: what the service says about its queue.
-    """
+    """The model of a training client, and the state that its requests share."""
 
     session: ClientSession
     model_id: str
@@ -54,7 +46,7 @@ class Model:
 
 
 class Effect(Enum):
-    """What became of one chunk's gradient."""
+    """Whether the service applied the gradient of a chunk."""
 
     APPLIED = auto()
     MISSING = auto()
@@ -63,14 +55,14 @@ class Effect(Enum):
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """How one chunk ended.
+    """The result of one chunk.
 
     Attributes:
         start: index of its first datum in the call.
-        stop: one behind its last datum.
-        effect: whether the service did the work.
-        output: its result, if it did.
-        error: why not, or why it is unknown.
+        stop: index after its last datum.
+        effect: whether the service applied it.
+        output: the result of an applied chunk.
+        error: the reason why a chunk is missing or unknown.
     """
 
     start: int
@@ -82,27 +74,27 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class PassOutcome:
-    """How a call ended. This value alone decides what the service holds of it."""
+    """The results of all chunks of a call. Only this value decides which of its gradients the service holds."""
 
     chunks: Sequence[ChunkResult]
 
     @property
     def held_datums(self) -> int:
-        """Datums whose gradients the service holds or may hold."""
+        """Number of datums whose gradients the service holds or may hold."""
         return sum(chunk.stop - chunk.start for chunk in self.chunks if chunk.effect is not Effect.MISSING)
 
     def output(self, *, forward_only: bool) -> ForwardBackwardOutput:
-        """The merged result.
+        """Returns the merged result.
 
         Raises:
-            ResultLost: it is not known whether a chunk has left a gradient.
-            PartialFailure: the service holds the gradients of some chunks and not of others.
-            RequestFailed, APIStatusError: no chunk has left a gradient.
+            ResultLost: it is unknown whether the service holds the gradient of a chunk.
+            PartialFailure: the service holds the gradients of some chunks, but not of others.
+            RequestFailed, APIStatusError: the service holds the gradient of no chunk.
         """
         failed = [chunk for chunk in self.chunks if chunk.error is not None]
         for chunk in sorted(failed, key=lambda chunk: chunk.effect is not Effect.UNKNOWN):
             assert chunk.error is not None
-            # To send the datums of an unknown one again might add their gradient twice.
+            # Sending the datums of an unknown chunk again could add their gradient twice.
             if chunk.effect is Effect.UNKNOWN or forward_only or len(failed) == len(self.chunks):
                 raise chunk.error
             raise self._partial_failure(failed, chunk.error) from chunk.error
@@ -113,9 +105,8 @@ class PassOutcome:
         missing = [(chunk.start, chunk.stop) for chunk in failed]
         return PartialFailure(
             f"{len(missing)} of {len(self.chunks)} chunks of this call failed ({type(first).__name__}: {first}). "
-            f"The service holds the gradients of datums {_ranges(applied)} and, as far as is known, not those of "
-            f"{_ranges(missing)}: send the latter again before the next optim_step, or make a new client from the last "
-            "checkpoint",
+            f"The service holds the gradients of datums {_ranges(applied)}, but not those of {_ranges(missing)}: send "
+            "the latter again before the next optim_step, or create a new client from the last checkpoint",
             applied=applied,
             missing=missing,
             category=first.category if isinstance(first, RequestFailed) else "unknown",
@@ -123,15 +114,15 @@ class PassOutcome:
         )
 
 
-class Pass:
-    """One forward call; see `Submission`.
+class Pass(Submission[ForwardBackwardOutput]):
+    """A forward pass.
 
     Args:
-        model: of the training client.
-        chunks: datums, one request each.
+        model: the model of the training client.
+        chunks: the datums, one request per chunk.
         loss_fn: the service's loss.
-        config: its settings.
-        keep_graph: tells the embedded service that a backward pass over the same datums will follow.
+        config: settings of the loss.
+        keep_graph: tells the embedded service that a backward pass over the same datums follows.
     """
 
     forward_only = True
@@ -153,16 +144,11 @@ class Pass:
         self._headers = _KEEP_GRAPH if keep_graph else NO_HEADERS
         self._encoding: Encoding | None = None
 
-    @property
-    def datum_count(self) -> int:
-        """Datums of all chunks."""
-        return sum(len(chunk.data) for chunk in self.chunks)
-
     async def prepare(self) -> int:
-        """Asks for the encoding and the key before a number is taken; gives one number per chunk.
+        """Gets the encoding and the key; needs one number per chunk.
 
         Raises:
-            InvalidData: a number of the datums cannot be written in that encoding.
+            InvalidData: the encoding cannot represent a number of the datums.
         """
         encoding = self._session.encoding
         self._encoding = encoding.chosen or await encoding.choose()
@@ -172,33 +158,27 @@ class Pass:
         await self._session.api.auth.current()
         return len(self.chunks)
 
-    def handed_over(self) -> None:
-        """Nothing follows from it."""
-
     async def submit(self, numbers: Sequence[int]) -> Sequence[Sent]:
-        """Sends every chunk under its number: at the same time where the service likes it, else in order.
+        """Sends every chunk under its number: at once if the service prefers that, else in order.
 
-        A refused chunk keeps none of the others back, since their numbers are taken; see `Submission.submit`.
+        The chunks after a refused one are sent too, because their numbers are assigned.
         """
         numbered = list(zip(numbers, self.chunks, strict=True))
         if len(numbered) == 1 or not self._session.config.parallel_fwdbwd_chunks:
             return [await self._post(number, chunk) for number, chunk in numbered]
         return await self._submit_at_once(numbered)
 
-    def submitted(self, sent: Sequence[Sent]) -> None:
-        """Nothing follows from it."""
-
     async def result(self, sent: Sequence[Sent]) -> ForwardBackwardOutput:
         """Waits for all chunks and merges their results; raises like `PassOutcome.output`.
 
         Raises:
-            InvalidResponse: a result has another number of datums than its chunk.
-            SequenceLost: a chunk was refused, and the service does not go on behind it.
+            InvalidResponse: a result and its chunk differ in the number of datums.
+            SequenceLost: a chunk was refused on the way, and the service executes nothing after it.
         """
         return (await self._results(sent)).output(forward_only=self.forward_only)
 
     async def _submit_at_once(self, numbered: Sequence[tuple[int, Chunk]]) -> Sequence[Sent]:
-        """Every chunk is posted to its end, whatever becomes of the others."""
+        """Sends every chunk until it has a final response, even if another one fails."""
         undecided: list[APIStatusError | TransportError] = []
 
         async def outcome(number: int, chunk: Chunk) -> Sent | None:
@@ -225,7 +205,7 @@ class Pass:
 
     async def _post_in(self, encoding: Encoding, number: int, chunk: Chunk) -> Sent:
         header = PassHeader(self._model.model_id, number, self._loss_fn, self._config, forward_only=self.forward_only)
-        # Written within the budget: of what waits for it there are no bytes yet.
+        # Encoded within the budget, so that chunks that wait occupy no memory.
         async with self._session.pass_bytes.hold(chunk.size):
             slow = (encoding.is_slow or isinstance(chunk, PlannedBatch)) and chunk.size > SMALL_BYTES
             written = await off_loop_if(
@@ -237,7 +217,7 @@ class Pass:
         refused = [one.number for one in sent if one.refusal is not None]
         if not refused or len(refused) == len(sent):
             return await self._collect(sent)
-        # Not without a bound: where something on the way refused the chunk, the service waits for it for ever.
+        # Limited in time: if a proxy refused the chunk, the service waits for its number forever.
         seconds = self._session.settings.retry.deadline
         stuck = f"nothing after it was executed within {seconds:g} s"
         async with time_limit(seconds, lambda: self._model.ordering.end_behind(refused[0], stuck)):
@@ -274,12 +254,12 @@ class Pass:
 
 
 class GradientPass(Pass):
-    """One forward_backward call: it adds a gradient, which the accumulation keeps account of.
+    """A forward_backward pass: it adds a gradient, which the accumulation records.
 
     Args:
         model, chunks, loss_fn, config: as for `Pass`.
-        call: how the accumulation knows it; its datums are counted here.
-        on_hand_over: called at hand-over, before anything else can run.
+        call: the record; its number of datums is updated here.
+        on_hand_over: called at the hand-over, before any other code can run.
     """
 
     forward_only = False
@@ -295,31 +275,31 @@ class GradientPass(Pass):
         on_hand_over: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(model, chunks, loss_fn, config)
-        self._call = call or GradientCall(self.datum_count)
+        self._call = call or GradientCall(sum(len(chunk.data) for chunk in chunks))
         self._on_hand_over = on_hand_over
 
     def handed_over(self) -> None:
-        """From here on the service may hold the gradient."""
+        """Records the gradient, which the service may hold from now on."""
         self._model.accumulation.add(self._call)
         if self._on_hand_over is not None:
             self._on_hand_over()
 
     def submitted(self, sent: Sequence[Sent]) -> None:
-        """Of refused chunks it holds none."""
+        """Subtracts the refused chunks from the record."""
         accepted = [one.refusal is None for one in sent]
         if not any(accepted):
             self._model.accumulation.refuse(self._call)
         self._call.datums = sum(len(chunk.data) for chunk, taken in zip(self.chunks, accepted, strict=True) if taken)
 
     async def result(self, sent: Sequence[Sent]) -> ForwardBackwardOutput:
-        """Waits for all chunks, keeps account of what they left, and merges their results; raises like `Pass`."""
+        """Waits for all chunks, records which of them were applied, and merges their results; raises like `Pass`."""
         result = await self._results(sent)
         self._call.datums = result.held_datums
         return result.output(forward_only=False)
 
 
 async def off_loop_if(large: bool, session: ClientSession, work: Callable[[], Value]) -> Value:
-    """Runs work in a worker thread if it is large, else here."""
+    """Runs work in a worker thread if it is large, else in the calling thread."""
     return await session.workers.compute("encode", work) if large else work()
 
 

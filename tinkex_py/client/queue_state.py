@@ -1,4 +1,4 @@
-"""The queue in front of one client, as the service reports it."""
+"""The queue state of one client, as reported by the service."""
 
 import logging
 import time
@@ -15,8 +15,8 @@ class QueueWatch:
 
     Args:
         source: the client's model id or sampling session.
-        callback: called at every change.
-        check: looks at the reason that a service gives, and may raise.
+        callback: called on every change.
+        check: called with the reason that the service reports; may raise.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class QueueWatch:
         self.is_waiting = False
 
     def pending(self, fields: Mapping[str, Any]) -> None:
-        """Reads a response that says "not yet"."""
+        """Reads the response for a pending request."""
         given = fields.get("queue_state")
         reason = fields.get("queue_state_reason")
         reason = reason if isinstance(reason, str) and reason else None
@@ -41,7 +41,7 @@ class QueueWatch:
             self._check(reason)
 
     def done(self) -> None:
-        """A request is done, so the service is at work."""
+        """Records that the service completed a request."""
         self._change("active", None)
 
     def _change(self, state: Any, reason: str | None) -> None:
@@ -54,6 +54,6 @@ class QueueWatch:
             return
         try:
             self._callback(self.state)
-        except Exception as error:  # noqa: BLE001  (the host's code must not break training)
+        except Exception as error:  # noqa: BLE001  (user code must not break training)
             self._callback = None
-            _LOGGER.warning("on_queue_state failed and is not called again: %s", type(error).__name__)
+            _LOGGER.warning("on_queue_state raised %s and is not called again", type(error).__name__)

@@ -1,18 +1,15 @@
-"""What a sampling client checks before it asks, and after."""
+"""Checks of sampling requests and their responses."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from tinkex_py.client.arguments import check_count
 from tinkex_py.errors import InvalidData
 from tinkex_py.types import ModelInput, SampleResponse, SamplingParams, TensorData, TensorInput
 
 
 def check_prompt(prompt: ModelInput) -> None:
-    """Checks that there is something to continue.
-
-    Raises:
-        InvalidData: there is not.
-    """
+    """Raises InvalidData unless the prompt is a ModelInput with at least one token."""
     if not isinstance(prompt, ModelInput):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"prompt must be a ModelInput, got a {type(prompt).__name__}: see ModelInput.from_text")
     if prompt.length == 0:
@@ -22,50 +19,33 @@ def check_prompt(prompt: ModelInput) -> None:
 def check_counts(
     prompt: ModelInput, num_samples: int, counts: Mapping[str, int], last_n: int | None, *, scored: bool
 ) -> None:
-    """Checks the numbers of a sampling request.
-
-    Raises:
-        InvalidData: naming the one that is out of range.
-    """
-    if not _is_int(num_samples) or num_samples < 1:
-        raise InvalidData(f"num_samples must be an int >= 1, got {num_samples!r}")
+    """Raises InvalidData if a number of a sampling request is out of range."""
+    check_count("num_samples", num_samples, least=1)
     for name, count in counts.items():
-        if not _is_int(count) or count < 0:
-            raise InvalidData(f"{name} must be an int >= 0, got {count!r}")
+        check_count(name, count, least=0)
     if last_n is None:
         return
     if not scored:
-        raise InvalidData("prompt_logprobs_last_n needs include_prompt_logprobs=True")
-    if not _is_int(last_n) or not 1 <= last_n < prompt.length:
-        raise InvalidData(
-            f"prompt_logprobs_last_n must be from 1 to {prompt.length - 1}, the prompt's tokens but the first, "
-            f"got {last_n!r}"
-        )
+        raise InvalidData("prompt_logprobs_last_n requires include_prompt_logprobs=True")
+    check_count("prompt_logprobs_last_n", last_n, least=1)
+    if last_n >= prompt.length:
+        raise InvalidData(f"prompt_logprobs_last_n must be less than the {prompt.length} prompt tokens, got {last_n}")
 
 
 def check_targets(prompt: ModelInput, targets: TensorInput) -> dict[str, Any]:
-    """Token ids whose logprobs are wanted, as JSON.
-
-    Raises:
-        InvalidData: they are no integers, or do not fit the prompt.
-    """
+    """Returns target token ids as JSON; raises InvalidData unless they are integers that fit the prompt."""
     tensor = TensorData.of(targets)
     if tensor.dtype != "int64" or len(tensor.shape) != 2 or tensor.shape[0] != prompt.length - 1:
         raise InvalidData(
-            f"target_prompt_logprobs must be integers of shape [{prompt.length - 1}, K], a row for every prompt token "
-            f"but the first, got {tensor!r}"
+            f"target_prompt_logprobs must be integers of shape [{prompt.length - 1}, K], one row per prompt token "
+            f"except the first, got {tensor!r}"
         )
     return tensor.model_dump(exclude_none=True)
 
 
 def params_as_json(params: SamplingParams | None) -> dict[str, Any]:
-    """How to draw, as every service reads it: one stop text goes as a list of one.
-
-    Raises:
-        InvalidData: they are no SamplingParams.
-    """
-    if params is None:
-        params = SamplingParams()
+    """Returns the sampling parameters as JSON, with a single stop text as a list, which every service reads."""
+    params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"sampling_params must be SamplingParams, got a {type(params).__name__}")
     fields = params.model_dump(exclude_none=True)
@@ -84,12 +64,12 @@ _PARTS = (
 
 
 def asked_parts(body: Mapping[str, Any]) -> list[str]:
-    """Which parts beside the sequences the request asked for."""
+    """Returns the optional parts that a request asks for."""
     return [name for name in _PARTS if body.get(name)]
 
 
 def with_the_first_score(response: SampleResponse, length: int) -> SampleResponse:
-    """One value per prompt token. SkyRL's JAX backend leaves out the first token, which has no score."""
+    """Adds None for the first prompt token, which SkyRL's JAX backend omits because it has no score."""
     scores = response.prompt_logprobs
     if scores is None or len(scores) != length - 1:
         return response
@@ -97,16 +77,12 @@ def with_the_first_score(response: SampleResponse, length: int) -> SampleRespons
 
 
 def missing_parts(response: SampleResponse, body: Mapping[str, Any]) -> list[str]:
-    """Which parts that the request asked for the service left out, as some do in silence."""
-    there = {
+    """Returns the parts that a request asks for and that the response lacks."""
+    present = {
         "prompt_logprobs": response.prompt_logprobs is not None,
         "topk_prompt_logprobs": response.topk_prompt_logprobs is not None,
         "topk_sample_logprobs": all(one.topk_logprobs is not None or not one.tokens for one in response.sequences),
         "target_prompt_logprobs": response.target_prompt_logprobs is not None,
         "prompt_alt_tokens_k": response.prompt_alt_tokens is not None,
     }
-    return [name for name in asked_parts(body) if not there[name]]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return [name for name in asked_parts(body) if not present[name]]

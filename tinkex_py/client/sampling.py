@@ -1,9 +1,10 @@
-"""Draws from a model."""
+"""The sampling client: samples from one model."""
 
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from tinkex_py.client.arguments import given
 from tinkex_py.client.completions import SampleCompletions
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sample_request import (
@@ -25,22 +26,22 @@ from tinkex_py.transport.messages import Response, encoded_json, request
 from tinkex_py.transport.sample_gate import SampleGate
 from tinkex_py.types import ModelInput, QueueState, SampleResponse, SamplingParams, TensorInput
 
-# Estimated bytes of a prompt's token in a request (protocol: 5.3).
+# Estimated bytes of a prompt token in a request (protocol: 5.3).
 _BYTES_PER_TOKEN = 10
-# A result that the service lost is asked for so many times more.
+# Number of repetitions after the service lost a result.
 _MOST_LOST = 3
 _PATH = "/api/v1/asample"
 
 
 class AsyncSamplingClient:
-    """Draws from one model or checkpoint. Made by a service or training client.
+    """Samples from one model or checkpoint. Created by a service or training client.
 
-    Ask for many samples at once with `asyncio.gather`: as many are in flight as the service wants, and those that it
-    turns away (429) wait and are submitted again.
+    Use `asyncio.gather` for many samples at once: the number in flight follows the limits of the service, and requests
+    that it refuses with 429 are submitted again later.
 
     Args:
-        session: with the service.
-        sampling_session_id: the service's handle of the model.
+        session: the session with the service.
+        sampling_session_id: id of the sampling session.
     """
 
     def __init__(self, session: ClientSession, sampling_session_id: str) -> None:
@@ -58,7 +59,7 @@ class AsyncSamplingClient:
 
     @property
     def queue_state(self) -> QueueState:
-        """Whether the service works on this client's samples, as it said last."""
+        """The queue state that the service reported last."""
         return self._queue.state
 
     async def sample(
@@ -74,28 +75,28 @@ class AsyncSamplingClient:
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> SampleResponse:
-        """Draws sequences that continue a prompt of `N` tokens.
+        """Samples sequences that continue a prompt of `N` tokens.
 
         Args:
-            prompt: what the model reads.
-            num_samples: how many sequences, >= 1.
-            sampling_params: how to draw; default is temperature 1 up to the service's length limit.
-            include_prompt_logprobs: also tell the log-probability of every prompt token (the first has none).
-            topk_prompt_logprobs: also tell so many of the likeliest tokens at every prompt position.
-            topk_sample_logprobs: also tell so many of the likeliest tokens at every drawn position.
-            target_prompt_logprobs: token ids `[N - 1, K]`, dense or CSR, whose logprobs are wanted: row `i` is scored
-                at prompt position `i + 1`; -1 asks for nothing.
-            prompt_alt_tokens_k: also draw so many alternatives to every prompt token after the first.
-            prompt_logprobs_last_n: score only so many tokens at the end of the prompt, 1 to `N - 1`.
+            prompt: the prompt.
+            num_samples: number of sequences, >= 1.
+            sampling_params: sampling parameters; default is temperature 1 up to the length limit of the service.
+            include_prompt_logprobs: return the logprob of every prompt token; the first has none.
+            topk_prompt_logprobs: number of most likely tokens to return per prompt position.
+            topk_sample_logprobs: number of most likely tokens to return per sampled position.
+            target_prompt_logprobs: token ids `[N - 1, K]`, dense or CSR, to score: row `i` at prompt position `i + 1`;
+                -1 is skipped.
+            prompt_alt_tokens_k: number of alternatives to sample for every prompt token except the first.
+            prompt_logprobs_last_n: score only this many tokens at the end of the prompt, 1 to `N - 1`.
 
         Raises:
-            InvalidData: an empty prompt, or a value out of range.
-            UnsupportedFeature: the service cannot do it, or left out what was asked for.
-            RequestFailed: the service failed the request.
-            RateLimited: the service took no sample of this client for `sampling_patience` seconds.
+            InvalidData: the prompt is empty, or a value is out of range.
+            UnsupportedFeature: the service cannot do this, or its response lacks a requested part.
+            RequestFailed: the request failed on the service.
+            RateLimited: the service accepted no sample of this client for `sampling_patience` seconds.
         """
         if self._closed:
-            raise ClientClosed("this sampling client is closed; make a new one")
+            raise ClientClosed("this sampling client is closed: create a new one")
         check_prompt(prompt)
         counts = {
             "topk_prompt_logprobs": topk_prompt_logprobs,
@@ -110,38 +111,36 @@ class AsyncSamplingClient:
             "sampling_params": params_as_json(sampling_params),
             "prompt_logprobs": include_prompt_logprobs,
             "type": "sample",
-            # Asked for only where wanted: services that are strict and older do not know these fields.
+            # Sent only if not 0: services may refuse fields that they do not know.
             **{name: count for name, count in counts.items() if count},
+            **given(prompt_logprobs_last_n=prompt_logprobs_last_n),
         }
         if target_prompt_logprobs is not None:
             body["target_prompt_logprobs"] = check_targets(prompt, target_prompt_logprobs)
-        if prompt_logprobs_last_n is not None:
-            body["prompt_logprobs_last_n"] = prompt_logprobs_last_n
         encoded_json(body, _PATH)  # before a number is taken
         host = self._session.api.host
         with reported_as_unsupported(host, " with ".join(["sampling", *asked_parts(body)])):
             response = await self._draw(body, cost=_BYTES_PER_TOKEN * prompt.length)
         missing = missing_parts(response, body)
         if missing:
-            raise UnsupportedFeature(f"{host} does not support all of this request: it left out {', '.join(missing)}")
+            raise UnsupportedFeature(f"{host} does not support all of this request: it omitted {', '.join(missing)}")
         return with_the_first_score(response, prompt.length)
 
     async def compute_logprobs(self, prompt: ModelInput) -> list[float | None]:
-        """Log-probability of every prompt token given those before it, `[N]`; the first is None.
+        """Returns the logprob of every prompt token given those before it, `[N]`; the first is None.
 
         Raises:
-            UnsupportedFeature: the service tells no logprobs of prompts.
+            UnsupportedFeature: the service returns no logprobs of prompts.
         """
         response = await self.sample(prompt, sampling_params=SamplingParams(max_tokens=1), include_prompt_logprobs=True)
         return list(response.prompt_logprobs or [])
 
     async def _draw(self, body: Mapping[str, Any], cost: int) -> SampleResponse:
-        """A result that the service lost is asked for again, under a new number."""
+        """Submits a request and waits for its result; repeats it under a new number if the result is lost."""
         async with self._gate.in_flight() as since:
             for lost in itertools.count(1):
                 numbered = {**body, "seq_id": next(self._numbers)}
-                accepted = await self._submit(numbered, cost, since)
-                request_id = request_id_of(accepted)
+                request_id, accepted = await self._submit(numbered, cost, since)
                 try:
                     async with self._completions.awaited(request_id):
                         response = await self._session.api.result(
@@ -156,17 +155,13 @@ class AsyncSamplingClient:
                 return response.with_sequence_ids(_sequence_ids(accepted, request_id, len(response.sequences)))
         raise AssertionError("the loop above ends by returning or raising")
 
-    async def _submit(self, numbered: Mapping[str, Any], cost: int, since: float) -> Response:
-        """The same request until the service takes it."""
+    async def _submit(self, numbered: Mapping[str, Any], cost: int, since: float) -> tuple[str, Mapping[str, Any]]:
+        """Submits the same request until the service accepts it."""
         sent = request("POST", _PATH, json=numbered, headers={"X-Tinker-Sampling-Backpressure": "1"})
         while True:
             try:
                 async with self._gate.submission(cost):
-                    accepted = await self._session.api.send(
-                        sent,
-                        _with_request_id,
-                        retry_statuses=_is_retryable_sample,
-                    )
+                    accepted = await self._session.api.send(sent, _accepted, retry_statuses=_is_retryable_sample)
             except RateLimited as error:
                 await self._gate.turned_away(error, cost=cost, since=since)
             else:
@@ -174,7 +169,7 @@ class AsyncSamplingClient:
                 return accepted
 
     async def aclose(self) -> None:
-        """Makes the client unusable; closing twice is fine."""
+        """Makes the client unusable. Idempotent."""
         self._closed = True
 
     async def __aenter__(self) -> "AsyncSamplingClient":
@@ -187,11 +182,7 @@ class AsyncSamplingClient:
 async def new_sampling_client(
     session: ClientSession, *, base_model: str | None = None, model_path: str | None = None
 ) -> AsyncSamplingClient:
-    """Opens a sampling session for a base model or a checkpoint.
-
-    Raises:
-        UnsupportedFeature: the service cannot sample.
-    """
+    """Opens a sampling session; raises UnsupportedFeature if the service cannot sample."""
     if base_model is None:
         await session.models.check_any("sample")
     else:
@@ -200,38 +191,28 @@ async def new_sampling_client(
         "session_id": session.session_id,
         "sampling_session_seq_id": next(session.sampler_numbers),
         "type": "create_sampling_session",
+        **given(base_model=base_model, model_path=model_path),
     }
-    if base_model is not None:
-        body["base_model"] = base_model
-    if model_path is not None:
-        body["model_path"] = model_path
     path = "/api/v1/create_sampling_session"
     with reported_as_unsupported(session.api.host, "create_sampling_session"):
-        response = await session.api.send(request("POST", path, json=body), _unread)
-        fields = fields_of(response)
-        if "sampling_session_id" not in fields and "request_id" in fields:  # hatchery answers with a future
-            fields = await json_result(session.api, request_id_of(response), "CreateSamplingSession")
+        fields: Mapping[str, Any] = await session.api.send(request("POST", path, json=body), fields_of)
+        if "sampling_session_id" not in fields and "request_id" in fields:  # hatchery returns a future
+            fields = await json_result(session.api, str(fields["request_id"]), "CreateSamplingSession")
     return AsyncSamplingClient(session, text_of(fields, "sampling_session_id", path))
 
 
 def _is_retryable_sample(status: int) -> bool:
-    # Samples that the service turns away wait in the gate.
+    # Samples that the service refuses with 429 wait in the gate.
     return status != 429 and is_retryable_status(status)
 
 
-def _unread(response: Response) -> Response:
-    fields_of(response)
-    return response
+def _accepted(response: Response) -> tuple[str, Mapping[str, Any]]:
+    return request_id_of(response), fields_of(response)
 
 
-def _with_request_id(response: Response) -> Response:
-    request_id_of(response)
-    return response
-
-
-def _sequence_ids(accepted: Response, request_id: str, count: int) -> list[str]:
-    """The service's names of the sequences; older services give none."""
-    given: object = fields_of(accepted).get("sample_sequence_ids")
+def _sequence_ids(accepted: Mapping[str, Any], request_id: str, count: int) -> list[str]:
+    """Returns the service's ids of the sequences; older services have none."""
+    given: object = accepted.get("sample_sequence_ids")
     if isinstance(given, list) and len(given) == count and all(isinstance(name, str) for name in given):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
         return [str(name) for name in given]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     return [f"{request_id}:{index}" for index in range(count)]

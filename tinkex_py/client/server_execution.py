@@ -1,4 +1,4 @@
-"""Custom steps that run on the service: a step is one round trip."""
+"""Custom steps that the service executes in one round trip."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServerStep:
-    """A custom step that is ready to run on the service."""
+    """A custom step that the service can execute."""
 
     traced: "TracedPipeline"
     loss_id: str
@@ -31,21 +31,13 @@ class ServerStep:
 async def run_on_service(
     step: CustomStep, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]
 ) -> "CustomLossOutput | None":
-    """A custom step in one round trip; None if it has to run on the client.
-
-    Args:
-        step: the step; its `execution` is not "client".
-        turn: of the step.
-        model: what is trained.
-        data: the datums.
-        on_hand_over: called at the hand-over of the gradient, before anything else can run.
-    """
+    """Executes a custom step on the service; returns None if it has to run on the client. Args as `CustomStep.run`."""
     datums = check_data(data)
     check_targets(datums)
     ready = await _server_step(step, model.session, datums)
     if ready is None:
         return None
-    await turn.quiet()  # the weights are those after the optimizer steps before this one
+    await turn.quiet()  # earlier optimizer steps update the weights of the terms
     count = sum(spec.enabled for spec in step.pipeline.regularizers)
     with telemetry.lifecycle(
         "tinkex.custom_loss", {"regularizer_count": count, "track_grad_norms": False}
@@ -62,17 +54,17 @@ async def run_on_service(
 
 
 async def _server_step(step: CustomStep, session: ClientSession, data: Sequence[Datum]) -> ServerStep | None:
-    """Prepares a step for the service, or says why it runs on the client: an event with "auto", else an error.
+    """Prepares a step for the service. If it cannot run there, raises, or with "auto" emits an event.
 
     Raises:
-        UnsupportedFeature: it cannot run on the service, and "server" was asked for.
-        InvalidData: a datum lacks what a term takes, and "server" was asked for.
+        UnsupportedFeature: the service cannot execute the step.
+        InvalidData: a datum lacks an input of a term.
         PipelineError: no term depends on the logprobs.
     """
     try:
         return await _prepared(step, session, data)
     except (UnsupportedFeature, InvalidData) as error:
-        # Requests that were started together with this one are to have their turns before it fails.
+        # Requests that start together with this one enter before it fails.
         await asyncio.sleep(0)
         if step.execution == "server":
             raise
@@ -85,11 +77,12 @@ async def _prepared(step: CustomStep, session: ClientSession, data: Sequence[Dat
 
     if not session.config.custom_loss_server_side:
         raise UnsupportedFeature(
-            "the service takes no uploaded losses; the embedded one does with custom_losses=True or --custom-losses"
+            "the service does not execute uploaded losses: use execution='client'; the embedded service executes them "
+            "with custom_losses=True or --custom-losses"
         )
     if step.record is not None:
-        raise UnsupportedFeature("record=... needs the terms on the client")
+        raise UnsupportedFeature("record=... needs the terms on the client: use execution='client'")
     traced = trace_pipeline(step.pipeline, data)
     if not traced.differentiable:
-        raise PipelineError("no term depends on the logprobs, so there is nothing to train on; nothing was sent")
+        raise PipelineError("no term depends on the logprobs, so the step has no gradient; nothing was sent")
     return ServerStep(traced, await session.uploaded_losses.loss_id(session.api, session.session_id, traced))

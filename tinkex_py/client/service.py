@@ -1,4 +1,4 @@
-"""The way in: one service, one session."""
+"""The service client: opens and closes one session, and creates the other clients."""
 
 import asyncio
 import importlib
@@ -9,17 +9,11 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
-from tinkex_py.client.model_settings import (
-    NOT_GIVEN,
-    NotGiven,
-    check_text,
-    lora_config_of,
-    lora_settings,
-    model_labels,
-)
+from tinkex_py.client.arguments import check_text, given
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
+from tinkex_py.client.service_models import lora_config_of, lora_settings, model_labels
 from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.surrogate import SUMMED
@@ -49,27 +43,25 @@ if TYPE_CHECKING:
     from tinkex_py.local import LocalService
 
 EMBEDDED_ADDRESS = "http://embedded"
-
-
-# How services answer that only know loading into a model that is there already.
+# Statuses of services that only load checkpoints into an existing model.
 _NO_CREATE_BY_LOADING = frozenset({400, 404, 405, 422})
 
 
 class AsyncServiceClient:
-    """One service, one session. No I/O before `async with` or the first call.
+    """A client of one service, with one session. Does no I/O before `async with` or the first call.
 
     Args:
         config: settings; default `TinkexConfig()`, which reads the environment.
-        http_client: a client with httpx's interface to use instead of our own connections; its owner closes it.
+        http_client: a client with httpx's interface that sends all requests; its owner closes it.
 
     Raises:
-        ConfigError: no key, or a bad setting.
+        ConfigError: the key is missing, or a setting is invalid.
     """
 
     def __init__(self, config: TinkexConfig | None = None, *, http_client: object | None = None) -> None:
         for needed in ("build_request", "send"):
             if http_client is not None and not callable(getattr(http_client, needed, None)):
-                raise ConfigError(f"http_client has no {needed}(): give a client with httpx's interface, or none")
+                raise ConfigError(f"http_client has no {needed}(): pass a client with httpx's interface, or omit it")
         transport = None if http_client is None else ClientTransport(http_client)
         self._prepare(_checked_config(config) or TinkexConfig(), transport=transport, embedded=None)
 
@@ -89,7 +81,7 @@ class AsyncServiceClient:
         auth = Auth(settings.secret_key, settings.credential_command)
         self._api = ServiceApi(self._http, self._polls, auth, retry=settings.retry, poll_timeout=settings.poll_timeout)
         self._workers = WorkerPool(settings.max_threads)
-        # The embedded service sums, as the protocol says; other services have to show it.
+        # The embedded service follows the protocol; other services are measured.
         surrogate = None if embedded is None else SUMMED
         self._session = ClientSession(settings, self._api, self._workers, surrogate=surrogate)
         self._opening = asyncio.Lock()
@@ -100,7 +92,7 @@ class AsyncServiceClient:
 
     @classmethod
     def from_env(cls, **settings: Any) -> "AsyncServiceClient":
-        """A client for the service that the environment names.
+        """Creates a client for the service that the environment names.
 
         Args:
             settings: further fields of TinkexConfig.
@@ -117,18 +109,18 @@ class AsyncServiceClient:
         config: TinkexConfig | None = None,
         **options: Any,
     ) -> "AsyncServiceClient":
-        """A client with a service of its own inside this process. Entering it, or the first call, loads the model.
+        """Creates a client with an embedded service in this process. Entering it, or its first call, loads the model.
 
         Args:
             model: "tiny", "smollm2", or a local Hugging Face folder.
-            state_dir: where checkpoints, runs and sessions are kept, over restarts; None is a temporary folder, removed
-                at the end.
-            device: "cpu", "cuda", "mps"; None chooses.
-            config: timeouts and limits; address and key play no role.
+            state_dir: folder for checkpoints, runs and sessions, which survive restarts; None uses a temporary folder
+                that is removed at the end.
+            device: "cpu", "cuda" or "mps"; None selects one.
+            config: timeouts and limits; its address and key are ignored.
             options: further options of the embedded service.
 
         Raises:
-            MissingExtra: the packages it needs are not installed.
+            MissingExtra: a required package is not installed.
         """
         from pathlib import Path
 
@@ -149,41 +141,35 @@ class AsyncServiceClient:
         self,
         base_model: str,
         *,
-        rank: int | NotGiven = NOT_GIVEN,
-        seed: int | NotGiven | None = NOT_GIVEN,
-        train_mlp: bool | NotGiven = NOT_GIVEN,
-        train_attn: bool | NotGiven = NOT_GIVEN,
-        train_unembed: bool | NotGiven = NOT_GIVEN,
+        rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
         lora_config: LoraConfig | None = None,
         user_metadata: Mapping[str, str] | None = None,
         optimizer_config: Mapping[str, Any] | None = None,
     ) -> AsyncTrainingClient:
-        """A new model with fresh LoRA adapters.
+        """Creates a model with new LoRA adapters. Settings that are None have the defaults of `LoraConfig`.
 
         Args:
             base_model: name of the base model; `get_server_capabilities` lists them.
             rank: inner dimension of the adapters; default 32.
-            seed: of the initial weights; None, the default, lets the service choose.
+            seed: seed of the initial weights; by default the service chooses.
             train_mlp: adapt the feed-forward layers; default True.
             train_attn: adapt the attention layers; default True.
             train_unembed: adapt the output layer; default True.
-            lora_config: all of these in one value, instead of single ones.
+            lora_config: these settings in one value.
             user_metadata: labels of the model.
-            optimizer_config: family of the optimizer, such as `{"type": "dimuon", "version": 1}`; None is AdamW.
+            optimizer_config: optimizer, such as `{"type": "dimuon", "version": 1}`; None means AdamW.
 
         Raises:
-            ConfigError: single settings and `lora_config` were both given.
-            UnsupportedFeature: the service says that it has only another model, or that it cannot train this one.
+            ConfigError: both `lora_config` and single settings were given.
+            UnsupportedFeature: the service lists only another model, or cannot train this one.
             RequestFailed, APIStatusError: the service does not have this model.
         """
-        settings = lora_settings(
-            lora_config,
-            rank=rank,
-            seed=seed,
-            train_mlp=train_mlp,
-            train_attn=train_attn,
-            train_unembed=train_unembed,
-        )
+        parts = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        settings = lora_settings(lora_config, rank=rank, seed=seed, **parts)
         check_text("base_model", base_model)
         labels = model_labels(user_metadata, optimizer_config)
         session = await self._connected()
@@ -199,7 +185,7 @@ class AsyncServiceClient:
         try:
             request_id = await self._api.send(request("POST", "/api/v1/create_model", json=body), request_id_of)
         except TimeoutExceeded as error:
-            error.add_note(f"{self._api.host} was asked for {base_model!r}; some services wait for a model they lack")
+            error.add_note(f"check the name {base_model!r}: some services do not respond for a model that they lack")
             raise
         fields = await json_result(self._api, request_id, "CreateModel")
         return self._training_client(text_of(fields, "model_id", "create_model"))
@@ -213,26 +199,26 @@ class AsyncServiceClient:
         optimizer_config: Mapping[str, Any] | None = None,
         weights_access_token: str | None = None,
     ) -> AsyncTrainingClient:
-        """A new model that starts from a saved one.
+        """Creates a model from a checkpoint.
 
         Args:
-            path: what `save_state` gave.
-            with_optimizer: also restore the optimizer's state, so that training goes on as if it had not stopped.
+            path: path that `save_state` returned.
+            with_optimizer: also restore the state of the optimizer, so that training continues as without a stop.
             user_metadata: labels of the model.
-            optimizer_config: family of the optimizer; only without the old one's state. None is AdamW.
-            weights_access_token: lets one load another user's checkpoint.
+            optimizer_config: optimizer, unless its state is restored; None means AdamW.
+            weights_access_token: access to a checkpoint of another user.
 
         Raises:
-            ConfigError: `optimizer_config` and `with_optimizer` were both given.
-            RequestFailed, APIStatusError: there is no such checkpoint.
+            ConfigError: both `optimizer_config` and `with_optimizer` were given.
+            RequestFailed, APIStatusError: the checkpoint does not exist.
         """
         check_text("path", path)
         if with_optimizer and optimizer_config is not None:
-            raise ConfigError("with_optimizer brings the checkpoint's optimizer along: leave out optimizer_config")
+            raise ConfigError("with_optimizer=True restores the checkpoint's optimizer: omit optimizer_config")
         labels = model_labels(user_metadata, optimizer_config)
         session = await self._connected()
         number = next(session.model_numbers)
-        token = {} if weights_access_token is None else {"weights_access_token": weights_access_token}
+        token = given(weights_access_token=weights_access_token)
         body: dict[str, Any] = {
             "session_id": session.session_id,
             "model_seq_id": number,
@@ -262,7 +248,6 @@ class AsyncServiceClient:
         user_metadata: Mapping[str, str] | None,
         optimizer_config: Mapping[str, Any] | None,
     ) -> AsyncTrainingClient:
-        """A fresh model that fits a checkpoint, for services that cannot create one from it."""
         asking = request("POST", "/api/v1/weights_info", json={"tinker_path": path, **token})
         info = WeightsInfo.read(await self._api.send(asking, fields_of))
         return await self.create_lora_training_client(
@@ -275,41 +260,41 @@ class AsyncServiceClient:
     async def create_sampling_client(
         self, *, base_model: str | None = None, model_path: str | None = None
     ) -> AsyncSamplingClient:
-        """A client that draws from a base model, or from a checkpoint saved for sampling.
+        """Creates a client that samples from a base model, or from a checkpoint saved for sampling.
 
         Raises:
             ConfigError: neither or both were given.
             UnsupportedFeature: the service cannot sample, or not from this model.
         """
         if (base_model is None) == (model_path is None):
-            raise ConfigError("give exactly one of base_model and model_path")
+            raise ConfigError("pass exactly one of base_model and model_path")
         return await new_sampling_client(await self._connected(), base_model=base_model, model_path=model_path)
 
     def create_rest_client(self) -> AsyncRestClient:
-        """A client for what the service keeps: training runs, checkpoints, sessions. It needs no session itself."""
+        """Creates a client for training runs, checkpoints and sessions. It needs no session."""
         return AsyncRestClient(RestRequests(self._api, self.config.retry, self._reachable))
 
     async def get_server_capabilities(self) -> ServerCapabilities:
-        """The models of the service."""
+        """Returns the models of the service."""
         await self._connected()
         asking = request("GET", "/api/v1/get_server_capabilities")
         return ServerCapabilities.read(await self._api.send(asking, fields_of))
 
     async def get_features(self) -> ServiceFeatures:
-        """How the service wants to be spoken to, as this client found out; nothing is trained or drawn for it.
+        """Returns the encoding and the features of the service; trains and samples nothing.
 
         Raises:
-            APIStatusError, TransportError: the service could not be asked.
+            APIStatusError, TransportError: the service returned no usable response.
         """
         session = await self._connected()
         encoding = await session.encoding.choose()
         return ServiceFeatures(wire=encoding.name, uploaded_losses=session.config.custom_loss_server_side)
 
     async def get_tokenizer(self, name: str) -> Tokenizer:
-        """A base model's tokenizer: the embedded service's own, else loaded with transformers.
+        """Returns the tokenizer of a base model: that of the embedded service, else loaded with transformers.
 
         Args:
-            name: of the model; or a folder, or what else transformers finds a tokenizer by.
+            name: the model, a folder, or any other name that transformers accepts.
 
         Raises:
             ConfigError: the embedded service does not have this model.
@@ -341,7 +326,7 @@ class AsyncServiceClient:
         return self._session
 
     async def _reachable(self) -> None:
-        """What requests need that need no session."""
+        """Prepares requests that need no session."""
         self._check_usable()
         async with self._opening:
             if self._embedded is not None:
@@ -364,7 +349,7 @@ class AsyncServiceClient:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise ClientClosed("this service client is closed; make a new one")
+            raise ClientClosed("this service client is closed: create a new one")
         self._check_loop()
 
     def _check_loop(self) -> None:
@@ -373,14 +358,13 @@ class AsyncServiceClient:
             self._loop = loop
         if self._loop is not loop:
             raise ClientClosed(
-                "this service client belongs to another event loop, that of its first call: make one client per loop"
+                "this service client belongs to another event loop, that of its first call: create one client per loop"
             )
 
     async def aclose(self) -> None:
-        """Ends the session and everything that belongs to it. Closing twice is fine.
+        """Ends the session and waits up to `config.close_timeout` seconds for requests in flight. Idempotent.
 
-        Requests in flight get `config.close_timeout` seconds to be answered. Nothing is left behind: no task,
-        thread, socket or file, except threads of abandoned terms, which end when their function returns.
+        No task, socket, file or thread remains, except threads of abandoned terms, which end when the term returns.
 
         Raises:
             ClientClosed: the client belongs to another event loop; close it there.

@@ -1,28 +1,33 @@
-"""What a service says about its models, and the refusals that follow from it before anything is sent."""
+"""The models of a service: its list, checks against it, and the settings of a new model."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tinkex_py.errors import APIStatusError, TransportError, UnsupportedFeature
+from tinkex_py.client.arguments import given
+from tinkex_py.errors import (
+    APIStatusError,
+    ConfigError,
+    InvalidData,
+    InvalidResponse,
+    TransportError,
+    UnsupportedFeature,
+)
 from tinkex_py.limits import BillingPause, RetryPolicy
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.decoding import fields_of
 from tinkex_py.transport.messages import request
-from tinkex_py.types import ServerCapabilities, SupportedModel
+from tinkex_py.types import LoraConfig, ServerCapabilities, SupportedModel, WeightsInfo
 from tinkex_py.types.outputs import Ability
 
 PATH = "/api/v1/get_server_capabilities"
-# Seconds. A service that does not answer is asked for the model itself.
-_PATIENCE = 10.0
+# Seconds. Without a response nothing is ruled out.
+_TIMEOUT = 10.0
 _NOUNS: Mapping[Ability, str] = {"train": "training", "sample": "sampling"}
 
 
 class ServiceModels:
-    """The models of one service, asked for once.
-
-    Args:
-        api: the service.
-    """
+    """The models of one service, requested once."""
 
     def __init__(self, api: ServiceApi) -> None:
         self._api = api
@@ -30,13 +35,10 @@ class ServiceModels:
         self._asking = asyncio.Lock()
 
     async def check(self, base_model: str, ability: Ability) -> None:
-        """Checks that nothing that the service says rules out a base model.
+        """Raises UnsupportedFeature if the service's list rules out a base model.
 
-        A service of many models judges names itself. One that lists a single model may train that one whatever the
-        name (SkyRL).
-
-        Raises:
-            UnsupportedFeature: it has one model, which is another; or it says that it cannot do this with the model.
+        A service with several models checks names itself. One with a single model may train that one under any name
+        (SkyRL), so another name is refused here.
         """
         models = await self._all()
         listed = {model.model_name: model for model in models if model.model_name}
@@ -53,11 +55,7 @@ class ServiceModels:
             )
 
     async def check_any(self, ability: Ability) -> None:
-        """Checks that the service does not say of all its models that they cannot do this.
-
-        Raises:
-            UnsupportedFeature: it does.
-        """
+        """Raises UnsupportedFeature if the service excludes an ability for all its models."""
         models = await self._all()
         if models and all(model.can(ability) is False for model in models):
             names = ", ".join(repr(model.model_name) for model in models)
@@ -73,8 +71,44 @@ class ServiceModels:
 
     async def _ask(self) -> Sequence[SupportedModel]:
         try:
-            asking = request("GET", PATH, timeout=_PATIENCE)
+            asking = request("GET", PATH, timeout=_TIMEOUT)
             fields = await self._api.send(asking, fields_of, retry=RetryPolicy.none(), billing=BillingPause(0.0))
             return ServerCapabilities.read(fields).supported_models
         except (APIStatusError, TransportError):
-            return ()  # it does not say; what it cannot do it refuses itself
+            return ()  # nothing is ruled out; the service refuses by itself what it cannot do
+
+
+def lora_settings(lora_config: LoraConfig | None, **single: object) -> LoraConfig:
+    """Returns the adapters of a new model, from one value or from single settings.
+
+    Raises:
+        ConfigError: both were given, or `lora_config` is not a LoraConfig.
+        InvalidData: a setting is invalid.
+    """
+    settings = given(**single)
+    if lora_config is not None and settings:
+        raise ConfigError(f"pass either lora_config or {', '.join(settings)}, not both")
+    if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
+    return lora_config or LoraConfig(**settings)
+
+
+def lora_config_of(info: WeightsInfo) -> LoraConfig:
+    """Returns the adapters of a checkpoint; settings that the service does not report have their defaults.
+
+    Raises:
+        InvalidResponse: the reported settings are invalid.
+    """
+    parts = given(train_unembed=info.train_unembed, train_mlp=info.train_mlp, train_attn=info.train_attn)
+    try:
+        return LoraConfig(**given(rank=info.lora_rank), **parts)
+    except InvalidData as error:
+        raise InvalidResponse(f"weights_info returned invalid settings of the adapters: {error}") from None
+
+
+def model_labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns the optional fields of a new model; raises InvalidData unless `user_metadata` is a mapping."""
+    if user_metadata is not None and not isinstance(user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"user_metadata must map names to strings, got a {type(user_metadata).__name__}")
+    optimizer = None if optimizer_config is None else dict(optimizer_config)
+    return given(user_metadata=dict(user_metadata) if user_metadata else None, optimizer_config=optimizer)

@@ -1,11 +1,11 @@
-"""The session of one service client: what it knows about its service, from its opening to its end."""
+"""The session of one service client, from its opening to its end, and the settings of its service."""
 
 import asyncio
 import contextlib
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -19,25 +19,24 @@ from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
     ConfigError,
-    NotFound,
     TransportError,
-    status_error_class,
 )
 from tinkex_py.limits import BillingPause, ByteBudget
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.transport.api import ServiceApi, is_retryable_status
 from tinkex_py.transport.decoding import fields_of, text_of
-from tinkex_py.transport.messages import Request, Response, Secret, request
+from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
 from tinkex_py.transport.negotiation import PassEncoding
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.version import __version__
 
-# Seconds that a service may take to answer for the first time.
+# Seconds until the first response of a service.
 FIRST_CONTACT_DEADLINE = 15.0
-# A session that is over answers 410 to its heartbeat.
+# Status of a heartbeat whose session has ended.
 SESSION_OVER = 410
-_LONGEST_GOODBYE = 5.0
+_FINISH_TIMEOUT = 5.0
 _HEARTBEAT_TIMEOUT = 10.0
+_NO_ENDPOINT = (404, 405)
 _CREATE = "/api/v1/create_session"
 
 
@@ -45,19 +44,19 @@ class ClientSession:
     """One session with a service.
 
     Args:
-        settings: of the service client.
-        api: sends requests.
-        workers: threads for terms and for large arithmetic, shared by the training clients.
-        surrogate: the service's surrogate, if that is known.
+        settings: settings of the service client.
+        api: the requests to the service.
+        workers: threads for terms and large arithmetic, shared by the training clients.
+        surrogate: the surrogate of the service, if it is known.
 
     Attributes:
-        config: how the service wants to be used.
-        encoding: how passes over data are written.
-        surrogates: which of the service's losses carries a custom gradient.
-        models: what the service says about its models.
-        uploaded_losses: losses that the service has.
-        pass_bytes, sample_bytes: bounds on what is being posted at once.
-        model_numbers, sampler_numbers: numbers of the session's next model and sampling session, from 0.
+        config: settings that the service announces.
+        encoding: the encoding of passes over data.
+        surrogates: the loss of the service that carries a custom gradient.
+        models: the models of the service.
+        uploaded_losses: losses that were uploaded to the service.
+        pass_bytes, sample_bytes: limits of the bytes in flight.
+        model_numbers, sampler_numbers: numbers of the next model and sampling session, from 0.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class ClientSession:
         self.uploaded_losses = UploadedLosses()
         self.model_numbers = itertools.count()
         self.sampler_numbers = itertools.count()
-        # An ordering lives as long as its client, or as long as something of it is in flight.
+        # An ordering exists as long as its client, or a submission of it in flight.
         self.orderings: weakref.WeakSet[Ordering] = weakref.WeakSet()
         self._follow(ServerConfig())
         self._prepared = False
@@ -80,12 +79,12 @@ class ClientSession:
 
     @property
     def session_id(self) -> str:
-        """The service's id of this session."""
+        """The id of this session."""
         assert self._session_id is not None, "open the session first"
         return self._session_id
 
     async def prepare(self) -> None:
-        """Asks for the service's settings, once; every other request needs them."""
+        """Requests the settings of the service, once; every other request needs them."""
         if self._prepared:
             return
         self._follow(await self._read_config())
@@ -96,11 +95,7 @@ class ClientSession:
         self._prepared = True
 
     async def open(self, owner: object) -> None:
-        """Asks for the service's settings and opens the session.
-
-        Args:
-            owner: the client the session belongs to; heartbeats stop when it is gone.
-        """
+        """Requests the settings of the service and opens the session; heartbeats end with `owner`."""
         await self.prepare()
         body: dict[str, Any] = {
             "tags": list(self.settings.tags),
@@ -121,23 +116,23 @@ class ClientSession:
         )
 
     def start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Starts a task that ends with the session."""
+        """Starts a task that `close` cancels."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def close_orderings(self) -> None:
-        """Ends all training clients; waits a while for what they have in flight."""
+        """Ends all training clients; waits up to `close_timeout` for their submissions in flight."""
         orderings = list(self.orderings)
         for ordering in orderings:
-            ordering.end(ClientClosed("the service client is closed; make a new one"))
+            ordering.end(ClientClosed("the service client is closed: create a new one"))
         async with asyncio.TaskGroup() as group:
             for ordering in orderings:
                 group.create_task(ordering.drain(self.settings.close_timeout), name="tinkex.closing")
 
     async def close(self) -> None:
-        """Ends the tasks of the session and tells the service that the session is over, if it listens."""
+        """Cancels the tasks of the session and ends it on the service."""
         if self._session_id is None:
             return
         tasks = list(self._tasks)
@@ -146,9 +141,9 @@ class ClientSession:
         await asyncio.gather(*tasks, return_exceptions=True)
         path = f"/api/v1/sessions/{quote(self._session_id, safe=':')}/finish"
         self._session_id = None
-        # Courtesy only: a service that does not know the call, or is gone, will expire the session by itself.
+        # Optional: a service that has no such endpoint, or is unreachable, expires the session by itself.
         with contextlib.suppress(APIStatusError, TransportError, ConfigError, TimeoutError):
-            async with asyncio.timeout(min(_LONGEST_GOODBYE, self.settings.timeout)):
+            async with asyncio.timeout(min(_FINISH_TIMEOUT, self.settings.timeout)):
                 await self.api.exchange(request("POST", path, json={"reason": {"type": "success"}, "detail": None}))
 
     def _follow(self, config: ServerConfig) -> None:
@@ -160,79 +155,62 @@ class ClientSession:
         self.api.billing.longest = config.billing_exception_max_pause_duration_sec if longest is None else longest
 
     async def _read_config(self) -> ServerConfig:
-        # Shorter than the usual policy: a service that never answered is likelier named wrongly than down.
+        # Shorter than the usual deadline: without any response so far, the address is probably wrong.
         policy = self.settings.retry
         policy = dataclasses.replace(policy, deadline=min(policy.deadline, FIRST_CONTACT_DEADLINE))
         asking = request("POST", "/api/v1/client/config", json={"sdk_version": __version__})
         try:
             fields = await self.api.send(asking, fields_of, retry=policy, billing=BillingPause(0.0))
-        except NotFound:
-            return ServerConfig.of_an_old_service()
         except APIStatusError as error:
-            if error.status != 405:
+            if error.status not in _NO_ENDPOINT:
                 raise
             return ServerConfig.of_an_old_service()
         return ServerConfig.read(fields)
 
     async def _exchange_key(self, key: Secret) -> Response:
-        return await self.api.send(request("POST", "/api/v1/auth/token", json={}), _unread, key=key)
+        return await self.api.send(request("POST", "/api/v1/auth/token", json={}), lambda response: response, key=key)
 
     async def _probe(self, probe: Request) -> object:
-        # 500 is what some services answer to every protobuf body: a response, and no passing trouble.
+        # Some services return 500 for every protobuf body, so it is a result of the probe and not retried.
         return await self.api.send(
-            probe, _unread, retry_statuses=lambda status: status != 500 and is_retryable_status(status)
+            probe,
+            lambda response: response,
+            retry_statuses=lambda status: status != 500 and is_retryable_status(status),
         )
 
 
 async def send_heartbeats(
     exchange: Callable[[Request], Awaitable[Response]], session_id: str, interval: float, owner: "weakref.ref[Any]"
 ) -> None:
-    """Tells the service every `interval` seconds that the session lives, as long as its owner does.
+    """Sends a heartbeat every `interval` seconds until the owner is garbage-collected or the session ends (410).
 
-    A failed heartbeat is reported as an event and tried again at the next beat; the first that arrives again is
-    reported too. The service ends the session itself by answering 410, which is an event too.
+    Emits an event for every failure, for the first success after failures, and for the end of the session.
     """
     loop = asyncio.get_running_loop()
     failures, last_success = 0, loop.time()
 
-    def report_failure(reason: type[Exception], error: Exception | None = None) -> None:
-        telemetry.emit(
-            "tinkex.session.heartbeat_failed",
-            {"failures": failures, "silence": loop.time() - last_success},
-            {"session_id": session_id, "reason": reason.__name__},
-            error,
-        )
+    def report(outcome: str, reason: Mapping[str, str], error: Exception | None = None) -> None:
+        measurements = {"failures": failures, "silence": loop.time() - last_success}
+        telemetry.emit(f"tinkex.session.heartbeat_{outcome}", measurements, {"session_id": session_id, **reason}, error)
 
-    beat = {"session_id": session_id, "type": "session_heartbeat"}
+    fields = {"session_id": session_id, "type": "session_heartbeat"}
+    heartbeat = request("POST", "/api/v1/session_heartbeat", json=fields, timeout=_HEARTBEAT_TIMEOUT)
     while True:
         await asyncio.sleep(interval)
         if owner() is None:
             return
         try:
-            response = await exchange(
-                request("POST", "/api/v1/session_heartbeat", json=beat, timeout=_HEARTBEAT_TIMEOUT)
-            )
-            if response.is_success and response.body.strip():
-                response.json()  # a login page, say, was not written by the service
+            response = await exchange(heartbeat)
+            if response.status == SESSION_OVER:
+                telemetry.emit("tinkex.session.over", {}, {"session_id": session_id})
+                return
+            raise_for_status(response)
+            if response.body.strip():
+                response.json()  # raises for a page that a proxy returned, such as a login form
         except (TransportError, APIStatusError, ConfigError) as error:
             failures += 1
-            report_failure(type(error), error)
+            report("failed", {"reason": type(error).__name__}, error)
             continue
-        if response.status == SESSION_OVER:
-            telemetry.emit("tinkex.session.over", {}, {"session_id": session_id})
-            return
-        if response.is_success:
-            if failures:
-                telemetry.emit(
-                    "tinkex.session.heartbeat_recovered",
-                    {"failures": failures, "silence": loop.time() - last_success},
-                    {"session_id": session_id},
-                )
-            failures, last_success = 0, loop.time()
-        else:
-            failures += 1
-            report_failure(status_error_class(response.status))
-
-
-def _unread(response: Response) -> Response:
-    return response
+        if failures:
+            report("recovered", {})
+        failures, last_success = 0, loop.time()

@@ -1,9 +1,10 @@
-"""What a turn hands over to the wire, and what became of it."""
+"""Submissions without datums: optimizer steps, checkpoints and other numbered requests."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from tinkex_py.client.accumulation import Accumulation, GradientCall
+from tinkex_py.client.ordering import Submission
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.errors import InvalidResponse, RequestFailed
 from tinkex_py.transport.api import Sent, ServiceApi
@@ -11,88 +12,45 @@ from tinkex_py.transport.decoding import Result
 from tinkex_py.transport.encoding import PROTOBUF
 from tinkex_py.transport.messages import encoded_json, request
 
-Value_co = TypeVar("Value_co", covariant=True)
 
-
-class Submission(Protocol[Value_co]):
-    """What a turn hands over."""
-
-    async def prepare(self) -> int:
-        """Does all that may fail before a number is taken; gives how many consecutive numbers are needed."""
-        ...
-
-    def handed_over(self) -> None:
-        """Called when the numbers are taken, before anything else can run."""
-        ...
-
-    async def submit(self, numbers: Sequence[int]) -> Sequence[Sent]:
-        """Sends the same bytes under these numbers until there is a final response to each.
-
-        Raises:
-            APIStatusError, TransportError: it is unknown whether a number arrived.
-        """
-        ...
-
-    def submitted(self, sent: Sequence[Sent]) -> None:
-        """Called with the final responses, even where the caller has left."""
-        ...
-
-    async def result(self, sent: Sequence[Sent]) -> Value_co:
-        """Waits for the result."""
-        ...
-
-
-class NumberedRequest:
-    """A request without datums.
+class NumberedRequest(Submission[Mapping[str, Any]]):
+    """A request without datums; its result is the fields of a JSON object.
 
     Args:
         api: the service.
-        model_id: the model.
-        endpoint: where it goes.
-        body: its fields.
-        request_type: what the service calls its result.
-        queue: gets what the service says about its queue.
+        model_id: id of the model.
+        endpoint: last part of the request's path, which is also its type.
+        body: fields of the request besides model, type and number.
+        queue: receives the queue states that the service reports.
     """
 
     def __init__(
-        self,
-        api: ServiceApi,
-        model_id: str,
-        endpoint: str,
-        body: Mapping[str, Any],
-        request_type: str,
-        queue: QueueWatch,
+        self, api: ServiceApi, model_id: str, endpoint: str, body: Mapping[str, Any], queue: QueueWatch
     ) -> None:
         self._api = api
         self._path = f"/api/v1/{endpoint}"
-        self._body = {"model_id": model_id, **body}
-        self._request_type = request_type
+        self._body = {"model_id": model_id, "type": endpoint, **body}
+        self._request_type = endpoint.title().replace("_", "")  # such as SaveWeights
         self._queue = queue
 
     async def prepare(self) -> int:
-        """Checks the body and the key: what cannot be sent must not leave a gap."""
+        """Checks the body and the key: a request that cannot be sent must not leave a gap in the numbers."""
         encoded_json(self._body, self._path)
         await self._api.auth.current()
         return 1
 
-    def handed_over(self) -> None:
-        """Nothing follows from it."""
-
     async def submit(self, numbers: Sequence[int]) -> Sequence[Sent]:
-        """See `Submission.submit`."""
+        """Sends the request under its number."""
         (number,) = numbers
         numbered = request("POST", self._path, json={**self._body, "seq_id": number})
         return [await self._api.submit(number, numbered)]
 
-    def submitted(self, sent: Sequence[Sent]) -> None:
-        """Nothing follows from it."""
-
     async def result(self, sent: Sequence[Sent]) -> Mapping[str, Any]:
-        """The fields of the result.
+        """Returns the fields of the result.
 
         Raises:
             APIStatusError: the service refused the request.
-            RequestFailed: it failed it.
+            RequestFailed: the request failed on the service.
         """
         (one,) = sent
         if one.refusal is not None:
@@ -101,41 +59,37 @@ class NumberedRequest:
 
 
 class OptimizerRequest(NumberedRequest):
-    """An optim_step: it uses up the gradients, unless the service refuses or fails it.
-
-    Args:
-        accumulation: the gradients.
-    """
+    """An optim_step: it consumes the accumulated gradients unless the service refuses it or it fails there."""
 
     def __init__(
         self, api: ServiceApi, model_id: str, body: Mapping[str, Any], queue: QueueWatch, accumulation: Accumulation
     ) -> None:
-        super().__init__(api, model_id, "optim_step", body, "OptimStep", queue)
+        super().__init__(api, model_id, "optim_step", body, queue)
         self._accumulation = accumulation
         self._taken: list[GradientCall] = []
 
     async def prepare(self) -> int:
-        """Checks that the gradients, which are all handed over by now, fit what the service divides by.
+        """Checks the scale of the gradients, all of which are handed over by now.
 
         Raises:
-            SurrogateMismatch: they do not.
+            SurrogateMismatch: they are scaled for another number of datums than the service holds.
         """
         self._accumulation.check_divisor()
         return await super().prepare()
 
     def handed_over(self) -> None:
-        """Takes the gradients."""
+        """Takes the accumulated gradients."""
         self._taken = self._accumulation.take()
 
     def submitted(self, sent: Sequence[Sent]) -> None:
-        """Moves the weights of regularizers, or gives the gradients back."""
+        """Updates the weights of regularizers, or gives the gradients back."""
         if sent[0].refusal is None:
             self._accumulation.end_step(self._taken)
         else:
             self._accumulation.put_back(self._taken)
 
     async def result(self, sent: Sequence[Sent]) -> Mapping[str, Any]:
-        """As for every numbered request; a step that the service failed has applied nothing."""
+        """Returns the fields of the result; gives the gradients back if the step failed on the service."""
         try:
             return await super().result(sent)
         except RequestFailed:
@@ -150,7 +104,7 @@ async def json_result(
 
     def fields_of_result(result: Result) -> Mapping[str, Any]:
         if result.fields is None:
-            raise InvalidResponse(f"the result of {request_type} must be JSON, but came as {PROTOBUF}")
+            raise InvalidResponse(f"the result of {request_type} must be JSON, got {PROTOBUF}")
         return result.fields
 
     fields = await api.result(request_id, request_type, fields_of_result, None if queue is None else queue.pending)

@@ -1,16 +1,16 @@
-"""The surrogate: which of a service's losses carries the gradient of a custom step, and with which numbers.
+"""The surrogate: the loss of the service, and its inputs, that carry the gradient of a custom step.
 
-The protocol defines `cross_entropy` as `-sum(weights * logprobs)`, so weights of minus the gradient arrive as computed.
-Some services normalize instead. Two things tell them apart before the first backward pass: a table of known services,
-and the `loss:sum` that a forward pass with known weights reports.
+The protocol defines `cross_entropy` as `-sum(weights * logprobs)`, so weights of `-gradient` carry it. Some services
+normalize the loss instead. Before the first backward pass they are recognized by a table of known services, or by the
+`loss:sum` that a forward pass with known weights reports.
 
 SkyRL's JAX backend divides each sequence's loss by the sum of its weights, and the gradient by the number of sequences
 since the last optimizer step. There `importance_sampling` carries the gradient: without weights the first divisor is
-the sequence's length `T`, and the ratio `exp(p - q)` is 1 where q are the logprobs of the step's own forward pass, so
-advantages of `-gradient * T * sequences` arrive as computed.
+the sequence's length `T`, and the ratio `exp(p - q)` is 1 for the logprobs q of the step's own forward pass, so the
+advantages are `-gradient * T * sequences`.
 
 hatchery-core divides the loss of each request by the sum of its weights, if that is above 1, and adds up the gradients
-of requests. There advantages of `-gradient * tokens of the request` arrive as computed.
+of requests. There the advantages are `-gradient * tokens of the request`.
 """
 
 import math
@@ -29,36 +29,36 @@ from tinkex_py.types.tensors import Array
 SurrogateOption = Literal["auto", "cross_entropy", "importance_sampling"]
 SURROGATES: tuple[SurrogateOption, ...] = ("auto", "cross_entropy", "importance_sampling")
 
-# Services may sum in bfloat16; every way to normalize changes the loss of the measuring weights far more.
+# Services may sum in bfloat16; normalizing changes the loss of the measuring weights far more.
 _TOLERANCE = 0.01
-# Below this the logprobs of a pass are too close to 0 to measure anything with.
+# A smaller loss is too close to 0 to measure with.
 _LEAST_LOSS = 1e-3
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A loss that carries a gradient.
+    """A loss of the service that carries a gradient.
 
     Attributes:
-        loss_fn: one of the service's losses.
-        divides: what the service divides its gradient by: nothing; each sequence's length and the number of sequences
-            since the last optimizer step; or the number of tokens in the request.
+        loss_fn: name of the loss.
+        divides: the service's divisor of the gradient: "nothing"; "sequences", each sequence's length times the number
+            of sequences since the last optimizer step; or "tokens", the number of tokens in the request.
     """
 
     loss_fn: Literal["cross_entropy", "importance_sampling"]
     divides: Literal["nothing", "sequences", "tokens"]
 
     def carry(self, gradient: Array, batch: CustomBatch, logprobs: PackedTensor, sequences: int) -> CustomBatch:
-        """The datums with the numbers that make the service arrive at a gradient.
+        """Returns the datums with the inputs that make the service compute a gradient.
 
         Args:
-            gradient: d(loss)/d(logprobs) of all datums end to end, float32 `[N]`.
-            batch: the datums; with cross_entropy its own memory is overwritten.
-            logprobs: of the step's forward pass.
-            sequences: number of datums since the last optimizer step, this call's and later ones' included.
+            gradient: d(loss)/d(logprobs), concatenated over the datums, float32 `[N]`.
+            batch: the datums; with cross_entropy its memory is overwritten.
+            logprobs: the logprobs of the step's forward pass.
+            sequences: number of datums between two optimizer steps, over all calls.
 
         Raises:
-            PipelineError: the numbers cannot be written in float32.
+            PipelineError: an input is not finite in float32.
         """
         if self.loss_fn == "cross_entropy":
             batch.write_weights(-gradient)
@@ -67,12 +67,7 @@ class Surrogate:
         return batch.with_advantages(logprobs.values, advantages_of(gradient, logprobs, divided_by))
 
     def divisors(self, requests: Sequence[Sequence[Datum]], sequences: int) -> Array:
-        """What the service divides each datum's importance_sampling gradient by, float64 `[datums]`.
-
-        Args:
-            requests: the datums of each request.
-            sequences: as for `carry`.
-        """
+        """Returns the service's divisor of each datum's importance_sampling gradient, float64 `[datums]`."""
         lengths = [np.array([datum.model_input.length for datum in data], dtype=np.float64) for data in requests]
         if self.divides == "sequences":
             return np.concatenate(lengths) * sequences
@@ -87,13 +82,7 @@ _CHOSEN: dict[SurrogateOption, Surrogate] = {"cross_entropy": SUMMED, "importanc
 
 @dataclass(frozen=True)
 class KnownService:
-    """A backend recognized by its forward output.
-
-    Attributes:
-        title: for messages.
-        surrogate: what carries a gradient there.
-        recognizes: whether the result of a forward pass is of this service.
-    """
+    """A backend recognized by its forward output."""
 
     title: str
     surrogate: Surrogate
@@ -101,7 +90,7 @@ class KnownService:
 
 
 def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
-    # SkyRL's other backends give no elementwise loss on a forward pass.
+    # SkyRL's other backends return no elementwise loss from a forward pass.
     fields = {name for name, packed in forward.packed.items() if packed.offsets[-1]}
     return (
         fields == {"elementwise_loss", "logprobs"} and forward.loss_fn_output_type == "scalar" and not forward.metrics
@@ -109,7 +98,7 @@ def _is_skyrl_jax(forward: ForwardBackwardOutput) -> bool:
 
 
 def _is_hatchery(forward: ForwardBackwardOutput) -> bool:
-    # It counts the tokens of a backward pass, and says 0 on a forward pass.
+    # It counts the tokens of a backward pass, and reports 0 for a forward pass.
     reported = forward.metrics
     return "accum_steps:mean" in reported and reported.get("num_tokens:sum") == 0 and reported.get("loss:sum") == 0
 
@@ -122,12 +111,12 @@ KNOWN_SERVICES = (
 
 @dataclass
 class SurrogateChoice:
-    """What this session knows about its service.
+    """The surrogate of a session's service.
 
     Attributes:
-        host: the service, as messages name it.
-        known: the surrogate; None until a forward pass has shown it.
-        refusal: why there is none.
+        host: the service, for messages.
+        known: the surrogate; None until a forward pass determines it.
+        refusal: why the service has none.
     """
 
     host: str
@@ -135,7 +124,7 @@ class SurrogateChoice:
     refusal: str | None = None
 
     def for_step(self, option: SurrogateOption, data: Sequence[Datum]) -> Surrogate | None:
-        """The surrogate of a step, or None if its forward pass has to show it.
+        """Returns the surrogate of a step, or None if its forward pass has to determine it.
 
         Raises:
             UnsupportedFeature: the service has none for these datums.
@@ -148,22 +137,24 @@ class SurrogateChoice:
         return surrogate
 
     def learn(self, forward: ForwardBackwardOutput, logprobs: PackedTensor, weights: Array) -> Surrogate:
-        """What a forward pass shows.
+        """Determines the surrogate from a forward pass.
 
         Args:
             forward: its result.
-            logprobs: the logprobs in it.
-            weights: the weights that were sent with it, float32, all datums' end to end.
+            logprobs: the logprobs in the result.
+            weights: the weights that were sent, float32, concatenated over the datums.
 
         Raises:
-            UnsupportedFeature: the service normalizes in a way that no surrogate makes up for.
+            UnsupportedFeature: the service normalizes in a way that no surrogate compensates.
         """
         for service in KNOWN_SERVICES:
             if service.recognizes(forward):
-                return self._keep(service.surrogate, f"its forward pass is that of {service.title}")
+                return self._keep(service.surrogate, f"its forward output is that of {service.title}")
         reported = forward.metrics.get("loss:sum")
         if reported is None:
-            return self._keep(SUMMED, "its forward pass reports no loss:sum, so the protocol is taken at its word")
+            return self._keep(
+                SUMMED, "its forward pass reports no loss:sum, so the definition of the protocol is assumed"
+            )
         with np.errstate(all="ignore"):
             expected = -float(np.dot(weights.astype(np.float64), logprobs.values.astype(np.float64)))
         if not math.isfinite(expected) or abs(expected) < _LEAST_LOSS:
@@ -171,13 +162,13 @@ class SurrogateChoice:
         if not abs(reported - expected) <= _TOLERANCE * abs(expected):
             self.refusal = (
                 f"{self.host} does not support the gradients of custom losses. Its cross_entropy is not "
-                f"-sum(weights * logprobs): its forward pass reports loss:sum {reported:.6g} where that is "
-                f"{expected:.6g}, so the gradient would not arrive as computed, and no backward pass was sent. If you "
-                "know better, choose surrogate='cross_entropy', or 'importance_sampling' for a service that divides "
-                "each sequence's loss by its length and the gradient by the number of sequences"
+                f"-sum(weights * logprobs), which is {expected:.6g} where its forward pass reports loss:sum "
+                f"{reported:.6g}. The gradient would be scaled, so no backward pass was sent. To send it anyway, use "
+                "surrogate='cross_entropy', or 'importance_sampling' for a service that divides each sequence's loss "
+                "by its length and the gradient by the number of sequences"
             )
             raise UnsupportedFeature(self.refusal)
-        # One datum or one token would not show a division by the number of datums or of tokens.
+        # With one datum or one token a division by the number of datums or tokens has no effect.
         if len(logprobs) > 1 and logprobs.values.size > len(logprobs):
             self._keep(SUMMED, "loss:sum of its forward pass is -sum(weights * logprobs)")
         return SUMMED
@@ -188,8 +179,8 @@ class SurrogateChoice:
             if len(shape) != 1:
                 raise UnsupportedFeature(
                     f"{self.host} does not support the gradients of custom losses for targets with candidates: "
-                    f"target_tokens of datum {index} have shape {shape}, but there gradients travel in "
-                    "importance_sampling, which only takes targets of [T]; nothing was sent for these datums"
+                    f"target_tokens of datum {index} have shape {shape}, but importance_sampling, which carries the "
+                    "gradient there, takes targets of shape [T]; nothing was sent for these datums"
                 )
 
     def _keep(self, surrogate: Surrogate, explanation: str) -> Surrogate:
@@ -201,11 +192,7 @@ class SurrogateChoice:
 
 
 def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> None:
-    """Checks the options that say how a gradient travels.
-
-    Raises:
-        InvalidData: one of them cannot be used.
-    """
+    """Raises InvalidData if an option of the surrogate is invalid."""
     if surrogate not in SURROGATES:
         raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {surrogate!r}")
     is_count = (
@@ -214,15 +201,11 @@ def check_surrogate(surrogate: object, sequences_per_step: object, execution: st
     if sequences_per_step is not None and not is_count:
         raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {sequences_per_step!r}")
     if execution == "server" and surrogate != "auto":
-        raise InvalidData(f"surrogate={surrogate!r} has no meaning with execution='server': no gradient travels then")
+        raise InvalidData(f"surrogate={surrogate!r} has no effect with execution='server': use surrogate='auto'")
 
 
 def check_sequences(sequences_per_step: int | None, count: int) -> int:
-    """The number of datums of the whole accumulation; by default those of this call.
-
-    Raises:
-        InvalidData: this call alone has more.
-    """
+    """Returns the number of datums between two optimizer steps; raises InvalidData if this call alone has more."""
     if sequences_per_step is None:
         return count
     if sequences_per_step < count:
@@ -234,12 +217,12 @@ def check_sequences(sequences_per_step: int | None, count: int) -> int:
 
 
 def has_candidates(data: Sequence[Datum]) -> bool:
-    """Whether any datum has targets of more than one dimension."""
+    """Returns whether a datum has targets of more than one dimension."""
     return any(len(datum.loss_fn_inputs["target_tokens"].shape) != 1 for datum in data)
 
 
 def measuring_sample(data: Sequence[Datum]) -> list[Datum]:
-    """Two datums with targets of `[T]`, to measure a service with before data of other shapes is sent."""
+    """Returns two datums with targets of `[T]`, to measure a service with before data of other shapes is sent."""
     first = max(data, key=lambda datum: datum.model_input.length)
     targets = first.loss_fn_inputs["target_tokens"].to_numpy().reshape(first.model_input.length, -1)[:, 0]
     sample = Datum(model_input=first.model_input, loss_fn_inputs={"target_tokens": TensorData.from_numpy(targets)})
@@ -247,21 +230,17 @@ def measuring_sample(data: Sequence[Datum]) -> list[Datum]:
 
 
 def measuring_weights(size: int) -> Array:
-    """Weights that show whether they are summed: not uniform, and with a sum that is not near 1, float32 `[size]`."""
+    """Returns non-uniform weights whose weighted sum differs from every weighted mean, float32 `[size]`."""
     return (2 + np.arange(size) % 3).astype(np.float32)
 
 
 def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> PackedTensor:
-    """The logprobs of a forward pass, shaped like the targets.
-
-    Raises:
-        InvalidResponse: they are missing, or shaped otherwise.
-    """
+    """Returns the logprobs of a forward pass; raises InvalidResponse unless they have the shapes of the targets."""
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
-        raise InvalidResponse(f"the forward pass gave no logprobs for each of {len(data)} datums")
+        raise InvalidResponse(f"the forward pass did not return logprobs for each of {len(data)} datums")
     if packed.dtype.kind != "f":
-        raise InvalidResponse(f"the forward pass gave logprobs of dtype {packed.dtype}, not float32")
+        raise InvalidResponse(f"the forward pass returned logprobs of dtype {packed.dtype}, expected float32")
     expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
     if packed.shapes != expected:
         index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
@@ -272,30 +251,27 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> Packed
 
 
 def advantages_of(gradient: Array, logprobs: PackedTensor, divided_by: Array) -> Array:
-    """The advantages whose importance_sampling gradient is the given one: `-gradient * divisor`.
+    """Returns the advantages whose importance_sampling gradient is the given one, `-gradient * divisor`, float32 `[N]`.
 
     Args:
-        gradient: d(loss)/d(logprobs) of all datums end to end, `[N]`.
-        logprobs: logprobs of the step's forward pass.
-        divided_by: what the service divides each datum's gradient by, `[datums]`.
-
-    Returns:
-        float32 `[N]`.
+        gradient: d(loss)/d(logprobs), concatenated over the datums, `[N]`.
+        logprobs: the logprobs of the step's forward pass.
+        divided_by: the service's divisor of each datum's gradient, `[datums]`.
 
     Raises:
-        PipelineError: a logprob is not finite, or an advantage does not fit into float32.
+        PipelineError: a logprob is not finite, or an advantage exceeds float32.
     """
     if not np.isfinite(logprobs.values).all():
         raise PipelineError(
-            "the forward pass gave logprobs that are not finite, which importance_sampling cannot carry a gradient of; "
-            "no backward pass was sent"
+            "the forward pass returned logprobs that are not finite, for which importance_sampling carries no "
+            "gradient; no backward pass was sent: check the weights of the model"
         )
     factors = np.repeat(divided_by, np.diff(logprobs.offsets))
     with np.errstate(over="ignore"):
         advantages = -(gradient.astype(np.float64) * factors).astype(np.float32)
     if not np.isfinite(advantages).all():
         raise PipelineError(
-            f"the gradient times {divided_by.max():g}, which the service divides it by, does not fit into float32; no "
-            "backward pass was sent"
+            f"the gradient times {divided_by.max():g}, the service's divisor, exceeds the range of float32; no "
+            "backward pass was sent: scale the loss down"
         )
     return advantages

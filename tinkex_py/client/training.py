@@ -1,13 +1,13 @@
-"""Trains one model."""
+"""The training client: trains one model."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.batches import check_name, checked_chunks
+from tinkex_py.client.arguments import check_count, check_name, given
+from tinkex_py.client.batches import checked_chunks
 from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
-from tinkex_py.client.ordering import Kind, Ordering, Turn
+from tinkex_py.client.ordering import Kind, Ordering
 from tinkex_py.client.passes import GradientPass, Model, Pass
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
 
 
 class AsyncTrainingClient:
-    """Trains one model on the service. Made by `AsyncServiceClient`.
+    """Trains one model on the service. Created by `AsyncServiceClient`.
 
-    Requests take effect in the order in which they are made, which is the order of their first steps: with
-    `asyncio.gather(a, b)` that is a before b. A request whose predecessor did not take effect is not sent.
+    Requests take effect in the order in which their coroutines start: `asyncio.gather(a, b)` runs a before b. A request
+    is not sent if a gradient or update before it did not take effect.
 
     Args:
-        session: with the service.
-        model_id: the service's id of the model.
-        load_tokenizer: gives the tokenizer of a model name.
+        session: the session with the service.
+        model_id: id of the model.
+        load_tokenizer: returns the tokenizer of a model name.
     """
 
     def __init__(
@@ -74,26 +74,25 @@ class AsyncTrainingClient:
 
     @property
     def accumulated(self) -> int:
-        """Backward passes handed over since the last optimizer step; the service cannot take them back."""
+        """Number of backward passes handed over since the last optimizer step; they cannot be undone."""
         return self._accumulation.count
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the service took so far; what a schedule of a regularizer's weight is called with.
+        """Number of optimizer steps so far, which schedules of regularizer weights receive.
 
-        Set it where a run is resumed, to the number of steps that were made before.
+        To resume a run, set it to the number of steps before.
         """
         return self._accumulation.steps
 
     @step.setter
-    def step(self, made: int) -> None:
-        if isinstance(made, bool) or not isinstance(made, int) or made < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"step must be an int >= 0, got {made!r}")
-        self._accumulation.steps = made
+    def step(self, count: int) -> None:
+        check_count("step", count, least=0)
+        self._accumulation.steps = count
 
     @property
     def queue_state(self) -> QueueState:
-        """Whether the service works on this client's requests, as it said last."""
+        """The queue state that the service reported last."""
         return self._queue.state
 
     # Passes over data
@@ -101,18 +100,18 @@ class AsyncTrainingClient:
     async def forward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", *, loss_fn_config: LossConfig | None = None
     ) -> ForwardBackwardOutput:
-        """Logprobs and loss of the datums; nothing is changed.
+        """Returns logprobs and loss of the datums, without a change of the model.
 
-        A term of a custom step may call this too: it then runs inside that step's turn.
+        A term of a custom step may call this too; it then runs as part of that step.
 
         Args:
             data: the datums.
-            loss_fn: one of the service's losses.
-            loss_fn_config: its settings.
+            loss_fn: a loss of the service.
+            loss_fn_config: settings of the loss.
 
         Raises:
-            InvalidData: the datums cannot be used.
-            RequestFailed: the service failed the request.
+            InvalidData: the datums are invalid.
+            RequestFailed: the request failed on the service.
         """
         config: LossConfig = {} if loss_fn_config is None else loss_fn_config
         async with self._ordering.enter(Kind.READ, "forward", forward_only=True) as turn:
@@ -122,17 +121,12 @@ class AsyncTrainingClient:
     async def forward_backward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", *, loss_fn_config: LossConfig | None = None
     ) -> ForwardBackwardOutput:
-        """Adds the gradient of one of the service's own losses to what the next optimizer step uses.
-
-        Args:
-            data: the datums.
-            loss_fn: one of the service's losses.
-            loss_fn_config: its settings.
+        """Accumulates the gradient of a loss of the service for the next optimizer step; arguments as `forward`.
 
         Raises:
-            InvalidData: the datums cannot be used.
-            PrecedingRequestFailed: an earlier request did not take effect, so this was not sent.
-            RequestFailed: the service failed the request.
+            InvalidData: the datums are invalid.
+            PrecedingRequestFailed: an earlier request did not take effect, so this one was not sent.
+            RequestFailed: the request failed on the service.
         """
         config: LossConfig = {} if loss_fn_config is None else loss_fn_config
         async with self._ordering.enter(Kind.GRADIENT, "forward_backward") as turn:
@@ -148,27 +142,27 @@ class AsyncTrainingClient:
         regularizers: "Sequence[RegularizerSpec]" = (),
         **options: Unpack[CustomStepOptions],
     ) -> "CustomLossOutput":
-        """Adds the gradient of a composed loss to what the next optimizer step uses.
+        """Accumulates the gradient of a composed loss for the next optimizer step.
 
-        The service's forward pass gives logprobs; the terms run here; the gradient of
-        `base_loss + sum(weight_i * regularizer_i)` goes back. Only `target_tokens` and `weights` are sent; all other
-        loss inputs stay here, for the terms.
+        The service computes logprobs in a forward pass, the terms run in this process, and the gradient of
+        `base_loss + sum(weight_i * regularizer_i)` is sent to the service. Of the loss inputs only `target_tokens` and
+        `weights` are sent; terms can read all of them.
 
         Args:
             data: the datums, each with `target_tokens` of `[T]` or `[T, K]`.
-            base_loss: a term, or a ready Pipeline (then no other option of it may be given).
+            base_loss: a term, or a ready Pipeline, which excludes regularizers and options of a pipeline.
             regularizers: specs with unique names.
             options: see `CustomStepOptions` and `PipelineOptions`.
 
         Raises:
             UnsupportedFeature: `execution="server"`, and the step cannot run there; or no loss of the service carries
                 the gradient of this step unchanged. The message says why.
-            RegularizerError: a term failed; nothing was sent, and the client stays usable.
+            RegularizerError: a term failed; no gradient was sent, and the client remains usable.
             PipelineError: the loss cannot be composed, or no term depends on the logprobs.
-            InvalidData: the datums or an option cannot be used.
+            InvalidData: the datums or an option are invalid.
             TimeoutExceeded: the deadline passed.
-            PrecedingRequestFailed: an earlier request did not take effect, so this was not sent.
-            RequestFailed: the service failed the request.
+            PrecedingRequestFailed: an earlier request did not take effect, so this one was not sent.
+            RequestFailed: the request failed on the service.
         """
         async with self._ordering.enter(Kind.GRADIENT, "forward_backward_custom") as turn:
             step = custom_step(base_loss, regularizers, options)
@@ -187,22 +181,21 @@ class AsyncTrainingClient:
     # Changes of the model
 
     async def optim_step(self, params: AdamParams | OptimizerParams | None = None) -> OptimStepResponse:
-        """Applies the accumulated gradient, and clears it.
+        """Applies the accumulated gradient and clears it.
 
         Args:
-            params: step size and the like of AdamW, or of the optimizer that the model was made with; default
-                `AdamParams()`.
+            params: parameters of AdamW, or of the optimizer that the model was created with; default `AdamParams()`.
 
         Raises:
             SurrogateMismatch: gradients were scaled for another number of datums than the service holds; not sent.
-            PrecedingRequestFailed: an earlier gradient did not take effect, so this was not sent.
-            RequestFailed: the service failed the request.
+            PrecedingRequestFailed: an earlier gradient did not take effect, so this request was not sent.
+            RequestFailed: the request failed on the service.
         """
         async with self._ordering.enter(Kind.UPDATE, "optim_step") as turn:
             if params is not None and not isinstance(params, AdamParams | OptimizerParams):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
-            body = {name: (params or AdamParams()).on_the_wire(), "type": "optim_step"}
+            body = {name: (params or AdamParams()).on_the_wire()}
             step = OptimizerRequest(self._session.api, self.model_id, body, self._queue, self._accumulation)
             return OptimStepResponse.read(await turn.send(step))
 
@@ -212,24 +205,22 @@ class AsyncTrainingClient:
         """Loads a checkpoint; services allow it only as a model's first request.
 
         Args:
-            path: what `save_state` gave.
-            with_optimizer: also restore the optimizer's state.
-            weights_access_token: lets one load another user's checkpoint.
+            path: path that `save_state` returned.
+            with_optimizer: also restore the state of the optimizer.
+            weights_access_token: access to a checkpoint of another user.
 
         Raises:
-            UnsupportedFeature: the model is in use already; the message names the way out.
+            UnsupportedFeature: the model has had another request; use `create_training_client_from_state`.
         """
         is_unused = self._ordering.is_unused
         async with self._ordering.enter(Kind.UPDATE, "load_state") as turn:
             if not is_unused:
                 raise UnsupportedFeature(
-                    f"{path!r} cannot be loaded into a model that is in use: await "
-                    "service.create_training_client_from_state(path, with_optimizer=...) makes a new one from it"
+                    f"{path!r} cannot be loaded into a model that is in use: create a new client with "
+                    "service.create_training_client_from_state(path, with_optimizer=...)"
                 )
-            body: dict[str, Any] = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
-            if weights_access_token is not None:
-                body["weights_access_token"] = weights_access_token
-            await turn.send(self._numbered("load_weights", body, "LoadWeights"))
+            body = {"path": path, "optimizer": with_optimizer, **given(weights_access_token=weights_access_token)}
+            await turn.send(self._numbered("load_weights", body))
 
     # Checkpoints and sampling
 
@@ -241,122 +232,110 @@ class AsyncTrainingClient:
         overwrite: bool = False,
         user_metadata: Mapping[str, str] | None = None,
     ) -> SaveWeightsResponse:
-        """Saves weights and optimizer state, as they are after all requests made so far.
+        """Saves weights and optimizer state, as they are after all earlier requests.
 
         Args:
-            name: of the checkpoint.
-            ttl_seconds: when the service may delete it; None is never.
+            name: name of the checkpoint.
+            ttl_seconds: seconds until the checkpoint expires; None means never.
             overwrite: replace a checkpoint of this name.
             user_metadata: labels of the checkpoint.
 
         Returns:
-            The checkpoint's path, for `create_training_client_from_state`.
+            The path of the checkpoint, for `create_training_client_from_state`.
         """
         async with self._ordering.enter(Kind.READ, "save_state") as turn:
-            body = _named_save("save_weights", name, ttl_seconds, user_metadata)
-            # Asked for only where it is wanted: services that are strict and older do not know the field.
-            body.update({} if overwrite is False else {"overwrite": overwrite})
-            fields = await turn.send(self._numbered("save_weights", body, "SaveWeights"))
-            return SaveWeightsResponse.read(fields)
+            body = _checkpoint_fields(name, ttl_seconds, user_metadata)
+            body |= given(overwrite=None if overwrite is False else overwrite)
+            return SaveWeightsResponse.read(await turn.send(self._numbered("save_weights", body)))
 
     async def save_weights_for_sampler(
         self, name: str, *, ttl_seconds: int | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> SaveWeightsResponse:
-        """Saves weights for sampling under a name; the path works with `service.create_sampling_client`.
+        """Saves weights for sampling, under a name; `service.create_sampling_client` takes the returned path.
 
         Raises:
             UnsupportedFeature: the service cannot sample.
         """
-        return await self._save_for_sampler(name, ttl_seconds, user_metadata)
+        saved = await self._save_for_sampler(
+            lambda: _checkpoint_fields(name, ttl_seconds, user_metadata), to_sample=False
+        )
+        return SaveWeightsResponse.read(saved)
 
-    async def _save_for_sampler(
-        self, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None, *, to_sample: bool = False
-    ) -> SaveWeightsResponse:
-        async with self._saving_for_sampler() as turn:
-            if to_sample:
-                await self._session.models.check_any("sample")
-            body = _named_save("save_weights_for_sampler", name, ttl_seconds, user_metadata)
-            fields = await turn.send(self._numbered("save_weights_for_sampler", body, "SaveWeightsForSampler"))
-            return SaveWeightsResponse.read(fields)
-
-    @asynccontextmanager
-    async def _saving_for_sampler(self) -> AsyncGenerator[Turn]:
-        operation = "save_weights_for_sampler"
-        with reported_as_unsupported(self._session.api.host, operation):
-            async with self._ordering.enter(Kind.READ, operation) as turn:
-                yield turn
+    async def _save_for_sampler(self, fields: Callable[[], dict[str, Any]], *, to_sample: bool) -> Mapping[str, Any]:
+        endpoint = "save_weights_for_sampler"
+        with reported_as_unsupported(self._session.api.host, endpoint):
+            async with self._ordering.enter(Kind.READ, endpoint) as turn:
+                if to_sample:
+                    await self._session.models.check_any("sample")
+                try:
+                    return await turn.send(self._numbered(endpoint, fields()))
+                except RequestFailed as error:
+                    if was_not_counted(error):
+                        self._ordering.give_back(turn)
+                    raise
 
     async def save_weights_and_get_sampling_client(
         self, name: str | None = None, *, inflight: bool = False
     ) -> AsyncSamplingClient:
-        """A sampling client for the weights as they are after all requests made so far.
+        """Creates a sampling client for the weights as they are after all earlier requests.
 
         Args:
-            name: keep them as a named checkpoint too; None keeps them only for this sampling client.
-            inflight: the sampling client follows later saves of this kind, instead of staying with these weights.
+            name: also keep the weights as a checkpoint of this name; None keeps them for the sampling client only.
+            inflight: the sampling client follows later saves with `inflight=True`.
 
         Raises:
-            InvalidData: a name and `inflight` were both given.
+            InvalidData: both a name and `inflight` were given.
             UnsupportedFeature: the service cannot sample.
         """
         if name is not None:
             if inflight:
-                raise InvalidData("inflight weights have no name: leave out one of name and inflight")
-            saved = await self._save_for_sampler(name, None, None, to_sample=True)
-            return await new_sampling_client(self._session, model_path=saved.path)
-        async with self._saving_for_sampler() as turn:
-            await self._session.models.check_any("sample")
-            body: dict[str, Any] = {
-                "sampling_session_seq_id": next(self._session.sampler_numbers),
-                "type": "save_weights_for_sampler",
-            }
-            body.update({"kind": "inflight"} if inflight else {})
-            try:
-                fields = await turn.send(self._numbered("save_weights_for_sampler", body, "SaveWeightsForSampler"))
-            except RequestFailed as error:
-                if was_not_counted(error):
-                    self._ordering.give_back(turn)
-                raise
-            saved_session = SaveWeightsForSamplerResponse.read(fields).sampling_session_id
-            if saved_session is None:
-                raise InvalidResponse("save_weights_for_sampler gave no sampling_session_id")
-            return AsyncSamplingClient(self._session, saved_session)
+                raise InvalidData("inflight weights have no name: omit name or inflight")
+            saved = await self._save_for_sampler(lambda: _checkpoint_fields(name, None, None), to_sample=True)
+            return await new_sampling_client(self._session, model_path=SaveWeightsResponse.read(saved).path)
+        kind = given(kind="inflight" if inflight else None)
+        saved = await self._save_for_sampler(
+            lambda: {"sampling_session_seq_id": next(self._session.sampler_numbers), **kind}, to_sample=True
+        )
+        sampling_session_id = SaveWeightsForSamplerResponse.read(saved).sampling_session_id
+        if sampling_session_id is None:
+            raise InvalidResponse("save_weights_for_sampler returned no sampling_session_id")
+        return AsyncSamplingClient(self._session, sampling_session_id)
 
     # About the model
 
     async def get_info(self) -> GetInfoResponse:
-        """What is being trained."""
+        """Returns the model that is trained."""
         self._ordering.check_loop()
         if isinstance(self._ordering.lost, ClientClosed):
-            raise ClientClosed("this training client is closed; make a new one")
+            raise ClientClosed("this training client is closed: create a new one")
         if self._info is None:
             asking = request("POST", "/api/v1/get_info", json={"model_id": self.model_id, "type": "get_info"})
             self._info = GetInfoResponse.read(await self._session.api.send(asking, fields_of))
         return self._info
 
     async def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer: the embedded service's own, else loaded by name with transformers.
+        """Returns the tokenizer of the model: that of the embedded service, else loaded with transformers.
 
         Raises:
             MissingExtra: transformers is not installed.
-            UnsupportedFeature: the service does not say which tokenizer it is.
+            UnsupportedFeature: the service does not name the tokenizer.
         """
         info = await self.get_info()
         name = info.model_data.tokenizer_id or info.model_data.model_name or info.model_name
         if name is None:
-            raise UnsupportedFeature("the service does not give the model's name; pass your own tokenizer")
+            raise UnsupportedFeature("the service does not name the model's tokenizer: load it yourself")
         return await self._load_tokenizer(name.partition(":")[0])
 
     # Closing
 
     async def aclose(self) -> None:
-        """Ends this client; waits a while for what is in flight. Closing twice is fine.
+        """Closes the client and waits up to `config.close_timeout` seconds for requests in flight. Idempotent.
 
         Raises:
             ClientClosed: the client belongs to another event loop; close it there.
         """
         self._ordering.check_loop()
-        self._ordering.end(ClientClosed("this training client is closed; make a new one"))
+        self._ordering.end(ClientClosed("this training client is closed: create a new one"))
         await self._ordering.drain(self._session.settings.close_timeout)
 
     async def __aenter__(self) -> "AsyncTrainingClient":
@@ -365,16 +344,10 @@ class AsyncTrainingClient:
     async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
 
-    def _numbered(self, endpoint: str, body: Mapping[str, Any], request_type: str) -> NumberedRequest:
-        return NumberedRequest(self._session.api, self.model_id, endpoint, body, request_type, self._queue)
+    def _numbered(self, endpoint: str, body: Mapping[str, Any]) -> NumberedRequest:
+        return NumberedRequest(self._session.api, self.model_id, endpoint, body, self._queue)
 
 
-def _named_save(
-    kind: str, name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None
-) -> dict[str, Any]:
-    body: dict[str, Any] = {"path": check_name(name), "type": kind}
-    if ttl_seconds is not None:
-        body["ttl_seconds"] = ttl_seconds
-    if user_metadata is not None:
-        body["user_metadata"] = dict(user_metadata)
-    return body
+def _checkpoint_fields(name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    labels = None if user_metadata is None else dict(user_metadata)
+    return {"path": check_name(name), **given(ttl_seconds=ttl_seconds, user_metadata=labels)}

@@ -1,44 +1,55 @@
-"""Refusals by which a service says that it does not have what was asked for, and not that the request was wrong."""
+"""Recognizes refusals that report a missing feature of the service rather than an invalid request."""
 
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import cast
 
 from tinkex_py.errors import APIStatusError, RequestFailed, UnsupportedFeature
 
-_NO_SUCH_METHOD = frozenset({405, 501})
-_LACKS_IT = re.compile(
+_NO_SUCH_METHOD = (405, 501)
+_NOT_SUPPORTED = re.compile(
     r"\b(not (yet )?(supported|implemented)|unsupported|(does not|doesn't) support|capability disabled)\b",
     re.IGNORECASE,
 )
 _NOT_COUNTED = re.compile(r"\bcapability disabled\b", re.IGNORECASE)
+# "Not Found", "404 page not found", and, from the embedded service, "GET /path: Not Found".
+_ROUTER_WORDS = re.compile(r"(404 )?(page )?(not found)?|[a-z]+ /\S*: not found", re.IGNORECASE)
 
 
 def was_not_counted(error: RequestFailed) -> bool:
-    """Whether the service did not count the refused number. TuFT looks at capabilities before it looks at numbers."""
+    """Returns whether the service did not count the refused number: TuFT checks capabilities before numbers."""
     return _NOT_COUNTED.search(str(error)) is not None
 
 
 @contextmanager
 def reported_as_unsupported(host: str, feature: str) -> Generator[None]:
-    """Turns such a refusal into the error that names service and feature.
-
-    Args:
-        host: the service, as messages name it.
-        feature: the name of what is requested.
-
-    Raises:
-        UnsupportedFeature: instead of a refusal whose words or status say that the service lacks it.
-    """
+    """Raises UnsupportedFeature instead of a refusal whose words or status report a missing feature."""
     try:
         yield
     except (RequestFailed, APIStatusError) as error:
-        if not _says_that_it_lacks_it(error):
+        if not (_has_no_endpoint(error) or _NOT_SUPPORTED.search(str(error))):
             raise
         raise UnsupportedFeature(f"{host} does not support {feature}. {error}") from error
 
 
-def _says_that_it_lacks_it(error: RequestFailed | APIStatusError) -> bool:
-    if isinstance(error, APIStatusError) and (error.status in _NO_SUCH_METHOD or error.code == "unsupported_feature"):
-        return True
-    return _LACKS_IT.search(str(error)) is not None
+def means_no_endpoint(error: APIStatusError, *, names_nothing: bool) -> bool:
+    """Returns whether a refusal reports a missing endpoint.
+
+    Args:
+        error: the refusal.
+        names_nothing: the path names no run, checkpoint or session, so that 404 can only mean the endpoint.
+    """
+    if error.status != 404 or error.code == "unsupported_feature":
+        return _has_no_endpoint(error)
+    # Routers return 404 with their own words; an endpoint names what it did not find.
+    detail = error.body
+    if isinstance(detail, dict):
+        detail = cast("dict[str, object]", detail).get("detail", "")
+    return names_nothing or (isinstance(detail, str) and _ROUTER_WORDS.fullmatch(detail.strip()) is not None)
+
+
+def _has_no_endpoint(error: RequestFailed | APIStatusError) -> bool:
+    return isinstance(error, APIStatusError) and (
+        error.status in _NO_SUCH_METHOD or error.code == "unsupported_feature"
+    )

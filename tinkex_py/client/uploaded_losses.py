@@ -1,4 +1,4 @@
-"""Losses that were uploaded to the service, each of them once."""
+"""Losses uploaded to the service, each of them once."""
 
 import asyncio
 from collections import OrderedDict
@@ -15,13 +15,13 @@ from tinkex_py.transport.messages import request
 if TYPE_CHECKING:
     from tinkex_py.losses.tracing import TracedPipeline
 
-# A service may forget losses that were not used for long; what this many uses ago was used, it still has.
+# A service may drop losses; those among this many most recently used ones are assumed to be kept.
 REMEMBERED = 64
 
 
 @dataclass
 class UploadedLosses:
-    """What one session has uploaded, by the digest of the traced loss."""
+    """The uploaded losses of one session, by the digest of the traced loss."""
 
     _ids: "OrderedDict[str, str]" = field(default_factory=OrderedDict[str, str])
     _refusals: dict[str, str] = field(default_factory=dict[str, str])
@@ -30,12 +30,7 @@ class UploadedLosses:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def loss_id(self, api: ServiceApi, session_id: str, traced: "TracedPipeline") -> str:
-        """The service's id of a traced loss; uploads it if it is new.
-
-        Args:
-            api: the service.
-            session_id: the session.
-            traced: the loss.
+        """Returns the service's id of a traced loss; uploads it if it is new.
 
         Raises:
             UnsupportedFeature: the service refuses the loss.
@@ -51,7 +46,7 @@ class UploadedLosses:
             return loss_id
 
     def report(self, reason: str) -> None:
-        """One event for each reason why steps do not run on the service."""
+        """Emits one event for each reason why steps do not run on the service."""
         if reason not in self._reported:
             self._reported.add(reason)
             telemetry.emit("tinkex.custom_loss.not_on_service", {}, {"explanation": reason})
@@ -76,5 +71,5 @@ class UploadedLosses:
             raise UnsupportedFeature(self._refusals[traced.digest]) from error
         loss_id = fields.get("loss_id")
         if not isinstance(loss_id, str):
-            raise InvalidResponse("create_custom_loss gave no loss_id")
+            raise InvalidResponse("create_custom_loss returned no loss_id")
         return loss_id

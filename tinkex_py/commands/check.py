@@ -12,7 +12,7 @@ import typer
 
 from tinkex_py import errors
 from tinkex_py.commands.common.options import AsJson, BaseUrl
-from tinkex_py.commands.common.running import FAILED, UNUSABLE, one_line_errors, run
+from tinkex_py.commands.common.running import FAILED, UNUSABLE, one_line, one_line_errors, run
 from tinkex_py.commands.common.tables import cell_text, show_table
 
 if TYPE_CHECKING:
@@ -23,15 +23,15 @@ LATENCY_SAMPLES = 3
 State = Literal["works", "missing", "failed"]
 
 _MARKS: dict[State, str] = {"works": "ok", "missing": "--", "failed": "FAILED"}
-_NOT_TINKER = "this server does not speak the Tinker API: check the URL and its path"
+_NOT_TINKER = "this server does not provide the Tinker API: check the URL and its path"
 _ADVICE: tuple[tuple[type[errors.TinkexError], str], ...] = (
     (errors.Authentication, "the key is missing or wrong: check TINKER_API_KEY, TINKER_CREDENTIAL_CMD or your login"),
-    (errors.PermissionDenied, "the key has no permission: check its owner, and TINKER_PROJECT_ID"),
-    (errors.BillingRequired, "the service requires payment first"),
-    (errors.RateLimited, "the service is busy: try again later"),
+    (errors.PermissionDenied, "the key has no permission: check its owner and TINKER_PROJECT_ID"),
+    (errors.BillingRequired, "the service requires payment: check the account's billing"),
+    (errors.RateLimited, "the rate limit is reached: try again later"),
     (errors.ServerError, "the service failed: try again later, or read its log"),
     (errors.TimeoutExceeded, "the service or a proxy is slow: try again, or pass a longer --timeout"),
-    (errors.ConnectionFailed, "check that the service runs and the URL is right; `tinkex-py serve` starts a local one"),
+    (errors.ConnectionFailed, "check that the service runs and the URL is correct; `tinkex-py serve` starts one here"),
     (errors.NotFound, _NOT_TINKER),
     (errors.InvalidResponse, _NOT_TINKER),
 )
@@ -44,8 +44,8 @@ class Finding:
     Attributes:
         name: of the check.
         state: "works"; "missing" for an optional feature that the service does not have; "failed".
-        detail: what was found, or the error.
-        way_out: what to do about it.
+        detail: the result, or the error.
+        way_out: what to do about a failure.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ServiceReport:
     Attributes:
         base_url: the service; None if the settings are not valid, so that nothing was sent.
         latency_seconds: median of a few short requests.
-        models: what the service offers.
+        models: the models that the service supports.
         findings: in order; a failed connection is the last.
     """
 
@@ -81,9 +81,9 @@ def check(
     timeout: Annotated[float, typer.Option(min=0.1, help="timeout of each request, in seconds")] = 15.0,
     as_json: AsJson = False,
 ) -> None:
-    """Connect to a service, check what works and what it offers, and give advice about failures.
+    """Connect to a service, check its features and models, and advise on failures.
 
-    Nothing is trained or sampled, so nothing is billed.
+    The command trains and samples nothing, so it costs nothing.
     """
     with one_line_errors("check"):
         report = run(checked_service(base_url, timeout))
@@ -106,14 +106,14 @@ async def checked_service(base_url: str | None, timeout: float) -> ServiceReport
     from tinkex_py.config import TinkexConfig
     from tinkex_py.limits import RetryPolicy
 
-    # Half of the time, so that the cause is reported and not that time is up.
+    # Retries get half of the time, so that the cause is reported instead of a timeout.
     retry, close_timeout = RetryPolicy(deadline=timeout / 2), min(timeout, TinkexConfig.close_timeout)
     options: dict[str, Any] = {"timeout": timeout, "retry": retry, "close_timeout": close_timeout}
     try:
         config = TinkexConfig(base_url=base_url or "", billing_pause=0.0, **options)
         service = AsyncServiceClient(config)
     except errors.ConfigError as error:
-        return ServiceReport(None, findings=[Finding("settings", "failed", _line(error))])
+        return ServiceReport(None, findings=[Finding("settings", "failed", one_line(error))])
     report = ServiceReport(config.base_url)
     async with aclosing(service):
         for name, question in _CHECKS.items():
@@ -127,10 +127,10 @@ async def _finding(name: str, question: Awaitable[str]) -> Finding:
     try:
         return Finding(name, "works", await question)
     except errors.UnsupportedFeature as error:
-        return Finding(name, "missing", _line(error))
+        return Finding(name, "missing", one_line(error))
     except errors.TinkexError as error:
         advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), None)
-        return Finding(name, "failed", _line(error), advice)
+        return Finding(name, "failed", one_line(error), advice)
 
 
 async def _connection(service: "AsyncServiceClient", report: ServiceReport) -> str:
@@ -147,7 +147,7 @@ async def _connection(service: "AsyncServiceClient", report: ServiceReport) -> s
 
 
 async def _session(service: "AsyncServiceClient", _: ServiceReport) -> str:
-    await service.get_server_capabilities()
+    await service.get_server_capabilities()  # the first call of the service client opens its session
     return "opened"
 
 
@@ -158,15 +158,15 @@ async def _wire(service: "AsyncServiceClient", _: ServiceReport) -> str:
 async def _sampling(service: "AsyncServiceClient", report: ServiceReport) -> str:
     names = [model["model_name"] for model in report.models if model["sampleable"] is not False and model["model_name"]]
     if not names:
-        raise errors.UnsupportedFeature("no model of this service can be sampled from")
+        raise errors.UnsupportedFeature("the service has no model to sample from")
     await service.create_sampling_client(base_model=names[0])
-    return f"opened a sampler of {names[0]}, sampled nothing"
+    return f"created a sampling client of {names[0]}"
 
 
 async def _uploaded_losses(service: "AsyncServiceClient", _: ServiceReport) -> str:
     if not (await service.get_features()).uploaded_losses:
-        raise errors.UnsupportedFeature("the service does not run losses; custom steps take two round trips")
-    return 'execution="server" runs a custom step in one round trip'
+        raise errors.UnsupportedFeature("the service does not run uploaded losses; a custom step takes two round trips")
+    return 'with execution="server", a custom step takes one round trip'
 
 
 async def _training_runs(service: "AsyncServiceClient", _: ServiceReport) -> str:
@@ -196,17 +196,9 @@ def _show(report: ServiceReport) -> None:
     show_table(("", "", ""), [(_MARKS[one.state], one.name, one.detail) for one in report.findings])
     if report.models:
         typer.echo()
-        titles = {
-            "model_name": "model",
-            "max_context_length": "context",
-            "trainable": "trains",
-            "sampleable": "samples",
-        }
-        show_table(tuple(titles.values()), [[model[name] for name in titles] for model in report.models])
+        fields = ("model_name", "max_context_length", "trainable", "sampleable")
+        rows = [[model[name] for name in fields] for model in report.models]
+        show_table(("model", "context", "trains", "samples"), rows)
     for finding in report.findings:
         if finding.way_out is not None:
             typer.echo(f"\n{finding.name}: {cell_text(finding.way_out)}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).splitlines())

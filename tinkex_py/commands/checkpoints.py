@@ -51,7 +51,7 @@ def download(
     folder: Annotated[
         Path | None, typer.Argument(help="new or empty folder; default the checkpoint's name", show_default=False)
     ] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="as a LoRA adapter that peft loads")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="save a LoRA adapter that peft loads")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing adapter")] = False,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
@@ -71,17 +71,17 @@ def download(
 
     with one_line_errors("checkpoints download", extra="huggingface"):
         if overwrite and not adapter:
-            raise InvalidData("--overwrite needs --adapter: a checkpoint is downloaded into a new or empty folder")
+            raise InvalidData("--overwrite needs --adapter; without it, choose a new or empty folder")
         made = run(_with_rest(base_url, downloaded)).absolute()
         files = sorted(file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file())
         result = {"path": path, "folder": str(made), "files": files}
-        typer.echo(json.dumps(result) if as_json else f"{path} is in {made}")
+        typer.echo(json.dumps(result) if as_json else f"downloaded {path} to {made}")
 
 
 @checkpoints.command()
 def delete(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="tinker://RUN/KIND/NAME", show_default=False)],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="delete without asking")] = False,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -115,7 +115,7 @@ def ttl(
     """Set when a checkpoint expires."""
     with one_line_errors("checkpoints ttl"):
         if (seconds is None) != never:
-            raise InvalidData("give either SECONDS or --never")
+            raise InvalidData("give either SECONDS or --never, and not both")
         run(_with_rest(base_url, lambda rest: rest.set_checkpoint_ttl(path, seconds)))
         when = "never expires" if seconds is None else f"expires in {seconds} s"
         typer.echo(json.dumps({"path": path, "ttl_seconds": seconds}) if as_json else f"{path} {when}")
@@ -133,7 +133,7 @@ def _row(item: "Checkpoint") -> Sequence[object]:
 
 @contextmanager
 def _progress(title: str) -> "Generator[Callable[[DownloadProgress], None] | None]":
-    """A progress bar on stderr; None if stderr is no terminal."""
+    """Shows a progress bar on stderr; yields None if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -149,7 +149,7 @@ def _progress(title: str) -> "Generator[Callable[[DownloadProgress], None] | Non
 
 def _ask(paths: Sequence[str]) -> None:
     if not sys.stdin.isatty():
-        raise InvalidData("stdin is no terminal: pass --yes to delete without a question")
+        raise InvalidData("stdin is not a terminal: pass --yes to delete without a question")
     for path in paths:
         typer.echo(path, err=True)
     # typer.confirm would write to stdout, which is reserved for the result.

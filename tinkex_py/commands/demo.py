@@ -7,22 +7,19 @@ import typer
 
 from tinkex_py.commands.common.options import AsJson
 from tinkex_py.commands.common.running import one_line_errors, run
-from tinkex_py.integrations.extras import imported
 
 
 def demo(
     model: Annotated[str, typer.Option(help="smollm2, tiny, or a local Hugging Face folder")] = "smollm2",
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="datums per step")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="of AdamW")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="learning rate of AdamW")] = 5e-4,
     runs_dir: Annotated[Path, typer.Option(help="where the run's folder is created")] = Path("runs"),
     data: Annotated[Path | None, typer.Option(help="JSON Lines file of prompts and answers")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a pretrained language model with a composed loss, and show progress and samples."""
+    """Fine-tune a pretrained language model with a composed loss; show progress and samples, and write a report."""
     with one_line_errors("demo", extra="demo"):
-        for library in ("jinja2", "matplotlib.figure"):
-            imported(library, "demo")
         from rich.console import Console
 
         from tinkex_py.demo import DemoOptions, run_demo

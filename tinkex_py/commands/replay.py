@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def replay(
-    record: Annotated[Path, typer.Argument(help="folder that record= wrote")],
+    record: Annotated[Path, typer.Argument(help="folder that a step with record= wrote")],
     pipeline: Annotated[
         str | None,
         typer.Option(help="MODULE:NAME of the Pipeline, or of a function that returns it; required for custom terms"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recorded step again, offline, and compare."""
+    """Compute a recorded step again, offline, and compare the numbers."""
     with one_line_errors("replay", extra="replay"):
         from tinkex_py import losses
         from tinkex_py.losses.recording import read_record
@@ -39,7 +39,7 @@ def replay(
         _show(then, now)
         if failure is not None:
             typer.echo(f"recorded failure: {cell_text(failure)}")
-        typer.echo("same in every number" if now == then else "not the same")
+        typer.echo("all numbers are equal" if now == then else "the numbers differ")
 
 
 def _loaded(reference: str) -> "Pipeline":
@@ -49,7 +49,9 @@ def _loaded(reference: str) -> "Pipeline":
     found = named_object(reference, "--pipeline")
     made = found() if callable(found) else found
     if not isinstance(made, Pipeline):
-        raise ConfigError(f"--pipeline {reference} is a {type(made).__name__}, not a Pipeline")
+        raise ConfigError(
+            f"--pipeline must name a Pipeline or a function that returns one, got {reference}: a {type(made).__name__}"
+        )
     return made
 
 

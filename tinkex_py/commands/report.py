@@ -7,7 +7,6 @@ import typer
 
 from tinkex_py.commands.common.options import AsJson
 from tinkex_py.commands.common.running import one_line_errors
-from tinkex_py.integrations.extras import imported
 
 
 def report(
@@ -15,10 +14,8 @@ def report(
     out: Annotated[Path, typer.Option(help="folder for the page and the charts")] = Path("report"),
     as_json: AsJson = False,
 ) -> None:
-    """Draw runs into one self-contained HTML page, and PNGs."""
-    with one_line_errors("report"):
-        for library in ("jinja2", "matplotlib.figure"):
-            imported(library, "report")
+    """Write a report of runs: one self-contained HTML page, and a PNG file of each chart."""
+    with one_line_errors("report", extra="report"):
         from tinkex_py.runs.report import write_report
 
         written = write_report(runs, out)
@@ -29,4 +26,4 @@ def report(
             losses = [run.first.get("loss/total"), run.last.get("loss/total")]
             change = "" if None in losses else f", loss {losses[0]:.4f} -> {losses[1]:.4f}"
             typer.echo(f"{run.label}: {run.status}, {run.steps} steps{change}")
-        typer.echo(f"{written.page} and {len(written.charts)} charts")
+        typer.echo(f"wrote {written.page} and {len(written.charts)} charts")

@@ -19,7 +19,9 @@ def runs(
         str | None, typer.Argument(metavar="RUN", help="id of one run, or a path of one of its checkpoints")
     ] = None,
     project: Annotated[str | None, typer.Option(help="only runs of this project", show_default=False)] = None,
-    others: Annotated[bool, typer.Option("--others", help="include runs of others that you may see")] = False,
+    others: Annotated[
+        bool, typer.Option("--others", help="include runs of other users that you have access to")
+    ] = False,
     limit: Limit = 20,
     base_url: BaseUrl = None,
     as_json: AsJson = False,

@@ -12,6 +12,7 @@ import typer
 from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
 from tinkex_py.commands.common.running import one_line_errors, run
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
+from tinkex_py.unicode import without_halves
 
 if TYPE_CHECKING:
     from tinkex_py.client.service import AsyncServiceClient
@@ -33,9 +34,9 @@ def sample(
         str | None, typer.Option(help="name or folder; default that of the base model", show_default=False)
     ] = None,
     local: Annotated[
-        str | None, typer.Option(help="tiny, smollm2 or a model folder, in this process instead of a service")
+        str | None, typer.Option(help="tiny, smollm2 or a model folder, run in this process instead of on a service")
     ] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="folder of the checkpoints of --local")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="folder with the checkpoints of --local")] = None,
     base_url: BaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,10 +45,10 @@ def sample(
         if local is None and (model is None or state_dir is not None):
             raise ConfigError("give MODEL_OR_PATH, or --local MODEL; --state-dir needs --local")
         if local is not None and (base_url is not None or tokenizer is not None):
-            raise ConfigError("--base-url and --tokenizer cannot be combined with --local")
+            raise ConfigError("--base-url and --tokenizer cannot be combined with --local: remove them")
         text = _from_stdin() if prompt is None else prompt
-        if not _is_unicode(text):
-            raise InvalidData("--prompt is not UTF-8 text")
+        if without_halves(text) != text:  # Python keeps bytes that are not UTF-8 as lone surrogates
+            raise InvalidData("--prompt is not UTF-8 text: encode it as UTF-8")
 
         from tinkex_py.client.service import AsyncServiceClient
         from tinkex_py.types import ModelInput, SamplingParams
@@ -59,7 +60,7 @@ def sample(
             source = model or local or ""
             is_path = source.startswith("tinker://")
             async with aclosing(service):
-                # First, because the tokenizer of a model that does not exist can take minutes to look for.
+                # Before the tokenizer, because looking for that of a model that does not exist can take minutes.
                 sampler = await service.create_sampling_client(
                     base_model=None if is_path else source, model_path=source if is_path else None
                 )
@@ -96,33 +97,24 @@ async def _tokenizer(service: "AsyncServiceClient", name: str | None, source: st
     try:
         return await service.get_tokenizer(name)
     except UnsupportedFeature as error:
-        raise ConfigError(f"no tokenizer {name!r} could be loaded; name another one with --tokenizer") from error
+        raise ConfigError(f"the tokenizer {name!r} cannot be loaded: name another one with --tokenizer") from error
 
 
 def _prompt_tokens(tokenizer: Any, source: str, prompt: str, *, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer.encode(prompt))
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(f"the tokenizer of {source} has no chat template: remove --chat")
+        raise ConfigError(f"the tokenizer of {source} has no chat template: remove --chat, or use --tokenizer")
     message = {"role": "user", "content": prompt}
     return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _decoded(tokenizer: Any, sequence: "SampledSequence") -> str:
-    """The text without the token that ends it."""
+    """Returns the text without the token that ends it."""
     tokens = list(sequence.tokens)
     if tokens and sequence.stop_reason == "stop" and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
     return str(tokenizer.decode(tokens))
-
-
-def _is_unicode(prompt: str) -> bool:
-    """False if it holds bytes that are no text, which Python keeps as lone surrogates."""
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _from_stdin() -> str:
@@ -131,4 +123,4 @@ def _from_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidData("stdin is not UTF-8 text") from error
+        raise InvalidData("stdin is not UTF-8 text: encode it as UTF-8") from error

@@ -15,17 +15,16 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 0,
     device: Annotated[str | None, typer.Option(help="torch device; default the best available")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="keep checkpoints, runs and sessions in this folder")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="folder that keeps checkpoints, runs and sessions")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="TINKEX_SERVE_API_KEY", help="the only key that is accepted")
+        str | None, typer.Option(envvar="TINKEX_SERVE_API_KEY", help="the only key that clients may use")
     ] = None,
-    custom_losses: Annotated[bool, typer.Option("--custom-losses", help="let clients upload losses")] = False,
+    custom_losses: Annotated[bool, typer.Option("--custom-losses", help="run losses that clients upload")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model on this machine with the Tinker protocol, until a signal stops the server."""
+    """Serve a model on this machine over the Tinker API, until a signal stops the server."""
     with one_line_errors("serve", extra="local"):
-        from tinkex_py.local import LocalOptions
-        from tinkex_py.local.server import serve as serve_until_cancelled
+        from tinkex_py.local import LocalOptions, serve as serve_until_cancelled
 
         options = LocalOptions(
             model=model, device=device, state_dir=state_dir, api_key=api_key, custom_losses=custom_losses

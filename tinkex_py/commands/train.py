@@ -26,12 +26,12 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file that describes the run")],
     model: Annotated[str | None, typer.Option(help="replaces the model of the file")] = None,
     runs_dir: Annotated[Path, typer.Option(help="parent of the run's folder")] = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="of the run; default the file's name")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the run; default the name of the file")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train as a file describes it; an interrupted run resumes from its last checkpoint.
+    """Train a run that a YAML file describes; an interrupted run resumes from its last checkpoint.
 
-    Exit codes: 0 the run is finished (early stopping counts), 1 it failed, 2 the input is not valid, 3 a signal
+    Exit codes: 0 the run is finished (early stopping included), 1 it failed, 2 the input is invalid, 3 a signal
     stopped it and it can be resumed. A second signal cancels it at once, without a new checkpoint, with code 1.
     """
     with one_line_errors("train"):
@@ -44,13 +44,13 @@ def train(
         stop = asyncio.Event()
 
         def ask_to_stop() -> None:
-            typer.echo("stopping after the steps in flight, with a checkpoint; repeat to cancel at once", err=True)
+            typer.echo("stopping: finishing the current steps and saving a checkpoint; repeat to cancel now", err=True)
             stop.set()
 
         try:
             trained = run(train_from_config(described, folder, stop=stop, progress=True), on_first_signal=ask_to_stop)
         except KeyboardInterrupt:
-            typer.echo("tinkex-py train: cancelled; the run can be resumed from its last checkpoint", err=True)
+            typer.echo("tinkex-py train: cancelled; the same command resumes from the last checkpoint", err=True)
             raise typer.Exit(FAILED) from None
         summary = _summary(trained)
         typer.echo(json.dumps(summary) if as_json else _in_words(summary))
@@ -81,7 +81,7 @@ async def train_from_config(
     pairs, decisive = read_pairs(config.data.path), config.decisive()
     held_out = [] if config.data.held_out is None else read_pairs(config.data.held_out)
     with runs.RunFolder(folder):
-        pass  # fails before a model is loaded if another process trains the run
+        pass  # raises before a model is loaded if another process trains the run
     async with _service(config, folder) as service:
         data, evaluate = await _prepared(service, config, pairs, held_out)
         return await runs.train(
@@ -122,7 +122,7 @@ async def _prepared(
     """The training data, and the evaluation hook if there is held-out data."""
     from tinkex_py.runs.pairs import make_datum, sample_answers, with_reference
 
-    # A new adapter changes nothing, so this is the base model, also where the run is resumed.
+    # A new adapter does not change the output, so this is the base model, also when the run is resumed.
     async with await _new_model(service, config) as base:
         tokenizer = await base.get_tokenizer()
         data = [make_datum(tokenizer, pair) for pair in pairs]
@@ -149,7 +149,7 @@ async def _mean_nll(training: "AsyncTrainingClient", data: "Sequence[Datum]") ->
 
 
 def _summary(run: "TrainedRun") -> dict[str, Any]:
-    """Facts about a run, the steps of earlier processes included."""
+    """Returns facts about a run, the steps of earlier processes included."""
     from tinkex_py.runs import read_steps, scalars
 
     steps = read_steps(run.folder)
@@ -166,7 +166,7 @@ def _summary(run: "TrainedRun") -> dict[str, Any]:
 
 def _checked_name(name: str) -> str:
     if name in ("", ".", "..") or Path(name).name != name:
-        raise ConfigError(f"--name must be the name of a folder, got {name!r}")
+        raise ConfigError(f"--name must be the name of a folder, without a path, got {name!r}")
     return name
 
 

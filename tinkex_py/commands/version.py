@@ -14,7 +14,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "httpx", "pydantic")
 
 
 def version(as_json: AsJson = False) -> None:
-    """Print the versions of this package and of the libraries it runs on."""
+    """Print the versions of this package and of the libraries that it uses."""
     versions = {"tinkex_py": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:

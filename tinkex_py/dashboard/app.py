@@ -30,7 +30,7 @@ routes = APIRouter()
 
 
 def dashboard_app(feed: Feed, *, hosts: Sequence[str] = THIS_MACHINE) -> FastAPI:
-    """The application over a feed.
+    """Creates the application over a feed.
 
     Args:
         feed: of the folder of runs; runs as long as the application.
@@ -77,7 +77,7 @@ async def settings(name: str, feed: TheFeed) -> dict[str, JsonValue]:
     except ConfigError as error:
         raise HTTPException(422, str(error)) from None
     if info is None:
-        raise HTTPException(404, f"there is no run {name!r}")
+        raise HTTPException(404, f"no run is named {name!r}")
     return flattened(info.config)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# A chart has no more pixels across.
+# A chart is not wider than so many pixels.
 POINTS = 2000
 
 
@@ -87,7 +87,7 @@ class Curves:
                 curve.counts[point] += 1
 
     def values(self, name: str, start: int = 0) -> list[float | None]:
-        """The points of one curve from point `start` on; None where a point has no value."""
+        """Returns the points of one curve from point `start` on; None where a point has no value."""
         curve = self._curves.get(name) or _Sums()
         curve.grow(self.points)
         points = zip(curve.sums[start:], curve.counts[start:], strict=True)

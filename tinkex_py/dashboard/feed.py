@@ -1,7 +1,7 @@
 """The state of the runs as server-sent events.
 
-Nothing is queued for a browser. Each stream remembers what it has sent and, when something changes, sends the
-difference to the present state; so a slow browser costs no memory and skips intermediate states.
+Each stream remembers what it has sent and, after a change, sends the difference to the current state. Nothing is queued
+for a browser, so a slow one costs no memory and skips intermediate states.
 """
 
 import asyncio
@@ -90,12 +90,12 @@ class Feed:
         self._changed.set()
 
     async def lines(self) -> list[RunLine]:
-        """The runs, as the files are now."""
+        """Reads the files and returns the runs."""
         await self._refresh()
         return list(self._folder.lines.values())
 
     async def info(self, name: str) -> RunInfo | None:
-        """`run.json` of a run; None if there is no such run.
+        """Reads `run.json` of a run; None if there is no such run.
 
         Raises:
             ConfigError: it cannot be read.
@@ -104,13 +104,13 @@ class Feed:
         return await self._in_thread(lambda: self._folder.info(name))
 
     async def events(self, selected: Sequence[str]) -> AsyncGenerator[Event]:
-        """The state of the runs, then its changes, until the feed closes; each event as its name and its JSON.
+        """Yields the state of the runs, then its changes, until the feed closes; each event as its name and its JSON.
 
         Events: `runs` (lines that changed, names that are gone), `curves` (points of one run, which replace all from
         some point on), and `samples` (texts of one run, which replace all).
 
         Args:
-            selected: names of the runs whose curves are sent; one that is not a run is ignored while that is so.
+            selected: names of the runs whose curves are sent; names without a run are ignored until there is one.
         """
         own, sent = object(), _Sent()
         self._selections[own] = selected
@@ -191,7 +191,7 @@ def _event(kind: str, content: dict[str, Any]) -> Event:
 
 
 def _rounded(values: Sequence[float | None]) -> list[float]:
-    """The values with as many digits as a chart can show; None becomes NaN, which is null in JSON."""
+    """Rounds values to the digits that a chart can show; None becomes NaN, which is null in JSON."""
     numbers = np.array(values, dtype=np.float64)
     sizes = np.where(np.isfinite(numbers) & (numbers != 0), np.abs(numbers), 1.0)
     scales = 10.0 ** np.clip(DIGITS - np.ceil(np.log10(sizes)), -300, 300)

@@ -1,4 +1,4 @@
-"""Reads a `steps.jsonl` that grows: only what is new, in bounded memory."""
+"""Reads a growing `steps.jsonl` incrementally and in bounded memory."""
 
 import os
 from collections import deque
@@ -29,7 +29,7 @@ class FollowedSteps:
         samples: step and texts of the last evaluations.
         restarts: how often the file was read from the start again.
         is_behind: whether there is more to read.
-        problem: what is wrong with the file; None if nothing is. Its other lines are read nevertheless.
+        problem: what is wrong with the file, whose other lines are read; None if nothing is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class FollowedSteps:
 
     @property
     def version(self) -> tuple[int, int]:
-        """While it stays the same, points are only added, and only the last one may change."""
+        """Changes when earlier points change; else points are only added, and only the last one may change."""
         return self.restarts, self.curves.stride
 
     def read_more(self) -> bool:
@@ -84,7 +84,7 @@ class FollowedSteps:
         return self._read_lines(file) or restarted
 
     def _continues(self, file: BufferedReader) -> bool:
-        """Whether the line that was read last is still where it was."""
+        """Returns whether the file still contains the last line that was read."""
         file.seek(self._offset - len(self._last_line))
         return file.read(len(self._last_line)) == self._last_line
 
@@ -97,7 +97,7 @@ class FollowedSteps:
             for line in lines:
                 self._add(line + b"\n")
             if len(rest) > LONGEST_LINE:
-                self.problem = f"{self._path.name}, line {self._lines + 1} is longer than any step"
+                self.problem = f"{self._path.name}, line {self._lines + 1} is too long for a step"
                 break
             if lines:
                 self.is_behind = len(block) == BLOCK
@@ -125,7 +125,7 @@ class FollowedSteps:
 
 
 def last_step(path: Path) -> StepRecord | None:
-    """The last complete line of `steps.jsonl`; None if there is none, or if it is not a step.
+    """Reads the last complete line of `steps.jsonl`; None if there is none, or if it is not a step.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""The runs in one folder: a line about each, and the curves of the selected ones. Not thread-safe."""
+"""The runs in one folder: a summary of each, and the curves of the selected ones. Not thread-safe."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE, read_run
 from tinkex_py.runs.records import RunInfo, RunStatus, scalars
 
-# Curves of runs that are not selected any more are kept for a while.
+# Curves of so many runs are kept after their selection ends.
 MOST_IDLE_RUNS = 28
 LARGEST_RUN_FILE = 16 << 20  # bytes
 
@@ -67,7 +67,7 @@ class RunsFolder:
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path).resolve()
         if not self._path.is_dir():
-            raise ConfigError(f"{path} is not a folder; name the one that holds the folders of the runs")
+            raise ConfigError(f"{path} is not a folder: name the folder that contains the folders of the runs")
         self.lines: dict[str, RunLine] = {}
         self.is_behind = False
         self._stamps: dict[str, tuple[Stamp, Stamp]] = {}
@@ -93,11 +93,11 @@ class RunsFolder:
         return changed
 
     def followed(self, name: str) -> FollowedSteps | None:
-        """The steps of a wanted run; None if there is no such run."""
+        """Returns the steps of a wanted run; None if there is no such run."""
         return self._followed.get(name)
 
     def info(self, name: str) -> RunInfo | None:
-        """`run.json` of a run; None if there is no such run.
+        """Reads `run.json` of a run; None if there is no such run.
 
         Raises:
             ConfigError: it cannot be read.
@@ -108,7 +108,7 @@ class RunsFolder:
         try:
             with os.scandir(self._path) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except OSError:  # the folder is gone, and may return
+        except OSError:  # the folder was removed, and may be created again
             return
         for name in filter(_is_text, names):
             run = _stamp(self._path / name / RUN_FILE)

@@ -34,8 +34,8 @@ async def serve_dashboard(
     """
     if not is_loopback(host) and not allow_other_machines:
         raise ConfigError(
-            f"host {host!r} can be reached by others, who would see every run: use 127.0.0.1, or permit it with "
-            "allow_other_machines (--allow-other-machines)"
+            f"other machines can reach host {host!r} and would see every run without a login: use 127.0.0.1, or "
+            "permit it with allow_other_machines (--allow-other-machines)"
         )
     feed = Feed(runs_dir, interval=interval)
     app = dashboard_app(feed, hosts=["*"]) if allow_other_machines else dashboard_app(feed)

@@ -14,7 +14,7 @@ from tinkex_py.types import Datum
 if TYPE_CHECKING:
     import torch
 
-# The tokens of a batch are one line, and so is the response.
+# Bytes; the tokens of a batch are one line, and so is the response.
 _LONGEST_LINE = 2**24
 
 
@@ -40,7 +40,7 @@ def kl_to_base(data: Sequence[Datum], logprobs: "torch.Tensor") -> "torch.Tensor
 
 @dataclass(frozen=True)
 class RarityTerm:
-    """Asks a server how rare each token is, and weights the loss with the response."""
+    """Requests the rarity of each token from a server, and weights the loss with it."""
 
     host: str
     port: int
@@ -67,7 +67,7 @@ class RarityTerm:
 
 @asynccontextmanager
 async def rarity_server(data: Sequence[Datum]) -> AsyncGenerator[RarityTerm]:
-    """A server on loopback that knows how often each token occurs, and a term that queries it."""
+    """Runs a server on loopback that counts tokens; yields a term that requests their rarity."""
     counts: Counter[int] = Counter()
     for datum in data:
         counts.update(cast("list[int]", datum.loss_fn_inputs["target_tokens"].tolist()))

@@ -1,4 +1,4 @@
-"""The demo: load, sample, train, sample again, write a report."""
+"""The demo: loads a model, samples, trains, samples again and writes a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
-from tinkex_py.demo.data import default_file
-from tinkex_py.demo.folder import new_run_folder
+from tinkex_py.demo.files import default_file, new_run_folder
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
 from tinkex_py.losses import Pipeline
 from tinkex_py.runs import TrainSettings, train
@@ -48,14 +47,14 @@ class DemoOptions:
 
 
 class DemoSummary(BaseModel):
-    """Summary of a run.
+    """Result of a demo run.
 
     Attributes:
         first_loss: loss_total of the first step.
         last_loss: loss_total of the last step.
         steps: optimizer steps made.
         folder: the run's files.
-        report: its page.
+        report: the page of its report.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,7 +67,7 @@ class DemoSummary(BaseModel):
 
 
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
-    """Fine-tunes the model on the data set and shows it on the console."""
+    """Fine-tunes the model on the data set, and shows progress and samples on the console."""
     adam = AdamParams(learning_rate=options.learning_rate)
     pairs = read_pairs(options.data or default_file("instructions.jsonl"))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
@@ -110,7 +109,7 @@ async def _train(
     adam: AdamParams,
 ) -> Path:
     with console.status(f"reference logprobs of the frozen model on {len(data)} datums"):
-        # A new adapter changes nothing, so this is the base model.
+        # A new adapter does not change the output, so this is the base model.
         data = with_reference(data, await training.forward(data))
     folder = new_run_folder(options.runs_dir)
     async with rarity_server(data) as rarity:

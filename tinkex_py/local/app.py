@@ -1,4 +1,4 @@
-"""The ASGI app: routes, their description, and errors as JSON; around it the middleware."""
+"""The ASGI app: routes, errors as JSON, and the middleware around it."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -20,15 +20,15 @@ from tinkex_py.local import (
     routes_training,
 )
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import API, AnyTextResponse, Route, problems
+from tinkex_py.local.http import API, Route, UnicodeJSONResponse, problems
 from tinkex_py.local.middleware import ErrorBoundary, ReadBody, RequireKey
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.routes_checkpoints import DOWNLOADS
 from tinkex_py.version import __version__
 
 OPEN_PATHS = (f"{API}/healthz", DOWNLOADS)
-"""What these paths begin with needs no key; downloads have signed addresses instead."""
-# A request is compared with one route after the other: the routes of a training loop come first.
+"""Beginnings of paths that need no key; downloads have signed addresses instead."""
+# Requests are matched in this order: the routes of a training loop come first.
 _ROUTERS = (
     routes_futures.router,
     routes_training.router,
@@ -41,7 +41,7 @@ _ROUTERS = (
 
 
 class Startable(Protocol):
-    """The service behind an app. Its core is None before its start and after its stop."""
+    """The service behind an app; its core is None unless it runs."""
 
     options: LocalOptions
     core: Core | None
@@ -51,13 +51,13 @@ class Startable(Protocol):
         ...
 
     async def stop(self) -> None:
-        """Ends the engine."""
+        """Stops the engine."""
         ...
 
 
 class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, with the key, which is checked before the app."""
+        """The OpenAPI document, with the key, which middleware checks."""
         document = super().openapi()
         key = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
         document["components"]["securitySchemes"] = {"key": key}
@@ -66,7 +66,7 @@ class _App(FastAPI):
 
 
 def build_app(service: Startable, api_key: str | None) -> ASGIApp:
-    """The app of one service. Its lifespan starts and stops the service, where the server runs one."""
+    """Returns the app of a service. Its lifespan, if the server runs it, starts and stops the service."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -78,7 +78,6 @@ def build_app(service: Startable, api_key: str | None) -> ASGIApp:
             await service.stop()
 
     routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    # What can be got can be asked for without its body, which is nothing to describe.
     heads = [
         Route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
         for route in routes
@@ -95,10 +94,10 @@ def build_app(service: Startable, api_key: str | None) -> ASGIApp:
             500: _server_error,
         },
         lifespan=lifespan,
-        # The pages would load their scripts from another host.
+        # FastAPI's pages load scripts from another host.
         docs_url=None,
         redoc_url=None,
-        # Its spans, metrics and logs would go to what the host process has set up for its own.
+        # Its spans, metrics and logs would go to the exporters of the host process.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = service
@@ -111,30 +110,30 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     code = {} if error.code is None else {"code": error.code}
-    return AnyTextResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
+    return UnicodeJSONResponse({"detail": error.detail, **code}, status_code=error.status, headers=headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """What pydantic says about a body or a query: 400 for what is no JSON object, 422 for its fields."""
+    """Returns 400 for a body that is not a JSON object, and 422 for its fields or a query."""
     del request
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
     first = errors[0]
     if first["type"] == "json_invalid":
-        detail = f"the body is no valid JSON: {first['ctx']['error']} (character {first['loc'][1]})"
+        detail = f"the body is not valid JSON: {first['ctx']['error']} (character {first['loc'][1]})"
     elif first["loc"] == ("body",):
         detail = "the body must be a JSON object"
     else:
         found = problems([{**item, "loc": item["loc"][1:]} for item in errors])
-        return AnyTextResponse({"detail": found}, status_code=422)
-    return AnyTextResponse({"detail": detail}, status_code=400)
+        return UnicodeJSONResponse({"detail": found}, status_code=422)
+    return UnicodeJSONResponse({"detail": detail}, status_code=400)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = f"{request.method} {request.url.path}: {error.detail}"
-    return AnyTextResponse({"detail": detail}, status_code=error.status_code, headers=error.headers)
+    return UnicodeJSONResponse({"detail": detail}, status_code=error.status_code, headers=error.headers)
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    return AnyTextResponse({"detail": f"{request.url.path}: {type(error).__name__}"}, status_code=500)
+    return UnicodeJSONResponse({"detail": f"{request.url.path}: {type(error).__name__}"}, status_code=500)

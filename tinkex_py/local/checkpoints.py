@@ -1,27 +1,33 @@
-"""Checkpoints on disk: safetensors files in a folder of their own, found through the state file.
+"""Checkpoints on disk: folders of safetensors files, listed in the state file, and their archives for download.
 
-A checkpoint's folder is filled and flushed under a hidden name, gets its own name in one step, and only then enters
-the state file. So a name always leads to a whole checkpoint, the old one or the new one, whenever the process dies;
-what a dead process left half-done is removed when the folder is opened again.
+A folder is written and flushed under a hidden name, renamed in one step, and only then listed. So a listed
+checkpoint is always complete, the old one or the new one, whenever the process dies. The next start removes
+unfinished folders.
 """
 
 import contextlib
+import hashlib
+import hmac
 import os
 import re
+import secrets
 import shutil
+import tarfile
 import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tinkex_py.errors import ConfigError, InvalidData
-from tinkex_py.local.archives import write_archive
 from tinkex_py.local.database import Database
 from tinkex_py.local.records import CheckpointInfo, Kind, TrainingRunInfo
 
 STATE_FILE = "state.sqlite3"
+LINK_SECONDS = 3600
+"""How long a download address is valid, in seconds."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _RUN = re.compile(r"[A-Za-z0-9_-]{1,64}(:train:\d{1,9})?")
 _FOLDER = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.[0-9a-f]{32}")
@@ -29,10 +35,10 @@ _PATH = re.compile(r"tinker://([^/]+)/(weights|sampler_weights|external_weights)
 
 
 class CheckpointStore:
-    """All that the service keeps, under one root folder. Its methods may be called from any thread.
+    """Everything the service stores, under one folder. Methods may be called from any thread.
 
     Args:
-        root: the folder; made if it is not there. What a service that died left half-done is removed.
+        root: the folder; created if missing. Files that a dead service left unfinished are removed.
 
     Raises:
         ConfigError: another service uses the folder, or its state file cannot be read.
@@ -42,11 +48,11 @@ class CheckpointStore:
         self._root = root / "runs"
         self._archives = root / "archives"
         self._archiving = threading.Lock()
-        self.on_expiry: Callable[[], None] = _nothing
+        self.on_expiry: Callable[[], None] = lambda: None
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"state_dir {str(root)!r} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"state_dir {str(root)!r} cannot be created: {error.strerror}") from error
         self.records = Database(root / STATE_FILE)
         try:
             self._clean_up()
@@ -55,7 +61,7 @@ class CheckpointStore:
             raise
 
     def close(self) -> None:
-        """Close the state file."""
+        """Closes the state file."""
         self.records.close()
 
     def write(
@@ -66,16 +72,16 @@ class CheckpointStore:
         *,
         overwrite: bool,
     ) -> CheckpointInfo:
-        """Write a checkpoint whole or not at all.
+        """Writes a checkpoint completely or not at all.
 
         Args:
-            info: its description; folder and size are filled in here.
-            files: safetensors file name to named tensors.
-            texts: file name to content.
-            overwrite: whether the name may exist already.
+            info: its description; folder and size are set here.
+            files: tensors by name, for each safetensors file.
+            texts: contents of text files.
+            overwrite: whether to replace a checkpoint of this name.
 
         Raises:
-            InvalidData: the name cannot be used or is taken.
+            InvalidData: the name is invalid or taken.
         """
         _check_run(info.run.run_id)
         _check_name(info.name)
@@ -84,28 +90,23 @@ class CheckpointStore:
         return self._place(info, lambda folder: _save(folder, files, texts))
 
     def copy(self, source: CheckpointInfo, target: CheckpointInfo) -> CheckpointInfo:
-        """Copy a checkpoint's files under another name; `target` describes the copy.
-
-        Raises:
-            InvalidData: the source was deleted meanwhile.
-        """
+        """Copies the files of a checkpoint; `target` describes the copy. InvalidData: the source was deleted."""
 
         def fill(folder: Path) -> None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 for file in self.files(source):
                     shutil.copyfile(file, folder / file.name)
-            except FileNotFoundError as error:
-                raise InvalidData(f"there is no checkpoint {source.path!r}") from error
-            if not any(folder.iterdir()):
-                raise InvalidData(f"there is no checkpoint {source.path!r}")
+                if any(folder.iterdir()):
+                    return
+            raise InvalidData(f"there is no checkpoint {source.path!r}")
 
         return self._place(target, fill)
 
     def find(self, path: str, *kinds: Kind) -> CheckpointInfo:
-        """The checkpoint behind a `tinker://` path.
+        """Returns the checkpoint of a `tinker://` path.
 
         Raises:
-            InvalidData: malformed path, wrong kind, or no such checkpoint.
+            InvalidData: the path is malformed, has a kind other than `kinds`, or there is no such checkpoint.
         """
         match = _PATH.fullmatch(path)
         if match is None:
@@ -123,57 +124,49 @@ class CheckpointStore:
         return info
 
     def get(self, run_id: str, kind: str, name: str) -> CheckpointInfo | None:
-        """A checkpoint by its parts, None if there is none or its time is over."""
+        """Returns a checkpoint, or None if there is none or it has expired."""
         info = self.records.checkpoint(run_id, kind, name)
         expired = info is not None and info.expires_at is not None and info.expires_at <= datetime.now(UTC)
         return None if expired else info
 
     def file(self, info: CheckpointInfo, name: str) -> Path:
-        """Where one file of a checkpoint is.
-
-        Raises:
-            InvalidData: it is not below the store's own folder, because of a link or a changed name.
-        """
+        """Returns the path of a file; InvalidData: a link or an edited record leads out of the store."""
         file = self._kind_folder(info) / info.folder / name
         if not file.resolve().is_relative_to(self._root.resolve()):
-            raise InvalidData(f"{name!r} of checkpoint {info.path!r} lies outside the folder of checkpoints")
+            raise InvalidData(f"{name!r} of checkpoint {info.path!r} is outside of the folder of checkpoints")
         return file
 
     def files(self, info: CheckpointInfo) -> list[Path]:
-        """All files of a checkpoint, by name, without links; none if it was deleted meanwhile."""
+        """Returns the files of a checkpoint by name, without links; none if it was deleted."""
         with contextlib.suppress(FileNotFoundError):
             found = sorted(self.file(info, "").iterdir())
             return [file for file in found if file.is_file() and not file.is_symlink()]
         return []
 
     def delete(self, info: CheckpointInfo) -> None:
-        """Remove a checkpoint: its name first."""
+        """Deletes a checkpoint: first its record, then its files."""
         self.records.drop_checkpoint(info)
         self._remove_files(info)
 
     def delete_expired(self) -> datetime | None:
-        """Remove what has expired; returns when the next checkpoint will."""
+        """Deletes expired checkpoints; returns when the next one expires."""
         for info in self.records.expired():
             self.delete(info)
         return self.records.next_expiry()
 
     def delete_ephemeral(self, run_id: str) -> None:
-        """Remove a run's sampling snapshots without a name."""
+        """Deletes the unnamed sampling snapshots of a run."""
         for info in self.records.ephemeral(run_id):
             self.delete(info)
 
     def set_expiry(self, info: CheckpointInfo, expires_at: datetime | None) -> CheckpointInfo | None:
-        """Set when a checkpoint expires; None is never. Gives None if it was deleted meanwhile."""
+        """Sets when a checkpoint expires (None is never); returns None if it was deleted."""
         changed = self.records.change_checkpoint(info, expires_at=expires_at)
         self.on_expiry()
         return changed
 
     def archive(self, info: CheckpointInfo) -> Path:
-        """A tar file of a checkpoint, made at the first call and kept until the checkpoint is deleted.
-
-        Raises:
-            InvalidData: the checkpoint was deleted meanwhile.
-        """
+        """Returns a tar file of a checkpoint, kept until its deletion; InvalidData: it was deleted."""
         file = self._archive_file(info)
         with self._archiving:
             if file.exists():
@@ -190,11 +183,7 @@ class CheckpointStore:
         return file
 
     def write_run(self, run: TrainingRunInfo) -> None:
-        """Remember a run, with or without checkpoints.
-
-        Raises:
-            InvalidData: its id cannot be used.
-        """
+        """Stores a run; InvalidData: its id is invalid."""
         _check_run(run.run_id)
         self.records.put_run(run)
 
@@ -228,12 +217,12 @@ class CheckpointStore:
             self._archive_file(info).unlink(missing_ok=True)
 
     def _clean_up(self) -> None:
-        """Remove half-written folders, and snapshots of sampling sessions that no longer exist."""
+        """Removes unfinished folders, and snapshots of sampling sessions, which end with the service."""
         for info in self.records.ephemeral():
             self.delete(info)
         self.delete_expired()
         known = self.records.folders()
-        # Only what has the form of our own names: the folder may hold other things.
+        # Only names of our own form: the folder may contain other files.
         for folder in self._root.glob("*/*/*"):
             if _FOLDER.fullmatch(folder.name) and folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -242,7 +231,7 @@ class CheckpointStore:
                 archive.unlink(missing_ok=True)
 
     def _kind_folder(self, info: CheckpointInfo) -> Path:
-        # A colon cannot be in a file name everywhere.
+        # Not every file system allows a colon.
         return self._root / info.run.run_id.replace(":", "~") / info.kind
 
     def _archive_file(self, info: CheckpointInfo) -> Path:
@@ -269,7 +258,7 @@ def _save(folder: Path, files: Mapping[str, Mapping[str, Any]], texts: Mapping[s
 
 
 def _flush_all(folder: Path) -> int:
-    """Bring a folder to the disk; returns the bytes of its files."""
+    """Flushes a folder to the disk; returns the bytes of its files."""
     size = 0
     for file in folder.iterdir():
         size += file.stat().st_size
@@ -288,5 +277,44 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _nothing() -> None:
-    return None
+def write_archive(archive: Path, files: Sequence[Path], moment: datetime) -> None:
+    """Writes a tar file that depends only on the names and contents of the files, and on `moment`.
+
+    A recreated archive has the same bytes and time stamp, so that interrupted downloads can resume.
+
+    Raises:
+        FileNotFoundError: there are no files, or one was deleted.
+    """
+    if not files:
+        raise FileNotFoundError(archive.name)
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        for file in files:
+            entry = tarfile.TarInfo(file.name)
+            entry.size = file.stat().st_size
+            entry.mtime = int(moment.timestamp())
+            with file.open("rb") as content:
+                tar.addfile(entry, content)
+    os.utime(archive, (moment.timestamp(), moment.timestamp()))
+
+
+class DownloadLinks:
+    """Signs download addresses, which need no key and open one file for a limited time."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(32)
+
+    def sign(self, path: str) -> tuple[str, int]:
+        """Returns the query that opens a path, and its expiry (Unix seconds)."""
+        expires = int(time.time()) + LINK_SECONDS
+        return f"expires={expires}&signature={self._signature(path, str(expires))}", expires
+
+    def refusal(self, path: str, expires: str, signature: str) -> tuple[int, str] | None:
+        """Returns the status and reason if a request for a path is refused, else None."""
+        if not hmac.compare_digest(self._signature(path, expires).encode(), signature.encode()):
+            return 403, "the signature of this address is missing or wrong: request a new address"
+        if int(expires) < time.time():
+            return 410, "this address has expired: request a new one"
+        return None
+
+    def _signature(self, path: str, expires: str) -> str:
+        return hmac.new(self._key, f"{expires} {path}".encode(), hashlib.sha256).hexdigest()

@@ -1,8 +1,7 @@
-"""The operations that an uploaded loss may use, and what a call of them costs.
+"""The operations that an uploaded loss may use, and the cost of a call.
 
-A name that is not in these tables cannot be called. What a call costs is known before it runs: from running it on meta
-tensors, which have shapes and no data, or from a bound of its own. So no graph can take more
-memory than it was given. Nothing here changes a tensor in place or draws random numbers.
+Other names cannot be called. The cost is known before a call runs: from running it on meta tensors, which have shapes
+and no data, or from a bound. So no graph exceeds its memory. No operation works in place or draws random numbers.
 """
 
 import functools
@@ -17,11 +16,11 @@ from torch.fx.node import map_aggregate
 
 from tinkex_py.errors import InvalidData
 
-# Whole numbers beyond this are no sizes, and Python would compute with them for as long as it takes.
+# Larger integers are no sizes, and Python could compute with them for a very long time.
 LARGEST_INTEGER = 2**53
-# A tensor takes about a kilobyte beside its elements.
+# Bytes of a tensor without its elements.
 PER_TENSOR = 1024
-# Calls whose cost is remembered, because meta tensors are slow: milliseconds for a loss on lengths not seen before.
+# Size of the cache of costs; a loss on new lengths takes milliseconds on meta tensors.
 MAX_COSTS = 2**17
 META = torch.device("meta")
 
@@ -30,15 +29,10 @@ _costs: dict[Any, int] = {}
 
 
 def cost(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """The most elements that the results of a call, and what it needs for them, can have.
-
-    Args:
-        function: one of the allowed ones.
-        args: its arguments; of tensors with dimensions only shapes and types count.
-        kwargs: the same by name.
+    """Returns the maximum number of elements of the results of an allowed call, and of what it needs for them.
 
     Raises:
-        InvalidData: it is not known before the call.
+        InvalidData: it depends on the data.
         RuntimeError: the call cannot succeed; so do the other exceptions of torch.
     """
     if function in _BOUNDS:
@@ -61,14 +55,14 @@ def cost(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _cost_with_numbers(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], error: RuntimeError) -> int:
-    """The cost where tensors without dimensions stand for the numbers that they hold: for sizes, say."""
+    """The cost with numbers in place of tensors without dimensions, which may be sizes."""
     kept = 0 if function in _FACTORIES else 1
     numbers = (*args[:kept], *_with_numbers(tuple(args[kept:])))
     named = _with_numbers(dict(kwargs))
     if (_shapes(numbers), _shapes(named)) != (_shapes(args), _shapes(kwargs)):
         return cost(function, numbers, named)
     if isinstance(error, NotImplementedError):
-        raise InvalidData("how large its result gets depends on the data") from None
+        raise InvalidData("the size of its result depends on the data") from None
     raise error
 
 
@@ -84,7 +78,7 @@ def _size_on_meta(function: Function, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors in arguments or results."""
+    """Returns the tensors among arguments or results."""
     found: list[Any] = []
     map_aggregate(values, found.append)
     return [value for value in found if isinstance(value, Tensor)]
@@ -95,7 +89,7 @@ def _with_numbers(values: Any) -> Any:
 
 
 def _shapes(values: Any) -> Any:
-    """What a call's cost depends on, to find it again: shapes and types of tensors, and all other values."""
+    """What the cost of a call depends on: shapes and types of tensors, and all other values."""
     match values:
         case Tensor():
             return values.shape, values.dtype
@@ -111,16 +105,16 @@ def _shapes(values: Any) -> Any:
 
 
 def _broadcast(*args: Any, **kwargs: Any) -> int:
-    """Elements of all arguments side by side, which some operations need on their way to a small result."""
+    """Elements of the broadcast arguments, which some operations compute before they reduce."""
     shapes = [tensor.shape for tensor in tensors_in([*args, *kwargs.values()])]
     try:
         return math.prod(torch.broadcast_shapes(*shapes)) if shapes else 0  # pyright: ignore
     except RuntimeError:
-        return 0  # it pairs them in another way
+        return 0  # the operation does not broadcast
 
 
 def _product(left: Tensor, right: Tensor) -> int | None:
-    """A product of batches may lay out both sides for the whole batch."""
+    """A batched product may copy both sides for the whole batch."""
     if left.ndim < 3 and right.ndim < 3:
         return None
     batch = math.prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))  # pyright: ignore
@@ -130,7 +124,7 @@ def _product(left: Tensor, right: Tensor) -> int | None:
 
 
 def _where(condition: Tensor, *others: Any, **kwargs: Any) -> int | None:
-    """Of a condition alone: the places where it holds."""
+    """A condition alone returns the indices where it holds."""
     return None if others or kwargs else condition.ndim * (condition.numel() + PER_TENSOR)
 
 
@@ -148,33 +142,29 @@ def _chunked(input: Tensor, chunks: int, dim: int = 0) -> int:  # noqa: A002  # 
 
 
 def _nothing(*args: Any) -> int:
-    """A number of Python, or something that is there already."""
+    """The result is a Python number, or exists already."""
     del args
     return 0
 
 
 def _item_bound(container: Any, index: Any) -> int | None:
-    """A mask picks at most all there is."""
+    """A mask selects at most all elements."""
     if not isinstance(container, Tensor):
         return 0
     masks = [tensor.dtype is torch.bool for tensor in tensors_in(index)]
     if not any(masks):
         return None
     if not all(masks):
-        raise InvalidData("a mask and whole numbers cannot be an index together")
+        raise InvalidData("an index cannot combine a mask and whole numbers")
     return container.numel() + PER_TENSOR
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
-
-
 def _arithmetic(function: Function) -> Function:
-    """An operator on tensors and numbers only: on lists or texts it would mean something else."""
+    """Restricts an operator to tensors and numbers; on lists and texts it means something else."""
 
     @functools.wraps(function)
     def run(*operands: Any) -> Any:
-        if not all(isinstance(operand, Tensor) or _number(operand) for operand in operands):
+        if not all(isinstance(operand, Tensor | bool | int | float) for operand in operands):
             raise InvalidData(f"operands must be tensors or numbers, not {[type(o).__name__ for o in operands]}")
         result = function(*operands)
         if isinstance(result, int) and abs(result) > LARGEST_INTEGER:
@@ -216,7 +206,7 @@ def _attribute(value: Any, name: Any) -> Any:
     raise InvalidData(f"attribute {name!r} is not allowed. Allowed, of tensors: {', '.join(_ATTRIBUTES)}")
 
 
-# Under torch and as methods of tensors.
+# Functions of torch and methods of tensors.
 _COMMON = """
     abs acos acosh add addcdiv addcmul all amax amin aminmax any argmax argmin argsort asin asinh atan atan2 atanh
     bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_to ceil chunk clamp clamp_max clamp_min clip copysign
@@ -253,7 +243,7 @@ _MATH = """
     acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh degrees erf erfc exp expm1 fabs floor fmod hypot
     isfinite isinf isnan lgamma log log10 log1p log2 pow radians sin sinh sqrt tan tanh trunc
 """
-# What torch.fx calls some functions of torch.nn.functional and torch.special.
+# Other names that torch.fx uses for allowed functions.
 _INNER_NAMES: Mapping[str, str] = {
     **{
         f"torch._C._nn.{name}": f"torch.nn.functional.{name}"
@@ -272,7 +262,7 @@ _INNER_NAMES: Mapping[str, str] = {
 
 
 def _of(module: Any, prefix: str, names: str) -> dict[str, Function]:
-    """Functions by name; older versions of torch may lack some."""
+    """Functions by full name; older versions of torch lack some."""
     return {f"{prefix}.{name}": getattr(module, name) for name in names.split() if hasattr(module, name)}
 
 
@@ -297,7 +287,7 @@ METHODS: Mapping[str, Function] = {
     name.rpartition(".")[2]: method for name, method in _of(Tensor, "", _COMMON + _TENSOR).items()
 }
 _FACTORIES = frozenset({torch.arange, torch.full, torch.ones, torch.zeros})
-# Where meta tensors do not help: the result depends on the data, has many tensors, or is a number of Python.
+# For results that depend on the data, are many tensors, or are Python numbers, where meta tensors do not help.
 _BOUNDS: Mapping[Function, Callable[..., int | None]] = {
     torch.matmul: _product,
     Tensor.matmul: _product,

@@ -1,7 +1,7 @@
-"""What the engine is given and what it gives back: numpy only, so that nothing here loads torch."""
+"""Requests and results of the engine, in numpy only, so that importing this does not load torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Array = Ints | Floats
-# The protocol's mark of an unused cell of a top-k table, beside token 0.
 UNUSED_LOGPROB = -99999.0
+"""The protocol's logprob of an unused cell of a top-k table; its token is 0."""
 
 
 @dataclass(frozen=True)
 class EncodedDatum:
-    """One datum in plain arrays.
+    """One datum.
 
     Args:
         tokens: the model input, [T].
@@ -28,14 +28,14 @@ class EncodedDatum:
 
 @dataclass(frozen=True)
 class EnginePass:
-    """One forward or forward_backward.
+    """A forward or forward_backward pass.
 
     Args:
-        data: makes the datums; called on the engine's thread, because decoding is work too.
+        data: decodes the datums; called on the engine's thread.
         loss_fn: name of the loss.
-        config: its options.
-        forward_only: leave gradients alone.
-        keep_graph: a backward pass over the same datums will follow.
+        config: options of the loss.
+        forward_only: whether to add no gradients.
+        keep_graph: whether a backward pass over the same datums will follow.
     """
 
     data: Callable[[], Sequence[EncodedDatum]]
@@ -47,12 +47,12 @@ class EnginePass:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outputs of one pass.
+    """The result of a pass.
 
     Args:
-        logprobs: per datum, float32, shaped like its target_tokens.
-        metrics: names with a merge suffix, such as "loss:sum".
-        elementwise_loss: the loss of each position, laid out like logprobs; None where the loss does not give it.
+        logprobs: one array per datum, shaped like its target_tokens.
+        metrics: values by name with a merge suffix, such as "loss:sum".
+        elementwise_loss: the loss of each position, shaped like logprobs; None if the loss does not have it.
     """
 
     logprobs: Sequence[Floats]
@@ -62,14 +62,14 @@ class PassResult:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One sampling request; fields as on the wire.
+    """A sampling request; further fields as on the wire.
 
     Args:
         prompt: token ids, [P].
-        stop_tokens: token ids that end a sequence, end-of-text tokens included where they count.
+        stop_tokens: token ids that end a sequence, end-of-text tokens included.
         stop_texts: texts that end a sequence.
-        target_logprobs: [P - 1, K] ids to score at prompt positions from 1 on; -1 is skipped.
-        alt_tokens: how many tokens to draw in the place of each prompt token from 1 on.
+        target_logprobs: token ids to score at prompt positions from 1, [P - 1, K]; -1 is skipped.
+        alt_tokens: number of tokens to sample in place of each prompt token from 1.
     """
 
     prompt: Ints
@@ -90,38 +90,43 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class AltTokens:
-    """Draws in the place of prompt tokens: ids and logprobs, both [P - 1, k]."""
+class TokenTable:
+    """Token ids and their logprobs, both [rows, k]. In a top-k table, row 0 may be unused (id 0, -99999)."""
 
     ids: NDArray[np.int32]
     logprobs: Floats
 
 
 @dataclass(frozen=True)
-class TopkTable:
-    """The k likeliest tokens of each row: ids [rows, k], logprobs [rows, k]. Row 0 may be unused (id 0, -99999)."""
-
-    ids: NDArray[np.int32]
-    logprobs: Floats
-
-
-@dataclass(frozen=True)
-class DrawnSequence:
-    """One drawn sequence."""
+class SampledTokens:
+    """One sampled sequence."""
 
     tokens: NDArray[np.int32]
     logprobs: Floats
     stopped: bool
-    topk: TopkTable | None = None
+    topk: TokenTable | None = None
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Scores of a prompt of P tokens; None for what was not requested.
+
+    Args:
+        logprobs: logprobs of the prompt's tokens, [P], NaN where there is none.
+        topk: the likeliest tokens, [P, k].
+        targets: logprobs of the requested tokens, [P - 1, K].
+        alternatives: tokens sampled in place of those from 1, [P - 1, k].
+    """
+
+    logprobs: Floats | None = None
+    topk: TokenTable | None = None
+    targets: Floats | None = None
+    alternatives: TokenTable | None = None
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What one SampleRequest gave; prompt_logprobs is [P] with NaN where there is none."""
+    """The result of a SampleRequest."""
 
-    sequences: Sequence[DrawnSequence]
-    prompt_logprobs: Floats | None = None
-    topk_prompt: TopkTable | None = None
-    target_logprobs: Floats | None = None
-    alt_tokens: AltTokens | None = None
-    cached_tokens: int = field(default=0)
+    sequences: Sequence[SampledTokens]
+    prompt: PromptScores = PromptScores()

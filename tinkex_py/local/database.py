@@ -1,9 +1,9 @@
 """The state file: sessions, runs and checkpoints in one SQLite database.
 
-Every method is synchronous and safe to call from any thread; none may be called on the event loop.
+Methods are synchronous and safe to call from any thread, but not on the event loop.
 """
 
-# ruff: noqa: S608  (statements are put together from fixed parts only; values are always bound)
+# ruff: noqa: S608  (statements consist of fixed parts; values are always bound)
 
 import sqlite3
 import threading
@@ -33,13 +33,13 @@ _VISIBLE = "kind != 'ephemeral' AND (expires_at IS NULL OR expires_at > ?)"
 
 
 class Database:
-    """One open state file. No other process can open it meanwhile.
+    """An open state file. No other process can open it at the same time.
 
     Args:
-        file: where it is; made if it is not there.
+        file: its path; created if missing.
 
     Raises:
-        ConfigError: another service uses it, a newer version made it, or it is no state file.
+        ConfigError: another service uses it, a newer version created it, or it is not a state file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -52,13 +52,13 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Close the file; calling it again does nothing."""
+        """Closes the file; repeated calls have no effect."""
         with self._lock:
             self._connection.close()
 
     def _prepare(self, file: Path) -> None:
         try:
-            # Kept until the file is closed, also by a process that dies: two services would delete each other's files.
+            # Held until the process ends, even by a crash: two services would delete each other's files.
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA synchronous = FULL")
             with self._transaction("EXCLUSIVE"):
@@ -70,27 +70,25 @@ class Database:
         except sqlite3.OperationalError as error:
             if "locked" not in str(error):
                 raise ConfigError(f"the state file {file} cannot be opened: {error}") from error
-            raise ConfigError(f"{file} is in use by another service: give each service a folder of its own") from error
+            raise ConfigError(f"{file} is in use by another service: give each service its own folder") from error
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{file} is no state file ({error}): choose another folder") from error
+            raise ConfigError(f"{file} is not a state file ({error}): choose another folder") from error
         if version > VERSION:
-            raise ConfigError(f"{file} was made by a newer version of this package: use that, or another folder")
+            raise ConfigError(
+                f"a newer version of this package created {file}: use that version, or choose another folder"
+            )
 
     # Sessions
 
     def put_session(self, session: SessionInfo) -> None:
-        """Add a session, or change it."""
+        """Adds or replaces a session."""
         self._execute(
             "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?)",
             (session.session_id, _stamp(session.created), session.project_id, session.model_dump_json()),
         )
 
     def sessions(self, after: tuple[datetime, str] | None = None) -> Iterator[SessionInfo]:
-        """All sessions, newest first.
-
-        Args:
-            after: begin behind the session with this creation time and id.
-        """
+        """Returns sessions, newest first; all of them, or those after one with this creation time and id."""
         where, values = ("", ())
         if after is not None:
             where, values = "WHERE (created, session_id) < (?, ?)", (_stamp(after[0]), after[1])
@@ -98,31 +96,31 @@ class Database:
         return (SessionInfo.model_validate_json(record) for (record,) in rows)
 
     def session_ids(self, limit: int, offset: int) -> list[str]:
-        """A page of session ids, newest first."""
+        """Returns a page of session ids, newest first."""
         statement = "SELECT session_id FROM sessions ORDER BY created DESC, session_id DESC LIMIT ? OFFSET ?"
         return [session_id for (session_id,) in self._rows(statement, (limit, offset))]
 
     # Runs
 
     def put_run(self, run: TrainingRunInfo) -> None:
-        """Add a run, or change it."""
+        """Adds or replaces a run."""
         self._execute(
             "INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)",
             (run.run_id, run.session_id, _stamp(run.created), run.model_dump_json()),
         )
 
     def run(self, run_id: str) -> TrainingRunInfo | None:
-        """A run by id."""
+        """Returns a run, or None if there is none."""
         rows = self._rows("SELECT record FROM runs WHERE run_id = ?", (run_id,))
         return TrainingRunInfo.model_validate_json(rows[0][0]) if rows else None
 
     def run_ids(self, session_id: str | None = None) -> list[str]:
-        """Ids of all runs, or of a session's, oldest first."""
+        """Returns the ids of all runs, or of those of a session, oldest first."""
         where, values = ("", ()) if session_id is None else ("WHERE session_id = ?", (session_id,))
         return [run_id for (run_id,) in self._rows(f"SELECT run_id FROM runs {where} ORDER BY created, run_id", values)]
 
     def runs(self, limit: int, offset: int, project_id: str | None = None) -> tuple[list[TrainingRunInfo], int]:
-        """A page of runs, newest first, and how many there are in all."""
+        """Returns a page of runs, newest first, and the total number."""
         where, values = ("", ())
         if project_id is not None:
             where = "WHERE session_id IN (SELECT session_id FROM sessions WHERE project_id = ?)"
@@ -137,7 +135,7 @@ class Database:
     # Checkpoints
 
     def put_checkpoint(self, info: CheckpointInfo) -> None:
-        """Add a checkpoint, or replace the one of that name."""
+        """Adds a checkpoint, or replaces the one of that name."""
         self._execute(
             "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -153,14 +151,12 @@ class Database:
         )
 
     def checkpoint(self, run_id: str, kind: str, name: str) -> CheckpointInfo | None:
-        """A checkpoint by its parts, even when it has expired."""
-        rows = self._rows(
-            "SELECT record FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ?", (run_id, kind, name)
-        )
-        return CheckpointInfo.model_validate_json(rows[0][0]) if rows else None
+        """Returns a checkpoint, also an expired one, or None if there is none."""
+        found = self._checkpoints("run_id = ? AND kind = ? AND name = ?", (run_id, kind, name))
+        return found[0] if found else None
 
     def change_checkpoint(self, info: CheckpointInfo, **changes: Any) -> CheckpointInfo | None:
-        """Change a checkpoint's record; None if it has been deleted or replaced meanwhile."""
+        """Changes the record of a checkpoint; returns None if it was deleted or replaced."""
         with self._transaction("IMMEDIATE"):
             found = self.checkpoint(info.run.run_id, info.kind, info.name)
             if found is None or found.folder != info.folder:
@@ -170,7 +166,7 @@ class Database:
             return changed
 
     def drop_checkpoint(self, info: CheckpointInfo) -> None:
-        """Forget a checkpoint, unless another one has taken its name."""
+        """Removes the record of a checkpoint, unless another one has taken its name."""
         self._execute(
             "DELETE FROM checkpoints WHERE run_id = ? AND kind = ? AND name = ? AND folder = ?",
             (info.run.run_id, info.kind, info.name, info.folder),
@@ -179,19 +175,16 @@ class Database:
     def checkpoints(
         self, run_id: str | None = None, *, limit: int = -1, offset: int = 0
     ) -> tuple[list[CheckpointInfo], int]:
-        """A page of checkpoints that clients can see, newest first, and how many there are in all."""
+        """Returns a page of the checkpoints that clients can see, newest first, and the total number."""
         where, values = _VISIBLE, (_stamp(datetime.now(UTC)),)
         if run_id is not None:
             where, values = f"run_id = ? AND {_VISIBLE}", (run_id, *values)
         ((count,),) = self._rows(f"SELECT COUNT(*) FROM checkpoints WHERE {where}", values)
-        rows = self._rows(
-            f"SELECT record FROM checkpoints WHERE {where} ORDER BY time DESC, run_id, kind, name LIMIT ? OFFSET ?",
-            (*values, limit, offset),
-        )
-        return [CheckpointInfo.model_validate_json(record) for (record,) in rows], count
+        page = f"{where} ORDER BY time DESC, run_id, kind, name LIMIT ? OFFSET ?"
+        return self._checkpoints(page, (*values, limit, offset)), count
 
     def session_usage(self, session_id: str) -> tuple[int, int]:
-        """How many visible checkpoints a session has, and their bytes."""
+        """Returns the number of visible checkpoints of a session, and their bytes."""
         ((count, size),) = self._rows(
             "SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM checkpoints "
             f"WHERE run_id IN (SELECT run_id FROM runs WHERE session_id = ?) AND {_VISIBLE}",
@@ -200,24 +193,26 @@ class Database:
         return count, size
 
     def ephemeral(self, run_id: str | None = None) -> list[CheckpointInfo]:
-        """Snapshots without a name, of one run or of all."""
-        where, values = ("", ()) if run_id is None else ("AND run_id = ?", (run_id,))
-        rows = self._rows(f"SELECT record FROM checkpoints WHERE kind = 'ephemeral' {where}", values)
-        return [CheckpointInfo.model_validate_json(record) for (record,) in rows]
+        """Returns the unnamed snapshots of one run, or of all."""
+        where, values = ("", ()) if run_id is None else (" AND run_id = ?", (run_id,))
+        return self._checkpoints(f"kind = 'ephemeral'{where}", values)
 
     def expired(self) -> list[CheckpointInfo]:
-        """Checkpoints whose time is over."""
-        rows = self._rows("SELECT record FROM checkpoints WHERE expires_at <= ?", (_stamp(datetime.now(UTC)),))
-        return [CheckpointInfo.model_validate_json(record) for (record,) in rows]
+        """Returns expired checkpoints."""
+        return self._checkpoints("expires_at <= ?", (_stamp(datetime.now(UTC)),))
 
     def next_expiry(self) -> datetime | None:
-        """When the next checkpoint expires."""
+        """Returns when the next checkpoint expires, or None."""
         ((moment,),) = self._rows("SELECT MIN(expires_at) FROM checkpoints", ())
         return None if moment is None else datetime.fromisoformat(moment)
 
     def folders(self) -> set[str]:
-        """Folders of all checkpoints."""
+        """Returns the folders of all checkpoints."""
         return {folder for (folder,) in self._rows("SELECT folder FROM checkpoints", ())}
+
+    def _checkpoints(self, where: str, values: tuple[Any, ...]) -> list[CheckpointInfo]:
+        rows = self._rows(f"SELECT record FROM checkpoints WHERE {where}", values)
+        return [CheckpointInfo.model_validate_json(record) for (record,) in rows]
 
     def _rows(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
         with self._lock:
@@ -240,5 +235,5 @@ class Database:
 
 
 def _stamp(moment: datetime) -> str:
-    """A moment as text that sorts by time."""
+    """Returns a text that sorts by time."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")

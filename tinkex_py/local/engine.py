@@ -1,6 +1,6 @@
-"""The engine: every operation on models, in plain synchronous calls.
+"""The engine: operations on models, as synchronous calls from one thread.
 
-One thread calls it, one operation at a time. Every operation activates the adapter it works on before anything else.
+Every operation activates its adapter before anything else.
 """
 
 import json
@@ -14,13 +14,12 @@ import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.checkpoints import CheckpointStore
-from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses, session_of
+from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses
 from tinkex_py.local.data import EnginePass, PassResult, SampleRequest, SampleResult
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
-from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank
+from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank, AdapterOptimizer
 from tinkex_py.local.losses import DatumLoss, Loss, find_loss
 from tinkex_py.local.models import LoadedModel
-from tinkex_py.local.optimizer import AdapterOptimizer
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.passes import (
     Example,
@@ -45,7 +44,7 @@ SAMPLER_ADAPTERS = 4
 
 @dataclass
 class TrainingModel:
-    """One training client's side of the engine."""
+    """The engine's state of one training client."""
 
     run: TrainingRunInfo
     adapter: Adapter
@@ -54,13 +53,13 @@ class TrainingModel:
 
 
 class Engine:
-    """One base network, many adapters.
+    """One base network with many adapters. Operations raise InvalidData for models that are not loaded.
 
     Args:
         model: the base network.
-        store: where checkpoints go.
-        options: budgets and seed.
-        closing: set when the service stops; long operations then end early with EngineClosing.
+        store: where checkpoints are stored.
+        options: limits and seed.
+        closing: set when the service stops; long operations then raise EngineClosing.
     """
 
     def __init__(
@@ -77,61 +76,72 @@ class Engine:
         self._models: dict[str, TrainingModel] = {}
         self._samplers: dict[str, Adapter] = {}
 
-    def create_model(self, run: TrainingRunInfo, settings: LoraConfig, seed: int) -> None:
-        """Make a fresh training model.
+    # Models
 
-        Raises:
-            InvalidData: another base model is asked for, or the settings cannot be used.
-        """
+    def create_model(self, run: TrainingRunInfo, settings: LoraConfig, seed: int) -> None:
+        """Creates a training model; InvalidData: another base model, or unusable settings."""
         self._check_base(run.base_model)
         self._add(run, self._bank.create(settings, seed))
 
     def create_from_checkpoint(self, run: TrainingRunInfo, source: CheckpointInfo, *, with_optimizer: bool) -> None:
-        """Make a training model out of a checkpoint; `run` has the checkpoint's LoRA settings.
+        """Creates a training model from a checkpoint, with the checkpoint's LoRA settings.
 
         Raises:
-            InvalidData: the checkpoint belongs to another base model, or has no optimizer state although it is wanted.
+            InvalidData: the checkpoint belongs to another base model, is damaged, or has no wanted optimizer state.
         """
         self._check_base(run.base_model)
         adapter = self._bank.create(lora_settings(source.run), 0)
         try:
-            optimizer = self._restore(adapter, source, with_optimizer=with_optimizer)
+            optimizer = self._restored(adapter, source, with_optimizer=with_optimizer)
         except BaseException:
             self._bank.delete(adapter)
             raise
         self._add(run, adapter, optimizer)
 
     def load_into(self, model_id: str, source: CheckpointInfo, *, with_optimizer: bool) -> None:
-        """Load a checkpoint into a model on which nothing has been done yet.
-
-        Raises:
-            InvalidData: the model has been used already, or the checkpoint does not fit.
-        """
+        """Loads a checkpoint into an unused model; InvalidData: it was used, or the checkpoint does not fit."""
         model = self._model(model_id)
         if model.touched:
             raise InvalidData(
                 f"load_weights onto {model_id!r} must be its first request: create a new training client from the state"
             )
         self._check_base(source.run.base_model)
-        model.optimizer = self._restore(model.adapter, source, with_optimizer=with_optimizer)
+        model.optimizer = self._restored(model.adapter, source, with_optimizer=with_optimizer)
         model.touched = True
 
     def unload_model(self, model_id: str) -> None:
-        """Free a training model; unknown ids are ignored."""
+        """Frees a training model; unknown ids are ignored."""
         model = self._models.pop(model_id, None)
         if model is not None:
             self.graphs.drop(model_id)
             self._bank.delete(model.adapter)
             self.store.delete_ephemeral(model_id)
 
+    def run_info(self, model_id: str) -> TrainingRunInfo | None:
+        """Returns the run of a loaded training model; may be called from any thread."""
+        model = self._models.get(model_id)
+        return None if model is None else model.run
+
+    def save(self, model_id: str, info: CheckpointInfo, *, overwrite: bool) -> CheckpointInfo:
+        """Writes a checkpoint, a training one with the optimizer's moments; InvalidData: its name is invalid."""
+        model = self._used(model_id)
+        files: dict[str, Mapping[str, Any]] = {ADAPTER_FILE: model.adapter.weights()}
+        if info.kind == "weights":
+            files[OPTIMIZER_FILE] = model.optimizer.state()
+        texts = {"adapter_config.json": self._peft_config(model)}
+        described = info.model_copy(update={"run": model.run, "has_optimizer": info.kind == "weights"})
+        return self.store.write(described, files, texts, overwrite=overwrite)
+
+    # Training
+
     def run_pass(self, model_id: str, request: EnginePass) -> PassResult:
-        """A forward or forward_backward pass; gradients are added only when the whole pass has succeeded.
+        """Runs a forward or forward_backward pass. Gradients are added only if the whole pass succeeds.
 
         Raises:
-            InvalidData: unknown loss, bad datum or non-finite loss; nothing was added.
+            InvalidData: unknown loss, invalid datum or non-finite loss; no gradient was added.
         """
         model = self._model(model_id)
-        loss = self._loss(model_id, request)
+        loss = self._loss(model, request)
         examples = prepare(request.data(), loss, self.model, finite=not request.forward_only)
         self._bank.activate(model.adapter)
         model.touched = True
@@ -143,113 +153,41 @@ class Engine:
         return _pass_result(microbatches, losses, len(examples))
 
     def optim_step(self, model_id: str, settings: AdamParams) -> dict[str, float]:
-        """One AdamW step on the summed gradients, which it consumes.
-
-        Raises:
-            InvalidData: the gradients are not finite.
-        """
-        model = self._model(model_id)
+        """Runs an AdamW step on the accumulated gradients; InvalidData: they are not finite."""
+        model = self._used(model_id)
         self.graphs.drop(model_id)
         self._bank.activate(model.adapter)
-        model.touched = True
         return model.optimizer.step(settings)
 
-    def save(self, model_id: str, info: CheckpointInfo, *, overwrite: bool) -> CheckpointInfo:
-        """Write a checkpoint; training checkpoints hold the optimizer's moments too.
-
-        Raises:
-            InvalidData: the name cannot be used.
-        """
-        model = self._model(model_id)
-        model.touched = True
-        files: dict[str, Mapping[str, Any]] = {ADAPTER_FILE: model.adapter.weights()}
-        state = model.optimizer.state() if info.kind == "weights" else {}
-        if info.kind == "weights":
-            files[OPTIMIZER_FILE] = state
-        texts = {"adapter_config.json": self._peft_config(model)}
-        described = info.model_copy(update={"run": model.run, "has_optimizer": info.kind == "weights"})
-        return self.store.write(described, files, texts, overwrite=overwrite)
-
-    def sample(self, source: CheckpointInfo | None, request: SampleRequest) -> SampleResult:
-        """Draw one request from a checkpoint, or from the base network when there is none, to its end.
-
-        Raises:
-            InvalidData: the request cannot be used.
-        """
-        batch = self.sample_batch([request])
-        while not self.draw(source, batch, request.max_tokens or 1):
-            pass
-        return batch.results()[0]
-
-    @property
-    def pads_prompts(self) -> bool:
-        """Whether prompts of different lengths can be drawn together."""
-        return can_pad(self.model)
-
-    def check_sample(self, request: SampleRequest) -> None:
-        """May be called from any thread.
-
-        Raises:
-            InvalidData: the request cannot be used.
-        """
-        room_for(self.model, request)
-
-    def sample_batch(self, requests: Sequence[SampleRequest]) -> SampleBatch:
-        """Requests to draw together.
-
-        Raises:
-            InvalidData: one of them cannot be used.
-        """
-        return SampleBatch(self.model, requests, self._check)
-
-    def draw(self, source: CheckpointInfo | None, batch: SampleBatch, tokens: int) -> bool:
-        """Draw up to so many more tokens of each sequence of a batch; True when it is done.
-
-        Raises:
-            InvalidData: the checkpoint is gone or damaged.
-        """
-        self._bank.activate(None if source is None else self._sampler(source))
-        return batch.advance(tokens)
-
-    def run_info(self, model_id: str) -> TrainingRunInfo | None:
-        """What a loaded training model is; may be called from any thread."""
-        model = self._models.get(model_id)
-        return None if model is None else model.run
-
     def gradient(self, model_id: str) -> dict[str, torch.Tensor]:
-        """A copy of the gradients summed since the last optim_step, by file key."""
+        """Returns a copy of the gradients accumulated since the last optim_step, by file key."""
         return {key: value.clone() for key, value in self._model(model_id).adapter.gradients.items()}
 
-    def _loss(self, model_id: str, request: EnginePass) -> Loss:
+    def _loss(self, model: TrainingModel, request: EnginePass) -> Loss:
         if request.loss_fn == CUSTOM_LOSS:
-            return self.custom_losses.find(session_of(model_id), request.config)
+            return self.custom_losses.find(model.run.session_id, request.config)
         return find_loss(request.loss_fn, request.config)
 
     def _forward_only(self, model_id: str, examples: Sequence[Example], *, keep: bool) -> list[Microbatch]:
-        groups = split(examples, self._options.max_tokens_per_microbatch)
         keep = keep and self.graphs.budget_bytes > 0
         meter = GraphMeter(weight_storages(self.model.network) if keep else frozenset())
         microbatches: list[Microbatch] = []
-        for group in groups:
+        for group in split(examples, self._options.max_tokens_per_microbatch):
             if keep:
                 with torch.enable_grad(), meter.measuring():
                     microbatches.append(self._forward(examples, group))
                 keep = meter.total <= self.graphs.budget_bytes
                 if not keep:
-                    microbatches = [_without_graph(part) for part in microbatches]
+                    microbatches = [part.without_graph() for part in microbatches]
             else:
                 with torch.no_grad():
                     microbatches.append(self._forward(examples, group))
         if keep:
             self.graphs.keep(KeptGraph(model_id, fingerprint(examples), tuple(microbatches), meter.total))
-        return [_without_graph(part) for part in microbatches]
+        return [part.without_graph() for part in microbatches]
 
     def _forward_backward(
-        self,
-        model_id: str,
-        model: TrainingModel,
-        examples: Sequence[Example],
-        loss: Loss,
+        self, model_id: str, model: TrainingModel, examples: Sequence[Example], loss: Loss
     ) -> tuple[list[Microbatch], list[list[DatumLoss]]]:
         kept = self.graphs.take(model_id, fingerprint(examples)) if len(self.graphs) else None
         makers: list[Callable[[], Microbatch]]
@@ -270,7 +208,7 @@ class Engine:
             for key, gradient in gradients(total, model.adapter):
                 held = summed.get(key)
                 summed[key] = gradient if held is None else held.add_(gradient)
-            finished.append(_without_graph(part))
+            finished.append(part.without_graph())
             losses.append([replace(datum_loss, value=datum_loss.value.detach()) for datum_loss in given])
         model.adapter.add_gradients(summed)
         return finished, losses
@@ -280,40 +218,42 @@ class Engine:
         self.passes_run += 1
         return forward(self.model, examples, group)
 
-    def _check(self) -> None:
-        if self._closing.is_set():
-            raise EngineClosing("the service is stopping; this request was not finished")
+    # Sampling
 
-    def _check_base(self, name: str) -> None:
-        if name != self.model.name:
-            raise InvalidData(f"base model {name!r} is not served here. Served: {self.model.name!r}")
+    @property
+    def pads_prompts(self) -> bool:
+        """Whether prompts of different lengths can share a batch."""
+        return can_pad(self.model)
 
-    def _model(self, model_id: str) -> TrainingModel:
-        model = self._models.get(model_id)
-        if model is None:
-            raise InvalidData(f"model {model_id!r} is not loaded")
-        return model
+    def check_sample(self, request: SampleRequest) -> None:
+        """Raises InvalidData for an invalid request; may be called from any thread."""
+        room_for(self.model, request)
 
-    def _add(self, run: TrainingRunInfo, adapter: Adapter, optimizer: AdapterOptimizer | None = None) -> None:
-        self.store.write_run(run)
-        self._models[run.run_id] = TrainingModel(run, adapter, optimizer or AdapterOptimizer(adapter))
+    def sample_batch(self, requests: Sequence[SampleRequest]) -> SampleBatch:
+        """Returns a batch of valid requests, for `draw`."""
+        return SampleBatch(self.model, requests, self._check)
 
-    def _restore(self, adapter: Adapter, source: CheckpointInfo, *, with_optimizer: bool) -> AdapterOptimizer:
-        if with_optimizer and not source.has_optimizer:
-            raise InvalidData(f"checkpoint {source.path!r} has no optimizer state; load it without")
-        # All that can fail comes before the first change: a model is loaded whole or left as it was.
-        weights = self._read(source, ADAPTER_FILE)
-        optimizer = AdapterOptimizer(adapter)
-        if with_optimizer:
-            optimizer.set_state(self._read(source, OPTIMIZER_FILE))
-        adapter.set_weights(weights)
-        return optimizer
+    def draw(self, source: CheckpointInfo | None, batch: SampleBatch, tokens: int) -> bool:
+        """Samples up to `tokens` tokens of each sequence, from a checkpoint or the base network.
 
-    def _read(self, source: CheckpointInfo, name: str) -> dict[str, torch.Tensor]:
-        return read_tensors(self.store.file(source, name), f"checkpoint {source.path!r}")
+        Returns:
+            Whether the batch is done.
+
+        Raises:
+            InvalidData: the checkpoint is missing or damaged.
+        """
+        self._bank.activate(None if source is None else self._sampler(source))
+        return batch.advance(tokens)
+
+    def sample(self, source: CheckpointInfo | None, request: SampleRequest) -> SampleResult:
+        """Samples one request to its end; raises like `draw`."""
+        batch = self.sample_batch([request])
+        while not self.draw(source, batch, request.max_tokens or 1):
+            pass
+        return batch.results()[0]
 
     def _sampler(self, source: CheckpointInfo) -> Adapter:
-        """The sampling adapter that holds a checkpoint; loads it in the place of the least recently used one."""
+        """Returns an adapter with the weights of a checkpoint; they replace the least recently used ones."""
         held = self._samplers.pop(source.folder, None)
         if held is None:
             weights = self._read(source, ADAPTER_FILE)
@@ -334,6 +274,43 @@ class Engine:
             self._bank.delete(oldest)
         return self._bank.create(settings, 0)
 
+    def _check(self) -> None:
+        if self._closing.is_set():
+            raise EngineClosing("the service is stopping; this request was not finished")
+
+    def _check_base(self, name: str) -> None:
+        if name != self.model.name:
+            raise InvalidData(f"base model {name!r} is not served here. Served: {self.model.name!r}")
+
+    def _model(self, model_id: str) -> TrainingModel:
+        model = self._models.get(model_id)
+        if model is None:
+            raise InvalidData(f"model {model_id!r} is not loaded")
+        return model
+
+    def _used(self, model_id: str) -> TrainingModel:
+        model = self._model(model_id)
+        model.touched = True
+        return model
+
+    def _add(self, run: TrainingRunInfo, adapter: Adapter, optimizer: AdapterOptimizer | None = None) -> None:
+        self.store.write_run(run)
+        self._models[run.run_id] = TrainingModel(run, adapter, optimizer or AdapterOptimizer(adapter))
+
+    def _restored(self, adapter: Adapter, source: CheckpointInfo, *, with_optimizer: bool) -> AdapterOptimizer:
+        if with_optimizer and not source.has_optimizer:
+            raise InvalidData(f"checkpoint {source.path!r} has no optimizer state; load it without")
+        # Everything that can fail precedes the first change: a model is loaded completely or stays as it was.
+        weights = self._read(source, ADAPTER_FILE)
+        optimizer = AdapterOptimizer(adapter)
+        if with_optimizer:
+            optimizer.set_state(self._read(source, OPTIMIZER_FILE))
+        adapter.set_weights(weights)
+        return optimizer
+
+    def _read(self, source: CheckpointInfo, name: str) -> dict[str, torch.Tensor]:
+        return read_tensors(self.store.file(source, name), f"checkpoint {source.path!r}")
+
     def _peft_config(self, model: TrainingModel) -> str:
         settings = model.adapter.settings
         config = {
@@ -350,20 +327,20 @@ class Engine:
 
 
 def read_tensors(file: Path, whose: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
+    """Reads a safetensors file.
 
     Args:
         file: the file.
-        whose: what it belongs to, for errors.
+        whose: its owner, for errors.
 
     Raises:
-        InvalidData: it is not there or damaged.
+        InvalidData: it is missing or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load  # pyright: ignore[reportUnknownVariableType]
 
     try:
-        # Not its readers of files: in safetensors 0.8.0 they keep a little of every tensor for ever.
+        # The file readers of safetensors 0.8.0 leak some memory for every tensor.
         return load(file.read_bytes())
     except FileNotFoundError as error:
         raise InvalidData(f"{whose} has no {file.name}") from error
@@ -372,7 +349,7 @@ def read_tensors(file: Path, whose: str) -> dict[str, torch.Tensor]:
 
 
 def lora_settings(run: TrainingRunInfo) -> LoraConfig:
-    """The LoRA settings that a run was made with."""
+    """Returns the LoRA settings of a run."""
     return LoraConfig(
         rank=run.rank, train_unembed=run.train_unembed, train_mlp=run.train_mlp, train_attn=run.train_attn
     )
@@ -387,7 +364,3 @@ def _pass_result(microbatches: Sequence[Microbatch], losses: Sequence[Sequence[D
         metrics=merged_metrics(ordered),
         elementwise_loss=[tensor.cpu().numpy() for tensor in elementwise] if len(elementwise) == count else None,
     )
-
-
-def _without_graph(part: Microbatch) -> Microbatch:
-    return Microbatch(part.indices, tuple(logprobs.detach() for logprobs in part.logprobs))

@@ -1,8 +1,7 @@
-"""Graphs of forward passes that wait for their backward pass.
+"""Autograd graphs of forward passes, kept for their backward pass.
 
-A custom step asks for logprobs, computes a loss elsewhere and comes back with weights for the same datums. Keeping
-the graph in between saves the second forward pass. What is kept is bounded in number and bytes; whatever is not kept
-is simply computed again.
+A custom step requests logprobs, and later returns weights for the same datums; a kept graph saves the second forward
+pass. Graphs are bounded in number and bytes; without one, the forward pass is computed again.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ GRAPHS_PER_MODEL = 2
 
 @dataclass(frozen=True)
 class KeptGraph:
-    """Microbatches of one forward pass, and what they hold alive in bytes."""
+    """The microbatches of a forward pass, and the bytes they keep alive."""
 
     owner: str
     key: bytes
@@ -31,7 +30,7 @@ class KeptGraph:
 
 @dataclass
 class GraphMeter:
-    """Counts the bytes that graphs hold beside the network's own weights."""
+    """Measures the bytes that graphs keep alive, without the weights of the network."""
 
     weights: frozenset[int]
     storages: dict[int, int] = field(default_factory=dict[int, int])
@@ -43,7 +42,7 @@ class GraphMeter:
 
     @contextmanager
     def measuring(self) -> Generator[None]:
-        """Count what is saved for backward inside."""
+        """Counts the tensors that the block saves for backward."""
         with torch.autograd.graph.saved_tensors_hooks(self._count, lambda saved: saved):
             yield
 
@@ -51,17 +50,17 @@ class GraphMeter:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.weights:
             self.storages[storage.data_ptr()] = storage.nbytes()
-        # The tensor itself would hold the graph that holds it: a graph without a backward pass would never be freed.
+        # The tensor itself refers to the graph that saves it: without a backward pass, the graph would never be freed.
         return tensor.detach()
 
 
 def weight_storages(network: Any) -> frozenset[int]:
-    """Addresses of all weights of a network, adapters included."""
+    """Returns the addresses of all weights of a network, adapters included."""
     return frozenset(parameter.untyped_storage().data_ptr() for parameter in network.parameters())
 
 
 def fingerprint(examples: Sequence[Example]) -> bytes:
-    """What two passes must share to share a graph: tokens and targets, in order."""
+    """Returns a digest of tokens and targets, which passes must have in common to share a graph."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((tuple(example.tokens.shape), example.shape)).encode())
@@ -79,14 +78,14 @@ class GraphKeeper:
 
     @property
     def size(self) -> int:
-        """Bytes held alive."""
+        """Bytes kept alive."""
         return sum(graph.size for graph in self._graphs)
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def keep(self, graph: KeptGraph) -> None:
-        """Keep a graph; the oldest ones make room for it."""
+        """Keeps a graph, and drops the oldest ones beyond the bounds."""
         if graph.size > self.budget_bytes:
             return
         self._graphs = [kept for kept in self._graphs if (kept.owner, kept.key) != (graph.owner, graph.key)]
@@ -98,7 +97,7 @@ class GraphKeeper:
         self._graphs.append(graph)
 
     def take(self, owner: str, key: bytes) -> KeptGraph | None:
-        """Hand out a kept graph for its one backward pass."""
+        """Removes and returns a graph for its backward pass, or None."""
         for graph in self._graphs:
             if (graph.owner, graph.key) == (owner, key):
                 self._graphs.remove(graph)
@@ -106,5 +105,5 @@ class GraphKeeper:
         return None
 
     def drop(self, owner: str) -> None:
-        """Forget a model's graphs: its weights have changed or it is gone."""
+        """Drops the graphs of a model, whose weights have changed or which is unloaded."""
         self._graphs = [graph for graph in self._graphs if graph.owner != owner]

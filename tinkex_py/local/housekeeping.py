@@ -1,28 +1,27 @@
-"""What the service does by itself: deletes expired checkpoints, and ends sessions that stopped sending requests."""
+"""Background tasks of the service: they delete expired checkpoints, and end inactive sessions."""
 
 import asyncio
 import sqlite3
 from collections import Counter
 from datetime import UTC, datetime
 
-from tinkex_py.local.core import Core
-from tinkex_py.local.failures import logger
+from tinkex_py.local.core import Core, logger
 from tinkex_py.local.records import SessionEnd
 
-# Expiry is also checked without a reason, in case the clock was changed.
+# Seconds. Bounds the wait in case the clock is changed.
 _LONGEST_WAIT = 600.0
 _LOOKS = 10
 
 
 async def delete_expired(core: Core) -> None:
-    """Delete checkpoints as they expire, until cancelled."""
+    """Deletes checkpoints as they expire, until cancelled."""
     while True:
         core.expiry_changed.clear()
         wait = _LONGEST_WAIT
         try:
             next_expiry = await core.stored(lambda store: store.delete_expired())
         except (OSError, sqlite3.Error) as error:
-            logger.error("expired checkpoints cannot be deleted now", exc_info=error)
+            logger.error("cannot delete expired checkpoints; the next attempt is in %g s", wait, exc_info=error)
         else:
             if next_expiry is not None:
                 wait = min(max((next_expiry - datetime.now(UTC)).total_seconds(), 0.0), wait)
@@ -34,9 +33,9 @@ async def delete_expired(core: Core) -> None:
 
 
 async def end_inactive_sessions(core: Core, timeout: float) -> None:
-    """End every session without a request or a heartbeat for `timeout` seconds, until cancelled.
+    """Ends sessions without a request or heartbeat for `timeout` seconds, until cancelled.
 
-    Looks are counted, not seconds: while the event loop itself stood still, no request could arrive.
+    Counts looks instead of seconds: while the event loop is blocked, no request can arrive.
     """
     idle_looks: Counter[str] = Counter()
     while True:
@@ -53,5 +52,5 @@ async def end_inactive_sessions(core: Core, timeout: float) -> None:
             try:
                 await core.finish_session(session, end)
             except (OSError, sqlite3.Error) as error:
-                logger.error("the end of session %s cannot be kept", session.session_id, exc_info=error)
+                logger.error("cannot store the end of session %s", session.session_id, exc_info=error)
             del idle_looks[session.session_id]

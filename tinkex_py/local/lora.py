@@ -1,9 +1,8 @@
-"""LoRA adapters: one per training model, all over one shared base network.
+"""LoRA adapters, one per training model over one shared base network, and their optimizer.
 
-`AdapterBank` is the only place that talks to peft. Every method runs on the engine's thread. The network holds one of
-peft's adapters for each rank and choice of layers that is in use; a model's own weights are put into it when the
-model's turn comes. So a model costs its weights and nothing else: peft goes through all adapters of every layer for
-each that is added.
+`AdapterBank` is the only place that uses peft. All methods run on the engine's thread. The network contains one peft
+adapter per rank and choice of layers; a model's own weights are put into it when the model is active. So a further
+model costs only its weights, whereas peft visits all adapters of every layer for each that is added.
 """
 
 import math
@@ -18,17 +17,18 @@ from torch.nn import Parameter
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.models import LoadedModel
-from tinkex_py.types import LoraConfig
+from tinkex_py.types import AdamParams, LoraConfig
 
 LORA_ALPHA = 32
 MAX_RANK = 512
 _ATTENTION = re.compile(r"(^|[._])(self_)?attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|expert", re.IGNORECASE)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a parameter goes in the network: the module whose `weight` it is; and what it must be like."""
+class _Slot:
+    """The module of the network whose `weight` is a parameter, and what that parameter must be like."""
 
     module: torch.nn.Module
     shape: torch.Size
@@ -38,73 +38,67 @@ class _Place:
 
 @dataclass(eq=False)
 class _Form:
-    """One of peft's adapters in the network.
+    """A peft adapter in the network.
 
     Attributes:
-        name: peft's name of it.
-        places: of its parameters, by file key.
-        held: whose weights are in it now.
-        users: adapters that have it.
+        name: its name for peft.
+        slots: by file key of the parameter.
+        held: the adapter whose weights are in it.
+        users: number of adapters that use it.
     """
 
     name: str
-    places: dict[str, _Place]
+    slots: dict[str, _Slot]
     held: "Adapter | None" = None
     users: int = 0
 
     def hold(self, adapter: "Adapter") -> None:
-        """Put an adapter's weights in."""
+        """Puts the weights of an adapter in."""
         if adapter is not self.held:
-            for key, place in self.places.items():
-                place.module.weight = adapter.parameters[key]
+            for key, slot in self.slots.items():
+                slot.module.weight = adapter.parameters[key]
             self.held = adapter
 
     def clear(self) -> None:
-        """Take out what is in."""
-        for place in self.places.values():
-            place.module.weight = Parameter(torch.empty(0))
+        """Takes the weights out."""
+        for slot in self.slots.values():
+            slot.module.weight = Parameter(torch.empty(0))
         self.held = None
 
 
 @dataclass(eq=False)
 class Adapter:
-    """The trainable half of one model.
+    """The trainable part of one model.
 
     Attributes:
-        form: where its weights go in the network.
-        settings: rank and which layers it adapts.
-        parameters: file key to trainable parameter.
-        gradients: file key to the sum of gradients since the last optimizer step; empty when there are none.
-        version: counts changes of the weights.
+        form: the peft adapter that takes its weights.
+        settings: rank and layers.
+        parameters: by file key.
+        gradients: sums since the last optimizer step, by file key; empty if there are none.
     """
 
     form: _Form
     settings: LoraConfig
     parameters: dict[str, Parameter]
     gradients: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    version: int = 0
 
     def add_gradients(self, added: Mapping[str, Tensor]) -> None:
-        """Add to the sum of gradients."""
+        """Adds to the sums of gradients."""
         for key, gradient in added.items():
             held = self.gradients.get(key)
             self.gradients[key] = gradient if held is None else held.add_(gradient)
 
     def take_gradients(self) -> dict[str, Tensor]:
-        """Hand out the sum of gradients and start from nothing."""
+        """Returns the sums of gradients and resets them."""
         taken, self.gradients = self.gradients, {}
         return taken
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights on the CPU."""
+        """Returns a copy of the weights on the CPU."""
         return {key: parameter.detach().cpu().clone() for key, parameter in self.parameters.items()}
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights in.
-
-        Raises:
-            InvalidData: the names or shapes are those of another adapter.
-        """
+        """Copies weights in; InvalidData: names or shapes do not fit."""
         if weights.keys() != self.parameters.keys():
             differing = sorted(weights.keys() ^ self.parameters.keys())
             raise InvalidData(
@@ -116,51 +110,45 @@ class Adapter:
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 parameter.copy_(weights[key])
-        self.version += 1
 
 
 class AdapterBank:
-    """Makes, switches and removes adapters of one base network."""
+    """Creates, activates and deletes the adapters of one base network."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
+        self._network = model.network
         self._targets = _adaptable_layers(model.network)
         self._tuner: Any = None
         self._layers: list[Any] = []
         self._forms: dict[tuple[int, tuple[str, ...]], _Form] = {}
-        self._made = 0
-
-    @property
-    def network(self) -> Any:
-        """The base network; peft puts its layers into it."""
-        return self._model.network
+        self._created = 0
 
     def create(self, settings: LoraConfig, seed: int) -> Adapter:
-        """A new adapter: random A from `seed`, zero B, so that it changes nothing yet.
+        """Creates an adapter with random A from `seed` and zero B, so that it changes nothing yet.
 
         Raises:
-            InvalidData: the settings adapt nothing in this model, or the rank is too large.
+            InvalidData: the settings adapt no layer of this model, or the rank is too large.
         """
         form = self._form(settings)
         parameters = {
-            key: Parameter(torch.empty(place.shape, dtype=place.dtype, device=place.device))
-            for key, place in form.places.items()
+            key: Parameter(torch.empty(slot.shape, dtype=slot.dtype, device=slot.device))
+            for key, slot in form.slots.items()
         }
-        adapter = Adapter(form=form, settings=settings, parameters=parameters)
         form.users += 1
         generator = torch.Generator().manual_seed(seed % 2**63)
         with torch.no_grad():
-            for key, parameter in adapter.parameters.items():
+            for key, parameter in parameters.items():
                 if ".lora_A." in key:
                     start = torch.empty(parameter.shape)
                     torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
                     parameter.copy_(start)
                 else:
                     parameter.zero_()
-        return adapter
+        return Adapter(form=form, settings=settings, parameters=parameters)
 
     def activate(self, adapter: Adapter | None) -> None:
-        """Make passes go through this adapter, which is trainable then; None is the base network alone."""
+        """Makes passes use this adapter, and makes it trainable; None is the base network alone."""
         for layer in self._layers:
             if adapter is not None and layer.active_adapters != [adapter.form.name]:
                 layer.set_adapter([adapter.form.name])
@@ -168,13 +156,13 @@ class AdapterBank:
                 layer.enable_adapters(adapter is not None)
         if adapter is not None:
             adapter.form.hold(adapter)
-            # Peft freezes what it switches off. A graph that waits for its backward pass keeps its own, and finds
-            # them trainable again when its turn comes.
+            # Peft freezes what it deactivates. A graph that waits for its backward pass keeps its own parameters, which
+            # are trainable again when its model is activated.
             for parameter in adapter.parameters.values():
                 parameter.requires_grad_(True)
 
     def delete(self, adapter: Adapter) -> None:
-        """Take an adapter's weights out of the network, and their form with the last that has it."""
+        """Takes an adapter out of the network, and its form with the last user."""
         form = adapter.form
         if form.held is adapter:
             form.clear()
@@ -183,29 +171,18 @@ class AdapterBank:
             return
         self._forms = {kind: other for kind, other in self._forms.items() if other is not form}
         for other in self._forms.values():
-            # Leaving the deleted one active makes peft warn once per layer.
+            # If the deleted one is active, peft warns once per layer.
             self._tuner.set_adapter(other.name)
             break
         self._tuner.delete_adapter(form.name)
 
     def target_modules(self, settings: LoraConfig) -> list[str]:
-        """Full names of the layers that these settings adapt.
-
-        Raises:
-            InvalidData: there are none.
-        """
-        wanted = {
-            kind
-            for kind, on in (
-                ("attn", settings.train_attn),
-                ("mlp", settings.train_mlp),
-                ("unembed", settings.train_unembed),
-            )
-            if on
-        }
-        names = [name for name, kind in self._targets.items() if kind in wanted]
+        """Returns the full names of the layers that these settings adapt; InvalidData: there are none."""
+        kinds = {"attn": settings.train_attn, "mlp": settings.train_mlp, "unembed": settings.train_unembed}
+        names = [name for name, kind in self._targets.items() if kinds[kind]]
         if not names:
-            raise InvalidData(f"model {self._model.name!r} has no layers of the kinds {sorted(wanted)}")
+            wanted = sorted(kind for kind, on in kinds.items() if on)
+            raise InvalidData(f"model {self._model.name!r} has no layers of the kinds {wanted}")
         return names
 
     def _form(self, settings: LoraConfig) -> _Form:
@@ -217,12 +194,12 @@ class AdapterBank:
         kind = (settings.rank, tuple(targets))
         form = self._forms.get(kind)
         if form is None:
-            self._made += 1
-            name = f"form{self._made}"
+            self._created += 1
+            name = f"form{self._created}"
             self._inject(name, settings.rank, targets)
-            self._layers = [layer for layer in self.network.modules() if isinstance(layer, BaseTunerLayer)]
-            form = self._forms[kind] = _Form(name, self._places(name))
-            form.clear()  # of the weights that peft made
+            self._layers = [layer for layer in self._network.modules() if isinstance(layer, BaseTunerLayer)]
+            form = self._forms[kind] = _Form(name, self._slots(name))
+            form.clear()  # of the weights that peft created
         return form
 
     def _inject(self, name: str, rank: int, targets: list[str]) -> None:
@@ -230,35 +207,35 @@ class AdapterBank:
         from peft.tuners.lora import LoraModel
 
         config = PeftConfig(r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0.0, bias="none", target_modules=targets)
-        base_config = self.network.config
+        base_config = self._network.config
         tied = base_config.tie_word_embeddings
-        # An adapter beside a tied output layer is exact (the shared matrix is never touched); peft's warning is
+        # An adapter beside a tied output layer is exact, because the shared matrix is not changed; peft's warning is
         # about merging, which never happens here.
         base_config.tie_word_embeddings = False
         try:
             with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
                 if self._tuner is None:
-                    self._tuner = LoraModel(self.network, config, name)
+                    self._tuner = LoraModel(self._network, config, name)
                 else:
                     self._tuner.peft_config[name] = config
-                    self._tuner.inject_adapter(self.network, name)
+                    self._tuner.inject_adapter(self._network, name)
         finally:
             base_config.tie_word_embeddings = tied
-        self.network.eval()
+        self._network.eval()
 
-    def _places(self, name: str) -> dict[str, _Place]:
+    def _slots(self, name: str) -> dict[str, _Slot]:
         mark = f".{name}."
-        places: dict[str, _Place] = {}
-        for key, parameter in self.network.named_parameters():
+        slots: dict[str, _Slot] = {}
+        for key, parameter in self._network.named_parameters():
             if mark in key:
-                module = self.network.get_submodule(key.removesuffix(".weight"))
+                module = self._network.get_submodule(key.removesuffix(".weight"))
                 file_key = f"base_model.model.{key.replace(mark, '.')}"
-                places[file_key] = _Place(module, parameter.shape, parameter.dtype, parameter.device)
-        return places
+                slots[file_key] = _Slot(module, parameter.shape, parameter.dtype, parameter.device)
+        return slots
 
 
 def _adaptable_layers(network: Any) -> dict[str, str]:
-    """Full name of every linear layer, and which of "attn", "mlp", "unembed" it is."""
+    """Returns the full name of every linear layer, and its kind: "attn", "mlp" or "unembed"."""
     head = network.get_output_embeddings()
     kinds: dict[str, str] = {}
     for name, module in network.named_modules():
@@ -270,3 +247,63 @@ def _adaptable_layers(network: Any) -> dict[str, str]:
             elif _ATTENTION.search(name):
                 kinds[name] = "attn"
     return kinds
+
+
+class AdapterOptimizer:
+    """torch.optim.AdamW on one adapter, with parameters for each step."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._adamw = torch.optim.AdamW(adapter.parameters.values(), lr=0.0)
+
+    def step(self, settings: AdamParams) -> dict[str, float]:
+        """Consumes the sums of gradients and changes the weights. Without gradients, nothing changes.
+
+        Returns:
+            grad_norm: global L2 norm before clipping.
+
+        Raises:
+            InvalidData: a gradient is not finite; the gradients are dropped and the weights unchanged.
+        """
+        gradients = self._adapter.take_gradients()
+        if not gradients:
+            return {"grad_norm": 0.0}
+        norm = math.sqrt(sum(float(gradient.double().square().sum().item()) for gradient in gradients.values()))
+        if not math.isfinite(norm):
+            raise InvalidData(f"the gradient norm is {norm}: the gradients were dropped, and the weights are unchanged")
+        scale = min(1.0, settings.grad_clip_norm / norm) if settings.grad_clip_norm > 0 and norm > 0 else 1.0
+        for group in self._adamw.param_groups:
+            group["lr"] = settings.learning_rate
+            group["betas"] = (settings.beta1, settings.beta2)
+            group["eps"] = settings.eps
+            group["weight_decay"] = settings.weight_decay
+        for key, parameter in self._adapter.parameters.items():
+            parameter.grad = gradients[key] if scale == 1.0 else gradients[key].mul_(scale)
+        self._adamw.step()  # pyright: ignore[reportUnknownMemberType]
+        self._adamw.zero_grad(set_to_none=True)
+        return {"grad_norm": norm}
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns a copy of the moments on the CPU; empty before the first step."""
+        return {
+            f"{key}/{moment}": self._adamw.state[parameter][moment].detach().cpu().clone()
+            for key, parameter in self._adapter.parameters.items()
+            if parameter in self._adamw.state
+            for moment in _MOMENTS
+        }
+
+    def set_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Restores a result of `state`; InvalidData: it belongs to another adapter."""
+        if not saved:
+            return
+        for key, parameter in self._adapter.parameters.items():
+            missing = [moment for moment in _MOMENTS if f"{key}/{moment}" not in saved]
+            if missing:
+                raise InvalidData(f"the checkpoint's optimizer state lacks {missing} of {key}")
+            if any(saved[f"{key}/{moment}"].shape != parameter.shape for moment in _MOMENTS if moment != "step"):
+                raise InvalidData(f"the checkpoint's optimizer state of {key} has another shape than the weights")
+            self._adamw.state[parameter] = {
+                # AdamW keeps its step counter on the CPU for every device.
+                moment: saved[f"{key}/{moment}"].clone().to("cpu" if moment == "step" else parameter.device)
+                for moment in _MOMENTS
+            }

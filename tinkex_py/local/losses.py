@@ -1,7 +1,7 @@
-"""The built-in losses: formulas over one datum's target logprobs, always a plain sum over positions.
+"""The built-in losses: formulas over one datum's target logprobs, as a plain sum over positions.
 
 p = logprobs of the model, q = `logprobs` of the datum, A = `advantages`, r = exp(p - q). Source: the protocol's table
-of losses; GSPO also in "Group Sequence Policy Optimization" (Zheng et al., 2025), section 4.
+of losses; GSPO also "Group Sequence Policy Optimization" (Zheng et al., 2025), section 4.
 """
 
 import math
@@ -19,13 +19,13 @@ Settings = Mapping[str, float]
 
 @dataclass(frozen=True)
 class DatumLoss:
-    """What a loss gives for one datum.
+    """The loss of one datum.
 
     Args:
-        value: the loss, 0-d, with its graph.
-        elementwise: the loss of each position, shaped like target_tokens, without a graph; None where the loss gives
-            none.
-        metrics: names with the suffix ":sum" or ":mean", which says how datums are put together.
+        value: 0-d, with its graph.
+        elementwise: the loss of each position, shaped like target_tokens, without a graph; None if the loss does not
+            have it.
+        metrics: names with the suffix ":sum" or ":mean", which says how they merge over datums.
     """
 
     value: Tensor
@@ -35,17 +35,17 @@ class DatumLoss:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss that is ready to be computed.
+    """A loss with its settings.
 
     Args:
         name: its name on the wire.
-        compute: from one datum's logprobs, shaped like its target_tokens, and its loss inputs.
+        compute: from the logprobs of one datum, shaped like its target_tokens, and its loss inputs.
         required: loss inputs that a datum must have.
         optional: loss inputs that it may have.
-        refused: loss inputs that would be silently ignored although they look as if they counted.
+        refused: loss inputs that would be ignored although they look as if they counted.
         matrix_targets: whether target_tokens may be [T, K].
-        ranks: how many dimensions the inputs have; None where each is float32 and shaped like target_tokens.
-        logprobs_rank: how many dimensions target_tokens must have; None where `matrix_targets` says it.
+        ranks: number of dimensions of each input; None if each is float32 and shaped like target_tokens.
+        logprobs_rank: number of dimensions of target_tokens; None if `matrix_targets` decides.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Formula:
-    """A built-in loss before its settings are known."""
+    """A built-in loss with the defaults of its settings."""
 
     compute: Callable[[Tensor, Inputs, Settings], DatumLoss]
     required: tuple[str, ...]
@@ -72,13 +72,13 @@ class Formula:
 def _cross_entropy(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
     del settings
     weights = inputs.get("weights")
-    # Its elementwise loss is -weights * logprobs: not worth sending beside both.
+    # Its elementwise loss is -weights * logprobs, which clients have anyway.
     return DatumLoss(-(p if weights is None else weights * p).sum())
 
 
 def _importance_sampling(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
     del settings
-    return _summed(-torch.exp(p - inputs["logprobs"]) * inputs["advantages"], _moved(p, inputs))
+    return _summed(-torch.exp(p - inputs["logprobs"]) * inputs["advantages"], _divergence(p, inputs))
 
 
 def _ppo(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
@@ -88,13 +88,13 @@ def _ppo(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
 def _cispo(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
     ratio = torch.exp(p.detach() - inputs["logprobs"])
     clipped = ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
-    metrics = {**_moved(p, inputs), "clipped_tokens:sum": (clipped != ratio).sum()}
+    metrics = {**_divergence(p, inputs), "clipped_tokens:sum": (clipped != ratio).sum()}
     return _summed(-clipped * p * inputs["advantages"], metrics)
 
 
 def _dro(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
     penalty = 0.5 * settings["beta"] * (p - inputs["logprobs"]).square()
-    return _summed(-(p * inputs["advantages"] - penalty), _moved(p, inputs))
+    return _summed(-(p * inputs["advantages"] - penalty), _divergence(p, inputs))
 
 
 def _gspo(p: Tensor, inputs: Inputs, settings: Settings) -> DatumLoss:
@@ -110,11 +110,12 @@ def _clipped(ratio: Tensor, p: Tensor, inputs: Inputs, settings: Settings) -> Da
     advantages = inputs["advantages"]
     free = ratio * advantages
     clipped = ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"]) * advantages
-    return _summed(-torch.minimum(free, clipped), {**_moved(p, inputs), "clipped_tokens:sum": (clipped < free).sum()})
+    metrics = {**_divergence(p, inputs), "clipped_tokens:sum": (clipped < free).sum()}
+    return _summed(-torch.minimum(free, clipped), metrics)
 
 
-def _moved(p: Tensor, inputs: Inputs) -> dict[str, Tensor | float]:
-    """How far the model is from the one that sampled; minus the sum over the tokens estimates their divergence."""
+def _divergence(p: Tensor, inputs: Inputs) -> dict[str, Tensor | float]:
+    """Minus the sum over the tokens estimates the KL divergence of the sampling model from this one."""
     return {"tokens:sum": float(p.numel()), "logprob_difference:sum": (p.detach() - inputs["logprobs"]).sum()}
 
 
@@ -130,7 +131,7 @@ FORMULAS: Mapping[str, Formula] = {
     "importance_sampling": Formula(_importance_sampling, _SAMPLED, {}),
     "ppo": Formula(_ppo, _SAMPLED, _CLIP),
     "cispo": Formula(_cispo, _SAMPLED, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}),
-    # The protocol names no default for the next two: 0.05 is the example of its documentation, the others are ppo's.
+    # The protocol has no defaults for the next two: 0.05 is the example of its documentation, the others are ppo's.
     "dro": Formula(_dro, _SAMPLED, {"beta": 0.05}),
     "gspo": Formula(_gspo, (*_SAMPLED, "sequence_ratio_mask"), _CLIP),
 }
@@ -138,19 +139,20 @@ UNPUBLISHED = ("stable_reinforce",)
 
 
 def find_loss(name: str, config: Mapping[str, float | str]) -> Loss:
-    """A built-in loss by name, with the defaults of its settings filled in.
+    """Returns a built-in loss with its settings, or their defaults.
 
     Raises:
-        InvalidData: unknown loss, unknown setting, or a setting that cannot be used.
-        UnsupportedFeature: a loss whose formula is not published.
+        InvalidData: the loss or a setting is unknown, or a setting is out of range.
+        UnsupportedFeature: the formula of the loss is not published.
     """
+    known = f"Known: {', '.join(sorted([*FORMULAS, 'custom']))}"
     if name in UNPUBLISHED:
         raise UnsupportedFeature(
-            f"loss_fn {name!r} is not offered by the embedded service: its formula is not published. {_known()}"
+            f"the embedded service does not support loss_fn {name!r}: its formula is not published. {known}"
         )
     formula = FORMULAS.get(name)
     if formula is None:
-        raise InvalidData(f"loss_fn {name!r} is not known here. {_known()}")
+        raise InvalidData(f"unknown loss_fn {name!r}. {known}")
     settings = dict(formula.settings)
     for key, value in config.items():
         if key not in settings:
@@ -169,7 +171,3 @@ def find_loss(name: str, config: Mapping[str, float | str]) -> Loss:
         refused=tuple(key for key in settings if key.startswith("clip_")),
         matrix_targets=formula.matrix_targets,
     )
-
-
-def _known() -> str:
-    return f"Known: {', '.join(sorted([*FORMULAS, 'custom']))}"

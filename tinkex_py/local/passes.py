@@ -1,29 +1,32 @@
-"""Forward and backward passes: datums in, target logprobs, loss and gradients out.
+"""Forward and backward passes: target logprobs, losses and gradients of checked datums.
 
-Work is cut into microbatches of at most so many padded tokens. Sequences are padded on the right; in a causal model
-no real position sees what comes after it, so the numbers are those of each sequence alone. All sums are plain sums.
+Microbatches have a maximum number of padded tokens. Padding is on the right, where a causal model does not see it, so
+that results equal those of each sequence alone. All sums are plain sums.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import Array, EncodedDatum
 from tinkex_py.local.lora import Adapter
 from tinkex_py.local.losses import DatumLoss, Loss
 from tinkex_py.local.models import LoadedModel
-from tinkex_py.local.target_logprobs import target_logprobs
+
+# The exponentials of so many rows of logits stay in the processor's cache.
+_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Example:
-    """One checked datum on the device: tokens [T], targets [T, K], the `shape` of target_tokens, its loss inputs."""
+    """A checked datum on the device: tokens [T], targets [T, K], `shape` of target_tokens, and loss inputs."""
 
     tokens: Tensor
     targets: Tensor
@@ -33,30 +36,34 @@ class Example:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Target logprobs of some examples, with a graph when made in grad mode; `indices` are places in the request."""
+    """Target logprobs of the examples at `indices` of a request, with a graph if created in grad mode."""
 
     indices: tuple[int, ...]
     logprobs: tuple[Tensor, ...]
 
+    def without_graph(self) -> "Microbatch":
+        """Returns the same logprobs without their graph."""
+        return Microbatch(self.indices, tuple(logprobs.detach() for logprobs in self.logprobs))
+
 
 def prepare(data: Sequence[EncodedDatum], loss: Loss, model: LoadedModel, *, finite: bool = True) -> list[Example]:
-    """Check every datum before any work is done, so that bad input never leaves half a gradient behind.
+    """Checks all datums before any work is done, so that invalid ones never leave a partial gradient.
 
     Args:
         data: the datums.
-        loss: what will be computed on them.
+        loss: the loss to compute.
         model: the network.
-        finite: refuse loss inputs that are NaN or infinite; without a gradient they do no harm.
+        finite: whether to refuse loss inputs that are NaN or infinite; they only harm gradients.
 
     Raises:
-        InvalidData: naming the datum, the field and the value.
+        InvalidData: names the datum, the field and the value.
     """
     if not data:
         raise InvalidData("the request has no data: send at least one datum")
-    return [_prepare_one(f"data[{index}]", datum, loss, model, finite=finite) for index, datum in enumerate(data)]
+    return [_example(f"data[{index}]", datum, loss, model, finite=finite) for index, datum in enumerate(data)]
 
 
-def _prepare_one(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel, *, finite: bool) -> Example:
+def _example(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel, *, finite: bool) -> Example:
     targets = _checked_targets(where, datum, loss, model)
     return Example(
         tokens=torch.as_tensor(np.array(datum.tokens, dtype=np.int64), device=model.device),
@@ -79,10 +86,10 @@ def _checked_targets(where: str, datum: EncodedDatum, loss: Loss, model: LoadedM
     if length == 0:
         raise InvalidData(f"{where}: model_input is empty")
     if length > model.context_length:
-        raise InvalidData(f"{where}: {length} tokens, but {model.name!r} holds at most {model.context_length}")
+        raise InvalidData(f"{where}: {length} tokens, but {model.name!r} supports at most {model.context_length}")
     ranks = (1, 2) if loss.matrix_targets else (1,)
     if targets.ndim not in (ranks if loss.logprobs_rank is None else (loss.logprobs_rank,)):
-        raise InvalidData(f"{where}: target_tokens of shape {targets.shape} cannot be used by loss_fn {loss.name!r}")
+        raise InvalidData(f"{where}: loss_fn {loss.name!r} does not accept target_tokens of shape {targets.shape}")
     if targets.shape[0] != length or targets.size == 0:
         raise InvalidData(f"{where}: target_tokens has shape {targets.shape}, but model_input has {length} tokens")
     check_tokens(f"{where}: model_input", datum.tokens, model)
@@ -116,26 +123,22 @@ def _fitted(where: str, value: Array, loss: Loss, name: str, shape: tuple[int, .
         return np.array(value, dtype=np.float32)
     rank = loss.ranks[name]
     if rank == 0 and value.size == 1:
-        # On the wire a scalar and one number in a list look the same.
+        # The wire does not distinguish a scalar from a list of one number.
         return value.reshape(()).copy()
     if value.ndim != rank:
-        raise InvalidData(f"{where} has shape {value.shape}, but the loss declared {rank} dimension(s) for it")
+        raise InvalidData(f"{where} has shape {value.shape}, but the loss declares {rank} dimension(s) for it")
     return value.copy()
 
 
 def check_tokens(where: str, tokens: Array, model: LoadedModel) -> None:
-    """Refuse token ids that the model does not have.
-
-    Raises:
-        InvalidData: naming the first bad id.
-    """
+    """Raises InvalidData for the first token id that is not in the vocabulary."""
     bad = tokens[(tokens < 0) | (tokens >= model.vocabulary_size)]
     if bad.size:
         raise InvalidData(f"{where}: token {int(bad.flat[0])} is not in 0..{model.vocabulary_size - 1}")
 
 
 def split(examples: Sequence[Example], max_tokens: int) -> list[tuple[int, ...]]:
-    """Places of the examples of each microbatch: neighbours in length, at most `max_tokens` with padding."""
+    """Returns the indices of each microbatch: similar lengths, at most `max_tokens` with padding."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     groups: list[list[int]] = []
     for index in order:
@@ -148,7 +151,7 @@ def split(examples: Sequence[Example], max_tokens: int) -> list[tuple[int, ...]]
 
 
 def forward(model: LoadedModel, examples: Sequence[Example], indices: tuple[int, ...]) -> Microbatch:
-    """Target logprobs of one microbatch, each shaped like its target_tokens; with a graph in grad mode."""
+    """Computes the target logprobs of one microbatch, each shaped like its target_tokens."""
     chosen = [examples[index] for index in indices]
     padded = torch.nn.utils.rnn.pad_sequence([example.tokens for example in chosen], batch_first=True)
     wanted = target_logprobs(model.network(input_ids=padded, use_cache=False).logits, _padded_targets(chosen))
@@ -160,7 +163,7 @@ def forward(model: LoadedModel, examples: Sequence[Example], indices: tuple[int,
 
 
 def _padded_targets(examples: Sequence[Example]) -> Tensor:
-    """Targets of all examples, `[examples, longest, most candidates]`; 0 where there are none."""
+    """Targets of all examples, [examples, longest, most candidates], padded with 0."""
     lengths, widths = zip(*(example.targets.shape for example in examples), strict=True)
     padded = examples[0].targets.new_zeros(len(examples), max(lengths), max(widths))
     for row, example in enumerate(examples):
@@ -169,12 +172,40 @@ def _padded_targets(examples: Sequence[Example]) -> Tensor:
     return padded
 
 
-def microbatch_losses(microbatch: Microbatch, examples: Sequence[Example], loss: Loss) -> list[DatumLoss]:
-    """The loss of each example of a microbatch, in the microbatch's order.
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns `log_softmax(logits)` at the targets, float32.
 
-    Raises:
-        InvalidData: the loss cannot be computed for an example, or is not finite although a gradient is wanted.
+    Args:
+        logits: [..., vocabulary].
+        targets: token ids, [..., candidates]; may repeat.
+
+    Returns:
+        [..., candidates].
     """
+    vocabulary, candidates = logits.shape[-1], targets.shape[-1]
+    rows, wanted = logits.float().reshape(-1, vocabulary), targets.reshape(-1, candidates)
+    return cast("Tensor", _TargetLogprobs.apply(rows, wanted)).view(targets.shape)  # pyright: ignore[reportUnknownMemberType]
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """Needs one tensor of the size of the logits for the backward pass; autograd's own operations need three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normalizer = torch.cat([rows.logsumexp(-1, keepdim=True) for rows in torch.split(logits, _ROWS)])
+        ctx.save_for_backward(logits, normalizer, targets)
+        return logits.gather(-1, targets) - normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, normalizer, targets = ctx.saved_tensors
+        of_logits = torch.sub(logits, normalizer).exp_().mul_(gradient.sum(-1, keepdim=True).neg_())
+        return of_logits.scatter_add_(-1, targets, gradient), None
+
+
+def microbatch_losses(microbatch: Microbatch, examples: Sequence[Example], loss: Loss) -> list[DatumLoss]:
+    """Computes the losses of a microbatch; InvalidData: one fails, or is not finite although a gradient is wanted."""
     return [
         _datum_loss(index, logprobs, examples[index], loss)
         for index, logprobs in zip(microbatch.indices, microbatch.logprobs, strict=True)
@@ -192,7 +223,7 @@ def _datum_loss(index: int, logprobs: Tensor, example: Example, loss: Loss) -> D
 
 
 def merged_metrics(losses: Sequence[DatumLoss]) -> dict[str, float]:
-    """The metrics of all datums together: ":sum" adds up, ":mean" is the mean over the datums that have it."""
+    """Merges metrics: ":sum" adds up, ":mean" is the mean over the datums that have it."""
     columns: dict[str, list[float]] = {"loss:sum": [float(loss.value.item()) for loss in losses]}
     for loss in losses:
         for name, value in loss.metrics.items():
@@ -201,7 +232,7 @@ def merged_metrics(losses: Sequence[DatumLoss]) -> dict[str, float]:
 
 
 def in_order(microbatches: Sequence[Microbatch], values: Sequence[Sequence[Any]], count: int) -> list[Any]:
-    """What every example of a request got, in the order of the request."""
+    """Returns the values of all examples in the order of the request."""
     placed = {
         index: value
         for part, given in zip(microbatches, values, strict=True)
@@ -211,6 +242,6 @@ def in_order(microbatches: Sequence[Microbatch], values: Sequence[Sequence[Any]]
 
 
 def gradients(total: Tensor, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """d(total)/d(parameter) for every parameter of the adapter; frees the graph."""
+    """Returns d(total)/d(parameter) for every parameter of the adapter, and frees the graph."""
     values = torch.autograd.grad(total, list(adapter.parameters.values()))
     return zip(adapter.parameters.keys(), values, strict=True)

@@ -1,11 +1,11 @@
-"""What the service remembers of sessions, training runs and checkpoints."""
+"""What the service stores about sessions, training runs and checkpoints."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-# Clients see all but the ephemeral ones, which belong to a sampling session.
+# Listings omit the ephemeral ones, which belong to sampling sessions.
 Kind = Literal["weights", "sampler_weights", "external_weights", "ephemeral"]
 EndReason = Literal["success", "errored", "interrupted"]
 
@@ -28,19 +28,19 @@ class TrainingRunInfo(_Record):
 
     @property
     def session_id(self) -> str:
-        """The session it was made in."""
+        """The session that created the run."""
         return self.run_id.partition(":")[0]
 
 
 class SessionEnd(_Record):
-    """How a client said that its session is over."""
+    """Why a session is finished."""
 
     reason: EndReason = "success"
     detail: str | None = None
 
 
 class SessionInfo(_Record):
-    """One client's session."""
+    """The session of a client."""
 
     session_id: str
     created: datetime
@@ -51,7 +51,7 @@ class SessionInfo(_Record):
 
     @property
     def finished(self) -> bool:
-        """Whether it is over."""
+        """Whether the session is finished."""
         return self.end is not None
 
 
@@ -72,10 +72,10 @@ class CheckpointInfo(_Record):
 
     @property
     def path(self) -> str:
-        """The checkpoint's address for clients."""
+        """The `tinker://` path for clients."""
         return f"tinker://{self.run.run_id}/{self.kind}/{self.name}"
 
 
 def expiry(ttl_seconds: int | None) -> datetime | None:
-    """When something with this time to live (seconds) expires."""
+    """Returns when a time to live (seconds) from now ends."""
     return None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)

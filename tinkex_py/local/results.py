@@ -1,25 +1,29 @@
-"""Futures of the protocol: a request is answered with an id at once; its result can be fetched as often as wanted."""
+"""Futures of the protocol, and the queues that announce completed sampling requests."""
 
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
-from tinkex_py.local.completions import CompletionQueues, QueueKey
-
+CLONE = 1_000_000_000
+"""Numbers of sampling requests are `CLONE * clone + n`: each copy of a client counts separately."""
+COMPLETIONS_PER_POLL = 1024
 Category = Literal["user", "server", "unknown"]
+# A sampling session, and the clone of its client.
+QueueKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Success:
-    """A success.
+    """A result.
 
     Args:
-        json: makes the JSON form.
-        protobuf: the binary form, for the results that have one.
-        then: runs on the event loop before anybody sees the answer.
+        json: creates the JSON form.
+        protobuf: the binary form, for results that have one.
+        then: runs on the event loop before clients can retrieve the result.
     """
 
     json: Callable[[], Mapping[str, Any]]
@@ -29,7 +33,7 @@ class Success:
 
 @dataclass(frozen=True)
 class Failure:
-    """The work failed; category says who can do something about it."""
+    """A failed request; `category` says whether the user or the service can fix it."""
 
     message: str
     category: Category
@@ -40,10 +44,10 @@ class PendingResult:
     """One future.
 
     Attributes:
-        done: set when polls need not wait any more: there is an outcome, or the service closes.
-        note: says why it has not started.
-        cancel: gives up work that has not begun.
-        queue: where it is announced when it is done.
+        done: set when there is an outcome, or when the service closes.
+        note: returns why the work has not started.
+        cancel: cancels work that has not started.
+        queue: where the completion is announced.
     """
 
     request_id: str
@@ -61,19 +65,19 @@ class PendingResult:
 
 
 class ResultBook:
-    """All futures of one service run.
+    """All futures of one run of the service.
 
-    Of the finished ones the newest `keep` stay, and of those that were fetched the newest `keep_bytes` bytes.
+    Keeps the newest `keep` finished results, and `keep_bytes` bytes of those that clients have retrieved.
     """
 
     def __init__(self, keep: int, keep_bytes: int) -> None:
         self._keep = keep
         self._keep_bytes = keep_bytes
-        # Ids of an earlier run must not find a result of this one.
-        self._mark = uuid.uuid4().hex[:8]
+        # Request ids of an earlier run must not find a result of this one.
+        self._run_mark = uuid.uuid4().hex[:8]
         self._count = 0
         self._results: dict[str, PendingResult] = {}
-        # Ids, oldest first.
+        # Request ids, oldest first.
         self._finished: dict[str, None] = {}
         self._fetched: dict[str, None] = {}
         self._fetched_bytes = 0
@@ -81,9 +85,9 @@ class ResultBook:
         self.closing = False
 
     def open(self) -> PendingResult:
-        """A new future."""
+        """Returns a new future."""
         self._count += 1
-        pending = PendingResult(f"{self._mark}-{self._count}")
+        pending = PendingResult(f"{self._run_mark}-{self._count}")
         self._results[pending.request_id] = pending
         while len(self._results) > self._keep and self._finished:
             self.forget(next(iter(self._finished)))
@@ -92,7 +96,7 @@ class ResultBook:
         return pending
 
     def settle(self, pending: PendingResult, outcome: Success | Failure) -> None:
-        """Give a future its result, once."""
+        """Sets the outcome of a future; later calls have no effect."""
         if pending.outcome is None:
             pending.outcome = outcome
             self._finished[pending.request_id] = None
@@ -101,13 +105,13 @@ class ResultBook:
                 self.completions.add(pending.queue, pending.request_id)
 
     def announce(self, request_id: str, queue: QueueKey) -> None:
-        """Put a future that has just been opened into a queue when it is done."""
+        """Adds a new future to a queue as soon as it is done."""
         pending = self._results.get(request_id)
         if pending is not None and pending.outcome is None:
             pending.queue = queue
 
     def fetch(self, pending: PendingResult) -> Success | Failure | None:
-        """The outcome for a client, which may ask for it again."""
+        """Returns the outcome for a client, which may retrieve it again."""
         if pending.outcome is not None and pending.request_id in self._results:
             if pending.request_id not in self._fetched:
                 self._fetched_bytes += pending.size
@@ -115,17 +119,17 @@ class ResultBook:
         return pending.outcome
 
     def find(self, request_id: str) -> PendingResult | None:
-        """The future with this id, if it is still known."""
+        """Returns the future with this id, or None if it is unknown or forgotten."""
         return self._results.get(request_id)
 
     def was_given(self, request_id: str) -> bool:
-        """Whether this run gave out the id and has forgotten the result since."""
+        """Whether this run of the service created the id."""
         mark, _, number = request_id.partition("-")
         is_number = number.isdecimal() and len(number) <= len(str(self._count))
-        return mark == self._mark and is_number and 0 < int(number) <= self._count
+        return mark == self._run_mark and is_number and 0 < int(number) <= self._count
 
     def forget(self, request_id: str) -> None:
-        """Drop a finished result."""
+        """Drops a finished result."""
         self._finished.pop(request_id, None)
         pending = self._results.pop(request_id, None)
         if pending is not None and request_id in self._fetched:
@@ -133,13 +137,13 @@ class ResultBook:
             self._fetched_bytes -= pending.size
 
     def release(self, request_id: str, queue: QueueKey) -> None:
-        """Drop a result that a client has; only one of its own queue."""
+        """Drops a result that its client has retrieved; results of other queues are left alone."""
         pending = self._results.get(request_id)
         if pending is not None and pending.queue == queue and pending.outcome is not None:
             self.forget(request_id)
 
     async def wait(self, pending: PendingResult, seconds: float) -> bool:
-        """Wait for a result, at most so long; False when there is none yet or the service closes."""
+        """Waits for a result; returns False if there is none within `seconds` or the service closes."""
         if pending.outcome is None and not self.closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -147,14 +151,85 @@ class ResultBook:
         return pending.outcome is not None
 
     def close_polls(self) -> None:
-        """Let every poll return, now and from now on."""
+        """Lets every poll return, now and from now on."""
         self.closing = True
         self.completions.close()
         for pending in self._results.values():
             pending.done.set()
 
     def close(self) -> None:
-        """Let every poll return, and fail what is not done."""
+        """Lets every poll return, and fails unfinished requests."""
         self.close_polls()
         for pending in self._results.values():
-            self.settle(pending, Failure("the service was stopped before this request was done", "server"))
+            self.settle(pending, Failure("the service stopped before this request was done", "server"))
+
+
+@dataclass
+class _Queue:
+    """Cursors of completed requests by request id, oldest first."""
+
+    cursors: dict[str, int] = field(default_factory=dict[str, int])
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    polls: int = 0
+
+
+class CompletionQueues:
+    """Queues of completed requests, so that a client waits for all of its samples with one poll.
+
+    A completion stays until it is acknowledged; over all queues the newest `keep` stay. Cursors are unique over all
+    queues, so that empty queues can be dropped.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._queues: dict[QueueKey, _Queue] = {}
+        # The queue of each completion, oldest first.
+        self._kept: dict[str, QueueKey] = {}
+        self._count = 0
+        self._closing = False
+
+    def add(self, key: QueueKey, request_id: str) -> None:
+        """Announces a completed request."""
+        self._count += 1
+        queue = self._queues.setdefault(key, _Queue())
+        queue.cursors[request_id] = self._count
+        queue.arrived.set()
+        self._kept[request_id] = key
+        if len(self._kept) > self._keep:
+            oldest, owner = next(iter(self._kept.items()))
+            self._drop(owner, [oldest])
+
+    async def after(self, key: QueueKey, cursor: int, seconds: float) -> dict[str, int]:
+        """Acknowledges everything up to a cursor, and waits for later completions.
+
+        Returns:
+            Cursors by request id, oldest first; empty if there are none within `seconds`, or the service closes.
+        """
+        queue = self._queues.setdefault(key, _Queue())
+        queue.polls += 1
+        try:
+            self._drop(key, [request_id for request_id, at in queue.cursors.items() if at <= cursor])
+            if not queue.cursors and not self._closing:
+                queue.arrived.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await queue.arrived.wait()
+            return dict(islice(queue.cursors.items(), COMPLETIONS_PER_POLL))
+        finally:
+            queue.polls -= 1
+            self._drop(key, [])
+
+    def close(self) -> None:
+        """Lets every poll return, now and from now on."""
+        self._closing = True
+        for queue in self._queues.values():
+            queue.arrived.set()
+
+    def _drop(self, key: QueueKey, request_ids: list[str]) -> None:
+        """Drops completions, and their queue once it is empty and not polled."""
+        queue = self._queues[key]
+        for request_id in request_ids:
+            del queue.cursors[request_id]
+            del self._kept[request_id]
+        if not queue.cursors and not queue.polls:
+            del self._queues[key]

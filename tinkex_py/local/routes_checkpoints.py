@@ -1,4 +1,4 @@
-"""Checkpoints: their listings, what can be done to them, and signed addresses for their files."""
+"""Routes of checkpoints: listings, changes, and signed download addresses."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,10 +12,9 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.core import Core, Refused
-from tinkex_py.local.http import API, Whole, api_router, core_of
+from tinkex_py.local.http import API, Running, Whole, api_router
 from tinkex_py.local.records import CheckpointInfo, Kind, expiry
-from tinkex_py.local.requests import CopyBody, TinkerPathBody, TtlBody
-from tinkex_py.local.responses import EmptyResponse, WeightsInfoResponse
+from tinkex_py.local.schemas import CopyBody, EmptyResponse, TinkerPath, TtlBody, WeightsInfoResponse
 from tinkex_py.types import Checkpoint, CheckpointsPage, Cursor, ExternalWeightsUrls
 from tinkex_py.types.rest import CopiedCheckpoint
 
@@ -27,13 +26,8 @@ _OCTETS = {"content": {"application/octet-stream": {"schema": {"type": "string",
 _TYPES: Mapping[Kind, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
-async def find_checkpoint(run: str, kind: str, name: str, request: Request) -> CheckpointInfo:
-    """The checkpoint that a path names by run, kind and name.
-
-    Raises:
-        Refused: 404.
-    """
-    core = core_of(request)
+async def find_checkpoint(run: str, kind: str, name: str, core: Running) -> CheckpointInfo:
+    """Returns the checkpoint that a path names; Refused (404) if there is none."""
     return await core.stored(lambda store: store.find(f"tinker://{run}/{kind}/{name}"))
 
 
@@ -41,9 +35,8 @@ FoundCheckpoint = Annotated[CheckpointInfo, Depends(find_checkpoint)]
 
 
 @router.get("/training_runs/{run}/checkpoints")
-async def run_checkpoints(run: str, request: Request, limit: Whole | None = None, offset: Whole = 0) -> CheckpointsPage:
-    """Checkpoints of one run, newest first; all of them unless a page is asked for."""
-    core = core_of(request)
+async def run_checkpoints(run: str, core: Running, limit: Whole | None = None, offset: Whole = 0) -> CheckpointsPage:
+    """Lists the checkpoints of one run, newest first; all of them without a limit."""
 
     def listed(store: CheckpointStore) -> tuple[list[CheckpointInfo], int] | None:
         if store.records.run(run) is None:
@@ -59,48 +52,47 @@ async def run_checkpoints(run: str, request: Request, limit: Whole | None = None
 
 
 @router.get("/checkpoints")
-async def checkpoints(request: Request, limit: Whole = 100, offset: Whole = 0) -> CheckpointsPage:
-    """Checkpoints of all runs, newest first."""
-    core = core_of(request)
+async def checkpoints(core: Running, limit: Whole = 100, offset: Whole = 0) -> CheckpointsPage:
+    """Lists the checkpoints of all runs, newest first."""
     infos, count = await core.stored(lambda store: store.records.checkpoints(limit=limit, offset=offset))
     cursor = Cursor(offset=offset, limit=limit, total_count=count)
     return CheckpointsPage(checkpoints=tuple(map(checkpoint_entry, infos)), cursor=cursor)
 
 
 @router.delete(_CHECKPOINT)
-async def delete_checkpoint(info: FoundCheckpoint, request: Request) -> EmptyResponse:
-    """Remove a checkpoint."""
-    core = core_of(request)
+async def delete_checkpoint(info: FoundCheckpoint, core: Running) -> EmptyResponse:
+    """Deletes a checkpoint."""
     await core.stored(lambda store: store.delete(info))
     return EmptyResponse()
 
 
 @router.put(f"{_CHECKPOINT}/ttl")
-async def checkpoint_ttl(body: TtlBody, info: FoundCheckpoint, request: Request) -> EmptyResponse:
-    """Change when a checkpoint expires, counted from now; null is never."""
-    core = core_of(request)
-    _require(await core.stored(lambda store: store.set_expiry(info, expiry(body.ttl_seconds))), info)
-    return EmptyResponse()
+async def checkpoint_ttl(body: TtlBody, info: FoundCheckpoint, core: Running) -> EmptyResponse:
+    """Sets when a checkpoint expires, counted from now; null is never."""
+    return _done(await core.stored(lambda store: store.set_expiry(info, expiry(body.ttl_seconds))), info)
 
 
 @router.post(f"{_CHECKPOINT}/publish")
-async def publish(info: FoundCheckpoint, request: Request) -> EmptyResponse:
-    """Mark a checkpoint as public. Once more is fine: 409 would make clients repeat it for minutes."""
-    core = core_of(request)
-    return await _set_public(info, core, public=True)
+async def publish(info: FoundCheckpoint, core: Running) -> EmptyResponse:
+    """Marks a checkpoint as public. Repeats succeed, because clients would retry a 409 for minutes."""
+    return _done(await core.stored(lambda store: store.records.change_checkpoint(info, public=True)), info)
 
 
 @router.delete(f"{_CHECKPOINT}/publish")
-async def unpublish(info: FoundCheckpoint, request: Request) -> EmptyResponse:
-    """Mark a checkpoint as private."""
-    core = core_of(request)
-    return await _set_public(info, core, public=False)
+async def unpublish(info: FoundCheckpoint, core: Running) -> EmptyResponse:
+    """Marks a checkpoint as private."""
+    return _done(await core.stored(lambda store: store.records.change_checkpoint(info, public=False)), info)
+
+
+def _done(changed: CheckpointInfo | None, info: CheckpointInfo) -> EmptyResponse:
+    if changed is None:
+        raise Refused(404, f"there is no checkpoint {info.path!r} any more")
+    return EmptyResponse()
 
 
 @router.post("/weights_info")
-async def weights_info(body: TinkerPathBody, request: Request) -> WeightsInfoResponse:
-    """What a checkpoint was made with."""
-    core = core_of(request)
+async def weights_info(body: TinkerPath, core: Running) -> WeightsInfoResponse:
+    """Returns the base model and the LoRA settings of a checkpoint."""
     run = (await core.stored(lambda store: store.find(body.tinker_path))).run
     return WeightsInfoResponse(
         base_model=run.base_model,
@@ -113,17 +105,15 @@ async def weights_info(body: TinkerPathBody, request: Request) -> WeightsInfoRes
 
 
 @router.post("/copy_weights")
-async def copy_weights(body: CopyBody, request: Request) -> CopiedCheckpoint:
-    """Copy a checkpoint into a run of its own in a session; the copy has its own time to live."""
-    core = core_of(request)
+async def copy_weights(body: CopyBody, core: Running) -> CopiedCheckpoint:
+    """Copies a checkpoint into a new run of a session, with its own time to live."""
     if body.session_id is None or body.model_seq_id is None:
-        raise Refused(
-            404, "the embedded service has no projects: name session_id and model_seq_id, the run that gets the copy"
-        )
+        raise Refused(404, "the embedded service has no projects: pass session_id and model_seq_id of the new run")
     core.open_session(body.session_id)
     run_id = f"{body.session_id}:train:{body.model_seq_id}"
+    used = Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} is in use: choose another")
     if run_id in core.sequencers:
-        raise Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} is in use: take another")
+        raise used
 
     def copied(store: CheckpointStore) -> CheckpointInfo | None:
         source = store.find(body.source_path)
@@ -141,12 +131,12 @@ async def copy_weights(body: CopyBody, request: Request) -> CopiedCheckpoint:
 
     copy = await core.stored(copied)
     if copy is None:
-        raise Refused(400, f"model_seq_id {body.model_seq_id} of session {body.session_id!r} was used: take another")
+        raise used
     return CopiedCheckpoint(tinker_path=copy.path)
 
 
 def checkpoint_entry(info: CheckpointInfo) -> Checkpoint:
-    """A checkpoint as listings show it."""
+    """Returns the entry of a checkpoint in listings."""
     return Checkpoint(
         checkpoint_id=f"{info.kind}/{info.name}",
         checkpoint_type=_TYPES[info.kind],
@@ -159,35 +149,23 @@ def checkpoint_entry(info: CheckpointInfo) -> Checkpoint:
     )
 
 
-async def _set_public(info: CheckpointInfo, core: Core, *, public: bool) -> EmptyResponse:
-    _require(await core.stored(lambda store: store.records.change_checkpoint(info, public=public)), info)
-    return EmptyResponse()
-
-
-def _require(changed: CheckpointInfo | None, info: CheckpointInfo) -> None:
-    if changed is None:
-        raise Refused(404, f"there is no checkpoint {info.path!r} any more")
-
-
 @router.get(
     f"{_CHECKPOINT}/archive",
     status_code=302,
     response_class=RedirectResponse,
     response_description="the address is in Location",
 )
-async def archive(request: Request, info: FoundCheckpoint) -> RedirectResponse:
-    """Where a checkpoint can be downloaded as one tar file."""
-    core = core_of(request)
+async def archive(request: Request, info: FoundCheckpoint, core: Running) -> RedirectResponse:
+    """Redirects to a checkpoint as one tar file."""
     url, expires = _signed_url(request, core, info, ARCHIVE)
     return RedirectResponse(url, status_code=302, headers={"Expires": format_datetime(expires, usegmt=True)})
 
 
 @router.get(f"{_CHECKPOINT}/external_weights_urls")
-async def external_weights_urls(request: Request, info: FoundCheckpoint) -> ExternalWeightsUrls:
-    """Where each file of external weights can be downloaded."""
-    core = core_of(request)
+async def external_weights_urls(request: Request, info: FoundCheckpoint, core: Running) -> ExternalWeightsUrls:
+    """Returns the addresses of the files of external weights."""
     if info.kind != "external_weights":
-        raise Refused(400, f"{info.path!r} holds no external weights: ask for its archive")
+        raise Refused(400, f"{info.path!r} is not external weights: download its archive")
     files = await core.stored(lambda store: store.files(info))
     signed = {file.name: _signed_url(request, core, info, file.name) for file in files}
     if not signed:
@@ -199,17 +177,16 @@ async def external_weights_urls(request: Request, info: FoundCheckpoint) -> Exte
 @router.get(
     "/downloads/{run}/{kind}/{name}/{file}",
     response_class=FileResponse,
-    responses={200: _OCTETS, 206: {**_OCTETS, "description": "the range that was asked for"}},
+    responses={200: _OCTETS, 206: {**_OCTETS, "description": "the requested range"}},
 )
 async def download(
-    run: str, kind: str, name: str, file: str, request: Request, expires: str = "", signature: str = ""
+    run: str, kind: str, name: str, file: str, core: Running, expires: str = "", signature: str = ""
 ) -> FileResponse:
-    """The bytes behind a signed address; ranges are served."""
-    core = core_of(request)
+    """Returns the file of a signed address, or a range of it."""
     refusal = core.links.refusal(_path(run, kind, name, file), expires, signature)
     if refusal is not None:
         raise Refused(*refusal)
-    info = await find_checkpoint(run, kind, name, request)
+    info = await find_checkpoint(run, kind, name, core)
     found = await core.stored(lambda store: _file(store, info, file))
     if found is None:
         raise Refused(404, f"there is no file {file!r} in checkpoint {info.path!r}")

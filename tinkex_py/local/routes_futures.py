@@ -1,14 +1,21 @@
-"""Routes that are asked again and again: whether the service is there, and for the results of accepted requests."""
+"""Routes that clients poll: health, and results of accepted requests."""
 
 from typing import Any
 
 from fastapi import Request, Response
 
 from tinkex_py.local.core import Refused
-from tinkex_py.local.http import PROTOBUF, AnyTextResponse, api_router, body_schema, core_of, read_json
-from tinkex_py.local.requests import FutureBody, FuturesBody
-from tinkex_py.local.responses import Completion, CompletionsResponse, EmptyResponse, HealthResponse, TryAgainResponse
+from tinkex_py.local.http import PROTOBUF, Running, UnicodeJSONResponse, api_router, body_schema, core_of, read_json
 from tinkex_py.local.results import Failure, PendingResult
+from tinkex_py.local.schemas import (
+    Completion,
+    CompletionsResponse,
+    EmptyResponse,
+    FuturesBody,
+    HealthResponse,
+    RequestId,
+    TryAgainResponse,
+)
 
 router = api_router()
 _RESULT: dict[int | str, dict[str, Any]] = {
@@ -19,47 +26,47 @@ _RESULT: dict[int | str, dict[str, Any]] = {
             PROTOBUF: {"schema": {"type": "string", "format": "binary"}},
         },
     },
-    408: {"model": TryAgainResponse, "description": "there is no result yet"},
+    408: {"model": TryAgainResponse, "description": "the result is not ready"},
 }
 
 
 @router.get("/healthz", response_model=HealthResponse)
 async def healthz(request: Request) -> Response:
-    """Alive; needs no key and no model."""
+    """Returns ok; needs neither key nor model."""
     del request
-    return AnyTextResponse(HealthResponse().model_dump())
+    return UnicodeJSONResponse(HealthResponse().model_dump())
 
 
-@router.post("/retrieve_future", responses=_RESULT, openapi_extra=body_schema(FutureBody))
+@router.post("/retrieve_future", responses=_RESULT, openapi_extra=body_schema(RequestId))
 async def retrieve_future(request: Request) -> Response:
-    """Wait for a result; 408 when there is none within the hold time."""
-    core = core_of(request)
-    body = await read_json(request, FutureBody)
+    """Waits for a result; returns 408 if there is none within the hold time."""
+    core = await core_of(request)
+    body = await read_json(request, RequestId)
     pending = core.results.find(body.request_id)
     if pending is None:
-        given = core.results.was_given(body.request_id)
-        raise Refused(410 if given else 404, f"there is no result for request {body.request_id!r}")
+        known = core.results.was_given(body.request_id)
+        reason = "its result is no longer kept" if known else "unknown request; ids end with the service"
+        raise Refused(410 if known else 404, f"there is no result for request {body.request_id!r}: {reason}")
     if not await core.results.wait(pending, core.options.hold_seconds):
         if core.results.closing:
             raise Refused(503, "the service is stopping")
         reason = pending.note() if pending.note is not None else None
         state = "active" if reason is None else "paused_capacity"
         try_again = TryAgainResponse(queue_state=state, queue_state_reason=reason)
-        return AnyTextResponse(try_again.model_dump(exclude_none=True), status_code=408)
+        return UnicodeJSONResponse(try_again.model_dump(exclude_none=True), status_code=408)
     outcome = core.results.fetch(pending)
     if outcome is None:
         raise Refused(500, f"request {body.request_id!r} is done but has no result")
     if isinstance(outcome, Failure):
-        return AnyTextResponse({"error": outcome.message, "category": outcome.category})
+        return UnicodeJSONResponse({"error": outcome.message, "category": outcome.category})
     if outcome.protobuf is not None and PROTOBUF in request.headers.get("accept", ""):
         return Response(outcome.protobuf, media_type=PROTOBUF)
-    return AnyTextResponse({key: value for key, value in outcome.json().items() if value is not None})
+    return UnicodeJSONResponse({key: value for key, value in outcome.json().items() if value is not None})
 
 
 @router.post("/retrieve_futures")
-async def retrieve_futures(body: FuturesBody, request: Request) -> CompletionsResponse:
-    """Wait for completed sampling requests of one client; their results are fetched one by one."""
-    core = core_of(request)
+async def retrieve_futures(body: FuturesBody, core: Running) -> CompletionsResponse:
+    """Waits for completed sampling requests of one client, which then retrieves each result."""
     key = core.sampling_session(body.target.sampling_session_id).sampler_id, body.target.cloned_sampler_id
     for request_id in body.retrieved_request_ids:
         core.results.release(request_id, key)
@@ -73,7 +80,7 @@ async def retrieve_futures(body: FuturesBody, request: Request) -> CompletionsRe
 
 
 def _completion(request_id: str, pending: PendingResult | None) -> Completion:
-    """What happened to a request. That its result was forgotten since, its client learns when it asks for it."""
+    """A forgotten result counts as finished: its client gets 410 when it retrieves it."""
     if pending is not None and isinstance(pending.outcome, Failure):
         return Completion(state="failed", request_id=request_id)
     size = None if pending is None else pending.size
@@ -81,9 +88,8 @@ def _completion(request_id: str, pending: PendingResult | None) -> Completion:
 
 
 @router.post("/cancel_future")
-async def cancel_future(body: FutureBody, request: Request) -> EmptyResponse:
-    """Cancels the work if it has not started, and forgets its result."""
-    core = core_of(request)
+async def cancel_future(body: RequestId, core: Running) -> EmptyResponse:
+    """Cancels work that has not started, and drops its result."""
     pending = core.results.find(body.request_id)
     if pending is not None and pending.outcome is None and pending.cancel is not None:
         pending.cancel()

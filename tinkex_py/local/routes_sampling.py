@@ -1,4 +1,4 @@
-"""Routes for sampling."""
+"""Routes of sampling."""
 
 import uuid
 from concurrent.futures import Future
@@ -7,24 +7,28 @@ from fastapi import Request
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
-from tinkex_py.local.completions import CLONE
 from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import SampleRequest, SampleResult
-from tinkex_py.local.http import api_router, core_of, json_digest
+from tinkex_py.local.http import Running, api_router, json_digest
 from tinkex_py.local.records import CheckpointInfo
-from tinkex_py.local.requests import SampleBody, SamplerIdBody, SamplingSessionBody
-from tinkex_py.local.responses import JoinResponse, SampleSubmittedResponse, SamplingSessionResponse
-from tinkex_py.local.results import Success
+from tinkex_py.local.results import CLONE, Success
 from tinkex_py.local.sample_queue import Weights
+from tinkex_py.local.schemas import (
+    JoinResponse,
+    SampleBody,
+    SamplerId,
+    SampleSubmittedResponse,
+    SamplingSessionBody,
+    SamplingSessionResponse,
+)
 from tinkex_py.types import Sampler as SamplerResponse
 
 router = api_router()
 
 
 @router.post("/create_sampling_session")
-async def create_sampling_session(body: SamplingSessionBody, request: Request) -> SamplingSessionResponse:
-    """A sampling session on named weights or on the base model."""
-    core = core_of(request)
+async def create_sampling_session(body: SamplingSessionBody, core: Running) -> SamplingSessionResponse:
+    """Creates a sampling session on named weights or on the base model."""
     core.open_session(body.session_id)
     sampler_id = f"{body.session_id}:sample:{body.sampling_session_seq_id}"
     sampler = await _sampler(core, sampler_id, body.base_model, body.model_path)
@@ -34,9 +38,8 @@ async def create_sampling_session(body: SamplingSessionBody, request: Request) -
 
 
 @router.get("/samplers/{sampler_id}")
-async def get_sampler(sampler_id: str, request: Request) -> SamplerResponse:
-    """What a sampling session draws from."""
-    core = core_of(request)
+async def get_sampler(sampler_id: str, core: Running) -> SamplerResponse:
+    """Describes a sampling session."""
     sampler = core.sampling_session(sampler_id)
     return SamplerResponse(
         sampler_id=sampler.sampler_id, base_model=core.engine.model.name, model_path=sampler.model_path
@@ -44,51 +47,28 @@ async def get_sampler(sampler_id: str, request: Request) -> SamplerResponse:
 
 
 @router.post("/asample")
-async def asample(body: SampleBody, request: Request) -> SampleSubmittedResponse:
-    """Draw sequences; a repeat under the same number gets the first one's answer."""
-    core = core_of(request)
+async def asample(body: SampleBody, request: Request, core: Running) -> SampleSubmittedResponse:
+    """Samples sequences; a repeat under the same number returns the future of the first request."""
     if body.sampling_session_id is not None:
         sampler = core.sampling_session(body.sampling_session_id)
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
-
-    def submit() -> "Future[Success]":
-        return _submit(core, sampler, body)
-
-    number = body.seq_id if body.seq_id is not None and body.sampling_session_id is not None else None
-    if number is None:
-        request_id = core.follow(submit())
+    if body.seq_id is None or body.sampling_session_id is None:
+        request_id = core.follow(_submit(core, sampler, body))
     else:
-        request_id = core.numbered(("seq_id", sampler.sampler_id, number), await json_digest(request), submit)
-        core.results.announce(request_id, (sampler.sampler_id, number // CLONE))
+        scope = "seq_id", sampler.sampler_id, body.seq_id
+        request_id = core.numbered(scope, await json_digest(request), lambda: _submit(core, sampler, body))
+        core.results.announce(request_id, (sampler.sampler_id, body.seq_id // CLONE))
     ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
     return SampleSubmittedResponse(request_id=request_id, sample_sequence_ids=ids)
 
 
 @router.post("/join_sampling_session")
-async def join_sampling_session(body: SamplerIdBody, request: Request) -> JoinResponse:
-    """A number for one more client of a sampling session; its creator has 0."""
-    core = core_of(request)
+async def join_sampling_session(body: SamplerId, core: Running) -> JoinResponse:
+    """Returns a number for another client of a sampling session; its creator has 0."""
     sampler = core.sampling_session(body.sampling_session_id)
     core.sampler_clients[sampler.sampler_id] = core.sampler_clients.get(sampler.sampler_id, 0) + 1
     return JoinResponse(client_counter=core.sampler_clients[sampler.sampler_id])
-
-
-def _submit(core: Core, sampler: SamplingSession, body: SampleBody) -> "Future[Success]":
-    """Queue a request; a bad one gets a future that has failed."""
-    if core.samples.is_full:
-        limit = core.options.max_waiting_samples
-        raise Refused(429, f"{limit} sampling requests are waiting already: come back in a second")
-    try:
-        return core.samples.add(_weights(core, sampler), _sample_request(core, body), _answer)
-    except (InvalidData, UnsupportedFeature) as error:
-        failed: Future[Success] = Future()
-        failed.set_exception(error)
-        return failed
-
-
-def _answer(result: SampleResult) -> Success:
-    return Success(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
 
 
 async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_path: str | None) -> SamplingSession:
@@ -101,8 +81,25 @@ async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_pa
         return SamplingSession(sampler_id)
     source = await core.stored(lambda store: store.find(model_path, "weights", "sampler_weights"))
     if source.run.base_model != name:
-        raise Refused(400, f"{model_path!r} was made from {source.run.base_model!r}, but {name!r} is served here")
+        raise Refused(400, f"{model_path!r} belongs to base model {source.run.base_model!r}. Served: {name!r}")
     return SamplingSession(sampler_id, model_path=model_path)
+
+
+def _submit(core: Core, sampler: SamplingSession, body: SampleBody) -> "Future[Success]":
+    """Queues a request; an invalid one returns a failed future."""
+    if core.samples.is_full:
+        limit = core.options.max_waiting_samples
+        raise Refused(429, f"{limit} sampling requests wait already: retry in a second")
+    try:
+        return core.samples.add(_weights(core, sampler), _sample_request(core, body), _success)
+    except (InvalidData, UnsupportedFeature) as error:
+        failed: Future[Success] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _success(result: SampleResult) -> Success:
+    return Success(lambda: wire_format.sample_json(result), wire_format.sample_protobuf(result))
 
 
 def _weights(core: Core, sampler: SamplingSession) -> Weights:
@@ -119,7 +116,7 @@ def _weights(core: Core, sampler: SamplingSession) -> Weights:
 def _inflight(core: Core, model_id: str) -> CheckpointInfo:
     source = core.store.get(model_id, "ephemeral", INFLIGHT)
     if source is None:
-        raise InvalidData(f"the inflight weights of model {model_id!r} are gone: it was unloaded")
+        raise InvalidData(f"the inflight weights of model {model_id!r} are gone, because the model was unloaded")
     return source
 
 
@@ -134,7 +131,7 @@ def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
         stop_texts = tuple(item for item in stop if isinstance(item, str))
         stop_tokens = frozenset(item for item in stop if isinstance(item, int))
     if "" in stop_texts:
-        raise InvalidData("an empty text cannot be a stop")
+        raise InvalidData("stop contains an empty text: leave it out")
     targets = body.target_prompt_logprobs
     return SampleRequest(
         prompt=wire_format.tokens_from_json("prompt", body.prompt),

@@ -1,4 +1,4 @@
-"""Routes of training: a model's ordered work, which is passes, optimizer steps and saves; and uploaded losses."""
+"""Routes of training: a model's ordered work, which is passes, optimizer steps and saves, and uploaded losses."""
 
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
@@ -15,8 +15,9 @@ from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import EnginePass
 from tinkex_py.local.http import (
     PROTOBUF,
-    AnyTextResponse,
     Route,
+    Running,
+    UnicodeJSONResponse,
     api_router,
     body_schema,
     core_of,
@@ -27,17 +28,17 @@ from tinkex_py.local.http import (
     read_json,
     size_of,
 )
-from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo, expiry
-from tinkex_py.local.requests import (
+from tinkex_py.local.records import CheckpointInfo, Kind, expiry
+from tinkex_py.local.results import Success
+from tinkex_py.local.schemas import (
     CustomLossBody,
     ForwardBackwardBody,
     ForwardBody,
     OptimStepBody,
     PassInput,
     SaveWeightsBody,
+    SubmittedResponse,
 )
-from tinkex_py.local.responses import SubmittedResponse
-from tinkex_py.local.results import Success
 from tinkex_py.transport import wire
 from tinkex_py.types import AdamParams
 
@@ -45,10 +46,10 @@ KEEP_GRAPH_HEADER = "x-tinkex-keep-graph"
 
 
 class NumberedRoute(Route):
-    """A refused request of a training model still uses its number up, or everything behind it would wait for ever."""
+    """A route whose refused requests use up their number, because later numbers would wait for it forever."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, which spends the number of a body that is malformed."""
+        """Returns a handler that spends the number of an invalid body."""
         handle = super().get_route_handler()
 
         async def handled(request: Request) -> Response:
@@ -79,50 +80,37 @@ router = api_router(route_class=NumberedRoute)
     openapi_extra=body_schema(ForwardBackwardBody, or_protobuf=True),
 )
 async def forward_backward(request: Request) -> Response:
-    """A pass in protobuf (backward, or forward only) or in the JSON form."""
+    """Runs a forward or forward_backward pass, in protobuf or JSON."""
+    core = await core_of(request)
     if request.headers.get("content-type") == PROTOBUF:
-        submitted = _protobuf_pass(request, await request.body())
+        submitted = _protobuf_pass(request, core, await request.body())
     else:
-        submitted = await _json_pass(request)
-    return AnyTextResponse(submitted.model_dump())
+        submitted = await _json_pass(request, core)
+    return UnicodeJSONResponse(submitted.model_dump())
 
 
-async def _json_pass(request: Request) -> SubmittedResponse:
+@router.post("/forward")
+async def forward(body: ForwardBody, request: Request, core: Running) -> SubmittedResponse:
+    """Runs a forward pass in JSON."""
+    read = _json_reader(request, body.forward_input, forward_only=True)
+    return await in_order(request, core, body, _pass(core, body.model_id, read))
+
+
+async def _json_pass(request: Request, core: Core) -> SubmittedResponse:
     try:
         body = await read_json(request, ForwardBackwardBody)
     except RequestValidationError as error:
         _spend(request, error.body)
         raise
     read = _json_reader(request, body.forward_backward_input, forward_only=body.forward_only)
-    return await in_order(request, body, _pass(core_of(request), body.model_id, read))
+    return await in_order(request, core, body, _pass(core, body.model_id, read))
 
 
-@router.post("/forward")
-async def forward(body: ForwardBody, request: Request) -> SubmittedResponse:
-    """A forward pass in the JSON form."""
-    read = _json_reader(request, body.forward_input, forward_only=True)
-    return await in_order(request, body, _pass(core_of(request), body.model_id, read))
-
-
-def _pass(core: Core, model_id: str, read: Callable[[], EnginePass]) -> Callable[[], Success]:
-    """A pass as work of the engine, whose thread then reads its inner part too."""
-
-    def work() -> Success:
-        result = core.engine.run_pass(model_id, read())
-        return Success(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
-
-    return work
-
-
-def _keeps_graph(request: Request) -> bool:
-    return request.headers.get(KEEP_GRAPH_HEADER) == "1"
-
-
-def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
+def _protobuf_pass(request: Request, core: Core, body: bytes) -> SubmittedResponse:
     try:
         message = wire.ForwardBackwardRequest.FromString(body)
     except DecodeError:
-        raise Refused(400, "the body is no ForwardBackwardRequest in protobuf") from None
+        raise Refused(400, "the body is not a ForwardBackwardRequest in protobuf") from None
     config: dict[str, float | str] = {
         key: value.text if value.WhichOneof("value") == "text" else value.number
         for key, value in message.loss_fn_config_v2.items()
@@ -136,7 +124,6 @@ def _protobuf_pass(request: Request, body: bytes) -> SubmittedResponse:
     )
     # Maps have no order on the wire: only the deterministic form is the same for every repeat.
     digest = digest_of(request, message.SerializeToString(deterministic=True))
-    core = core_of(request)
     work = _pass(core, message.model_id, lambda: read)
     request_id = core.in_order(message.model_id, message.seq_id, digest, size_of(request), work)
     return SubmittedResponse(request_id=request_id, model_id=message.model_id)
@@ -161,16 +148,29 @@ def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callabl
     return read
 
 
+def _keeps_graph(request: Request) -> bool:
+    return request.headers.get(KEEP_GRAPH_HEADER) == "1"
+
+
+def _pass(core: Core, model_id: str, read: Callable[[], EnginePass]) -> Callable[[], Success]:
+    """Returns a pass as work for the engine, whose thread also decodes its data."""
+
+    def work() -> Success:
+        result = core.engine.run_pass(model_id, read())
+        return Success(lambda: wire_format.pass_json(result), wire_format.pass_protobuf(result))
+
+    return work
+
+
 @router.post("/optim_step")
-async def optim_step(body: OptimStepBody, request: Request) -> SubmittedResponse:
-    """One AdamW step."""
-    core = core_of(request)
+async def optim_step(body: OptimStepBody, request: Request, core: Running) -> SubmittedResponse:
+    """Runs an AdamW step."""
 
     def work() -> Success:
         metrics = core.engine.optim_step(body.model_id, _adam_params(body))
         return Success(lambda: {"metrics": metrics, "type": "optim_step"})
 
-    return await in_order(request, body, work)
+    return await in_order(request, core, body, work)
 
 
 def _adam_params(body: OptimStepBody) -> AdamParams:
@@ -178,45 +178,40 @@ def _adam_params(body: OptimStepBody) -> AdamParams:
         return AdamParams(**body.adam_params.model_dump())
     kind = body.optimizer_params.get("type")
     if kind != "adamw":
-        raise InvalidData(f"optimizer {kind!r} is not known here. Known: adam_params, or optimizer_params 'adamw'")
+        raise InvalidData(f"optimizer {kind!r} is not supported. Supported: adam_params, or optimizer_params 'adamw'")
     given = {key: value for key, value in body.optimizer_params.items() if value is not None}
     return AdamParams(**{key: value for key, value in given.items() if key in AdamParams.model_fields})
 
 
 @router.post("/save_weights")
-async def save_weights(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
-    """A training checkpoint: weights and optimizer state."""
-    core = core_of(request)
+async def save_weights(body: SaveWeightsBody, request: Request, core: Running) -> SubmittedResponse:
+    """Saves a training checkpoint: weights and optimizer state."""
 
     def work() -> Success:
-        if body.path is None:
-            raise InvalidData("save_weights needs a name in `path`")
-        saved = _save(core, body, body.path, "weights")
+        saved = _save(core, body, _named(body, "save_weights"), "weights")
         return Success(lambda: {"path": saved.path, "type": "save_weights"})
 
-    return await in_order(request, body, work)
+    return await in_order(request, core, body, work)
 
 
 @router.post("/save_weights_for_sampler")
-async def save_weights_for_sampler(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
-    """Weights to sample from: under a name, or as a sampling session that is ready to use."""
-    core = core_of(request)
+async def save_weights_for_sampler(body: SaveWeightsBody, request: Request, core: Running) -> SubmittedResponse:
+    """Saves weights to sample from: under a name, or as a new sampling session."""
 
     def work() -> Success:
-        if body.path is not None:
-            saved = _save(core, body, body.path, "sampler_weights")
-            return Success(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
-        if body.sampling_session_seq_id is None:
-            raise InvalidData("save_weights_for_sampler needs a name in `path`, or sampling_session_seq_id")
-        return _nameless_sampler(core, body, body.sampling_session_seq_id)
+        if body.path is None and body.sampling_session_seq_id is not None:
+            return _unnamed_sampler(core, body, body.sampling_session_seq_id)
+        name = _named(body, "save_weights_for_sampler", ", or sampling_session_seq_id")
+        saved = _save(core, body, name, "sampler_weights")
+        return Success(lambda: {"path": saved.path, "type": "save_weights_for_sampler"})
 
-    return await in_order(request, body, work)
+    return await in_order(request, core, body, work)
 
 
-def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Success:
-    """A sampling session on the weights as they are; inflight ones share one checkpoint that later saves replace."""
+def _unnamed_sampler(core: Core, body: SaveWeightsBody, number: int) -> Success:
+    """A sampling session on the current weights; all inflight ones use a checkpoint that later saves replace."""
     if body.kind not in ("snapshot", "inflight"):
-        raise InvalidData(f"kind={body.kind!r} is not known here. Known: 'snapshot', 'inflight'")
+        raise InvalidData(f"kind={body.kind!r} is not supported. Supported: 'snapshot', 'inflight'")
     inflight = body.kind == "inflight"
     saved = _save(core, body, INFLIGHT if inflight else f"sample-{number}", "ephemeral")
     sampler_id = f"{body.model_id.partition(':')[0]}:sample:{number}"
@@ -233,25 +228,28 @@ def _nameless_sampler(core: Core, body: SaveWeightsBody, number: int) -> Success
 
 
 @router.post("/save_weights_external")
-async def save_weights_external(body: SaveWeightsBody, request: Request) -> SubmittedResponse:
-    """Weights whose files can be downloaded one by one."""
-    core = core_of(request)
+async def save_weights_external(body: SaveWeightsBody, request: Request, core: Running) -> SubmittedResponse:
+    """Saves weights whose files can be downloaded separately."""
 
     def work() -> Success:
         if body.age_encryption_recipients:
-            raise UnsupportedFeature("the embedded service cannot encrypt: leave age_encryption_recipients out")
-        if body.path is None:
-            raise InvalidData("save_weights_external needs a name in `path`")
-        saved = _save(core, body, body.path, "external_weights")
-        return Success(
-            lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"},
-        )
+            raise UnsupportedFeature(
+                "the embedded service does not encrypt weights: leave age_encryption_recipients out"
+            )
+        saved = _save(core, body, _named(body, "save_weights_external"), "external_weights")
+        return Success(lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"})
 
-    return await in_order(request, body, work)
+    return await in_order(request, core, body, work)
 
 
-def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> CheckpointInfo:
-    run: TrainingRunInfo | None = core.engine.run_info(body.model_id)
+def _named(body: SaveWeightsBody, call: str, alternative: str = "") -> str:
+    if body.path is None:
+        raise InvalidData(f"{call} needs a name in `path`{alternative}")
+    return body.path
+
+
+def _save(core: Core, body: SaveWeightsBody, name: str, kind: Kind) -> CheckpointInfo:
+    run = core.engine.run_info(body.model_id)
     if run is None:
         raise InvalidData(f"model {body.model_id!r} is not loaded")
     info = CheckpointInfo(
@@ -263,16 +261,17 @@ def _save(core: Core, body: SaveWeightsBody, name: str, kind: Any) -> Checkpoint
         user_metadata=body.user_metadata,
         expires_at=expiry(body.ttl_seconds),
     )
-    # Only an explicit `overwrite: false` protects a name: older clients do not know the field.
+    # Older clients do not send `overwrite`: only an explicit false protects a name.
     return core.engine.save(body.model_id, info, overwrite=kind == "ephemeral" or body.overwrite is not False)
 
 
 @router.post("/create_custom_loss")
-async def create_custom_loss(body: CustomLossBody, request: Request) -> SubmittedResponse:
-    """Check a traced loss and keep it for its session."""
-    core = core_of(request)
+async def create_custom_loss(body: CustomLossBody, request: Request, core: Running) -> SubmittedResponse:
+    """Checks a traced loss, and keeps it for its session."""
     if not core.options.custom_losses:
-        raise Refused(404, "this service takes no uploaded losses: start it with custom_losses=True or --custom-losses")
+        raise Refused(
+            404, "this service accepts no uploaded losses: start it with custom_losses=True or --custom-losses"
+        )
     core.open_session(body.session_id)
     fields: dict[str, Any] = await request.json()
 

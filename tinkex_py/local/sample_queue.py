@@ -1,7 +1,7 @@
-"""The sampling requests of all clients, in the order in which they came, drawn together where they share weights.
+"""The sampling requests of all clients, in order of arrival, batched if they share weights.
 
-A long draw must keep neither training nor other clients waiting, so the engine's thread draws a few tokens of one batch
-at a time and then queues behind whatever else has come.
+The engine's thread samples a few tokens of one batch at a time and then queues behind other work, so that long samples
+delay neither training nor other clients.
 """
 
 import threading
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 TOKENS_PER_TURN = 16
 ROWS_PER_BATCH = 64
-# As many as the engine keeps sampling adapters, so that turns do not load weights again and again.
+# The number of the engine's sampling adapters, so that turns do not load weights repeatedly.
 RUNNING_BATCHES = 4
 RUNNING_PER_WEIGHTS = 2
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a sampler draws from.
+    """The weights of a sampler.
 
     Args:
         key: equal for samplers that may share a batch.
-        find: the checkpoint, None for the base network; called on the engine's thread.
-        live: whether they may change while a sequence is drawn.
+        find: returns the checkpoint, or None for the base network; called on the engine's thread.
+        live: whether the weights may change during a sample.
     """
 
     key: Hashable
@@ -61,13 +61,13 @@ class _Running:
 
 
 class SampleQueue:
-    """Accepts requests from any thread; draws on the engine's.
+    """Accepts requests from any thread, and samples on the engine's.
 
     Args:
-        engine: draws.
+        engine: samples.
         worker: the engine's thread.
-        max_waiting: how many requests may wait to be started.
-        max_prompt_tokens: how many (padded) prompt tokens one batch may start with.
+        max_waiting: maximum number of waiting requests.
+        max_prompt_tokens: maximum number of padded prompt tokens of a batch.
     """
 
     def __init__(self, engine: "Engine", worker: EngineWorker, *, max_waiting: int, max_prompt_tokens: int) -> None:
@@ -83,22 +83,19 @@ class SampleQueue:
 
     @property
     def is_full(self) -> bool:
-        """Whether clients should come back later."""
+        """Whether `max_waiting` requests wait."""
         with self._lock:
             return sum(not item.future.cancelled() for item in self._waiting) >= self._max_waiting
 
     def add(
         self, weights: Weights, request: SampleRequest, finish: Callable[[SampleResult], Success]
     ) -> "Future[Success]":
-        """Queue a request. Its future can be cancelled as long as it waits.
+        """Queues a request; its future can be cancelled while it waits. InvalidData: the request is invalid.
 
         Args:
-            weights: what to draw from.
-            request: what to draw.
-            finish: makes the answer, on the engine's thread.
-
-        Raises:
-            InvalidData: the request cannot be used.
+            weights: what to sample from.
+            request: what to sample.
+            finish: encodes the result, on the engine's thread.
         """
         self._engine.check_sample(request)
         item = _QueuedSample(weights, request, finish)
@@ -126,7 +123,7 @@ class SampleQueue:
             self._ask_for_turn()
 
     def _next_group(self) -> list[_QueuedSample] | None:
-        """Take the oldest request that may start, and those that can share its batch."""
+        """Takes the oldest request that may start, and those that can share its batch."""
         busy = [running.weights.key for running in self._running]
         if len(busy) >= RUNNING_BATCHES:
             return None
@@ -136,26 +133,25 @@ class SampleQueue:
             if first is None:
                 self._waiting = deque(waiting)
                 return None
-            group = self._fitting(first, waiting)
+            group = self._batch_of(first, waiting)
             taken = {id(item) for item in group}
             self._waiting = deque(item for item in waiting if id(item) not in taken)
-        # Cancelled in this very moment: it drops out here.
+        # A request that was cancelled since drops out here.
         return [item for item in group if item.future.running() or item.future.set_running_or_notify_cancel()]
 
-    def _fitting(self, first: _QueuedSample, waiting: list[_QueuedSample]) -> list[_QueuedSample]:
+    def _batch_of(self, first: _QueuedSample, waiting: list[_QueuedSample]) -> list[_QueuedSample]:
         group, rows, longest = [first], first.request.num_samples, len(first.request.prompt)
-        for item in () if first.alone else waiting:
+        if first.alone:
+            return group
+        for item in waiting:
             length = len(item.request.prompt)
-            if item is first or item.weights.key != first.weights.key or not (self._pads or length == longest):
-                continue
-            if item.alone:
-                continue
-            padded = max(longest, length) * (len(group) + 1)
-            if rows + item.request.num_samples > ROWS_PER_BATCH or padded > self._max_prompt_tokens:
-                continue
-            group.append(item)
-            rows += item.request.num_samples
-            longest = max(longest, length)
+            fits = rows + item.request.num_samples <= ROWS_PER_BATCH
+            fits = fits and max(longest, length) * (len(group) + 1) <= self._max_prompt_tokens
+            shares = item.weights.key == first.weights.key and (self._pads or length == longest)
+            if fits and shares and item is not first and not item.alone:
+                group.append(item)
+                rows += item.request.num_samples
+                longest = max(longest, length)
         return group
 
     def _start(self, group: list[_QueuedSample]) -> None:
@@ -179,15 +175,16 @@ class SampleQueue:
             if not self._engine.draw(source, running.batch, TOKENS_PER_TURN):
                 self._running.append(running)
                 return
-            answers = [item.finish(result) for item, result in zip(running.items, running.batch.results(), strict=True)]
+            results = zip(running.items, running.batch.results(), strict=True)
+            finished = [(item, item.finish(result)) for item, result in results]
         except BaseException as error:
             self._fail_one_by_one(running.items, error)
             raise
-        for item, answer in zip(running.items, answers, strict=True):
-            item.future.set_result(answer)
+        for item, result in finished:
+            item.future.set_result(result)
 
     def _fail_one_by_one(self, items: list[_QueuedSample], error: BaseException) -> None:
-        """An unexpected error may be due to any request of the batch: they are drawn again, one by one."""
+        """Repeats the requests of a batch separately, because any of them may cause an unexpected error."""
         if len(items) == 1 or isinstance(error, InvalidData | EngineClosing):
             _fail(items, error)
             return

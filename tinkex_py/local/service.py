@@ -1,6 +1,8 @@
-"""`LocalService`: the embedded service's life from start to stop."""
+"""The life of the embedded service: in this process, or behind a socket."""
 
 import asyncio
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.worker import EngineWorker, StateThreads
+from tinkex_py.serving import address_of, is_loopback, listen, serve_app
 
 if TYPE_CHECKING:
     from tinkex_py.local.core import Core, Loaded
@@ -15,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class LocalService:
-    """A torch engine and the ASGI app in front of it. The constructor does no I/O and loads nothing.
+    """A torch engine and its ASGI app. The constructor does no I/O and loads nothing.
 
-    `start` and `stop` may be called again and from several tasks of one event loop; a stopped service can be started
-    again. After a cancelled `start`, `stop` is still needed.
+    `start` and `stop` may be called repeatedly, and from several tasks of one event loop. After a cancelled `start`,
+    `stop` is still required.
 
     Args:
-        options: model, device, folders, key and budgets.
+        options: model, device, folders, key and limits.
 
     Raises:
         MissingExtra: fastapi is not installed.
@@ -45,17 +48,17 @@ class LocalService:
 
     @property
     def app(self) -> Any:
-        """The ASGI app; before `start` and after `stop` it answers 503."""
+        """The ASGI app; it returns 503 unless the service runs."""
         return self._app
 
     @property
     def model_name(self) -> str:
-        """The name by which clients ask for the model."""
+        """The name of the model for clients."""
         return self.options.model
 
     @property
     def tokenizer(self) -> "ModelTokenizer":
-        """The model's tokenizer.
+        """The tokenizer of the model.
 
         Raises:
             ConfigError: the service is not running.
@@ -65,17 +68,17 @@ class LocalService:
         return self.core.engine.model.tokenizer
 
     def tokenizer_for(self, name: str) -> "ModelTokenizer":
-        """The tokenizer of a model by name.
+        """Returns the tokenizer of a model by name.
 
         Raises:
-            ConfigError: no such model here, or the service is not running.
+            ConfigError: the service does not serve this model, or is not running.
         """
         if name != self.model_name:
             raise ConfigError(f"model {name!r} is not served here. Served: {self.model_name!r}")
         return self.tokenizer
 
     async def start(self) -> None:
-        """Load the model on the engine's thread and begin to serve.
+        """Loads the model on the engine's thread, and accepts requests.
 
         Raises:
             ConfigError: there is no such model or device.
@@ -104,12 +107,17 @@ class LocalService:
                 self._housekeeping.append(asyncio.create_task(ending, name="tinkex.local.sessions"))
 
     async def stop(self) -> None:
-        """End the engine, its thread and its temporary folder; open polls return, unfinished work fails.
+        """Ends the engine, its thread and its temporary folder, after a `start` in progress.
 
-        Waits for a `start` that is under way.
+        Open polls return; unfinished work fails.
         """
         async with self._changing:
             await self._end()
+
+    def close_polls(self) -> None:
+        """Lets every open poll return; the first step of a server's shutdown."""
+        if self.core is not None:
+            self.core.results.close_polls()
 
     async def _end(self) -> None:
         core, self.core = self.core, None
@@ -127,7 +135,7 @@ class LocalService:
             await self._state.stop()
             self._state = None
         if self._loading is not None:
-            # The load of a cancelled start may have failed without a reader.
+            # A cancelled start leaves a load whose error nothing has read.
             await asyncio.wait([self._loading])
             if self._loading.exception() is None:
                 self._loading.result().engine.store.close()
@@ -135,11 +143,6 @@ class LocalService:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-
-    def close_polls(self) -> None:
-        """Let every open poll return now; the first step of a server's shutdown."""
-        if self.core is not None:
-            self.core.results.close_polls()
 
     def _load(self) -> "Loaded":
         from tinkex_py.local.checkpoints import CheckpointStore
@@ -161,3 +164,41 @@ class LocalService:
         except BaseException:
             store.close()
             raise
+
+
+async def serve(
+    options: LocalOptions, host: str = "127.0.0.1", port: int = 0, *, on_listening: Callable[[str], None]
+) -> None:
+    """Serves until cancelled, then stops the engine. Prints nothing and installs no signal handlers.
+
+    Args:
+        options: settings of the service.
+        host: address to listen on.
+        port: TCP port; 0 chooses a free one.
+        on_listening: called once with the base URL when connections are accepted.
+
+    Raises:
+        ConfigError: other machines can reach the host and there is no api_key, or the address cannot be used.
+        MissingExtra: uvicorn is not installed.
+    """
+    if options.api_key is None and not is_loopback(host):
+        raise ConfigError(f"other machines can reach host {host!r}: set an api_key, or use 127.0.0.1")
+    if find_spec("uvicorn") is None:
+        raise MissingExtra("uvicorn", "local")
+    service = LocalService(options)
+    from tinkex_py.local.middleware import LoopbackOnly
+
+    listener = listen(host, port)
+    try:
+        address = address_of(listener)
+        await service.start()
+        # Open polls would delay the shutdown.
+        await serve_app(
+            service.app if options.api_key is not None else LoopbackOnly(service.app),
+            listener,
+            on_listening=lambda: on_listening(address),
+            before_shutdown=service.close_polls,
+        )
+    finally:
+        listener.close()
+        await service.stop()

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Tokenizers of the served models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,55 +6,55 @@ from typing import Any, Protocol
 
 
 class ModelTokenizer(Protocol):
-    """What the embedded service needs of a tokenizer; Hugging Face tokenizers have it."""
+    """What the embedded service needs of a tokenizer."""
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
+        """The end-of-text token."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens of its own."""
+        """Returns the token ids of a text, without special tokens around it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Returns the text of token ids."""
         ...
 
 
 class ByteTokenizer:
-    """256 byte tokens, then begin (256) and end (257) of text: any text, no vocabulary file."""
+    """256 byte tokens, then begin (256) and end (257) of text; encodes any text without a vocabulary file."""
 
     bos_token_id = 256
     eos_token_id = 257
     vocab_size = 258
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of a text."""
+        """Returns the UTF-8 bytes of a text."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of byte tokens; specials are left out, broken UTF-8 becomes U+FFFD."""
+        """Returns the text of byte tokens, without special tokens; invalid UTF-8 becomes U+FFFD."""
         return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
 
 
 class PretrainedTokenizer:
-    """A Hugging Face tokenizer that adds no special tokens unless its own methods are asked for them."""
+    """A Hugging Face tokenizer whose `encode` adds no special tokens; it has all other attributes, too."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text."""
+        """The end-of-text token."""
         return self.inner.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens around it."""
+        """Returns the token ids of a text, without special tokens around it."""
         return list(self.inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
+        """Returns the text of token ids, special tokens included."""
         return str(self.inner.decode(list(ids)))
 
     def __getattr__(self, name: str) -> Any:
@@ -64,13 +64,13 @@ class PretrainedTokenizer:
 
 
 def save_byte_tokenizer(folder: Path) -> None:
-    """Write the byte tokenizer as a Hugging Face tokenizer folder, for clients that load one by path."""
+    """Writes the byte tokenizer as a Hugging Face folder, for clients that load a tokenizer by path."""
     from tokenizers import Tokenizer as FastTokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    # GPT-2's table: the byte-level pre-tokenizer shows bytes that do not print as characters from 256 on.
+    # GPT-2's table: the byte-level pre-tokenizer represents unprintable bytes as characters from 256.
     letters = {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
     vocabulary = {letters[byte]: byte for byte in range(256)}
     fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""Bytes and JSON of the protocol to the engine's arrays, and back."""
+"""Converts between the engine's arrays and the protocol's protobuf and JSON."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,41 +11,38 @@ from numpy.typing import NDArray
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local.data import (
     UNUSED_LOGPROB,
-    AltTokens,
     Array,
-    DrawnSequence,
     EncodedDatum,
     Floats,
     Ints,
     PassResult,
+    SampledTokens,
     SampleResult,
-    TopkTable,
+    TokenTable,
 )
 from tinkex_py.transport import wire
 
+MAX_DENSE = 2**27
+"""Cells of a sparse tensor."""
 _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_FLOAT32: "<f4",
     wire.DTYPE_INT64: "<i8",
     wire.DTYPE_INT32: "<i4",
 }
 _JSON_DTYPES: Mapping[str, str] = {"float32": "<f4", "int64": "<i8"}
-# A chunk without a type is recognized by the one field that only its kind has.
+# The field that identifies a chunk without a type.
 _CHUNK_FIELDS: Mapping[str, str] = {
     "tokens": "encoded_text",
     "data": "image",
     "location": "image_asset_pointer",
     "dmel": "dmel",
 }
-MAX_DENSE = 2**27
+
+# Requests. Functions raise InvalidData for malformed input, and UnsupportedFeature for chunks other than text.
 
 
 def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
-    """Decode the datums of a ForwardBackwardRequest.
-
-    Raises:
-        InvalidData: a tensor is malformed.
-        UnsupportedFeature: a chunk is not text.
-    """
+    """Decodes the datums of a ForwardBackwardRequest."""
     return [
         EncodedDatum(
             tokens=_protobuf_tokens(f"data[{index}]", message),
@@ -59,12 +56,7 @@ def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
 
 
 def datums_from_json(values: Sequence[Mapping[str, Any]]) -> list[EncodedDatum]:
-    """Decode the datums of a JSON forward or forward_backward.
-
-    Raises:
-        InvalidData: a datum or tensor is malformed.
-        UnsupportedFeature: a chunk is not text.
-    """
+    """Decodes the datums of a pass in JSON."""
     return [
         EncodedDatum(
             tokens=tokens_from_json(f"data[{index}]: model_input", value.get("model_input")),
@@ -81,20 +73,26 @@ def datums_from_json(values: Sequence[Mapping[str, Any]]) -> list[EncodedDatum]:
 
 
 def tokens_from_json(where: str, value: Any) -> Ints:
-    """Token ids of a JSON model input.
-
-    Raises:
-        InvalidData: malformed.
-        UnsupportedFeature: a chunk is not text.
-    """
+    """Decodes the token ids of a model input; `where` names it in errors."""
     chunks: object = _object(where, value).get("chunks") or []
     if not isinstance(chunks, list):
         raise InvalidData(f"{where}: chunks must be a list")
-    parts = [_json_chunk_tokens(where, chunk) for chunk in cast("list[Any]", chunks)]
+    parts = [_chunk_tokens(where, chunk) for chunk in cast("list[Any]", chunks)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _json_chunk_tokens(where: str, chunk: Any) -> Ints:
+def ids_from_json(where: str, value: Any) -> Ints:
+    """Decodes a tensor of token ids; cells that a sparse tensor does not list become -1."""
+    ids = tensor_from_json(where, value)
+    if ids.dtype != np.int64:
+        raise InvalidData(f"{where}: dtype must be int64")
+    if value.get("sparse_crow_indices") is None:
+        return cast("Ints", ids)
+    listed = tensor_from_json(where, {**value, "data": [1] * len(value.get("data") or [])})
+    return np.where(listed == 1, ids, -1).astype(np.int64)
+
+
+def _chunk_tokens(where: str, chunk: Any) -> Ints:
     if not isinstance(chunk, dict):
         raise InvalidData(f"{where}: a chunk is not an object")
     given = {key: value for key, value in cast("dict[str, Any]", chunk).items() if value is not None}
@@ -110,17 +108,17 @@ def _text_only(where: str, kind: object) -> UnsupportedFeature:
     return UnsupportedFeature(f"{where}: this model reads text only, not {kind!r} chunks")
 
 
+def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
+    parts: list[NDArray[np.int32]] = []
+    for chunk in message.model_input:
+        if not chunk.HasField("encoded_text"):
+            raise _text_only(where, chunk.WhichOneof("chunk"))
+        parts.append(_buffer(where, chunk.encoded_text.tokens, "<i4"))
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
 def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> Array:
-    """A JSON tensor, dense or CSR, as an array of its dense shape.
-
-    Args:
-        where: its name, for errors.
-        value: the tensor.
-        default_dtype: what the numbers are if it does not say.
-
-    Raises:
-        InvalidData: malformed.
-    """
+    """Decodes a tensor, dense or CSR, to an array of its dense shape."""
     fields = _object(where, value)
     dtype = default_dtype if fields.get("dtype") is None else fields["dtype"]
     if not isinstance(dtype, str) or dtype not in _JSON_DTYPES:
@@ -132,117 +130,6 @@ def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> 
         columns = _array(where, fields.get("sparse_col_indices") or [], "<i8")
         return _dense(where, data, rows, columns, shape or [])
     return _shaped(where, data, [len(data)] if shape is None else shape)
-
-
-def pass_protobuf(result: PassResult) -> bytes:
-    """A PassResult as ForwardBackwardOutput: one packed tensor for each run of datums with equal trailing shape."""
-    records = [_record(list(run)) for _, run in groupby(_outputs(result), key=_trailing)]
-    return wire.ForwardBackwardOutput(
-        loss_fn_output_type="ArrayRecord", loss_fn_outputs=records, metrics=dict(result.metrics)
-    ).SerializeToString()
-
-
-def pass_json(result: PassResult) -> dict[str, Any]:
-    """A PassResult in JSON, without the metrics that are NaN or infinite, for which JSON has no form."""
-    outputs = [{name: _tensor_json(array, "float32") for name, array in output.items()} for output in _outputs(result)]
-    metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
-    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
-
-
-def _outputs(result: PassResult) -> list[dict[str, Floats]]:
-    """Each datum's named outputs; all of a datum have one shape."""
-    if result.elementwise_loss is None:
-        return [{"logprobs": logprobs} for logprobs in result.logprobs]
-    return [
-        {"logprobs": logprobs, "elementwise_loss": losses}
-        for logprobs, losses in zip(result.logprobs, result.elementwise_loss, strict=True)
-    ]
-
-
-def _trailing(output: Mapping[str, Floats]) -> tuple[int, ...]:
-    return output["logprobs"].shape[1:]
-
-
-def sample_protobuf(result: SampleResult) -> bytes:
-    """A SampleResult as SampleResponse."""
-    response = wire.SampleResponse(prompt_cache_hit_tokens=result.cached_tokens)
-    for sequence in result.sequences:
-        response.sequences.append(
-            wire.SampledSequence(
-                stop_reason=wire.STOP_REASON_STOP if sequence.stopped else wire.STOP_REASON_LENGTH,
-                tokens=sequence.tokens.astype("<i4").tobytes(),
-                logprobs=sequence.logprobs.astype("<f4").tobytes(),
-                topk_sampled_logprobs=_topk_message(sequence.topk),
-            )
-        )
-    if result.prompt_logprobs is not None:
-        response.prompt_logprobs = result.prompt_logprobs.astype("<f4").tobytes()
-    if result.topk_prompt is not None:
-        response.topk_prompt_logprobs.CopyFrom(cast("wire.TopkLogprobs", _topk_message(result.topk_prompt)))
-    if result.target_logprobs is not None:
-        response.target_prompt_logprobs.CopyFrom(
-            wire.Tensor(
-                dense=result.target_logprobs.astype("<f4").tobytes(),
-                dtype=wire.DTYPE_FLOAT32,
-                shape=result.target_logprobs.shape,
-            )
-        )
-    if result.alt_tokens is not None:
-        response.prompt_alt_tokens.CopyFrom(_alt_tokens_message(result.alt_tokens))
-    return response.SerializeToString()
-
-
-def sample_json(result: SampleResult) -> dict[str, Any]:
-    """A SampleResult in JSON."""
-    sequences = [_sequence_json(sequence) for sequence in result.sequences]
-    body: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_cache_hit_tokens": result.cached_tokens}
-    if result.prompt_logprobs is not None:
-        body["prompt_logprobs"] = _numbers(result.prompt_logprobs)
-    if result.topk_prompt is not None:
-        body["topk_prompt_logprobs"] = _topk_json(result.topk_prompt)
-    if result.target_logprobs is not None:
-        body["target_prompt_logprobs"] = _tensor_json(result.target_logprobs, "float32")
-    if result.alt_tokens is not None:
-        body["prompt_alt_tokens"] = {
-            "tokens": _tensor_json(result.alt_tokens.ids, "int64"),
-            "logprobs": _tensor_json(result.alt_tokens.logprobs, "float32"),
-        }
-    return body
-
-
-def _sequence_json(sequence: DrawnSequence) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "tokens": sequence.tokens.tolist(),
-        "logprobs": _numbers(sequence.logprobs),
-        "stop_reason": "stop" if sequence.stopped else "length",
-    }
-    if sequence.topk is not None:
-        body["topk_sampled_logprobs"] = _topk_json(sequence.topk)
-    return body
-
-
-def _topk_json(table: TopkTable) -> list[list[list[Any]] | None]:
-    """Rows of [id, logprob]; None where a row is unused."""
-    return [
-        None if values and values[0] == UNUSED_LOGPROB else [list(pair) for pair in zip(ids, values, strict=True)]
-        for ids, values in zip(table.ids.tolist(), _rows(table.logprobs), strict=True)
-    ]
-
-
-def _tensor_json(array: NDArray[Any], dtype: str) -> dict[str, Any]:
-    data = array.reshape(-1).tolist() if dtype == "int64" else _numbers(array)
-    return {"data": data, "dtype": dtype, "shape": list(array.shape)}
-
-
-def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
-    parts: list[NDArray[np.int32]] = []
-    for chunk in message.model_input:
-        if not chunk.HasField("encoded_text"):
-            raise _text_only(where, chunk.WhichOneof("chunk"))
-        parts.append(_buffer(where, chunk.encoded_text.tokens, "<i4"))
-    if not parts:
-        return np.zeros(0, dtype=np.int64)
-    return np.concatenate(parts).astype(np.int64)
 
 
 def _protobuf_tensor(where: str, tensor: wire.Tensor) -> Array:
@@ -262,7 +149,7 @@ def _buffer(where: str, data: bytes, dtype: str) -> Any:
     try:
         return np.frombuffer(data, dtype=dtype)
     except ValueError as error:
-        raise InvalidData(f"{where}: {len(data)} bytes are no whole number of {dtype} values") from error
+        raise InvalidData(f"{where}: {len(data)} bytes are not a whole number of {dtype} values") from error
 
 
 def _array(where: str, values: Any, dtype: str) -> Any:
@@ -273,11 +160,11 @@ def _array(where: str, values: Any, dtype: str) -> Any:
     if array.ndim != 1:
         raise InvalidData(f"{where}: data must be a flat list, not one of {array.ndim} dimensions")
     if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
-        raise InvalidData(f"{where} holds values that are not {'whole ' if dtype == '<i8' else ''}numbers")
+        raise InvalidData(f"{where} contains values that are not {'whole ' if dtype == '<i8' else ''}numbers")
     with np.errstate(over="ignore"):
         cast_array = array.astype(dtype)
     if array.dtype.kind == "f" and (np.isinf(cast_array) & np.isfinite(array)).any():
-        raise InvalidData(f"{where} holds a number that does not fit into float32")
+        raise InvalidData(f"{where} contains a number that does not fit into float32")
     return cast_array
 
 
@@ -323,60 +210,142 @@ def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int
     return dense
 
 
+# Results of passes
+
+
+def pass_protobuf(result: PassResult) -> bytes:
+    """Encodes a result as ForwardBackwardOutput; consecutive datums with the same trailing shape share a tensor."""
+    records = [_record(list(group)) for _, group in groupby(_outputs(result), key=_trailing_shape)]
+    return wire.ForwardBackwardOutput(
+        loss_fn_output_type="ArrayRecord", loss_fn_outputs=records, metrics=dict(result.metrics)
+    ).SerializeToString()
+
+
+def pass_json(result: PassResult) -> dict[str, Any]:
+    """Encodes a result in JSON, without metrics that are NaN or infinite, which JSON cannot represent."""
+    outputs = [{name: _tensor_json(array, "float32") for name, array in output.items()} for output in _outputs(result)]
+    metrics = {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+    return {"loss_fn_output_type": "ArrayRecord", "loss_fn_outputs": outputs, "metrics": metrics}
+
+
+def _outputs(result: PassResult) -> list[dict[str, Floats]]:
+    """The outputs of each datum by name, all of one shape."""
+    if result.elementwise_loss is None:
+        return [{"logprobs": logprobs} for logprobs in result.logprobs]
+    return [
+        {"logprobs": logprobs, "elementwise_loss": losses}
+        for logprobs, losses in zip(result.logprobs, result.elementwise_loss, strict=True)
+    ]
+
+
+def _trailing_shape(output: Mapping[str, Floats]) -> tuple[int, ...]:
+    return output["logprobs"].shape[1:]
+
+
 def _record(outputs: Sequence[Mapping[str, Floats]]) -> wire.ArrayRecord:
     fields = {name: _batched([output[name] for output in outputs]) for name in outputs[0]}
     return wire.ArrayRecord(type_tag="ArrayRecord", fields=fields, num_datums=len(outputs))
 
 
 def _batched(arrays: Sequence[Floats]) -> wire.BatchedTensor:
-    flat = np.concatenate([array.reshape(-1) for array in arrays]).astype("<f4")
     offsets = np.zeros(len(arrays) + 1, dtype="<i8")
     offsets[1:] = np.cumsum([array.size * 4 for array in arrays])
     return wire.BatchedTensor(
-        data=flat.tobytes(),
+        data=_bytes(np.concatenate([array.reshape(-1) for array in arrays])),
         offsets=offsets.tobytes(),
         dtype=wire.DTYPE_FLOAT32,
         trailing_shape=arrays[0].shape[1:],
     )
 
 
-def _topk_message(table: TopkTable | None) -> wire.TopkLogprobs | None:
+# Samples
+
+
+def sample_protobuf(result: SampleResult) -> bytes:
+    """Encodes a result as SampleResponse."""
+    prompt = result.prompt
+    response = wire.SampleResponse(
+        sequences=[
+            wire.SampledSequence(
+                stop_reason=wire.STOP_REASON_STOP if sequence.stopped else wire.STOP_REASON_LENGTH,
+                tokens=_bytes(sequence.tokens),
+                logprobs=_bytes(sequence.logprobs),
+                topk_sampled_logprobs=_topk_message(sequence.topk),
+            )
+            for sequence in result.sequences
+        ],
+        prompt_cache_hit_tokens=0,
+        topk_prompt_logprobs=_topk_message(prompt.topk),
+    )
+    if prompt.logprobs is not None:
+        response.prompt_logprobs = _bytes(prompt.logprobs)
+    if prompt.targets is not None:
+        response.target_prompt_logprobs.CopyFrom(_tensor_message(prompt.targets))
+    if prompt.alternatives is not None:
+        response.prompt_alt_tokens.tokens.CopyFrom(_tensor_message(prompt.alternatives.ids))
+        response.prompt_alt_tokens.logprobs.CopyFrom(_tensor_message(prompt.alternatives.logprobs))
+    return response.SerializeToString()
+
+
+def sample_json(result: SampleResult) -> dict[str, Any]:
+    """Encodes a result in JSON."""
+    prompt = result.prompt
+    sequences = [_sequence_json(sequence) for sequence in result.sequences]
+    body: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_cache_hit_tokens": 0}
+    if prompt.logprobs is not None:
+        body["prompt_logprobs"] = _numbers(prompt.logprobs)
+    if prompt.topk is not None:
+        body["topk_prompt_logprobs"] = _topk_json(prompt.topk)
+    if prompt.targets is not None:
+        body["target_prompt_logprobs"] = _tensor_json(prompt.targets, "float32")
+    if prompt.alternatives is not None:
+        body["prompt_alt_tokens"] = {
+            "tokens": _tensor_json(prompt.alternatives.ids, "int64"),
+            "logprobs": _tensor_json(prompt.alternatives.logprobs, "float32"),
+        }
+    return body
+
+
+def _sequence_json(sequence: SampledTokens) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "tokens": sequence.tokens.tolist(),
+        "logprobs": _numbers(sequence.logprobs),
+        "stop_reason": "stop" if sequence.stopped else "length",
+    }
+    if sequence.topk is not None:
+        body["topk_sampled_logprobs"] = _topk_json(sequence.topk)
+    return body
+
+
+def _topk_json(table: TokenTable) -> list[list[list[Any]] | None]:
+    """Rows of [id, logprob]; None for an unused row."""
+    return [
+        None if values[:1] == [UNUSED_LOGPROB] else [list(pair) for pair in zip(ids, values, strict=True)]
+        for ids, values in zip(table.ids.tolist(), map(_numbers, table.logprobs), strict=True)
+    ]
+
+
+def _topk_message(table: TokenTable | None) -> wire.TopkLogprobs | None:
     if table is None:
         return None
     length, k = table.ids.shape
-    return wire.TopkLogprobs(
-        token_ids=table.ids.astype("<i4").tobytes(), logprobs=table.logprobs.astype("<f4").tobytes(), k=k, length=length
-    )
+    return wire.TopkLogprobs(token_ids=_bytes(table.ids), logprobs=_bytes(table.logprobs), k=k, length=length)
 
 
-def _alt_tokens_message(drawn: AltTokens) -> wire.PromptAltTokens:
-    return wire.PromptAltTokens(
-        tokens=wire.Tensor(dense=drawn.ids.astype("<i4").tobytes(), dtype=wire.DTYPE_INT32, shape=drawn.ids.shape),
-        logprobs=wire.Tensor(
-            dense=drawn.logprobs.astype("<f4").tobytes(), dtype=wire.DTYPE_FLOAT32, shape=drawn.logprobs.shape
-        ),
-    )
+def _tensor_message(array: NDArray[np.int32] | Floats) -> wire.Tensor:
+    dtype = wire.DTYPE_INT32 if array.dtype.kind == "i" else wire.DTYPE_FLOAT32
+    return wire.Tensor(dense=_bytes(array), dtype=dtype, shape=array.shape)
+
+
+def _bytes(array: NDArray[np.int32] | Floats) -> bytes:
+    return array.astype("<i4" if array.dtype.kind == "i" else "<f4").tobytes()
+
+
+def _tensor_json(array: NDArray[Any], dtype: str) -> dict[str, Any]:
+    data = array.reshape(-1).tolist() if dtype == "int64" else _numbers(array)
+    return {"data": data, "dtype": dtype, "shape": list(array.shape)}
 
 
 def _numbers(array: Floats) -> list[float | None]:
-    # JSON has no NaN or infinity.
+    # JSON has neither NaN nor infinity.
     return [value if math.isfinite(value) else None for value in array.reshape(-1).tolist()]
-
-
-def _rows(array: Floats) -> list[list[float | None]]:
-    return [_numbers(row) for row in array]
-
-
-def ids_from_json(where: str, value: Any) -> Ints:
-    """A JSON tensor of token ids, where an entry that a sparse tensor does not list is -1: not asked.
-
-    Raises:
-        InvalidData: malformed or not int64.
-    """
-    ids = tensor_from_json(where, value)
-    if ids.dtype != np.int64:
-        raise InvalidData(f"{where}: dtype must be int64")
-    if value.get("sparse_crow_indices") is None:
-        return cast("Ints", ids)
-    listed = tensor_from_json(where, {**value, "data": [1] * len(value.get("data") or [])})
-    return np.where(listed == 1, ids, -1).astype(np.int64)

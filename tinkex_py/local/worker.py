@@ -1,4 +1,4 @@
-"""The service's threads: one for the engine, and a few for what it keeps on disk."""
+"""The threads of the service: one for the engine, and two for files."""
 
 import asyncio
 import threading
@@ -10,21 +10,18 @@ T = TypeVar("T")
 
 
 class EngineClosing(RuntimeError):
-    """The service is stopping; what was asked will not be done."""
+    """The service is stopping; the work is not done."""
 
 
 class EngineWorker:
-    """The engine's one thread: work is done one piece at a time, in the order it was handed in.
-
-    It owns the thread from the first piece of work until `stop`.
-    """
+    """Runs work on one thread, in the order of submission."""
 
     def __init__(self) -> None:
         self.closing = threading.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tinkex-engine")
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
-        """Queue work; after `stop` began it fails with EngineClosing instead of running."""
+        """Queues work; once `stop` has begun, it fails with EngineClosing instead of running."""
 
         def unless_closing() -> T:
             if self.closing.is_set():
@@ -34,10 +31,10 @@ class EngineWorker:
         return self._executor.submit(unless_closing)
 
     async def stop(self) -> None:
-        """End the work in progress early where it allows it, drop what is queued, and end the thread."""
+        """Ends interruptible work early, drops queued work, and ends the thread."""
         self.closing.set()
         try:
-            last = self._executor.submit(_nothing)
+            last = self._executor.submit(lambda: None)
         except RuntimeError:
             return  # the thread has ended already
         await asyncio.shield(asyncio.wrap_future(last))
@@ -45,17 +42,17 @@ class EngineWorker:
 
 
 class StateThreads:
-    """Threads for the state file and the files of checkpoints, so that the event loop never waits for a disk."""
+    """Runs file access on threads, so that the event loop never waits for a disk."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tinkex-state")
         self._unfinished: set[Future[Any]] = set()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do work in one of the threads. A cancelled caller leaves at once; work that has begun runs to its end.
+        """Runs work. A cancelled caller returns at once; work that has started finishes.
 
         Raises:
-            EngineClosing: the threads have been stopped.
+            EngineClosing: the threads are stopped.
         """
         try:
             future = self._executor.submit(work)
@@ -66,11 +63,7 @@ class StateThreads:
         return await asyncio.wrap_future(future)
 
     async def stop(self) -> None:
-        """Wait for the work there is, and end the threads."""
+        """Waits for submitted work, and ends the threads."""
         unfinished = [asyncio.wrap_future(future) for future in list(self._unfinished)]
         await asyncio.gather(*unfinished, return_exceptions=True)
         self._executor.shutdown(wait=True)
-
-
-def _nothing() -> None:
-    return None

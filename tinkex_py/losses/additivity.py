@@ -29,11 +29,7 @@ _FAMILIES = ("torch", "operator", "_operator")
 
 
 def check_sum_over_positions(nodes: Sequence[torch.fx.Node], logprobs: torch.fx.Node) -> Mapping[torch.fx.Node, Shape]:
-    """Returns the shape of each node of a packed term.
-
-    Args:
-        nodes: nodes of the term, in order.
-        logprobs: the placeholder.
+    """Returns the shape of each node of a packed term with the placeholder `logprobs`.
 
     Raises:
         UnsupportedFeature: a node mixes positions, or adds something that is not a sum over them.

@@ -1,10 +1,12 @@
-"""Checks of settings. An invalid one raises InvalidSpec with its name and value."""
+"""Checks of settings. Errors contain the name and the value of a setting."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
+from pydantic import ValidationError
 
 from tinkex_py.errors import InvalidSpec
 
@@ -35,6 +37,13 @@ def checked_number(
     if not usable:
         raise InvalidSpec(f"{owner}: {setting} must be a finite number {allowed}".rstrip() + f", got {value!r}")
     return number
+
+
+def first_problem(error: ValidationError) -> str:
+    """Returns the first problem of settings that pydantic rejected: name, reason and value."""
+    problem = error.errors(include_url=False)[0]
+    reason = re.sub("(Input|String) should", "must", problem["msg"])
+    return f"{problem['loc'][0]} {reason}, got {problem['input']!r}"
 
 
 def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:

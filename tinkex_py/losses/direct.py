@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Unpack, cast
 
 import torch
@@ -13,7 +13,15 @@ from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs, checked_data
 from tinkex_py.losses.options import TERM_DEFAULTS, PipelineOptions, checked_options, shows_options
-from tinkex_py.losses.outcomes import PreparedTerm, checked_step, prepare_regularizer, report, with_weight_at
+from tinkex_py.losses.outcomes import (
+    Outcome,
+    PreparedTerm,
+    checked_step,
+    prepare_base_loss,
+    prepare_regularizer,
+    report,
+    with_weight_at,
+)
 from tinkex_py.losses.output import RegularizerOutput
 from tinkex_py.losses.pipeline import Pipeline
 from tinkex_py.losses.spec import (
@@ -131,27 +139,26 @@ class Executor:
             PipelineError: an option is out of range.
             TypeError: an option does not exist.
         """
-        given = checked_options(options, of="Executor.execute_all()", defaults=TERM_DEFAULTS)
-        checked = {**TERM_DEFAULTS, **given}
+        checked = checked_options(options, of="Executor.execute_all()", defaults=TERM_DEFAULTS)
         specs = [spec for spec in checked_specs(regularizers) if spec.enabled]
         terms = [with_weight_at(checked_step(step), prepare_regularizer(spec), spec) for spec in specs]
-        datums = checked_data(data)
-        shared = Logprobs.from_tensors(logprobs, datums)
-        workers = WorkerPool(checked["max_threads"])
-        run = TermRun(
-            datums,
-            shared,
-            workers,
-            checked["max_concurrency"],
-            checked["track_grad_norms"],
-            timeout=checked["timeout"],
-        )
-        try:
-            outcomes = await run.all(terms, parallel=checked["parallel"])
-            shared.check_unchanged()
-        finally:
-            workers.close()
+        outcomes = await _run(terms, data, logprobs, checked)
         return [report(outcome.term, outcome.evaluation) for outcome in outcomes if outcome.evaluation is not None]
+
+
+async def _run(
+    terms: Sequence[PreparedTerm], data: Sequence[Datum], logprobs: TensorOrList, options: Mapping[str, Any]
+) -> list[Outcome]:
+    shared = Logprobs.from_tensors(logprobs, checked_data(data))
+    workers = WorkerPool(options["max_threads"])
+    limits = options["max_concurrency"], options["track_grad_norms"]
+    run = TermRun(data, shared, workers, *limits, timeout=options["timeout"])
+    try:
+        outcomes = await run.all(terms, parallel=options["parallel"])
+        shared.check_unchanged()
+    finally:
+        workers.close()
+    return outcomes
 
 
 class GradientTracker:
@@ -169,21 +176,10 @@ class GradientTracker:
         def without_data(_data: Sequence[Datum], values: torch.Tensor) -> Any:
             return loss_fn(values)
 
-        term = PreparedTerm(
-            name="loss_fn",
-            function=without_data,
-            options={},
-            is_async=True if is_async_term(loss_fn) else None,
-            per_datum=False,
-        )
-        workers = WorkerPool()
-        try:
-            run = TermRun([], Logprobs.from_tensors(logprobs), workers, 1, track_grad_norms=True)
-            (outcome,) = await run.all([term], parallel=True)
-            run.logprobs.check_unchanged()
-        finally:
-            workers.close()
-        assert outcome.evaluation is not None
+        term = dataclasses.replace(prepare_base_loss(without_data), name="loss_fn")
+        options = {**TERM_DEFAULTS, "track_grad_norms": True, "timeout": None}
+        (outcome,) = await _run([term], [], logprobs, options)
+        assert outcome.evaluation is not None, "a failed term raises"
         return cast("float", outcome.evaluation.grad_norm)
 
     @staticmethod

@@ -32,12 +32,7 @@ _NEVER_REPEATED = (InPlaceMutation, InvalidTermResult)
 class TermRun:
     """One run of several terms over the same logprobs.
 
-    Args:
-        data: the datums, passed to every term.
-        logprobs: the shared buffer.
-        workers: pool that runs sync terms.
-        max_concurrency: maximum number of terms that run at once.
-        track_grad_norms: whether to compute norms.
+    Attributes:
         timeout: seconds for a term without a timeout of its own; None means no limit.
         max_threads: maximum number of live term threads of the group; None leaves it to `workers`.
         group: runs of the same group share the limits on live term threads.

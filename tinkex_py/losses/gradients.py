@@ -15,10 +15,7 @@ import torch
 from tinkex_py.errors import InvalidTermResult, NonFiniteLoss
 from tinkex_py.losses.output import GradientDiagnosis, MetricValue
 
-# Products are summed in float32 within a block and in double precision across blocks: as fast as a float32 sum, and
-# accurate for millions of elements. Smaller blocks would fit into the CPU cache, but threads that make many small calls
-# compete for the GIL.
-BLOCK = 262_144
+_BLOCK = 262_144
 _ROW = 4096
 # Squares of smaller float32 numbers lose digits or underflow.
 _SMALL_NORM = 1e-15
@@ -49,14 +46,7 @@ class Evaluation:
 
 
 def evaluate(result: object, leaf: torch.Tensor, *, name: str, needs_gradient: bool, needs_norm: bool) -> Evaluation:
-    """Computes value, gradient and norm of one term with one backward pass.
-
-    Args:
-        result: the return value of the term.
-        leaf: the tensor that was passed to the term.
-        name: name of the term, for errors.
-        needs_gradient: whether to compute the gradient.
-        needs_norm: whether to compute the norm, which requires the backward pass too.
+    """Computes value, gradient and norm of one term from its return value, with at most one backward pass.
 
     Raises:
         InvalidTermResult: the result is not a loss or `(loss, metrics)`.
@@ -101,7 +91,7 @@ def norm(gradient: torch.Tensor) -> float:
     """Returns the L2 norm over all elements, as float32 norms of rows that are combined in double precision."""
     if gradient.numel() <= _ROW:
         return _exact_norm(gradient)
-    row = wide(gradient.detach().reshape(-1))
+    row = _wide(gradient.detach().reshape(-1))
     whole = row.numel() // _ROW * _ROW
     norms = _vector_norm(row[:whole].view(-1, _ROW), dim=1)
     size = math.hypot(_exact_norm(norms), _exact_norm(row[whole:]))
@@ -114,20 +104,18 @@ def _exact_norm(numbers: torch.Tensor) -> float:
 
 
 def dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """Returns the dot product over all elements, with blocks summed in double precision. None counts as zero."""
+    """Returns the dot product over all elements. None counts as zero.
+
+    Products are summed in float32 within a block and in double precision across blocks: as fast as a float32 sum, and
+    accurate for millions of elements.
+    """
     if first is None or second is None:
         return 0.0
-    rows = (_split(wide(gradient.detach().reshape(-1)), BLOCK) for gradient in (first, second))
-    return sum(map(block_dot, *rows))
+    rows = (_split(_wide(gradient.detach().reshape(-1)), _BLOCK) for gradient in (first, second))
+    return math.fsum(_dot(own, other).item() for own, other in zip(*rows, strict=True))
 
 
-def block_dot(first: torch.Tensor | None, second: torch.Tensor | None) -> float:
-    """Returns the dot product of rows that `wide` returned, with at most `BLOCK` elements."""
-    return 0.0 if first is None or second is None else _dot(first, second).item()
-
-
-def wide(row: torch.Tensor) -> torch.Tensor:
-    """Returns a row for dot products: contiguous and at least float32."""
+def _wide(row: torch.Tensor) -> torch.Tensor:
     row = row.contiguous()
     return row.float() if row.dtype in (torch.float16, torch.bfloat16) else row
 
@@ -220,95 +208,36 @@ class Combined:
     norm: float | None
 
 
-@dataclass(frozen=True)
-class AddedBlock:
-    """Reductions over one block of the total gradient.
+def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
+    """Returns the weighted sum of the gradients, the base loss first, in the shape and dtype of `like`.
 
-    Attributes:
-        size: L2 norm of the block with a diagnosis, its sum without; not finite if an element is not finite.
-        with_base: dot products of each term's gradient with that of the base loss; empty without a diagnosis.
-        with_total: dot products of each term's gradient with the total; empty without a diagnosis.
-    """
-
-    size: float
-    with_base: Sequence[float] = ()
-    with_total: Sequence[float] = ()
-
-
-class WeightedSum:
-    """The weighted sum of the gradients, computed block by block. Several threads can add different blocks.
-
-    Args:
-        parts: gradients of the terms, the base loss first.
-        like: contiguous tensor with the shape, dtype and device of the result.
-        diagnose: whether to compute the dot products for the diagnosis, which also needs the norms.
+    With `diagnose`, the norms of the terms must be known.
 
     Raises:
-        NonFiniteLoss: a weight is too large for the dtype.
+        NonFiniteLoss: a weight is too large for the dtype, or the sum has NaN or infinite elements.
     """
-
-    def __init__(self, parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> None:
-        check_weights([part.scale for part in parts], like.dtype)
-        self._parts = parts
-        self._diagnose = diagnose
-        with torch.inference_mode(False):
-            self._total = torch.empty_like(like, requires_grad=False)
-        self._gradients = [None if part.gradient is None else part.gradient.detach().reshape(-1) for part in parts]
-
-    def blocks(self, ranges: int = 1) -> list[range]:
-        """Splits the blocks into at most `ranges` ranges. The number of ranges does not change the result."""
-        count = math.ceil(self._total.numel() / BLOCK)
-        length = max(1, math.ceil(count / ranges))
-        return [range(first, min(first + length, count)) for first in range(0, count, length)]
-
-    def add(self, blocks: range) -> list[AddedBlock]:
-        """Adds the gradients in the given blocks."""
-        with torch.no_grad():
-            return [self._add_block(slice(block * BLOCK, (block + 1) * BLOCK)) for block in blocks]
-
-    def _add_block(self, where: slice) -> AddedBlock:
-        pieces = [None if gradient is None else gradient[where] for gradient in self._gradients]
-        own = self._total.view(-1)[where].zero_()
-        for part, piece in zip(self._parts, pieces, strict=True):
-            if piece is not None and part.scale:
-                own.add_(piece, alpha=part.scale)
-        if not self._diagnose:
-            return AddedBlock(own.sum().item())
-        rows = [None if piece is None else wide(piece) for piece in pieces]
-        own = wide(own)
-        return AddedBlock(norm(own), [block_dot(row, rows[0]) for row in rows], [block_dot(row, own) for row in rows])
-
-    def combined(self, added: Sequence[AddedBlock]) -> Combined:
-        """Returns the result.
-
-        Args:
-            added: the return values of `add` for all blocks, in order.
-
-        Raises:
-            NonFiniteLoss: the total has NaN or infinite elements.
-        """
-        if not all(math.isfinite(block.size) for block in added):
-            check_finite(self._total, "loss_total")
-        if not self._diagnose:
-            return Combined(self._total, {}, None)
-        total_norm = math.hypot(*(block.size for block in added))
-        base_norm = self._parts[0].norm
-        diagnosis: dict[str, GradientDiagnosis] = {}
-        for index, part in enumerate(self._parts):
-            with_base = math.fsum(block.with_base[index] for block in added)
-            with_total = math.fsum(block.with_total[index] for block in added)
-            diagnosis[part.name] = _diagnosis(
-                _cosine(with_base, part.norm, base_norm),
-                _cosine(with_total, part.norm, total_norm),
-                part.scale * with_total / total_norm / total_norm if total_norm > 0 else None,
-            )
-        return Combined(self._total, diagnosis, total_norm)
-
-
-def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
-    """Returns the weighted sum of the gradients; see `WeightedSum`."""
-    total = WeightedSum(parts, like, diagnose=diagnose)
-    return total.combined([added for blocks in total.blocks() for added in total.add(blocks)])
+    check_weights([part.scale for part in parts], like.dtype)
+    with torch.inference_mode(False), torch.no_grad():
+        total = torch.zeros_like(like, requires_grad=False)
+        for part in parts:
+            if part.gradient is not None and part.scale:
+                total.add_(part.gradient, alpha=part.scale)
+    if not diagnose:
+        check_finite(total, "loss_total")
+        return Combined(total, {}, None)
+    total_norm = norm(total)
+    if not math.isfinite(total_norm):
+        check_finite(total, "loss_total")
+    base = parts[0]
+    diagnosis: dict[str, GradientDiagnosis] = {}
+    for part in parts:
+        with_total = dot(part.gradient, total)
+        diagnosis[part.name] = _diagnosis(
+            _cosine(dot(part.gradient, base.gradient), part.norm, base.norm),
+            _cosine(with_total, part.norm, total_norm),
+            part.scale * with_total / total_norm / total_norm if total_norm > 0 else None,
+        )
+    return Combined(total, diagnosis, total_norm)
 
 
 def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, step: int) -> Combined:
@@ -319,14 +248,6 @@ def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, 
     by step and name only, so that it does not depend on the order of the specs or on a resume.
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning" (2020), algorithm 1.
-
-    Args:
-        parts: gradients of the terms, the base loss first.
-        like: tensor with the shape, dtype and device of the result.
-        step: seed of the order.
-
-    Returns:
-        The total gradient with a diagnosis.
     """
     products = _products(parts)
     scales = np.array([part.scale for part in parts])

@@ -11,16 +11,9 @@ from tinkex_py.errors import PipelineError
 def with_known_gradient(
     value: float, dtype: torch.dtype, logprobs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Returns a 0-d tensor whose `backward()` passes the given gradients to the graph of the logprobs.
+    """Returns a 0-d tensor whose `backward()` passes the given gradients, one per tensor, to the graph of the logprobs.
 
-    Args:
-        value: value of the loss.
-        dtype: dtype of the result.
-        logprobs: tensors that the loss depends on, all on one device.
-        gradients: d(loss)/d(logprobs), one for each tensor.
-
-    Returns:
-        A tensor on the device of the logprobs. Its second derivative raises PipelineError.
+    Its second derivative raises PipelineError.
     """
     device = logprobs[0].device if logprobs else None
     detached = torch.tensor(value, dtype=dtype, device=device)

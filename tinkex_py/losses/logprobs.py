@@ -4,7 +4,6 @@ A leaf shares the memory of the buffer, but has its own version counter and auto
 run in different threads, and an in-place change can be attributed to a term.
 """
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -116,12 +115,9 @@ class Logprobs:
         shape = (-1, *next(iter(trailing))) if len(trailing) == 1 else (-1,)
         received = [np.ascontiguousarray(part, dtype=np.float32) for part in packed.parts]
         array = np.concatenate(received)
-        starts = itertools.accumulate((part.size for part in received), initial=0)
-        own_parts = [array[start : start + part.size] for start, part in zip(starts, received, strict=False)]
 
         def unchanged() -> bool:
-            pairs = zip(own_parts, received, strict=True)
-            return all(np.array_equal(own.view(np.int32), part.view(np.int32)) for own, part in pairs)
+            return np.array_equal(array.view(np.int32), np.concatenate(received).view(np.int32))
 
         with torch.inference_mode(False):
             return cls(

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, TypeVar, cast, get_type_hints
 
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
 from tinkex_py.errors import PipelineError
-from tinkex_py.limits import is_seconds
+from tinkex_py.losses.checks import first_problem
 
 Combine = Literal["sum", "pcgrad"]
-COMBINES: tuple[Combine, ...] = ("sum", "pcgrad")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -39,16 +40,20 @@ class PipelineOptions(TypedDict, total=False):
     combine: Combine
 
 
-DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "track_grad_norms": False,
-        "parallel": True,
-        "timeout": 30.0,
-        "max_concurrency": 32,
-        "max_threads": None,
-        "combine": "sum",
-    }
-)
+class _Values(BaseModel):
+    """The values of `PipelineOptions`, checked."""
+
+    model_config = ConfigDict(strict=True)
+
+    track_grad_norms: bool = False
+    parallel: bool = True
+    timeout: PositiveFloat | None = 30.0
+    max_concurrency: PositiveInt = 32
+    max_threads: PositiveInt | None = None
+    combine: Combine = "sum"
+
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(_Values().model_dump())
 """Default values of all options."""
 
 TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: DEFAULTS[name] for name in DEFAULTS if name != "combine"})
@@ -56,7 +61,7 @@ TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: DEFAULTS[name] for na
 
 
 def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str, Any] = DEFAULTS) -> Mapping[str, Any]:
-    """Returns the given options if they are valid.
+    """Returns all options: the given ones, and the defaults of the others.
 
     Args:
         given: options by name.
@@ -67,11 +72,13 @@ def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str,
         TypeError: an option does not exist.
         PipelineError: a value is out of range.
     """
-    for name, value in given.items():
+    for name in given:
         if name not in defaults:
             raise TypeError(f"{of} got an unexpected keyword argument {name!r}")
-        _CHECKS[name](name, value)
-    return given
+    try:
+        return _Values(**given).model_dump() if given else defaults
+    except ValidationError as error:
+        raise PipelineError(f"option {first_problem(error)}") from None
 
 
 def shows_options(options: type[Any], defaults: Mapping[str, Any]) -> Callable[[Function], Function]:
@@ -96,41 +103,3 @@ def shows_options(options: type[Any], defaults: Mapping[str, Any]) -> Callable[[
         return function
 
     return decorate
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise PipelineError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _seconds_or_none(name: str, value: object) -> float | None:
-    if value is None or (is_seconds(value) and value > 0):
-        return value
-    raise PipelineError(f"{name} must be > 0 seconds or None, got {value!r}")
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PipelineError(f"{name} must be an int >= 1, got {value!r}")
-    return value
-
-
-def _count_or_none(name: str, value: object) -> int | None:
-    return None if value is None else _count(name, value)
-
-
-def _combine(name: str, value: object) -> object:
-    if value not in COMBINES:
-        raise PipelineError(f"{name} must be one of {', '.join(map(repr, COMBINES))}, got {value!r}")
-    return value
-
-
-_CHECKS: Mapping[str, Callable[[str, object], object]] = {
-    "track_grad_norms": _flag,
-    "parallel": _flag,
-    "timeout": _seconds_or_none,
-    "max_concurrency": _count,
-    "max_threads": _count_or_none,
-    "combine": _combine,
-}

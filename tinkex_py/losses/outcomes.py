@@ -61,6 +61,9 @@ def prepare_base_loss(base_loss: Term) -> PreparedTerm:
 
 def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
     """Prepares a regularizer. The weight is 0 until `with_weight_at` if it is a schedule or controller."""
+    retry = spec.retry
+    if isinstance(retry, int):
+        retry = RetryPolicy(deadline=math.inf, max_attempts=retry, initial_wait=0.1, max_wait=5.0)
     return PreparedTerm(
         name=spec.name,
         function=term_function(spec.fn),
@@ -71,7 +74,7 @@ def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
         weight=spec.weight if isinstance(spec.weight, float) else 0.0,
         on_error=spec.on_error,
         max_grad_norm=spec.max_grad_norm,
-        retry=_retry_policy(spec.retry),
+        retry=retry,
     )
 
 
@@ -84,12 +87,6 @@ def with_weight_at(step: int, term: PreparedTerm, spec: RegularizerSpec) -> Prep
     if isinstance(spec.weight, float):
         return term
     return replace(term, weight=weight_at(spec.weight, spec.name, step))
-
-
-def _retry_policy(retry: int | AsyncRetrying | None) -> RetryPolicy | AsyncRetrying | None:
-    if not isinstance(retry, int):
-        return retry
-    return RetryPolicy(deadline=math.inf, max_attempts=retry, initial_wait=0.1, max_wait=5.0)
 
 
 def checked_step(step: int) -> int:
@@ -187,13 +184,7 @@ def weighted_gradients(outcomes: Sequence[Outcome]) -> list[WeightedGradient]:
 def custom_loss(
     outcomes: Sequence[Outcome], combined: Combined, *, track_grad_norms: bool, abandoned_threads: int
 ) -> CustomLoss:
-    """Composes the result of a step.
-
-    Args:
-        outcomes: outcomes of all terms, the base loss first; it must have succeeded.
-        combined: the total gradient.
-        track_grad_norms: whether the output contains norms and diagnosis.
-        abandoned_threads: number of threads that still run after the timeout of their term.
+    """Composes the result of a step from the outcomes, the base loss first, and the total gradient.
 
     Raises:
         NonFiniteLoss: the total is too large for a float.

@@ -1,8 +1,6 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
-import asyncio
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -13,7 +11,7 @@ from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.html_table import html_table
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
-from tinkex_py.losses.gradients import Combined, WeightedGradient, WeightedSum, summed, without_conflicts
+from tinkex_py.losses.gradients import Combined, WeightedGradient, summed, without_conflicts
 from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs, checked_data
 from tinkex_py.losses.options import DEFAULTS, Combine, PipelineOptions, checked_options, shows_options
@@ -65,7 +63,7 @@ class Pipeline:
             raise InvalidBaseLoss(f"base loss: {problem}")
         self._base_loss = base_loss
         self._regularizers = checked_specs(regularizers)
-        checked = {**DEFAULTS, **checked_options(options, of="Pipeline.__init__()")} if options else DEFAULTS
+        checked = checked_options(options, of="Pipeline.__init__()") if options else DEFAULTS
         self.track_grad_norms: bool = checked["track_grad_norms"]
         self.parallel: bool = checked["parallel"]
         self.timeout: float | None = checked["timeout"]
@@ -226,15 +224,9 @@ class Pipeline:
         group: object = None,
         record: RecordPath | None = None,
     ) -> CustomLoss:
-        """Returns the loss and its gradient for the training client.
+        """Returns the loss and its gradient for the training client; see `compute`.
 
-        Args:
-            data: the datums, passed to every term.
-            logprobs: the shared buffer.
-            step: number of previous optimizer steps.
-            workers: pool that runs sync terms; default is the pool of this pipeline.
-            group: calls of the same group share the limits on live term threads; default is the pipeline.
-            record: a folder to which the inputs of the terms are written.
+        Calls of the same `group` share the limits on live term threads; default is the pipeline.
         """
         run = TermRun(
             data,
@@ -307,21 +299,15 @@ class Pipeline:
         )
 
     async def _combined(self, run: TermRun, parts: Sequence[WeightedGradient], step: int) -> Combined:
-        buffer, norms = run.logprobs.buffer, run.track_grad_norms
-        check = run.logprobs.check_unchanged
-        surgery = functools.partial(without_conflicts, parts, buffer, step=step)
-        if buffer.numel() <= SMALL_LOGPROBS:
-            check()
-            return surgery() if self.combine == "pcgrad" else summed(parts, buffer, diagnose=norms)
-        compute = functools.partial(run.workers.compute, "sum")
-        if self.combine == "pcgrad":
-            await compute(check)
-            return await compute(surgery)
-        total = WeightedSum(parts, buffer, diagnose=norms)
-        ranges = total.blocks(run.workers.limiter.limit if buffer.device.type == "cpu" else 1)
-        adding = asyncio.gather(*(compute(functools.partial(total.add, blocks)) for blocks in ranges))
-        _, added = await asyncio.gather(compute(check), adding)
-        return total.combined(list(itertools.chain.from_iterable(added)))
+        buffer = run.logprobs.buffer
+
+        def combine() -> Combined:
+            run.logprobs.check_unchanged()
+            if self.combine == "pcgrad":
+                return without_conflicts(parts, buffer, step=step)
+            return summed(parts, buffer, diagnose=run.track_grad_norms)
+
+        return combine() if buffer.numel() <= SMALL_LOGPROBS else await run.workers.compute("sum", combine)
 
     def _warn_not_differentiable(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

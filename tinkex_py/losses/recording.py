@@ -65,14 +65,7 @@ class RecordedDatum(RecordPart):
 
 
 class RecordedTerm(RecordPart):
-    """One term.
-
-    Attributes:
-        name: name of the term.
-        source: location of its code, as `module:name`.
-        ready_made: settings of a ready-made term, if they are plain JSON values.
-        per_datum: whether the term receives one tensor per datum.
-    """
+    """One term: `source` is its code as `module:name`, `ready_made` its settings if they are plain JSON values."""
 
     name: str
     source: str
@@ -100,16 +93,7 @@ class RecordedFailure(RecordPart):
 
 
 class RecordedStep(RecordPart):
-    """Content of `record.json`.
-
-    Attributes:
-        step: number of previous optimizer steps.
-        logprob_shapes: shape of every datum's logprobs; None if a single tensor was passed.
-        options: options of the pipeline.
-        output: output of the step; None if it failed or did not end.
-        failure: how the step failed; None if it succeeded or did not end.
-        versions: versions of this package, torch and Python.
-    """
+    """Content of `record.json`. `logprob_shapes` is None if a single tensor was passed."""
 
     format: Literal[1] = 1
     step: int
@@ -125,12 +109,7 @@ class RecordedStep(RecordPart):
 
 @dataclass(frozen=True)
 class Recording:
-    """A record whose step is running.
-
-    Attributes:
-        folder: folder of the record.
-        record: the record without the result of the step.
-    """
+    """A record whose step is running."""
 
     folder: Path
     record: RecordedStep
@@ -159,16 +138,8 @@ def start_recording(
 ) -> Recording:
     """Writes the inputs of a step atomically. An existing record in the folder is replaced.
 
-    Only the owner can read the folder, because it contains tokens of the user.
-
-    Args:
-        path: the folder to create.
-        data: the datums.
-        logprobs: the logprobs.
-        base_loss: the base loss.
-        regularizers: the specs, each with its weight in this step.
-        step: number of previous optimizer steps.
-        options: options of the pipeline.
+    Only the owner can read the folder, because it contains tokens of the user. `regularizers` are specs with their
+    weights in this step.
 
     Raises:
         MissingExtra: safetensors is not installed.

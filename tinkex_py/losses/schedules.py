@@ -32,7 +32,24 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Ramp:
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        title = type(self).__name__
+        checked_number(title, "start", self.start, at_least=0.0)
+        checked_number(title, "end", self.end, at_least=0.0)
+        _check_steps(title, self.steps)
+
+    def _between(self, part: float) -> float:
+        # start + part * (end - start) may miss `end` by a rounding error at part 1, and even be negative.
+        return self.start * (1 - part) + self.end * part
+
+
+@dataclass(frozen=True)
+class Linear(_Ramp):
     """Linear interpolation from `start` to `end`: `start + (end - start) * step / steps`.
 
     Args:
@@ -41,20 +58,13 @@ class Linear:
         steps: number of steps, >= 1.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_ramp("Linear", self.start, self.end, self.steps)
-
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        return _between(self.start, self.end, _progress(step, self.steps))
+        return self._between(_progress(step, self.steps))
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Ramp):
     """Cosine annealing from `start` to `end`: `end + (start - end) * (1 + cos(pi * step / steps)) / 2`.
 
     Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017), without restarts.
@@ -65,16 +75,9 @@ class Cosine:
         steps: number of steps, >= 1.
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_ramp("Cosine", self.start, self.end, self.steps)
-
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        return _between(self.end, self.start, (1 + math.cos(math.pi * _progress(step, self.steps))) / 2)
+        return self._between((1 - math.cos(math.pi * _progress(step, self.steps))) / 2)
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,6 @@ class Piecewise:
         return self.values[max(boundary for boundary in self.values if boundary <= max(0, step))]
 
 
-def _check_ramp(title: str, start: float, end: float, steps: int) -> None:
-    checked_number(title, "start", start, at_least=0.0)
-    checked_number(title, "end", end, at_least=0.0)
-    _check_steps(title, steps)
-
-
 def _check_steps(title: str, steps: object) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InvalidSpec(f"{title}: steps must be an int >= 1, got {steps!r}")
@@ -141,8 +138,3 @@ def _check_steps(title: str, steps: object) -> None:
 
 def _progress(step: int, steps: int) -> float:
     return min(max(step / steps, 0.0), 1.0)
-
-
-def _between(start: float, end: float, part: float) -> float:
-    # start + part * (end - start) may miss `end` by a rounding error at part 1, and even be negative.
-    return start * (1 - part) + end * part

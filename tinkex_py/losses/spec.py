@@ -11,13 +11,14 @@ import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Union, cast, runtime_checkable
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from tenacity import AsyncRetrying
 
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
 from tinkex_py.html_table import html_facts
-from tinkex_py.losses.checks import checked_number, number_or_nan
+from tinkex_py.losses.checks import first_problem
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.types import Datum
@@ -88,6 +89,20 @@ def per_datum(fn: Term) -> PerDatum:
     return fn if isinstance(fn, PerDatum) else PerDatum(fn)
 
 
+class _PlainFields(BaseModel):
+    """Checks the fields of `RegularizerSpec` that do not depend on each other."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    timeout: PositiveFloat | None
+    options: Annotated[Mapping[str, Any], AfterValidator(dict[str, Any])]
+    on_error: OnError
+    enabled: bool
+    is_async: bool | None
+    max_grad_norm: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None
+
+
 @dataclass(frozen=True)
 class RegularizerSpec:
     """A regularizer with its weight, name, timeout and options.
@@ -130,22 +145,17 @@ class RegularizerSpec:
             raise InvalidSpec(
                 f"the regularizer {described_term(self.fn)} has no name: pass name=..., or set a `name` attribute on it"
             )
-        if not isinstance(name, str) or not name:
-            raise InvalidSpec(f"regularizer: name must be a non-empty str, got {name!r}")
         if name == BASE_LOSS_NAME:
             raise InvalidSpec(f"regularizer: the name {name!r} is reserved for the base loss: pass another name=...")
         object.__setattr__(self, "name", name)
+        try:
+            checked = _PlainFields.model_validate(vars(self))
+        except ValidationError as error:
+            raise InvalidSpec(f"regularizer {name!r}: {first_problem(error)}") from None
+        for field_name, value in checked:
+            object.__setattr__(self, field_name, value)
+        name = self.name
         object.__setattr__(self, "weight", checked_weight(self.weight, name))
-        options = cast("object", self.options)
-        if not isinstance(options, Mapping):
-            raise InvalidSpec(f"regularizer {name!r}: options must be a mapping, got {options!r}")
-        object.__setattr__(self, "options", dict(self.options))
-        object.__setattr__(self, "timeout", _checked_timeout(self.timeout, name))
-        for flag, allowed in (("enabled", (True, False)), ("is_async", (True, False, None))):
-            if not any(getattr(self, flag) is value for value in allowed):
-                raise InvalidSpec(f"regularizer {name!r}: {flag} must be one of {allowed}, got {getattr(self, flag)!r}")
-        if self.on_error not in ("raise", "skip"):
-            raise InvalidSpec(f"regularizer {name!r}: on_error must be 'raise' or 'skip', got {self.on_error!r}")
         problem = why_not_a_term(self.fn, self.options)
         if problem is not None:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
@@ -153,9 +163,6 @@ class RegularizerSpec:
             self.fn.check_options(self.options)
         if self.retry is not None:
             _check_retry(self.retry, name, can_await=is_async_term(self.fn) or self.is_async is True)
-        if self.max_grad_norm is not None:
-            bound = checked_number(f"regularizer {name!r}", "max_grad_norm", self.max_grad_norm, above=0.0)
-            object.__setattr__(self, "max_grad_norm", bound)
 
     @functools.cached_property
     def awaits(self) -> bool | None:
@@ -278,10 +285,3 @@ def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
             f"regularizer {name!r}: retry is only supported for async terms: make fn a coroutine function, or pass "
             "is_async=True if it returns an awaitable"
         )
-
-
-def _checked_timeout(timeout: object, name: str) -> float | None:
-    seconds = None if timeout is None else number_or_nan(timeout)
-    if seconds is not None and not seconds > 0:
-        raise InvalidSpec(f"regularizer {name!r}: timeout must be > 0 seconds or None, got {timeout!r}")
-    return seconds

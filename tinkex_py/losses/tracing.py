@@ -8,7 +8,7 @@ the terms may have changed.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,11 +16,12 @@ import torch.fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from tinkex_py.errors import InvalidData, InvalidResponse, UnsupportedFeature
-from tinkex_py.losses.additivity import check_sum_over_positions
+from tinkex_py.losses.additivity import check_sum_over_positions, operation
 from tinkex_py.losses.datum_sums import SumOverDatums, metric_over_datums
+from tinkex_py.losses.gradients import Evaluation
 from tinkex_py.losses.graph_encoding import encode_graph
-from tinkex_py.losses.outcomes import total
-from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOutput, MetricValue, RegularizerOutput
+from tinkex_py.losses.outcomes import prepare_regularizer, report, total
+from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOutput, MetricValue
 from tinkex_py.losses.pipeline import Pipeline
 from tinkex_py.losses.spec import PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import WeightController, weight_at
@@ -37,11 +38,9 @@ class TracedTerm:
     """One term of a traced pipeline.
 
     Attributes:
-        name: name of the term.
         value: metric of the service with the value of the term.
         metrics: metrics of the term: name -> metric of the service.
         constants: metrics of the term that are not tensors.
-        differentiable: whether the value depends on the logprobs.
     """
 
     name: str
@@ -108,23 +107,18 @@ class TracedPipeline:
         Raises:
             InvalidResponse: the service did not report a value.
         """
-        base, *others = self.terms
-        values = [_reported(result, term.value) for term in self.terms]
+        base, *others = [
+            Evaluation(_reported(result, term.value), _metrics(result, term), None, None, term.differentiable)
+            for term in self.terms
+        ]
         regularizers = {
-            term.name: RegularizerOutput(
-                name=term.name,
-                value=value,
-                weight=weight,
-                contribution=weight * value,
-                custom_metrics=_metrics(result, term),
-                differentiable=term.differentiable,
-            )
-            for term, value, weight in zip(others, values[1:], weights, strict=True)
+            spec.name: report(replace(prepare_regularizer(spec), weight=weight), evaluation)
+            for spec, weight, evaluation in zip(self.specs, weights, others, strict=True)
         }
         contributions = [output.contribution for output in regularizers.values()]
         return CustomLossOutput(
-            loss_total=total([values[0], *contributions]),
-            base_loss=BaseLossOutput(value=values[0], metrics=_metrics(result, base)),
+            loss_total=total([base.value, *contributions]),
+            base_loss=BaseLossOutput(value=base.value, metrics=base.metrics),
             regularizers=regularizers,
             regularizer_total=total(contributions),
             service_output=result,
@@ -271,18 +265,12 @@ class _Trace:
         self._metrics[key] = value.node
         return key
 
-    def _depends_on_logprobs(self, node: torch.fx.Node) -> bool:
-        seen, waiting = {node}, [node]
-        while waiting:
-            current = waiting.pop()
-            if current is self._logprobs:
-                return True
-            name = current.target if isinstance(current.target, str) else getattr(current.target, "__name__", "")
-            if name in _WITHOUT_GRADIENT:
-                continue
-            waiting += [other for other in current.all_input_nodes if other not in seen]
-            seen.update(current.all_input_nodes)
-        return False
+    def _depends_on_logprobs(self, result: torch.fx.Node) -> bool:
+        dependent = {self._logprobs}
+        for node in self._graph.nodes:
+            if operation(node) not in _WITHOUT_GRADIENT and not dependent.isdisjoint(node.all_input_nodes):
+                dependent.add(node)
+        return result in dependent
 
 
 def _run(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> object:

@@ -12,50 +12,46 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from tinkex_py.errors import ClientClosed
 from tinkex_py.limits import time_limit
 
 
+@dataclass(eq=False)
 class Permit:
     """A permit of a `Limiter`, queued or held.
 
     Attributes:
+        limiter: the limiter.
+        holder: name of the holder.
+        group: permits of the same group share `group_limit`.
+        group_limit: maximum number of permits of the group.
         abandoned: whether its holder still runs after its caller left.
     """
 
-    def __init__(self, limiter: "Limiter", holder: str, group: object, group_limit: int) -> None:
-        self.abandoned = False
-        self.holder = holder
-        self.group = group
-        self.group_limit = group_limit
-        self._limiter = limiter
-        self._waiting: tuple[asyncio.AbstractEventLoop, int, asyncio.Event] | None = None
+    limiter: "Limiter"
+    holder: str
+    group: object
+    group_limit: int
+    abandoned: bool = False
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def release(self) -> None:
         """Releases the permit, from any thread. A second call has no effect."""
-        self._limiter.release(self)
+        self.limiter.release(self)
 
-    def abandon(self) -> None:
-        """Marks the permit as abandoned unless it was released."""
-        self._limiter.abandon(self)
-
-    def wait(self) -> asyncio.Event:
-        """Creates the event that `wake` sets, on the running loop."""
-        changed = asyncio.Event()
-        self._waiting = asyncio.get_running_loop(), threading.get_ident(), changed
-        return changed
+    async def wait(self) -> None:
+        """Waits for `wake`."""
+        await self._changed.wait()
+        self._changed.clear()
 
     def wake(self) -> bool:
-        """Sets the event of `wait`, from any thread. Returns False if its loop is closed."""
-        assert self._waiting is not None, "only queued permits are woken"
-        loop, thread, changed = self._waiting
-        if thread == threading.get_ident() and loop.is_running():
-            changed.set()
-            return True
+        """Ends `wait`, from any thread. Returns False if the event loop is closed."""
         try:
-            loop.call_soon_threadsafe(changed.set)
+            self._loop.call_soon_threadsafe(self._changed.set)
         except RuntimeError:
             return False
         return True
@@ -93,35 +89,33 @@ class Limiter:
             if not self._queue and not self._in_the_way(permit):
                 self._held.append(permit)
                 return permit
-            changed = permit.wait()
             self._queue.append(permit)
             self._look_again(permit)
         try:
-            await self._granted(permit, changed, patience)
+            await self._granted(permit, patience)
         except BaseException:
             permit.release()
             raise
         return permit
 
-    async def _granted(self, permit: Permit, changed: asyncio.Event, patience: float | None) -> None:
+    async def _granted(self, permit: Permit, patience: float | None) -> None:
         loop = asyncio.get_running_loop()
         give_up_at: float | None = None
         while True:
-            changed.clear()
             with self._lock:
                 if permit in self._held:
                     return
                 stalled = all(held.abandoned for held in self._in_the_way(permit))
             if not stalled or patience is None:
                 give_up_at = None
-                await changed.wait()
+                await permit.wait()
                 continue
             give_up_at = give_up_at or loop.time() + patience
             async with time_limit(give_up_at - loop.time(), TimeoutError):
-                await changed.wait()
+                await permit.wait()
 
     def release(self, permit: Permit) -> None:
-        """See `Permit.release`."""
+        """Releases the permit."""
         with self._lock:
             for permits in (self._held, self._queue):
                 if permit in permits:
@@ -130,7 +124,7 @@ class Limiter:
                 self._look_again(permit)
 
     def abandon(self, permit: Permit) -> None:
-        """See `Permit.abandon`."""
+        """Marks the permit as abandoned unless it was released."""
         with self._lock:
             permit.abandoned = permit in self._held
             self._look_again(permit)
@@ -198,41 +192,19 @@ def compute_alone() -> None:
     restoring.join()
 
 
-class _Call(Generic[Result]):
-    """Work that runs once, and its outcome.
+def _outcome(work: Callable[[], Result]) -> tuple[Result | None, BaseException | None]:
+    """Returns result and exception, because asyncio translates some exceptions of futures and rejects others."""
+    try:
+        return work(), None
+    except BaseException as error:  # noqa: BLE001  # raised where the result is awaited
+        return None, error
 
-    Both are dropped after use, because they reference the logprobs and an idle thread would keep them alive. Errors
-    are not set on the future, because asyncio translates some exceptions and rejects others.
-    """
 
-    def __init__(self, work: Callable[[], Result]) -> None:
-        self._work: Callable[[], Result] | None = work
-        self._result: Result | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        work, self._work = self._work, None
-        assert work is not None, "a call runs once"
-        try:
-            self._result = work()
-        except BaseException as error:  # noqa: BLE001  # raised where the result is awaited
-            self._error = error
-
-    def take(self) -> Result:
-        result, self._result = self._result, None
-        error, self._error = self._error, None
-        if error is None:
-            return cast("Result", result)
-        try:
-            raise error
-        finally:
-            del error  # its traceback holds this frame
-
-    def drop(self) -> None:
-        """Drops the outcome after its caller left."""
-        result, self._result, self._error = self._result, None, None
-        if inspect.iscoroutine(result):
-            result.close()
+def _close_coroutine(future: "Future[tuple[Any, BaseException | None]]") -> None:
+    """Closes a coroutine that a term returned after its caller left."""
+    result = None if future.cancelled() else future.result()[0]
+    if inspect.iscoroutine(result):
+        result.close()
 
 
 class WorkerPool:
@@ -248,8 +220,8 @@ class WorkerPool:
     def __init__(self, max_threads: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
         self.limiter = Limiter(limit)
-        self._unfinished: set[Future[None]] = set()
-        self._left: dict[Future[None], str] = {}  # unbounded calls whose callers left
+        self._unfinished: set[Future[Any]] = set()
+        self._left: dict[Future[Any], str] = {}  # unbounded calls whose callers left
         # Separate executors prevent deadlocks: a coroutine that holds a permit must not wait for a thread whose term
         # waits for a permit, and arithmetic must not wait for a backward pass that hangs in user code.
         alone = compute_alone if limit > 1 else None
@@ -271,9 +243,9 @@ class WorkerPool:
             ClientClosed: the pool was closed.
         """
 
-        def left(future: Future[None]) -> None:
+        def left(future: Future[Any]) -> None:
             for held in (thread, permit):
-                held.abandon()
+                held.limiter.abandon(held)
                 future.add_done_callback(lambda _, held=held: held.release())
 
         return await self._run(self._terms, name, work, left)
@@ -285,7 +257,7 @@ class WorkerPool:
             ClientClosed: the pool was closed.
         """
 
-        def left(future: Future[None]) -> None:
+        def left(future: Future[Any]) -> None:
             self._left[future] = name
             future.add_done_callback(self._left.pop)
 
@@ -313,24 +285,27 @@ class WorkerPool:
         executor: ThreadPoolExecutor,
         name: str,
         work: Callable[[], Result],
-        left: "Callable[[Future[None]], None]",
+        left: "Callable[[Future[Any]], None]",
     ) -> Result:
         """Returns the result of work in a thread. Calls `left` if the caller leaves while the work runs."""
-        call = _Call(work)
         try:
-            future: Future[None] = executor.submit(contextvars.copy_context().run, call.run)
+            future = executor.submit(contextvars.copy_context().run, _outcome, work)
         except RuntimeError as error:
             raise ClientClosed(
                 f"{name!r} cannot run: its worker pool is closed ({error}). Create a new client or pipeline"
             ) from error
         self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
         try:
-            await asyncio.wrap_future(future)
+            result, error = await asyncio.wrap_future(future)
         except BaseException:
             if not future.cancel() and not future.done():
                 left(future)
-            future.add_done_callback(self._unfinished.discard)
-            future.add_done_callback(lambda _: call.drop())
+            future.add_done_callback(_close_coroutine)
             raise
-        self._unfinished.discard(future)
-        return call.take()
+        if error is None:
+            return cast("Result", result)
+        try:
+            raise error
+        finally:
+            del error, future  # the traceback of the error references this frame

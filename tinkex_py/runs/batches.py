@@ -16,8 +16,7 @@ class BatchReader:
     """Reads batches in order.
 
     Args:
-        batches: an iterable, sync or async; or a function that is called with the number of batches to skip and returns
-            one.
+        batches: an iterable, sync or async; or a function from the number of batches to skip to an iterable.
 
     Raises:
         ConfigError: it is neither.
@@ -54,7 +53,8 @@ class BatchReader:
             while self.position < position:
                 if not await self.take(1):
                     raise ConfigError(
-                        f"batches ended after {self.position} batches, but the run has already read {position}"
+                        f"batches ended after {self.position} batches, but the run has already read {position}: give "
+                        "the data that the run was started with"
                     )
         else:
             stream = cast("Callable[[int], BatchStream]", self._batches)(position)
@@ -69,7 +69,7 @@ class BatchReader:
         return not isinstance(self._batches, Iterator | AsyncIterator)
 
     async def take(self, count: int) -> list[Batch]:
-        """The next batches; fewer where they end."""
+        """Returns the next batches; fewer where they end."""
         taken: list[Batch] = []
         while len(taken) < count:
             try:
@@ -80,7 +80,7 @@ class BatchReader:
         return taken
 
     async def take_unless(self, stop: asyncio.Event, count: int) -> list[Batch]:
-        """The next batches; none if `stop` is set while they are awaited, and then no more can be read.
+        """Returns the next batches; none if `stop` is set while they are awaited, and then no more can be read.
 
         They are awaited in the caller's task, because the source may hold a cancel scope, which belongs to one task.
         """

@@ -1,4 +1,4 @@
-"""A run described by a YAML file: the content of the file, and the loss and optimizer that it names."""
+"""The YAML file that describes a run, and the loss and optimizer that it names."""
 
 import hashlib
 import importlib
@@ -134,13 +134,13 @@ class TrainConfig(Section):
     seed: int | None = None
 
     def decisive(self) -> dict[str, JsonValue]:
-        """What else decides the numbers: model, adapters, seed, and the content of the data.
+        """Returns the other values that decide the numbers: model, adapters, seed, and the content of the data.
 
         Raises:
             ConfigError: the data cannot be read.
         """
         fields = self.model_dump(mode="json", include={"model", "lora", "data", "seed"})
-        # The location of the files and the evaluation may change.
+        # The location of the files and the evaluation may change when the run is resumed.
         for name in ("path", "held_out", "samples"):
             del fields["data"][name]
         try:
@@ -174,7 +174,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def pipeline_of(loss: LossSection) -> "Pipeline":
-    """The loss of a configuration.
+    """Creates the loss of a configuration.
 
     Raises:
         ConfigError: naming the invalid part.
@@ -183,7 +183,7 @@ def pipeline_of(loss: LossSection) -> "Pipeline":
 
     base, options = _term(loss.base, "loss.base")
     if options:
-        raise ConfigError(f"loss.base: {loss.base.term} is a function; a base loss that is a function takes no options")
+        raise ConfigError(f"loss.base: {loss.base.term} is a function, which takes no options here: remove options")
     specs = [_regularizer(section, f"loss.regularizers.{at}") for at, section in enumerate(loss.regularizers)]
     return Pipeline(base, specs, track_grad_norms=loss.track_grad_norms, combine=loss.combine)
 
@@ -198,7 +198,7 @@ def _regularizer(section: RegularizerSection, where: str) -> "RegularizerSpec":
 
 
 def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
-    """The term, and those options that its constructor did not take."""
+    """Returns the term, and the options that its constructor did not take."""
     from tinkex_py import base_losses, regularizers
 
     if ":" in section.term:
@@ -210,11 +210,11 @@ def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
         if section.term in dir(module):
             return _made(getattr(module, section.term), section.options, where), {}
     names = ", ".join([*dir(base_losses), *dir(regularizers)])
-    raise ConfigError(f"{where}.term: there is no {section.term!r}; there are {names}, and module:name")
+    raise ConfigError(f"{where}.term: no term is named {section.term!r}; use one of {names}, or module:name")
 
 
 def optimizer_of(section: OptimizerSection) -> "Optimizer":
-    """The optimizer of a configuration.
+    """Creates the optimizer of a configuration.
 
     Raises:
         ConfigError: naming the invalid setting.
@@ -272,7 +272,7 @@ class ScheduledAdam:
     learning_rate: "Schedule"
 
     def __call__(self, step: int) -> AdamParams:
-        """The settings of one step."""
+        """Returns the settings of one step."""
         return self.params.model_copy(update={"learning_rate": self.learning_rate(step)})
 
 

@@ -1,12 +1,8 @@
-"""The folder of one run: `run.json`, `steps.jsonl` with a line per step, and `state.json` to resume from.
-
-Files are replaced atomically, so that a process may be killed at any time.
-"""
+"""The folder of one run. Files are replaced atomically, so that a process may be killed at any time."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import filelock
@@ -75,15 +71,18 @@ class RunFolder:
             lock = filelock.FileLock(self.path / LOCK_FILE, timeout=0, thread_local=False)
             lock.acquire()
         except filelock.Timeout as error:
-            raise ConfigError(f"the run in {self.path} is being trained by another process, or by this one") from error
+            raise ConfigError(
+                f"the run in {self.path} is being trained by another process, or by this one: wait until it ends, or "
+                "use another folder"
+            ) from error
         except OSError as error:
-            raise ConfigError(f"the run's folder {self.path} cannot be used: {error.strerror}") from error
+            raise ConfigError(
+                f"the run's folder {self.path} cannot be used: {error.strerror}; use another folder"
+            ) from error
         self._lock = lock
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -98,7 +97,7 @@ class RunFolder:
 
     def write_run(self, run: RunInfo) -> None:
         """Replaces `run.json`."""
-        self._replace(RUN_FILE, [_document(run)])
+        self._replace(RUN_FILE, [_line(run, indent=2)])
 
     def append_step(self, step: StepRecord) -> None:
         """Adds a line to `steps.jsonl`."""
@@ -106,10 +105,7 @@ class RunFolder:
             file.write(_line(step))
 
     def keep_steps(self, last: int) -> list[StepRecord]:
-        """Removes the steps after step `last`, and an incomplete line.
-
-        Returns:
-            The remaining steps.
+        """Removes the steps after step `last`, and an incomplete line. Returns the remaining steps.
 
         Raises:
             ConfigError: `steps.jsonl` cannot be read, or a step up to `last` is missing.
@@ -117,12 +113,15 @@ class RunFolder:
         path = self.path / STEPS_FILE
         kept = [step for step in read_steps(self.path) if step.step <= last] if path.exists() else []
         if [step.step for step in kept] != list(range(1, last + 1)):
-            raise ConfigError(f"{path} does not hold the steps 1 to {last}, which {STATE_FILE} says were made")
+            raise ConfigError(
+                f"{path} does not contain the steps 1 to {last}, which {STATE_FILE} counts: restore the file, or use "
+                "another folder"
+            )
         self._replace(STEPS_FILE, map(_line, kept))
         return kept
 
     def read_state(self) -> RunState | None:
-        """Reads what the run resumes from; None before the first checkpoint.
+        """Reads the state that the run resumes from; None before the first checkpoint.
 
         Raises:
             ConfigError: the file cannot be read.
@@ -135,7 +134,7 @@ class RunFolder:
         steps = self.path / STEPS_FILE
         if steps.exists():
             _flush(steps)
-        self._replace(STATE_FILE, [_document(state)])
+        self._replace(STATE_FILE, [_line(state, indent=2)])
 
     def _replace(self, name: str, lines: Iterable[bytes]) -> None:
         draft = self.path / f".{name}.draft"
@@ -148,20 +147,13 @@ class RunFolder:
             _flush(self.path)
 
 
-def _line(record: Record) -> bytes:
-    return _json(record, None) + b"\n"
-
-
-def _document(record: Record) -> bytes:
-    return _json(record, 2) + b"\n"
-
-
-def _json(record: Record, indent: int | None) -> bytes:
+def _line(record: Record, indent: int | None = None) -> bytes:
     try:
-        return record.model_dump_json(indent=indent).encode()
+        text = record.model_dump_json(indent=indent)
     except PydanticSerializationError:  # a lone surrogate, in a name or a setting
         whole = with_whole_texts(record.model_dump())
-    return type(record).model_validate(whole).model_dump_json(indent=indent).encode()
+        text = type(record).model_validate(whole).model_dump_json(indent=indent)
+    return text.encode() + b"\n"
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""`train`: optimizer steps with checkpoints, from the start or from where a run ended."""
+"""`train`: starts a run, or resumes it."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -79,14 +79,14 @@ async def train(
         service: where the model is trained; it keeps the checkpoints.
         model: the training client of a new run, or a function that creates it, `async () -> AsyncTrainingClient`,
             which is not called where a run is resumed.
-        batches: lists of datums, sync or async; or a function that is called with the number of batches to skip. A
-            plain iterator cannot return to the last checkpoint within the process.
+        batches: lists of datums, sync or async; or a function that is called with the number of batches to skip. With
+            a plain iterator, the run cannot restart from its last checkpoint within the process.
         pipeline: the loss. Its weight controllers become those of the run.
         folder: the run's files.
         optimizer: of every step, or a function of the number of steps made before; default `AdamParams()`.
         settings: of the run; default `TrainSettings()`.
         config: plain values that decide the numbers, such as the names of model and data; written to `run.json`. They
-            must be the same when the run is resumed. A `seed` among them becomes `RunInfo.seed`.
+            must be the same when the run is resumed. `seed` becomes `RunInfo.seed`.
         evaluate: called as `await evaluate(training, step)` between two steps. It returns numbers by name, and
             optionally texts, such as samples, by name or prompt.
         sinks: further receivers of the numbers; called in threads.

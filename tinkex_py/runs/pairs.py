@@ -1,4 +1,4 @@
-"""Prompts and answers as datums, in batches."""
+"""Pairs of a prompt and an answer: reading them, datums of them, and batches."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ class Pair(BaseModel):
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs from a JSON Lines file.
+    """Reads pairs from a JSON Lines file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -38,7 +38,7 @@ def read_pairs(path: Path) -> list[Pair]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if lines is None:
-        raise ConfigError(f"{path} is not UTF-8 text")
+        raise ConfigError(f"{path} is not UTF-8 text: save it as UTF-8")
     pairs: list[Pair] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -46,14 +46,14 @@ def read_pairs(path: Path) -> list[Pair]:
         with contextlib.suppress(ValidationError):
             pairs.append(Pair.model_validate_json(line))
             continue
-        raise InvalidData(f'{path}:{number} is not {{"prompt": ..., "answer": ...}}')
+        raise InvalidData(f'{path}:{number} must be {{"prompt": TEXT, "answer": TEXT}}')
     if not pairs:
-        raise InvalidData(f"{path} holds no pairs")
+        raise InvalidData(f'{path} is empty: add lines of {{"prompt": TEXT, "answer": TEXT}}')
     return pairs
 
 
 def prompt_tokens(tokenizer: Encoder, prompt: str) -> list[int]:
-    """A prompt up to the beginning of the answer; in ChatML if the tokenizer has its tokens."""
+    """Returns a prompt up to the beginning of the answer; in ChatML if the tokenizer has its tokens."""
     if len(tokenizer.encode(CHAT_START)) == 1:
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     else:
@@ -62,13 +62,13 @@ def prompt_tokens(tokenizer: Encoder, prompt: str) -> list[int]:
 
 
 def answer_tokens(tokenizer: Encoder, answer: str) -> list[int]:
-    """An answer with its end token."""
+    """Returns an answer with its end token."""
     end = "<|im_end|>" if len(tokenizer.encode(CHAT_START)) == 1 else "\n"
     return list(tokenizer.encode(answer + end))
 
 
 def make_datum(tokenizer: Encoder, pair: Pair) -> Datum:
-    """A pair as a datum; only the answer's tokens have weight."""
+    """Returns a pair as a datum; only the answer's tokens have weight."""
     question, answer = prompt_tokens(tokenizer, pair.prompt), answer_tokens(tokenizer, pair.answer)
     tokens = question + answer
     return Datum(
@@ -81,7 +81,7 @@ def make_datum(tokenizer: Encoder, pair: Pair) -> Datum:
 
 
 def with_reference(data: Sequence[Datum], reference: ForwardBackwardOutput) -> list[Datum]:
-    """The datums with the frozen model's logprobs in `reference_logprobs`."""
+    """Returns the datums with the frozen model's logprobs in `reference_logprobs`."""
     return [
         Datum(
             model_input=datum.model_input,
@@ -94,7 +94,7 @@ def with_reference(data: Sequence[Datum], reference: ForwardBackwardOutput) -> l
 async def sample_answers(
     training: AsyncTrainingClient, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int = 40
 ) -> dict[str, str]:
-    """The most likely answers of the model with its current weights, by prompt."""
+    """Returns the most likely answers of the model with its current weights, by prompt."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     async with await training.save_weights_and_get_sampling_client() as sampler:
 
@@ -107,7 +107,7 @@ async def sample_answers(
 
 
 def shuffled_batches(data: Sequence[Datum], size: int, seed: int, start: int = 0) -> Iterator[list[Datum]]:
-    """Shuffled batches, epoch after epoch, endless.
+    """Returns shuffled batches, epoch after epoch, without end.
 
     Args:
         data: the datums; an incomplete batch at the end of an epoch is dropped.

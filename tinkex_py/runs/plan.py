@@ -1,4 +1,4 @@
-"""What a run is to do, and its description in plain JSON, which a resumed run is compared with."""
+"""The arguments of `train` that describe a run, and their plain JSON, which a resumed run is compared with."""
 
 import importlib.metadata
 import json
@@ -51,7 +51,7 @@ class Plan:
     evaluate: Evaluate | None
 
     def described(self) -> dict[str, JsonValue]:
-        """The `config` of `run.json`.
+        """Returns the `config` of `run.json`.
 
         Raises:
             ConfigError: `config` is not JSON.
@@ -66,25 +66,25 @@ class Plan:
         try:
             return json.loads(json.dumps(fields))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"config must be plain JSON values, for run.json: {error}") from None
+            raise ConfigError(f"config must contain plain JSON values only, for run.json: {error}") from None
 
     def optimizer_params(self, made: int) -> AdamParams | OptimizerParams:
-        """The optimizer's settings after `made` steps."""
+        """Returns the optimizer's settings after `made` steps."""
         return self.optimizer(made) if callable(self.optimizer) else self.optimizer
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the hook runs after this step."""
+        """Returns whether the evaluation hook runs after this step."""
         due = step % self.settings.evaluate_every == 0 or step == self.settings.steps
         return self.evaluate is not None and due
 
     def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is saved after this step."""
+        """Returns whether a checkpoint is saved after this step."""
         every = self.settings.checkpoint_every
         return every is not None and step % every == 0
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and torch."""
+    """Returns the versions of Python, this package and torch."""
     return {
         "python": platform.python_version(),
         "tinkex_py": __version__,
@@ -97,7 +97,7 @@ def check_same(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], fo
 
     Args:
         before: the `config` of `run.json`.
-        now: what it would be.
+        now: the same for the arguments of this call.
         folder: of the run, for the error.
 
     Raises:
@@ -107,16 +107,13 @@ def check_same(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], fo
     differences = [
         f"{name} was {_shown(old, name)} and is {_shown(new, name)}"
         for name in dict.fromkeys([*old, *new])
-        if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+        if (name in old, old.get(name)) != (name in new, new.get(name))
     ]
     if differences:
         raise ConfigError(
             f"the run in {folder} was started with other settings: {'; '.join(differences)}. Resume it with the same "
             "settings, or use another folder"
         )
-
-
-_ABSENT = object()
 
 
 def _decisive(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -130,7 +127,6 @@ def _shown(values: Mapping[str, JsonValue], name: str) -> str:
 
 
 def _pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
-    """The terms of a pipeline, their settings and weights, and its options."""
     from tinkex_py.losses.recording import term_fields
 
     regularizers: dict[str, JsonValue] = {
@@ -142,8 +138,7 @@ def _pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
         }
         for spec in pipeline.regularizers
     }
-    options = pipeline.options
-    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": options}
+    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": pipeline.options}
 
 
 def _weight_description(weight: object) -> JsonValue:
@@ -156,7 +151,7 @@ def _weight_description(weight: object) -> JsonValue:
 
 
 def _plain(value: object) -> JsonValue:
-    """The value if it is JSON, else a name that is the same in every process."""
+    """Returns the value if it is JSON, else a name that is the same in every process."""
     from tinkex_py.losses.recording import is_plain
 
     if is_plain(value):

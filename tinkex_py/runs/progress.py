@@ -15,39 +15,23 @@ class ProgressView(Protocol):
 
     def start(self, run: RunInfo, made: int) -> None:
         """The run starts, or resumes after `made` steps."""
-        ...
 
     def doing(self, text: str) -> None:
         """The current activity of the run, or what it waits for."""
-        ...
 
     def step(self, record: StepRecord) -> None:
         """An optimizer step was made."""
-        ...
 
     def finish(self, run: RunInfo) -> None:
         """The run ended; nothing is shown after this."""
-        ...
 
 
-class NoProgress:
+class NoProgress(ProgressView):
     """Shows nothing."""
 
-    def start(self, run: RunInfo, made: int) -> None:
-        """See ProgressView."""
 
-    def doing(self, text: str) -> None:
-        """See ProgressView."""
-
-    def step(self, record: StepRecord) -> None:
-        """See ProgressView."""
-
-    def finish(self, run: RunInfo) -> None:
-        """See ProgressView."""
-
-
-class ProgressLines:
-    """One line per step, for logs and pipes; and one when the run waits or restarts.
+class ProgressLines(ProgressView):
+    """Writes one line per step, for logs and pipes; and one when the run waits or restarts.
 
     Args:
         stream: where the lines are written.
@@ -78,7 +62,7 @@ class ProgressLines:
         self._stream.flush()
 
 
-class ProgressBar:
+class ProgressBar(ProgressView):
     """A bar of the tqdm library, for notebooks.
 
     Args:
@@ -109,7 +93,7 @@ class ProgressBar:
 
 
 def chosen_view(progress: bool | ProgressView) -> ProgressView:
-    """The requested view; True selects one by where this process writes to.
+    """Returns the requested view; True selects one by where this process writes to.
 
     Raises:
         ConfigError: it is not a view.
@@ -117,7 +101,7 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
     if isinstance(progress, ProgressView):
         return progress
     if not isinstance(progress, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"progress must be True, False or a view, got a {type(progress).__name__}")
+        raise ConfigError(f"progress must be True, False or a ProgressView, got a {type(progress).__name__}")
     if not progress:
         return NoProgress()
     if _in_notebook() and _has("tqdm"):
@@ -132,7 +116,7 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
 
 
 def summary(record: StepRecord) -> str:
-    """The losses and the evaluation of a step in one line."""
+    """Returns the losses and the evaluation of a step in one line."""
     numbers = scalars(record)
     shown = {"loss": numbers["loss/total"], "base": numbers["loss/base"], **record.evaluation}
     return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
@@ -145,7 +129,7 @@ def _in_notebook() -> bool:
 
 
 def notebook_bar() -> Any:
-    """The bar class of tqdm for notebooks, without its monitor thread."""
+    """Returns the bar class of tqdm for notebooks, without its monitor thread."""
     # Without ipywidgets, tqdm.auto warns and falls back to the plain bar.
     bar: Any = importlib.import_module("tqdm.auto" if _has("ipywidgets") else "tqdm").tqdm
     return type("ProgressBar", (bar,), {"monitor_interval": 0})

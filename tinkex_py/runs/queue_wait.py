@@ -9,7 +9,7 @@ from tinkex_py.types import QueueState
 
 INTERVAL = 0.1  # seconds between two reads of the client's queue state
 
-_REASONS = {"paused_capacity": "the service is at capacity", "paused_rate_limit": "the account's rate limit is reached"}
+_REASONS = {"paused_capacity": "the service is at capacity", "paused_rate_limit": "the account reached its rate limit"}
 
 
 class QueueWait:
@@ -27,7 +27,7 @@ class QueueWait:
         self._before = 0.0
 
     def seconds(self) -> float:
-        """The total time that requests have waited so far."""
+        """Returns the total time that requests have waited so far."""
         self._look()
         return self._before + (0.0 if self._waiting is None else max(0.0, time.time() - self._waiting.since))
 

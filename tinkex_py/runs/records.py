@@ -1,7 +1,4 @@
-"""The files of a run: `run.json` (the run), `steps.jsonl` (a line per optimizer step), `state.json` (to resume from).
-
-Runs are read and written only through these models.
-"""
+"""The contents of a run's files: `run.json`, `steps.jsonl` (a line per optimizer step), `state.json`."""
 
 import statistics
 from collections.abc import Iterator, Mapping
@@ -125,7 +122,7 @@ class RunState(Record):
 
 
 def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Nested settings under dotted names; lists are kept whole."""
+    """Returns nested settings under dotted names; lists are kept whole."""
     flat: dict[str, JsonValue] = {}
     for name, value in config.items():
         if isinstance(value, dict) and value:
@@ -136,7 +133,7 @@ def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """The numbers of one step under flat names, for charts and metric sinks; micro-batches are averaged.
+    """Returns the numbers of one step under flat names, for charts and metric sinks; micro-batches are averaged.
 
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
@@ -167,12 +164,8 @@ def _of_output(output: CustomLossOutput) -> Iterator[tuple[str, float | None]]:
     yield "grad_norm/total", output.total_grad_norm
     yield "grad_norm/base_loss", output.base_loss.grad_norm
     for name, term in output.regularizers.items():
-        yield f"term/{name}/value", term.value
-        yield f"term/{name}/weight", term.weight
-        yield f"term/{name}/contribution", term.contribution
-        yield f"term/{name}/grad_norm", term.grad_norm
-        yield f"term/{name}/grad_norm_weighted", term.grad_norm_weighted
+        for measure in ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted"):
+            yield f"term/{name}/{measure}", getattr(term, measure)
     for name, diagnosis in output.diagnosis.items():
-        yield f"term/{name}/cosine_with_base", diagnosis.cosine_with_base
-        yield f"term/{name}/cosine_with_total", diagnosis.cosine_with_total
-        yield f"term/{name}/share_of_total", diagnosis.share_of_total
+        for measure in ("cosine_with_base", "cosine_with_total", "share_of_total"):
+            yield f"term/{name}/{measure}", getattr(diagnosis, measure)

@@ -1,4 +1,4 @@
-"""What a run does about failures: send the missing part of a step again, restart from a checkpoint, or give up."""
+"""Recovery from failures: send the missing part of a step again, restart from a checkpoint, or give up."""
 
 from collections.abc import Awaitable, Callable
 
@@ -32,11 +32,7 @@ _TRANSIENT_STATUSES = frozenset({404, 408, 409, 410, 425, 429})
 
 
 class ModelLost(Exception):
-    """The model's state is not known or not what it should be: the run must restart from a checkpoint.
-
-    Args:
-        cause: the failure.
-    """
+    """The model's state is unknown or wrong, so the run must restart from a checkpoint."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -52,10 +48,10 @@ async def complete(
         step: a step that was sent, and failed in part.
         training: the model's client.
         send: sends what is missing.
-        resends: how often at most.
+        resends: largest number of attempts.
 
     Raises:
-        ModelLost: that is not possible with this model.
+        ModelLost: the step cannot be completed with this model.
         Exception: the failure, if another attempt would fail too.
     """
     left = resends
@@ -69,8 +65,7 @@ async def complete(
             # A term that keeps failing would also fail after a restart.
             raise cause if isinstance(cause, PipelineError) else ModelLost(cause)
         left -= 1
-        metadata = {"step": step.number, "reason": type(cause).__name__}
-        telemetry.emit("tinkex.run.resent", {}, metadata, cause)
+        telemetry.emit("tinkex.run.resent", {}, {"step": step.number, "reason": type(cause).__name__}, cause)
         await send()
 
 
@@ -78,7 +73,7 @@ async def save_checkpoint(training: AsyncTrainingClient, step: int, settings: Tr
     """Saves the model after `step` optimizer steps; repeated if the service failed.
 
     Raises:
-        ModelLost: it could not be saved, and may be after a restart.
+        ModelLost: it could not be saved; a restart may help.
         TinkexError: it cannot be saved.
     """
     for attempt in range(settings.resends + 1):
@@ -98,11 +93,7 @@ async def save_checkpoint(training: AsyncTrainingClient, step: int, settings: Tr
 async def delete_old_checkpoints(
     rest: AsyncRestClient, checkpoints: tuple[SavedCheckpoint, ...], keep: int
 ) -> tuple[SavedCheckpoint, ...]:
-    """Deletes all but the last `keep`. A failure is reported by an event, and the deletion is not repeated.
-
-    Returns:
-        Those that are left.
-    """
+    """Deletes all but the last `keep`, which it returns. An event reports a failure, which is not repeated."""
     for old in checkpoints[:-keep]:
         try:
             await rest.delete_checkpoint(old.path)
@@ -115,12 +106,12 @@ async def delete_old_checkpoints(
 
 
 def is_untouched(step: OptimizerStep) -> bool:
-    """Whether it is certain that nothing of the step took effect."""
+    """Returns whether it is certain that nothing of the step took effect."""
     return step.response is None and all(part.output is None for part in step.parts) and _is_known(step)
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed another time."""
+    """Returns whether the same request may succeed another time."""
     if isinstance(error, RegularizerError):
         return not isinstance(error, _LASTING_TERM_FAILURES)
     if isinstance(error, RequestFailed):
@@ -131,7 +122,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """The failure in words for `run.json`, without user data."""
+    """Returns the failure in words for `run.json`, without user data."""
     name = type(error).__name__
     if isinstance(error, RegularizerError):
         return f"{name} of {error.name!r}"
@@ -140,7 +131,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _is_completable(step: OptimizerStep, training: AsyncTrainingClient) -> bool:
-    """Whether sending the missing parts makes the step what it should have been."""
+    """Whether sending the missing parts gives the same step as one without a failure."""
     if not _is_known(step):
         return False
     held = sum(part.output is not None for part in step.parts)

@@ -1,83 +1,146 @@
-"""`tinkex-py report`: runs as one self-contained HTML page, and its charts as PNG files."""
+"""`tinkex-py report`: runs as one self-contained HTML page, and its charts as PNG files drawn with matplotlib."""
 
 import base64
+import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pydantic import BaseModel, ConfigDict, JsonValue
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font  # pyright: ignore[reportUnknownVariableType]
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.charts import CHARTS, NARROW, PALETTE, WIDE, RunCurves, draw
 from tinkex_py.runs.folder import read_run, read_steps
-from tinkex_py.runs.records import RunStatus, flattened, scalars
+from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
+from tinkex_py.unicode import without_halves
 
 PAGE_FILE = "index.html"
+# M. Okabe and K. Ito, "Color Universal Design"; the yellow is darker for white paper.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#B5A000")
+STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+MOST_POINTS_UNSMOOTHED, MOST_POINTS_MARKED = 120, 40
+LONGEST_LABEL = 44  # characters
+LOG_RANGE = 1e-5  # a norm near zero would squeeze the other curves into one line
+
+Numbers = NDArray[np.float64]
 
 
-class RunSummary(BaseModel):
-    """A run in a few numbers.
+class RunSummary(RunInfo):
+    """A run in a few numbers, beside the content of its `run.json`.
 
     Attributes:
         label: its name in the report.
         folder: its files.
-        model: name of the base model; None if the service did not report it.
-        status: of `run.json`; a process that was killed leaves "running".
-        reason: why it stopped or failed; None otherwise.
         steps: optimizer steps made.
-        total_steps: planned optimizer steps; None if the run ends with its data.
-        started_at: in seconds since the epoch.
         last_step_at: end of the last step, in seconds since the epoch; None if no step was made.
         step_seconds: time in steps, in seconds, without pauses.
         tokens: of all steps.
         first: numbers of the first step, under the names of `tinkex_py.runs.scalars`.
         last: numbers of the last step.
         non_finite: name -> number of NaN or infinite values, which the charts omit.
-        seed: of the run; None if unknown.
-        versions: of Python, this package and torch.
     """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     label: str
     folder: Path
-    model: str | None
-    status: RunStatus
-    reason: str | None
     steps: int
-    total_steps: int | None
-    started_at: float
     last_step_at: float | None
     step_seconds: float
     tokens: int
     first: dict[str, float]
     last: dict[str, float]
     non_finite: dict[str, int]
-    seed: int | None
-    versions: dict[str, str]
 
 
-class Report(BaseModel):
-    """The files of a report.
+class Report(Record):
+    """A report that was written.
 
     Attributes:
         page: the HTML page, which contains the charts.
-        charts: key of the chart -> its PNG; none of a chart that no run has data for.
+        charts: key of the chart -> its PNG; a chart that no run has data for is omitted.
         runs: in the order of the folders.
         differing_settings: setting -> run -> value, where the runs differ.
     """
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     page: Path
     charts: dict[str, Path]
     runs: list[RunSummary]
     differing_settings: dict[str, dict[str, JsonValue]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn over the steps, in one or several panels.
+
+    Attributes:
+        title: its heading.
+        caption: explanation, and what a run needs to have data for it.
+        unit: label of the y axis.
+        names: pattern of names of `tinkex_py.runs.scalars`.
+        log: whether the y axis is logarithmic.
+        separate: whether each curve has its own unit, and therefore its own panel and scale.
+    """
+
+    title: str
+    caption: str
+    unit: str
+    names: str
+    log: bool = False
+    separate: bool = False
+
+
+_TRACKED = "Needs track_grad_norms=True."
+_AGAINST = f"Below 0 a term acts against {{}}. {_TRACKED}"
+CHARTS = {
+    "losses": Chart("Losses", "The total is the base loss plus all contributions.", "loss", "loss/(total|base)"),
+    "evaluation": Chart("Evaluation", "Results of evaluate=...", "value", "evaluation/.+", separate=True),
+    "contributions": Chart("Contributions", "Weight x value of each term.", "contribution", "term/.+/contribution"),
+    "gradient_norms": Chart(
+        "Gradient norms",
+        f"Of weight x gradient. {_TRACKED}",
+        "L2 norm (log)",
+        "grad_norm/.+|term/.+/grad_norm_weighted",
+        log=True,
+    ),
+    "shares": Chart("Shares of the total gradient", f"They add up to 1. {_TRACKED}", "share", "term/.+/share_of_total"),
+    "cosines_with_base": Chart(
+        "Cosines with the base loss", _AGAINST.format("the base loss"), "cosine", "term/.+/cosine_with_base"
+    ),
+    "cosines_with_total": Chart(
+        "Cosines with the total", _AGAINST.format("the total"), "cosine", "term/.+/cosine_with_total"
+    ),
+    "weights": Chart("Weights", "Schedules and controllers change them.", "weight", "term/.+/weight"),
+    "times": Chart("Step time", "The time in the service's queue is part of the step.", "s", "time/.+"),
+}
+_LABELS = {
+    "loss/base": "base loss",
+    "grad_norm/base_loss": "base loss",
+    "term/base_loss": "base loss",
+    "time/queue": "in the queue",
+}
+_GREY: dict[str, dict[str, Any]] = {
+    "base loss": {"color": "#6E6E6E", "linestyle": STYLES[1]},
+    "in the queue": {"color": "#6E6E6E"},
+}
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """The numbers of one run: name of `tinkex_py.runs.scalars` -> value of each step; NaN is omitted."""
+
+    steps: Numbers
+    values: Mapping[str, Numbers]
 
 
 def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
@@ -93,31 +156,40 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     loaded, out = _load(folders), Path(out)
     runs = [summary for summary, _, _ in loaded]
     curves = {summary.label: own for summary, own, _ in loaded}
-    settings = _by_setting({summary.label: own for summary, _, own in loaded})
+    of_runs = {summary.label: own for summary, _, own in loaded}
+    settings = {
+        name: {label: own[name] for label, own in of_runs.items() if name in own}
+        for name in dict.fromkeys(name for own in of_runs.values() for name in own)
+    }
     # repr, because 1, 1.0 and True differ.
     differing = {
-        name: values
-        for name, values in settings.items()
-        if len(values) < len(runs) or len(set(map(repr, values.values()))) > 1
+        name: own for name, own in settings.items() if len(own) < len(runs) or len(set(map(repr, own.values()))) > 1
     }
-    wide = {key: image for key, chart in CHARTS.items() if (image := draw(chart, curves, WIDE)) is not None}
-    narrow = {key: image for key in wide if (image := draw(CHARTS[key], curves, NARROW)) is not None}
-    page = page_of(runs, differing if len(runs) > 1 else settings, wide, narrow)
+    wide = {key: image for key, chart in CHARTS.items() if (image := draw(chart, curves)) is not None}
+    narrow = {key: draw(CHARTS[key], curves, narrow=True) for key in wide}
+    page = _template().render(
+        runs=runs,
+        palette=PALETTE,
+        settings=differing if len(runs) > 1 else settings,
+        charts=CHARTS,
+        wide=wide,
+        narrow=narrow,
+        terms={run.label: _terms(run.last) for run in runs},
+        evaluations=sorted({name for run in runs for name in run.last if name.startswith("evaluation/")}),
+    )
     _write(out, {f"{key}.png": content for key, content in wide.items()} | {PAGE_FILE: page.encode()})
     charts = {key: out / f"{key}.png" for key in wide}
     return Report(page=out / PAGE_FILE, charts=charts, runs=runs, differing_settings=differing)
 
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
-    """Summary, numbers and settings of each run; a folder that is named twice is read once."""
+    # A folder that is named twice is read once.
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     if not places:
-        raise ConfigError("name at least one folder of a run")
+        raise ConfigError("no run was given: name at least one folder of a run")
     for place in places:
-        try:
-            str(place).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"the name of {str(place)!r} is not UTF-8 text: rename the folder") from error
+        if without_halves(str(place)) != str(place):
+            raise ConfigError(f"the path {str(place)!r} is not UTF-8 text: rename the folder")
     depth = 1  # of the label: as many parents as distinguish the folders
     while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
@@ -140,31 +212,161 @@ def _load_one(folder: Path, label: str) -> tuple[RunSummary, RunCurves, dict[str
         first=rows[0] if rows else {},
         last=rows[-1] if rows else {},
         non_finite=Counter(name for row in rows for name, value in row.items() if not math.isfinite(value)),
-        **info.model_dump(include={"model", "status", "reason", "total_steps", "started_at", "seed", "versions"}),
+        **info.model_dump(),
     )
     return summary, RunCurves(np.array([float(record.step) for record in records]), finite), flattened(info.config)
 
 
-def _by_setting(runs: Mapping[str, Mapping[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
-    """Setting -> run -> value. A run without the setting is omitted."""
-    names = dict.fromkeys(name for own in runs.values() for name in own)
-    return {name: {label: own[name] for label, own in runs.items() if name in own} for name in names}
+def draw(chart: Chart, runs: Mapping[str, RunCurves], *, narrow: bool = False) -> bytes | None:
+    """Returns a chart as PNG; None if no run has data for it.
 
-
-def page_of(
-    runs: Sequence[RunSummary],
-    settings: Mapping[str, Mapping[str, JsonValue]],
-    wide: Mapping[str, bytes],
-    narrow: Mapping[str, bytes],
-) -> str:
-    """The HTML page; everything from a run is escaped.
+    Of one run, all curves share a panel. Of several runs, each curve has a panel, in which the runs are compared. All
+    panels have the same scale, unless the units differ.
 
     Args:
-        runs: in order.
-        settings: setting -> run -> value, for the table.
-        wide: key of the chart -> PNG for wide screens; none of a chart without data.
-        narrow: the same for phones.
+        chart: what to draw.
+        runs: label of the run -> its numbers.
+        narrow: whether the image is for a phone.
     """
+    names = _names(chart, runs)
+    if not names:
+        return None
+    panels = [[name] for name in names] if chart.separate or len(runs) > 1 else [names]
+    columns = 1 if narrow else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = 4.2 if narrow else 10.0, 1.0 + rows * (3.2 if rows * columns == 1 else 2.3)  # inches
+    figure: Any = Figure(figsize=(width, height), layout="constrained", dpi=170 if narrow else 110)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=not chart.separate).flatten()
+    lines: dict[str, Any] = {}
+    for axes, panel in zip(grid, panels, strict=False):
+        axes.grid(alpha=0.25)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10 // columns, integer=True))
+        if len(panels) > 1:
+            axes.set_title(_drawable(label_of(panel[0])), loc="left", fontsize="small", parse_math=False)
+        for name in panel:
+            lines |= _draw_curves(axes, chart, name, runs, names)
+    for axes, shown in zip(grid, panels if chart.separate else [names], strict=False):  # a shared scale is set once
+        _set_scale(axes, chart, [run.values[name] for run in runs.values() for name in shown if name in run.values])
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel(chart.unit, fontsize="medium")
+    _add_legend(figure, chart.title, lines, characters=int(15 * width))
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def label_of(name: str) -> str:
+    """Returns the label of a curve: its term or evaluation, or what it measures."""
+    if name.startswith("term/"):
+        name = name.rpartition("/")[0]
+    return _LABELS.get(name) or name.partition("/")[2]
+
+
+def smoothed(values: Numbers) -> Numbers:
+    """Returns a moving average over a fortieth of the points, fewer towards the ends; straight lines stay.
+
+    Args:
+        values: may contain NaN, which is ignored; without a value nearby, NaN stays.
+    """
+    places, known = np.arange(len(values)), np.isfinite(values)
+    reach = np.minimum(max(2, len(values) // 80), np.minimum(places, places[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    after, before = places + reach + 1, places - reach
+    count = counts[after] - counts[before]
+    return np.divide(sums[after] - sums[before], count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _names(chart: Chart, runs: Mapping[str, RunCurves]) -> list[str]:
+    known = dict.fromkeys(name for run in runs.values() for name in run.values if np.isfinite(run.values[name]).any())
+    return [name for name in known if re.fullmatch(chart.names, name, re.DOTALL)]
+
+
+def _draw_curves(
+    axes: Any, chart: Chart, name: str, runs: Mapping[str, RunCurves], names: Sequence[str]
+) -> dict[str, Any]:
+    """Draws one curve of every run. Returns the lines of the legend by their labels."""
+    lines: dict[str, Any] = {}
+    for number, (run, curves) in enumerate(runs.items()):
+        if name not in curves.values:
+            continue
+        values = curves.values[name]
+        known = np.isfinite(values) if chart.separate else np.ones(len(values), dtype=bool)
+        label = run if len(runs) > 1 else label_of(name)
+        looks = _looks(number) if len(runs) > 1 else _term_looks(name, names)
+        lines[label] = _draw_line(axes, curves.steps[known], values[known], looks, smooth=not chart.separate)
+    return lines
+
+
+def _draw_line(axes: Any, steps: Numbers, values: Numbers, looks: dict[str, Any], *, smooth: bool) -> Any:
+    if smooth and len(steps) > MOST_POINTS_UNSMOOTHED:
+        axes.plot(steps, values, color=looks["color"], linewidth=0.7, alpha=0.3)
+        values = smoothed(values)
+    known = np.isfinite(np.concatenate([[np.nan], values, [np.nan]]))
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between missing points, where a line does not show them
+    marked = alone | (len(steps) <= MOST_POINTS_MARKED)
+    (line,) = axes.plot(steps, values, linewidth=1.5, marker="o", markersize=3, markevery=marked, **looks)
+    return line
+
+
+def _looks(place: int) -> dict[str, Any]:
+    return {"color": PALETTE[place % len(PALETTE)], "linestyle": STYLES[place // len(PALETTE) % len(STYLES)]}
+
+
+def _term_looks(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """The total is black and the base loss grey; a term has the same colour in all charts."""
+    coloured = [other for other in names if other.startswith(("term/", "evaluation/")) and label_of(other) not in _GREY]
+    if name in coloured:
+        return _looks(coloured.index(name))
+    return _GREY.get(label_of(name), {"color": "#000000"})
+
+
+def _set_scale(axes: Any, chart: Chart, curves: Sequence[Numbers]) -> None:
+    values = np.concatenate(curves)
+    positive = values[values > 0]
+    if chart.log and positive.size:
+        axes.set_yscale("log", subs=[])  # no minor ticks, which take most of the time of drawing
+        axes.set_ylim(bottom=max(positive.min() * 0.8, positive.max() * LOG_RANGE))
+        return
+    axes.ticklabel_format(axis="y", useOffset=False)
+    low, high = axes.get_ylim()
+    largest = max(abs(low), abs(high))
+    if high - low < largest * 1e-6:  # else rounding errors of a constant fill the axis
+        axes.set_ylim(low - largest / 10, high + largest / 10)
+
+
+def _add_legend(figure: Any, title: str, lines: Mapping[str, Any], *, characters: int) -> None:
+    """The title, and one legend for all panels, above them."""
+    labels = [_drawable(label) for label in lines]
+    rows = math.ceil(len(labels) / max(1, characters // (max(map(len, labels)) + 8)))
+    legend = figure.legend(
+        list(lines.values()),
+        [" "] * len(lines),
+        title=title,
+        title_fontproperties={"weight": "bold", "size": "medium"},
+        alignment="left",
+        loc="outside upper left",
+        ncols=math.ceil(len(labels) / rows),
+        fontsize="small",
+        frameon=False,
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)  # names may contain dollar signs and begin with an underscore
+        text.set_text(label)
+
+
+def _drawable(text: str) -> str:
+    """The text in one line of bounded length, with `?` for characters that the font lacks."""
+    font: Any = get_font(findfont("DejaVu Sans"))
+    drawable = "".join(character if font.get_char_index(ord(character)) else "?" for character in text)
+    half = LONGEST_LABEL // 2
+    return drawable if len(drawable) <= LONGEST_LABEL else f"{drawable[:half]}…{drawable[-half:]}"
+
+
+def _template() -> Any:
     environment = Environment(
         autoescape=True,
         loader=FileSystemLoader(Path(__file__).parent),
@@ -173,20 +375,11 @@ def page_of(
         lstrip_blocks=True,
     )
     environment.filters |= {"moment": moment, "duration": duration, "setting": setting, "png": _data_url}
-    return environment.get_template("report.html").render(
-        runs=runs,
-        palette=PALETTE,
-        settings=settings,
-        charts=CHARTS,
-        wide=wide,
-        narrow=narrow,
-        terms={run.label: terms_of(run.last) for run in runs},
-        evaluations=sorted({name for run in runs for name in run.last if name.startswith("evaluation/")}),
-    )
+    return environment.get_template("report.html")
 
 
-def terms_of(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The numbers of one step by term, the base loss first."""
+def _terms(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Returns the numbers of one step by term, the base loss first."""
     terms: dict[str, dict[str, float]] = {"base_loss": {}}
     for name, value in numbers.items():
         if name.startswith("term/"):
@@ -199,7 +392,7 @@ def terms_of(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def moment(seconds: float | None) -> str:
-    """A point in local time."""
+    """Returns a time in seconds since the epoch as local date and time."""
     if seconds is None:
         return "-"
     try:
@@ -209,7 +402,7 @@ def moment(seconds: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Returns seconds in words: hours and minutes, minutes and seconds, or seconds."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -218,7 +411,7 @@ def duration(seconds: float) -> str:
 
 
 def setting(value: JsonValue) -> str:
-    """A setting as JSON, texts without quotes."""
+    """Returns a setting as JSON, texts without quotes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -227,7 +420,7 @@ def _data_url(png: bytes) -> str:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Each file is replaced atomically; a chart of an earlier report that has no successor is removed."""
+    """Replaces each file atomically, and removes the charts of an earlier report that this one does not have."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -238,4 +431,6 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
             if f"{key}.png" not in files:
                 (folder / f"{key}.png").unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"the report cannot be written to {folder}: {error.strerror}") from error
+        raise ConfigError(
+            f"the report cannot be written to {folder}: {error.strerror}; choose another --out"
+        ) from error

@@ -5,10 +5,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tinkex_py.runs.progress import ProgressView
 from tinkex_py.runs.records import RunInfo, StepRecord, scalars
 
 
-class RichProgress:
+class RichProgress(ProgressView):
     """Live display of a run.
 
     Args:
@@ -53,7 +54,7 @@ class RichProgress:
 
 
 def terms_table(record: StepRecord, first: StepRecord) -> Table:
-    """One row per term: value, weight, contribution and gradient norm, and the contribution in another step.
+    """Returns one row per term: its numbers in one step, and its contribution in another.
 
     Args:
         record: the step to show.
@@ -64,30 +65,17 @@ def terms_table(record: StepRecord, first: StepRecord) -> Table:
     for heading in ("value", "weight", "contribution", f"at step {first.step}", "gradient norm"):
         table.add_column(heading, justify="right", no_wrap=True)
     now, before = scalars(record), scalars(first)
-    base = now["loss/base"]
-    table.add_row(
-        "base loss",
-        _number(base),
-        "",
-        _number(base),
-        _number(before["loss/base"]),
-        _number(now.get("grad_norm/base_loss")),
-    )
+
+    def row(title: str, value: str | None, weight: str | None, contribution: str, norm: str) -> None:
+        columns = (now.get(value or ""), now.get(contribution), before.get(contribution), now.get(norm))
+        numbers = ["-" if number is None else f"{number:.4f}" for number in columns]
+        shown_weight = "" if weight is None else f"{now[weight]:g}"
+        table.add_row(title, "" if value is None else numbers[0], shown_weight, *numbers[1:])
+
+    row("base loss", "loss/base", None, "loss/base", "grad_norm/base_loss")
     for name in dict.fromkeys(name for output in record.losses for name in output.regularizers):
         term = f"term/{name}"
-        table.add_row(
-            name,
-            _number(now[f"{term}/value"]),
-            f"{now[f'{term}/weight']:g}",
-            _number(now[f"{term}/contribution"]),
-            _number(before.get(f"{term}/contribution")),
-            _number(now.get(f"{term}/grad_norm")),
-        )
+        row(name, f"{term}/value", f"{term}/weight", f"{term}/contribution", f"{term}/grad_norm")
     table.add_section()
-    total, total_before = _number(now["loss/total"]), _number(before["loss/total"])
-    table.add_row("total", "", "", total, total_before, _number(now.get("grad_norm/total")))
+    row("total", None, None, "loss/total", "grad_norm/total")
     return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""A run: it starts or resumes, makes optimizer steps, saves checkpoints, recovers from failures, and ends."""
+"""The life of a run: start or resume, optimizer steps, checkpoints, recovery, end."""
 
 import asyncio
 import time
@@ -8,7 +8,6 @@ from tinkex_py import telemetry
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.runs.batches import BatchReader
-from tinkex_py.runs.early_stop import Patience
 from tinkex_py.runs.folder import RunFolder
 from tinkex_py.runs.plan import Plan, check_same, versions
 from tinkex_py.runs.progress import ProgressView
@@ -22,6 +21,7 @@ from tinkex_py.runs.recovery import (
     reason_of,
     save_checkpoint,
 )
+from tinkex_py.runs.settings import Patience
 from tinkex_py.runs.sinks import Sinks
 from tinkex_py.runs.step import Flight, OptimizerStep, Start, owned_tasks
 from tinkex_py.threads import FileThread
@@ -31,7 +31,7 @@ class Run:
     """One run of `train`.
 
     Args:
-        plan: what to do.
+        plan: the arguments of `train` that describe the run.
         folder: the run's files, locked by the caller.
         files: thread for file work.
         reader: the data.
@@ -73,7 +73,7 @@ class Run:
         self._patience = Patience()
         self._restarts_left = plan.settings.restarts
         self._logged = 0
-        self._is_begun = False  # before that, nothing in the folder was changed and nothing was shown
+        self._is_begun = False  # until then, the folder is unchanged and nothing was shown
 
     async def execute(self) -> None:
         """Trains to the end.
@@ -107,7 +107,9 @@ class Run:
         if before is not None:
             check_same(before.config, described, self._folder.path)
         elif state is not None:
-            raise ConfigError(f"{self._folder.path} has a state.json, but no run.json that says what it belongs to")
+            raise ConfigError(
+                f"{self._folder.path} has a state.json, but no run.json: restore run.json, or use another folder"
+            )
         self.training = await (self._new_model() if state is None else self._model_of(state))
         model, now, seed = await self.training.get_info(), time.time(), self._plan.config.get("seed")
         self.info = RunInfo(
@@ -123,7 +125,8 @@ class Run:
         await (self._reader.go_to(0) if state is None else self._resume(state))
         self._is_begun = True
         await self._files.run(lambda: self._folder.write_run(self.info))
-        self._sinks.start(self.info)
+        info = self.info
+        self._sinks.send(lambda sink: sink.start(info))
         self._view.start(self.info, self._made)
         if state is None:
             await self._files.run(lambda: self._folder.keep_steps(0))
@@ -133,8 +136,8 @@ class Run:
         training = model if isinstance(model, AsyncTrainingClient) else await model()
         if training.accumulated:
             raise InvalidData(
-                f"the training client holds {training.accumulated} backward passes that no optimizer step applied; a "
-                "run must begin with a model that holds none"
+                f"the training client holds {training.accumulated} backward passes that no optimizer step applied: "
+                "call optim_step first, or give a new training client"
             )
         return training
 
@@ -246,7 +249,7 @@ class Run:
         self._view.step(record)
         if record.step > self._logged:  # a step that is made again after a restart was logged before
             self._logged = record.step
-            self._sinks.log(record.step, scalars(record))
+            self._sinks.send(lambda sink: sink.log(record.step, scalars(record)))
         if self._plan.saves_after(step.number):
             await self._save()
 
@@ -310,7 +313,7 @@ class Run:
     async def _end(self, status: RunStatus, reason: str | None, *, discard_waiting: bool = False) -> None:
         if not self._is_begun:
             return
-        self._sinks.finish(status, discard_waiting=discard_waiting)
+        self._sinks.send(lambda sink: sink.finish(status), discard_waiting=discard_waiting)
         await self._write_status(status, reason)
         self._view.finish(self.info)
 

@@ -1,5 +1,7 @@
-"""Settings of a training run."""
+"""Settings of a training run, and the state of early stopping."""
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +19,7 @@ class Settings(BaseModel):
     """Base of the settings: frozen, and an unknown setting is an error.
 
     Raises:
-        ConfigError: naming the setting and the value.
+        ConfigError: a setting is invalid; the message names it and its value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,11 +32,10 @@ class Settings(BaseModel):
 
 
 class EarlyStop(Settings):
-    """Ends a run whose metric does not improve any more.
+    """Ends a run whose metric no longer improves.
 
     Args:
-        metric: one of the names of `tinkex_py.runs.scalars` that begin with `loss/`, `grad_norm/`, `term/` or
-            `evaluation/`.
+        metric: a name of `tinkex_py.runs.scalars` that begins with `loss/`, `grad_norm/`, `term/` or `evaluation/`.
         patience: number of measurements without improvement after which the run ends, >= 1.
         better: whether lower or higher is better.
         min_change: smallest change that counts as an improvement, >= 0.
@@ -50,6 +51,44 @@ class EarlyStop(Settings):
         if not self.metric.startswith(_MONITORED):
             raise ValueError(f"metric must begin with one of {', '.join(_MONITORED)}, got {self.metric!r}")
         return self
+
+
+class Patience(BaseModel):
+    """Early-stopping state.
+
+    Attributes:
+        best: the best measurement; None before the first.
+        since: number of measurements after the best one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    best: float | None = None
+    since: int = 0
+
+    def after(self, rule: EarlyStop, numbers: Mapping[str, float]) -> "Patience":
+        """Returns the state after a step with these numbers; a step without an evaluation changes nothing.
+
+        Raises:
+            ConfigError: the monitored number is missing.
+        """
+        value = numbers.get(rule.metric)
+        if value is None:
+            evaluated = any(name.startswith("evaluation/") for name in numbers)
+            if rule.metric.startswith("evaluation/") and not evaluated:
+                return self
+            raise ConfigError(
+                f"early_stop: no metric is named {rule.metric!r}; use one of {', '.join(sorted(numbers))}"
+            )
+        best = math.nan if self.best is None else self.best
+        gain = best - value if rule.better == "lower" else value - best
+        if gain > rule.min_change or (self.best is None and not math.isnan(value)):
+            return Patience(best=value)
+        return Patience(best=self.best, since=self.since + 1)
+
+    def is_over(self, rule: EarlyStop) -> bool:
+        """Returns whether the run must end."""
+        return self.since >= rule.patience
 
 
 class TrainSettings(Settings):
@@ -81,15 +120,17 @@ class TrainSettings(Settings):
 
 
 def problems_of(error: ValidationError) -> str:
-    """Describes invalid settings in one line: the name of each, and its value if that is plain."""
+    """Returns one line that names each invalid setting, with its value if that is plain."""
     problems: list[str] = []
     for problem in error.errors(include_url=False):
-        place = ".".join(map(str, problem["loc"]))
+        name = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            problems.append(f"there is no setting {place!r}")
-            continue
-        given = problem["input"]
-        shown = f", got {given!r}" if isinstance(given, str | bool | int | float | None) else ""
-        text = "is missing" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ") + shown
-        problems.append(f"{place}: {text}" if place else text)
+            problems.append(f"no setting is named {name!r}")
+        elif problem["type"] == "missing":
+            problems.append(f"{name}: is missing")
+        else:
+            given = problem["input"]
+            shown = f", got {given!r}" if isinstance(given, str | bool | int | float | None) else ""
+            text = problem["msg"].removeprefix("Value error, ") + shown
+            problems.append(f"{name}: {text}" if name else text)
     return "; ".join(problems)

@@ -129,13 +129,7 @@ def _check(before: OptimizerStep | None) -> None:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step in flight: the task that sends it, and how long the run's requests had been queued before.
-
-    Attributes:
-        step: the step.
-        task: ends when the step has a result.
-        queued_before: seconds.
-    """
+    """A step, the task that sends it, and the seconds that requests of the run had been queued before."""
 
     step: OptimizerStep
     task: "asyncio.Task[None]"
@@ -147,13 +141,14 @@ Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 @asynccontextmanager
 async def owned_tasks() -> AsyncGenerator[Start]:
-    """Yields a function that starts tasks; all of them have ended when the block is left."""
-    tasks: list[asyncio.Task[None]] = []
+    """Yields a function that starts tasks; leaving the block cancels those that still run and waits for them."""
+    tasks: set[asyncio.Task[None]] = set()
 
     def start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        tasks[:] = [task for task in tasks if not task.done()]
-        tasks.append(asyncio.create_task(work, name="tinkex.step"))
-        return tasks[-1]
+        task = asyncio.create_task(work, name="tinkex.step")
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        return task
 
     try:
         yield start

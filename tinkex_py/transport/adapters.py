@@ -1,4 +1,4 @@
-"""Transports that use what is there already: a user's own HTTP client, or a service in this process."""
+"""Transports over something that exists already: a user's HTTP client, or a service in this process."""
 
 import asyncio
 import contextvars
@@ -10,7 +10,7 @@ from tinkex_py.errors import ConnectionFailed
 
 
 class ClientTransport(httpx.AsyncBaseTransport):
-    """Sends through a client with `httpx.AsyncClient`'s interface, which stays its owner's to close.
+    """Sends through a client with the interface of `httpx.AsyncClient`, which the user closes.
 
     Args:
         client: the client. (httpx up to 0.28 loses connections of cancelled requests; httpx2 does not.)
@@ -27,7 +27,7 @@ class ClientTransport(httpx.AsyncBaseTransport):
             str(request.url),
             headers=dict(request.headers),
             content=request.content if isinstance(request.stream, httpx.ByteStream) else request.stream,
-            # In this order: any client with httpx's interface takes it.
+            # In this order: any client with httpx's interface accepts it.
             timeout=tuple(timeouts[name] for name in ("connect", "read", "write", "pool")),
         )
         return await self._client.send(built, follow_redirects=False, stream=True)
@@ -44,10 +44,10 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         self._transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """The app's whole response.
+        """Returns the app's whole response.
 
         Raises:
-            ConnectionFailed: the app failed in the middle of its response, which ASGITransport cuts off in silence.
+            ConnectionFailed: the app failed in the middle of its response, which ASGITransport truncates silently.
             AssertionError: the app ended without a response.
         """
         response = await _in_fresh_context(self._transport, request)

@@ -1,11 +1,11 @@
-"""What a request to one service needs: the current key, repetition where that helps, and the result of a future.
+"""Requests to one service: sends them with the current key, retries them, and polls futures.
 
-A future is a request id that is polled until the service is done.
+A future is the id of a request that the service has accepted; its result is polled.
 """
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -39,7 +39,7 @@ _METADATA_ONLY: Final = "complete_metadata"
 PENDING_STATUSES: Final = frozenset({"pending", "queued", "running", _METADATA_ONLY})
 
 _CATEGORIES: Mapping[str, RequestFailedCategory] = {"user": "user", "server": "server"}
-# A poll that is answered "not yet" sooner than this was not held by the service; then the client paces itself.
+# A service that responds "pending" sooner than this does not hold polls; then the client pauses between them.
 _HELD_SECONDS = 1.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
@@ -50,17 +50,17 @@ _LOST_STATUSES = frozenset({404, 410})
 _TRANSIENT_STATUSES = frozenset({400, 425, 429})
 
 OnPending = Callable[[Mapping[str, Any]], None]
-"""Gets the fields of every response that says "not yet"; what it raises ends the waiting."""
+"""Called with the fields of every response that says "pending"; its exceptions end the polling."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What became of one numbered request: accepted, or refused for good. Its number is spent either way.
+    """The outcome of one numbered request: accepted or finally refused. Either spends the number.
 
     Attributes:
-        number: its sequence number.
-        request_id: the future of an accepted one.
-        refusal: the service's final refusal.
+        number: the sequence number.
+        request_id: the future, if the request was accepted.
+        refusal: the final refusal, if it was not.
     """
 
     number: int
@@ -72,14 +72,14 @@ class ServiceApi:
     """Requests to one service.
 
     Args:
-        http: exchanges that are answered at once.
-        polls: exchanges that the service holds until a result is there; apart, so that they never keep others waiting.
-        auth: gives the key.
-        retry: how long to keep trying.
+        http: sends requests that get a response at once.
+        polls: sends polls, which the service may hold; separate, so that they never delay other requests.
+        auth: returns the key.
+        retry: how long and how often to try.
         poll_timeout: seconds for one poll.
 
     Attributes:
-        billing: how long the service may ask for payment.
+        billing: limits how long requests wait while the service asks for payment.
     """
 
     def __init__(
@@ -94,21 +94,21 @@ class ServiceApi:
 
     @property
     def host(self) -> str:
-        """The service, as messages name it."""
+        """Host (and port) of the service, for messages."""
         return self.http.host
 
     async def exchange(self, sent: Request, *, attempt: int = 1, over: HttpClient | None = None) -> Response:
-        """One exchange with the current key; sent once more where the service rejects a token that has ended.
+        """Sends a request once with the current key; a second time if the service rejects an expired token.
 
         Args:
             sent: the request.
-            attempt: which attempt this is, for events.
-            over: the HTTP client; default is the one for requests that are answered at once.
+            attempt: number of the attempt, for events.
+            over: the HTTP client; by default the one for requests that get a response at once.
 
         Raises:
             TransportError: there is no usable response.
-            APIStatusError: no token could be got for the key.
-            ConfigError: the key has ended.
+            APIStatusError: the key could not be exchanged for a token.
+            ConfigError: the key has expired.
         """
         http = over or self.http
         key = await self.auth.current()
@@ -131,21 +131,21 @@ class ServiceApi:
         held: bool = False,
         redirected: Callable[[Response], Read | None] | None = None,
     ) -> Read:
-        """Sends a request until there is a final response, and reads it.
+        """Sends a request until there is a final response, and parses it.
 
         Args:
             sent: the request.
-            read: reads a 2xx response, such as `fields_of` or `request_id_of`; where it raises InvalidResponse, the
-                request is sent again.
-            retry: how long to keep trying; default is the configuration's policy.
-            billing: how long the service may ask for payment; default is the client's.
-            retry_statuses: which statuses are worth another attempt; default `is_retryable_status`.
-            key: instead of the current key.
-            held: whether the service may hold the request, as it holds polls.
-            redirected: reads a redirection where it is what was asked for; None for any other response.
+            read: parses a 2xx response, such as `fields_of` or `request_id_of`; if it raises InvalidResponse, the
+                request is repeated.
+            retry: how long and how often to try; by default the policy of the configuration.
+            billing: limits the waits for payment; by default the limit of the client.
+            retry_statuses: whether a status is worth another attempt; by default `is_retryable_status`.
+            key: replaces the current key.
+            held: whether the service may hold the request, like a poll.
+            redirected: parses an expected redirect, and returns None for any other response.
 
         Raises:
-            APIStatusError: the last response was no success; `attempts` counts how often the request was sent.
+            APIStatusError: the last response was not 2xx; `attempts` counts how often the request was sent.
             TransportError: there was no usable response within the retry policy.
         """
         policy = retry or self._retry
@@ -163,9 +163,9 @@ class ServiceApi:
                         response = await self.exchange(sent, attempt=attempts.number, over=http)
                     else:
                         response = await http.exchange(sent, key=key, attempt=attempts.number)
-                place = None if redirected is None else redirected(response)
-                if place is not None:
-                    return place
+                target = None if redirected is None else redirected(response)
+                if target is not None:
+                    return target
                 raise_for_status(response, attempts.number)
                 return read(response)
             except TransportError as error:
@@ -180,11 +180,11 @@ class ServiceApi:
         return await (billing or self.billing).around(lambda: with_retries(policy, attempt, is_worth_another))
 
     async def submit(self, number: int, sent: Request) -> Sent:
-        """Sends a numbered request as `send` does, and says what became of it.
+        """Sends a numbered request as `send` does, and returns its outcome.
 
         Args:
-            number: its sequence number.
-            sent: the request; every repeat has the same number and bytes.
+            number: the sequence number.
+            sent: the request; every attempt has the same number and bytes.
 
         Raises:
             APIStatusError, TransportError: it is unknown whether the number arrived.
@@ -192,7 +192,7 @@ class ServiceApi:
         try:
             return Sent(number, request_id=await self.send(sent, request_id_of))
         except APIStatusError as error:
-            if is_retryable_status(error.status):  # every attempt ended so, and none is final
+            if is_retryable_status(error.status):  # the last attempt, but not final
                 raise
             return Sent(number, refusal=error)
 
@@ -203,31 +203,32 @@ class ServiceApi:
         decode: Callable[[Result], Decoded],
         on_pending: OnPending | None = None,
     ) -> Decoded:
-        """Waits for a future.
+        """Polls a future until it is done, and returns its result.
 
         Args:
             request_id: the future.
-            request_type: what was asked for.
-            decode: reads the result; where it raises InvalidResponse, the result is fetched again.
-            on_pending: gets what the service says while the request is not done; what it raises ends the waiting.
+            request_type: type of the request, for events and errors.
+            decode: parses the result; if it raises InvalidResponse, the result is fetched again.
+            on_pending: see `OnPending`.
 
         Raises:
-            RequestFailed: the service failed the request, or lost it.
-            APIStatusError, TransportError: polling itself was refused or kept failing.
+            RequestFailed: the service failed the request.
+            ResultLost: the service no longer knows the future.
+            APIStatusError, TransportError: polling was refused, or kept failing.
         """
         with telemetry.lifecycle("tinkex.future", {"request_id": request_id, "request_type": request_type}):
-            pending = FuturePoll(request_id, request_type, decode, self._poll_timeout, on_pending)
+            future = _Future(self, request_id, request_type, decode, on_pending)
+            return await self.billing.around(lambda: with_retries(self._retry, future.poll, _is_transient))
 
-            async def poll(attempts: Attempts) -> Decoded:
-                return await pending.poll(self._poll, self.is_alive, attempts)
-
-            return await self.billing.around(lambda: with_retries(self._retry, poll, is_transient))
-
-    async def _poll(self, sent: Request) -> Response:
+    async def poll(self, fields: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
+        """Asks once for the result of a future; the service may hold the request."""
+        sent = request(
+            "POST", RETRIEVE_FUTURE, json=fields, accept=_ACCEPT, headers=headers, timeout=self._poll_timeout
+        )
         return await self.exchange(sent, over=self._polls)
 
     async def is_alive(self) -> bool:
-        """Whether the service answers anything at all."""
+        """Whether the service responds to a health check."""
         try:
             await self.http.exchange(request("GET", "/api/v1/healthz", timeout=_LIVENESS_TIMEOUT))
         except TransportError:
@@ -236,12 +237,12 @@ class ServiceApi:
 
 
 def is_retryable_status(status: int) -> bool:
-    """Whether a later attempt may succeed: 408, 425, 429 and everything from 500 on."""
+    """Whether a later attempt may succeed: 408, 425, 429, and 500 and above."""
     return status in _RETRYABLE_CLIENT_ERRORS or status >= 500
 
 
 def _should_repeat(error: APIStatusError, retry_statuses: Callable[[int], bool]) -> bool:
-    """A service's own `x-should-retry` wins, except for 409, which is never sent again."""
+    # The service's own `x-should-retry` takes precedence, except for 409, which is never repeated.
     if error.status == _CONFLICT:
         return False
     return retry_statuses(error.status) if error.should_retry is None else error.should_retry
@@ -254,10 +255,10 @@ class PollPace:
         self._pause = _FIRST_PAUSE
 
     async def wait(self, took: float) -> None:
-        """Waits before the next poll, longer each time.
+        """Waits before the next poll, each time longer.
 
         Args:
-            took: seconds that the service took to say "not yet".
+            took: seconds that the service took to respond "pending".
         """
         if took >= _HELD_SECONDS:
             self._pause = _FIRST_PAUSE
@@ -266,29 +267,21 @@ class PollPace:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
-class FuturePoll(Generic[Decoded]):
-    """One future that is being waited for.
-
-    Args:
-        request_id: the future.
-        request_type: what was asked for, for events and errors.
-        decode: reads the result; if it raises InvalidResponse, the result is fetched again.
-        timeout: seconds for one poll.
-        on_pending: see `OnPending`.
-    """
+class _Future(Generic[Decoded]):
+    """One future, and what its polls have returned so far. The arguments are those of `ServiceApi.result`."""
 
     def __init__(
         self,
+        api: ServiceApi,
         request_id: str,
         request_type: str,
         decode: Callable[[Result], Decoded],
-        timeout: float,
-        on_pending: OnPending | None = None,
+        on_pending: OnPending | None,
     ) -> None:
+        self._api = api
         self._request_id = request_id
         self._request_type = request_type
         self._decode = decode
-        self._timeout = timeout
         self._on_pending = on_pending
         self._polls = 0
         self._pace = PollPace()
@@ -296,31 +289,25 @@ class FuturePoll(Generic[Decoded]):
         self._wants_payload = False
         self._queue_state: object = None
 
-    async def poll(
-        self,
-        exchange: Callable[[Request], Awaitable[Response]],
-        is_alive: Callable[[], Awaitable[bool]],
-        attempts: Attempts,
-    ) -> Decoded:
-        """Polls until the future is done.
-
-        Args:
-            exchange: sends one poll.
-            is_alive: asked when a poll took too long: a service that answers this only holds polls for longer.
-            attempts: those of the retry policy; each response that says "not yet" lets them begin again.
+    async def poll(self, attempts: Attempts) -> Decoded:
+        """Polls until the future is done; every "pending" response restarts the attempts of the retry policy.
 
         Raises:
-            RequestFailed: the service failed the request.
-            ResultLost: the service does not know the future any more.
-            APIStatusError, TransportError: this poll failed; `is_transient` tells whether another may succeed.
+            RequestFailed, APIStatusError, TransportError: as `ServiceApi.result`; `_is_transient` says whether another
+                poll may succeed.
         """
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time
         while True:
-            started = loop.time()
+            started = now()
+            fields: dict[str, Any] = {"request_id": self._request_id}
+            if self._wants_payload:  # only if needed: strict older services reject this field
+                fields["allow_metadata_only"] = False
+            headers = {"X-Tinker-Request-Type": self._request_type, "X-Tinker-Request-Iteration": str(self._polls)}
+            self._polls += 1
             try:
-                response = await exchange(self._next_poll())
+                response = await self._api.poll(fields, headers)
             except TimeoutExceeded:
-                if not await is_alive():
+                if not await self._api.is_alive():  # else the service only holds polls for longer
                     raise
                 attempts.progressed()
                 continue
@@ -328,18 +315,10 @@ class FuturePoll(Generic[Decoded]):
             if result is not None:
                 return self._decode(result)
             attempts.progressed()
-            await self._pace.wait(loop.time() - started)
-
-    def _next_poll(self) -> Request:
-        fields: dict[str, Any] = {"request_id": self._request_id}
-        if self._wants_payload:  # said only where it matters: strict older services do not know the field
-            fields["allow_metadata_only"] = False
-        headers = {"X-Tinker-Request-Type": self._request_type, "X-Tinker-Request-Iteration": str(self._polls)}
-        self._polls += 1
-        return request("POST", RETRIEVE_FUTURE, json=fields, accept=_ACCEPT, headers=headers, timeout=self._timeout)
+            await self._pace.wait(now() - started)
 
     def _finished(self, response: Response) -> Result | None:
-        """The result, or None if there is none yet."""
+        """Returns the result; None if the future is pending."""
         if response.is_success and response.media_type == PROTOBUF:
             return Result(response.body, None)
         if response.status == 408:
@@ -352,7 +331,7 @@ class FuturePoll(Generic[Decoded]):
         raise_for_status(response)
         fields = _unwrapped(response.json())
         if not isinstance(fields, dict):
-            raise InvalidResponse(f"the result of {self._request_type} is no JSON object")
+            raise InvalidResponse(f"the result of {self._request_type} is not a JSON object")
         given = cast("dict[str, Any]", fields)
         status = given.get("status")
         if status == _METADATA_ONLY and len(response.body) <= _LONGEST_METADATA:
@@ -365,7 +344,7 @@ class FuturePoll(Generic[Decoded]):
         return Result(b"", given)
 
     def _fail_or_poll_again(self, response: Response) -> None:
-        """Some services answer 400 or 422 where the request itself failed; a few answer 400 by mistake, once."""
+        # Some services return 400 or 422 if the request itself failed; a few return a wrong 400 once.
         self._bad_requests += 1
         if response.status == 422 or self._bad_requests >= _MOST_BAD_REQUESTS:
             fields = _object_of(response)
@@ -383,9 +362,9 @@ class FuturePoll(Generic[Decoded]):
     def _lost(self, response: Response) -> ResultLost:
         return ResultLost(
             f"the service has lost the result of {self._request_type} (it returned {response.status} for request "
-            f"{self._request_id!r}), so it is not known whether the request took effect. A sample can be asked for "
-            "again; for a training client make a new one from its last checkpoint: "
-            "service.create_training_client_from_state(path, with_optimizer=True)",
+            f"{self._request_id!r}), so it is unknown whether the request took effect. Request a sample again; replace "
+            "a training client with service.create_training_client_from_state(path, with_optimizer=True), from its "
+            "last checkpoint",
             category="server",
             request_id=self._request_id,
         )
@@ -406,8 +385,7 @@ class FuturePoll(Generic[Decoded]):
         telemetry.emit("tinkex.future.queue_state", {}, metadata)
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether another poll may succeed after this failure of one."""
+def _is_transient(error: BaseException) -> bool:
     if isinstance(error, APIStatusError):
         return error.status >= 500 or error.status in _TRANSIENT_STATUSES
     return isinstance(error, TransportError)
@@ -422,7 +400,7 @@ def _object_of(response: Response) -> dict[str, Any]:
 
 
 def _unwrapped(fields: object) -> object:
-    """Some services nest the result as `{"status": "completed", "result": {...}}`."""
+    # Some services nest the result as `{"status": "completed", "result": {...}}`.
     if isinstance(fields, dict):
         given = cast("dict[str, Any]", fields)
         if given.get("status") == "completed" and isinstance(given.get("result"), dict):

@@ -1,7 +1,7 @@
-"""The key of a service: where it comes from, and the token that a service gives for it.
+"""Authentication: the sources of the API key, and the tokens that a service exchanges keys for.
 
-Sources: the environment, a command, or the credentials file of the official command line (protocol: "Credentials");
-a service may exchange keys for tokens that end (protocol: "JWT exchange").
+The key comes from the configuration, a command, or the credentials file of the official command line (protocol:
+"Credentials"). A service may exchange it for tokens that expire (protocol: "JWT exchange").
 """
 
 import asyncio
@@ -21,74 +21,74 @@ from tinkex_py.transport.messages import Response, Secret
 
 COMMAND_VARIABLE = "TINKER_CREDENTIAL_CMD"
 COMMAND_TIMEOUT = 30.0
-# Seconds before its end at which a token is replaced; half of its life if that is shorter.
-REFRESH_MARGIN = 60.0
-# Seconds between attempts to replace a token that is still good.
-REFRESH_RETRY = 60.0
+# Seconds before its expiry at which a token is replaced; half of its lifetime if that is shorter.
+_REFRESH_MARGIN = 60.0
+# Seconds between attempts to replace a token that is still valid.
+_REFRESH_RETRY = 60.0
 _JWT_PREFIX = "eyJ"
 
 Exchange = Callable[[Secret], Awaitable[Response]]
 
 
 class Auth:
-    """Gives the key for the next request. Nothing runs in between: a token is replaced by the request that needs it.
+    """Returns the key for the next request. There is no background task: a request that needs a new token fetches it.
 
     Args:
-        given: the key of the configuration; empty if it comes from the command.
+        given: the key of the configuration; empty if the command prints it.
         command: the command that prints a key; empty if there is none.
     """
 
     def __init__(self, given: Secret, command: Secret) -> None:
         self._given = given
         self._command = command
-        self._given_ends = expiry_of(given) if _is_jwt(given) else None  # Unix seconds
+        self._given_expires = expiry_of(given) if _is_jwt(given) else None  # Unix seconds
         self._uses_command = not given
         self._exchange: Exchange | None = None
         self._token: Secret | None = None
         self._refresh_at = float("inf")  # on the loop's clock
-        self._ends_at = float("inf")
+        self._expires_at = float("inf")
         self._lock = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"Auth(exchanges={self._exchange is not None})"
 
     def follow(self, *, exchange: Exchange | None, source: str) -> None:
-        """Does what the service asks for.
+        """Configures the authentication that the service asks for.
 
         Args:
-            exchange: trades a key for a token; None if the service takes keys as they are.
-            source: "credential_cmd" asks for the command's key.
+            exchange: exchanges a key for a token; None if the service accepts keys.
+            source: "credential_cmd" requires the key that the command prints.
 
         Raises:
-            ConfigError: that does not fit the configured key.
+            ConfigError: the configured key does not fit.
         """
         if exchange is None:
             if self._uses_command:
                 raise ConfigError(
-                    f"{COMMAND_VARIABLE} works only with services that exchange keys for tokens, and this one does "
+                    f"{COMMAND_VARIABLE} works only with services that exchange keys for tokens, which this one does "
                     "not: set TINKER_API_KEY"
                 )
             return
         if source == "credential_cmd":
             if not self._command:
-                raise ConfigError(f"this service wants the key from a command: set {COMMAND_VARIABLE}")
+                raise ConfigError(f"this service requires a key that a command prints: set {COMMAND_VARIABLE}")
             self._uses_command = True
         if self._uses_command or not _is_jwt(self._given):
             self._exchange = exchange
 
     async def current(self) -> Secret:
-        """The key for a request that is sent now.
+        """Returns the key for a request that is sent now.
 
         Raises:
-            ConfigError: the key has ended, or the command gave none.
+            ConfigError: the key has expired, or the command failed.
             APIStatusError, TransportError: the exchange failed.
         """
         if self._exchange is not None:
             return await self._fresh_token(self._exchange)
-        return self._given if self._given_ends is None and not self._uses_command else await self._raw()
+        return self._given if self._given_expires is None and not self._uses_command else await self._raw()
 
     async def renewed(self, rejected: Secret) -> Secret | None:
-        """Another token in place of one that the service rejected; None if there is no exchange.
+        """Returns a replacement for a token that the service rejected; None if there is no exchange.
 
         Raises:
             ConfigError, APIStatusError, TransportError: as `current`.
@@ -109,34 +109,36 @@ class Auth:
             try:
                 token = _token_of(await exchange(await self._raw()))
             except (APIStatusError, TransportError, ConfigError):
-                if self._token is None or now() >= self._ends_at:
+                if self._token is None or now() >= self._expires_at:
                     raise
-                self._refresh_at = min(now() + REFRESH_RETRY, self._ends_at)  # the old one is still good
+                self._refresh_at = min(now() + _REFRESH_RETRY, self._expires_at)  # the old one is still valid
                 return self._token
             self._token = token
-            self._refresh_at = self._ends_at = float("inf")
-            ends = expiry_of(token)
-            left = None if ends is None else ends - time.time()
-            # A token that is over on arrival shows clocks that differ; then the service will say when it is over.
+            self._refresh_at = self._expires_at = float("inf")
+            expires = expiry_of(token)
+            left = None if expires is None else expires - time.time()
+            # A new token that seems expired means that the clocks differ: the service will reject it when it expires.
             if left is not None and left > 0:
-                self._ends_at = now() + left
-                self._refresh_at = self._ends_at - min(REFRESH_MARGIN, left / 2)
+                self._expires_at = now() + left
+                self._refresh_at = self._expires_at - min(_REFRESH_MARGIN, left / 2)
             return token
 
     async def _raw(self) -> Secret:
         if self._uses_command:
             return await key_from_command(self._command)
-        check_not_expired(self._given_ends)
+        if self._given_expires is not None and self._given_expires <= time.time():
+            ago = time.time() - self._given_expires
+            raise ConfigError(f"the API key is a token that expired {ago:.0f} s ago: get a new one")
         return self._given
 
 
 def rejects_token(response: Response) -> bool:
-    """Whether a 401 says that the token, and not the right to do this, is the trouble."""
+    """Whether a 401 rejects the token itself, and not the permissions of its owner."""
     return 'error="invalid_token"' in response.headers.get("www-authenticate", "")
 
 
 def credentials_file() -> Path | None:
-    """Where the official command line keeps keys; None if there is no home."""
+    """Returns the credentials file of the official command line; None if there is no home directory."""
     try:
         return Path.home() / ".tinker" / "credentials.json"
     except RuntimeError:
@@ -144,10 +146,10 @@ def credentials_file() -> Path | None:
 
 
 def key_from_file(path: Path | None) -> str | None:
-    """The key of the default entry; None if there is no file or no default.
+    """Returns the key of the default entry; None if there is no file or no default.
 
     Raises:
-        ConfigError: the file cannot be read, or is no credentials file.
+        ConfigError: the file cannot be read, or is not a credentials file.
     """
     if path is None:
         return None
@@ -172,16 +174,14 @@ def key_from_file(path: Path | None) -> str | None:
 
 
 async def key_from_command(command: Secret, *, timeout: float = COMMAND_TIMEOUT) -> Secret:
-    """What a shell command prints, without the space around it.
-
-    Its error output is dropped: it may quote what it was given.
+    """Runs a shell command and returns the key that it prints, stripped. Its stderr, which may quote keys, is dropped.
 
     Args:
         command: a line for the shell.
-        timeout: seconds after which it is ended.
+        timeout: seconds after which the command is killed.
 
     Raises:
-        ConfigError: it failed, took too long, or printed no key.
+        ConfigError: the command failed, took too long, or printed no key.
     """
     process = await asyncio.create_subprocess_shell(
         command.reveal(),
@@ -191,15 +191,15 @@ async def key_from_command(command: Secret, *, timeout: float = COMMAND_TIMEOUT)
         start_new_session=True,
     )
     try:
-        async with time_limit(timeout, lambda: ConfigError(f"{COMMAND_VARIABLE} did not end within {timeout:g} s")):
+        async with time_limit(timeout, lambda: ConfigError(f"{COMMAND_VARIABLE} did not exit within {timeout:g} s")):
             printed, _ = await process.communicate()
     finally:
         await _end(process)
     if process.returncode != 0:
-        raise ConfigError(f"{COMMAND_VARIABLE} ended with status {process.returncode}")
+        raise ConfigError(f"{COMMAND_VARIABLE} exited with status {process.returncode}; run it in a shell to see why")
     key = printed.decode("utf-8", errors="replace").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise ConfigError(f"{COMMAND_VARIABLE} printed {len(printed)} bytes, which are no key")
+    if not _is_sendable(key):
+        raise ConfigError(f"{COMMAND_VARIABLE} printed {len(printed)} bytes that are not a key: print the key only")
     return Secret(key)
 
 
@@ -211,12 +211,12 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
         else:
             process.kill()
-    # Communicating to the end also closes the pipe.
+    # `communicate` also closes the pipe.
     await asyncio.shield(process.communicate())
 
 
 def expiry_of(token: Secret) -> float | None:
-    """When a JWT ends, in Unix seconds; None if it does not say."""
+    """Returns the expiry of a JWT in Unix seconds; None if it has none."""
     parts = token.reveal().split(".")
     if len(parts) != 3:
         return None
@@ -224,21 +224,8 @@ def expiry_of(token: Secret) -> float | None:
         claims = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
     except ValueError:
         return None
-    ends = (_mapping(_parsed(claims)) or {}).get("exp")
-    return float(ends) if isinstance(ends, int | float) and not isinstance(ends, bool) and 0 < ends < 1e12 else None
-
-
-def check_not_expired(ends: float | None) -> None:
-    """Checks the end of a key that says when it ends.
-
-    Args:
-        ends: Unix seconds; None if it does not end.
-
-    Raises:
-        ConfigError: it has ended, so no service will take it.
-    """
-    if ends is not None and ends <= time.time():
-        raise ConfigError(f"the API key is a token that ended {time.time() - ends:.0f} s ago: get a new one")
+    exp = (_mapping(_parsed(claims)) or {}).get("exp")
+    return float(exp) if isinstance(exp, int | float) and not isinstance(exp, bool) and 0 < exp < 1e12 else None
 
 
 def _is_jwt(key: Secret) -> bool:
@@ -247,13 +234,17 @@ def _is_jwt(key: Secret) -> bool:
 
 def _token_of(response: Response) -> Secret:
     token = (_mapping(response.json()) or {}).get("jwt")
-    if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
+    if not isinstance(token, str) or not _is_sendable(token):
         raise InvalidResponse(f"{response.request} returned no token in `jwt`")
     return Secret(token)
 
 
+def _is_sendable(key: str) -> bool:
+    return bool(key) and key.isascii() and key.isprintable()
+
+
 def _parsed(content: bytes) -> object:
-    """None for what is no JSON. The parser's own error quotes what it read, so it must not be the context of any."""
+    """Returns None for invalid JSON: the parser's error, which quotes the content, must not become a context."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):

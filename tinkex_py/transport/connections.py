@@ -1,7 +1,7 @@
-"""Connections to one service, behind httpx's public seam for transports and on httpcore's for networks.
+"""Connections to one service: an httpx transport over httpcore connections with a network backend of our own.
 
-asyncio hands over what a socket holds in pieces of up to 256 KiB; the network backends of httpcore cut them into four,
-and pause and resume the socket around each read, which costs as much as the rest of a request. So the sockets are ours.
+asyncio delivers the bytes of a socket in pieces of up to 256 KiB. The network backends of httpcore cut each into four,
+and pause and resume the socket around each read, which costs as much as the rest of a request.
 """
 
 import asyncio
@@ -24,37 +24,37 @@ from tinkex_py.threads import in_own_thread
 from tinkex_py.transport.proxies import DEFAULT_PORTS, ProxyAddress, proxy_for
 
 READ_WHOLE = "tinkex_read_whole"
-"""An extension of requests: the response is to be read before it is given, which costs less than a stream of it."""
+"""A request extension: read the whole response before returning it, which costs less than a stream."""
 
 _LOGGER = logging.getLogger("tinkex_py")
-# Below the 5 s after which common servers close an idle connection, so that we rarely write into a closing one.
+# Below the 5 s after which common servers close an idle connection, so that few requests meet a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
 # Unread bytes above this pause the socket.
 _READ_AHEAD = 1 << 20
-# Smaller writes wait for the read that follows them, so that head and body of a request are one packet.
+# Smaller writes are sent together at the next read, so that head and body of a request are one packet.
 _WRITE_TOGETHER = 1 << 16
-# Seconds for each address of a host but its last one.
-_PATIENCE_PER_ADDRESS = 2.0
+# Seconds for each address of a host except the last one.
+_TIMEOUT_PER_ADDRESS = 2.0
 
 
 class LeftoverResponse(httpcore.ReadError):
-    """A response that was there before its request had been sent: it belongs to an earlier one."""
+    """A response arrived before its request was sent, so it belongs to an earlier one."""
 
 
 class SocketTransport(httpx.AsyncBaseTransport):
-    """A connection for every exchange under way; survives any number of cancelled exchanges.
+    """One connection for every running exchange; survives any number of cancelled exchanges.
 
-    httpx's own transport loses places in its pool to cancelled requests (encode/httpcore#830, #1093). Here every
-    connection is one of httpcore's for itself, and one whose exchange did not end cleanly is closed.
+    The pool of httpcore loses connections to cancelled requests (encode/httpcore#830, #1093). Here every connection
+    has a pool of its own, and is closed if its exchange did not end cleanly.
 
     Args:
         service: the service's address.
 
     Attributes:
-        proxy: what the environment names between here and the service; None is nothing.
+        proxy: the proxy that the environment names for the service, or None.
 
     Raises:
-        ConfigError: the environment names a proxy that cannot be used.
+        ConfigError: the environment names an unusable proxy.
     """
 
     def __init__(self, service: SplitResult) -> None:
@@ -62,7 +62,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._needs_certificates = service.scheme == "https" or (
             self.proxy is not None and self.proxy.scheme == "https"
         )
-        # Which encodings can be read depends on what is installed beside httpx.
+        # httpx supports more encodings if their packages are installed.
         self._encodings: str = httpx.AsyncClient(transport=self).headers["accept-encoding"]
         self._idle: list[_Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
@@ -70,7 +70,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._tls: asyncio.Task[ssl.SSLContext] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Sends a request; the connection is kept until the response is closed, or has been read as a whole.
+        """Sends a request. The connection belongs to the response until it is closed or read completely.
 
         Raises:
             httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException: the exchange failed.
@@ -93,7 +93,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         return httpx.Response(response.status, headers=response.headers, content=content)
 
     async def aclose(self) -> None:
-        """Closes idle connections now and every other one when its exchange is over; waits for all closings so far."""
+        """Closes idle connections now, the others after their exchanges; waits for connections that are closing."""
         self._closed = True
         while self._idle:
             self._discard(self._idle.pop())
@@ -101,7 +101,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
             await asyncio.wait(self._closing)
         if self._tls is not None:
             await asyncio.wait([self._tls])
-            self._tls.exception()  # retrieved: the exchange that needed it may have been cancelled
+            self._tls.exception()  # marks it as retrieved: the exchange that needed it may have been cancelled
 
     def _reusable(self) -> "_Connection | None":
         while self._idle:
@@ -135,14 +135,14 @@ class SocketTransport(httpx.AsyncBaseTransport):
             self._discard(connection)
 
     def _discard(self, connection: "_Connection") -> None:
-        # In a task of its own: a second cancellation of the caller cannot interrupt the closing.
+        # In its own task: a second cancellation of the caller cannot interrupt it.
         task = asyncio.create_task(connection.aclose(), name="tinkex.http.close")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
 
 class _Connection:
-    """One connection of httpcore, opened by its first request."""
+    """One httpcore connection, opened by its first request."""
 
     def __init__(self, origin: httpcore.Origin, tls: ssl.SSLContext, proxy: ProxyAddress | None) -> None:
         self._network = NetworkBackend()
@@ -156,12 +156,12 @@ class _Connection:
 
     @property
     def ended_cleanly(self) -> bool:
-        """Whether the latest exchange came to its end, so that another one may follow."""
+        """Whether the latest exchange is complete, so that another one can follow."""
         return self._exchanges.is_available()
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was idle for too long, or the peer has closed it or said something unasked."""
+        """Whether it was idle for too long, the peer closed it, or unexpected bytes arrived."""
         return self._exchanges.has_expired()
 
     async def send(self, request: httpx.Request) -> httpcore.Response:
@@ -183,14 +183,14 @@ class _Connection:
     async def aclose(self) -> None:
         try:
             await self._exchanges.aclose()
-        except Exception as error:  # noqa: BLE001  (a broken connection may fail to close in any way)
+        except Exception as error:  # noqa: BLE001  (closing a broken connection may fail in any way)
             _LOGGER.debug("closing a connection failed: %s", type(error).__name__)
         finally:
             await self._network.aclose()
 
 
 class _ResponseBody(httpx.AsyncByteStream):
-    """The body of a response; closing it gives the connection back."""
+    """The body of a response; closing it returns the connection."""
 
     def __init__(self, response: httpcore.Response, give_back: Callable[[], None]) -> None:
         self._response = response
@@ -218,13 +218,13 @@ def _httpcore_proxy(proxy: ProxyAddress, tls: ssl.SSLContext) -> httpcore.Proxy:
 
 
 class HandshakeFailed(httpcore.ConnectError):
-    """A TLS handshake that failed, or that the peer broke off."""
+    """The TLS handshake failed, or the peer ended it."""
 
 
 class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
     """One TCP connection, with or without TLS.
 
-    Reads and writes have no timeout of their own: whoever exchanges bounds the whole exchange.
+    Reads and writes have no timeout: `HttpClient` limits the time of the whole exchange.
 
     Attributes:
         has_read_since_write: whether anything was read after the latest write.
@@ -258,7 +258,7 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         _finish(self._arrival)
 
     def eof_received(self) -> None:
-        """The peer sends nothing more; asyncio closes the transport."""
+        """The peer has ended its side; asyncio closes the transport."""
         self._ended = True
         _finish(self._arrival)
 
@@ -269,18 +269,18 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         _finish(self._drained)
 
     def pause_writing(self) -> None:
-        """Lets writers wait until the peer has taken more."""
+        """Makes writers wait until the peer has read more."""
         self._drained = self._loop.create_future()
 
     def resume_writing(self) -> None:
-        """Lets writers go on."""
+        """Resumes writers."""
         _finish(self._drained)
         self._drained = None
 
     # Called by httpcore
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
-        """All bytes that have arrived, however many; empty at the end.
+        """Returns all bytes that have arrived; empty at the end.
 
         Raises:
             httpcore.ReadError: the connection broke.
@@ -303,10 +303,10 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        """Sends bytes, small ones together with those behind them.
+        """Sends bytes; small writes are collected until the next read.
 
         Raises:
-            httpcore.WriteError: the connection is over.
+            httpcore.WriteError: the connection has ended.
         """
         if not buffer:
             return
@@ -317,7 +317,7 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
             if self._drained is not None:
                 await self._drained
         if self._ended:
-            raise httpcore.WriteError(str(self._error or "the peer has closed the connection"))
+            raise httpcore.WriteError(str(self._error or "the peer closed the connection"))
 
     def _write_through(self) -> None:
         unwritten, self._unwritten = self._unwritten, bytearray()
@@ -327,10 +327,10 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> "SocketStream":
-        """Encrypts this connection from here on.
+        """Encrypts this connection.
 
         Raises:
-            HandshakeFailed, httpcore.ConnectTimeout: the handshake failed, or did not end in time.
+            HandshakeFailed, httpcore.ConnectTimeout: the handshake failed, or took too long.
         """
         assert self._transport is not None
         try:
@@ -351,22 +351,22 @@ class SocketStream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         """Closes the socket at once; a second call does nothing."""
         if self._transport is not None:
             self._transport.abort()
-            await asyncio.sleep(0)  # asyncio closes the socket in its next turn
+            await asyncio.sleep(0)  # asyncio closes the socket in the next iteration of the loop
 
     def get_extra_info(self, info: str) -> Any:
-        """`is_readable` is whether bytes or the end came unasked; all else is asyncio's."""
+        """`is_readable` is whether bytes or the end arrived without a read; all else comes from asyncio."""
         if info == "is_readable":
             return bool(self._unread) or self._ended
         return None if self._transport is None else self._transport.get_extra_info(info)
 
 
 class NetworkBackend(httpcore.AsyncNetworkBackend):
-    """Connects for one connection of httpcore, and remembers its stream.
+    """Opens the socket of one httpcore connection, and remembers its stream.
 
-    httpcore 1.0.9 forgets the stream of a TLS handshake that is cancelled (no upstream issue); `aclose` closes it.
+    httpcore 1.0.9 never closes the stream of a cancelled TLS handshake (no upstream issue); `aclose` closes it.
 
     Attributes:
-        stream: what was opened; None before.
+        stream: the latest stream; None before the first one.
     """
 
     def __init__(self) -> None:
@@ -383,7 +383,7 @@ class NetworkBackend(httpcore.AsyncNetworkBackend):
         """Opens a connection.
 
         Raises:
-            httpcore.ConnectError, httpcore.ConnectTimeout: nothing answers there, or not in time.
+            httpcore.ConnectError, httpcore.ConnectTimeout: connecting failed, or took too long.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -394,15 +394,12 @@ class NetworkBackend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectError(str(error)) from error
 
     async def _connect(self, host: str, port: int) -> SocketStream:
-        """Tries one address of the host after another.
-
-        Not at the same time: asyncio's `happy_eyeballs_delay` leaks the sockets of a cancelled connect.
-        """
+        # The addresses in sequence: asyncio's `happy_eyeballs_delay` leaks the sockets of a cancelled connect.
         loop = asyncio.get_running_loop()
         *first, last = await _addresses(loop, host)
         for address in first:
             with contextlib.suppress(OSError):
-                async with asyncio.timeout(_PATIENCE_PER_ADDRESS):
+                async with asyncio.timeout(_TIMEOUT_PER_ADDRESS):
                     return await self._connect_to(loop, address, port)
         return await self._connect_to(loop, last, port)
 
@@ -419,7 +416,7 @@ class NetworkBackend(httpcore.AsyncNetworkBackend):
 
 async def _addresses(loop: asyncio.AbstractEventLoop, host: str) -> list[str]:
     with contextlib.suppress(ValueError):
-        return [str(ipaddress.ip_address(host))]  # asked of nothing, and so in no thread
+        return [str(ipaddress.ip_address(host))]  # `getaddrinfo` would use a thread
     found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for _, _, _, _, address in found))
 

@@ -1,4 +1,4 @@
-"""What services return: the fields of responses, and results of passes and samples with their buffers untouched."""
+"""Parses responses: their fields, and the results of passes and samples, whose buffers stay packed."""
 
 import math
 from collections.abc import Mapping
@@ -24,11 +24,10 @@ from tinkex_py.types.tensors import Array
 from tinkex_py.unicode import REPLACED
 
 _OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
-# No loss gives tensors of more dimensions than this.
 _MOST_DIMENSIONS = 8
-# More than any service answers at once; a few bytes can claim any number.
+# A few bytes can declare any number of datums.
 _MOST_DATUMS = 2**24
-# A cell of a top-k row that holds nothing.
+# Marks an unused cell of a top-k row.
 _UNUSED_LOGPROB = -99999.0
 
 DTYPES = {
@@ -48,31 +47,30 @@ class Result:
 
 
 def read_forward_backward(result: Result) -> ForwardBackwardOutput:
-    """The result of forward or forward_backward, whichever way it is written.
+    """Parses the result of forward or forward_backward in either encoding.
 
     Raises:
-        InvalidResponse: it is neither.
+        InvalidResponse: it is invalid.
     """
     if result.fields is None:
         return decode_forward_backward(result.body)
-    told = {name: result.fields[name] for name in _OUTPUT_FIELDS if name in result.fields}
-    return ForwardBackwardOutput.read(told)
+    return ForwardBackwardOutput.read({name: result.fields[name] for name in _OUTPUT_FIELDS if name in result.fields})
 
 
 def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
-    """A protobuf ForwardBackwardOutput, its numbers still packed.
+    """Parses a protobuf ForwardBackwardOutput; its numbers stay packed.
 
     Raises:
-        InvalidResponse: the bytes are no such message, or its parts contradict each other.
+        InvalidResponse: the message is invalid, or its parts contradict each other.
     """
     try:
         message = wire.ForwardBackwardOutput.FromString(body)
     except DecodeError as error:
-        raise InvalidResponse(f"the result is no ForwardBackwardOutput ({len(body)} bytes)") from error
+        raise InvalidResponse(f"the result is not a ForwardBackwardOutput ({len(body)} bytes)") from error
     records = list(message.loss_fn_outputs)
     counts = [record.num_datums for record in records]
     if any(count < 0 for count in counts) or sum(counts) > _MOST_DATUMS:
-        raise InvalidResponse(f"the result claims to hold {counts} datums")
+        raise InvalidResponse(f"the result declares {counts} datums")
     names = list(dict.fromkeys(name for record in records for name in record.fields))
     return ForwardBackwardOutput(
         loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
@@ -86,13 +84,13 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
 
 
 def numbers_of(buffer: bytes, dtype: "str | np.dtype[Any]", name: str) -> Array:
-    """A buffer of an answer as numbers.
+    """Returns a buffer of a response as an array; `name` is for the message.
 
     Raises:
-        InvalidResponse: it is cut off within a number.
+        InvalidResponse: the buffer ends within a number.
     """
     if len(buffer) % np.dtype(dtype).itemsize:
-        raise InvalidResponse(f"{name} have {len(buffer)} bytes, which is no whole number of {dtype}")
+        raise InvalidResponse(f"{name} have {len(buffer)} bytes, which is not a whole number of {dtype}")
     return np.frombuffer(buffer, dtype)
 
 
@@ -106,7 +104,7 @@ def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> P
     if len(trailing) > _MOST_DIMENSIONS or any(size < 1 for size in trailing) or math.prod(trailing) > 2**31:
         raise InvalidResponse(f"output field {name!r} has the trailing shape {trailing}")
     size = dtype.itemsize * math.prod(trailing)
-    data = field.data  # each look copies it
+    data = field.data  # every access copies it
     offsets = numbers_of(field.offsets, "<i8", f"the offsets of output field {name!r}")
     if (
         offsets.size != num_datums + 1
@@ -125,24 +123,24 @@ def _packed(field: "wire.BatchedTensor | None", num_datums: int, name: str) -> P
 
 
 def read_sample(result: Result) -> SampleResponse:
-    """The result of a sample, whichever way it is written.
+    """Parses the result of a sample in either encoding.
 
     Raises:
-        InvalidResponse: it is neither.
+        InvalidResponse: it is invalid.
     """
     return decode_sample(result.body) if result.fields is None else SampleResponse.read(result.fields)
 
 
 def decode_sample(body: bytes) -> SampleResponse:
-    """A protobuf SampleResponse.
+    """Parses a protobuf SampleResponse.
 
     Raises:
-        InvalidResponse: the bytes are no such message, or its parts contradict each other.
+        InvalidResponse: the message is invalid, or its parts contradict each other.
     """
     try:
         message = wire.SampleResponse.FromString(body)
     except DecodeError as error:
-        raise InvalidResponse(f"the result is no SampleResponse ({len(body)} bytes)") from error
+        raise InvalidResponse(f"the result is not a SampleResponse ({len(body)} bytes)") from error
     prompt = numbers_of(message.prompt_logprobs, "<f4", "prompt_logprobs") if message.prompt_logprobs else None
     topk = message.topk_prompt_logprobs if message.HasField("topk_prompt_logprobs") else None
     targets = message.target_prompt_logprobs if message.HasField("target_prompt_logprobs") else None
@@ -160,7 +158,7 @@ def _sequence(sequence: wire.SampledSequence) -> SampledSequence:
     tokens = numbers_of(sequence.tokens, "<i4", "the tokens of a sequence")
     logprobs = numbers_of(sequence.logprobs, "<f4", "the logprobs of a sequence")
     if logprobs.size not in (0, tokens.size):
-        raise InvalidResponse(f"a sequence of {tokens.size} tokens came with {logprobs.size} logprobs")
+        raise InvalidResponse(f"a sequence of {tokens.size} tokens has {logprobs.size} logprobs")
     topk = sequence.topk_sampled_logprobs if sequence.HasField("topk_sampled_logprobs") else None
     return SampledSequence(
         tokens=tokens.tolist(),
@@ -171,14 +169,14 @@ def _sequence(sequence: wire.SampledSequence) -> SampledSequence:
 
 
 def _top(message: wire.TopkLogprobs, name: str) -> TopLogprobs | None:
-    """Rows of (token, logprob); unused cells at the end of a row are cut off, and a row of nothing else is None."""
+    """Returns rows of (token, logprob) without their unused cells; a row without any other cell is None."""
     if not message.length or not message.k:
         return None
     ids = numbers_of(message.token_ids, "<i4", f"the ids of {name}")
     logprobs = numbers_of(message.logprobs, "<f4", f"the logprobs of {name}")
     if ids.size != message.length * message.k or logprobs.size != ids.size:
         raise InvalidResponse(
-            f"{name} of {message.length} x {message.k} came with {ids.size} ids and {logprobs.size} logprobs"
+            f"{name} of {message.length} x {message.k} has {ids.size} ids and {logprobs.size} logprobs"
         )
     rows = zip(ids.reshape(-1, message.k).tolist(), logprobs.reshape(-1, message.k).tolist(), strict=True)
     return [_row(list(zip(*row, strict=True))) for row in rows]
@@ -200,7 +198,7 @@ def _sampled_tensor(message: wire.Tensor, name: str) -> TensorData:
     dtype = DTYPES.get(message.dtype)
     shape = tuple(message.shape)
     if dtype is None or message.dtype == wire.DTYPE_BFLOAT16:  # not allowed in plain tensors (protocol: 4.4)
-        raise InvalidResponse(f"{name} has the dtype {message.dtype}, which a tensor cannot have")
+        raise InvalidResponse(f"{name} has the dtype {message.dtype}, which is not a dtype of tensors")
     if any(size < 0 for size in shape) or math.prod(shape) > 2**40:
         raise InvalidResponse(f"{name} has the shape {shape}")
     parts: dict[str, Any] = {"dtype": "float32" if dtype.kind == "f" else "int64", "shape": shape}
@@ -218,36 +216,36 @@ def _sampled_tensor(message: wire.Tensor, name: str) -> TensorData:
 
 
 def fields_of(response: Response) -> dict[str, Any]:
-    """The fields of a successful response; an empty body has none.
+    """Returns the fields of a successful response; an empty body has none.
 
     Raises:
-        InvalidResponse: it is no JSON object.
+        InvalidResponse: the body is not a JSON object.
     """
     fields: object = response.json() if response.body.strip() else {}
     if not isinstance(fields, dict):
-        raise InvalidResponse(f"{response.request} returned JSON that is no object")
+        raise InvalidResponse(f"{response.request} returned JSON that is not an object")
     return cast("dict[str, Any]", fields)
 
 
 def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
-    """A text that a service must give, and that goes into later requests.
+    """Returns a required string field, such as an id, that later requests send back.
 
     Raises:
-        InvalidResponse: there is none, or it cannot be sent.
+        InvalidResponse: it is missing, or cannot be sent.
     """
     value = fields.get(name)
     if not isinstance(value, str) or not value:
         raise InvalidResponse(f"{path} returned no {name}")
     if not value.isprintable() or REPLACED in value:
-        raise InvalidResponse(f"{path} returned a {name} that holds characters which cannot be sent")
+        raise InvalidResponse(f"{path} returned a {name} with characters that cannot be sent")
     return value
 
 
 def request_id_of(response: Response) -> str:
-    """The future that a submission made.
+    """Returns the id of the future that a submission created.
 
     Raises:
-        InvalidResponse: there is none.
+        InvalidResponse: it is missing.
     """
     fields = fields_of(response)
     given = fields.get("request_id")

@@ -1,8 +1,8 @@
-"""Passes over data as bytes, with the packed buffers untouched.
+"""Encodes passes over data; packed buffers stay packed.
 
-A custom step sends the same datums twice, so their protobuf form is laid out once and only the bytes of the weights are
-overwritten for the backward pass. What surrounds the numbers depends on lengths alone: it is made once for all datums
-of one shape, and the numbers are copied once, from their arrays into the request.
+A custom step sends the same datums twice: their protobuf form is laid out once, and the backward pass overwrites only
+the bytes of the weights. The bytes around the numbers depend only on lengths: they are cached for all datums of one
+shape, and the numbers are copied once, from their arrays into the request.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -38,11 +38,11 @@ class EncodedBatch:
     """Datums as the `data` part of a ForwardBackwardRequest.
 
     Attributes:
-        data: the datums kept for error messages and JSON servers.
+        data: the datums, for error messages and JSON.
         body: the bytes.
-        weights_at: start of every datum's dense weights in `body`; empty if they cannot be replaced.
-        weights_bytes: length of every datum's weights.
-        checked_fields: the datums' own floating point fields that are sent.
+        weights_at: start of each datum's dense weights in `body`; empty if they cannot be replaced.
+        weights_bytes: length of each datum's weights.
+        checked_fields: the floating point fields of the datums that are sent.
     """
 
     data: Sequence[Datum]
@@ -58,18 +58,18 @@ class EncodedBatch:
 
     @property
     def weight_count(self) -> int:
-        """How many weights all datums have."""
+        """Number of weights of all datums."""
         return sum(self.weights_bytes) // _WEIGHT_BYTES
 
     def laid_out(self) -> "EncodedBatch":
-        """Itself, as `PlannedBatch.laid_out`."""
+        """Returns itself; see `PlannedBatch.laid_out`."""
         return self
 
     def write_weights(self, packed: Array) -> None:
-        """Gives the datums other weights, in place: no request of this batch may be under way.
+        """Replaces the weights in place. No request of this batch may be in flight.
 
         Args:
-            packed: float32, all datums' weights end to end.
+            packed: float32, the weights of all datums concatenated.
         """
         flat = np.ascontiguousarray(packed, dtype="<f4").reshape(-1).view(np.uint8)
         target = np.frombuffer(self.body, np.uint8)
@@ -80,11 +80,11 @@ class EncodedBatch:
         assert start == flat.size, "weights must cover the datums exactly"
 
     def with_advantages(self, logprobs: Array, advantages: Array) -> "EncodedBatch":
-        """The same datums with `logprobs` and `advantages` instead of weights.
+        """Returns the same datums with `logprobs` and `advantages` instead of weights.
 
         Args:
-            logprobs: float32, all datums' end to end, of targets with one dimension.
-            advantages: the same for the advantages.
+            logprobs: float32, of all datums concatenated, of targets with one dimension.
+            advantages: of the same form.
         """
         body = bytearray()
         start = 0
@@ -104,12 +104,12 @@ class EncodedBatch:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """Datums that are laid out when they are sent, so that those that wait cost no memory.
+    """Datums that are laid out when they are sent, so that waiting ones need no memory.
 
     Attributes:
-        data: the datums, which nobody can change.
+        data: the datums, which are immutable.
         size: estimated bytes of the body.
-        checked_fields: None; all fields are sent.
+        checked_fields: None: all fields are sent.
     """
 
     data: Sequence[Datum]
@@ -117,7 +117,7 @@ class PlannedBatch:
     checked_fields = None
 
     def laid_out(self) -> EncodedBatch:
-        """The datums with all their loss inputs."""
+        """Returns the datums with all their loss inputs."""
         return encode_batch(self.data)
 
 
@@ -134,29 +134,29 @@ def encode_batch(data: Sequence[Datum]) -> EncodedBatch:
 
 
 def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
-    """Lays out datums for a custom step: only `target_tokens` and `weights`, the latter replaceable.
+    """Lays out datums for a custom step: only `target_tokens` and replaceable `weights`.
 
-    Weights that the datum has are sent, else zeros; the forward pass does not depend on them.
+    Weights of a datum are sent, else zeros; the forward pass does not depend on them.
     """
-    # The arrays themselves: thousands of memoryviews of them would keep Python's garbage collection busy.
+    # The arrays themselves: thousands of memoryviews of them would slow down Python's garbage collection.
     parts: list[bytes | Array] = []
     positions: list[int] = []
     sizes: list[int] = []
     length = 0
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"]
+        arrays: list[bytes | Array] = []
         if targets.sparse_crow_indices is not None:
-            frame = _custom_frame_around(_head_of(datum, targets), targets.shape)
+            frame = _frame([_head_of(datum, targets)], 0, targets.shape)
         else:
             tokens = [chunk.tokens for chunk in datum.model_input.chunks]
-            lengths = [array.size for array in tokens]
-            frame = _custom_frame(tuple(lengths), targets.shape)
-            for before, array in zip(frame.before_chunks, tokens, strict=True):
-                parts += (before, array)
-            parts += (frame.before_targets, targets.data)
+            frame = _dense_frame(tuple([array.size for array in tokens]), targets.shape)
+            arrays += (*tokens, targets.data)
         weights = datum.loss_fn_inputs.get("weights")
-        values = frame.zeros if weights is None else _float_values(weights)
-        parts += (frame.before_weights, values, frame.after_weights)
+        arrays.append(frame.zeros if weights is None else _float_values(weights))
+        for before, array in zip(frame.before, arrays, strict=True):
+            parts += (before, array)
+        parts.append(frame.after)
         positions.append(length + frame.weights_at)
         sizes.append(len(frame.zeros))
         length += frame.length
@@ -165,14 +165,14 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
 
 @dataclass(frozen=True)
 class PassHeader:
-    """What a forward or forward_backward request says beside its datums.
+    """The fields of a forward or forward_backward request beside its datums.
 
     Attributes:
         model_id: the model.
-        seq_id: the request's number.
-        loss_fn: the service's loss.
-        config: its settings.
-        forward_only: no gradient.
+        seq_id: sequence number of the request.
+        loss_fn: name of the service's loss.
+        config: settings of the loss.
+        forward_only: compute no gradient.
     """
 
     model_id: str
@@ -183,7 +183,7 @@ class PassHeader:
 
 
 def encode_request(batch: EncodedBatch, request: PassHeader) -> tuple[bytes, bytearray]:
-    """A ForwardBackwardRequest around encoded datums, in two parts: the second is the batch's own memory."""
+    """Returns a ForwardBackwardRequest in two parts, the second of which is the batch's own memory."""
     head = wire.ForwardBackwardRequest(
         model_id=request.model_id,
         seq_id=request.seq_id,
@@ -200,7 +200,7 @@ def encode_request(batch: EncodedBatch, request: PassHeader) -> tuple[bytes, byt
 
 
 def request_as_json(batch: EncodedBatch, request: PassHeader) -> dict[str, Any]:
-    """The same request for servers that only read JSON; it goes to `/forward` or `/forward_backward`."""
+    """Returns the same request as a JSON object, for `/forward` or `/forward_backward`."""
     body = wire.ForwardBackwardRequest.FromString(bytes(batch.body))
     data = [
         {
@@ -219,41 +219,16 @@ def request_as_json(batch: EncodedBatch, request: PassHeader) -> dict[str, Any]:
     }
 
 
-class Encoding(Protocol):
-    """One way to write a pass over data."""
-
-    @property
-    def name(self) -> EncodingName:
-        """Which one it is."""
-        ...
-
-    @property
-    def holds_any_number(self) -> bool:
-        """Whether NaN and infinity can be written."""
-        ...
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether writing much leaves the event loop's thread; a plain copy does not."""
-        ...
-
-    def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """Writes one request.
-
-        Args:
-            batch: the datums.
-            header: what the request says beside them.
-            headers: further HTTP headers.
-        """
-        ...
-
-
 class ProtobufEncoding:
-    """`ForwardBackwardRequest` messages to one endpoint.
+    """Sends `ForwardBackwardRequest` messages to one endpoint.
 
     Args:
-        compress: with zstd, where `zstandard` is installed (the extra `zstd`). Without it the body goes plain, which
-            every service reads.
+        compress: compress with zstd if `zstandard` is installed (the extra `zstd`); every service accepts plain bodies.
+
+    Attributes:
+        name: name of the encoding.
+        holds_any_number: whether it can represent NaN and infinity.
+        is_slow: whether large requests should be encoded outside of the event loop's thread.
     """
 
     name: EncodingName = "protobuf"
@@ -264,7 +239,13 @@ class ProtobufEncoding:
         self.is_slow = self._zstandard is not None
 
     def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """A ForwardBackwardRequest."""
+        """Encodes one request.
+
+        Args:
+            batch: the datums.
+            header: the other fields.
+            headers: further HTTP headers.
+        """
         parts = encode_request(batch, header)
         if self._zstandard is None:
             return request("POST", _BACKWARD_PATH, content=parts, content_type=PROTOBUF, headers=headers)
@@ -274,95 +255,75 @@ class ProtobufEncoding:
 
 
 class JsonEncoding:
-    """JSON objects; forward passes have an endpoint of their own."""
+    """Sends JSON objects; forward passes have their own endpoint. The attributes are those of `ProtobufEncoding`."""
 
     name: EncodingName = "json"
     holds_any_number = False
     is_slow = True
 
     def encode(self, batch: EncodedBatch, header: PassHeader, headers: Mapping[str, str] = NO_HEADERS) -> Request:
-        """A `forward_input` or `forward_backward_input`."""
+        """Encodes one request; the arguments are those of `ProtobufEncoding.encode`."""
         path = _FORWARD_PATH if header.forward_only else _BACKWARD_PATH
         written = json.dumps(request_as_json(batch, header), allow_nan=False, separators=(",", ":")).encode()
         return request("POST", path, content=written, content_type=JSON, headers=headers)
 
 
+Encoding = ProtobufEncoding | JsonEncoding
+
+
 @dataclass(frozen=True)
-class _CustomFrame:
-    """The frame of all datums whose inputs and targets have the same lengths.
+class _Frame:
+    """The constant bytes of one element of ForwardBackwardRequest.data, around its arrays.
 
     Attributes:
-        before_chunks: before the int32 tokens of every chunk of the input.
-        before_targets: between them and the int64 targets.
-        before_weights: between those and the float32 weights.
-        after_weights: the end.
-        zeros: weights for a datum that has none.
-        weights_at: where the weights start.
-        length: of the whole element.
+        before: the bytes before each array: the int32 tokens of every chunk, the int64 targets, the float32 weights.
+        after: the bytes after the weights.
+        zeros: weights for a datum without weights.
+        weights_at: start of the weights.
+        length: length of the element.
     """
 
-    before_chunks: Sequence[bytes]
-    before_targets: bytes
-    before_weights: bytes
-    after_weights: bytes
+    before: Sequence[bytes]
+    after: bytes
     zeros: bytes
     weights_at: int
     length: int
 
 
 @lru_cache(maxsize=256)
-def _custom_frame(chunk_lengths: tuple[int, ...], shape: tuple[int, ...]) -> _CustomFrame:
-    """The frame of an element of ForwardBackwardRequest.data with `target_tokens` and `weights`.
+def _dense_frame(chunk_lengths: tuple[int, ...], shape: tuple[int, ...]) -> _Frame:
+    """Returns the frame for chunks of these lengths and dense targets of this shape."""
+    target_bytes = _TARGET_BYTES * math.prod(shape)
+    before_targets, after_targets = _around_tensor("target_tokens", wire.DTYPE_INT64, target_bytes, shape)
+    before = [*map(_before_tokens, chunk_lengths), before_targets, after_targets]
+    return _frame(before, _TOKEN_BYTES * sum(chunk_lengths) + target_bytes, shape)
+
+
+def _frame(before: Sequence[bytes], array_bytes: int, shape: tuple[int, ...]) -> _Frame:
+    """Adds the weights, and the opening of the element, to the bytes before them.
 
     Args:
-        chunk_lengths: tokens of every chunk of the input.
-        shape: of the targets.
+        before: the bytes before each array, and those between the last array and the weights.
+        array_bytes: bytes of the arrays before the weights.
+        shape: shape of the targets.
     """
-    before_chunks = [_before_tokens(length) for length in chunk_lengths]
-    size = math.prod(shape)
-    before_targets, after_targets = _around_tensor("target_tokens", wire.DTYPE_INT64, _TARGET_BYTES * size, shape)
-    before_weights, after_weights = _around_tensor("weights", wire.DTYPE_FLOAT32, _WEIGHT_BYTES * size, shape)
-    inputs = sum(map(len, before_chunks)) + _TOKEN_BYTES * sum(chunk_lengths)
-    targets = len(before_targets) + _TARGET_BYTES * size + len(after_targets)
-    message = inputs + targets + len(before_weights) + _WEIGHT_BYTES * size + len(after_weights)
+    weight_bytes = _WEIGHT_BYTES * math.prod(shape)
+    before_weights, after = _around_tensor("weights", wire.DTYPE_FLOAT32, weight_bytes, shape)
+    pieces = [*before[:-1], before[-1] + before_weights]
+    message = sum(map(len, pieces)) + array_bytes + weight_bytes + len(after)
     opening = _data_opening(message)
-    # An input without chunks has no part that could hold the opening.
-    first = [opening + before_chunks[0], *before_chunks[1:]] if before_chunks else []
-    return _CustomFrame(
-        before_chunks=first,
-        before_targets=before_targets if before_chunks else opening + before_targets,
-        before_weights=after_targets + before_weights,
-        after_weights=after_weights,
-        zeros=bytes(_WEIGHT_BYTES * size),
-        weights_at=len(opening) + inputs + targets + len(before_weights),
-        length=len(opening) + message,
-    )
-
-
-def _custom_frame_around(head: bytes, shape: tuple[int, ...]) -> _CustomFrame:
-    """The frame of an element whose input and targets are laid out already, in `head`.
-
-    Args:
-        head: the two, serialized.
-        shape: of the targets.
-    """
-    size = _WEIGHT_BYTES * math.prod(shape)
-    before, after = _around_tensor("weights", wire.DTYPE_FLOAT32, size, shape)
-    message = len(head) + len(before) + size + len(after)
-    before_weights = _data_opening(message) + head + before
-    return _CustomFrame(
-        before_chunks=(),
-        before_targets=b"",
-        before_weights=before_weights,
-        after_weights=after,
-        zeros=bytes(size),
-        weights_at=len(before_weights),
-        length=len(before_weights) + size + len(after),
+    length = len(opening) + message
+    return _Frame(
+        before=[opening + pieces[0], *pieces[1:]],
+        after=after,
+        zeros=bytes(weight_bytes),
+        weights_at=length - len(after) - weight_bytes,
+        length=length,
     )
 
 
 def _data_opening(length: int) -> bytes:
-    """Opens one element of `data`. Lengths are base-128 varints, low bits first (protobuf encoding guide)."""
+    """Returns tag and length of one element of `data`; the length is a base-128 varint (protobuf encoding guide)."""
     opening = bytearray(_DATA_TAG)
     while length > 0x7F:
         opening.append(length & 0x7F | 0x80)
@@ -379,10 +340,9 @@ def _before_tokens(length: int) -> bytes:
 
 
 def _around_tensor(name: str, dtype: "wire.DType", size: int, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What stands before and after the numbers of a loss input.
+    """Returns the bytes before and after the numbers of a loss input.
 
-    In the serialized entry the numbers are followed by dtype and shape only, since fields are written in
-    the order of their numbers.
+    Fields are serialized in the order of their numbers, so that only dtype and shape follow the numbers.
     """
     tensor = wire.Tensor(dense=bytes(size), dtype=dtype, shape=shape)
     entry = wire.Datum(loss_fn_inputs={name: tensor}).SerializeToString()
@@ -424,7 +384,6 @@ def _tensor(tensor: TensorData) -> wire.Tensor:
 
 
 def _float_values(tensor: TensorData) -> Array:
-    """All values of a tensor as the wire's float32, contiguous."""
     if tensor.dtype == "float32" and not tensor.is_sparse:
         return tensor.data
     return np.ascontiguousarray(tensor.to_numpy(), dtype="<f4")

@@ -1,11 +1,11 @@
-"""HTTP exchanges with one service: what is sent, what may run, and what failures mean."""
+"""HTTP exchanges with one service: headers, redirects, time limits, events and closing."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -29,46 +29,35 @@ from tinkex_py.transport.messages import (
 from tinkex_py.transport.proxies import ProxyAddress
 from tinkex_py.version import __version__
 
+Transport = httpx.AsyncBaseTransport
 Result = TypeVar("Result")
 
 USER_AGENT = f"tinkex-py/{__version__}"
 _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
 _MOST_OF_AN_ERROR = 1 << 16
-# A header of fewer characters is no key, and leaving it out of messages would garble them.
+# A shorter header value is not a key, and redacting it would garble messages.
 _SHORTEST_KEY = 8
-_CLOSED_MEANWHILE = "this client was closed while the request was under way"
+_CLOSED_MEANWHILE = "this client was closed during the request"
 
-# A client asks few addresses many times, and httpx takes 0.1 ms to parse one.
+# A client requests few URLs many times, and httpx takes 0.1 ms to parse one.
 _frequent_url = lru_cache(maxsize=64)(httpx.URL)
 
 
-class Transport(Protocol):
-    """The part of `httpx.AsyncBaseTransport` that an exchange needs."""
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Sends a request; the response's body is read later."""
-        ...
-
-    async def aclose(self) -> None:
-        """Closes all connections."""
-        ...
-
-
 class HttpClient:
-    """Exchanges with one service. Constructing it does no I/O.
+    """Exchanges with one service. The constructor does no I/O.
 
-    It belongs to the event loop of its first exchange; close it there.
+    The client belongs to the event loop of its first exchange; close it there.
 
     Args:
-        base_url: where the service is; a path in it is kept in front of every path.
-        transport: carries the requests, as many at a time as come; None opens up to `max_connections` connections.
+        base_url: where the service is; a path in it is prepended to every path.
+        transport: sends the requests without a limit on their number; None opens up to `max_connections` connections.
         timeout: seconds for one exchange, from having a connection to the last byte.
-        max_connections: exchanges at a time; more wait in their order.
-        headers: sent with every request; their values are left out of messages where they are long enough to be keys.
+        max_connections: maximum number of concurrent exchanges; others wait in order.
+        headers: sent with every request; values that are long enough to be keys are redacted from messages.
 
     Raises:
-        ConfigError: the address cannot be used, or the environment names a proxy that cannot be used.
+        ConfigError: the address is invalid, or the environment names an unusable proxy.
     """
 
     def __init__(
@@ -81,7 +70,7 @@ class HttpClient:
         headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
         self._base = checked_base_url(base_url)
-        self._root = self._base.geturl().rstrip("/")  # its own path is kept
+        self._root = self._base.geturl().rstrip("/")
         self._given_transport = transport
         self._proxy: ProxyAddress | None = None
         self._slots: AbstractAsyncContextManager[None] = contextlib.nullcontext()
@@ -96,37 +85,34 @@ class HttpClient:
         self._secret_headers = [value for value in headers.values() if len(value) >= _SHORTEST_KEY]
         self._may_trace = True
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._running: set[asyncio.Timeout] = set()
-        self._under_way = 0
+        self._limits: set[asyncio.Timeout] = set()
+        self._exchanges = 0
         self._elsewhere: set[HttpClient] = set()
-        self._nothing_runs = asyncio.Event()
-        self._nothing_runs.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._closed = False
 
     def __repr__(self) -> str:
         return f"HttpClient(base_url={self._base.geturl()!r}, closed={self._closed})"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise TypeError("an HttpClient holds connections of this process: make a new one instead of pickling it")
+        raise TypeError("an HttpClient holds connections of this process: create a new one instead of pickling it")
 
     @property
     def host(self) -> str:
-        """Host (and port) of the service, as messages name it."""
+        """Host (and port) of the service, for messages."""
         return self._base.netloc
 
     async def exchange(self, request: Request, *, key: Secret = NO_SECRET, attempt: int = 1) -> Response:
-        """Sends one request and reads its whole response; no retry.
+        """Sends one request and returns the whole response, whatever its status. Does not retry.
 
         Args:
-            request: what is sent.
+            request: the request.
             key: sent as `X-API-Key`.
-            attempt: which attempt of the caller this is, for events.
-
-        Returns:
-            The response, whatever its status.
+            attempt: number of the caller's attempt, for events.
 
         Raises:
-            ConnectionFailed: nothing answered, or the response broke off.
+            ConnectionFailed: there is no connection, or it broke.
             TimeoutExceeded: the response was not complete in time.
             InvalidResponse: the response is not HTTP, or cannot be decompressed.
             ClientClosed: this client is closed, or belongs to another event loop.
@@ -143,14 +129,14 @@ class HttpClient:
     async def stream(
         self, request: Request, *, key: Secret = NO_SECRET, attempt: int = 1
     ) -> AsyncGenerator["ResponseStream", None]:
-        """Sends one request, whose response is read piece by piece; no retry, and no redirection is followed.
+        """Sends one request, whose response is read piece by piece. Neither retries nor follows redirects.
 
-        A service in this process is the exception: its response is complete, and in memory, before it can be read.
+        A service in this process is an exception: its response is complete, and in memory, before it can be read.
 
         Args:
-            request: what is sent; its timeout bounds the time until the response begins, and then between two pieces.
+            request: the request; its timeout limits the time until the response begins, and between two pieces.
             key: sent as `X-API-Key`.
-            attempt: which attempt of the caller this is, for events.
+            attempt: number of the caller's attempt, for events.
 
         Raises:
             ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
@@ -170,27 +156,27 @@ class HttpClient:
     async def towards(
         self, url: str, *, key: Secret = NO_SECRET
     ) -> AsyncGenerator[tuple["HttpClient", str, Secret], None]:
-        """A client of its own for an address that the service named, the path to ask it for, and the key to use there.
+        """Opens a client for a URL that the service returned; yields it, the path to request, and the key to send.
 
-        The key and the headers of this client go along only within the origin of `base_url`. (An `http_client` of the
-        user's own sends whatever headers it has itself.)
+        The key and the headers of this client are sent to the origin of `base_url` only. (A user's own `http_client`
+        always sends its own headers.)
 
         Args:
-            url: the address.
-            key: of this client.
+            url: the URL.
+            key: the key of this client.
 
         Raises:
-            ConfigError: it is no http(s) address.
+            ConfigError: the URL is not an http(s) address.
             ClientClosed: this client is closed.
         """
         self._require_usable()
         parts = urlsplit(url)
         base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
         at_home = same_origin(base, self._base.geturl())
-        carries_all = at_home or isinstance(self._given_transport, ClientTransport)
+        shares_transport = at_home or isinstance(self._given_transport, ClientTransport)
         client = HttpClient(
             base_url=base,
-            transport=self._given_transport if carries_all else None,
+            transport=self._given_transport if shares_transport else None,
             timeout=self._timeout,
             max_connections=1,
             headers=self._given_headers if at_home else NO_HEADERS,
@@ -204,7 +190,7 @@ class HttpClient:
             await client.aclose()
 
     async def aclose(self) -> None:
-        """Closes all connections; exchanges under way raise ClientClosed. A second call does nothing.
+        """Closes all connections; running exchanges raise ClientClosed. A second call does nothing.
 
         Raises:
             ClientClosed: the client belongs to another event loop, which must close it.
@@ -214,17 +200,17 @@ class HttpClient:
             return
         self._require_own_loop()
         self._closed = True
-        for limit in self._running:
+        for limit in self._limits:
             if not limit.expired():
                 limit.reschedule(self._loop.time())
         for client in list(self._elsewhere):
             await client.aclose()
-        await self._nothing_runs.wait()
+        await self._idle.wait()
         await self._transport.aclose()
 
     def _require_usable(self) -> None:
         if self._closed:
-            raise ClientClosed("this client is closed; make a new one")
+            raise ClientClosed("this client is closed; create a new one")
         self._require_own_loop()
 
     def _require_own_loop(self) -> None:
@@ -233,18 +219,18 @@ class HttpClient:
         if self._loop is not loop:
             raise ClientClosed(
                 "this client belongs to the event loop of its first request, and this is another one: "
-                "make one client per event loop, and close it there"
+                "create one client per event loop, and close it there"
             )
 
     @asynccontextmanager
     async def _exchanging(self, request: Request, attempt: int) -> AsyncGenerator[Measurements]:
-        """One exchange: it waits for a connection, and events report it."""
+        """One exchange, with its events. Waits for a free connection."""
         if self._closed or self._loop is not asyncio.get_running_loop():
             self._require_usable()
         path = f"{self._base.path.rstrip('/')}/{request.path.partition('?')[0].lstrip('/')}"
         metadata = {"method": request.method, "path": path, "attempt": attempt}
-        self._under_way += 1
-        self._nothing_runs.clear()
+        self._exchanges += 1
+        self._idle.clear()
         try:
             async with self._slots:
                 if self._closed:
@@ -252,24 +238,27 @@ class HttpClient:
                 with lifecycle("tinkex.http.request", metadata) as measurements:
                     yield measurements
         finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._nothing_runs.set()
+            self._exchanges -= 1
+            if not self._exchanges:
+                self._idle.set()
 
     async def bounded(
         self, work: Coroutine[Any, Any, Result], request: str, seconds: float, too_late: str | None = None
     ) -> Result:
-        """Awaits a part of an exchange within a time; what fails in it becomes a typed error without a cause.
+        """Awaits a part of an exchange with a time limit; its failures become typed errors without a cause.
 
         Args:
             work: the part.
             request: names the exchange in errors.
-            seconds: the time.
-            too_late: the message when it is over; default is that there was no response.
+            seconds: the limit.
+            too_late: the message of the timeout; by default that there was no response.
 
         Raises:
             ConnectionFailed, TimeoutExceeded, InvalidResponse, ClientClosed, InvalidData: as `exchange`.
         """
+        if self._closed:  # closed between two parts of a stream
+            work.close()
+            raise ClientClosed(_CLOSED_MEANWHILE)
 
         def expired() -> TimeoutExceeded | ClientClosed:
             if self._closed:
@@ -278,11 +267,11 @@ class HttpClient:
 
         try:
             async with time_limit(seconds, expired) as limit:
-                self._running.add(limit)
+                self._limits.add(limit)
                 try:
                     return await work
                 finally:
-                    self._running.discard(limit)
+                    self._limits.discard(limit)
         except Exception as error:
             failure = typed_failure(error, request, seconds, self._proxy)
             if failure is None:
@@ -290,7 +279,7 @@ class HttpClient:
         raise failure
 
     async def _whole(self, request: Request, key: Secret, seconds: float) -> httpx.Response:
-        """The complete response at the end of the redirections that the request may follow."""
+        """Follows the redirects that the request may follow, and returns the complete last response."""
         url = f"{self._root}/{request.path.lstrip('/')}"
         for _ in range(_MOST_REDIRECTS):
             raw = await self._send(request, key, url, seconds, read=True)
@@ -311,7 +300,7 @@ class HttpClient:
         raw = await self._transport.handle_async_request(
             httpx.Request(
                 request.method,
-                # An address with a query is not kept: it may hold secrets, and comes once.
+                # A URL with a query is not cached: it may contain secrets, and occurs once.
                 httpx.URL(url) if "?" in url else _frequent_url(url),
                 headers={**traced, **self._headers, **request.headers, **authorized},
                 content=request.body(),
@@ -326,13 +315,13 @@ class HttpClient:
         return raw
 
     def _name_and_seconds(self, request: Request) -> tuple[str, float]:
-        """What messages call an exchange, without the query, which may hold secrets; and how long it may take."""
+        """The name of an exchange in messages, without the query, which may contain secrets; and its time limit."""
         name = f"{request.method} /{request.path.partition('?')[0].lstrip('/')} at {self._base.netloc}"
         return name, self._timeout if request.timeout is None else request.timeout
 
 
 class ResponseStream:
-    """Status and headers of a response whose body has not been read yet.
+    """Status and headers of a response, and its body, which is still to be read.
 
     Attributes:
         status: HTTP status code.
@@ -340,7 +329,7 @@ class ResponseStream:
         received: bytes of the body so far.
     """
 
-    def __init__(self, client: "HttpClient", raw: httpx.Response, request: str, secret: Secret, seconds: float) -> None:
+    def __init__(self, client: HttpClient, raw: httpx.Response, request: str, secret: Secret, seconds: float) -> None:
         self.status: int = raw.status_code
         self.headers: dict[str, str] = dict(raw.headers.items())
         self.received = 0
@@ -352,19 +341,19 @@ class ResponseStream:
 
     @property
     def length(self) -> int | None:
-        """Bytes of the whole body, if the service announced them."""
+        """Bytes of the whole body; None if the service did not announce them."""
         announced = self.headers.get("content-length", "")
         return int(announced) if announced.isdecimal() else None
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives, once. Not decompressed: its bytes are those that `length` and ranges count.
+        """Yields the body once, as it arrives, and not decompressed: `length` and ranges count these bytes.
 
         Raises:
-            ConnectionFailed: the body broke off.
-            TimeoutExceeded: nothing came for the request's timeout.
+            ConnectionFailed: the connection broke before the end of the body.
+            TimeoutExceeded: nothing arrived for the request's timeout.
         """
         async with aclosing(cast("AsyncGenerator[bytes]", self._raw.aiter_raw())) as body:
-            silent = f"{self._request}: nothing more came for {self._seconds:g} s"
+            silent = f"{self._request}: no more data for {self._seconds:g} s"
             while (piece := await self._client.bounded(_next(body), self._request, self._seconds, silent)) is not None:
                 self.received += len(piece)
                 yield piece
@@ -372,7 +361,7 @@ class ResponseStream:
             raise ConnectionFailed(f"{self._request}: the response has {self.received} of {self.length} bytes")
 
     async def beginning(self) -> Response:
-        """The response with at most the first 64 KiB of its body; for errors and redirections."""
+        """Returns the response with at most the first 64 KiB of its body; for errors and redirects."""
         body = bytearray()
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:

@@ -1,4 +1,4 @@
-"""HTTP messages: a request before it is sent, and what a response means. Independent of any HTTP library."""
+"""HTTP requests and responses as values, and the typed errors of responses. Independent of any HTTP library."""
 
 import contextlib
 import json as json_module
@@ -15,17 +15,16 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, status_error_class
 from tinkex_py.transport.proxies import DEFAULT_PORTS
-from tinkex_py.unicode import with_whole_texts, without_halves
+from tinkex_py.unicode import with_whole_texts
 
 LONGEST_RETRY_AFTER = 60.0
-"""Seconds; a service that asks for more is asked again after this long."""
+"""Seconds; longer waits that a service asks for are cut to this."""
 
 _LONGEST_DETAIL = 300
-# Escaped, as bytes that are nearly UTF-8, or in UTF-16, whose brackets and quotes have a zero byte.
-_MAY_HOLD_HALVES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
+# A lone surrogate can be an escape, three bytes of nearly UTF-8, or UTF-16, whose quotes contain a zero byte.
+_MAY_HOLD_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 _SHOULD_RETRY: Mapping[str, bool] = {"true": True, "false": False}
 _REQUEST_ID_HEADERS = ("x-request-id", "request-id")
-
 
 Bytes = bytes | bytearray | memoryview
 Content = Bytes | Sequence[Bytes]
@@ -37,11 +36,11 @@ _PIECE_BYTES = 1 << 20
 
 
 class Secret:
-    """A key that shows in no repr, str, format or pickle.
+    """A key that no repr, str, format or pickle shows.
 
     Args:
         text: the key.
-        others: more texts that are kept out wherever the key is.
+        others: further secrets that `redacted_from` replaces.
     """
 
     __slots__ = ("_others", "_text")
@@ -51,15 +50,15 @@ class Secret:
         self._others = tuple(others)
 
     def reveal(self) -> str:
-        """The key itself; only for the header it is sent in."""
+        """Returns the key itself; only for the header that sends it."""
         return self._text
 
     def with_others(self, others: Sequence[str]) -> "Secret":
-        """The same key; `redacted_from` leaves out these texts too."""
+        """Returns the same key with further secrets."""
         return Secret(self._text, others) if others else self
 
     def redacted_from(self, text: str) -> str:
-        """The text without the key."""
+        """Returns the text with every secret replaced."""
         for secret in (self._text, *self._others):
             text = text.replace(secret, "[redacted]") if secret else text
         return text
@@ -79,15 +78,15 @@ NO_SECRET = Secret("")
 
 @dataclass(frozen=True, repr=False)
 class Request:
-    """One request, without the key and the headers that the client adds. Every attempt sends the same.
+    """One request, without the key and the headers that the client adds. Every attempt sends the same request.
 
     Attributes:
         method: in upper case.
-        path: below the service's address, with its query if it has one.
+        path: relative to the service's address; may contain a query.
         headers: names in lower case.
-        content: the parts of the body, or None; they must not change while the request is under way.
-        timeout: seconds for one exchange; None is the client's.
-        follow_redirects: within the origin of the service, where the method stays.
+        content: the parts of the body, or None; they must not change before the response.
+        timeout: seconds for one exchange; None is the client's timeout.
+        follow_redirects: follow redirects within the service's origin that keep the method.
     """
 
     method: str
@@ -98,16 +97,16 @@ class Request:
     follow_redirects: bool = True
 
     def body(self) -> bytes | AsyncIterator[bytes] | None:
-        """The body as HTTP clients take it; a new one at each call."""
+        """Returns the body in a form that httpx accepts; a new iterator at each call."""
         if self.content is None:
             return None
         is_small = int(self.headers["content-length"]) <= _PIECE_BYTES
         return b"".join(self.content) if is_small else _pieces(self.content)
 
     def redirected_to(self, status: int, location: str | None, url: str) -> str | None:
-        """Where to send this request again, or None if the response is to be taken as it is.
+        """Returns the URL to which a response redirects this request; None if the redirect must not be followed.
 
-        Only within the origin of `url`, because the key goes along, and never with another method.
+        Redirects are followed only within the origin of `url`, because they carry the key, and never change the method.
         """
         keeps_method = status in (307, 308) or (status in (301, 302, 303) and self.method in ("GET", "HEAD"))
         if not location or not keeps_method or not self.follow_redirects:
@@ -131,18 +130,18 @@ def request(
     timeout: float | None = None,
     follow_redirects: bool = True,
 ) -> Request:
-    """A request, checked.
+    """Creates a request and checks it.
 
     Args:
         method: HTTP method.
-        path: below the service's address, with its query if it has one.
+        path: relative to the service's address; may contain a query.
         json: a value to send as JSON instead of `content`.
         content: body, or its parts; not copied.
         content_type: media type of `content`.
         accept: media types of the response.
-        headers: more headers; they win.
-        timeout: seconds for one exchange; None is the client's.
-        follow_redirects: within the origin of the service, where the method stays.
+        headers: further headers, which replace others of the same name.
+        timeout: as in `Request`.
+        follow_redirects: as in `Request`.
 
     Raises:
         InvalidData: a header or the body cannot be sent.
@@ -153,16 +152,16 @@ def request(
         parts, content_type = [memoryview(encoded_json(json, f"{method} {path.partition('?')[0]}"))], JSON
     if parts is None:
         return Request(method.upper(), path, sent, None, timeout, follow_redirects)
-    # The length, because httpx would send a body from a generator in HTTP chunks; some servers refuse those.
+    # Without the length, httpx would send a generator's body in HTTP chunks, which some servers refuse.
     described = {"content-type": content_type, "content-length": str(sum(map(len, parts)))}
     return Request(method.upper(), path, {**described, **sent}, parts, timeout, follow_redirects)
 
 
 def encoded_json(value: object, description: str) -> bytes:
-    """A body as compact JSON.
+    """Returns a body as compact JSON.
 
     Raises:
-        InvalidData: the value has no JSON form (NaN and infinity have none either).
+        InvalidData: JSON cannot represent the value; NaN and infinity are examples.
     """
     try:
         return json_module.dumps(value, allow_nan=False, separators=(",", ":")).encode()
@@ -171,7 +170,7 @@ def encoded_json(value: object, description: str) -> bytes:
 
 
 def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
-    """All headers with names in lower case; later layers win.
+    """Merges headers, with names in lower case; later layers win.
 
     Raises:
         InvalidData: a name or a value cannot be sent.
@@ -179,41 +178,41 @@ def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
     merged = {name.lower(): value for layer in layers for name, value in layer.items()}
     for name, value in merged.items():
         if not (name and name.isascii() and name.isprintable() and " " not in name and ":" not in name):
-            raise InvalidData(f"{name!r} cannot be the name of a header")
+            raise InvalidData(f"{name!r} is not a valid header name: use ASCII without spaces and colons")
         if not (value.isascii() and value.replace("\t", " ").isprintable()):
-            raise InvalidData(f"the value of the header {name!r} has characters that cannot be sent")
+            raise InvalidData(f"the value of the header {name!r} cannot be sent: use printable ASCII")
     return merged
 
 
 def checked_base_url(base_url: str) -> SplitResult:
-    """The parts of an address that a service can have.
+    """Returns the parts of a service's address.
 
     Raises:
-        ConfigError: it is no http(s) address, or holds more than scheme, host, port and path.
+        ConfigError: it is not an http(s) address, or contains more than scheme, host, port and path.
     """
-    way_out = "give something like https://host:port/prefix"
+    way_out = "use an address such as https://host:port/prefix"
     try:
         base = urlsplit(base_url)
         usable = base.scheme in DEFAULT_PORTS and bool(base.hostname) and base.port != 0
     except ValueError:
-        raise ConfigError(f"base_url cannot be understood as an address; {way_out}") from None
+        raise ConfigError(f"base_url is not a valid address; {way_out}") from None
     if base.username is not None or base.password is not None:
-        raise ConfigError("base_url holds a user name or password; leave them out and give the key as api_key")
+        raise ConfigError("base_url contains a user name or password: remove them, and pass the key as api_key")
     if not usable or not base_url.isascii() or not base_url.isprintable() or " " in base_url:
         raise ConfigError(f"base_url {base_url!r} is not an http(s) address with a host; {way_out}")
     if base.query or base.fragment:
-        raise ConfigError(f"base_url has a query or fragment behind its path {base.path!r}; {way_out}")
+        raise ConfigError(f"base_url has a query or fragment after its path {base.path!r}; {way_out}")
     return base
 
 
 def parts_of(content: Content) -> list[memoryview]:
-    """The parts of a body, as bytes and without a copy."""
+    """Returns the parts of a body as views of their bytes."""
     parts = [content] if isinstance(content, Bytes) else content
     return [memoryview(part).cast("B") for part in parts]
 
 
 async def _pieces(parts: Sequence[memoryview]) -> AsyncIterator[bytes]:
-    # Piece by piece, so that a large body neither stalls the event loop nor is held twice.
+    # In pieces, so that a large body neither blocks the event loop nor is copied as a whole.
     for part in parts:
         for start in range(0, len(part), _PIECE_BYTES):
             yield bytes(part[start : start + _PIECE_BYTES])
@@ -231,14 +230,14 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 @dataclass(frozen=True, repr=False)
 class Response:
-    """What came back from one exchange, of any status.
+    """The response of one exchange, of any status.
 
     Attributes:
         status: HTTP status code.
         headers: names in lower case.
-        body: decoded (not compressed) body.
+        body: decompressed body.
         request: method, path and host, for messages.
-        secret: the key that was sent, so that messages can leave it out where a service echoes it.
+        secret: the key that was sent, which messages redact if a service echoes it.
     """
 
     status: int
@@ -254,22 +253,22 @@ class Response:
 
     @property
     def media_type(self) -> str:
-        """Media type of the body in lower case, without parameters; empty if there is none."""
+        """Media type of the body in lower case, without parameters; may be empty."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     def json(self) -> Any:
-        """The body, parsed; half characters in it are replaced.
+        """Parses the body and replaces lone surrogates, so that all strings can be written anywhere.
 
         Raises:
             InvalidResponse: the body is not JSON.
         """
         with contextlib.suppress(ValueError, RecursionError):
             return _parsed(self.body)
-        # Raised out here, because json's own error holds the whole body, in which a service may echo the key.
+        # Raised outside of the block, because json's own error contains the body, in which a service may echo the key.
         raise InvalidResponse(
             f"{self.request} returned {self.status} with {len(self.body)} bytes of "
             f"{self.media_type or 'an unnamed type'} that are not JSON. "
-            "Is base_url the address of the service itself, and not of a proxy or a login page?"
+            "Is base_url the address of the service, and not of a proxy or a login page?"
         )
 
     def __repr__(self) -> str:
@@ -277,14 +276,14 @@ class Response:
 
 
 def raise_for_status(response: Response, attempts: int = 1) -> None:
-    """Raise the typed error of a response that is not 2xx.
+    """Raises the typed error of a response that is not 2xx.
 
     Args:
         response: the response.
-        attempts: how often the request was sent; the error says so.
+        attempts: how often the request was sent, for the error.
 
     Raises:
-        APIStatusError: the status is not 2xx; the class fits the status.
+        APIStatusError: the status is not 2xx; each status has its class.
     """
     if response.is_success:
         return
@@ -292,7 +291,7 @@ def raise_for_status(response: Response, attempts: int = 1) -> None:
     raise status_error_class(response.status)(
         _message(response, body, attempts),
         status=response.status,
-        code=_code(body),
+        code=_first_text(body, ("code", "error_code")),
         request_id=_request_id(response, body),
         body=body,
         retry_after=retry_after(response.headers),
@@ -302,18 +301,18 @@ def raise_for_status(response: Response, attempts: int = 1) -> None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the service asks to wait before the next attempt, at most `LONGEST_RETRY_AFTER`.
+    """Returns the seconds that the service asks to wait, at most `LONGEST_RETRY_AFTER`; None if it does not ask.
 
-    Reads `retry-after-ms`, then `retry-after` as seconds or as an HTTP date. What is not a finite number
-    of seconds from now on is ignored.
+    Reads `retry-after-ms`, then `retry-after` as seconds or as an HTTP date. Negative and non-finite values are
+    ignored.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return min(milliseconds / 1000, LONGEST_RETRY_AFTER)
-    told = headers.get("retry-after")
-    seconds = _number(told)
-    if seconds is None and told is not None:
-        seconds = _seconds_until(told)
+    value = headers.get("retry-after")
+    seconds = _number(value)
+    if seconds is None and value is not None:
+        seconds = _seconds_until(value)
     return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
 
 
@@ -335,7 +334,7 @@ def _seconds_until(http_date: str) -> float | None:
 
 def _parsed(body: bytes) -> Any:
     value: Any = json_module.loads(body)
-    return with_whole_texts(value) if _MAY_HOLD_HALVES.search(body) else value
+    return with_whole_texts(value) if _MAY_HOLD_SURROGATES.search(body) else value
 
 
 def _parsed_body(response: Response) -> object:
@@ -367,7 +366,7 @@ def _message(response: Response, body: object, attempts: int) -> str:
     if len(detail) > _LONGEST_DETAIL:
         detail = detail[: _LONGEST_DETAIL - 1] + "…"
     parts = [f"{response.request} returned {response.status}{phrase}{times}", detail, _way_out(response)]
-    return without_halves(". ".join(part for part in parts if part))
+    return ". ".join(part for part in parts if part)
 
 
 def _way_out(response: Response) -> str:
@@ -375,21 +374,17 @@ def _way_out(response: Response) -> str:
         return "Check the key: TINKER_API_KEY, or api_key of the configuration"
     location = response.headers.get("location")
     if 300 <= response.status < 400 and location:
-        where = _place_of(location) or "another path of the same host"
-        return f"It points to {where}, which is not followed because the key goes along: set base_url to it"
+        try:
+            parts = urlsplit(location)
+            target = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "another path of the same host"
+        except ValueError:
+            target = "an invalid address"
+        return f"The redirect to {target} was not followed, because it would carry the key: set base_url to its target"
     return ""
 
 
-def _place_of(location: str) -> str | None:
-    try:
-        parts = urlsplit(location)
-    except ValueError:
-        return "an invalid address"
-    return f"{parts.scheme}://{parts.hostname}" if parts.hostname else None
-
-
 def _detail(body: object) -> str:
-    """What the service says about the error; validation errors without the input they quote."""
+    """Returns the service's explanation; validation errors without the input that they quote."""
     if isinstance(body, str):
         return body
     if isinstance(body, list):
@@ -407,13 +402,8 @@ def _detail(body: object) -> str:
     return ""
 
 
-def _code(body: object) -> str | None:
-    return _first_text(body, ("code", "error_code"))
-
-
 def _request_id(response: Response, body: object) -> str | None:
-    told = (response.headers.get(name) for name in _REQUEST_ID_HEADERS)
-    header = next(filter(None, told), None)
+    header = next(filter(None, map(response.headers.get, _REQUEST_ID_HEADERS)), None)
     return response.secret.redacted_from(header) if header else _first_text(body, ("request_id",))
 
 

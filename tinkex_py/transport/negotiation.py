@@ -1,4 +1,4 @@
-"""Which encoding a service reads, found out without putting a numbered request at risk (protocol: 9.3 item 2)."""
+"""Detects which encoding a service accepts, without risking a numbered request (protocol: 9.3 item 2)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -9,23 +9,24 @@ from tinkex_py.transport.encoding import NO_DATUMS, Encoding, EncodingName, Json
 from tinkex_py.transport.messages import Request
 from tinkex_py.transport.server_config import ServerConfig
 
-# No service can have a model of this name, so a request for it cannot do anything.
+# No service has a model of this name, so a request for it has no effect.
 NO_MODEL = "probe-nonexistent"
 _PROBE = PassHeader(NO_MODEL, 1, "cross_entropy", {}, forward_only=True)
-_NOT_THIS_BODY = frozenset({415, 422})
+_BODY_REFUSED = frozenset({415, 422})
 
 Send = Callable[[Request], Awaitable[object]]
 
 
 class PassEncoding:
-    """How the passes of one session are written; found out at the first use.
+    """The encoding of the passes of one session, chosen at the first use.
 
     Args:
         wanted: "protobuf", "json" or "auto".
-        send: sends one probe; raises APIStatusError for a response that is not 2xx.
+        config: the service's own settings.
+        send: sends one probe; raises APIStatusError if the response is not 2xx.
 
     Attributes:
-        chosen: how this service reads passes over data; None before it was asked.
+        chosen: the encoding; None before the first use.
     """
 
     def __init__(self, wanted: str, config: ServerConfig, send: Send) -> None:
@@ -36,19 +37,19 @@ class PassEncoding:
         self._choosing = asyncio.Lock()
 
     async def choose(self) -> Encoding:
-        """How this service reads passes over data.
+        """Returns the encoding, and probes the service if necessary.
 
         Raises:
-            APIStatusError, TransportError: the service could not be asked.
+            TransportError: the probe got no usable response.
         """
         async with self._choosing:
             self.chosen = self.chosen or await choose_encoding(self._wanted, self._config, self._send)
             return self.chosen
 
     def falls_back_to_json(self, error: APIStatusError) -> bool:
-        """Whether a refused pass is to be written in JSON instead, and all later ones too.
+        """Switches to JSON if a service refused a protobuf body that it could not read; returns whether it did.
 
-        The response says that the body could not be read, so the number was not used and goes with the other form.
+        Such a refusal does not spend the number, so the pass is sent again with it.
         """
         if self._wanted != "auto" or not refuses_protobuf(error):
             return False
@@ -57,40 +58,31 @@ class PassEncoding:
 
 
 async def choose_encoding(wanted: str, config: ServerConfig, send: Send) -> Encoding:
-    """The encoding for one session.
-
-    Args:
-        wanted: "protobuf", "json" or "auto".
-        config: what the service says about itself.
-        send: sends one request; raises APIStatusError for a response that is not 2xx.
-    """
+    """Returns the encoding for one session; the arguments are those of `PassEncoding`."""
     name: str = wanted
-    if wanted == "auto":
-        name = await _probe(send) if config.proto_write_fwdbwd is None else _name_of(config.proto_write_fwdbwd)
+    if wanted == "auto" and config.proto_write_fwdbwd is None:
+        name = await _probe(send)
+    elif wanted == "auto":
+        name = "protobuf" if config.proto_write_fwdbwd else "json"
     return JsonEncoding() if name == "json" else ProtobufEncoding(compress=config.proto_compress_fwdbwd)
 
 
 def refuses_protobuf(error: APIStatusError) -> bool:
-    """Whether the response says that the body cannot be read as such; then no future was made."""
-    if error.status == 415:
-        return True
-    return error.status == 422 and _is_about_the_body(error.body)
-
-
-def _name_of(reads_protobuf: bool) -> EncodingName:
-    return "protobuf" if reads_protobuf else "json"
+    """Whether the service could not read the body at all, and so created no future."""
+    # `{"detail": [{"loc": ["body"], ...}]}`: validation failed for the body as a whole.
+    return error.status == 415 or (error.status == 422 and ["body"] in _locations(error.body))
 
 
 async def _probe(send: Send) -> EncodingName:
-    """Asks for a forward pass of a model that cannot exist. Inconclusive responses count as protobuf."""
+    # Requests a forward pass of a model that cannot exist. Inconclusive responses count as protobuf.
     refusal = await _refusal(send, ProtobufEncoding())
     if refusal is None:
         return "protobuf"
-    if refusal.status in _NOT_THIS_BODY:
+    if refusal.status in _BODY_REFUSED:
         return "json"
-    if refusal.status == 404 and not _speaks_of_a_model(refusal.body):
+    if refusal.status == 404 and not _mentions_a_model(refusal.body):
         return await _probe_json(send)
-    # A service whose framework fails on bytes that are no JSON returns 500.
+    # A service whose framework fails on bytes that are not JSON returns 500.
     return await _probe_json(send) if refusal.status >= 500 else "protobuf"
 
 
@@ -100,8 +92,11 @@ async def _probe_json(send: Send) -> EncodingName:
         return "json"
     if refusal.status >= 500:
         return "protobuf"
-    speaks = refusal.status in (400, 403, 404) and _speaks_of_a_model(refusal.body)
-    return "json" if speaks or _is_about_a_field(refusal) else "protobuf"
+    read_the_model = refusal.status in (400, 403, 404) and _mentions_a_model(refusal.body)
+    read_a_field = refusal.status == 422 and any(
+        len(location) > 1 and isinstance(location[1], str) for location in _locations(refusal.body)
+    )
+    return "json" if read_the_model or read_a_field else "protobuf"
 
 
 async def _refusal(send: Send, encoding: Encoding) -> APIStatusError | None:
@@ -112,24 +107,14 @@ async def _refusal(send: Send, encoding: Encoding) -> APIStatusError | None:
     return None
 
 
-def _speaks_of_a_model(body: object) -> bool:
-    """Whether a JSON response is about the model that it named, and not about the address or the body."""
+def _mentions_a_model(body: object) -> bool:
+    # A JSON response about the model of the request, and not about the path or the body.
     return isinstance(body, dict) and "model" in str(cast("dict[str, Any]", body)).lower()
 
 
-def _is_about_the_body(body: object) -> bool:
-    """Whether validation failed at the body as a whole: `{"detail": [{"loc": ["body"], ...}]}`."""
-    return any(place == ["body"] for place in _places(body))
-
-
-def _is_about_a_field(error: APIStatusError) -> bool:
-    """Whether validation failed inside of the body, which was thus read."""
-    return error.status == 422 and any(len(place) > 1 and isinstance(place[1], str) for place in _places(error.body))
-
-
-def _places(body: object) -> list[list[object]]:
-    """Where validation failed, in FastAPI's form."""
+def _locations(body: object) -> list[list[object]]:
+    """Returns the locations of validation errors in FastAPI's form."""
     detail: object = cast("dict[str, Any]", body).get("detail") if isinstance(body, dict) else None
     items = cast("list[object]", detail) if isinstance(detail, list) else []
-    places = [cast("Mapping[str, Any]", item).get("loc") for item in items if isinstance(item, Mapping)]
-    return [cast("list[object]", place) for place in places if isinstance(place, list)]
+    locations = [cast("Mapping[str, Any]", item).get("loc") for item in items if isinstance(item, Mapping)]
+    return [cast("list[object]", location) for location in locations if isinstance(location, list)]

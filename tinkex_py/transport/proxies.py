@@ -1,7 +1,7 @@
-"""Which proxy the environment names for a service: `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`.
+"""The proxy variables of the environment: `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`.
 
-The rules are those of httpx, with two differences: a network in `NO_PROXY` such as `10.0.0.0/8` covers its addresses,
-in brackets too, and a proxy that cannot be used is an error only where the service needs it.
+The rules are those of httpx, with two differences: `NO_PROXY` may contain networks such as `10.0.0.0/8` and addresses
+in brackets, and an unusable proxy is an error only if the service needs it.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from tinkex_py.errors import ConfigError
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _SCHEMES = ("http", "https", "socks5", "socks5h")
-_WAY_OUT = "give something like http://host:port, or unset it"
+_WAY_OUT = "set it to an address such as http://host:port, or unset it"
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class ProxyAddress:
     Attributes:
         variable: the environment variable that names it.
         scheme: "http", "https", "socks5" or "socks5h".
-        host: its name or address.
-        port: None is the scheme's default.
+        host: name or address.
+        port: None is the default of the scheme.
         credentials: user and password, or None.
     """
 
@@ -38,25 +38,17 @@ class ProxyAddress:
 
 
 def proxy_for(service: SplitResult) -> ProxyAddress | None:
-    """The proxy for a service; None if it is asked directly.
-
-    Args:
-        service: the service's address.
+    """Returns the proxy for the address of a service; None for a direct connection.
 
     Raises:
-        ConfigError: naming the variable whose value cannot be used.
+        ConfigError: the value of a variable is unusable; the message names the variable.
     """
     settings = urllib.request.getproxies()
     kind = next((kind for kind in (service.scheme, "all") if settings.get(kind)), None)
     if kind is None or _is_excluded(service, settings.get("no", "")):
         return None
-    return _address(_variable(kind), settings[kind])
-
-
-def _variable(kind: str) -> str:
-    """The name by which a user knows a setting."""
-    name = f"{kind}_proxy"
-    return name if os.environ.get(name) else name.upper()
+    variable = f"{kind}_proxy"
+    return _address(variable if os.environ.get(variable) else variable.upper(), settings[kind])
 
 
 def _address(variable: str, value: str) -> ProxyAddress:
@@ -69,8 +61,8 @@ def _address(variable: str, value: str) -> ProxyAddress:
         raise ConfigError(f"the environment variable {variable} is not the address of a proxy; {_WAY_OUT}")
     if parts.scheme not in _SCHEMES:
         raise ConfigError(
-            f"the environment variable {variable} names a proxy of the unknown kind {parts.scheme!r}; "
-            f"known are {', '.join(_SCHEMES)}"
+            f"the environment variable {variable} names a proxy with the unknown scheme {parts.scheme!r}: use one of "
+            f"{', '.join(_SCHEMES)}"
         )
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise ConfigError(
@@ -87,24 +79,26 @@ def _is_excluded(service: SplitResult, no_proxy: str) -> bool:
 
 
 def _covers(entry: str, service: SplitResult) -> bool:
-    """Whether an entry of NO_PROXY, `[scheme://]host[:port]`, is about a service; `.host` is only its subdomains."""
+    """Whether an entry of NO_PROXY, `[scheme://]host[:port]`, covers a service; `.host` covers only subdomains."""
     host = service.hostname or ""
-    scheme, separator, place = entry.rpartition("://")
+    scheme, separator, address = entry.rpartition("://")
     if separator and scheme not in ("all", service.scheme):
         return False
-    network = _network(place)
-    if network is not None:
-        return _is_in(host, network)
-    try:
-        parts = urlsplit(f"//{place}")
-        name, port = parts.hostname or "", parts.port
-    except ValueError:
-        return False
+    name, port = address, None
+    if _network(address) is None:
+        try:
+            parts = urlsplit(f"//{address}")
+            name, port = parts.hostname or "", parts.port
+        except ValueError:
+            return False
     if port is not None and port != (service.port or DEFAULT_PORTS[service.scheme]):
         return False
     network = _network(name)
     if network is not None:
-        return _is_in(host, network)
+        try:
+            return ipaddress.ip_address(host) in network
+        except ValueError:
+            return False
     if separator or name == "localhost":
         return host == name
     return host.endswith(name) if name.startswith(".") else host == name or host.endswith(f".{name}")
@@ -115,10 +109,3 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:
         return None
-
-
-def _is_in(host: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
-    try:
-        return ipaddress.ip_address(host) in network
-    except ValueError:
-        return False

@@ -1,4 +1,4 @@
-"""How a service wants to be used: its response to `client/config`, read leniently."""
+"""The settings that a service returns for its clients (`client/config`), parsed leniently."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,19 +11,19 @@ class ServerConfig:
 
     Attributes:
         pjwt_auth_enabled: exchange the key for a token before the first request.
-        credential_default_source: "credential_cmd" asks for the key that `TINKER_CREDENTIAL_CMD` prints.
-        fwdbwd_max_chunk_len: most datums of a chunk.
-        fwdbwd_max_chunk_bytes_count: most bytes of a chunk, before compression.
-        parallel_fwdbwd_chunks: post the chunks of one call at the same time.
-        fwdbwd_dispatch_bytes_semaphore_size: most bytes of chunks that are being posted at once.
+        credential_default_source: "credential_cmd" requires the key that `TINKER_CREDENTIAL_CMD` prints.
+        fwdbwd_max_chunk_len: maximum datums of a chunk.
+        fwdbwd_max_chunk_bytes_count: maximum bytes of a chunk, before compression.
+        parallel_fwdbwd_chunks: send the chunks of one call concurrently.
+        fwdbwd_dispatch_bytes_semaphore_size: maximum bytes of chunks in submission.
         proto_compress_fwdbwd: compress passes with zstd.
-        proto_write_fwdbwd: whether passes are read as protobuf; None if the service does not say.
-        sample_dispatch_bytes_semaphore_size: most estimated bytes of prompts that are being posted at once.
-        sample_max_concurrent_requests: most samples in flight of one sampling client.
-        sample_use_retrieve_futures: many samples can be waited for with one poll.
-        sample_no_retries: a sample whose result was lost is not asked for again.
+        proto_write_fwdbwd: whether the service accepts passes as protobuf; None if it does not say.
+        sample_dispatch_bytes_semaphore_size: maximum estimated bytes of prompts in submission.
+        sample_max_concurrent_requests: maximum samples in flight of one sampling client.
+        sample_use_retrieve_futures: one poll can wait for many samples.
+        sample_no_retries: do not request a sample again if its result was lost.
         billing_exception_max_pause_duration_sec: seconds that responses 402 may pause the client.
-        custom_loss_server_side: takes uploaded losses.
+        custom_loss_server_side: the service accepts uploaded losses.
     """
 
     pjwt_auth_enabled: bool = False
@@ -43,21 +43,22 @@ class ServerConfig:
 
     @classmethod
     def read(cls, response: Mapping[str, Any]) -> Self:
-        """The settings of a response. What is unknown or makes no sense is ignored."""
+        """Parses a response; unknown and invalid settings are ignored."""
         given: dict[str, Any] = {}
         for field in fields(cls):
-            value = _understood(response.get(field.name), field.default)
+            value = _valid(response.get(field.name), field.default)
             if value is not None:
                 given[field.name] = value
         return cls(**given)
 
     @classmethod
     def of_an_old_service(cls) -> Self:
-        """For a service from before `client/config`: the defaults, and one request after the other."""
+        """Returns the settings for a service without `client/config`: the defaults, but chunks in sequence."""
         return cls(parallel_fwdbwd_chunks=False)
 
 
-def _understood(value: object, default: object) -> object:
+def _valid(value: object, default: object) -> object:
+    """Returns the value if it has the type of the default; else None."""
     if isinstance(default, str):
         return value if isinstance(value, str) and value else None
     if isinstance(default, bool) or default is None:

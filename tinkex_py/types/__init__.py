@@ -2,7 +2,6 @@
 
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.datum import Datum, EncodedTextChunk, Encoder, ModelInput, Tokenizer
-from tinkex_py.types.features import ServiceFeatures
 from tinkex_py.types.outputs import (
     ForwardBackwardOutput,
     GetInfoResponse,
@@ -12,6 +11,7 @@ from tinkex_py.types.outputs import (
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
     ServerCapabilities,
+    ServiceFeatures,
     SupportedModel,
     WeightsInfo,
 )

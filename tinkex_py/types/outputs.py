@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, cast
 
@@ -9,7 +10,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tinkex_py.errors import InvalidResponse
-from tinkex_py.types.answer import Answer
+from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.types.tensors import Array, TensorData, read_tensor
 
 Metrics = Mapping[str, float]
@@ -96,7 +97,7 @@ class PackedTensor:
         return cls(values, offsets, [array.shape[1:] for array in arrays])
 
 
-class ForwardBackwardOutput(Answer):
+class ForwardBackwardOutput(ResponseModel):
     """Result of forward or forward_backward.
 
     `packed` contains every output field of all datums; `loss_fn_outputs` returns the same numbers datum by datum.
@@ -115,7 +116,7 @@ class ForwardBackwardOutput(Answer):
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
-        """Parses the JSON form, which has no packed fields; raises like `Answer.read`."""
+        """Parses the JSON form, which has no packed fields; raises like `ResponseModel.read`."""
         if "loss_fn_outputs" not in fields:
             raise InvalidResponse(f"the service returned an invalid {cls.__name__}; missing: loss_fn_outputs")
         return super().read({name: value for name, value in fields.items() if name not in ("packed", "num_datums")})
@@ -189,26 +190,26 @@ def _row(row: object) -> dict[str, TensorData]:
     return {name: read_tensor(value, name=name) for name, value in cast("Mapping[str, object]", row).items()}
 
 
-class OptimStepResponse(Answer):
+class OptimStepResponse(ResponseModel):
     """Result of optim_step; the service chooses the names of the metrics."""
 
     metrics: dict[str, float] | None = None
 
 
-class SaveWeightsResponse(Answer):
+class SaveWeightsResponse(ResponseModel):
     """Path of a saved checkpoint, as `tinker://run/kind/name`."""
 
     path: str
 
 
-class SaveWeightsForSamplerResponse(Answer):
+class SaveWeightsForSamplerResponse(ResponseModel):
     """Result of a save for sampling: `path` if the save has a name, else a sampling session."""
 
     path: str | None = None
     sampling_session_id: str | None = None
 
 
-class SupportedModel(Answer):
+class SupportedModel(ResponseModel):
     """One model of a service.
 
     TuFT reports in `capabilities` what other services report in `trainable` and `sampleable`; `can` reads both.
@@ -234,13 +235,26 @@ class SupportedModel(Answer):
         return words if all(isinstance(word, str) for word in words) else None
 
 
-class ServerCapabilities(Answer):
+class ServerCapabilities(ResponseModel):
     """The models of a service."""
 
     supported_models: tuple[SupportedModel, ...] = ()
 
 
-class ModelData(Answer):
+@dataclass(frozen=True)
+class ServiceFeatures:
+    """Features of a service, as a client detected them.
+
+    Attributes:
+        wire: "protobuf" or "json", the encoding that it accepts for passes over data.
+        uploaded_losses: whether it accepts custom losses that run on the service.
+    """
+
+    wire: Literal["protobuf", "json"]
+    uploaded_losses: bool
+
+
+class ModelData(ResponseModel):
     """Description of a training client's model."""
 
     model_name: str | None = None
@@ -248,7 +262,7 @@ class ModelData(Answer):
     tokenizer_id: str | None = None
 
 
-class GetInfoResponse(Answer):
+class GetInfoResponse(ResponseModel):
     """The model of a training client."""
 
     model_id: str
@@ -258,7 +272,7 @@ class GetInfoResponse(Answer):
     model_name: str | None = None
 
 
-class WeightsInfo(Answer):
+class WeightsInfo(ResponseModel):
     """The base model and the adapters of a checkpoint."""
 
     base_model: str

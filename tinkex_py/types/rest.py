@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from tinkex_py.types.outputs import Answer
+from tinkex_py.types.response_model import ResponseModel
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -21,7 +21,7 @@ Metadata = Mapping[str, Any]
 AccessScope = Literal["owned", "accessible"]
 
 
-class Cursor(Answer):
+class Cursor(ResponseModel):
     """The position of a page in a listing."""
 
     offset: int
@@ -29,7 +29,7 @@ class Cursor(Answer):
     total_count: int
 
 
-class Checkpoint(Answer):
+class Checkpoint(ResponseModel):
     """One checkpoint in a listing.
 
     Attributes:
@@ -53,20 +53,20 @@ class Checkpoint(Answer):
     expires_at: Moment | None = None
 
 
-class CheckpointsPage(Answer):
+class CheckpointsPage(ResponseModel):
     """One page of checkpoints; `cursor` is None if the service returns all of them at once."""
 
     checkpoints: tuple[Checkpoint, ...]
     cursor: Cursor | None = None
 
 
-class CopiedCheckpoint(Answer):
+class CopiedCheckpoint(ResponseModel):
     """Path of a copied checkpoint."""
 
     tinker_path: str
 
 
-class TrainingRun(Answer):
+class TrainingRun(ResponseModel):
     """One training run: the model of one training client."""
 
     training_run_id: str
@@ -81,20 +81,20 @@ class TrainingRun(Answer):
     user_metadata: Metadata | None = None
 
 
-class TrainingRunsPage(Answer):
+class TrainingRunsPage(ResponseModel):
     """One page of training runs."""
 
     training_runs: tuple[TrainingRun, ...]
     cursor: Cursor | None = None
 
 
-class SessionsPage(Answer):
+class SessionsPage(ResponseModel):
     """One page of session ids."""
 
     sessions: tuple[str, ...]
 
 
-class Session(Answer):
+class Session(ResponseModel):
     """The training runs and samplers of one session."""
 
     training_run_ids: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class Session(Answer):
     display_name: str | None = None
 
 
-class SessionStatus(Answer):
+class SessionStatus(ResponseModel):
     """Status of a session.
 
     Attributes:
@@ -121,7 +121,7 @@ class SessionStatus(Answer):
     message: str | None = None
 
 
-class SessionSummary(Answer):
+class SessionSummary(ResponseModel):
     """One session in a search result."""
 
     session_id: str
@@ -168,21 +168,21 @@ class SessionQuery:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-class SessionSearchCursor(Answer):
+class SessionSearchCursor(ResponseModel):
     """The position of the next page of a search."""
 
     last_created_at: Moment
     last_session_id: str
 
 
-class SessionSearchPage(Answer):
+class SessionSearchPage(ResponseModel):
     """One page of a search, newest first."""
 
     sessions: tuple[SessionSummary, ...]
     next_cursor: SessionSearchCursor | None = None
 
 
-class Sampler(Answer):
+class Sampler(ResponseModel):
     """The model of a sampling session; `model_path` is None for a base model or an unnamed snapshot."""
 
     sampler_id: str
@@ -190,14 +190,14 @@ class Sampler(Answer):
     model_path: str | None = None
 
 
-class ArchiveUrl(Answer):
+class ArchiveUrl(ResponseModel):
     """URL of a checkpoint's archive, which needs no key, and its expiry."""
 
     url: str
     expires: Moment | None = None
 
 
-class ExternalWeightsUrls(Answer):
+class ExternalWeightsUrls(ResponseModel):
     """URLs of the files of external weights by file name, which need no key, and their expiry."""
 
     urls: Mapping[str, str]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tinkex_py.types.answer import Answer
+from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.types.tensors import TensorData, read_tensor
 
 TopLogprobs = list[list[tuple[int, float]] | None]
@@ -14,7 +14,7 @@ TopLogprobs = list[list[tuple[int, float]] | None]
 Tensor = Annotated[TensorData, BeforeValidator(read_tensor)]
 
 
-class SampledSequence(Answer):
+class SampledSequence(ResponseModel):
     """One sampled sequence.
 
     Attributes:
@@ -32,7 +32,7 @@ class SampledSequence(Answer):
     sequence_id: str | None = None
 
 
-class PromptAltTokens(Answer):
+class PromptAltTokens(ResponseModel):
     """Sampled alternatives to the prompt tokens, `k` per position after the first.
 
     Attributes:
@@ -44,7 +44,7 @@ class PromptAltTokens(Answer):
     logprobs: Tensor
 
 
-class SampleResponse(Answer):
+class SampleResponse(ResponseModel):
     """Result of `sample`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The HTTP face: `create_app` makes the application."""
+"""The HTTP routes: `create_app` creates the application."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,9 +15,9 @@ from training_service.settings import Settings
 DESCRIPTION = """
 Fine-tunes a language model with a composed loss: a base loss plus weighted regularizers.
 
-1. **Start** a job with `POST /jobs`. If too many run, the answer is 429 and says in `Retry-After` when to try again.
+1. **Start** a job with `POST /jobs`. If too many run, the response is 429, and `Retry-After` says when to try again.
 2. **Follow** it: `GET /jobs/{id}/events` is a stream of server-sent events, one per optimizer step.
-3. **Fetch** what it came to: `GET /jobs/{id}/result`. Or **cancel** it: `DELETE /jobs/{id}`.
+3. **Fetch** its result: `GET /jobs/{id}/result`. Or **cancel** it: `DELETE /jobs/{id}`.
 
 Errors have the type `application/problem+json`.
 """
@@ -42,11 +42,11 @@ AllJobs = Annotated[Jobs, Depends(get_jobs)]
 
 
 def find_job(
-    job_id: Annotated[str, PathParameter(title="Job", description="As `POST /jobs` answered.")], jobs: AllJobs
+    job_id: Annotated[str, PathParameter(title="Job", description="Id that `POST /jobs` returned.")], jobs: AllJobs
 ) -> Job:
     job = jobs.get(job_id)
     if job is None:
-        raise HTTPException(404, f"there is no job {job_id!r}")
+        raise HTTPException(404, f"no job has the id {job_id!r}")
     return job
 
 
@@ -54,7 +54,7 @@ FoundJob = Annotated[Job, Depends(find_job)]
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application; settings come from the environment unless given."""
+    """Creates the application; settings come from the environment unless given."""
     given = settings or Settings.from_environment()
 
     @asynccontextmanager
@@ -76,40 +76,40 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         status_code=202,
         tags=["jobs"],
         summary="Start a job",
-        response_description="The job, which has begun.",
+        response_description="The job, which was started.",
         responses=problem_responses(422, 429, 503),
     )
     async def start_job(body: JobRequest, jobs: AllJobs, response: Response) -> JobState:
-        """Begins to train at once and answers without waiting. `Location` is where the job is."""
+        """Starts a job and returns at once. `Location` is the path of the job."""
         job = jobs.start(body)
         response.headers["Location"] = f"/jobs/{job.id}"
         return job.state()
 
     @app.get("/jobs", tags=["jobs"], summary="List the jobs", response_description="The jobs.")
     async def list_jobs(jobs: AllJobs) -> list[JobState]:
-        """Oldest first. Of those that are over, the last hundred are kept."""
+        """Lists the jobs, oldest first. The last hundred ended jobs are kept."""
         return [job.state() for job in jobs.all()]
 
     @app.get(
         "/jobs/{job_id}",
         tags=["jobs"],
-        summary="How a job stands",
-        response_description="The job as it is now.",
+        summary="Read a job",
+        response_description="The current state of the job.",
         responses=problem_responses(404, 422),
     )
     async def read_job(job: FoundJob) -> JobState:
-        """Its status, and how far it has come."""
+        """Returns the status of a job and its progress."""
         return job.state()
 
     @app.delete(
         "/jobs/{job_id}",
         tags=["jobs"],
         summary="Cancel a job",
-        response_description="The job, which is over.",
+        response_description="The job, which has ended.",
         responses=problem_responses(404, 422),
     )
     async def cancel_job(job: FoundJob, jobs: AllJobs) -> JobState:
-        """Answers when the job has ended. A job that is over stays as it is."""
+        """Cancels a job and responds when it has ended. An ended job stays as it is."""
         await jobs.cancel(job)
         return job.state()
 
@@ -118,16 +118,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         tags=["progress"],
         summary="Follow a job",
         response_class=EventSourceResponse,
-        response_description="The events, until the job is over or the client leaves.",
+        response_description="The events, until the job ends or the client disconnects.",
         responses={200: {"content": {"text/event-stream": {"example": STREAM}}}, **problem_responses(404, 422)},
     )
     async def follow_job(
         job: FoundJob,
         last_event_id: Annotated[
-            int, Header(ge=0, description="Step to go on after; browsers send it when they reconnect.")
+            int, Header(ge=0, description="Last step that was received; browsers send it when they reconnect.")
         ] = 0,
     ) -> AsyncIterator[ServerSentEvent]:
-        """An event `step` for every optimizer step, from the first on, and one event `end` when the job is over.
+        """Sends an event `step` for every optimizer step, from the first on, and an event `end` when the job has ended.
 
         The `id` of an event is the number of its step.
         """
@@ -138,12 +138,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @app.get(
         "/jobs/{job_id}/result",
         tags=["progress"],
-        summary="What a job came to",
-        response_description="Its losses, and where the trained adapter is.",
+        summary="Read the result of a job",
+        response_description="The losses, and the path of the trained adapter.",
         responses=problem_responses(404, 409, 422),
     )
     async def read_result(job: FoundJob) -> JobResult:
-        """409 for a job that still runs, was cancelled, or failed."""
+        """Returns the result; 409 for a job that still runs, was cancelled or failed."""
         result = job.result()
         if result is None:
             raise HTTPException(409, f"job {job.id} is {job.status}, so it has no result")

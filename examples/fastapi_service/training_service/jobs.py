@@ -1,4 +1,4 @@
-"""The jobs: each is one task of one task group, and tells what happens to it."""
+"""The jobs. Each is a task of one task group and records its progress."""
 
 import asyncio
 import logging
@@ -16,11 +16,11 @@ from training_service.models import JobRequest, JobResult, JobState, Status, Ste
 from training_service.training import train_job
 
 LOGGER = logging.getLogger("training_service")
-KEPT = 100  # jobs that are over
+KEPT = 100  # ended jobs
 
 
 class Job:
-    """One job. It is the `ProgressView` of its run, and whoever follows it waits for `changed`."""
+    """One job. It is the `ProgressView` of its run; its followers wait for `_changed`."""
 
     def __init__(self, request: JobRequest) -> None:
         self.id = uuid4().hex[:12]
@@ -66,7 +66,7 @@ class Job:
         self._tell()
 
     async def steps_after(self, last: int) -> AsyncIterator[Step]:
-        """The steps after step `last`, those to come too, until the job is over."""
+        """Yields the steps after step `last`, and later ones as they are made, until the job is over."""
         self.followers += 1
         try:
             while True:
@@ -81,7 +81,7 @@ class Job:
             self.followers -= 1
 
     def seconds_left(self) -> float:
-        """A guess from the steps made so far; 1 s before there are any."""
+        """Estimates the rest from the steps made so far; 1 s before the first."""
         made = len(self.history)
         return (time.monotonic() - self.began) / made * (self.request.steps - made) if made else 1.0
 
@@ -98,7 +98,7 @@ class Job:
         LOGGER.debug("job %s: %s", self.id, text)
 
     def step(self, record: StepRecord) -> None:
-        del self.history[record.step - 1 :]  # a run that goes back to a checkpoint makes steps again
+        del self.history[record.step - 1 :]  # a run that restarts from a checkpoint repeats steps
         numbers = {name: value for name, value in scalars(record).items() if math.isfinite(value)}  # JSON has no NaN
         self.history.append(Step(step=record.step, metrics=numbers))
         self._tell()
@@ -108,7 +108,7 @@ class Job:
 
 
 class Jobs:
-    """All jobs. None outlives the `async with` block of `running_jobs`."""
+    """All jobs. All of them end with the `async with` block of `running_jobs`."""
 
     def __init__(
         self, group: asyncio.TaskGroup, service: AsyncServiceClient, base_model: str, folder: Path, limit: int
@@ -125,7 +125,7 @@ class Jobs:
         """Starts a job.
 
         Raises:
-            RateLimited: as many jobs run as may run at a time.
+            RateLimited: the limit of running jobs is reached.
             ClientClosed: the server is stopping.
         """
         if self._is_closing:
@@ -147,15 +147,15 @@ class Jobs:
         return list(self._jobs.values())
 
     async def cancel(self, job: Job) -> None:
-        """Cancels a job and waits until it is over; does nothing to one that is."""
+        """Cancels a job and waits until it is over; a job that is over stays as it is."""
         if job.task is not None and not job.is_over:
             job.task.cancel()
             await asyncio.wait([job.task])
-            if not job.is_over:  # it had not begun
+            if not job.is_over:  # the task was cancelled before it started
                 job.end("cancelled")
 
     async def close(self) -> None:
-        """Ends every job, and with them the streams of their followers; no other is started."""
+        """Cancels all jobs, which ends the streams of their followers; later jobs are refused."""
         self._is_closing = True
         async with asyncio.TaskGroup() as group:
             for job in self.all():
@@ -184,7 +184,7 @@ class Jobs:
 
 @asynccontextmanager
 async def running_jobs(service: AsyncServiceClient, base_model: str, folder: Path, limit: int) -> AsyncIterator[Jobs]:
-    """Jobs for as long as the block lasts; at its end those that still run are cancelled and awaited."""
+    """Yields the jobs; leaving the block cancels those that still run and waits for them."""
     async with asyncio.TaskGroup() as group:
         jobs = Jobs(group, service, base_model, folder, limit)
         try:

@@ -1,4 +1,4 @@
-"""What goes in and out of the service. These classes are also its OpenAPI page."""
+"""Requests and responses of the service, which also define its OpenAPI page."""
 
 from typing import Annotated, Literal
 
@@ -10,34 +10,34 @@ Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class Body(BaseModel):
-    """A body that must not hold fields nobody knows."""
+    """A request body; unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Example(Body):
-    """A prompt and the answer the model is to learn."""
+    """A prompt and the answer that the model learns."""
 
     prompt: Text
     answer: Text
 
 
 class Regularizers(Body):
-    """Weights of the regularizers; 0 leaves one out."""
+    """Weights of the regularizers; 0 omits one."""
 
-    l2: Weight = Field(0.0, description="Of the mean square of the log-probabilities.")
-    entropy: Weight = Field(0.0, description="Of the entropy that keeps the model from being too sure.")
+    l2: Weight = Field(0.0, description="Weight of the mean square of the logprobs.")
+    entropy: Weight = Field(0.0, description="Weight of the entropy, which discourages overconfidence.")
 
 
 class JobRequest(Body):
-    """What to train."""
+    """The training of a job."""
 
-    examples: list[Example] = Field(min_length=1, max_length=1000, description="What the model is to learn.")
+    examples: list[Example] = Field(min_length=1, max_length=1000, description="Training data.")
     steps: int = Field(20, ge=1, le=10_000, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, le=64, description="Examples per optimizer step, at most.")
+    batch_size: int = Field(4, ge=1, le=64, description="Largest number of examples per optimizer step.")
     learning_rate: float = Field(5e-3, gt=0, le=1, allow_inf_nan=False)
     rank: int = Field(8, ge=1, le=64, description="Rank of the LoRA adapter.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Of the adapter and of the order of the examples.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the adapter.")
     regularizers: Regularizers = Regularizers()
 
     model_config = ConfigDict(
@@ -61,11 +61,11 @@ class Step(BaseModel):
 
 
 class JobState(BaseModel):
-    """How a job stands."""
+    """The state of a job."""
 
     id: str = Field(examples=["4f2c9a"])
     status: Status
-    steps: int = Field(description="Optimizer steps that it is to make.", examples=[10])
+    steps: int = Field(description="Planned optimizer steps.", examples=[10])
     steps_made: int = Field(examples=[3])
     loss: float | None = Field(description="Total loss of the last step.", examples=[1.25])
     error: str | None = Field(None, description="Why it failed.")
@@ -73,7 +73,7 @@ class JobState(BaseModel):
 
 
 class JobResult(BaseModel):
-    """What a finished job came to."""
+    """The result of a finished job."""
 
     id: str = Field(examples=["4f2c9a"])
     checkpoint: str = Field(description="Path of the trained adapter on the training service.")

@@ -11,10 +11,10 @@ from tinkex_py import AsyncServiceClient, ConfigError
 
 @dataclass(frozen=True)
 class Settings:
-    """Where to train, and how much at a time.
+    """Where to train, and how many jobs at a time.
 
     Attributes:
-        make_service: makes the client of the service that does the work.
+        make_service: creates the client of the training service.
         base_model: the model that jobs fine-tune.
         folder: of the jobs' runs.
         limit: jobs at a time.
@@ -27,12 +27,12 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """Trains on TINKER_BASE_URL, or on a service inside this process where that is not set.
+        """Reads `TINKER_BASE_URL`, `BASE_MODEL`, `RUNS_FOLDER` and `MAX_JOBS`.
 
-        `BASE_MODEL`, `RUNS_FOLDER` and `MAX_JOBS` say the rest.
+        Without `TINKER_BASE_URL`, jobs train on a service in this process.
 
         Raises:
-            ConfigError: MAX_JOBS is no number of jobs.
+            ConfigError: MAX_JOBS is not a positive whole number.
         """
         model = environment.get("BASE_MODEL", "tiny")
         remote = environment.get("TINKER_BASE_URL")

@@ -14,7 +14,7 @@ from training_service.models import Example, JobRequest, Regularizers
 async def train_job(
     service: AsyncServiceClient, base_model: str, request: JobRequest, folder: Path, view: ProgressView
 ) -> TrainedRun:
-    """Trains an adapter, writes the run's folder, and leaves no model behind when it fails or is cancelled."""
+    """Trains an adapter and writes the run's folder; the model is closed in any case."""
     async with made_model(service, base_model, request) as training:
         tokenizer = await training.get_tokenizer()
         data = [make_datum(tokenizer, example) for example in request.examples]
@@ -35,7 +35,7 @@ async def train_job(
             config={"seed": request.seed},
             progress=view,
         )
-        await trained.training.aclose()  # another one than ours, if the run restarted from a checkpoint
+        await trained.training.aclose()  # differs from `training` if the run restarted from a checkpoint
         return trained
 
 
@@ -59,7 +59,7 @@ def make_pipeline(weights: Regularizers) -> Pipeline:
 
 
 def make_datum(tokenizer, example: Example) -> Datum:
-    """Only the answer's tokens count."""
+    """Returns a datum in which only the answer's tokens have weight."""
     prompt, answer = (list(tokenizer.encode(text)) for text in (f"{example.prompt}\n", f"{example.answer}\n"))
     tokens = prompt + answer
     weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)

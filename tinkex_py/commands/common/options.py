@@ -20,15 +20,15 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 selects a
 
 
 def service_at(base_url: str | None) -> "AsyncServiceClient":
-    """A client of a service; the key comes from the environment or the credentials file.
+    """Creates a client of a service; the key comes from the environment or the credentials file.
 
     Raises:
-        ConfigError: there is no key, or the URL is not valid.
+        ConfigError: there is no key, or the URL is invalid.
     """
     from tinkex_py.client.service import AsyncServiceClient
     from tinkex_py.config import TinkexConfig
 
-    # A command must not block until a bill is paid.
+    # A command reports a missing payment at once instead of waiting for it.
     return AsyncServiceClient(TinkexConfig(base_url=base_url or "", billing_pause=0.0))
 
 

@@ -1,4 +1,4 @@
-"""How a command runs and ends: signals, exit codes, and one line per error."""
+"""Signals, exit codes, and one line per error."""
 
 import asyncio
 import signal
@@ -13,19 +13,19 @@ from tinkex_py.errors import ConfigError, InvalidData, MissingExtra, PipelineErr
 Result = TypeVar("Result")
 
 FAILED = 1
-"""The service refused or failed, did not respond, or does not support it; or a term of a loss failed."""
+"""The service refused the request, failed, did not respond or does not support it; or a term of a loss failed."""
 UNUSABLE = 2
-"""The input is not valid: an option, an address, a key, a file, a missing extra. Nothing was done."""
+"""The input is invalid: an option, an address, a key, a file, a missing extra. Nothing was done."""
 STOPPED = 3
-"""A signal stopped `train`; its checkpoint can be resumed."""
+"""A signal stopped `train`; the run can be resumed from its checkpoint."""
 INTERRUPTED = 130
-"""The user interrupted it: SIGINT, SIGTERM, or "no" to a question."""
+"""The user interrupted the command: SIGINT, SIGTERM, or "no" to a question."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code of an error."""
+    """Returns the exit code of an error."""
     if isinstance(error, RegularizerError):
         return FAILED
     unusable = ConfigError | InvalidData | MissingExtra | PipelineError
@@ -55,16 +55,21 @@ def one_line_errors(command: str, *, extra: str = "cli") -> Generator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def one_line(error: Exception) -> str:
+    """Returns the message of an error in one line."""
+    return " ".join(str(error).splitlines())
+
+
 def _end(command: str, error: Exception) -> None:
-    typer.echo(f"tinkex-py {command}: {' '.join(str(error).splitlines())}", err=True)
+    typer.echo(f"tinkex-py {command}: {one_line(error)}", err=True)
     raise typer.Exit(exit_code(error)) from None
 
 
 def run(work: Coroutine[Any, Any, Result], *, on_first_signal: Callable[[], object] | None = None) -> Result:
-    """Runs work on a new event loop. SIGINT and SIGTERM cancel it.
+    """Runs a coroutine on a new event loop. SIGINT and SIGTERM cancel it.
 
     Args:
-        work: what to run.
+        work: the coroutine.
         on_first_signal: called by the first signal, which then does not cancel the work.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tables and listings. Nothing is truncated, and nothing that a service sends can control the terminal."""
+"""Tables and listings. Cells are never truncated, and text from a service cannot control the terminal."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -9,14 +9,11 @@ import typer
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from rich.console import Console
 
 Item = TypeVar("Item", bound="BaseModel")
 
-PAGE_SIZE = 100
-"""Items per request."""
-# Rows in a pipe are not folded.
-_WIDE = 400
+PAGE_SIZE = 100  # items per request
+_WIDE = 400  # columns; rows in a pipe are not folded
 
 
 async def show_listing(
@@ -55,11 +52,12 @@ async def show_listing(
     elif not as_json:
         typer.echo(nothing, err=True)
     if more:
-        typer.echo(f"there are more than {limit}: --limit 0 lists all", err=True)
+        typer.echo(f"only the first {limit} are shown: use --limit 0 to list all", err=True)
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints a table; None is an empty cell."""
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -68,19 +66,12 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell_text(value)) for value in row))
-    console().print(table)
-
-
-def console() -> "Console":
-    """The console of stdout."""
-    from rich.console import Console
-
-    made = Console()
-    return made if made.is_terminal else Console(width=_WIDE)
+    console = Console()
+    (console if console.is_terminal else Console(width=_WIDE)).print(table)
 
 
 def cell_text(value: Any) -> str:
-    """A value as one line of printable characters."""
+    """Returns a value as one line of printable characters."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -91,10 +82,8 @@ def cell_text(value: Any) -> str:
 
 
 def size_text(count: int | None) -> str | None:
-    """A number of bytes in the largest unit that gives at least 1."""
-    if count is None:
-        return None
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, _ = size / 1024, units.pop(0)
-    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    """Returns a number of bytes in the largest unit that gives at least 1."""
+    if count is None or count < 1024:
+        return None if count is None else f"{count} B"
+    power = min((count.bit_length() - 1) // 10, 4)
+    return f"{count / 1024**power:.1f} {'KMGT'[power - 1]}iB"

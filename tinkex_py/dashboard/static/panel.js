@@ -9,6 +9,7 @@ const COLOURS = {
 // On the canvas, and as a border in legends and lists.
 const DASHES = [[[], "solid"], [[6, 4], "dashed"], [[2, 3], "dotted"], [[9, 3, 2, 3], "double"]];
 const LOG_RANGE = 1e-5; // a norm that starts near zero would squeeze the other curves into one line
+const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8].flatMap((power) => [power, 2 * power, 5 * power]); // of the x axis
 const TIMES = [["days", 86400], ["hours", 3600], ["minutes", 60], ["seconds", 1]];
 
 export const MOST_RUNS = COLOURS.light.length * DASHES.length;
@@ -39,22 +40,19 @@ export function element(tag, properties = {}, children = []) {
 export function looks(place, dark) {
   const colours = COLOURS[dark ? "dark" : "light"];
   const [dash, border] = DASHES[Math.floor(place / colours.length) % DASHES.length];
-  return { stroke: colours[place % colours.length], dash, border };
+  return { stroke: colours[place % colours.length], dash, border, width: 1.5 };
 }
 
-export const short = (value) => (value === null || value === undefined ? "" : String(Number(value.toPrecision(5))));
+export const short = (value) => (value == null ? "" : String(Number(value.toPrecision(5))));
 
 // Of one run, all curves share a panel and each term has a colour. Of several runs, each curve has a panel and each
 // run has a colour.
 export function panelsOf(chart, runs) {
   const several = runs.length > 1;
   const names = [...new Set(runs.flatMap((run) => [...run.values.keys()]))].filter((name) => chart.names.test(name));
-  const line = (run, name) => ({
-    run,
-    name,
-    label: several ? run.name : labelOf(name),
-    place: several ? run.place : termPlace(run, name),
-  });
+  const line = (run, name) => (several
+    ? { run, name, label: run.name, place: run.place }
+    : { run, name, label: labelOf(name), place: termPlace(run, name) });
   const lines = (name) => runs.filter((run) => run.values.has(name)).map((run) => line(run, name));
   if (several || chart.separate) return names.map((name) => ({ title: labelOf(name), lines: lines(name) }));
   return names.length ? [{ title: "", lines: names.flatMap(lines) }] : [];
@@ -96,9 +94,7 @@ function near(values, index) {
   return values[index - before <= after - index ? before : after];
 }
 
-function css(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
-}
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`);
 
 export class Panel {
   // view: {axis, smoothing, zoom, dark, onZoom}, shared by all panels.
@@ -108,7 +104,6 @@ export class Panel {
     const button = (textContent, onclick) => element("button", { type: "button", textContent, onclick });
     this.logButton = button("log", () => { this.log = !this.log; this.draw(); });
     this.place = element("div");
-    this.place.addEventListener("click", (event) => this.isolate(event), true); // before uPlot gets it
     const caption = element("figcaption", {}, [
       element("h3", { textContent: title }),
       this.logButton,
@@ -138,23 +133,23 @@ export class Panel {
   }
 
   zoom() {
-    this.stale = !this.visible;
-    if (!this.plot || this.stale) return;
-    const { zoom } = this.view;
-    if (zoom) this.plot.setScale("x", { min: zoom[0], max: zoom[1] });
-    else this.plot.setData(this.plot.data);
+    if (!this.visible) this.stale = true;
+    else this.plot?.setData(this.plot.data); // reads the range of the x axis again
   }
 
   draw() {
     this.stale = false;
     const { axis, smoothing, dark } = this.view;
-    const isSmoothed = smoothing > 0 && !this.chart.separate;
     const last = Math.max(0, ...this.lines.map(({ run }) => run.axes[axis].at(-1) ?? 0));
     const times = TIMES.find(([, seconds]) => last >= 2 * seconds) ?? TIMES.at(-1);
     const [unit, size] = axis === "seconds" ? times : [axis, 1];
-    const points = ({ run, name }) => this.points(run.axes[axis], run.values.get(name), size, isSmoothed);
-    const data = uPlot.join(this.lines.map(points));
-    const shape = JSON.stringify([unit, isSmoothed, this.log, dark]);
+    const joined = (change) => uPlot.join(this.lines.map(({ run, name }) => {
+      const values = run.values.get(name).map((value) => (this.log && !(value > 0) ? null : value));
+      return [run.axes[axis].map((position) => position / size), change(values)];
+    }));
+    const isSmoothed = smoothing > 0 && !this.chart.separate;
+    this.averages = isSmoothed ? joined((values) => smoothed(values, smoothing)) : null;
+    const data = joined((values) => values), shape = JSON.stringify([unit, isSmoothed, this.log, dark]);
     if (this.plot && this.shape === shape) {
       this.plot.setData(data);
       return;
@@ -162,19 +157,10 @@ export class Panel {
     this.destroy();
     this.shape = shape;
     this.logButton.ariaPressed = String(this.log);
-    this.plot = new uPlot(this.options(unit, isSmoothed), data, this.place);
+    this.plot = new uPlot(this.options(unit), data, this.place);
   }
 
-  // Positions, values and, if smoothed, averages of one curve.
-  points(positions, measured, size, isSmoothed) {
-    const values = this.log ? measured.map((value) => (value > 0 ? value : null)) : measured;
-    let places = [...values.keys()];
-    if (this.chart.separate) places = places.filter((place) => values[place] !== null); // so that uPlot marks them
-    const points = [places.map((place) => positions[place] / size), places.map((place) => values[place])];
-    return isSmoothed ? [...points, smoothed(values, this.view.smoothing)] : points;
-  }
-
-  options(unit, isSmoothed) {
+  options(unit) {
     const rule = { stroke: css("grid"), width: 1 };
     const axis = { stroke: css("soft"), grid: rule, ticks: rule, labelSize: 18, labelFont: "12px system-ui" };
     const values = (_, splits) => splits.map(short);
@@ -188,12 +174,15 @@ export class Panel {
       width: this.place.clientWidth,
       height: HEIGHT,
       scales: { x: { time: false, range }, y: this.log ? { distr: 3, range: logRange } : {} },
-      axes: [{ ...axis, values, label: unit, size: 34 }, { ...axis, values, label: this.chart.unit, size: widest }],
+      axes: [{ ...axis, values, label: unit, size: 34, incrs: STEPS }, { ...axis, values, label: this.chart.unit, size: widest }],
       series: [
         { label: unit, value: (_, x) => (x === null ? "last" : short(x)) },
-        ...this.lines.flatMap((line, number) => this.series(line, 1 + number * (isSmoothed ? 2 : 1), isSmoothed)),
+        ...this.lines.map((line, number) => this.series(line, number + 1)),
       ],
-      legend: { markers: { dash: (plot, number) => plot.series[number].border ?? "solid" } },
+      legend: { markers: {
+        dash: (_, number) => this.looks(number).border,
+        stroke: (_, number) => this.looks(number).stroke,
+      } },
       cursor: {
         sync: { key: "charts", filters: { pub: follows, sub: follows } },
         points: { show: false },
@@ -201,24 +190,50 @@ export class Panel {
         bind: { dblclick: () => () => this.view.onZoom(null) },
       },
       hooks: {
+        drawSeries: [(plot, number) => this.drawAverage(plot, number)],
         setSelect: [(plot) => this.select(plot)],
-        setSeries: [(plot, number, change) => this.toggle(plot, number, change)],
+        setSeries: [(_, number, { show }) => {
+          if (show !== undefined) this.hidden[show ? "delete" : "add"](this.lines[number - 1].label);
+        }],
       },
     };
   }
 
-  // The measured values, and over them their average. The legend shows the values at the pointer, else the last ones.
-  series({ label, place }, first, isSmoothed) {
-    const ink = { stroke: css("ink"), width: 2 }, soft = { stroke: css("soft"), dash: [6, 4], border: "dashed" };
-    const own = { ink, soft }[place] ?? looks(place, this.view.dark);
+  looks(number) {
+    const { place } = this.lines[number - 1];
+    if (place === "ink") return { stroke: css("ink"), dash: [], border: "solid", width: 2 };
+    if (place === "soft") return { stroke: css("soft"), dash: [6, 4], border: "dashed", width: 1.5 };
+    return looks(place, this.view.dark);
+  }
+
+  // The measured values, pale if there is an average. The legend shows the values at the pointer, else the last ones.
+  series({ label }, number) {
+    const { stroke, dash, width } = this.looks(number);
     const value = ({ data, cursor: { idx } }) => (
-      short(idx == null ? data[first].findLast((one) => one != null) : near(data[first], idx))
+      short(idx == null ? data[number].findLast((one) => one != null) : near(data[number], idx))
     );
-    const line = { label, value, spanGaps: true, show: !this.hidden.has(label), width: 1.5, ...own };
-    const full = { ...line, points: { size: 5, fill: own.stroke } };
-    const thin = { stroke: `${own.stroke}55`, dash: [], width: 0.7, points: { show: false } };
-    const pale = { ...line, ...thin, class: "measured" };
-    return isSmoothed ? [pale, full] : [full];
+    const line = { label, value, spanGaps: true, show: !this.hidden.has(label) };
+    if (this.averages) return { ...line, stroke: `${stroke}55`, width: 0.7, points: { show: false } };
+    const points = { size: 5, fill: stroke, ...(this.chart.separate ? { show: true } : {}) };
+    return { ...line, stroke, dash, width, points };
+  }
+
+  drawAverage(plot, number) {
+    if (!this.averages) return;
+    const { ctx, bbox, data: [positions] } = plot, { stroke, dash, width } = this.looks(number);
+    const line = new Path2D();
+    this.averages[number].forEach((value, place) => {
+      if (value != null) line.lineTo(plot.valToPos(positions[place], "x", true), plot.valToPos(value, "y", true));
+    });
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.strokeStyle = stroke;
+    ctx.lineWidth = width * devicePixelRatio;
+    ctx.setLineDash(dash.map((length) => length * devicePixelRatio));
+    ctx.stroke(line);
+    ctx.restore();
   }
 
   select(plot) {
@@ -226,24 +241,6 @@ export class Panel {
     if (!width) return;
     plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
     this.view.onZoom([plot.posToVal(left, "x"), plot.posToVal(left + width, "x")]);
-  }
-
-  // A click on the legend hides a curve: its average, and its measured values before it.
-  toggle(plot, number, { show }) {
-    if (show === undefined) return;
-    this.hidden[show ? "delete" : "add"](plot.series[number].label);
-    const before = plot.series[number - 1];
-    if (before.class && before.show !== show) plot.setSeries(number - 1, { show }, false);
-  }
-
-  // With Ctrl, a click on the legend hides all other curves, and then shows them again.
-  isolate(event) {
-    const row = event.target.closest(".u-series");
-    if (!row || !(event.ctrlKey || event.metaKey)) return;
-    event.stopPropagation();
-    const { series } = this.plot, { label } = series[[...row.parentNode.children].indexOf(row)];
-    const isAlone = series.slice(1).every((one) => one.show === (one.label === label));
-    series.forEach((one, number) => number && this.plot.setSeries(number, { show: isAlone || one.label === label }));
   }
 
   csv() {
@@ -259,7 +256,8 @@ export class Panel {
   // The plot below its title and legend, which are not on the canvas of uPlot.
   canvas() {
     const plot = this.plot.ctx.canvas, line = 18;
-    const shown = this.plot.series.slice(1).filter((series) => series.show && !series.class);
+    const shown = this.lines.map(({ label }, at) => ({ label, ...this.looks(at + 1) }))
+      .filter(({ label }) => !this.hidden.has(label));
     const above = devicePixelRatio * line * (shown.length + 1.5);
     const canvas = element("canvas", { width: plot.width, height: plot.height + above });
     const brush = canvas.getContext("2d");
@@ -272,9 +270,9 @@ export class Panel {
     brush.fillText([this.chart.title, this.title].filter(Boolean).join(": "), 10, line);
     shown.forEach(({ label, stroke, dash }, row) => {
       const y = line * (row + 2);
-      brush.strokeStyle = stroke();
+      brush.strokeStyle = stroke;
       brush.lineWidth = 2;
-      brush.setLineDash(dash ?? []);
+      brush.setLineDash(dash);
       brush.stroke(new Path2D(`M10 ${y - 4}H38`));
       brush.fillText(label, 45, y);
     });

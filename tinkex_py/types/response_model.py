@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tinkex_py.errors import InvalidResponse
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
     """A parsed response: frozen; unknown fields are ignored."""
 
     model_config = ConfigDict(
