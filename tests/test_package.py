@@ -167,5 +167,3 @@ def test_the_clients_offer_what_the_design_says():
     assert all(signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)
     created = inspect.signature(tinkex_py.AsyncServiceClient.create_lora_training_client).parameters
     assert {"base_model", "rank", "seed", "train_mlp", "train_attn", "train_unembed", "lora_config"} <= set(created)
-
-

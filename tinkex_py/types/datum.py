@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import field_serializer, field_validator
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.text.encoding import encode_prompt
+from tinkex_py.text import encode_prompt
 from tinkex_py.types.base import WireModel
 from tinkex_py.types.tensors import Array, TensorData, TensorInput, without_torch
 

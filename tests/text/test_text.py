@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies
 
 from tests.text.tokenizers import EXACT, FAMILIES, composing
 from tinkex_py.errors import InvalidData
-from tinkex_py.text.encoding import decode, encode_answer, encode_prompt, start_tokens
+from tinkex_py.text import decode, encode_answer, encode_prompt, start_tokens
 
 TEXTS = strategies.text(
     strategies.sampled_from("abcdeyYnoQ:.,!? \n0123456789Öß日🙂▁"), max_size=12

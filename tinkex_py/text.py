@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids.
+"""Text as tokens: the one place where prompts and answers are encoded.
 
 A prompt begins with the tokens that the tokenizer itself puts before a text (such as a BOS token), exactly once: not
 again where the text already begins with them, as a rendered chat may. Nothing else adds special tokens. An answer

@@ -1,1 +1,0 @@
-"""Text as tokens: the one place where prompts, answers and chats are encoded."""
