@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from tinkex_py.errors import ConfigError, MissingExtra
-from tinkex_py.local.tokenizers import ByteTokenizer, ModelTokenizer, PretrainedTokenizer
+from tinkex_py.local.tokenizers import ByteTokenizer
+from tinkex_py.types import Tokenizer
 
 TINY_CONTEXT = 2048
 TINY_SEED = 20240
@@ -28,7 +29,7 @@ class LoadedModel:
 
     name: str
     network: Any
-    tokenizer: ModelTokenizer
+    tokenizer: Tokenizer
     tokenizer_id: str | None
     context_length: int
     vocabulary_size: int
@@ -77,7 +78,7 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
     return _load_folder(name, path.resolve(), target)
 
 
-def load_tokenizer(name: str) -> ModelTokenizer | None:
+def load_tokenizer(name: str) -> Tokenizer | None:
     """Loads the tokenizer of "tiny" or "smollm2" without the model; None for other names. Blocks for seconds.
 
     Raises:
@@ -90,7 +91,7 @@ def load_tokenizer(name: str) -> ModelTokenizer | None:
         return None
     _require_libraries()
     with quiet_loading():
-        return PretrainedTokenizer(_smollm2_tokenizer(_smollm2_file()))
+        return _smollm2_tokenizer(_smollm2_file())
 
 
 def _require_libraries() -> None:
@@ -140,7 +141,7 @@ def _load_smollm2(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **_FROM_HERE
         )
     inner.save_pretrained(str(tokenizer_folder))
-    return _finish("smollm2", network, PretrainedTokenizer(inner), str(tokenizer_folder), device)
+    return _finish("smollm2", network, inner, str(tokenizer_folder), device)
 
 
 def _smollm2_tokenizer(gguf: Path) -> Any:
@@ -177,11 +178,11 @@ def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
             f"model={name!r} cannot be loaded: {str(error).splitlines()[0]} (Its weights must be safetensors files, "
             "and its code must be part of transformers: neither pickles nor code from the folder are run)"
         ) from error
-    return _finish(name, network, PretrainedTokenizer(inner), str(path), device)
+    return _finish(name, network, inner, str(path), device)
 
 
 def _finish(
-    name: str, network: Any, tokenizer: ModelTokenizer, tokenizer_id: str | None, device: torch.device
+    name: str, network: Any, tokenizer: Tokenizer, tokenizer_id: str | None, device: torch.device
 ) -> LoadedModel:
     network.to(device).eval().requires_grad_(False)
     config = network.config

@@ -14,7 +14,7 @@ from tinkex_py.serving import address_of, is_loopback, listen, serve_app
 
 if TYPE_CHECKING:
     from tinkex_py.local.core import Core, Loaded
-    from tinkex_py.local.tokenizers import ModelTokenizer
+    from tinkex_py.types import Tokenizer
 
 
 class LocalService:
@@ -57,7 +57,7 @@ class LocalService:
         return self.options.model
 
     @property
-    def tokenizer(self) -> "ModelTokenizer":
+    def tokenizer(self) -> "Tokenizer":
         """The tokenizer of the model.
 
         Raises:
@@ -67,7 +67,7 @@ class LocalService:
             raise ConfigError("the embedded service is not running: await service.start() first")
         return self.core.engine.model.tokenizer
 
-    def tokenizer_for(self, name: str) -> "ModelTokenizer":
+    def tokenizer_for(self, name: str) -> "Tokenizer":
         """Returns the tokenizer of a model by name.
 
         Raises:

@@ -1,25 +1,8 @@
-"""Tokenizers of the served models."""
+"""The tokenizer of the model `tiny`; other models have Hugging Face tokenizers."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-
-class ModelTokenizer(Protocol):
-    """What the embedded service needs of a tokenizer."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The end-of-text token."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without special tokens around it."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids."""
-        ...
+from typing import Any
 
 
 class ByteTokenizer:
@@ -36,31 +19,6 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of byte tokens, without special tokens; invalid UTF-8 becomes U+FFFD."""
         return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
-
-
-class PretrainedTokenizer:
-    """A Hugging Face tokenizer whose `encode` adds no special tokens; it has all other attributes, too."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The end-of-text token."""
-        return self.inner.eos_token_id
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without special tokens around it."""
-        return list(self.inner.encode(text, add_special_tokens=False))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, special tokens included."""
-        return str(self.inner.decode(list(ids)))
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
 
 def save_byte_tokenizer(folder: Path) -> None:

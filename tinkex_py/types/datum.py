@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import field_serializer, field_validator
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.text import encode_prompt
 from tinkex_py.types.base import WireModel
 from tinkex_py.types.tensors import Array, TensorData, TensorInput, without_torch
 
@@ -108,17 +109,17 @@ class ModelInput(WireModel):
     def from_text(cls, text: str, tokenizer: Encoder) -> "ModelInput":
         """Returns an input of one text chunk, from text.
 
+        The tokens that the tokenizer itself puts before a text (such as a BOS token) come first, exactly once; tokens
+        that it adds at the end are left out, because the model continues the text.
+
         Args:
             text: the text.
             tokenizer: any object with `encode`, for example `await training.get_tokenizer()`.
+
+        Raises:
+            InvalidData: the tokenizer cannot encode, or the text contains half a character.
         """
-        # A str has an `encode` too, and a model's name is easily passed instead of its tokenizer.
-        if isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None)):
-            raise InvalidData(
-                f"tokenizer must be an object with encode(text), got a {type(tokenizer).__name__}: pass a tokenizer, "
-                "for example await training.get_tokenizer()"
-            )
-        return cls.from_ints(list(tokenizer.encode(text)))
+        return cls.from_ints(encode_prompt(tokenizer, text))
 
     def append(self, chunk: EncodedTextChunk) -> "ModelInput":
         """Returns a new input with one more chunk at the end."""
