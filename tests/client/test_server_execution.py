@@ -141,11 +141,10 @@ async def test_auto_runs_on_the_service_where_it_can_and_tells_why_not(uploading
     telemetry.detach(handler)
     assert told == [
         (
-            "term 'spread' cannot run on the service: std() is not the sum over positions of something that each "
-            "position has for itself, so that one datum at a time would give another number: use sum(), or write the "
-            "term with sum_over_datums"
+            "term 'spread' cannot run on the service: std() does not sum over positions, so the loss would have "
+            "another value one datum at a time: use sum(), or write the term with sum_over_datums"
         ),
-        "track_grad_norms=True needs the gradient of every term, which stays on the service",
+        "track_grad_norms=True needs the gradient of every term, which the service does not return",
     ]
 
 
@@ -154,7 +153,7 @@ async def test_server_says_why_not_and_sends_nothing(uploading, tmp_path):
     async with made.service:
         training = await made.train()
         for options, reason in (
-            ({"base_loss": spread}, r"std\(\) is not the sum"),
+            ({"base_loss": spread}, r"std\(\) does not sum"),
             ({"base_loss": nll, "track_grad_norms": True}, "track_grad_norms=True"),
             ({"base_loss": nll, "record": tmp_path / "r"}, "record=... needs the terms on the client"),
             (

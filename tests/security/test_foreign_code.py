@@ -90,7 +90,7 @@ def test_a_pickle_in_the_place_of_a_recorded_step_is_refused(tmp_path, planted):
     for content in planted:
         (tmp_path / TENSORS_NAME).write_bytes(content)
         (tmp_path / "record.json").write_bytes(content)
-        with pytest.raises(PipelineError, match="no readable record"):
+        with pytest.raises(PipelineError, match="cannot read the record"):
             read_record(tmp_path)
 
 
