@@ -113,9 +113,9 @@ def check_mapping(name: str, value: object) -> dict[str, Any]:
 
 def check_path(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> Path:
     """Returns a path of a file or folder, with `~` replaced by the home; raises an error for anything else."""
-    text: object = os.fspath(value) if isinstance(value, os.PathLike) else value
+    text: object = os.fspath(cast("os.PathLike[Any]", value)) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text or "\0" in text or _HALF.search(text):
-        raise error(f"{name} must be the path of a file or folder, got {shown(value)}")
+        raise error(f"{name} must be the path of a file or folder, got {shown(cast('object', value))}")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -93,7 +93,7 @@ class TinkexConfig:
         tags = cast("object", () if self.tags is None else self.tags)  # pyright: ignore[reportUnnecessaryComparison]
         is_sequence = isinstance(tags, Iterable) and not isinstance(tags, str)
         if not is_sequence or not all(isinstance(tag, str) for tag in cast("Iterable[object]", tags)):
-            raise ConfigError(f"tags must be a sequence of strings, got {shown(tags)}")
+            raise ConfigError(f"tags must be a sequence of strings, got {shown(self.tags)}")
         if not isinstance(self.user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"user_metadata must be a mapping, got {shown(self.user_metadata)}")
         object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)) or _tags_of_environment())

@@ -55,7 +55,9 @@ def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
     """
     numbers = cast("Mapping[str, object]", state).get(key) if isinstance(state, Mapping) else None
     if not isinstance(numbers, Mapping):
-        raise InvalidSpec(f"{owner}: the saved state must contain a mapping {key!r}, got {shown(state)}")
+        raise InvalidSpec(
+            f"{owner}: the saved state must contain a mapping {key!r}, got {shown(cast('object', state))}"
+        )
     named = cast("Mapping[str, object]", numbers)
     return {name: checked_number(owner, f"state: {key}[{name!r}]", number) for name, number in named.items()}
 
