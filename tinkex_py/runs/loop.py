@@ -44,12 +44,17 @@ class TrainedRun:
     checkpoint: str
     training: AsyncTrainingClient
 
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps made, those of earlier processes included."""
+        return 0 if self.last is None else self.last.step
+
     def _repr_html_(self) -> str:
         from tinkex_py.html_table import html_facts
         from tinkex_py.losses.output import output_html
 
         last = None if self.last is None else output_html(self.last.losses[-1])
-        done = {"steps": 0 if self.last is None else self.last.step, "checkpoint": self.checkpoint}
+        done = {"steps": self.steps, "checkpoint": self.checkpoint}
         facts = {"folder": str(self.folder), "status": self.info.status, "reason": self.info.reason, **done}
         return html_facts(f"Run {self.info.name}", facts) + (last or "")
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tests.integrations.chat_tokenizers import (
+from tests.data.chat_tokenizers import (
     BRACKETS,
     CHATML,
     FORGETFUL,
@@ -18,7 +18,7 @@ from tests.integrations.chat_tokenizers import (
     whole,
 )
 from tinkex_py import InvalidData, MissingExtra
-from tinkex_py.integrations.huggingface import chat_datum
+from tinkex_py.data import chat_datum
 from tinkex_py.local.models import load_tokenizer
 from tinkex_py.local.tokenizers import ByteTokenizer
 

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+from tinkex_py.data.chat import ChatRenderer, Message, Turns, checked_messages
 from tinkex_py.errors import InvalidData
-from tinkex_py.integrations.huggingface.chat import ChatRenderer, Message, Turns, checked_messages
 from tinkex_py.types import Datum, ModelInput
 
 Row = TypeVar("Row")

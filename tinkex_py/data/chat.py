@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, cast
 
-from tinkex_py.errors import InvalidData
-from tinkex_py.integrations import imported
+from tinkex_py.errors import InvalidData, MissingExtra
 
 Turns = Literal["all", "last"]
 Message = Mapping[str, Any]
@@ -79,7 +78,10 @@ class ChatRenderer:
         tools: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        jinja2 = imported("jinja2", "huggingface")
+        try:
+            from jinja2 import TemplateError
+        except ModuleNotFoundError as error:
+            raise MissingExtra("jinja2", "huggingface") from error
         if not callable(getattr(tokenizer, "apply_chat_template", None)):
             raise InvalidData(
                 f"a {type(tokenizer).__name__} does not support chat templates: pass a Hugging Face tokenizer, or use "
@@ -93,7 +95,7 @@ class ChatRenderer:
             "tools": None if tools is None else list(tools),
             "chat_template": tokenizer.get_chat_template(chat_template, tools),
         }
-        self._template_errors = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+        self._template_errors = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
     def render(self, messages: Sequence[Message], turns: Turns) -> Rendered:
         """Renders the whole conversation; the model learns all turns of the assistant, or the last one.
