@@ -66,12 +66,11 @@ def test_any_conversation(messages, template, turns):
 def test_a_pretrained_tokenizer():
     tokenizer = load_tokenizer("smollm2")
     for turns in ("all", "last"):
-        for given_one in (tokenizer.inner, tokenizer):  # the second is that of the embedded service
-            check_against_hand(given_one, tokenizer.inner, CONVERSATION, turns)
+        check_against_hand(tokenizer, tokenizer, CONVERSATION, turns)
     # The template adds a system message if there is none.
     datum = chat_datum(tokenizer, CONVERSATION[1:])
-    assert "named SmolLM" in tokenizer.inner.decode(whole(tokenizer.inner, datum))
-    assert learned_text(tokenizer.inner, datum) == ["Hello there<|im_end|>", "Yes, é 🌧<|im_end|>"]
+    assert "named SmolLM" in tokenizer.decode(whole(tokenizer, datum))
+    assert learned_text(tokenizer, datum) == ["Hello there<|im_end|>", "Yes, é 🌧<|im_end|>"]
 
 
 WITHOUT_END = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, cast
 
+from tinkex_py.data.rows import plain_messages, require_texts
 from tinkex_py.errors import InvalidData, MissingExtra
 
 Turns = Literal["all", "last"]
@@ -36,7 +37,8 @@ def checked_messages(messages: object) -> list[Message]:
     Raises:
         InvalidData: there are no messages, one is invalid, or none has the role "assistant".
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    messages = plain_messages(messages)
+    if not isinstance(messages, list):
         raise InvalidData(f"messages must be a sequence of messages, got a {type(messages).__name__}")
     if not messages:
         raise InvalidData("the conversation is empty: it needs at least one message of the assistant")
@@ -44,7 +46,8 @@ def checked_messages(messages: object) -> list[Message]:
     for index, message in enumerate(cast("Sequence[object]", messages)):
         if not isinstance(message, Mapping):
             raise InvalidData(f"message {index} must map 'role' and 'content' to texts, got a {type(message).__name__}")
-        fields = {name: value for name, value in cast("Message", message).items() if value is not None}
+        fields = cast("Message", message)
+        require_texts(fields, f"message {index}: ")
         if not isinstance(fields.get("role"), str):
             raise InvalidData(f"message {index} has no 'role' (it has {sorted(fields)})")
         checked.append(fields)
