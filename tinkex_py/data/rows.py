@@ -18,16 +18,15 @@ def plain_rows(rows: Iterable[Any]) -> Iterator[Any]:
     Raises:
         InvalidData: `rows` is not a sequence of rows, such as a DatasetDict, which maps names of splits to them.
     """
-    if isinstance(rows, Mapping):
-        names = ", ".join(map(repr, cast("Mapping[object, object]", rows)))
-        raise InvalidData(
-            f"rows must be the rows of one split, got a {type(rows).__name__} of {names}: pass rows[NAME]"
-        )
-    if isinstance(source, str | bytes) or not isinstance(source, Iterable):
-        raise InvalidData(f"rows must be an iterable of rows, got a {kind}: pass a list or a dataset")
+    kind = type(cast("object", rows))
+    if issubclass(kind, Mapping):
+        names = ", ".join(map(repr, rows))
+        raise InvalidData(f"rows must be the rows of one split, got a {kind.__name__} of {names}: pass rows[NAME]")
+    if issubclass(kind, str | bytes) or not issubclass(kind, Iterable):
+        raise InvalidData(f"rows must be an iterable of rows, got a {kind.__name__}: pass a list or a dataset")
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         raise InvalidData('rows is a data frame, whose elements are its columns: pass rows.to_dict("records")')
-    is_table = type(source).__module__.partition(".")[0] == "datasets"
+    is_table = kind.__module__.partition(".")[0] == "datasets"
     return map(without_nulls, rows) if is_table else iter(rows)
 
 
@@ -40,7 +39,7 @@ def plain_messages(messages: object) -> object:
     """
     plain = _plain(messages)
     if not isinstance(plain, list) or not all(isinstance(message, dict) for message in cast("list[object]", plain)):
-        return plain
+        return cast("object", plain)
     rows = cast("list[dict[str, Any]]", plain)
     fields = {frozenset(row) for row in rows}
     is_table = len(fields) == 1 and any(value is None for row in rows for value in row.values())
