@@ -431,6 +431,6 @@ async def test_half_characters_of_a_service_break_nothing_and_hide_no_key(everyt
     check_clean("run.json", (tmp_path / "run" / "run.json").read_bytes())
 
 
-def test_a_term_cannot_be_named_with_half_a_character():
+async def test_a_term_cannot_be_named_with_half_a_character():
     with pytest.raises(InvalidSpec, match="name must not contain half a character"):
         RegularizerSpec(fn=L2(), weight=0.1, name=f"half {HALF}")
