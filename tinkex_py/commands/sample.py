@@ -12,6 +12,7 @@ import typer
 from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
 from tinkex_py.commands.common.running import one_line_errors, run
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
+from tinkex_py.text import decode, encode_prompt
 from tinkex_py.unicode import without_halves
 
 if TYPE_CHECKING:
@@ -101,12 +102,13 @@ async def _tokenizer(service: "AsyncServiceClient", name: str | None, source: st
 
 
 def _prompt_tokens(tokenizer: Any, source: str, prompt: str, *, chat: bool) -> list[int]:
+    from tinkex_py.data.chat import ChatRenderer, has_chat_template
+
     if not chat:
-        return list(tokenizer.encode(prompt))
-    if not getattr(tokenizer, "chat_template", None):
+        return encode_prompt(tokenizer, prompt)
+    if not has_chat_template(tokenizer):
         raise ConfigError(f"the tokenizer of {source} has no chat template: remove --chat, or use --tokenizer")
-    message = {"role": "user", "content": prompt}
-    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"])
+    return ChatRenderer(tokenizer).prompt([{"role": "user", "content": prompt}])
 
 
 def _decoded(tokenizer: Any, sequence: "SampledSequence") -> str:
@@ -114,7 +116,7 @@ def _decoded(tokenizer: Any, sequence: "SampledSequence") -> str:
     tokens = list(sequence.tokens)
     if tokens and sequence.stop_reason == "stop" and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
-    return str(tokenizer.decode(tokens))
+    return decode(tokenizer, tokens)
 
 
 def _from_stdin() -> str:

@@ -1,12 +1,13 @@
 """Datums from texts, conversations and pairs of answers."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from tinkex_py.data.chat import ChatRenderer, Message, Turns, checked_messages
+from tinkex_py.data.chat import ChatRenderer, Turns
+from tinkex_py.data.messages import Message
 from tinkex_py.data.rows import conversation, plain_messages, plain_rows
 from tinkex_py.errors import InvalidData
+from tinkex_py.text import encode_answer, require_text
 from tinkex_py.types import Datum, ModelInput
 
 Row = TypeVar("Row")
@@ -26,12 +27,13 @@ def chat_datum(
     """Converts a conversation to a datum of `N` tokens, with the chat template of the tokenizer.
 
     `weights`, `[N]`, is 1 for targets in the turns of the assistant, including their end marks, and 0 elsewhere. If the
-    template marks the text of the assistant (`{% generation %}`), its marks decide.
+    template marks the text of the assistant (`{% generation %}`), its marks decide. Thoughts of turns that are not
+    learned may be missing in the template, which warns; any other part of a message must count.
 
     Args:
         tokenizer: a Hugging Face tokenizer, or that of `await training.get_tokenizer()` if it has templates.
         messages: `{"role": ..., "content": ...}` in order, as the template expects them; fields that are None are
-            removed.
+            removed, at any depth.
         turns: "all" learns every turn of the assistant, "last" only the last one.
         max_length: maximum number of input tokens; the end is cut off. None cuts nothing.
         tools: schemas or functions that the template describes to the model.
@@ -39,15 +41,14 @@ def chat_datum(
         template_options: variables of the template, such as `{"enable_thinking": False}`.
 
     Raises:
-        InvalidData: the conversation has no turn of the assistant, the template fails, the tokens of a turn cannot be
-            determined, or no token within `max_length` is left to learn.
+        InvalidData: the conversation has no turn of the assistant, the template fails or drops a part of a message, the
+            tokens of a turn cannot be determined, or no token within `max_length` is left to learn.
         MissingExtra: jinja2 is not installed.
     """
     if turns not in ("all", "last"):
         raise InvalidData(f"turns must be 'all' or 'last', got {turns!r}")
-    checked = checked_messages(messages)
     renderer = ChatRenderer(tokenizer, chat_template=chat_template, tools=tools, options=template_options)
-    rendered = renderer.render(checked, turns)
+    rendered = renderer.render(messages, turns)
     return _datum(rendered.tokens, rendered.learned, max_length)
 
 
@@ -56,9 +57,8 @@ def text_datum(
 ) -> Datum:
     """Converts a text to a datum of `N` tokens, without a template.
 
-    `weights`, `[N]`, is 1 for the tokens of the text and 0 for those of the prompt. Prompt and text are encoded
-    separately, so that the text begins where a model would continue. The datum begins with the BOS token if the
-    tokenizer adds it by itself.
+    `weights`, `[N]`, is 1 for the tokens of the text and 0 for those of the prompt. The prompt has the tokens that
+    `ModelInput.from_text` gives, with the BOS token if the tokenizer adds it by itself; those of the text continue it.
 
     Args:
         tokenizer: any object with `encode`.
@@ -68,13 +68,11 @@ def text_datum(
         max_length: maximum number of input tokens; the end is cut off. None cuts nothing.
 
     Raises:
-        InvalidData: there is nothing to learn, or the tokenizer has no EOS token.
+        InvalidData: there is nothing to learn, the tokenizer has no EOS token, or cannot encode prompt and text apart.
     """
-    for name, value in (("text", text), ("prompt", prompt)):
-        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"{name} must be a str, got a {type(value).__name__}")
-    before = [*_start_tokens(tokenizer), *_encoded(tokenizer, prompt)]
-    learned = _encoded(tokenizer, text)
+    require_text("text", text)
+    require_text("prompt", prompt)
+    before, learned = encode_answer(tokenizer, prompt, text)
     if append_end:
         end = getattr(tokenizer, "eos_token_id", None)
         if end is None:
@@ -198,19 +196,6 @@ def _as_messages(role: str, given: Answer) -> Sequence[Message]:
             raise InvalidData(f"messages must be a text or a sequence of messages, got a {type(given).__name__}")
         return cast("list[Message]", messages)
     return [{"role": role, "content": given}] if given else []
-
-
-def _start_tokens(tokenizer: Any) -> list[int]:
-    """Returns the BOS token if the tokenizer adds it by itself."""
-    start = getattr(tokenizer, "bos_token_id", None)
-    return [start] if start is not None and list(tokenizer.encode(""))[:1] == [start] else []
-
-
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    encode = tokenizer.encode
-    if "add_special_tokens" in inspect.signature(encode).parameters:
-        return list(encode(text, add_special_tokens=False))
-    return list(encode(text))
 
 
 def _columns(row: object) -> str:
