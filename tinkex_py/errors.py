@@ -29,6 +29,7 @@ All of them pickle with their fields. None of them replaces a cancellation.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 RequestFailedCategory = Literal["user", "server", "unknown"]
@@ -85,6 +86,17 @@ class MissingExtra(TinkexError, ImportError):
         super().__init__(f"{package} is not installed. Run: pip install 'tinkex-py[{extra}]'")
         self.package = package
         self.extra = extra
+
+
+def require_modules(extra: str, *modules: str) -> None:
+    """Checks that the modules of an extra are installed, without importing them.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingExtra(module, extra)
 
 
 class TransportError(TinkexError):
