@@ -28,7 +28,8 @@
 All of them pickle with their fields. None of them replaces a cancellation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -97,6 +98,13 @@ def require_modules(extra: str, *modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise MissingExtra(module, extra)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Returns a hint for messages, such as " (did you mean 'steps'?)"; empty if no known name is similar."""
+    spelled = {one.casefold(): one for one in known}
+    similar = get_close_matches(str(name).casefold(), spelled, n=1)
+    return f" (did you mean {spelled[similar[0]]!r}?)" if similar else ""
 
 
 class TransportError(TinkexError):
