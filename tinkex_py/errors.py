@@ -49,13 +49,16 @@ class TinkexError(Exception):
     Attributes:
         accumulated: number of backward passes that the training client has sent since its last optim_step. They
             cannot be undone: to repeat a failed step, send only those that the service did not accept.
+        was_sent: whether a part of the failed backward pass was sent. The message then says how to continue a step
+            whose other passes the service holds; a pass that was refused before needs only its correction.
     """
 
     accumulated: int = 0
+    was_sent: bool = False
 
     def __str__(self) -> str:
         message = super().__str__()
-        if not self.accumulated:
+        if not (self.accumulated and self.was_sent):
             return message
         return (
             f"{message} [{self.accumulated} backward pass(es) were sent since the last optim_step, and the service "
