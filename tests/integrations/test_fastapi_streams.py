@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def application(items: AsyncGenerator[Any, None], form: Any = "events") -> FastA
     return app
 
 
-async def events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(answer: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a stream in either form, as a JSON line shows them."""
     event: dict[str, Any] = {}
     async for line in answer.aiter_lines():
@@ -179,8 +180,7 @@ async def test_a_run_is_streamed_cancelled_with_its_client_and_resumed(tmp_path:
         return EventStream(training_events(run))
 
     async with served_app(app) as server, httpx.AsyncClient(base_url=server.url, timeout=30) as web:
-        async with web.stream("POST", "/train/1000") as answer:
-            stream = events(answer)
+        async with web.stream("POST", "/train/1000") as answer, aclosing(events(answer)) as stream:
             sent = [await anext(stream)]
             while sent[-1]["event"] != "step":
                 sent.append(await anext(stream))
