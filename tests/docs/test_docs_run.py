@@ -116,7 +116,9 @@ async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyte
 def test_every_block_has_a_known_language(page: Path) -> None:
     blocks = blocks_of(page)
     for index, block in enumerate(blocks):
-        assert block.info in ("python", "text", "bash", "json", "yaml", PRINTS), f"line {block.line}: {block.info!r}"
+        assert block.info in ("python", "text", "bash", "html", "json", "yaml", PRINTS), (
+            f"line {block.line}: {block.info!r}"
+        )
         if block.info == PRINTS:
             assert is_python(blocks[index - 1]), f"line {block.line}: no python block before the output"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinkex_py.commands.common.options import AsJson
-from tinkex_py.commands.common.running import FAILED, STOPPED, one_line_errors, run
-from tinkex_py.errors import ConfigError
+from tinkex_py.commands.common.running import EMBEDDED_SERVICE, FAILED, STOPPED, one_line_errors, run
+from tinkex_py.errors import ConfigError, require_modules
 
 if TYPE_CHECKING:
     from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
@@ -37,10 +37,11 @@ def train(
     Exit codes: 0 the run is finished (early stopping included), 1 it failed, 2 the input is invalid, 3 a signal
     stopped it and it can be resumed. A second signal cancels it at once, without a new checkpoint, with code 1.
     """
-    with one_line_errors("train"):
+    with one_line_errors("train", needs=("yaml",)):
         from tinkex_py.runs.config import read_config
 
         described = read_config(config)
+        require_modules("local", *(EMBEDDED_SERVICE if described.base_url is None else ("transformers",)))
         if model is not None:
             described = described.model_copy(update={"model": model})
         folder = runs_dir / _checked_name(name or config.stem)
