@@ -27,6 +27,9 @@ def train(
     model: Annotated[str | None, typer.Option(help="replaces the model of the file")] = None,
     runs_dir: Annotated[Path, typer.Option(help="parent of the run's folder")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="name of the run; default the name of the file")] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="resume although settings, terms or data differ from before")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a run that a YAML file describes; an interrupted run resumes from its last checkpoint.
@@ -48,7 +51,10 @@ def train(
             stop.set()
 
         try:
-            trained = run(train_from_config(described, folder, stop=stop, progress=True), on_first_signal=ask_to_stop)
+            trained = run(
+                train_from_config(described, folder, stop=stop, progress=True, allow_changes=allow_changes),
+                on_first_signal=ask_to_stop,
+            )
         except KeyboardInterrupt:
             typer.echo("tinkex-py train: cancelled; the same command resumes from the last checkpoint", err=True)
             raise typer.Exit(FAILED) from None
@@ -59,7 +65,12 @@ def train(
 
 
 async def train_from_config(
-    config: "TrainConfig", folder: Path, *, stop: asyncio.Event, progress: "bool | ProgressView"
+    config: "TrainConfig",
+    folder: Path,
+    *,
+    stop: asyncio.Event,
+    progress: "bool | ProgressView",
+    allow_changes: bool = False,
 ) -> "TrainedRun":
     """Trains, or resumes the run that the folder contains; the other arguments and errors are those of `runs.train`."""
     from tinkex_py import runs
@@ -85,6 +96,7 @@ async def train_from_config(
             evaluate=evaluate,
             stop=stop,
             progress=progress,
+            allow_changes=allow_changes,
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py.data.chat import ChatRenderer, Turns
 from tinkex_py.data.messages import Message
+from tinkex_py.data.rows import conversation, plain_messages, plain_rows
 from tinkex_py.errors import InvalidData
 from tinkex_py.text import encode_answer, require_text
 from tinkex_py.types import Datum, ModelInput
@@ -127,26 +128,38 @@ def preference_datums(
         except InvalidData as error:
             raise InvalidData(f"{name}: {error}") from error
 
-    return datum_of("chosen", chosen), datum_of("rejected", rejected)
+    pair = datum_of("chosen", chosen), datum_of("rejected", rejected)
+    if pair[0] == pair[1]:
+        cut = "" if max_length is None else f" after both were cut to max_length={max_length}"
+        raise InvalidData(
+            f"chosen and rejected are equal{cut}, so nothing can be learned from them: leave the pair out"
+        )
+    return pair
 
 
 def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Datum]]) -> Iterator[Datum]:
     """Converts rows to datums, lazily.
 
     Args:
-        rows: a `datasets.Dataset`, streamed or not, or any rows.
+        rows: a `datasets.Dataset`, streamed or not, or any rows. Fields that a table of `datasets` fills with None,
+            because other rows have them, are removed at every depth.
         render: converts a row to one datum or several: `lambda row: chat_datum(tokenizer, row["messages"])`.
 
     Raises:
-        InvalidData: a row lacks a column or cannot be rendered; the message contains its number, from 0.
+        InvalidData: a row lacks a column or cannot be rendered; the message contains its number, from 0. Or `rows` is
+            no sequence of rows, such as a DatasetDict. Other exceptions of `render` pass through, with a note that has
+            the number.
     """
-    for number, row in enumerate(rows):
+    for number, row in enumerate(plain_rows(rows)):
         try:
             made = render(row)
         except InvalidData as error:
             raise InvalidData(f"row {number}: {error}") from error
         except KeyError as error:
             raise InvalidData(f"row {number} has no {error}{_columns(row)}") from error
+        except Exception as error:
+            error.add_note(f"render failed on row {number}")
+            raise
         datums: Sequence[object] = made if isinstance(made, list | tuple) else [made]
         for datum in datums:
             if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -173,12 +186,15 @@ def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | Non
 
 
 def _conversation(prompt: Answer, answer: Answer) -> list[Message]:
-    return [*_as_messages("user", prompt), *_as_messages("assistant", answer)]
+    return conversation(_as_messages("user", prompt), _as_messages("assistant", answer))
 
 
 def _as_messages(role: str, given: Answer) -> Sequence[Message]:
     if not isinstance(given, str):
-        return given
+        messages = plain_messages(given)
+        if not isinstance(messages, list):
+            raise InvalidData(f"messages must be a text or a sequence of messages, got a {type(given).__name__}")
+        return cast("list[Message]", messages)
     return [{"role": role, "content": given}] if given else []
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from tinkex_py.data.rows import plain_messages, require_texts
 from tinkex_py.errors import InvalidData
-from tinkex_py.text import require_text
 
 Message = Mapping[str, Any]
 
@@ -38,14 +38,15 @@ class Part:
 
 
 def checked_messages(messages: object) -> list[Message]:
-    """Returns the messages of a conversation without fields that are None, at any depth.
+    """Returns the messages of a conversation as plain values, without the nulls of tables: see `plain_messages`.
 
-    Tables have every field in every row, and templates would render None as text.
+    Templates would render None as text.
 
     Raises:
         InvalidData: there are no messages, or one is invalid.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    messages = plain_messages(messages)
+    if not isinstance(messages, list):
         raise InvalidData(f"messages must be a sequence of messages, got a {type(messages).__name__}")
     if not messages:
         raise InvalidData("the conversation is empty: it needs at least one message of the assistant")
@@ -79,7 +80,7 @@ def edited(message: Message, part: Part, text: str) -> Message:
 def _checked(index: int, message: object) -> Message:
     if not isinstance(message, Mapping):
         raise InvalidData(f"message {index} must map 'role' and 'content' to texts, got a {type(message).__name__}")
-    fields = _without_none(cast("Message", message))
+    fields = cast("Message", message)
     if not isinstance(fields.get("role"), str):
         raise InvalidData(f"message {index} has no 'role' (it has {sorted(map(str, fields))})")
     content = fields.get("content", "")
@@ -91,19 +92,8 @@ def _checked(index: int, message: object) -> Message:
     calls = fields.get("tool_calls", [])
     if not (_is_list(calls) and all(isinstance(call, Mapping) for call in calls)):
         raise InvalidData(f"tool_calls of message {index} must be a list of mappings, got {_described(calls)}")
-    for part in parts_of(index, fields):
-        require_text(f"{part.name} of message {index}", part.text)
+    require_texts(fields, f"message {index}: ")
     return fields
-
-
-def _without_none(value: Any) -> Any:
-    # A null that a user wrote in the JSON text of arguments stays: texts are not parsed.
-    if isinstance(value, Mapping):
-        items = cast("Mapping[str, Any]", value).items()
-        return {key: _without_none(inner) for key, inner in items if inner is not None}
-    if isinstance(value, list | tuple):
-        return [_without_none(inner) for inner in cast("Sequence[Any]", value)]
-    return value
 
 
 def _is_list(value: object) -> bool:

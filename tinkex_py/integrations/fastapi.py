@@ -22,8 +22,10 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, Field
 
 from tinkex_py import errors
+from tinkex_py.arguments import check_flag, check_function, check_kind, shown
 from tinkex_py.client.service import AsyncServiceClient
-from tinkex_py.errors import APIStatusError, ConfigError, MissingExtra, RequestFailed, TinkexError
+from tinkex_py.errors import APIStatusError, ConfigError, InvalidData, MissingExtra, RequestFailed, TinkexError
+from tinkex_py.types.base import RaisesInvalidData
 
 try:
     from fastapi import Depends, FastAPI, Request
@@ -68,7 +70,7 @@ _PROBLEMS: Final[tuple[tuple[type[TinkexError], int, str | None], ...]] = (
 )
 
 
-class Problem(BaseModel):
+class Problem(BaseModel, metaclass=RaisesInvalidData):
     """Problem details after RFC 9457."""
 
     type: str = Field("about:blank", description="Type of the problem; `about:blank` means that of the status.")
@@ -89,6 +91,7 @@ def service_lifespan(
     Args:
         make: creates the client, on the event loop of the application; for example `AsyncServiceClient.from_env`.
     """
+    check_function("make", make)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -108,7 +111,7 @@ def get_service(connection: HTTPConnection) -> AsyncServiceClient:
     Raises:
         ConfigError: the application does not run inside `service_lifespan`.
     """
-    return service_of(connection.app)
+    return service_of(check_kind("connection", connection, HTTPConnection).app)
 
 
 def service_of(app: FastAPI) -> AsyncServiceClient:
@@ -117,7 +120,7 @@ def service_of(app: FastAPI) -> AsyncServiceClient:
     Raises:
         ConfigError: the application does not run inside `service_lifespan`.
     """
-    service = getattr(app.state, _STATE, None)
+    service = getattr(check_kind("app", app, FastAPI).state, _STATE, None)
     if service is None:
         raise ConfigError("the application has no service client: pass lifespan=service_lifespan(...) to FastAPI")
     return service
@@ -133,6 +136,8 @@ def add_error_handlers(app: FastAPI, *, all_errors: bool = False) -> None:
         app: the application.
         all_errors: also convert invalid input (422, without the input itself) and `HTTPException`.
     """
+    check_kind("app", app, FastAPI)
+    check_flag("all_errors", all_errors)
     app.add_exception_handler(TinkexError, _error_response)
     if all_errors:
         app.add_exception_handler(RequestValidationError, _invalid_input_response)
@@ -145,6 +150,9 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     Args:
         statuses: the statuses of the problems that it may return.
     """
+    for status in statuses:
+        if not isinstance(status, int) or status not in set(HTTPStatus):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"statuses must be HTTP statuses, got {shown(status)}")
     return {status: _documented(HTTPStatus(status)) for status in statuses}
 
 
@@ -172,6 +180,7 @@ async def _error_response(request: Request, error: Exception) -> Response:
 
 
 def _status_and_detail(error: TinkexError) -> tuple[int, str]:
+    check_kind("error", error, TinkexError)
     if isinstance(error, RequestFailed) and error.category == "user":
         return 422, str(error)
     kinds = type(error).__mro__

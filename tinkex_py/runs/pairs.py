@@ -35,7 +35,8 @@ def read_pairs(path: Path) -> list[Pair]:
     lines: list[str] | None = None
     try:
         with contextlib.suppress(UnicodeDecodeError):
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if lines is None:
