@@ -323,11 +323,13 @@ def _only_after(begin: int, spans: Sequence[tuple[int, int]], learned: Sequence[
 
 
 def _hint(error: str) -> str:
-    if "'str object' has no attribute" in error:
-        return ": write the content as a list of parts, [{'type': 'text', 'text': ...}]"
-    if "no attribute 'content'" in error:
-        return ": write the content '' where a message has only tool calls"
-    return ""
+    hints = {
+        "'str object' has no attribute": "write the content as a list of parts, [{'type': 'text', 'text': ...}]",
+        "no attribute 'content'": "write the content '' where a message has only tool calls",
+        '(not "list")': "write the content as a str",
+        '(not "dict")': "write the arguments of tool calls as JSON text",
+    }
+    return next((f": {hint}" for part, hint in hints.items() if part in error), "")
 
 
 def _is_dropped(message: Message, part: Part, dropped: Sequence[Part], wanted: Sequence[int]) -> InvalidData:
