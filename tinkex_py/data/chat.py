@@ -1,12 +1,14 @@
 """Renders conversations to tokens with the model's chat template, and marks the tokens that the model learns.
 
-If a chat template marks the text of the assistant (`{% generation %}`), its marks decide. Otherwise a turn begins where
-the prompt that sampling sends ends, and ends with its end-of-turn tokens. Both are found by rendering parts of the
-conversation, and every part of a message must count in the rendered text; what is not exact is an error.
+A turn begins where the prompt that sampling sends ends, and ends with its end-of-turn tokens. If the template marks the
+text of the assistant (`{% generation %}`), its marks decide, without what the prompt has; otherwise both ends are found
+by rendering parts of the conversation. Every part of a message must count in the rendered text, and a turn that cannot
+be determined exactly is an error.
 """
 
 import re
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -140,7 +142,29 @@ class ChatRenderer:
             )
         if len(wanted) < len(of_assistant):
             learned = _only_after(self._begin_of_parts(messages, text, wanted[0]), spans, learned)
+        self._unmark_prompts(messages, text, wanted, spans, learned)
         return Rendered(tokens, learned)
+
+    def _unmark_prompts(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        wanted: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+        learned: list[bool],
+    ) -> None:
+        """Removes marks from headers that the prompt of sampling has: some templates mark them too."""
+        for turn in wanted:
+            if turn == 0 or is_assistant(messages[turn - 1]):
+                continue
+            try:
+                start = self._start(messages, text, turn, wanted)
+            except InvalidData:
+                continue  # the marks alone decide
+            index = bisect_right(spans, start, key=lambda span: span[1]) - 1
+            while index >= 0 and learned[index]:
+                learned[index] = False
+                index -= 1
 
     def _by_prompts(self, messages: Sequence[Message], text: str, wanted: Sequence[int]) -> Rendered:
         pieces, done = list[str](), 0
@@ -268,6 +292,7 @@ class ChatRenderer:
         except self._template_errors as error:
             raise InvalidData(
                 f"the chat template cannot render the first {len(messages)} messages ({type(error).__name__}: {error})"
+                f"{_hint(str(error))}"
             ) from error
 
 
@@ -295,6 +320,16 @@ def _only_after(begin: int, spans: Sequence[tuple[int, int]], learned: Sequence[
         ends = [end for _, (_, end) in run]
         kept += [marked and ends[-1] > begin] * len(ends)
     return kept
+
+
+def _hint(error: str) -> str:
+    hints = {
+        "'str object' has no attribute": "write the content as a list of parts, [{'type': 'text', 'text': ...}]",
+        "no attribute 'content'": "write the content '' where a message has only tool calls",
+        '(not "list")': "write the content as a str",
+        '(not "dict")': "write the arguments of tool calls as JSON text",
+    }
+    return next((f": {hint}" for part, hint in hints.items() if part in error), "")
 
 
 def _is_dropped(message: Message, part: Part, dropped: Sequence[Part], wanted: Sequence[int]) -> InvalidData:
