@@ -91,6 +91,8 @@ class StepRecord(Record):
         tokens: of all micro-batches.
         learning_rate: of the optimizer step; None if the optimizer has none.
         losses: the composed loss of each micro-batch, without the service's own output.
+        loss: of several micro-batches, the loss of the step under the names of `scalars`: as one call with all of them
+            would report it. Empty if there is one micro-batch, and in records of earlier versions.
         metrics: what the service reported about the optimizer step.
         evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
         samples: texts that the evaluation hook returned after this step, by name or prompt.
@@ -105,6 +107,7 @@ class StepRecord(Record):
     tokens: int
     learning_rate: float | None = None
     losses: tuple[CustomLossOutput, ...]
+    loss: dict[str, float] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     evaluation: dict[str, float] = Field(default_factory=dict)
     samples: dict[str, str] = Field(default_factory=dict)
@@ -158,7 +161,9 @@ def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """Returns the numbers of one step under flat names, for charts and metric sinks; micro-batches are averaged.
+    """Returns the numbers of one step under flat names, for charts and metric sinks.
+
+    Losses are those of the whole step (`StepRecord.loss`); other measurements of micro-batches are averaged.
 
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
@@ -170,6 +175,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
             if value is not None:
                 gathered.setdefault(name, []).append(value)
     named = {name: values[0] if len(values) == 1 else statistics.fmean(values) for name, values in gathered.items()}
+    named |= record.loss
     named |= {
         "time/step": record.seconds,
         "time/queue": record.queue_seconds,

@@ -24,6 +24,7 @@ from tinkex_py.runs.recovery import (
 from tinkex_py.runs.settings import Patience
 from tinkex_py.runs.sinks import Sinks
 from tinkex_py.runs.step import Flight, OptimizerStep, Start, owned_tasks
+from tinkex_py.runs.step_loss import step_loss
 from tinkex_py.threads import FileThread
 
 
@@ -263,7 +264,7 @@ class Run:
         if self._plan.evaluates_after(step.number):
             self._view.doing(f"evaluation after step {step.number}")
             evaluated = await self._evaluate(step.number)
-        record = _record(step, evaluated, self._queue.seconds() - flight.queued_before)
+        record = _record(step, self._plan, evaluated, self._queue.seconds() - flight.queued_before)
         await self._files.run(lambda: self._folder.append_step(record))
         self.last = record
         self._patience = self._patience_with(record)
@@ -312,7 +313,7 @@ class Run:
         rule = self._settings.early_stop
         if rule is None or rule.metric.startswith("evaluation/"):
             return False
-        return self._patience_with(_record(step, {}, 0.0)).is_over(rule)
+        return self._patience_with(_record(step, self._plan, {}, 0.0)).is_over(rule)
 
     def _patience_with(self, record: StepRecord) -> Patience:
         rule = self._settings.early_stop
@@ -347,7 +348,7 @@ class Run:
         self._view.doing(f"step {self._made + 1}" if reason is None else f"waiting: {reason}")
 
 
-def _record(step: OptimizerStep, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
+def _record(step: OptimizerStep, plan: Plan, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
     outputs = [part.output for part in step.parts if part.output is not None]
     return StepRecord(
         step=step.number,
@@ -359,6 +360,7 @@ def _record(step: OptimizerStep, evaluated: Mapping[str, float | str], queue_sec
         learning_rate=step.params.learning_rate,
         # The service's own output repeats the logprobs.
         losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),
+        loss=step_loss(plan.pipeline, step.parts),
         metrics={} if step.response is None else dict(step.response.metrics or {}),
         evaluation={name: float(value) for name, value in evaluated.items() if not isinstance(value, str)},
         samples={name: value for name, value in evaluated.items() if isinstance(value, str)},
