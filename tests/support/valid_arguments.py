@@ -34,12 +34,15 @@ from tinkex_py.demo import DemoOptions
 from tinkex_py.integrations import trackers
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.losses import controllers, schedules
-from tinkex_py.runs import RunFolder, RunInfo, StepRecord
-from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel
+from tinkex_py.runs import RunFolder, RunInfo, StepRecord, TrainSettings
+from tinkex_py.runs.records import RunState, SavedCheckpoint
+from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel, Tokenizer
 
 RUN = RunInfo(name="run", started_at=1.0, updated_at=1.0)
 STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, losses=())
-DATUM = datum(3, 1)
+STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
+FIELD = np.full(3, -1.0, np.float32)
+DATUM = datum(3, 1, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -55,6 +58,7 @@ class Clients:
     embedded: LocalService
     session_id: str
     checkpoint: str
+    tokenizer: Tokenizer
     on_listening: Callable[..., None]
 
 
@@ -66,6 +70,7 @@ def constant(data: Sequence[Datum], logprobs: Any) -> torch.Tensor:
 def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
     """Returns valid arguments of the parameters that have no default."""
     record = folder / "record"
+    run_folder = folder / "run"
     return {
         "base_loss": nll,
         "base_model": "tiny",
@@ -84,7 +89,9 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "Datum.loss_fn_inputs": {"target_tokens": [1, 2]},
         "download_checkpoint.folder": folder / "download",
         "folder": folder / "sink",
-        "handler": print,
+        "download_adapter.folder": folder / "downloaded",
+        "export_adapter.folder": folder / "exported",
+        "handler": lambda event: None,
         "handler_id": "none",
         "http_client": None,
         "JsonlSink.path": folder / "steps.jsonl",
@@ -127,7 +134,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "term": constant,
         "then": 0.5,
         "text": "x",
-        "tokenizer": Letters(),
+        "tokenizer": clients.tokenizer,
         "tokens": [1, 2],
         "PromptAltTokens.tokens": [[1]],
         "PromptAltTokens.logprobs": [[1.0]],
@@ -158,6 +165,41 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "reason": None,
         "QueueState.state": "active",
         "OptimizerParams.type": "dimuon",
+        "learning_rate": 1e-4,
+        "DPO.compute.data": [DATUM, DATUM],
+        "batches": lambda start: [[DATUM]] * 2,
+        "write_run.run": RUN,
+        "StepRecord.tokens": 3,
+        "DPO.compute.logprobs": torch.full((6,), -1.0),
+        "charts": (),
+        "differing_settings": {},
+        "folders": [run_folder],
+        "read_run.folder": run_folder,
+        "read_steps.folder": run_folder,
+        "train.folder": folder / "trained",
+        "info": RUN,
+        "last": None,
+        "checkpoint": clients.checkpoint,
+        "training": clients.training,
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        "chosen": "y",
+        "rejected": "z",
+        "rows": [{"text": "x"}],
+        "render": lambda row: DATUM,
+        "losses": (),
+        "metric": "loss/total",
+        "model": clients.training,
+        "out": folder / "report",
+        "page": folder / "page",
+        "pipeline": Pipeline(nll),
+        "record": STEP,
+        "RunFolder.path": run_folder,
+        "append_step.step": STEP,
+        "rest": clients.rest,
+        "Report.runs": (),
+        "service": clients.service,
+        "write_state.state": STATE,
+        "keep_steps.last": 1,
         "step": 1,
         "ttl_seconds": 60,
     }
@@ -166,7 +208,10 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
 _REFERENCE = {"reference": torch.zeros(3)}
 EXTRA: Mapping[str, Mapping[str, Any]] = {
     "config.TinkexConfig": {"api_key": "tml-x"},
-    "likelihood.DPO": _REFERENCE,
+    "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
+    "preference_datums": {"prompt": "x"},
+    "replay": {"pipeline": Pipeline(nll)},
+    "likelihood.DPO": {"reference_field": "logprobs"},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,
     "sampled.SampledKL": _REFERENCE,
@@ -175,14 +220,6 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "AsyncServiceClient.create_sampling_client": {"base_model": "tiny"},
 }
 """Further arguments of a valid call."""
-
-
-class Letters:
-    """An encoder."""
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the code of each character."""
-        return [ord(character) % 256 for character in text]
 
 
 def application(clients: Clients) -> FastAPI:
@@ -233,6 +270,16 @@ def started(sink: Any) -> Any:
     return sink
 
 
+async def prepared(clients: Clients, folder: Path) -> "ValidArguments":
+    """Returns valid arguments, and writes the files that they name."""
+    await Pipeline(nll).compute([DATUM], torch.full((3,), -1.0), record=folder / "record")
+    with RunFolder(folder / "run") as run:
+        run.write_run(RUN)
+        run.append_step(STEP)
+        run.write_state(STATE)
+    return ValidArguments(clients, folder)
+
+
 class ValidArguments:
     """Valid arguments by `function.parameter`, else by the name of the parameter, else by its annotation."""
 
@@ -252,7 +299,7 @@ class ValidArguments:
             for parameter in call.parameters
             if parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
         }
-        return given | EXTRA.get(_last(call.name, 2), {})
+        return given | EXTRA.get(_last(call.name, 2), EXTRA.get(_last(call.name, 1), {}))
 
     def _of(self, call: PublicCall, parameter: inspect.Parameter) -> Any:
         for name in (
@@ -262,11 +309,11 @@ class ValidArguments:
         ):
             if name in self._by_name:
                 return self._by_name[name]
-        annotation = parameter.annotation
-        if annotation in _SIMPLE:
-            return _SIMPLE[annotation]
+        wanted = parameter.annotation
+        if wanted in _SIMPLE:
+            return _SIMPLE[wanted]
         raise LookupError(
-            f"{call.name}: add a valid `{parameter.name}` ({annotation}) to `by_name` in {Path(__file__).name}, so that "
+            f"{call.name}: add a valid `{parameter.name}` ({wanted}) to `by_name` in {Path(__file__).name}, so that "
             "the grid of wrong arguments covers this function"
         )
 

@@ -262,8 +262,8 @@ def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
     lengths = [target_shape(datum, index)[0] for index, datum in enumerate(checked_data(data))]
     if not logprobs.ndim or sum(lengths) != logprobs.shape[0]:
         raise InvalidData(
-            f"split: data has {len(data)} datums, whose target_tokens have {sum(lengths)} positions in total, but the tensor "
-            f"has shape {tuple(logprobs.shape)}: pass the packed logprobs of exactly these datums"
+            f"split: data has {len(data)} datums, whose target_tokens have {sum(lengths)} positions in total, but the "
+            f"tensor has shape {tuple(logprobs.shape)}: pass the packed logprobs of exactly these datums"
         )
     return list(torch.split(logprobs, lengths))
 

@@ -126,8 +126,8 @@ class Pipeline:
         named = dict(self._named_controllers)
         if not isinstance(states, Mapping) or set(cast("Mapping[str, Any]", states)) != set(named):
             raise InvalidSpec(
-                f"the saved state must contain the controllers of the regularizers {sorted(named)}, got {shown(state)}: "
-                "load it into a pipeline with the same specs"
+                f"the saved state must contain the controllers of the regularizers {sorted(named)}, got "
+                f"{shown(state)}: load it into a pipeline with the same specs"
             )
         for name, controller in named.items():
             controller.load_state_dict(cast("Mapping[str, Any]", states)[name])

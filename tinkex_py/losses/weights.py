@@ -125,7 +125,8 @@ def checked_weight(weight: object, name: str) -> Weight:
     number = number_or_nan(cast("object", weight))
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(
-            f"regularizer {name!r}: weight must be a finite number >= 0, a schedule or a controller, got {shown(weight)}"
+            f"regularizer {name!r}: weight must be a finite number >= 0, a schedule or a controller, got "
+            f"{shown(weight)}"
         )
     return number
 
@@ -154,7 +155,7 @@ def weight_at(weight: Weight, name: str, step: int) -> float:
     number = number_or_nan(given)
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(
-            f"regularizer {name!r}: the schedule of the weight must return a finite number >= 0, got {shown(given)} at step "
-            f"{step}"
+            f"regularizer {name!r}: the schedule of the weight must return a finite number >= 0, got {shown(given)} at "
+            f"step {step}"
         )
     return number
