@@ -18,6 +18,8 @@ from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.integrations import imported
 from tinkex_py.runs.records import RunInfo, RunStatus
 
+__all__ = ["JsonlSink", "MlflowSink", "TensorBoardSink", "TrackioSink", "WandbSink"]
+
 Opened = TypeVar("Opened")
 _LONGEST_NAME: Final = 50
 _MLFLOW_TAG: Final = "tinkex.run"

@@ -44,6 +44,8 @@ def first_problem(error: ValidationError) -> str:
     """Returns the first problem of settings that pydantic rejected: name, reason and value."""
     problem = error.errors(include_url=False)[0]
     reason = re.sub("(Input|String) should", "must", problem["msg"])
+    if problem["type"] == "string_unicode":
+        reason = "must not contain half a character (a lone surrogate)"
     return f"{problem['loc'][0]} {reason}, got {shown(problem['input'])}"
 
 

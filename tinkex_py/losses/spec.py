@@ -90,6 +90,10 @@ def per_datum(fn: Term) -> PerDatum:
     return fn if isinstance(fn, PerDatum) else PerDatum(fn)
 
 
+def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(options)
+
+
 class _PlainFields(BaseModel):
     """Checks the fields of `RegularizerSpec` that do not depend on each other."""
 
@@ -97,7 +101,7 @@ class _PlainFields(BaseModel):
 
     name: Annotated[str, Field(min_length=1)]
     timeout: PositiveFloat | None
-    options: Annotated[Mapping[str, Any], AfterValidator(dict[str, Any])]
+    options: Annotated[Mapping[str, Any], AfterValidator(_copy)]
     on_error: OnError
     enabled: bool
     is_async: bool | None

@@ -100,5 +100,9 @@ def _problem(error: ValidationError) -> str:
     """Describes the first invalid setting. A setting with several types has one message for each of them."""
     found = error.errors(include_url=False)
     setting, value = found[0]["loc"][0], found[0]["input"]
-    messages = [item["msg"].partition(" should ")[2] for item in found if item["loc"][0] == setting]
+    messages = [
+        item["msg"].partition(" should ")[2]
+        for item in found
+        if item["loc"][0] == setting and item["type"] != "is_instance_of"  # a default that no user passes
+    ]
     return f"{setting} must {' or '.join(messages)}, got {shown(value)}"

@@ -13,7 +13,7 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
 from tinkex_py.terms.fields import aligned_field, like
 from tinkex_py.terms.ready_made import NonEmptyStr
-from tinkex_py.terms.reduction import ReducedTerm
+from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
 
@@ -28,7 +28,7 @@ class ReferenceTerm(ReducedTerm):
     Args:
         name: default name of the regularizer.
         reduction: see `Positions.reduce`.
-        mask: see `Positions.of`.
+        mask: see `ReducedTerm`.
         reference: a tensor that can be broadcast to the logprobs, or a function `reference(data)`, sync or async,
             that returns them packed, as one tensor per datum, or as the result of a client's `forward`.
         reference_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs. Exactly one of
@@ -67,6 +67,11 @@ class ReferenceTerm(ReducedTerm):
     @abstractmethod
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; `reference` has the shape and dtype of the logprobs."""
+
+    def select_reference(self, positions: Positions, reference: torch.Tensor, data: Sequence[Datum]) -> torch.Tensor:
+        """Returns the selected logprobs of the reference; raises InvalidData if they are no logprobs."""
+        source = "the reference" if self.reference_field is None else f"the field {self.reference_field!r}"
+        return positions.select_logprobs(reference, data, source)
 
     @property
     def compute(self) -> TermFunction:
