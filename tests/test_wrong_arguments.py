@@ -262,7 +262,6 @@ def test_the_public_callables_are_found() -> None:
         "losses.schedules.WarmUp",
         "base_losses.likelihood.DPO.compute",
         "types.datum.ModelInput.from_text",
-        "types.rest.Checkpoint",
         "telemetry.handlers.attach",
     }
 

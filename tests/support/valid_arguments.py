@@ -13,6 +13,7 @@ from rich.console import Console
 from starlette.requests import HTTPConnection
 
 from tests.client.data import datum, nll
+from tests.data.chat_tokenizers import CHATML, byte_tokenizer
 from tests.support.public_calls import PublicCall, constructor_of
 from tinkex_py import (
     AsyncRestClient,
@@ -135,6 +136,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "then": 0.5,
         "text": "x",
         "tokenizer": clients.tokenizer,
+        "ChatRenderer.tokenizer": byte_tokenizer(CHATML),
         "tokens": [1, 2],
         "PromptAltTokens.tokens": [[1]],
         "PromptAltTokens.logprobs": [[1.0]],

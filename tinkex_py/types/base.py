@@ -1,27 +1,12 @@
 """Base classes of values: pydantic's validation errors are raised as InvalidData."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
-
-
-class RaisesInvalidData(type(BaseModel)):
-    """Metaclass of results: creating one with invalid fields raises InvalidData; `model_validate` is unchanged."""
-
-    if not TYPE_CHECKING:  # type checkers would lose the parameters of every class
-
-        def __call__(cls, *args: Any, **fields: Any) -> Any:
-            """Creates an object."""
-            try:
-                return super().__call__(*args, **fields)
-            except ValidationError as error:
-                problems = _describe(error)
-            # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
-            raise InvalidData(f"{cls.__name__}: {problems}")
 
 
 class WireModel(BaseModel):
