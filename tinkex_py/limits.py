@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import shown
 from tinkex_py.errors import APIStatusError, BillingRequired, ConfigError
 
 Result = TypeVar("Result")
@@ -81,14 +82,14 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if not (is_seconds(self.deadline) and self.deadline > 0):
-            raise ConfigError(f"deadline must be a positive number of seconds, not {self.deadline!r}")
+            raise ConfigError(f"deadline must be a positive number of seconds, not {shown(self.deadline)}")
         attempts = self.max_attempts
         if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {attempts!r}")
+            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {shown(attempts)}")
         for name in ("initial_wait", "max_wait"):
             value: float = getattr(self, name)
             if not (is_seconds(value) and value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {value!r}")
+                raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {shown(value)}")
 
     @classmethod
     def none(cls) -> "RetryPolicy":

@@ -1,10 +1,9 @@
 """A step that cannot complete ends in typed errors; a run resumed from its checkpoint gets the same weights."""
 
 import asyncio
-import signal
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -73,63 +72,43 @@ async def test_an_expired_future_is_a_typed_error(proxy: FaultProxy):
             await training.forward_backward(DATA)
 
 
-class RestartableService:
-    """A service in its own process that can be killed and restarted on the same state."""
+def in_flight(killed: asyncio.Event, *, accepted: bool) -> Fault:
+    """Returns the fault of a request that is in flight when the service is killed."""
 
-    def __init__(self, state: Path, stack: ExitStack) -> None:
-        self.state = state
-        self.killed = asyncio.Event()
-        self._stack = stack
-        self._process: Any = None
+    async def act(passing: Passing) -> None:
+        if accepted:
+            await passing.ask()
+        await passing.unless_client_leaves(killed.wait())
+        await passing.reset()
 
-    async def start(self) -> str:
-        """Returns its URL."""
-        # In a thread: the clients run meanwhile.
-        self._process, url = await asyncio.to_thread(self._stack.enter_context, serving("--state-dir", str(self.state)))
-        return url
-
-    def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(timeout=60)
-        self.killed.set()
-
-    def fault(self, *, reaches: bool) -> Fault:
-        """Returns the fault of a request that is in flight when the service dies."""
-
-        async def act(passing: Passing) -> None:
-            if reaches:
-                await passing.ask()
-            await passing.unless_client_leaves(self.killed.wait())
-            await passing.reset()
-
-        return Fault(f"restart of the service, request {'accepted' if reaches else 'not accepted'}", act)
+    return Fault(f"restart of the service, request {'accepted' if accepted else 'not accepted'}", act)
 
 
 async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
     """The service is killed while clients are at every place of a step, with the request accepted or not."""
-    patient = {
-        "timeout": 60.0,
-        "poll_timeout": 60.0,
-        "retry": RetryPolicy(deadline=60.0, initial_wait=0.01, max_wait=0.05),
-    }
+    retry = RetryPolicy(deadline=60.0, initial_wait=0.01, max_wait=0.05)
+    killed = asyncio.Event()
     with ExitStack() as stack:
-        server = RestartableService(tmp_path, stack)
+        process, url = stack.enter_context(serving("--state-dir", str(tmp_path)))
         async with (
             asyncio.timeout(3 * NO_HANG),
-            FaultProxy(await server.start()) as proxy,
-            AsyncServiceClient(config(proxy.url, **patient)) as service,
+            FaultProxy(url) as proxy,
+            AsyncServiceClient(config(proxy.url, timeout=60.0, poll_timeout=60.0, retry=retry)) as service,
         ):
             checkpoint = await saved_run(service)
             steps: list[asyncio.Task[list[TinkexError]]] = []
-            for place in PLACES:
-                for reaches in (False, True):
-                    training = await service.create_training_client_from_state(checkpoint, with_optimizer=True)
-                    fault = server.fault(reaches=reaches)
-                    proxy.spoil(place, fault)
-                    steps.append(asyncio.create_task(errors_of_a_step(training)))
-                    await proxy.until(lambda f=fault, p=place: proxy.injected[f.name, p] == 1)
-            server.kill()
-            proxy.service_url = await server.start()
+            for place, accepted in itertools.product(PLACES, (False, True)):
+                training = await service.create_training_client_from_state(checkpoint, with_optimizer=True)
+                fault = in_flight(killed, accepted=accepted)
+                proxy.spoil(place, fault)
+                steps.append(asyncio.create_task(errors_of_a_step(training)))
+                await proxy.until(lambda name=fault.name, place=place: proxy.injected[name, place] == 1)
+            process.kill()
+            process.wait(timeout=60)
+            killed.set()
+            restarted = serving("--state-dir", str(tmp_path))
+            # In a thread: the clients run meanwhile.
+            _, proxy.service_url = await asyncio.to_thread(stack.enter_context, restarted)
             for errors in await asyncio.gather(*steps):
                 assert isinstance(errors[0], NotFound | ResultLost), errors
                 tally.checked["a restart ends every call in a typed error"] += len(errors)

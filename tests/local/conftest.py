@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+import zstandard
 
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.local.checkpoints import CheckpointStore
@@ -143,15 +144,17 @@ class RawClient:
         }
         return (await self.done("create_model", body))["model_id"]
 
-    async def send_pass(self, message: wire.ForwardBackwardRequest, **headers: str) -> httpx.Response:
-        return await self.http.post(
-            "/api/v1/forward_backward",
-            content=message.SerializeToString(),
-            headers={"Content-Type": PROTOBUF, **headers},
-        )
+    async def send_pass(
+        self, message: wire.ForwardBackwardRequest, *, zstd: bool = False, **headers: str
+    ) -> httpx.Response:
+        body = message.SerializeToString()
+        if zstd:
+            body, headers = zstandard.ZstdCompressor().compress(body), {**headers, "Content-Encoding": "zstd"}
+        headers["Content-Type"] = PROTOBUF
+        return await self.http.post("/api/v1/forward_backward", content=body, headers=headers)
 
-    async def pass_result(self, message: wire.ForwardBackwardRequest, **headers: str) -> wire.ForwardBackwardOutput:
-        submitted = await self.send_pass(message, **headers)
+    async def pass_result(self, message: wire.ForwardBackwardRequest, **options: Any) -> wire.ForwardBackwardOutput:
+        submitted = await self.send_pass(message, **options)
         assert submitted.status_code == 200, submitted.text
         answer = await self.final(submitted.json()["request_id"], accept=PROTOBUF)
         assert answer.headers["content-type"] == PROTOBUF, answer.text

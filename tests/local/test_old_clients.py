@@ -1,6 +1,5 @@
 """JSON as clients before 0.25 write it: nulls spelled out, defaults left out, chunks without a type, `/forward`."""
 
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.asyncio
@@ -74,24 +73,6 @@ async def test_the_whole_way_of_a_0_16_client(client, kit):
     assert drawn[0]["sequences"] == drawn[1]["sequences"] == direct["sequences"]
     assert "prompt_logprobs" not in drawn[0]
     assert (await client.done("unload_model", {"model_id": second, "type": "unload_model"}))["model_id"] == second
-
-
-async def test_numbers_out_of_order_in_json(client):
-    """Chunks of one call, posted at once: b + 1 before b."""
-    model_id = await client.model()
-
-    def chunk(number):
-        datum = {"model_input": {"chunks": [{"tokens": [1, 2]}]}, "loss_fn_inputs": {"target_tokens": {"data": [2, 3]}}}
-        inner = {"data": [datum] * number, "loss_fn": "cross_entropy"}
-        return {"model_id": model_id, "seq_id": number, "forward_backward_input": inner}
-
-    second = await client.ask("forward_backward", chunk(2))
-    third = await client.ask("forward_backward", chunk(3))
-    first = await client.ask("forward_backward", chunk(1))
-    losses = [
-        (await client.final(answer["request_id"])).json()["metrics"]["loss:sum"] for answer in (first, second, third)
-    ]
-    np.testing.assert_allclose(losses, np.array([1, 2, 3]) * losses[0], rtol=1e-5)
 
 
 async def test_clients_that_can_take_either_encoding_get_protobuf(client, kit):

@@ -1,4 +1,4 @@
-"""Content of every shape the protocol knows: sparse and matrix inputs, chunks that are no text, numbers used once."""
+"""Every form of content: sparse and matrix inputs, chunks other than text, numbers used once."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ async def test_sparse_targets_and_weights_are_dense_with_zeros(shared, kit):
     message = kit.message(model_id, 2, [dense])
     message.data[0].loss_fn_inputs["target_tokens"].CopyFrom(protobuf_csr(TARGETS, "int64"))
     message.data[0].loss_fn_inputs["weights"].CopyFrom(protobuf_csr(WEIGHTS, "float32"))
-    got = await shared.pass_result(message)
+    got = await shared.pass_result(message, zstd=True)
     assert got.metrics == want.metrics
     np.testing.assert_array_equal(kit.unpack(got)[0], logprobs)
     inputs = {"target_tokens": json_csr(TARGETS, "int64"), "weights": json_csr(WEIGHTS, "float32")}

@@ -64,7 +64,7 @@ async def test_every_sample_is_announced_once_with_the_size_of_its_result(client
 
 
 @pytest.mark.asyncio
-async def test_what_is_not_acknowledged_comes_again(client):
+async def test_unacknowledged_completions_are_returned_again(client):
     sampler = await sampler_of(client)
     await sample(client, sampler, 0)
     first = await poll(client, sampler)
@@ -141,7 +141,7 @@ async def test_an_unknown_sampling_session_is_404(client):
 
 
 @pytest.mark.asyncio
-async def test_what_nobody_acknowledges_is_bounded():
+async def test_unacknowledged_completions_are_bounded():
     queues = CompletionQueues(keep=100)
     for number in range(1000):
         queues.add((f"s{number % 7}", number % 3), f"r{number}")

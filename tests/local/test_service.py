@@ -20,7 +20,7 @@ pytestmark = pytest.mark.asyncio
 
 
 class WatchedEvent(asyncio.Event):
-    """Tells when somebody waits for it."""
+    """Reports that a task waits for it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from tinkex_py.local.results import ResultBook
 
 
 @pytest.mark.asyncio
-async def test_a_client_learns_of_a_restart_and_goes_on_from_its_checkpoint(tmp_path):
+async def test_a_client_resumes_from_its_checkpoint_after_a_restart(tmp_path):
     """One client over both lives of a service, whose process is killed in between."""
     state = ("--state-dir", str(tmp_path))
     with serving(*state) as (process, url):

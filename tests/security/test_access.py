@@ -1,4 +1,4 @@
-"""Who can ask the embedded service: this machine, or somebody with the key."""
+"""Access to the embedded service: from this machine, or with the key."""
 
 import asyncio
 import hmac
@@ -60,7 +60,7 @@ OPEN = {("GET", "/api/v1/healthz")}
 
 
 async def test_no_route_answers_a_wrong_key(run_service):
-    """All routes of the app, also those that do not exist, say 401 before they look at anything."""
+    """All routes, also those that do not exist, return 401 before anything else."""
     async with run_service(LocalOptions(api_key=KEY)) as client:
         app = innermost(client.service.app)
         asked = {(method, route.path) for route in app.routes for method in route.methods if method != "HEAD"}
@@ -97,7 +97,7 @@ async def test_keys_are_compared_in_constant_time(run_service, monkeypatch):
             answer = await client.http.get("/api/v1/sessions", headers={"X-API-Key": key})
             assert compared == [(key.encode(), KEY.encode())]
             assert answer.status_code == (200 if key == KEY else 401)
-    # The verdict is the comparison's and nobody else's.
+    # Nothing else decides.
     monkeypatch.setattr(Watched, "compare_digest", staticmethod(lambda given, right: True))
     async with run_service(LocalOptions(api_key=KEY)) as client:
         assert (await client.http.get("/api/v1/sessions")).status_code == 200

@@ -56,7 +56,7 @@ async def test_reading_stops_at_the_limit(run_service):
 
 
 @pytest.mark.parametrize("length", [b"x", b"-1", b"9" * 400, b"\xb2"])
-async def test_a_length_that_is_no_number_is_no_crash(client, length):
+async def test_an_invalid_content_length_does_not_crash(client, length):
     answer = await client.http.post("/api/v1/create_session", content=b"{}", headers={"Content-Length": length})
     assert answer.status_code in (200, 413)
 
@@ -87,7 +87,7 @@ async def test_a_zstd_bomb_is_413_and_is_not_unpacked(run_service):
         assert (await send_zstd(client, fits)).status_code == 200
 
 
-async def test_zstd_that_is_not_whole_is_400(client):
+async def test_truncated_zstd_returns_400(client):
     whole = zstd(json.dumps({"display_name": "x" * 5000}).encode())
     assert (await send_zstd(client, whole)).status_code == 200
     for body in (whole[:-1], whole[: len(whole) // 2], whole + b"x", whole + whole, b"", b"\x28\xb5\x2f\xfd"):
@@ -133,13 +133,13 @@ async def test_json_has_a_number_of_parts(client):
 @pytest.mark.parametrize(
     "body", [b"\xff\xfe{\x00}\x00", '{"a": 1}'.encode("utf-16"), b'{"a": "\xff"}', b'{"a": ' + b"1" * 5000 + b"}"]
 )
-async def test_what_is_no_utf_8_or_no_number_is_400_and_not_quoted(client, body):
+async def test_invalid_utf_8_and_numbers_return_400_without_the_body(client, body):
     answer = await client.http.post("/api/v1/create_session", content=body)
     assert answer.status_code == 400
     assert len(answer.json()["detail"]) < 100
 
 
-async def test_the_decoders_word_does_not_quote_the_body(client):
+async def test_a_decoding_error_does_not_quote_the_body(client):
     answer = await client.http.post("/api/v1/create_session", content=b'{"prompt": "a planted secret" oops}')
     assert answer.status_code == 400
     assert "planted" not in answer.text

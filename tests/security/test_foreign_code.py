@@ -1,4 +1,4 @@
-"""Nothing that lies in a file, an archive or an answer is ever run: no pickles, no code beside a model."""
+"""Files, archives and responses never run code: no pickles, no code from a model folder."""
 
 import ast
 import contextlib
@@ -34,7 +34,7 @@ class Planted:
 
 @pytest.fixture
 def planted(tmp_path):
-    """Bytes of two pickles that betray whoever opens them; checked at the end."""
+    """Two pickles that leave a mark when they are opened; checked at the end."""
     mark = tmp_path / "it was run"
     torch.save(Planted(mark), tmp_path / "planted.bin")
     made = (pickle.dumps(Planted(mark)), (tmp_path / "planted.bin").read_bytes())
@@ -96,7 +96,7 @@ def test_a_pickle_in_the_place_of_a_recorded_step_is_refused(tmp_path, planted):
 
 @pytest.fixture
 def model_folder(tmp_path, bench):
-    """The tiny model as a folder of its own, as people download them."""
+    """The tiny model as a Hugging Face folder."""
     folder = tmp_path / "model"
     bench.model.network.config.save_pretrained(folder)
     library = importlib.import_module("tinkex_py.local.tokenizers")
@@ -144,13 +144,13 @@ def test_code_beside_a_model_is_not_run(bench, model_folder, tmp_path, kind):
 
 
 def test_a_tokenizer_that_a_service_names_brings_no_code(model_folder, tmp_path, monkeypatch):
-    """The name comes from an answer: loading it must run nothing, and ask nobody whether it may."""
+    """The name comes from a response: loading it must run nothing, and not prompt."""
     mark = tmp_path / "it was run"
     (model_folder / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     path = model_folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "Evil"}
     path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.E", "evil.E"]}}))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("input() was called"))
     with contextlib.suppress(tinkex_py.UnsupportedFeature):
         client_service._tokenizer_by_name(str(model_folder))
     assert not mark.exists()

@@ -1,4 +1,4 @@
-"""What waits at the embedded service is bounded, and whoever comes too late is told to come back."""
+"""What waits at the embedded service is bounded; refused clients are asked to retry."""
 
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.asyncio
 
 @contextmanager
 def busy_engine(client: Any) -> Iterator[None]:
-    """The engine does not finish anything meanwhile."""
+    """The engine finishes nothing while the block runs."""
     go_on = threading.Event()
     client.service.core.submit(go_on.wait)
     try:
@@ -102,8 +102,8 @@ async def test_models_are_bounded(run_service):
         assert await client.model(2)
 
 
-async def test_our_client_comes_back(monkeypatch):
-    """A full queue is not an error of a client with patience: it is slower, and the numbers are the same."""
+async def test_this_client_retries_after_429(monkeypatch):
+    """A full queue only delays this client; the numbers are the same."""
 
     async def losses() -> list[float]:
         training = await service.create_lora_training_client("tiny", rank=4, seed=1)
@@ -131,7 +131,7 @@ async def test_our_client_comes_back(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["max_waiting_requests", "max_waiting_bytes", "max_body_bytes", "max_models"])
-async def test_limits_that_are_none_are_refused(name):
+async def test_invalid_limits_are_refused(name):
     for value in (-1, 1.5, True, None):
         with pytest.raises(ConfigError, match=name):
             LocalOptions(**{name: value})

@@ -1,4 +1,4 @@
-"""A crash in one request fails that request only; and nobody gets anything of somebody else's."""
+"""A crash in one request fails only that request, and clients never see each other's data."""
 
 import asyncio
 from typing import Any
@@ -110,7 +110,7 @@ async def test_a_crash_in_a_shared_batch_fails_the_one_that_crashes(client, monk
 
 
 async def test_weights_that_cannot_be_found_fail_their_samples_and_no_others(client, monkeypatch):
-    """An error that nobody foresaw, before a batch has begun: nobody may be left waiting for ever."""
+    """After an unexpected error before a batch has started, no request waits forever."""
     model_id = await client.model()
     saved = await client.done("save_weights_for_sampler", {"model_id": model_id, "seq_id": 1, "path": "x"})
     store = client.service.core.store

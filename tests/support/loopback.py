@@ -96,12 +96,15 @@ class LoopbackServer(ABC):
         task.add_done_callback(self.tasks.discard)
 
     def _accept(self, listener: socket.socket) -> None:
-        try:
-            accepted, _ = listener.accept()
-        except (BlockingIOError, ConnectionError):  # the client has left already
-            return
-        self._accepted.add(accepted)
-        self.start(self._connect(accepted))
+        while True:
+            try:
+                accepted, _ = listener.accept()
+            except ConnectionError:  # the client has left already
+                continue
+            except BlockingIOError:  # there are no more
+                return
+            self._accepted.add(accepted)
+            self.start(self._connect(accepted))
 
     async def _connect(self, accepted: socket.socket) -> None:
         reader = asyncio.StreamReader(limit=1 << 20)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from tinkex_py.arguments import check_count, check_kind, check_path, check_text
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
 from tinkex_py.demo.files import default_file, new_run_folder
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
@@ -17,6 +18,7 @@ from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, s
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
+from tinkex_py.types.base import RaisesInvalidData
 
 HELD_OUT_PROMPTS = 2
 
@@ -34,8 +36,18 @@ class DemoOptions:
     data: Path | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_text("model", self.model)
+        for name in ("steps", "batch_size", "rank"):
+            check_count(name, getattr(self, name), least=1)
+        check_count("seed", self.seed, least=0)
+        AdamParams(learning_rate=self.learning_rate)
+        check_path("runs_dir", self.runs_dir)
+        if self.data is not None:
+            check_path("data", self.data)
 
-class DemoSummary(BaseModel):
+
+class DemoSummary(BaseModel, metaclass=RaisesInvalidData):
     """Result of a demo run; the losses are the totals of the first and the last step."""
 
     model_config = ConfigDict(frozen=True)
@@ -49,6 +61,8 @@ class DemoSummary(BaseModel):
 
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     """Fine-tunes the model on the data set, and shows progress and samples on the console."""
+    check_kind("options", options, DemoOptions)
+    check_kind("console", console, Console)
     adam = AdamParams(learning_rate=options.learning_rate)
     pairs = read_pairs(options.data or default_file("instructions.jsonl"))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import ConfigError
 
 Count = Annotated[StrictInt, Field(ge=1)]
@@ -76,4 +77,4 @@ def _described(item: Any) -> str:
     (name, *_) = item["loc"]
     if name == "api_key":
         return "api_key must be a non-empty ASCII text; leave it out to accept any key"
-    return f"{name}={item['input']!r}: {item['msg']}"
+    return f"{name}={shown(item['input'])}: {item['msg']}"

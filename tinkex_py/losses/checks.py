@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from pydantic import ValidationError
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 
 
@@ -35,7 +36,7 @@ def checked_number(
         and (at_most is None or number <= at_most)
     )
     if not usable:
-        raise InvalidSpec(f"{owner}: {setting} must be a finite number {allowed}".rstrip() + f", got {value!r}")
+        raise InvalidSpec(f"{owner}: {setting} must be a finite number {allowed}".rstrip() + f", got {shown(value)}")
     return number
 
 
@@ -43,7 +44,9 @@ def first_problem(error: ValidationError) -> str:
     """Returns the first problem of settings that pydantic rejected: name, reason and value."""
     problem = error.errors(include_url=False)[0]
     reason = re.sub("(Input|String) should", "must", problem["msg"])
-    return f"{problem['loc'][0]} {reason}, got {problem['input']!r}"
+    if problem["type"] == "string_unicode":
+        reason = "must not contain half a character (a lone surrogate)"
+    return f"{problem['loc'][0]} {reason}, got {shown(problem['input'])}"
 
 
 def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
@@ -54,9 +57,11 @@ def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
     """
     numbers = cast("Mapping[str, object]", state).get(key) if isinstance(state, Mapping) else None
     if not isinstance(numbers, Mapping):
-        raise InvalidSpec(f"{owner}: the saved state must contain a mapping {key!r}, got {state!r}")
+        raise InvalidSpec(
+            f"{owner}: the saved state must contain a mapping {key!r}, got {shown(cast('object', state))}"
+        )
     named = cast("Mapping[str, object]", numbers)
-    return {name: checked_number(owner, f"{key}[{name!r}]", number) for name, number in named.items()}
+    return {name: checked_number(owner, f"state: {key}[{name!r}]", number) for name, number in named.items()}
 
 
 def number_or_nan(value: object) -> float:

@@ -9,6 +9,7 @@ import torch
 from tenacity import AsyncRetrying
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import check_count
 from tinkex_py.errors import InPlaceMutation, NonFiniteLoss, PipelineError, RegularizerError
 from tinkex_py.limits import RetryPolicy
 from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient
@@ -95,9 +96,7 @@ def checked_step(step: int) -> int:
     Raises:
         PipelineError: it is something else.
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PipelineError(f"step must be an int >= 0, got {step!r}")
-    return step
+    return check_count("step", step, least=0, error=PipelineError)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.checks import checked_number
 from tinkex_py.losses.weights import Schedule, checked_weight, weight_at
@@ -26,8 +27,9 @@ class Constant:
     def __post_init__(self) -> None:
         checked_number("Constant", "value", self.value, at_least=0.0)
 
-    def __call__(self, step: int) -> float:  # noqa: ARG002  # part of the interface of schedules
+    def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
+        _check_step(self, step)
         return self.value
 
 
@@ -60,7 +62,7 @@ class Linear(_Ramp):
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        return self._between(_progress(step, self.steps))
+        return self._between(_progress(self, step, self.steps))
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Cosine(_Ramp):
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        return self._between((1 - math.cos(math.pi * _progress(step, self.steps))) / 2)
+        return self._between((1 - math.cos(math.pi * _progress(self, step, self.steps))) / 2)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class WarmUp:
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        after = weight_at(self.then, "WarmUp.then", max(0, step - self.steps))
-        return after * _progress(step, self.steps)
+        part = _progress(self, step, self.steps)
+        return part * weight_at(self.then, "WarmUp.then", max(0, step - self.steps))
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ class Piecewise:
     values: Mapping[int, float]
 
     def __post_init__(self) -> None:
-        if 0 not in self.values:
-            raise InvalidSpec(f"Piecewise: values must contain a weight for step 0, got {dict(self.values)!r}")
+        if not isinstance(self.values, Mapping) or 0 not in self.values:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidSpec(f"Piecewise: values must map steps, 0 among them, to weights, got {shown(self.values)}")
         for step, value in self.values.items():
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidSpec(f"Piecewise: every step in values must be an int >= 0, got {step!r}")
+                raise InvalidSpec(f"Piecewise: every step in values must be an int >= 0, got {shown(step)}")
             checked_number("Piecewise", f"values[{step}]", value, at_least=0.0)
         object.__setattr__(self, "values", dict(sorted(self.values.items())))
 
@@ -128,13 +130,20 @@ class Piecewise:
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
+        _check_step(self, step)
+        _check_step(self, step)
         return self.values[max(boundary for boundary in self.values if boundary <= max(0, step))]
 
 
 def _check_steps(title: str, steps: object) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidSpec(f"{title}: steps must be an int >= 1, got {steps!r}")
+        raise InvalidSpec(f"{title}: steps must be an int >= 1, got {shown(steps)}")
 
 
-def _progress(step: int, steps: int) -> float:
+def _check_step(schedule: object, step: object) -> None:
+    checked_number(type(schedule).__name__, "step", step)
+
+
+def _progress(schedule: object, step: int, steps: int) -> float:
+    _check_step(schedule, step)
     return min(max(step / steps, 0.0), 1.0)

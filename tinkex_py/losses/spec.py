@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Union, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from tenacity import AsyncRetrying
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
 from tinkex_py.html_table import html_facts
 from tinkex_py.losses.checks import first_problem
@@ -89,6 +90,10 @@ def per_datum(fn: Term) -> PerDatum:
     return fn if isinstance(fn, PerDatum) else PerDatum(fn)
 
 
+def _copy(options: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(options)
+
+
 class _PlainFields(BaseModel):
     """Checks the fields of `RegularizerSpec` that do not depend on each other."""
 
@@ -96,7 +101,7 @@ class _PlainFields(BaseModel):
 
     name: Annotated[str, Field(min_length=1)]
     timeout: PositiveFloat | None
-    options: Annotated[Mapping[str, Any], AfterValidator(dict[str, Any])]
+    options: Annotated[Mapping[str, Any], AfterValidator(_copy)]
     on_error: OnError
     enabled: bool
     is_async: bool | None
@@ -142,16 +147,19 @@ class RegularizerSpec:
     def __post_init__(self) -> None:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
         if name is None:
+            problem = _why_not_callable(self.fn)
+            if problem is not None:
+                raise InvalidSpec(f"regularizer: {problem}")
             raise InvalidSpec(
                 f"the regularizer {described_term(self.fn)} has no name: pass name=..., or set a `name` attribute on it"
             )
-        if name == BASE_LOSS_NAME:
+        if isinstance(name, str) and name == BASE_LOSS_NAME:
             raise InvalidSpec(f"regularizer: the name {name!r} is reserved for the base loss: pass another name=...")
         object.__setattr__(self, "name", name)
         try:
             checked = _PlainFields.model_validate(vars(self))
         except ValidationError as error:
-            raise InvalidSpec(f"regularizer {name!r}: {first_problem(error)}") from None
+            raise InvalidSpec(f"regularizer {shown(name)}: {first_problem(error)}") from None
         for field_name, value in checked:
             object.__setattr__(self, field_name, value)
         name = self.name
@@ -256,14 +264,11 @@ def is_async_term(term: object) -> bool:
 
 def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     """Returns why an object cannot be a term, or None if it can."""
+    problem = _why_not_callable(term)
+    if problem is not None:
+        return problem
     inner: object = term.fn if isinstance(term, PerDatum) else term
-    if isinstance(inner, type):
-        return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
-    if isinstance(term, PerDatum) and isinstance(inner, ConfiguredTerm):
-        return f"{type(inner).__name__} expects packed logprobs: remove per_datum(...)"
-    function: object = term_function(inner)
-    if not callable(function):
-        return f"fn must be callable or have a compute method, got {inner!r} of type {type(inner).__name__}"
+    function: Any = term_function(inner)
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):  # a builtin without a signature; a wrong one fails when it is called
@@ -276,10 +281,23 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _why_not_callable(term: object) -> str | None:
+    inner: object = term.fn if isinstance(term, PerDatum) else term
+    if isinstance(inner, type):
+        return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
+    if isinstance(term, PerDatum) and isinstance(inner, ConfiguredTerm):
+        return f"{type(inner).__name__} expects packed logprobs: remove per_datum(...)"
+    if not callable(term_function(inner)):
+        return f"fn must be callable or have a compute method, got {shown(inner)} of type {type(inner).__name__}"
+    return None
+
+
 def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
     usable = isinstance(retry, AsyncRetrying) or (isinstance(retry, int) and not isinstance(retry, bool) and retry >= 1)
     if not usable:
-        raise InvalidSpec(f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {retry!r}")
+        raise InvalidSpec(
+            f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {shown(retry)}"
+        )
     if not can_await:
         raise InvalidSpec(
             f"regularizer {name!r}: retry is only supported for async terms: make fn a coroutine function, or pass "

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, did_you_mean
 from tinkex_py.runs.settings import TrainSettings, problems_of
 from tinkex_py.types import AdamParams
 
@@ -145,7 +146,7 @@ def read_config(path: Path) -> TrainConfig:
     try:
         config = TrainConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {problems_of(error)}") from None
+        raise ConfigError(f"{path}: {problems_of(error, TrainConfig)}") from None
     data = config.data
     found = {"path": path.parent / data.path, "held_out": data.held_out and path.parent / data.held_out}
     return config.model_copy(update={"data": data.model_copy(update=found)})
@@ -187,8 +188,11 @@ def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
     for module in (base_losses, regularizers):
         if section.term in dir(module):
             return _made(getattr(module, section.term), section.options, where), {}
-    names = ", ".join([*dir(base_losses), *dir(regularizers)])
-    raise ConfigError(f"{where}.term: no term is named {section.term!r}; use one of {names}, or module:name")
+    names = [*dir(base_losses), *dir(regularizers)]
+    raise ConfigError(
+        f"{where}.term: no term is named {section.term!r}{did_you_mean(section.term, names)}; use one of "
+        f"{', '.join(names)}, or module:name"
+    )
 
 
 def optimizer_of(section: OptimizerSection) -> "Optimizer":
@@ -225,7 +229,7 @@ def _schedule(given: Mapping[str, Any], where: str) -> "Schedule":
 def _chosen(given: Mapping[str, Any], key: str, module: object, names: tuple[str, ...], where: str) -> Any:
     name = given.get(key)
     if name not in names:
-        raise ConfigError(f"{where}: {key} must be one of {', '.join(names)}, got {name!r}")
+        raise ConfigError(f"{where}: {key} must be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}")
     settings = {setting: value for setting, value in given.items() if setting != key}
     return _made(getattr(module, str(name)), settings, where)
 
@@ -234,7 +238,16 @@ def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {kind.__name__}: {error}") from error
+        raise ConfigError(f"{where}: {kind.__name__}: {error}{_hint(kind, settings)}") from error
+
+
+def _hint(kind: type[Any], settings: Mapping[str, Any]) -> str:
+    try:
+        known = inspect.signature(kind).parameters
+    except ValueError:  # some classes of C have none
+        return ""
+    unknown = [name for name in settings if name not in known]
+    return did_you_mean(unknown[0], known) if unknown else ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,21 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
+class Change(Record):
+    """What differed from before when a run was resumed with `allow_changes=True`.
+
+    Attributes:
+        step: number of the first step after it.
+        what: the difference.
+        batches: number of batches read when the data differed; those before it are compared no longer. None if the data
+            did not differ.
+    """
+
+    step: int
+    what: str
+    batches: int | None = None
+
+
 class RunInfo(Record):
     """`run.json`.
 
@@ -31,6 +46,11 @@ class RunInfo(Record):
         config: settings of the run, as given.
         versions: of Python, this package and torch.
         seed: `seed` of the `config=` that `train` was called with; None without one.
+        fingerprints: of the code and captured values of the loss and the optimizer, by their names; None where there is
+            no fingerprint. Empty in runs of older versions.
+        changes: what was changed on purpose.
+        batches_ahead: fingerprints, by position, of batches read after the last checkpoint; a resumed run reads
+            them again.
     """
 
     name: str
@@ -43,6 +63,9 @@ class RunInfo(Record):
     config: dict[str, JsonValue] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int | None = None
+    fingerprints: dict[str, str | None] = Field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    batches_ahead: dict[int, str] = Field(default_factory=dict[int, str])
 
     @property
     def outcome(self) -> str:
@@ -73,6 +96,7 @@ class StepRecord(Record):
         metrics: what the service reported about the optimizer step.
         evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
         samples: texts that the evaluation hook returned after this step, by name or prompt.
+        batches: fingerprint of each micro-batch; empty in runs of older versions.
     """
 
     step: int
@@ -87,6 +111,7 @@ class StepRecord(Record):
     metrics: dict[str, float] = Field(default_factory=dict)
     evaluation: dict[str, float] = Field(default_factory=dict)
     samples: dict[str, str] = Field(default_factory=dict)
+    batches: tuple[str, ...] = ()
 
 
 class SavedCheckpoint(Record):

@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font  # pyright: ignore[reportUnknownVariableType]
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
 from tinkex_py.unicode import without_halves
+
+try:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font  # pyright: ignore[reportUnknownVariableType]
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError as error:
+    raise MissingExtra(str(error.name).partition(".")[0], "report") from error
 
 PAGE_FILE = "index.html"
 # M. Okabe and K. Ito, "Color Universal Design"; the yellow is darker for white paper.

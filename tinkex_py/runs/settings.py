@@ -1,12 +1,12 @@
 """Settings of a training run, and the state of early stopping."""
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, did_you_mean
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Times = Annotated[int, Field(ge=0, strict=True)]
@@ -28,7 +28,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise ConfigError(f"{type(self).__name__}: {problems_of(error)}") from None
+            raise ConfigError(f"{type(self).__name__}: {problems_of(error, type(self))}") from None
 
 
 class EarlyStop(Settings):
@@ -78,7 +78,8 @@ class Patience(BaseModel):
             if rule.metric.startswith("evaluation/") and not evaluated:
                 return self
             raise ConfigError(
-                f"early_stop: no metric is named {rule.metric!r}; use one of {', '.join(sorted(numbers))}"
+                f"early_stop: no metric is named {rule.metric!r}{did_you_mean(rule.metric, numbers)}; use one of "
+                f"{', '.join(sorted(numbers))}"
             )
         best = math.nan if self.best is None else self.best
         gain = best - value if rule.better == "lower" else value - best
@@ -119,13 +120,14 @@ class TrainSettings(Settings):
     execution: Literal["client", "auto", "server"] = "client"
 
 
-def problems_of(error: ValidationError) -> str:
-    """Returns one line that names each invalid setting, with its value if that is plain."""
+def problems_of(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Returns one line that names each invalid setting of a model, with its value if that is plain."""
     problems: list[str] = []
     for problem in error.errors(include_url=False):
         name = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            problems.append(f"no setting is named {name!r}")
+            *section, wrong = problem["loc"]
+            problems.append(f"no setting is named {name!r}{did_you_mean(wrong, _names(settings, section))}")
         elif problem["type"] == "missing":
             problems.append(f"{name}: is missing")
         else:
@@ -134,3 +136,14 @@ def problems_of(error: ValidationError) -> str:
             text = problem["msg"].removeprefix("Value error, ") + shown
             problems.append(f"{name}: {text}" if name else text)
     return "; ".join(problems)
+
+
+def _names(settings: type[BaseModel], section: Sequence[int | str]) -> Sequence[str]:
+    """Returns the names of the settings in a section of a model."""
+    for name in section:
+        if isinstance(name, str):  # a number is a position in a list
+            kind = settings.model_fields[name].annotation
+            settings = next(
+                one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)
+            )
+    return list(settings.model_fields)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self, get_type_hints
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from tinkex_py.arguments import check_kind, check_list, shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.spec import TermFunction, TermResult
 from tinkex_py.types import Datum
@@ -83,6 +84,8 @@ class ReadyMadeTerm(ABC):
     def _compute(
         self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
     ) -> TermResult | Awaitable[TermResult]:
+        check_list("data", data, Datum)
+        check_kind("logprobs", logprobs, torch.Tensor)
         return self.with_options(settings).loss(data, logprobs)
 
 
@@ -102,4 +105,4 @@ def _problem(error: ValidationError) -> str:
         for item in found
         if item["loc"][0] == setting and item["type"] != "is_instance_of"  # a default that no user passes
     ]
-    return f"{setting} must {' or '.join(messages)}, got {value!r}"
+    return f"{setting} must {' or '.join(messages)}, got {shown(value)}"

@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 
 import torch
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
 from tinkex_py.terms.fields import aligned_field, like
@@ -46,7 +47,7 @@ class ReferenceTerm(ReducedTerm):
                 f"{' and '.join(given) or 'none'}"
             )
         if self.reference is not None and not isinstance(self.reference, torch.Tensor) and not callable(self.reference):
-            raise self.invalid(f"reference must be a tensor or a function of the datums, got {self.reference!r}")
+            raise self.invalid(f"reference must be a tensor or a function of the datums, got {shown(self.reference)}")
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult | Awaitable[TermResult]:
         """Computes the loss; returns an awaitable if the reference is async."""
@@ -88,7 +89,7 @@ class ReferenceTerm(ReducedTerm):
         return super().with_options(given)
 
     async def _compute_async(self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any) -> TermResult:
-        result = self.with_options(settings).loss(data, logprobs)
+        result = self._compute(data, logprobs, **settings)
         return await result if inspect.isawaitable(result) else result
 
     async def _loss_later(self, found: Awaitable[object], data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:

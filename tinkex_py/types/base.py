@@ -1,11 +1,27 @@
-"""Base class of the values that users create: frozen; validation errors are raised as InvalidData."""
+"""Base classes of values: pydantic's validation errors are raised as InvalidData."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
+
+
+class RaisesInvalidData(type(BaseModel)):
+    """Metaclass of results: creating one with invalid fields raises InvalidData; `model_validate` is unchanged."""
+
+    if not TYPE_CHECKING:  # type checkers would lose the parameters of every class
+
+        def __call__(cls, *args: Any, **fields: Any) -> Any:
+            """Creates an object."""
+            try:
+                return super().__call__(*args, **fields)
+            except ValidationError as error:
+                problems = _describe(error)
+            # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
+            raise InvalidData(f"{cls.__name__}: {problems}")
 
 
 class WireModel(BaseModel):
@@ -23,6 +39,8 @@ class WireModel(BaseModel):
             return
         except ValidationError as error:
             problems = _describe(error)
+        except TypeError as error:  # a mapping that is given for a nested value lacks a field, or has an unknown one
+            problems = f"{', '.join(fields)}: {error}"
         # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")
 
@@ -32,7 +50,7 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         place = _path(item["loc"])
         value = item["input"]
-        seen = repr(value) if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
+        seen = shown(value) if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
         message = item["msg"].removeprefix("Value error, ")
         lines.append(f"{place}{message} (got {seen})" if item["type"] != "value_error" else f"{place}{message}")
     return "; ".join(lines)

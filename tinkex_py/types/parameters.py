@@ -8,6 +8,8 @@ from pydantic import ConfigDict, Field, model_validator
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
 
+# Services store integers in 64 bits.
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -29,8 +31,8 @@ class LoraConfig(WireModel):
         InvalidData: a value is out of range, or no layer is adapted.
     """
 
-    rank: int = Field(default=32, ge=1)
-    seed: int | None = None
+    rank: Annotated[Whole, Field(ge=1)] = 32
+    seed: Whole | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -111,9 +113,9 @@ class SamplingParams(WireModel):
         InvalidData: a value is out of range.
     """
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    seed: Whole | None = None
     stop: str | Sequence[str] | Sequence[int] | None = None
     temperature: NonNegative = 1.0
-    top_k: int = Field(default=-1, ge=-1)
+    top_k: Annotated[Whole, Field(ge=-1)] = -1
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -1,4 +1,4 @@
-"""A session without requests and heartbeats ends, and nothing else does."""
+"""Sessions without requests and heartbeats end, and no others."""
 
 import asyncio
 import math
@@ -14,13 +14,13 @@ LIMIT = 60.0
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Asks nothing of the service while it waits: that would be heard."""
+    """Sends no request while it waits, because that would keep the session."""
     async with asyncio.timeout(LIMIT):
         while not condition():  # noqa: ASYNC110  # the service sets no asyncio.Event
             await asyncio.sleep(0.005)
 
 
-async def test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on(run_service):
+async def test_an_inactive_session_ends_and_one_with_a_heartbeat_stays(run_service):
     async with run_service(LocalOptions(session_timeout=2.0)) as client:
         model = await client.model()
         living = client.session_id
@@ -44,7 +44,7 @@ async def test_a_silent_session_ends_and_one_with_a_heartbeat_goes_on(run_servic
         assert (await client.post("get_info", {"model_id": model})).status_code == 200
 
 
-async def test_who_only_looks_at_a_session_does_not_keep_it(run_service):
+async def test_reading_a_session_does_not_keep_it(run_service):
     async with run_service(LocalOptions(session_timeout=None)) as client:
         session_id = await client.session()
         core = client.service.core
@@ -58,7 +58,7 @@ async def test_who_only_looks_at_a_session_does_not_keep_it(run_service):
     "path",
     ["session_heartbeat", "get_info", "optim_step", "forward", "create_sampling_session", "retrieve_futures"],
 )
-async def test_whatever_a_client_asks_for_is_heard(shared, path, kit):
+async def test_every_request_marks_its_session_as_active(shared, path, kit):
     await shared.session()
     model_id = await shared.model()
     core = shared.service.core
@@ -80,7 +80,7 @@ async def test_whatever_a_client_asks_for_is_heard(shared, path, kit):
     assert core.take_active_sessions() == {shared.session_id}
 
 
-async def test_a_loop_that_stood_still_ends_no_session(run_service, monkeypatch):
+async def test_a_blocked_event_loop_ends_no_session(run_service, monkeypatch):
     async with run_service(LocalOptions(session_timeout=3600.0)) as client:
         session_id = await client.session()
         core = client.service.core
@@ -93,12 +93,12 @@ async def test_a_loop_that_stood_still_ends_no_session(run_service, monkeypatch)
         assert (await client.post("session_heartbeat", beat)).status_code == 200
 
 
-async def test_without_a_timeout_nobody_looks(run_service):
+async def test_without_a_timeout_sessions_are_not_checked(run_service):
     async with run_service(LocalOptions(session_timeout=None)):
         assert "tinkex.local.sessions" not in {task.get_name() for task in asyncio.all_tasks()}
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, math.nan, math.inf, True, "60"])
-async def test_a_timeout_that_is_none_is_refused(timeout):
+async def test_an_invalid_timeout_is_refused(timeout):
     with pytest.raises(ConfigError, match="session_timeout"):
         LocalOptions(session_timeout=timeout)
