@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tinkex_py.arguments import check_choice, check_flag, check_path, shown
+from tinkex_py.arguments import check_path, shown
 from tinkex_py.client.accumulation import GradientCall
 from tinkex_py.client.batches import CustomBatch, checked_data, custom_batch
 from tinkex_py.client.ordering import Turn
@@ -79,8 +79,12 @@ class CustomStep:
     def __post_init__(self) -> None:
         if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
             raise InvalidData(f"deadline must be > 0 seconds or None, got {shown(self.deadline)}")
-        check_choice("execution", self.execution, EXECUTIONS)
-        check_flag("overlap", self.overlap)
+        if not isinstance(self.execution, str) or self.execution not in EXECUTIONS:  # pyright: ignore
+            raise InvalidData(
+                f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {shown(self.execution)}"
+            )
+        if not isinstance(self.overlap, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"overlap must be True or False, got {shown(self.overlap)}")
         if self.record is not None:
             check_path("record", self.record, error=PipelineError)
         check_surrogate(self.surrogate, self.sequences_per_step, self.execution)

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import check_choice, check_count
+from tinkex_py.arguments import check_count, shown
 from tinkex_py.client.batches import CustomBatch
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
@@ -194,7 +194,8 @@ class SurrogateChoice:
 
 def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> None:
     """Raises InvalidData if an option of the surrogate is invalid."""
-    check_choice("surrogate", surrogate, SURROGATES)
+    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
+        raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {shown(surrogate)}")
     if sequences_per_step is not None:
         check_count("sequences_per_step", sequences_per_step, least=1)
     if execution == "server" and surrogate != "auto":

@@ -18,7 +18,7 @@ from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, s
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
-from tinkex_py.types.base import RaisesInvalidData
+from tinkex_py.types.outputs import RaisesInvalidData
 
 HELD_OUT_PROMPTS = 2
 

@@ -31,7 +31,7 @@ from tinkex_py.arguments import check_flag, check_function, check_kind, shown
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.errors import APIStatusError, ConfigError, InvalidData, MissingExtra, RequestFailed, TinkexError
 from tinkex_py.runs import ProgressView, RunInfo, StepRecord, TrainedRun, scalars
-from tinkex_py.types.base import RaisesInvalidData
+from tinkex_py.types.outputs import RaisesInvalidData
 
 try:
     from fastapi import Depends, FastAPI, Request

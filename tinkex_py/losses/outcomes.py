@@ -9,7 +9,7 @@ import torch
 from tenacity import AsyncRetrying
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import check_count
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InPlaceMutation, NonFiniteLoss, PipelineError, RegularizerError
 from tinkex_py.limits import RetryPolicy
 from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient
@@ -96,7 +96,9 @@ def checked_step(step: int) -> int:
     Raises:
         PipelineError: it is something else.
     """
-    return check_count("step", step, least=0, error=PipelineError)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"step must be an int >= 0, got {shown(step)}")
+    return step
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tinkex_py.html_table import html_table
 from tinkex_py.types import ForwardBackwardOutput
-from tinkex_py.types.base import RaisesInvalidData
+from tinkex_py.types.outputs import RaisesInvalidData
 
 BASE_LOSS_NAME = "base_loss"
 """Term name of the base loss."""

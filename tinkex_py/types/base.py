@@ -1,27 +1,12 @@
-"""Base classes of values: pydantic's validation errors are raised as InvalidData."""
+"""Base class of the values that users create: frozen; validation errors are raised as InvalidData."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
-
-
-class RaisesInvalidData(type(BaseModel)):
-    """Metaclass of results: creating one with invalid fields raises InvalidData; `model_validate` is unchanged."""
-
-    if not TYPE_CHECKING:  # type checkers would lose the parameters of every class
-
-        def __call__(cls, *args: Any, **fields: Any) -> Any:
-            """Creates an object."""
-            try:
-                return super().__call__(*args, **fields)
-            except ValidationError as error:
-                problems = _describe(error)
-            # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
-            raise InvalidData(f"{cls.__name__}: {problems}")
 
 
 class WireModel(BaseModel):
@@ -38,14 +23,15 @@ class WireModel(BaseModel):
             super().__init__(**fields)
             return
         except ValidationError as error:
-            problems = _describe(error)
+            problems = described(error)
         except TypeError as error:  # a mapping that is given for a nested value lacks a field, or has an unknown one
             problems = f"{', '.join(fields)}: {error}"
         # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")
 
 
-def _describe(error: ValidationError) -> str:
+def described(error: ValidationError) -> str:
+    """Returns every invalid field with its problem and, if it is a number, its value."""
     lines: list[str] = []
     for item in error.errors(include_url=False):
         place = _path(item["loc"])
