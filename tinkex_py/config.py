@@ -10,6 +10,7 @@ from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
 from tinkex_py.transport.messages import Secret, checked_base_url, merged_headers
 from tinkex_py.types import QueueState
+from tinkex_py.values import as_integer, plain
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
 KEY_VARIABLE = "TINKER_API_KEY"
@@ -97,17 +98,19 @@ class TinkexConfig:
             raise ConfigError(f"user_metadata must be a mapping, got {self.user_metadata!r}")
         object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)))
         for name in ("timeout", "poll_timeout", "heartbeat_interval", "sampling_patience"):
-            _check_seconds(name, getattr(self, name), positive=True)
-        _check_seconds("close_timeout", self.close_timeout, positive=False)
+            self._check_seconds(name, positive=True)
+        self._check_seconds("close_timeout", positive=False)
         if self.billing_pause is not None:
-            _check_seconds("billing_pause", self.billing_pause, positive=False)
+            self._check_seconds("billing_pause", positive=False)
         if self.on_queue_state is not None and not callable(self.on_queue_state):
             raise ConfigError(f"on_queue_state must be a function, got {self.on_queue_state!r}")
         for name in ("max_connections", "max_polls", "max_threads"):
-            count: object = getattr(self, name)
-            optional = name == "max_threads" and count is None
-            if not optional and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-                raise ConfigError(f"{name} must be an int >= 1, got {count!r}")
+            given: object = getattr(self, name)
+            count = as_integer(given)
+            optional = name == "max_threads" and given is None
+            if not optional and (count is None or count < 1):
+                raise ConfigError(f"{name} must be an int >= 1, got {given!r}")
+            object.__setattr__(self, name, count)
         if not isinstance(self.retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"retry must be a RetryPolicy, got {self.retry!r}")
         if self.wire not in ("auto", "protobuf", "json"):
@@ -123,6 +126,12 @@ class TinkexConfig:
         """The key, wrapped so that nothing shows it."""
         assert isinstance(self.api_key, Secret)
         return self.api_key
+
+    def _check_seconds(self, name: str, *, positive: bool) -> None:
+        value: object = getattr(self, name)
+        if not (is_seconds(value) and (value > 0 if positive else value >= 0)):
+            raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {value!r}")
+        object.__setattr__(self, name, plain(value))
 
     def __copy__(self) -> "TinkexConfig":
         return self
@@ -144,11 +153,6 @@ def _checked_text(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{name} must be a string, got {value!r}")
     return value
-
-
-def _check_seconds(name: str, value: object, *, positive: bool) -> None:
-    if not (is_seconds(value) and (value > 0 if positive else value >= 0)):
-        raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {value!r}")
 
 
 def _tags_of_environment() -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.values import as_integer
 
 _CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -14,10 +15,12 @@ def check_text(name: str, value: object) -> None:
         raise InvalidData(f"{name} must be a non-empty string, got {value!r}")
 
 
-def check_count(name: str, value: object, *, least: int) -> None:
-    """Raises InvalidData unless an argument is an int that is not too small."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def check_count(name: str, value: object, *, least: int) -> int:
+    """Returns an argument as an int; raises InvalidData if it is no integer or too small."""
+    count = as_integer(value)
+    if count is None or count < least:
         raise InvalidData(f"{name} must be an int >= {least}, got {value!r}")
+    return count
 
 
 def check_name(name: str) -> str:

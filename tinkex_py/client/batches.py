@@ -21,6 +21,7 @@ from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
 from tinkex_py.types.tensors import Array
+from tinkex_py.values import plain
 
 # The losses of the protocol and the fields that they need besides target_tokens. Other losses are not checked here.
 _SAMPLED = ("logprobs", "advantages")
@@ -81,6 +82,13 @@ def checked_chunks(
     datums = checked_data(data, loss_fn, config)
     parts = plan_chunks(datums, max_datums=limits.fwdbwd_max_chunk_len, max_bytes=limits.fwdbwd_max_chunk_bytes_count)
     return [PlannedBatch(part, sum(map(bytes_of, part))) for part in parts]
+
+
+def loss_config(given: LossConfig | None) -> LossConfig:
+    """Returns the settings of a loss with Python's numbers; `check_loss` checks them."""
+    if given is None:
+        return {}
+    return {name: plain(value) for name, value in given.items()} if isinstance(given, Mapping) else given  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def checked_data(

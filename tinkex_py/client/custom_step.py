@@ -24,6 +24,7 @@ from tinkex_py.errors import InvalidData, PipelineError
 from tinkex_py.limits import is_seconds
 from tinkex_py.losses.options import DEFAULTS as PIPELINE_DEFAULTS, PipelineOptions
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
+from tinkex_py.values import as_path
 
 if TYPE_CHECKING:
     from tinkex_py.losses.output import CustomLossOutput
@@ -80,7 +81,10 @@ class CustomStep:
             raise InvalidData(f"deadline must be > 0 seconds or None, got {self.deadline!r}")
         if self.execution not in EXECUTIONS:
             raise InvalidData(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {self.execution!r}")
-        check_surrogate(self.surrogate, self.sequences_per_step, self.execution)
+        sequences = check_surrogate(self.surrogate, self.sequences_per_step, self.execution)
+        object.__setattr__(self, "sequences_per_step", sequences)
+        if self.record is not None:
+            object.__setattr__(self, "record", as_path(self.record, "record"))
 
     async def run(
         self, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]

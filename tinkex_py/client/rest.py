@@ -31,6 +31,7 @@ from tinkex_py.types.rest import (
     TrainingRun,
     TrainingRunsPage,
 )
+from tinkex_py.values import as_path
 
 _RUNS = "/api/v1/training_runs"
 _SESSIONS = "/api/v1/sessions"
@@ -140,10 +141,9 @@ class AsyncRestClient:
 
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> None:
         """Makes a checkpoint expire `ttl_seconds` from now; None means never."""
-        if ttl_seconds is not None:
-            check_count("ttl_seconds", ttl_seconds, least=1)
+        ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
         url = f"{_checkpoint_url(path)}/ttl"
-        await self._requests.ask("PUT", url, "changing when a checkpoint expires", json={"ttl_seconds": ttl_seconds})
+        await self._requests.ask("PUT", url, "changing when a checkpoint expires", json={"ttl_seconds": ttl})
 
     async def publish_checkpoint(self, path: str) -> None:
         """Publishes a checkpoint; some services raise `Conflict` if it is public already."""
@@ -188,7 +188,8 @@ class AsyncRestClient:
         if (project_id is None) == (session_id is None) or (session_id is None) != (model_number is None):
             raise InvalidData("pass either project_id, or session_id and model_number")
         destination = given(destination_project_id=project_id, session_id=session_id, model_seq_id=model_number)
-        body = {"source_path": source, **destination, **given(ttl_seconds=ttl_seconds)}
+        ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
+        body = {"source_path": source, **destination, **given(ttl_seconds=ttl)}
         # One key for all attempts, so that a repeated request makes no second copy.
         headers = {"X-Idempotency-Key": str(uuid.uuid4())}
         if access_token is not None:
@@ -246,7 +247,8 @@ class AsyncRestClient:
         parsed = CheckpointPath.parse(path)
         # The download has its own retries.
         once = AsyncRestClient(replace(self._requests, retry=RetryPolicy.none()))
-        download = Download(self._requests, parsed, Path(folder), lambda: once.get_archive_url(path), on_progress)
+        target = as_path(folder, "folder")
+        download = Download(self._requests, parsed, target, lambda: once.get_archive_url(path), on_progress)
         return await download.run()
 
     # Sessions and samplers
@@ -301,9 +303,8 @@ class AsyncRestClient:
             limit: maximum number of sessions, up to 200.
             cursor: `next_cursor` of the previous page; None starts with the newest session.
         """
-        check_count("limit", limit, least=1)
         wanted = query or SessionQuery()
-        body = {**wanted.fields(), "limit": limit}
+        body = {**wanted.fields(), "limit": check_count("limit", limit, least=1)}
         if cursor is not None:
             body["cursor"] = cursor.model_dump(mode="json")
         names_nothing = wanted.project_ids is None
@@ -325,9 +326,7 @@ class AsyncRestClient:
 
 
 def _page(limit: int, offset: int) -> dict[str, object]:
-    check_count("limit", limit, least=1)
-    check_count("offset", offset, least=0)
-    return {"limit": limit, "offset": offset}
+    return {"limit": check_count("limit", limit, least=1), "offset": check_count("offset", offset, least=0)}
 
 
 def _run_segment(run: str) -> str:

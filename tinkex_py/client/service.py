@@ -36,6 +36,7 @@ from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
 from tinkex_py.transport.http import HttpClient, Transport
 from tinkex_py.transport.messages import request
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
+from tinkex_py.values import as_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,13 +123,9 @@ class AsyncServiceClient:
         Raises:
             MissingExtra: a required package is not installed.
         """
-        from pathlib import Path
-
         from tinkex_py.local import LocalOptions, LocalService
 
-        if state_dir is not None and not isinstance(state_dir, Path | str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"state_dir must be a path, got a {type(state_dir).__name__}")
-        folder = None if state_dir is None else Path(state_dir)
+        folder = None if state_dir is None else as_path(state_dir, "state_dir")
         embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
         settings = _checked_config(config) or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")

@@ -25,6 +25,7 @@ from tinkex_py.client.batches import CustomBatch
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
+from tinkex_py.values import as_integer
 
 SurrogateOption = Literal["auto", "cross_entropy", "importance_sampling"]
 SURROGATES: tuple[SurrogateOption, ...] = ("auto", "cross_entropy", "importance_sampling")
@@ -191,17 +192,16 @@ class SurrogateChoice:
         return surrogate
 
 
-def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> None:
-    """Raises InvalidData if an option of the surrogate is invalid."""
+def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> int | None:
+    """Returns `sequences_per_step` as an int; raises InvalidData if an option of the surrogate is invalid."""
     if surrogate not in SURROGATES:
         raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {surrogate!r}")
-    is_count = (
-        isinstance(sequences_per_step, int) and not isinstance(sequences_per_step, bool) and sequences_per_step >= 1
-    )
-    if sequences_per_step is not None and not is_count:
+    count = as_integer(sequences_per_step)
+    if sequences_per_step is not None and (count is None or count < 1):
         raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {sequences_per_step!r}")
     if execution == "server" and surrogate != "auto":
         raise InvalidData(f"surrogate={surrogate!r} has no effect with execution='server': use surrogate='auto'")
+    return count
 
 
 def check_sequences(sequences_per_step: int | None, count: int) -> int:

@@ -27,6 +27,14 @@ def train(
     model: Annotated[str | None, typer.Option(help="replaces the model of the file")] = None,
     runs_dir: Annotated[Path, typer.Option(help="parent of the run's folder")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="name of the run; default the name of the file")] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="replaces a setting of the file, such as optimizer.learning_rate=1e-3; can be repeated",
+        ),
+    ] = [],  # noqa: B006  (typer copies it)
     as_json: AsJson = False,
 ) -> None:
     """Train a run that a YAML file describes; an interrupted run resumes from its last checkpoint.
@@ -37,7 +45,7 @@ def train(
     with one_line_errors("train"):
         from tinkex_py.runs.config import read_config
 
-        described = read_config(config)
+        described = read_config(config, overrides)
         if model is not None:
             described = described.model_copy(update={"model": model})
         folder = runs_dir / _checked_name(name or config.stem)

@@ -17,6 +17,7 @@ from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, s
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
+from tinkex_py.values import as_path
 
 HELD_OUT_PROMPTS = 2
 
@@ -50,7 +51,7 @@ class DemoSummary(BaseModel):
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     """Fine-tunes the model on the data set, and shows progress and samples on the console."""
     adam = AdamParams(learning_rate=options.learning_rate)
-    pairs = read_pairs(options.data or default_file("instructions.jsonl"))
+    pairs = read_pairs(as_path(options.data or default_file("instructions.jsonl"), "--data"))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)
     with console.status(f"loading {options.model}"):

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 from tinkex_py.errors import ConfigError
 from tinkex_py.integrations import imported
 from tinkex_py.runs.records import RunInfo, RunStatus
+from tinkex_py.values import as_path
 
 Opened = TypeVar("Opened")
 _LONGEST_NAME: Final = 50
@@ -42,7 +43,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = as_path(path, "path")
         self._key: str | None = None
         self._may_repeat = False
 
@@ -100,7 +101,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path | str) -> None:
         imported("tensorboard", "tensorboard")
         self._make_writer: Any = imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self.folder = Path(folder)
+        self.folder = as_path(folder, "folder")
         self._run: RunInfo | None = None
         self._writer: Any = None
 

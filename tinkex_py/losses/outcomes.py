@@ -16,6 +16,7 @@ from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOu
 from tinkex_py.losses.spec import OnError, PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import weight_at
 from tinkex_py.types import ForwardBackwardOutput
+from tinkex_py.values import as_integer
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def checked_step(step: int) -> int:
     Raises:
         PipelineError: it is something else.
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+    count = as_integer(step)
+    if count is None or count < 0:
         raise PipelineError(f"step must be an int >= 0, got {step!r}")
-    return step
+    return count
 
 
 @dataclass(frozen=True)

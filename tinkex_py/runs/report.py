@@ -25,6 +25,7 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
 from tinkex_py.unicode import without_halves
+from tinkex_py.values import as_path
 
 PAGE_FILE = "index.html"
 # M. Okabe and K. Ito, "Color Universal Design"; the yellow is darker for white paper.
@@ -153,7 +154,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     Raises:
         ConfigError: a folder is not a run, or cannot be read or written; nothing is written then.
     """
-    loaded, out = _load(folders), Path(out)
+    loaded, out = _load(folders), as_path(out, "out")
     runs = [summary for summary, _, _ in loaded]
     curves = {summary.label: own for summary, own, _ in loaded}
     of_runs = {summary.label: own for summary, _, own in loaded}
@@ -184,7 +185,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
     # A folder that is named twice is read once.
-    places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    places = list(dict.fromkeys(as_path(folder, "folders").resolve() for folder in folders))
     if not places:
         raise ConfigError("no run was given: name at least one folder of a run")
     for place in places:

@@ -1,11 +1,11 @@
 """Base class of the values that users create: frozen; validation errors are raised as InvalidData."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.values import problems_of
 
 
 class WireModel(BaseModel):
@@ -22,21 +22,6 @@ class WireModel(BaseModel):
             super().__init__(**fields)
             return
         except ValidationError as error:
-            problems = _describe(error)
+            problems = problems_of(error, type(self), shows_texts=False)
         # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")
-
-
-def _describe(error: ValidationError) -> str:
-    lines: list[str] = []
-    for item in error.errors(include_url=False):
-        place = _path(item["loc"])
-        value = item["input"]
-        seen = repr(value) if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{place}{message} (got {seen})" if item["type"] != "value_error" else f"{place}{message}")
-    return "; ".join(lines)
-
-
-def _path(location: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in location) + ": " if location else ""

@@ -1,16 +1,36 @@
 """Parameters of requests: adapters, optimizers, sampling."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
-from pydantic import ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
+from tinkex_py.values import Integer, Number, as_integer, plain
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[Integer, Field(ge=1)]
 
+
+def _stop(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    given = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(given, Sequence):
+        items = list(cast("Sequence[object]", given))
+        tokens = [as_integer(item) for item in items]
+        if all(isinstance(item, str) for item in items):
+            return cast("Sequence[object]", given)
+        if None not in tokens:
+            return tuple(tokens) if isinstance(given, tuple) else tokens
+        given = " and ".join(sorted({type(item).__name__ for item in items}))
+        raise ValueError(f"must be a text, a list of texts or a list of token ids, got a list of {given}")
+    raise ValueError(f"must be a text, a list of texts or a list of token ids, got {value!r}")
+
+
+Stop = Annotated[str | Sequence[str] | Sequence[int] | None, BeforeValidator(_stop)]
 
 _NEWER_FIELDS = frozenset({"weight_decay", "grad_clip_norm"})
 
@@ -29,8 +49,8 @@ class LoraConfig(WireModel):
         InvalidData: a value is out of range, or no layer is adapted.
     """
 
-    rank: int = Field(default=32, ge=1)
-    seed: int | None = None
+    rank: Count = 32
+    seed: Integer | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -58,8 +78,8 @@ class AdamParams(WireModel):
     """
 
     learning_rate: NonNegative = 1e-4
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
     eps: NonNegative = 1e-12
     weight_decay: NonNegative = 0.0
     grad_clip_norm: NonNegative = 0.0
@@ -86,6 +106,7 @@ class OptimizerParams(WireModel):
     """
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(plain)]]  # type: ignore[assignment]
 
     type: str = Field(min_length=1)
     learning_rate: NonNegative
@@ -111,9 +132,9 @@ class SamplingParams(WireModel):
         InvalidData: a value is out of range.
     """
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = None
-    stop: str | Sequence[str] | Sequence[int] | None = None
+    max_tokens: Count | None = None
+    seed: Integer | None = None
+    stop: Stop = None
     temperature: NonNegative = 1.0
-    top_k: int = Field(default=-1, ge=-1)
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[Integer, Field(ge=-1)] = -1
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0

@@ -17,6 +17,7 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.integrations import imported
 from tinkex_py.threads import FileThread
 from tinkex_py.types.rest import DownloadProgress
+from tinkex_py.values import as_path
 
 AnyPath = str | os.PathLike[str]
 CONFIG_FILE = "adapter_config.json"
@@ -87,7 +88,7 @@ def export_adapter(
         MissingExtra: peft is not installed.
         OSError: a file cannot be read or written.
     """
-    source, target = Path(checkpoint), Path(folder)
+    source, target = as_path(checkpoint, "checkpoint"), as_path(folder, "folder")
     _check_target(target, overwrite=overwrite)
     if not source.exists():
         raise InvalidData(f"there is no checkpoint {str(source)!r}: pass a folder or an archive")
@@ -134,7 +135,7 @@ async def download_adapter(
     Raises:
         TinkexError: as in `export_adapter` and `AsyncRestClient.download_checkpoint`.
     """
-    target = Path(folder)
+    target = as_path(folder, "folder")
     _check_target(target, overwrite=overwrite)
     base_model = base_model or (await rest.get_weights_info(path)).base_model
     async with FileThread() as files:
