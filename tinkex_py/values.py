@@ -120,6 +120,8 @@ def reason_of(problem: ErrorDetails) -> str:
     """Returns what an invalid setting must be, in words."""
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "must be a valid dictionary of settings"
+    if problem["type"] in ("tuple_type", "list_type"):
+        return "must be a list"
     return re.sub(r"^\w+ should ", "must ", problem["msg"].removeprefix("Value error, "))
 
 

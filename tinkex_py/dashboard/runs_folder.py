@@ -27,7 +27,7 @@ class RunLine(BaseModel):
     Attributes:
         name: of its folder.
         status: of `run.json`; a process that was killed leaves "running".
-        reason: why it stopped or failed; None otherwise.
+        reason: why it stopped, failed or ended early; None otherwise.
         model: name of the base model; None if unknown.
         steps: number of the last step; 0 before any.
         total_steps: planned steps; None if the run ends with its data.

@@ -32,7 +32,7 @@ def _number_or_mapping(value: object) -> object:
         return cast("object", value)
     number = as_number(value)
     if number is None:
-        raise PydanticCustomError("weight", "must be a number, or settings such as {{schedule: Linear, ...}}")
+        raise PydanticCustomError("weight", "must be a number, or settings such as {schedule: Linear, ...}")
     return number
 
 
@@ -250,7 +250,8 @@ def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
         return kind(**settings)
     except (TypeError, ValueError) as error:
         hint = _hint(kind, settings) if isinstance(error, TypeError) else ""
-        raise ConfigError(f"{where}: {kind.__name__}: {error}{hint}") from error
+        reason = str(error).removeprefix(f"{kind.__name__}: ")
+        raise ConfigError(f"{where}: {kind.__name__}: {reason}{hint}") from error
 
 
 def _hint(kind: type[Any], settings: Mapping[str, Any]) -> str:
