@@ -78,6 +78,7 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if not (is_seconds(self.deadline) and self.deadline > 0):
             raise ConfigError(f"deadline must be a positive number of seconds, not {self.deadline!r}")
+        object.__setattr__(self, "deadline", plain(self.deadline))
         attempts = as_integer(self.max_attempts)
         if self.max_attempts is not None and (attempts is None or attempts < 1):
             raise ConfigError(f"max_attempts must be an int >= 1 or None, not {self.max_attempts!r}")
@@ -86,6 +87,7 @@ class RetryPolicy:
             value: float = getattr(self, name)
             if not (is_seconds(value) and value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {value!r}")
+            object.__setattr__(self, name, plain(value))
 
     @classmethod
     def none(cls) -> "RetryPolicy":

@@ -69,14 +69,14 @@ def _path(value: object) -> Path:
 def _integer(value: object) -> int:
     integer = as_integer(value)
     if integer is None:
-        raise PydanticCustomError("integer", "must be an integer")
+        raise PydanticCustomError("integer", "must be a valid integer")
     return integer
 
 
 def _number(value: object) -> float:
     number = as_number(value)
     if number is None:
-        raise PydanticCustomError("number", "must be a number")
+        raise PydanticCustomError("number", "must be a valid number")
     return number
 
 

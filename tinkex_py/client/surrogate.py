@@ -196,7 +196,7 @@ def check_surrogate(surrogate: object, sequences_per_step: object, execution: st
     """Returns `sequences_per_step` as an int; raises InvalidData if an option of the surrogate is invalid."""
     if surrogate not in SURROGATES:
         raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {surrogate!r}")
-    count = as_integer(sequences_per_step)
+    count = None if sequences_per_step is None else as_integer(sequences_per_step)
     if sequences_per_step is not None and (count is None or count < 1):
         raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {sequences_per_step!r}")
     if execution == "server" and surrogate != "auto":

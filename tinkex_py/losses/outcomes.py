@@ -96,7 +96,7 @@ def checked_step(step: int) -> int:
     Raises:
         PipelineError: it is something else.
     """
-    count = as_integer(step)
+    count = step if type(step) is int else as_integer(step)
     if count is None or count < 0:
         raise PipelineError(f"step must be an int >= 0, got {step!r}")
     return count

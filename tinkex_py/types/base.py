@@ -1,6 +1,6 @@
 """Base class of the values that users create: frozen; validation errors are raised as InvalidData."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,8 +12,11 @@ class WireModel(BaseModel):
     """A frozen value whose fields have the names of the wire format.
 
     Raises:
-        InvalidData: a field is invalid; the message names it and, if it is a number, its value.
+        InvalidData: a field is invalid; the message names it and, if it is plain, its value.
     """
+
+    shows_texts: ClassVar[bool] = False
+    """Whether errors contain texts; False where they may be a user's."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
 
@@ -22,6 +25,6 @@ class WireModel(BaseModel):
             super().__init__(**fields)
             return
         except ValidationError as error:
-            problems = problems_of(error, type(self), shows_texts=False)
+            problems = problems_of(error, type(self), shows_texts=self.shows_texts)
         # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")

@@ -49,6 +49,8 @@ class LoraConfig(WireModel):
         InvalidData: a value is out of range, or no layer is adapted.
     """
 
+    shows_texts = True
+
     rank: Count = 32
     seed: Integer | None = None
     train_unembed: bool = True
@@ -76,6 +78,8 @@ class AdamParams(WireModel):
     Raises:
         InvalidData: a value is out of range.
     """
+
+    shows_texts = True
 
     learning_rate: NonNegative = 1e-4
     beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
@@ -105,6 +109,7 @@ class OptimizerParams(WireModel):
         InvalidData: a value is out of range.
     """
 
+    shows_texts = True
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(plain)]]  # type: ignore[assignment]
 
@@ -131,6 +136,8 @@ class SamplingParams(WireModel):
     Raises:
         InvalidData: a value is out of range.
     """
+
+    shows_texts = True
 
     max_tokens: Count | None = None
     seed: Integer | None = None
