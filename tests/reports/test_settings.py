@@ -276,14 +276,14 @@ async def new_model(service: AsyncServiceClient) -> Any:
     return await service.create_lora_training_client("tiny", rank=2, seed=1)
 
 
-async def trained(own: AsyncServiceClient, folder: Path, **arguments: Any) -> TrainedRun:
+async def trained(own: AsyncServiceClient, parent: Path, **arguments: Any) -> TrainedRun:
     given = {
         "service": own,
         "model": lambda: new_model(own),
         "batches": [batch(0), batch(1)],
         "pipeline": NLL(),
         "settings": TrainSettings(steps=1, evaluate_every=1, checkpoint_every=None),
-        "folder": folder / "run",
+        "folder": parent / "run",
         **arguments,
     }
     return await train(**given)
