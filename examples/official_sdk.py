@@ -66,7 +66,7 @@ def main():
         per_datum(dpo_loss),
         [
             RegularizerSpec(fn=drift, weight=0.05, name="drift"),
-            RegularizerSpec(fn=L2(reduction="token-mean"), weight=0.001, name="l2"),
+            RegularizerSpec(fn=L2(mask="weights", reduction="token-mean"), weight=0.001, name="l2"),
         ],
     )
     with some_service() as (address, key):

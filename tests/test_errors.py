@@ -55,6 +55,7 @@ def made(cls: type[TinkexError]) -> TinkexError:
 def test_row_115_pickle_keeps_message_and_fields(cls: type[TinkexError], protocol: int):
     error = made(cls)
     error.accumulated = 2
+    error.was_sent = True
     error.add_note("a note")
     again = pickle.loads(pickle.dumps(error, protocol))
     assert type(again) is cls
@@ -142,6 +143,8 @@ def test_an_incomplete_accumulation_is_reported():
     error = errors.RegularizerError("term 'kl' failed", name="kl")
     assert str(error) == "term 'kl' failed"
     error.accumulated = 3
+    assert str(error) == "term 'kl' failed"  # refused before anything was sent
+    error.was_sent = True
     assert "3 backward" in str(error)
     assert "only the missing micro-batches" in str(error)
 

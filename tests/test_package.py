@@ -5,6 +5,9 @@ import inspect
 import re
 import subprocess
 import sys
+import tarfile
+import tomllib
+import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -167,3 +170,31 @@ def test_the_clients_offer_what_the_design_says():
     assert all(signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in expected)
     created = inspect.signature(tinkex_py.AsyncServiceClient.create_lora_training_client).parameters
     assert {"base_model", "rank", "seed", "train_mlp", "train_attn", "train_unembed", "lora_config"} <= set(created)
+
+
+def test_the_source_distribution_holds_what_a_wheel_needs_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parents[1]
+    backend = importlib.import_module(
+        tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["build-backend"]
+    )
+    monkeypatch.chdir(root)
+    archive = tmp_path / backend.build_sdist(str(tmp_path))
+    assert archive.stat().st_size < 1.5e6
+    with tarfile.open(archive) as opened:
+        for member in opened:  # `filter=` of `extractall` is newer than Python 3.11.2
+            (tmp_path / member.name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / member.name).write_bytes(opened.extractfile(member).read())
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    documents = {"CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md"}
+    assert {path.name for path in unpacked.iterdir()} == {
+        *("tinkex_py", "examples", "pyproject.toml", ".gitignore"),
+        *documents,
+    }
+    assert {path.name for path in (unpacked / "examples").iterdir()} == {"data"}  # a part of the wheel
+    monkeypatch.chdir(unpacked)
+    with zipfile.ZipFile(tmp_path / backend.build_wheel(str(tmp_path))) as wheel:
+        names = set(wheel.namelist())
+    package = (path.relative_to(root) for path in (root / "tinkex_py").rglob("*") if path.is_file())
+    expected = {path.as_posix() for path in package if path.suffix != ".pyc"}
+    assert expected <= names
+    assert {"tinkex_py/demo/data/instructions.jsonl", "tinkex_py/demo/data/held_out.jsonl"} <= names

@@ -1,5 +1,7 @@
 """The command line: its commands, and nothing else."""
 
+from typing import Annotated
+
 from tinkex_py.errors import MissingExtra
 
 try:
@@ -18,6 +20,7 @@ from tinkex_py.commands.sample import sample
 from tinkex_py.commands.serve import serve
 from tinkex_py.commands.train import train
 from tinkex_py.commands.version import version
+from tinkex_py.version import __version__
 
 __all__ = ["app"]
 
@@ -27,6 +30,16 @@ for command in (check, demo, serve, train, sample, runs, report, dashboard, repl
 app.add_typer(checkpoints, name="checkpoints")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tinkex-py {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def tinkex_py() -> None:
+def tinkex_py(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Composable losses over the Tinker training API."""

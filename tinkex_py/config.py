@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
+from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, plain, shown
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
 from tinkex_py.transport.messages import Secret, checked_base_url, merged_headers
 from tinkex_py.types import QueueState
-from tinkex_py.values import as_integer, plain
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
 KEY_VARIABLE = "TINKER_API_KEY"
@@ -90,31 +90,26 @@ class TinkexConfig:
         access = {name: os.environ.get(variable, "") for name, variable in ACCESS_VARIABLES.items()}
         present = {name: value for name, value in access.items() if value}
         object.__setattr__(self, "access_headers", _checked_headers("CLOUDFLARE_ACCESS_CLIENT_*", present))
-        tags = cast("object", self.tags or _tags_of_environment())
+        tags = cast("object", () if self.tags is None else self.tags)  # pyright: ignore[reportUnnecessaryComparison]
         is_sequence = isinstance(tags, Iterable) and not isinstance(tags, str)
         if not is_sequence or not all(isinstance(tag, str) for tag in cast("Iterable[object]", tags)):
-            raise ConfigError(f"tags must be a sequence of strings, got {tags!r}")
+            raise ConfigError(f"tags must be a sequence of strings, got {shown(self.tags)}")
         if not isinstance(self.user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"user_metadata must be a mapping, got {self.user_metadata!r}")
-        object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)))
+            raise ConfigError(f"user_metadata must be a mapping, got {shown(self.user_metadata)}")
+        object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)) or _tags_of_environment())
         for name in ("timeout", "poll_timeout", "heartbeat_interval", "sampling_patience"):
             self._check_seconds(name, positive=True)
         self._check_seconds("close_timeout", positive=False)
         if self.billing_pause is not None:
             self._check_seconds("billing_pause", positive=False)
-        if self.on_queue_state is not None and not callable(self.on_queue_state):
-            raise ConfigError(f"on_queue_state must be a function, got {self.on_queue_state!r}")
+        if self.on_queue_state is not None:
+            check_function("on_queue_state", self.on_queue_state, error=ConfigError)
         for name in ("max_connections", "max_polls", "max_threads"):
-            given: object = getattr(self, name)
-            count = as_integer(given)
-            optional = name == "max_threads" and given is None
-            if not optional and (count is None or count < 1):
-                raise ConfigError(f"{name} must be an int >= 1, got {given!r}")
-            object.__setattr__(self, name, count)
-        if not isinstance(self.retry, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"retry must be a RetryPolicy, got {self.retry!r}")
-        if self.wire not in ("auto", "protobuf", "json"):
-            raise ConfigError(f"wire must be 'auto', 'protobuf' or 'json', got {self.wire!r}")
+            count: object = getattr(self, name)
+            if name != "max_threads" or count is not None:
+                object.__setattr__(self, name, check_count(name, count, least=1, error=ConfigError))
+        check_kind("retry", self.retry, RetryPolicy, error=ConfigError)
+        check_choice("wire", self.wire, ("auto", "protobuf", "json"), error=ConfigError)
 
     @property
     def key(self) -> str:
@@ -130,7 +125,7 @@ class TinkexConfig:
     def _check_seconds(self, name: str, *, positive: bool) -> None:
         value: object = getattr(self, name)
         if not (is_seconds(value) and (value > 0 if positive else value >= 0)):
-            raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {value!r}")
+            raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {shown(value)}")
         object.__setattr__(self, name, plain(value))
 
     def __copy__(self) -> "TinkexConfig":
@@ -151,7 +146,7 @@ def _restore(settings: dict[str, Any]) -> TinkexConfig:
 
 def _checked_text(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{name} must be a string, got {value!r}")
+        raise ConfigError(f"{name} must be a string, got {shown(value)}")
     return value
 
 

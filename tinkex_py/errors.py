@@ -28,7 +28,9 @@
 All of them pickle with their fields. None of them replaces a cancellation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, Literal
 
 RequestFailedCategory = Literal["user", "server", "unknown"]
@@ -47,13 +49,16 @@ class TinkexError(Exception):
     Attributes:
         accumulated: number of backward passes that the training client has sent since its last optim_step. They
             cannot be undone: to repeat a failed step, send only those that the service did not accept.
+        was_sent: whether a part of the failed backward pass was sent. The message then says how to continue a step
+            whose other passes the service holds; a pass that was refused before needs only its correction.
     """
 
     accumulated: int = 0
+    was_sent: bool = False
 
     def __str__(self) -> str:
         message = super().__str__()
-        if not self.accumulated:
+        if not (self.accumulated and self.was_sent):
             return message
         return (
             f"{message} [{self.accumulated} backward pass(es) were sent since the last optim_step, and the service "
@@ -85,6 +90,24 @@ class MissingExtra(TinkexError, ImportError):
         super().__init__(f"{package} is not installed. Run: pip install 'tinkex-py[{extra}]'")
         self.package = package
         self.extra = extra
+
+
+def require_modules(extra: str, *modules: str) -> None:
+    """Checks that the modules of an extra are installed, without importing them.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingExtra(module, extra)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Returns a hint for messages, such as " (did you mean 'steps'?)"; empty if no known name is similar."""
+    spelled = {one.casefold(): one for one in known}
+    similar = get_close_matches(str(name).casefold(), spelled, n=1)
+    return f" (did you mean {spelled[similar[0]]!r}?)" if similar else ""
 
 
 class TransportError(TinkexError):

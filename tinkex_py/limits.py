@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import as_integer, as_number, plain, shown
 from tinkex_py.errors import APIStatusError, BillingRequired, ConfigError
-from tinkex_py.values import as_integer, as_number, plain
 
 Result = TypeVar("Result")
 
@@ -77,16 +77,16 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if not (is_seconds(self.deadline) and self.deadline > 0):
-            raise ConfigError(f"deadline must be a positive number of seconds, not {self.deadline!r}")
+            raise ConfigError(f"deadline must be a positive number of seconds, not {shown(self.deadline)}")
         object.__setattr__(self, "deadline", plain(self.deadline))
         attempts = as_integer(self.max_attempts)
         if self.max_attempts is not None and (attempts is None or attempts < 1):
-            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {self.max_attempts!r}")
+            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {shown(self.max_attempts)}")
         object.__setattr__(self, "max_attempts", attempts)
         for name in ("initial_wait", "max_wait"):
             value: float = getattr(self, name)
             if not (is_seconds(value) and value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {value!r}")
+                raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {shown(value)}")
             object.__setattr__(self, name, plain(value))
 
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+from tinkex_py.arguments import check_count, check_function, check_text
 from tinkex_py.errors import ConfigError
 
 
@@ -18,6 +19,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_listening(host: str, port: int, on_listening: Callable[[str], object]) -> None:
+    """Raises ConfigError if an argument of a function that serves has the wrong type."""
+    check_text("host", host, error=ConfigError)
+    check_count("port", port, least=0, error=ConfigError)
+    check_function("on_listening", on_listening, error=ConfigError)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ continues its prompt: its tokens are those that follow the prompt's tokens in th
 
 import inspect
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 from tinkex_py.errors import InvalidData
@@ -48,18 +49,26 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], 
         InvalidData: the tokenizer cannot encode the two apart: the decoded tokens are not the text.
     """
     before, whole = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, prompt + answer)
-    if whole[: len(before)] == before:
-        return before, whole[len(before) :]
-    if not callable(getattr(tokenizer, "decode", None)):
-        return before, _plain(tokenizer, answer)
-    wanted = decode(tokenizer, whole)
-    for continued in _continuations(tokenizer, answer):
-        if decode(tokenizer, [*before, *continued]) == wanted:
-            return before, continued
-    raise InvalidData(
-        "the tokenizer cannot encode the prompt and the answer apart: their tokens, decoded, are not the whole text. "
-        "Move the boundary to a space or a line break"
-    )
+    return before, _continued(tokenizer, before, whole, answer)
+
+
+def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:
+    """Returns the tokens of the consecutive pieces of a rendered text, which has all its special tokens already.
+
+    They are those of the whole text. Where a token spans a boundary, the piece behind it is encoded as in
+    `encode_answer`.
+
+    Raises:
+        InvalidData: as in `encode_answer`.
+    """
+    apart = [_plain(tokenizer, piece) for piece in pieces]
+    if list(chain.from_iterable(apart)) == _plain(tokenizer, "".join(pieces)):
+        return apart
+    encoded: list[list[int]] = []
+    for count, piece in enumerate(pieces, start=1):
+        whole = _plain(tokenizer, "".join(pieces[:count]))
+        encoded.append(_continued(tokenizer, list(chain.from_iterable(encoded)), whole, piece))
+    return encoded
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -108,6 +117,21 @@ def require_text(name: str, text: object) -> None:
             "which cannot be encoded: repair it, for example with text.encode('utf-16', 'surrogatepass')"
             ".decode('utf-16', 'replace')"
         ) from None
+
+
+def _continued(tokenizer: Any, before: list[int], whole: list[int], answer: str) -> list[int]:
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    if not callable(getattr(tokenizer, "decode", None)):
+        return _plain(tokenizer, answer)
+    wanted = decode(tokenizer, whole)
+    for continued in _continuations(tokenizer, answer):
+        if decode(tokenizer, [*before, *continued]) == wanted:
+            return continued
+    raise InvalidData(
+        "the tokenizer cannot encode the prompt and the answer apart: their tokens, decoded, are not the whole text. "
+        "Move the boundary to a space or a line break"
+    )
 
 
 def _continuations(tokenizer: Any, answer: str) -> list[list[int]]:

@@ -249,16 +249,22 @@ async def test_errors_tell_what_is_accumulated_and_what_to_do(bench):
     await training.forward_backward(DATA)
     await training.forward_backward_custom(DATA, nll)
     assert training.accumulated == 2
-    for request in (
-        training.forward_backward_custom(DATA, raising),
+    with pytest.raises(RegularizerError) as failed:
+        await training.forward_backward_custom(DATA, raising)
+    assert failed.value.accumulated == 2
+    assert "send only the missing micro-batches again" in str(failed.value)
+    assert "new client from the last checkpoint" in str(failed.value)
+    for refused in (
         training.forward_backward_custom([], nll),
+        training.forward_backward_custom(DATA, "nll"),
         training.forward_backward([]),
+        training.optim_step("fast"),
+        training.load_state("tinker://run/weights/name"),
     ):
         with pytest.raises(TinkexError) as caught:
-            await request
+            await refused
         assert caught.value.accumulated == 2
-        assert "send only the missing micro-batches again" in str(caught.value)
-        assert "new client from the last checkpoint" in str(caught.value)
+        assert "micro-batches" not in str(caught.value)  # nothing was sent, so there is nothing to repeat
     await training.optim_step()
     assert training.accumulated == 0
     with pytest.raises(TinkexError) as caught:

@@ -75,8 +75,8 @@ def weighted_nll(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
 async def trained_by_us(url: str) -> str:
     """The path of the checkpoint after all steps."""
     terms = [
-        RegularizerSpec(fn=L2(center="reference", reduction="mean"), weight=0.5, name="drift"),
-        RegularizerSpec(fn=L1(reduction="mean"), weight=0.2, name="l1"),
+        RegularizerSpec(fn=L2(center="reference", mask=None, reduction="mean"), weight=0.5, name="drift"),
+        RegularizerSpec(fn=L1(mask=None, reduction="mean"), weight=0.2, name="l1"),
     ]
     async with AsyncServiceClient(quick_config(url)) as service:
         training = await service.create_lora_training_client("tiny", rank=RANK, seed=SEED)

@@ -41,7 +41,7 @@ async def test_a_strong_pull_keeps_the_model_near_its_reference(bench: Bench):
     # At rest the pull 3 * d equals the loss's own 1 (per token), so d is near 1/3: far less than half of the free run.
     assert free > 1.0
     for term in (
-        SampledKL(reference_field="reference_logprobs", estimator="k3+", reduction="token-mean"),
-        Consistency(pair_field="reference_logprobs", metric="mse"),
+        SampledKL(reference_field="reference_logprobs", estimator="k3+", mask="weights", reduction="token-mean"),
+        Consistency(pair_field="reference_logprobs", metric="mse", mask="weights"),
     ):
         assert await distance_after(bench, [RegularizerSpec(fn=term, weight=3.0, name="pull")]) < 0.25 * free

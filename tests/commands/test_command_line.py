@@ -28,9 +28,12 @@ def test_version(plain_command):
     assert versions["tinkex_py"] == __version__
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "torch" in versions
+    assert plain_command("--version").stdout == f"tinkex-py {__version__}\n"
 
 
-@pytest.mark.parametrize(("argument", "words"), [("version", __version__), ("--help", "checkpoints")])
+@pytest.mark.parametrize(
+    ("argument", "words"), [("version", __version__), ("--version", __version__), ("--help", "checkpoints")]
+)
 def test_small_things_load_nothing_heavy(argument: str, words: str):
     """Shells call the command at every press of the tab key."""
     program = """
@@ -105,6 +108,16 @@ def test_a_server_prints_its_address_and_ends_at_a_signal(plain_command, monkeyp
 def test_a_wrong_option_is_unusable_input(plain_command):
     assert plain_command("check", "--colour").exit_code == 2
     assert plain_command("no-such-command").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [("trian", "'train'"), ("checkpoints dowload", "'download'"), ("check --base-ulr x", "--base-url")],
+)
+def test_a_misspelt_command_or_option_is_corrected(plain_command, words, meant):
+    result = plain_command(*words.split())
+    assert result.exit_code == 2
+    assert meant in result.stderr
 
 
 DOCS = Path(__file__).parents[2] / "docs"

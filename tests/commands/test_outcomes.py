@@ -1,8 +1,10 @@
 """Exit codes, and the one line that says why."""
 
 import asyncio
+import itertools
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -45,6 +47,49 @@ def test_a_missing_library_names_its_extra(capsys):
         raise ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners")
     assert caught.value.exit_code == 2
     assert capsys.readouterr().err == ("tinkex-py thing: peft is not installed. Run: pip install 'tinkex-py[local]'\n")
+
+
+LOCAL_TRAINING = "model: tiny\ndata: {path: pairs.jsonl}\n"
+COMMANDS = [
+    ("check", "rich", "cli"),
+    ("runs", "rich", "cli"),
+    ("checkpoints list", "rich", "cli"),
+    ("checkpoints download tinker://r/weights/n", "rich", "cli"),
+    ("checkpoints download tinker://r/weights/n --adapter", "peft", "huggingface"),
+    ("dashboard .", "fastapi", "dashboard"),
+    ("dashboard .", "uvicorn", "dashboard"),
+    ("demo", "matplotlib", "demo"),
+    ("demo", "peft", "demo"),
+    ("replay step --pipeline nowhere:nothing", "safetensors", "replay"),
+    ("report run", "jinja2", "report"),
+    ("report run", "matplotlib", "report"),
+    ("serve", "uvicorn", "local"),
+    ("serve", "transformers", "local"),
+    ("sample some/model --prompt x", "transformers", "local"),
+    ("sample --local tiny --prompt x", "fastapi", "local"),
+    ("train local.yaml", "yaml", "cli"),
+    ("train local.yaml", "safetensors", "local"),
+    ("train remote.yaml", "transformers", "local"),
+]
+
+
+@pytest.mark.parametrize(("words", "module", "extra"), COMMANDS)
+def test_a_command_names_the_missing_extra_before_it_does_anything(
+    words, module, extra, plain_command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINKER_BASE_URL", "http://127.0.0.1:1")  # a request would fail
+    Path("local.yaml").write_text(LOCAL_TRAINING)
+    Path("remote.yaml").write_text(LOCAL_TRAINING + "base_url: http://127.0.0.1:1\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)  # not found by any import
+    result = plain_command(*words.split())
+    name = " ".join(itertools.takewhile(lambda word: word in ("checkpoints", "list", "download"), words.split()))
+    expected = f"{module} is not installed. Run: pip install 'tinkex-py[{extra}]'"
+    assert result.stderr == f"tinkex-py {name or words.split()[0]}: {expected}\n"
+    assert result.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["local.yaml", "remote.yaml"]
 
 
 def test_errors_of_our_own_code_are_not_hidden():

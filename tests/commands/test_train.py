@@ -204,15 +204,34 @@ def test_the_file_in_the_guide_and_the_example_say_the_same(inside: Path) -> Non
 
 BAD_FILES = [
     ("model: tiny\n", "data: is missing"),
-    (TINY + "optimiser: {}\n", "no setting is named 'optimiser'"),
-    (TINY + "loss: {base: {term: NLL, option: {}}}\n", "no setting is named 'loss.base.option'"),
-    (TINY.replace("steps: 2", "stepz: 2"), "training: TrainSettings: no setting is named 'stepz'"),
+    (TINY + "optimiser: {}\n", r"no setting is named 'optimiser' \(did you mean 'optimizer'\?\)"),
+    (
+        TINY + "loss: {base: {term: NLL, option: {}}}\n",
+        r"no setting is named 'loss.base.option' \(did you mean 'options'\?\)",
+    ),
+    (TINY + "loss: {base: {term: NLL, zzz: {}}}\n", "no setting is named 'loss.base.zzz'$"),
+    (
+        TINY.replace("steps: 2", "stepz: 2"),
+        r"training: TrainSettings: no setting is named 'stepz' \(did you mean 'steps'\?\)",
+    ),
+    (
+        TINY.replace("steps: 2", "early_stop: {metric: loss/total, patients: 2}"),
+        r"no setting is named 'patients' \(did you mean 'patience'\?\)",
+    ),
     (TINY.replace("steps: 2", "steps: many"), "training: TrainSettings: steps: .*got 'many'"),
     (
         TINY + "loss: {base: {term: NNL}}\n",
-        "loss.base.term: no term is named 'NNL'; use one of CISPO, .*NLL, .*or module:name",
+        r"loss.base.term: no term is named 'NNL' \(did you mean 'NLL'\?\); use one of CISPO, .*NLL, .*or module:name",
     ),
     (TINY + "loss: {base: {term: NLL, options: {mean: 1}}}\n", "loss.base: NLL: .*unexpected keyword argument 'mean'"),
+    (
+        TINY + "loss: {base: {term: NLL, options: {redction: mean}}}\n",
+        r"unexpected keyword argument 'redction' \(did you mean 'reduction'\?\)",
+    ),
+    (
+        TINY + "loss: {regularizers: [{term: L2, weight: 1, nmae: x}]}\n",
+        r"loss.regularizers.0: .*'nmae' \(did you mean 'name'\?\)",
+    ),
     (TINY + "loss: {base: {term: 'nowhere:f'}}\n", "loss.base.term: 'nowhere:f' cannot be imported"),
     (
         TINY + "loss: {base: {term: 'math:sqrt', options: {a: 1}}}\n",
@@ -222,6 +241,10 @@ BAD_FILES = [
     (
         TINY + "loss: {regularizers: [{term: L2, weight: {schedule: Cubic}}]}\n",
         "loss.regularizers.0.weight: schedule must be one of Constant, .*got 'Cubic'",
+    ),
+    (
+        TINY + "loss: {regularizers: [{term: L2, weight: {schedule: linear}}]}\n",
+        r"got 'linear' \(did you mean 'Linear'\?\)",
     ),
     (
         TINY + "loss: {regularizers: [{term: L2, weight: {controller: AdaptiveKL, initial: 0.1}}]}\n",

@@ -126,7 +126,7 @@ def test_only_the_answer_has_weight():
     datum = make_datum(ByteTokenizer(), Pair(prompt="ab", answer="xyz"))
     weights = datum.loss_fn_inputs["weights"].to_numpy()
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
-    assert bytes(targets[weights == 1.0].tolist()) == b"xyz\n"
+    assert targets[weights == 1.0].tolist() == [*b"xyz", ByteTokenizer.eos_token_id]
     assert datum.model_input.length == len(targets)
 
 

@@ -230,7 +230,7 @@ def test_the_schedules_and_controllers_are_all_described() -> None:
         public = [
             name
             for name, value in vars(module).items()
-            if inspect.isclass(value) and value.__module__ == module.__name__
+            if inspect.isclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
         ]
         assert public
         for name in public:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)(```+)(.*)$")
 PRINTS = 'text title="prints"'
+# Pages whose blocks are pasted into a prompt, and the arguments of Python that start it: see test_first_steps.
+PROMPTS = {ROOT / "README.md": ("-i", "-q"), ROOT / "docs" / "tutorial.md": ("-m", "asyncio")}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def garbage_collection() -> Generator[None]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_python, blocks_of(page)))], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in PROMPTS and any(map(is_python, blocks_of(page)))], ids=name_of
+)
 async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for variable in ("TINKER_BASE_URL", "TINKER_API_KEY"):
@@ -112,7 +116,9 @@ async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyte
 def test_every_block_has_a_known_language(page: Path) -> None:
     blocks = blocks_of(page)
     for index, block in enumerate(blocks):
-        assert block.info in ("python", "text", "bash", "json", "yaml", PRINTS), f"line {block.line}: {block.info!r}"
+        assert block.info in ("python", "text", "bash", "html", "json", "yaml", PRINTS), (
+            f"line {block.line}: {block.info!r}"
+        )
         if block.info == PRINTS:
             assert is_python(blocks[index - 1]), f"line {block.line}: no python block before the output"
 

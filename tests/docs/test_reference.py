@@ -83,7 +83,7 @@ def members(name: str) -> Iterator[tuple[str, Any]]:
     value = pkgutil.resolve_name(name)
     if inspect.ismodule(value):
         for inner, cls in vars(value).items():
-            if inspect.isclass(cls) and cls.__module__ == value.__name__:
+            if inspect.isclass(cls) and cls.__module__ == value.__name__ and not inner.startswith("_"):
                 yield from members(f"{name}.{inner}")
         return
     yield name, value

@@ -89,6 +89,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*no mask= is given:FutureWarning")
 @pytest.mark.parametrize(("term", "candidates"), CASES, ids=lambda value: type(value).__name__)
 def test_derivatives(term, candidates):
     shape = (8,) if candidates is None else (8, candidates)

@@ -30,7 +30,7 @@ ON_BOTH = [
     L2(center="mean", clip=3.0, **MASKED),
     ElasticNet(target="probs", **MASKED),
     Consistency(pair_field="reference_logprobs", metric="cosine", **MASKED),
-    GradientPenalty(fn=L2()),
+    GradientPenalty(fn=L2(mask=None)),
     NLL(**MASKED),
 ]
 ON_TOKENS = [

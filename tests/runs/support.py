@@ -53,8 +53,12 @@ def pipeline() -> Pipeline:
     return Pipeline(
         NLL(reduction="token-mean"),
         [
-            RegularizerSpec(fn=L2(reduction="token-mean"), weight=controllers.TargetGradientRatio(ratio=0.2)),
-            RegularizerSpec(fn=Entropy(over="tokens", reduction="mean"), weight=schedules.Linear(0.1, 0.0, 6)),
+            RegularizerSpec(
+                fn=L2(mask=None, reduction="token-mean"), weight=controllers.TargetGradientRatio(ratio=0.2)
+            ),
+            RegularizerSpec(
+                fn=Entropy(over="tokens", mask=None, reduction="mean"), weight=schedules.Linear(0.1, 0.0, 6)
+            ),
         ],
     )
 

@@ -14,6 +14,7 @@ from tests.client.recorder import answering
 from tests.runs.support import Calls, batch, batches, calm, losses, pipeline, run_to
 from tinkex_py import (
     BadRequest,
+    ConfigError,
     Datum,
     Pipeline,
     PipelineError,
@@ -211,8 +212,12 @@ async def test_a_term_that_goes_on_failing_ends_the_run(bench: Any, tmp_path: Pa
     assert (read_run(tmp_path).status, read_run(tmp_path).reason) == ("failed", "RegularizerError of 'shaky'")
     # Two whole steps, then three forward passes without a gradient behind them, and no update.
     assert bench.kinds(calls.made[0])[-5:] == ["optim_step", "save_weights", "F", "F", "F"]
-    # Its own failing calls are over, so the run can go on.
-    assert (await run_to(bench.service, tmp_path, pipeline=shaky_pipeline())).info.status == "finished"
+    # A term that fails in other calls is another term.
+    with pytest.raises(ConfigError, match="captured values of regularizer 'shaky' changed"):
+        await run_to(bench.service, tmp_path, pipeline=shaky_pipeline())
+    resumed = await run_to(bench.service, tmp_path, pipeline=shaky_pipeline(), allow_changes=True)
+    assert resumed.info.status == "finished"
+    assert [(change.step, "shaky" in change.what) for change in read_run(tmp_path).changes] == [(3, True)]
 
 
 async def test_what_would_fail_again_is_not_repeated(bench: Any, tmp_path: Path, told: Any) -> None:

@@ -1,5 +1,6 @@
 """`tinkex-py report`: the charts, the page, the files, and the command."""
 
+import importlib
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from tests.runs.made_up_runs import TERMS, base_loss, contribution, made_up_run, made_up_step, write_run
 from tests.runs.support import run_info
 from tinkex_py.cli import app
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.records import StepRecord, scalars
 from tinkex_py.runs.report import (
     CHARTS,
@@ -283,6 +284,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert done.stderr.startswith(f"tinkex-py report: {tmp_path / 'none'}")
     monkeypatch.delitem(sys.modules, "tinkex_py.runs.report")
     monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtra, match=r"^jinja2 is not installed\. Run: pip install 'tinkex-py\[report\]'$"):
+        importlib.import_module("tinkex_py.runs.report")
     done = command.invoke(app, ["report", str(run)])
     assert done.exit_code == 2
     assert done.stderr == "tinkex-py report: jinja2 is not installed. Run: pip install 'tinkex-py[report]'\n"

@@ -179,7 +179,8 @@ async def test_early_stop_by_an_evaluation(bench: Any, tmp_path: Path) -> None:
 
 
 async def test_early_stop_by_a_number_that_is_not_there_names_those_that_are(bench: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no metric is named 'loss/totl'; use one of .*loss/base, .*loss/total"):
+    words = r"no metric is named 'loss/totl' \(did you mean 'loss/total'\?\); use one of .*loss/base, .*loss/total"
+    with pytest.raises(ConfigError, match=words):
         await run_to(bench.service, tmp_path, early_stop=EarlyStop(metric="loss/totl"))
     with pytest.raises(ConfigError, match="metric must begin with one of loss/, .*'time/step'"):
         EarlyStop(metric="time/step")

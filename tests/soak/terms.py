@@ -111,7 +111,7 @@ FUNCTIONS: dict[str, Any] = {
     "by numpy": by_numpy,
     "per datum": every_datum,
     "with metrics": with_metrics,
-    "ready-made L1": L1(),
+    "ready-made L1": L1(mask=None),
 }
 BASES: dict[str, Any] = {"nll": nll, "weighted nll": weighted_nll, "ready-made NLL": NLL()}
 

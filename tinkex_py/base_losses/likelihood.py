@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,15 +34,18 @@ class NLL(ReducedTerm):
         name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
         mask: a `loss_fn_inputs` field, `[T]` or `[T, K]`, of numbers >= 0. If no datum has it, all positions have
-            weight 1, as on the services. None ignores the field.
+            weight 1, as on the services. Default: `weights`, which may also be negative with reduction "sum". None: no
+            mask.
     """
 
+    weights_have_signs: ClassVar[bool] = True
+    mask_is_optional: ClassVar[bool] = True
+
     name: NonEmptyStr = "nll"
-    mask: NonEmptyStr | None = "weights"
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
-        positions = self.positions(data, logprobs, mask_optional=True)
+        positions = self.positions(data, logprobs)
         return positions.reduce(-positions.select(logprobs), self.reduction)
 
 
@@ -70,7 +73,7 @@ class DPO(ReferenceTerm):
         name: default name, for use as a regularizer.
         reduction: "mean" or "sum" over pairs.
         mask: a `loss_fn_inputs` field, `[T]`, that is 0 on the prompt. If no datum has it, all positions have weight 1.
-            None ignores the field.
+            Default: `weights`; None: no mask.
         reference: a tensor in the shape of the logprobs, or a function `reference(data)`, sync or async, that returns
             them packed, as one tensor per datum, or as the result of a client's `forward`.
         reference_field: a `loss_fn_inputs` field of every datum, `[T]`. Exactly one of `reference` and
@@ -79,9 +82,10 @@ class DPO(ReferenceTerm):
         label_smoothing: assumed share of pairs with swapped labels, from 0 to 0.5.
     """
 
+    mask_is_optional: ClassVar[bool] = True
+
     name: NonEmptyStr = "dpo"
     reduction: Literal["mean", "sum"] = "mean"
-    mask: NonEmptyStr | None = "weights"
     beta: Positive = 0.1
     label_smoothing: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
 
@@ -90,8 +94,8 @@ class DPO(ReferenceTerm):
         self.check_sampled(data, logprobs, "pass [T] targets")
         if not data or len(data) % 2:
             raise InvalidData(f"DPO needs datums in pairs (chosen, rejected, chosen, rejected, ...), got {len(data)}")
-        positions = self.positions(data, logprobs, by_datum=True, mask_optional=True)
-        difference = positions.select(logprobs) - positions.select(reference)
+        positions = self.positions(data, logprobs, by_datum=True)
+        difference = positions.select(logprobs) - self.select_reference(positions, reference, data)
         rewards = self.beta * positions.sums(positions.weighted(difference))
         chosen, rejected = rewards[0::2], rewards[1::2]
         margins = chosen - rejected

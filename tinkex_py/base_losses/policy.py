@@ -34,7 +34,7 @@ class PolicyLoss(ReducedTerm):
         advantages = aligned_field(data, self.advantages_field, logprobs)
         positions = self.positions(data, logprobs)
         selected = positions.select(logprobs)
-        log_ratio = selected - positions.select(sampler)
+        log_ratio = selected - positions.select_logprobs(sampler, data, f"the field {self.logprobs_field!r}")
         ratio = safe_exp(log_ratio)
         objective, shares = self._objective(selected, ratio, positions.select(advantages))
         loss, metrics = positions.reduce(-objective, self.reduction)
@@ -67,7 +67,8 @@ class ImportanceSampling(PolicyLoss):
     Args:
         name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position.
+        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position. Default: `weights`, if the datums
+            have it; None: no mask.
         logprobs_field: the field with the sampler's logprobs, `[T]`.
         advantages_field: the field with the advantages, `[T]`.
     """
@@ -117,7 +118,8 @@ class PPO(ClippedPolicyLoss):
     Args:
         name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position.
+        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position. Default: `weights`, if the datums
+            have it; None: no mask.
         logprobs_field: the field with the sampler's logprobs, `[T]`.
         advantages_field: the field with the advantages, `[T]`.
         clip_low_threshold: smallest ratio, >= 0; a ratio, not a distance from 1.
@@ -154,7 +156,8 @@ class CISPO(ClippedPolicyLoss):
     Args:
         name: default name, for use as a regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position.
+        mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position. Default: `weights`, if the datums
+            have it; None: no mask.
         logprobs_field: the field with the sampler's logprobs, `[T]`.
         advantages_field: the field with the advantages, `[T]`.
         clip_low_threshold: smallest ratio, >= 0; a ratio, not a distance from 1.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinkex_py.arguments import plain, shown
 from tinkex_py.errors import InvalidData
 from tinkex_py.transport.encoding import (
     NO_DATUMS,
@@ -21,7 +22,6 @@ from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
 from tinkex_py.types.tensors import Array
-from tinkex_py.values import plain
 
 # The losses of the protocol and the fields that they need besides target_tokens. Other losses are not checked here.
 _SAMPLED = ("logprobs", "advantages")
@@ -96,7 +96,7 @@ def checked_data(
 ) -> Sequence[Datum]:
     """Returns the datums if a loss of the service accepts them; else raises InvalidData."""
     datums = check_data(data)
-    check_loss(loss_fn, config or {})
+    check_loss(loss_fn, {} if config is None else config)
     check_inputs(datums, loss_fn)
     return datums
 
@@ -159,17 +159,19 @@ def check_inputs(data: Sequence[Datum], loss_fn: str) -> None:
 def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
     """Raises InvalidData unless the name and the config of a loss can be encoded."""
     if not isinstance(loss_fn, str) or not loss_fn:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"loss_fn must be the name of a loss, got {loss_fn!r}")
+        raise InvalidData(f"loss_fn must be the name of a loss, got {shown(loss_fn)}")
     if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {config!r}")
+        raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {shown(config)}")
     for name, value in config.items():
         sendable = isinstance(value, str | int | float) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not isinstance(name, str) or not sendable:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {name!r}: {value!r}")
+            raise InvalidData(f"loss_fn_config must map names to numbers or texts, got {shown(name)}: {shown(value)}")
     try:
         encode_request(NO_DATUMS, PassHeader("", 1, loss_fn, config, forward_only=True))
     except (ValueError, OverflowError) as error:
-        raise InvalidData(f"loss_fn {loss_fn!r} with {dict(config)!r} cannot be encoded: {error}") from None
+        raise InvalidData(
+            f"loss_fn {loss_fn!r} with loss_fn_config {shown(dict(config))} cannot be encoded: {error}"
+        ) from None
 
 
 def check_finite(data: Sequence[Datum], config: Mapping[str, float | str], *, fields: Collection[str] | None) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from tinkex_py.arguments import check_choice, check_count, check_flag, check_path, shown
 from tinkex_py.client.accumulation import GradientCall
 from tinkex_py.client.batches import CustomBatch, checked_data, custom_batch
 from tinkex_py.client.ordering import Turn
@@ -24,7 +25,6 @@ from tinkex_py.errors import InvalidData, PipelineError
 from tinkex_py.limits import is_seconds
 from tinkex_py.losses.options import DEFAULTS as PIPELINE_DEFAULTS, PipelineOptions
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor
-from tinkex_py.values import as_path
 
 if TYPE_CHECKING:
     from tinkex_py.losses.output import CustomLossOutput
@@ -78,13 +78,12 @@ class CustomStep:
 
     def __post_init__(self) -> None:
         if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
-            raise InvalidData(f"deadline must be > 0 seconds or None, got {self.deadline!r}")
-        if self.execution not in EXECUTIONS:
-            raise InvalidData(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {self.execution!r}")
-        sequences = check_surrogate(self.surrogate, self.sequences_per_step, self.execution)
-        object.__setattr__(self, "sequences_per_step", sequences)
+            raise InvalidData(f"deadline must be > 0 seconds or None, got {shown(self.deadline)}")
         if self.record is not None:
-            object.__setattr__(self, "record", as_path(self.record, "record"))
+            object.__setattr__(self, "record", check_path("record", self.record, error=PipelineError))
+        if self.sequences_per_step is not None:
+            count = check_count("sequences_per_step", self.sequences_per_step, least=1)
+            object.__setattr__(self, "sequences_per_step", count)
 
     async def run(
         self, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]
@@ -189,4 +188,10 @@ def custom_step(
         beside = (["regularizers"] if regularizers else []) + list(for_pipeline)
         if beside:
             raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(beside)} on it instead")
+    if "execution" in options:
+        check_choice("execution", options["execution"], EXECUTIONS)
+    if "surrogate" in options:
+        check_surrogate(options["surrogate"], options.get("execution", "client"))
+    if "overlap" in options:
+        check_flag("overlap", options["overlap"])
     return CustomStep(pipeline=pipeline, **cast("Any", for_step))

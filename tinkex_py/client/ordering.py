@@ -314,6 +314,7 @@ class Ordering:
         """Adds the state of the service to an error, and breaks the requests behind one that failed there."""
         if turn.kind is not Kind.READ:
             error.accumulated = self._accumulation.count
+            error.was_sent = turn.kind is Kind.GRADIENT and bool(turn.numbers)
         if isinstance(error, ResultLost):
             self._refused.update(turn.numbers)
         if isinstance(error, RequestFailed) and turn.kind is not Kind.READ:

@@ -5,8 +5,10 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
-from tinkex_py.client.arguments import check_count, given
+from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, check_path, check_text
+from tinkex_py.client.arguments import given
 from tinkex_py.client.download import Download
 from tinkex_py.client.rest_requests import DEFAULT_PAGE_SIZE, Page, RestRequests, all_items
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
@@ -31,7 +33,6 @@ from tinkex_py.types.rest import (
     TrainingRun,
     TrainingRunsPage,
 )
-from tinkex_py.values import as_path
 
 _RUNS = "/api/v1/training_runs"
 _SESSIONS = "/api/v1/sessions"
@@ -89,7 +90,9 @@ class AsyncRestClient:
         project_id: str | None = None,
     ) -> TrainingRunsPage:
         """Returns one page of training runs, or of those of a project, newest first."""
-        query = {**_page(limit, offset), "access_scope": access_scope, "project_id": project_id}
+        if project_id is not None:
+            check_text("project_id", project_id)
+        query = {**_page(limit, offset), **_scope(access_scope), "project_id": project_id}
         return TrainingRunsPage.read(
             await self._requests.ask("GET", _RUNS, "listing training runs", query=query, names_nothing=True)
         )
@@ -98,7 +101,7 @@ class AsyncRestClient:
         """Returns one training run."""
         path = f"{_RUNS}/{_run_segment(run)}"
         return TrainingRun.read(
-            await self._requests.ask("GET", path, "showing a training run", query={"access_scope": access_scope})
+            await self._requests.ask("GET", path, "showing a training run", query=_scope(access_scope))
         )
 
     # Checkpoints
@@ -187,6 +190,12 @@ class AsyncRestClient:
         source = str(CheckpointPath.parse(path))
         if (project_id is None) == (session_id is None) or (session_id is None) != (model_number is None):
             raise InvalidData("pass either project_id, or session_id and model_number")
+        for name, text in (("project_id", project_id), ("session_id", session_id), ("access_token", access_token)):
+            if text is not None:
+                check_text(name, text)
+        for name, count in (("model_number", model_number), ("ttl_seconds", ttl_seconds)):
+            if count is not None:
+                check_count(name, count, least=0 if name == "model_number" else 1)
         destination = given(destination_project_id=project_id, session_id=session_id, model_seq_id=model_number)
         ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
         body = {"source_path": source, **destination, **given(ttl_seconds=ttl)}
@@ -247,7 +256,9 @@ class AsyncRestClient:
         parsed = CheckpointPath.parse(path)
         # The download has its own retries.
         once = AsyncRestClient(replace(self._requests, retry=RetryPolicy.none()))
-        target = as_path(folder, "folder")
+        if on_progress is not None:
+            check_function("on_progress", on_progress)
+        target = check_path("folder", folder)
         download = Download(self._requests, parsed, target, lambda: once.get_archive_url(path), on_progress)
         return await download.run()
 
@@ -268,22 +279,21 @@ class AsyncRestClient:
         self, *, limit: int = DEFAULT_PAGE_SIZE, offset: int = 0, access_scope: AccessScope = "owned"
     ) -> SessionsPage:
         """Returns one page of session ids, newest first."""
-        query = {**_page(limit, offset), "access_scope": access_scope}
+        query = {**_page(limit, offset), **_scope(access_scope)}
         return SessionsPage.read(
             await self._requests.ask("GET", _SESSIONS, "listing sessions", query=query, names_nothing=True)
         )
 
     async def get_session(self, session_id: str, *, access_scope: AccessScope = "owned") -> Session:
         """Returns the training runs and samplers of a session."""
-        path = f"{_SESSIONS}/{url_segment(check_segment('the id of a session', session_id))}"
-        return Session.read(
-            await self._requests.ask("GET", path, "showing a session", query={"access_scope": access_scope})
-        )
+        path = f"{_SESSIONS}/{url_segment(check_segment('session_id', session_id))}"
+        return Session.read(await self._requests.ask("GET", path, "showing a session", query=_scope(access_scope)))
 
     async def search_sessions(
         self, query: SessionQuery | None = None, *, page_size: int = 50
     ) -> AsyncGenerator[SessionSummary, None]:
         """Yields the sessions that match a query, newest first; requests pages of up to 200 as needed."""
+        check_count("page_size", page_size, least=1)
         cursor: SessionSearchCursor | None = None
         while True:
             page = await self.search_sessions_page(query, limit=page_size, cursor=cursor)
@@ -303,10 +313,10 @@ class AsyncRestClient:
             limit: maximum number of sessions, up to 200.
             cursor: `next_cursor` of the previous page; None starts with the newest session.
         """
-        wanted = query or SessionQuery()
+        wanted = SessionQuery() if query is None else check_kind("query", query, SessionQuery)
         body = {**wanted.fields(), "limit": check_count("limit", limit, least=1)}
         if cursor is not None:
-            body["cursor"] = cursor.model_dump(mode="json")
+            body["cursor"] = check_kind("cursor", cursor, SessionSearchCursor).model_dump(mode="json")
         names_nothing = wanted.project_ids is None
         return SessionSearchPage.read(
             await self._requests.ask(
@@ -316,12 +326,13 @@ class AsyncRestClient:
 
     async def assign_session_project(self, session_id: str, project_id: str) -> None:
         """Moves a session and its runs into a project."""
-        path = f"{_SESSIONS}/{url_segment(check_segment('the id of a session', session_id))}/project"
+        check_text("project_id", project_id)
+        path = f"{_SESSIONS}/{url_segment(check_segment('session_id', session_id))}/project"
         await self._requests.ask("PUT", path, "putting sessions into projects", json={"project_id": project_id})
 
     async def get_sampler(self, sampler_id: str) -> Sampler:
         """Returns the model of a sampling session, by the `sampling_session_id` of a sampling client."""
-        path = f"/api/v1/samplers/{url_segment(check_segment('the id of a sampler', sampler_id))}"
+        path = f"/api/v1/samplers/{url_segment(check_segment('sampler_id', sampler_id))}"
         return Sampler.read(await self._requests.ask("GET", path, "showing a sampler"))
 
 
@@ -329,9 +340,14 @@ def _page(limit: int, offset: int) -> dict[str, object]:
     return {"limit": check_count("limit", limit, least=1), "offset": check_count("offset", offset, least=0)}
 
 
+def _scope(access_scope: AccessScope) -> dict[str, object]:
+    check_choice("access_scope", access_scope, get_args(AccessScope))
+    return {"access_scope": access_scope}
+
+
 def _run_segment(run: str) -> str:
     is_path = isinstance(run, str) and run.startswith("tinker://")  # pyright: ignore[reportUnnecessaryIsInstance]
-    return url_segment(CheckpointPath.parse(run).run_id if is_path else check_segment("the id of a training run", run))
+    return url_segment(CheckpointPath.parse(run).run_id if is_path else check_segment("run", run))
 
 
 def _checkpoint_url(path: str) -> str:

@@ -7,7 +7,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
-from tinkex_py.client.arguments import check_count, given
+from tinkex_py.arguments import check_count
+from tinkex_py.client.arguments import given
 from tinkex_py.client.unsupported import means_no_endpoint
 from tinkex_py.errors import APIStatusError, UnsupportedFeature
 from tinkex_py.limits import RetryPolicy

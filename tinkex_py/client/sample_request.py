@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tinkex_py.client.arguments import check_count
+from tinkex_py.arguments import check_count, check_flag, check_kind
 from tinkex_py.errors import InvalidData
 from tinkex_py.types import ModelInput, SampleResponse, SamplingParams, TensorData, TensorInput
 
 
 def check_prompt(prompt: ModelInput) -> None:
     """Raises InvalidData unless the prompt is a ModelInput with at least one token."""
-    if not isinstance(prompt, ModelInput):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"prompt must be a ModelInput, got a {type(prompt).__name__}: see ModelInput.from_text")
+    check_kind("prompt", prompt, ModelInput, "see ModelInput.from_text")
     if prompt.length == 0:
         raise InvalidData("the prompt is empty; it needs at least one token")
 
@@ -23,6 +22,7 @@ def check_counts(
 
     Those that are 0 or None are left out: services may refuse fields that they do not know.
     """
+    check_flag("include_prompt_logprobs", scored)
     checked = {"num_samples": check_count("num_samples", num_samples, least=1)}
     checked |= {name: number for name, count in counts.items() if (number := check_count(name, count, least=0))}
     if last_n is None:
@@ -37,7 +37,10 @@ def check_counts(
 
 def check_targets(prompt: ModelInput, targets: TensorInput) -> dict[str, Any]:
     """Returns target token ids as JSON; raises InvalidData unless they are integers that fit the prompt."""
-    tensor = TensorData.of(targets)
+    try:
+        tensor = TensorData.of(targets)
+    except InvalidData as error:
+        raise InvalidData(f"target_prompt_logprobs: {error}") from None
     if tensor.dtype != "int64" or len(tensor.shape) != 2 or tensor.shape[0] != prompt.length - 1:
         raise InvalidData(
             f"target_prompt_logprobs must be integers of shape [{prompt.length - 1}, K], one row per prompt token "
@@ -48,9 +51,7 @@ def check_targets(prompt: ModelInput, targets: TensorInput) -> dict[str, Any]:
 
 def params_as_json(params: SamplingParams | None) -> dict[str, Any]:
     """Returns the sampling parameters as JSON, with a single stop text as a list, which every service reads."""
-    params = SamplingParams() if params is None else params
-    if not isinstance(params, SamplingParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"sampling_params must be SamplingParams, got a {type(params).__name__}")
+    params = SamplingParams() if params is None else check_kind("sampling_params", params, SamplingParams)
     fields = params.model_dump(exclude_none=True)
     if isinstance(params.stop, str):
         fields["stop"] = [params.stop]

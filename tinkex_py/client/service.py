@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
-from tinkex_py.client.arguments import check_text, given
+from tinkex_py.arguments import check_flag, check_kind, check_path, check_text
+from tinkex_py.client.arguments import given
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
@@ -36,7 +37,6 @@ from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
 from tinkex_py.transport.http import HttpClient, Transport
 from tinkex_py.transport.messages import request
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
-from tinkex_py.values import as_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,7 +125,7 @@ class AsyncServiceClient:
         """
         from tinkex_py.local import LocalOptions, LocalService
 
-        folder = None if state_dir is None else as_path(state_dir, "state_dir")
+        folder = None if state_dir is None else check_path("state_dir", state_dir, error=ConfigError)
         embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
         settings = _checked_config(config) or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
@@ -210,6 +210,9 @@ class AsyncServiceClient:
             RequestFailed, APIStatusError: the checkpoint does not exist.
         """
         check_text("path", path)
+        check_flag("with_optimizer", with_optimizer)
+        if weights_access_token is not None:
+            check_text("weights_access_token", weights_access_token)
         if with_optimizer and optimizer_config is not None:
             raise ConfigError("with_optimizer=True restores the checkpoint's optimizer: omit optimizer_config")
         labels = model_labels(user_metadata, optimizer_config)
@@ -265,6 +268,9 @@ class AsyncServiceClient:
         """
         if (base_model is None) == (model_path is None):
             raise ConfigError("pass exactly one of base_model and model_path")
+        check_text(
+            "model_path" if base_model is None else "base_model", model_path if base_model is None else base_model
+        )
         return await new_sampling_client(await self._connected(), base_model=base_model, model_path=model_path)
 
     def create_rest_client(self) -> AsyncRestClient:
@@ -397,9 +403,9 @@ class AsyncServiceClient:
 
 
 def _checked_config(config: TinkexConfig | None) -> TinkexConfig | None:
-    if config is not None and not isinstance(config, TinkexConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"config must be a TinkexConfig, got a {type(config).__name__}: TinkexConfig(base_url=...)")
-    return config
+    if config is None:
+        return None
+    return check_kind("config", config, TinkexConfig, "pass TinkexConfig(base_url=...)", error=ConfigError)
 
 
 def _warn_left_open(base_url: str) -> None:

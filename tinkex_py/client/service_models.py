@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tinkex_py.arguments import check_kind, check_labels, check_mapping
 from tinkex_py.client.arguments import given
 from tinkex_py.errors import (
     APIStatusError,
@@ -88,9 +89,9 @@ def lora_settings(lora_config: LoraConfig | None, **single: object) -> LoraConfi
     settings = given(**single)
     if lora_config is not None and settings:
         raise ConfigError(f"pass either lora_config or {', '.join(settings)}, not both")
-    if lora_config is not None and not isinstance(lora_config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"lora_config must be a LoraConfig, got a {type(lora_config).__name__}")
-    return lora_config or LoraConfig(**settings)
+    if lora_config is None:
+        return LoraConfig(**settings)
+    return check_kind("lora_config", lora_config, LoraConfig, error=ConfigError)
 
 
 def lora_config_of(info: WeightsInfo) -> LoraConfig:
@@ -107,8 +108,7 @@ def lora_config_of(info: WeightsInfo) -> LoraConfig:
 
 
 def model_labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the optional fields of a new model; raises InvalidData unless `user_metadata` is a mapping."""
-    if user_metadata is not None and not isinstance(user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"user_metadata must map names to strings, got a {type(user_metadata).__name__}")
-    optimizer = None if optimizer_config is None else dict(optimizer_config)
-    return given(user_metadata=dict(user_metadata) if user_metadata else None, optimizer_config=optimizer)
+    """Returns the optional fields of a new model; raises InvalidData if one of them cannot be sent."""
+    labels = None if user_metadata is None else check_labels("user_metadata", user_metadata)
+    optimizer = None if optimizer_config is None else check_mapping("optimizer_config", optimizer_config)
+    return given(user_metadata=labels or None, optimizer_config=optimizer)

@@ -21,11 +21,11 @@ from typing import Literal
 import numpy as np
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import check_choice
 from tinkex_py.client.batches import CustomBatch
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
-from tinkex_py.values import as_integer
 
 SurrogateOption = Literal["auto", "cross_entropy", "importance_sampling"]
 SURROGATES: tuple[SurrogateOption, ...] = ("auto", "cross_entropy", "importance_sampling")
@@ -192,16 +192,11 @@ class SurrogateChoice:
         return surrogate
 
 
-def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> int | None:
-    """Returns `sequences_per_step` as an int; raises InvalidData if an option of the surrogate is invalid."""
-    if surrogate not in SURROGATES:
-        raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {surrogate!r}")
-    count = None if sequences_per_step is None else as_integer(sequences_per_step)
-    if sequences_per_step is not None and (count is None or count < 1):
-        raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {sequences_per_step!r}")
+def check_surrogate(surrogate: object, execution: str) -> None:
+    """Raises InvalidData if the surrogate is unknown or has no effect."""
+    check_choice("surrogate", surrogate, SURROGATES)
     if execution == "server" and surrogate != "auto":
         raise InvalidData(f"surrogate={surrogate!r} has no effect with execution='server': use surrogate='auto'")
-    return count
 
 
 def check_sequences(sequences_per_step: int | None, count: int) -> int:

@@ -3,8 +3,9 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
+from tinkex_py.arguments import check_count, check_flag, check_kind, check_labels, check_text
 from tinkex_py.client.accumulation import Accumulation
-from tinkex_py.client.arguments import check_count, check_name, given
+from tinkex_py.client.arguments import check_name, given
 from tinkex_py.client.batches import checked_chunks, loss_config
 from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
 from tinkex_py.client.ordering import Kind, Ordering
@@ -191,10 +192,10 @@ class AsyncTrainingClient:
             RequestFailed: the request failed on the service.
         """
         async with self._ordering.enter(Kind.UPDATE, "optim_step") as turn:
-            if params is not None and not isinstance(params, AdamParams | OptimizerParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidData(f"params must be AdamParams or OptimizerParams, got a {type(params).__name__}")
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
-            body = {name: (params or AdamParams()).on_the_wire()}
+            if params is not None and not isinstance(params, OptimizerParams):
+                check_kind("params", params, AdamParams, "or OptimizerParams")
+            body = {name: (AdamParams() if params is None else params).on_the_wire()}
             step = OptimizerRequest(self._session.api, self.model_id, body, self._queue, self._accumulation)
             return OptimStepResponse.read(await turn.send(step))
 
@@ -213,6 +214,10 @@ class AsyncTrainingClient:
         """
         is_unused = self._ordering.is_unused
         async with self._ordering.enter(Kind.UPDATE, "load_state") as turn:
+            check_text("path", path)
+            check_flag("with_optimizer", with_optimizer)
+            if weights_access_token is not None:
+                check_text("weights_access_token", weights_access_token)
             if not is_unused:
                 raise UnsupportedFeature(
                     f"{path!r} cannot be loaded into a model that is in use: create a new client with "
@@ -244,7 +249,7 @@ class AsyncTrainingClient:
         """
         async with self._ordering.enter(Kind.READ, "save_state") as turn:
             body = _checkpoint_fields(name, ttl_seconds, user_metadata)
-            body |= given(overwrite=None if overwrite is False else overwrite)
+            body |= given(overwrite=check_flag("overwrite", overwrite) or None)
             return SaveWeightsResponse.read(await turn.send(self._numbered("save_weights", body)))
 
     async def save_weights_for_sampler(
@@ -287,11 +292,11 @@ class AsyncTrainingClient:
             UnsupportedFeature: the service cannot sample.
         """
         if name is not None:
-            if inflight:
+            if check_flag("inflight", inflight):
                 raise InvalidData("inflight weights have no name: omit name or inflight")
             saved = await self._save_for_sampler(lambda: _checkpoint_fields(name, None, None), to_sample=True)
             return await new_sampling_client(self._session, model_path=SaveWeightsResponse.read(saved).path)
-        kind = given(kind="inflight" if inflight else None)
+        kind = given(kind="inflight" if check_flag("inflight", inflight) else None)
         saved = await self._save_for_sampler(
             lambda: {"sampling_session_seq_id": next(self._session.sampler_numbers), **kind}, to_sample=True
         )
@@ -348,6 +353,6 @@ class AsyncTrainingClient:
 
 
 def _checkpoint_fields(name: str, ttl_seconds: int | None, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    labels = None if user_metadata is None else dict(user_metadata)
-    ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
-    return {"path": check_name(name), **given(ttl_seconds=ttl, user_metadata=labels)}
+    labels = None if user_metadata is None else check_labels("user_metadata", user_metadata)
+    seconds = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
+    return {"path": check_name(name), **given(ttl_seconds=seconds, user_metadata=labels)}

@@ -78,7 +78,7 @@ def check(
 
     The command trains and samples nothing, so it costs nothing.
     """
-    with one_line_errors("check"):
+    with one_line_errors("check", needs=("rich",)):
         report = run(checked_service(base_url, timeout))
         if as_json:
             typer.echo(json.dumps({**asdict(report), "works": report.works}))

@@ -12,7 +12,7 @@ import typer
 from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
 from tinkex_py.commands.common.running import INTERRUPTED, one_line_errors, run
 from tinkex_py.commands.common.tables import PAGE_SIZE, show_listing, size_text
-from tinkex_py.errors import InvalidData
+from tinkex_py.errors import InvalidData, require_modules
 
 if TYPE_CHECKING:
     from tinkex_py.client.rest import AsyncRestClient
@@ -41,7 +41,7 @@ def list_checkpoints(
         items = rest.checkpoints(run_id, page_size=PAGE_SIZE)
         await show_listing(items, columns, _row, limit=limit, as_json=as_json, nothing="no checkpoints")
 
-    with one_line_errors("checkpoints list"):
+    with one_line_errors("checkpoints list", needs=("rich",)):
         run(_with_rest(base_url, listed))
 
 
@@ -69,9 +69,11 @@ def download(
 
             return await download_adapter(rest, path, target, overwrite=overwrite, on_progress=show)
 
-    with one_line_errors("checkpoints download", extra="huggingface"):
+    with one_line_errors("checkpoints download", needs=("rich",)):
         if overwrite and not adapter:
             raise InvalidData("--overwrite needs --adapter; without it, choose a new or empty folder")
+        if adapter:
+            require_modules("huggingface", "peft", "safetensors")
         made = run(_with_rest(base_url, downloaded)).absolute()
         files = sorted(file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file())
         result = {"path": path, "folder": str(made), "files": files}

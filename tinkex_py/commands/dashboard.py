@@ -23,7 +23,7 @@ def dashboard(
     as_json: AsJson = False,
 ) -> None:
     """Show runs in the browser, during and after training, until a signal stops the server."""
-    with one_line_errors("dashboard", extra="dashboard"):
+    with one_line_errors("dashboard", extra="dashboard", needs=("fastapi", "uvicorn")):
         from tinkex_py.dashboard import serve_dashboard
 
         announce = announcement("Dashboard on", as_json=as_json)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson
-from tinkex_py.commands.common.running import one_line_errors, run
+from tinkex_py.commands.common.running import EMBEDDED_SERVICE, one_line_errors, run
 
 
 def demo(
@@ -19,7 +19,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a pretrained language model with a composed loss; show progress and samples, and write a report."""
-    with one_line_errors("demo", extra="demo"):
+    with one_line_errors("demo", extra="demo", needs=("rich", "jinja2", "matplotlib", *EMBEDDED_SERVICE)):
         from rich.console import Console
 
         from tinkex_py.demo import DemoOptions, run_demo

@@ -24,7 +24,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Compute a recorded step again, offline, and compare the numbers."""
-    with one_line_errors("replay", extra="replay"):
+    with one_line_errors("replay", extra="replay", needs=("safetensors",)):
         from tinkex_py import losses
         from tinkex_py.losses.recording import read_record
 

@@ -15,7 +15,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write a report of runs: one self-contained HTML page, and a PNG file of each chart."""
-    with one_line_errors("report", extra="report"):
+    with one_line_errors("report", extra="report", needs=("jinja2", "matplotlib")):
         from tinkex_py.runs.report import write_report
 
         written = write_report(runs, out)

@@ -27,7 +27,7 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the training runs that the service keeps, newest first."""
-    with one_line_errors("runs"):
+    with one_line_errors("runs", needs=("rich",)):
         run(_listed(run_id, project, others=others, limit=limit, base_url=base_url, as_json=as_json))
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
-from tinkex_py.commands.common.running import one_line_errors, run
-from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
+from tinkex_py.commands.common.running import EMBEDDED_SERVICE, one_line_errors, run
+from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature, require_modules
+from tinkex_py.text import decode, encode_prompt
 from tinkex_py.unicode import without_halves
 
 if TYPE_CHECKING:
@@ -41,11 +42,15 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Sample from a base model or a checkpoint."""
-    with one_line_errors("sample", extra="local"):
+    with one_line_errors("sample"):
         if local is None and (model is None or state_dir is not None):
             raise ConfigError("give MODEL_OR_PATH, or --local MODEL; --state-dir needs --local")
         if local is not None and (base_url is not None or tokenizer is not None):
             raise ConfigError("--base-url and --tokenizer cannot be combined with --local: remove them")
+        if local is not None:
+            require_modules("local", *EMBEDDED_SERVICE)
+        elif tokenizer is not None or (model != "tiny" and not str(model).startswith("tinker://")):
+            require_modules("local", "transformers")  # for the tokenizer; that of a checkpoint is known later
         text = _from_stdin() if prompt is None else prompt
         if without_halves(text) != text:  # Python keeps bytes that are not UTF-8 as lone surrogates
             raise InvalidData("--prompt is not UTF-8 text: encode it as UTF-8")
@@ -101,12 +106,13 @@ async def _tokenizer(service: "AsyncServiceClient", name: str | None, source: st
 
 
 def _prompt_tokens(tokenizer: Any, source: str, prompt: str, *, chat: bool) -> list[int]:
+    from tinkex_py.data.chat import ChatRenderer, has_chat_template
+
     if not chat:
-        return list(tokenizer.encode(prompt))
-    if not getattr(tokenizer, "chat_template", None):
+        return encode_prompt(tokenizer, prompt)
+    if not has_chat_template(tokenizer):
         raise ConfigError(f"the tokenizer of {source} has no chat template: remove --chat, or use --tokenizer")
-    message = {"role": "user", "content": prompt}
-    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"])
+    return ChatRenderer(tokenizer).prompt([{"role": "user", "content": prompt}])
 
 
 def _decoded(tokenizer: Any, sequence: "SampledSequence") -> str:
@@ -114,7 +120,7 @@ def _decoded(tokenizer: Any, sequence: "SampledSequence") -> str:
     tokens = list(sequence.tokens)
     if tokens and sequence.stop_reason == "stop" and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
-    return str(tokenizer.decode(tokens))
+    return decode(tokenizer, tokens)
 
 
 def _from_stdin() -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson, Host, Port, announcement
-from tinkex_py.commands.common.running import one_line_errors, run
+from tinkex_py.commands.common.running import EMBEDDED_SERVICE, one_line_errors, run
 
 
 def serve(
@@ -23,7 +23,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve a model on this machine over the Tinker API, until a signal stops the server."""
-    with one_line_errors("serve", extra="local"):
+    with one_line_errors("serve", extra="local", needs=(*EMBEDDED_SERVICE, "uvicorn")):
         from tinkex_py.local import LocalOptions, serve as serve_until_cancelled
 
         options = LocalOptions(

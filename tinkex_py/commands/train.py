@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinkex_py.commands.common.options import AsJson
-from tinkex_py.commands.common.running import FAILED, STOPPED, one_line_errors, run
-from tinkex_py.errors import ConfigError
+from tinkex_py.commands.common.running import EMBEDDED_SERVICE, FAILED, STOPPED, one_line_errors, run
+from tinkex_py.errors import ConfigError, require_modules
 
 if TYPE_CHECKING:
     from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
@@ -35,6 +35,9 @@ def train(
             help="replaces a setting of the file, such as optimizer.learning_rate=1e-3; can be repeated",
         ),
     ] = [],  # noqa: B006  (typer copies it)
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="resume although settings, terms or data differ from before")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a run that a YAML file describes; an interrupted run resumes from its last checkpoint.
@@ -42,10 +45,11 @@ def train(
     Exit codes: 0 the run is finished (early stopping included), 1 it failed, 2 the input is invalid, 3 a signal
     stopped it and it can be resumed. A second signal cancels it at once, without a new checkpoint, with code 1.
     """
-    with one_line_errors("train"):
+    with one_line_errors("train", needs=("yaml",)):
         from tinkex_py.runs.config import read_config
 
         described = read_config(config, overrides)
+        require_modules("local", *(EMBEDDED_SERVICE if described.base_url is None else ("transformers",)))
         if model is not None:
             described = described.model_copy(update={"model": model})
         folder = runs_dir / _checked_name(name or config.stem)
@@ -56,7 +60,10 @@ def train(
             stop.set()
 
         try:
-            trained = run(train_from_config(described, folder, stop=stop, progress=True), on_first_signal=ask_to_stop)
+            trained = run(
+                train_from_config(described, folder, stop=stop, progress=True, allow_changes=allow_changes),
+                on_first_signal=ask_to_stop,
+            )
         except KeyboardInterrupt:
             typer.echo("tinkex-py train: cancelled; the same command resumes from the last checkpoint", err=True)
             raise typer.Exit(FAILED) from None
@@ -67,7 +74,12 @@ def train(
 
 
 async def train_from_config(
-    config: "TrainConfig", folder: Path, *, stop: asyncio.Event, progress: "bool | ProgressView"
+    config: "TrainConfig",
+    folder: Path,
+    *,
+    stop: asyncio.Event,
+    progress: "bool | ProgressView",
+    allow_changes: bool = False,
 ) -> "TrainedRun":
     """Trains, or resumes the run that the folder contains; the other arguments and errors are those of `runs.train`."""
     from tinkex_py import runs
@@ -93,6 +105,7 @@ async def train_from_config(
             evaluate=evaluate,
             stop=stop,
             progress=progress,
+            allow_changes=allow_changes,
         )
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from tinkex_py.arguments import check_path
 from tinkex_py.dashboard.following import FollowedSteps, last_step
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE, read_run
 from tinkex_py.runs.records import RunInfo, RunStatus, scalars
-from tinkex_py.values import as_path
 
 # Curves of so many runs are kept after their selection ends.
 MOST_IDLE_RUNS = 28
@@ -63,7 +63,7 @@ class RunsFolder:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._path = as_path(path, "the folder of runs").resolve()
+        self._path = check_path("the folder of runs", path, error=ConfigError).resolve()
         if not self._path.is_dir():
             raise ConfigError(f"{path} is not a folder: name the folder that contains the folders of the runs")
         self.lines: dict[str, RunLine] = {}

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from tinkex_py.arguments import check_flag, check_path, shown
 from tinkex_py.dashboard.app import dashboard_app
 from tinkex_py.dashboard.feed import INTERVAL, Feed
 from tinkex_py.errors import ConfigError
-from tinkex_py.serving import address_of, is_loopback, listen, serve_app
+from tinkex_py.limits import is_seconds
+from tinkex_py.serving import address_of, check_listening, is_loopback, listen, serve_app
 
 
 async def serve_dashboard(
@@ -32,12 +34,17 @@ async def serve_dashboard(
         ConfigError: `runs_dir` is not a folder, others can reach the host and that is not permitted, or the address
             cannot be used.
     """
+    check_listening(host, port, on_listening)
+    check_flag("allow_other_machines", allow_other_machines, error=ConfigError)
+    folder = check_path("runs_dir", runs_dir, error=ConfigError)
+    if not is_seconds(interval) or interval <= 0:
+        raise ConfigError(f"interval must be a number of seconds > 0, got {shown(interval)}")
     if not is_loopback(host) and not allow_other_machines:
         raise ConfigError(
             f"other machines can reach host {host!r} and would see every run without a login: use 127.0.0.1, or "
             "permit it with allow_other_machines (--allow-other-machines)"
         )
-    feed = Feed(runs_dir, interval=interval)
+    feed = Feed(folder, interval=interval)
     app = dashboard_app(feed, hosts=["*"]) if allow_other_machines else dashboard_app(feed)
     listener = listen(host, port)
     try:

@@ -3,8 +3,8 @@
 from datetime import datetime
 from pathlib import Path
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError
-from tinkex_py.values import as_path
 
 # In a checkout the data is in examples/, in an installed package beside this file.
 _FOLDERS = (Path(__file__).parents[2] / "examples" / "data", Path(__file__).parent / "data")
@@ -28,7 +28,7 @@ def new_run_folder(runs_dir: Path) -> Path:
     Raises:
         ConfigError: it cannot be created.
     """
-    runs_dir = as_path(runs_dir, "--runs-dir")
+    runs_dir = check_path("--runs-dir", runs_dir, error=ConfigError)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     attempt = 1
     while True:

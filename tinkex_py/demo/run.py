@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from tinkex_py.arguments import check_count, check_kind, check_path, check_text
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
 from tinkex_py.demo.files import default_file, new_run_folder
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
@@ -17,7 +18,6 @@ from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, s
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
-from tinkex_py.values import as_path
 
 HELD_OUT_PROMPTS = 2
 
@@ -35,6 +35,16 @@ class DemoOptions:
     data: Path | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_text("model", self.model)
+        for name in ("steps", "batch_size", "rank"):
+            check_count(name, getattr(self, name), least=1)
+        check_count("seed", self.seed, least=0)
+        AdamParams(learning_rate=self.learning_rate)
+        check_path("runs_dir", self.runs_dir)
+        if self.data is not None:
+            check_path("data", self.data)
+
 
 class DemoSummary(BaseModel):
     """Result of a demo run; the losses are the totals of the first and the last step."""
@@ -50,8 +60,10 @@ class DemoSummary(BaseModel):
 
 async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     """Fine-tunes the model on the data set, and shows progress and samples on the console."""
+    check_kind("options", options, DemoOptions)
+    check_kind("console", console, Console)
     adam = AdamParams(learning_rate=options.learning_rate)
-    pairs = read_pairs(as_path(options.data or default_file("instructions.jsonl"), "--data"))
+    pairs = read_pairs(check_path("--data", options.data or default_file("instructions.jsonl")))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)
     with console.status(f"loading {options.model}"):

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import check_flag, check_kind
 from tinkex_py.errors import MissingExtra
 from tinkex_py.telemetry import Event
 from tinkex_py.version import __version__
@@ -123,6 +124,11 @@ class OpenTelemetry:
         meter_provider: MeterProvider | None = None,
         propagate: bool = True,
     ) -> None:
+        if tracer_provider is not None:
+            check_kind("tracer_provider", tracer_provider, TracerProvider)
+        if meter_provider is not None:
+            check_kind("meter_provider", meter_provider, MeterProvider)
+        check_flag("propagate", propagate)
         self._tracer = trace.get_tracer(_SCOPE, __version__, tracer_provider)
         self._instruments = _Instruments(metrics.get_meter(_SCOPE, __version__, meter_provider))
         self._propagate = propagate

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.arguments import check_choice, check_count, check_kind, check_path, check_text, shown
+from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.integrations import imported
 from tinkex_py.runs.records import RunInfo, RunStatus
-from tinkex_py.values import as_path
+
+__all__ = ["JsonlSink", "MlflowSink", "TensorBoardSink", "TrackioSink", "WandbSink"]
 
 Opened = TypeVar("Opened")
 _LONGEST_NAME: Final = 50
@@ -43,7 +45,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = as_path(path, "path")
+        self.path = check_path("path", path)
         self._key: str | None = None
         self._may_repeat = False
 
@@ -53,25 +55,28 @@ class JsonlSink:
         Raises:
             ConfigError: the folder cannot be created.
         """
+        key = run_key(run)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written ({error.strerror}): pass another path") from error
-        self._key = run_key(run)
+        self._key = key
         self._may_repeat = self.path.exists()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line."""
+        numbers = _checked_row(step, metrics)
         key = _started(self._key, self)
         if self._may_repeat:
             self._remove(key, step)
             self._may_repeat = False
-        row = {"run": key, "step": step, **{name: _plain(value) for name, value in metrics.items()}}
+        row = {"run": key, "step": step, **{name: _plain(value) for name, value in numbers.items()}}
         with self.path.open("ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
-    def finish(self, status: RunStatus) -> None:  # noqa: ARG002  (part of the protocol)
+    def finish(self, status: RunStatus) -> None:
         """Ends the run; its lines are already written."""
+        _check_status(status)
         self._key = None
 
     def _remove(self, key: str, first: int) -> None:
@@ -101,24 +106,26 @@ class TensorBoardSink:
     def __init__(self, folder: Path | str) -> None:
         imported("tensorboard", "tensorboard")
         self._make_writer: Any = imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self.folder = as_path(folder, "folder")
+        self.folder = check_path("folder", folder)
         self._run: RunInfo | None = None
         self._writer: Any = None
 
     def start(self, run: RunInfo) -> None:
         """Sets the run; its first step creates the folder."""
-        self._run = run
+        self._run = check_kind("run", run, RunInfo)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the values and flushes them, so that an open TensorBoard shows them."""
+        numbers = _checked_row(step, metrics)
         if self._writer is None:
             self._writer = self._open(_started(self._run, self), step)
-        for name, value in metrics.items():
+        for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def finish(self, status: RunStatus) -> None:  # noqa: ARG002  (TensorBoard has no status)
+    def finish(self, status: RunStatus) -> None:
         """Closes the event file."""
+        _check_status(status)
         if self._writer is not None:
             self._writer.close()
         self._writer = self._run = None
@@ -149,7 +156,7 @@ class WandbSink:
 
     def __init__(self, project: str, **options: Any) -> None:
         self._wandb = imported("wandb", "wandb")
-        self._options = {"project": project, **options}
+        self._options = {"project": check_text("project", project), **options}
         self._run: Any = None
 
     def start(self, run: RunInfo) -> None:
@@ -168,10 +175,12 @@ class WandbSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs one row."""
-        _started(self._run, self).log({"step": step, **metrics})
+        numbers = _checked_row(step, metrics)
+        _started(self._run, self).log({"step": step, **numbers})
 
     def finish(self, status: RunStatus) -> None:
         """Ends the W&B run and marks it as failed if the run failed."""
+        _check_status(status)
         run, self._run = _started(self._run, self), None
         run.finish(exit_code=int(status == "failed"))
 
@@ -192,7 +201,7 @@ class TrackioSink:
 
     def __init__(self, project: str, **options: Any) -> None:
         self._trackio = imported("trackio", "trackio")
-        self._options = {"project": project, **options}
+        self._options = {"project": check_text("project", project), **options}
         self._run: Any = None
 
     def start(self, run: RunInfo) -> None:
@@ -211,10 +220,12 @@ class TrackioSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queues the values; a thread of trackio writes them."""
-        _started(self._run, self).log(dict(metrics), step=step)
+        numbers = _checked_row(step, metrics)
+        _started(self._run, self).log(numbers, step=step)
 
-    def finish(self, status: RunStatus) -> None:  # noqa: ARG002  (trackio has no status)
+    def finish(self, status: RunStatus) -> None:
         """Waits until trackio has written everything."""
+        _check_status(status)
         run, self._run = _started(self._run, self), None
         run.finish()
 
@@ -236,11 +247,13 @@ class MlflowSink:
 
     def __init__(self, experiment: str, *, tracking_uri: str | None = None) -> None:
         self._mlflow = imported("mlflow", "mlflow")
+        if tracking_uri is not None:
+            check_text("tracking_uri", tracking_uri)
         self._uri: str = tracking_uri or self._mlflow.get_tracking_uri()
         if not self._uri.startswith(_MLFLOW_REMOTE):
             imported("sqlalchemy", "mlflow")
             imported("alembic", "mlflow")
-        self.experiment = experiment
+        self.experiment = check_text("experiment", experiment)
         self._client: Any = None
         self._run_id: str | None = None
 
@@ -264,13 +277,15 @@ class MlflowSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs all values, in batches."""
+        numbers = _checked_row(step, metrics)
         run_id, now = _started(self._run_id, self), int(time.time() * 1000)
-        logged = [self._mlflow.entities.Metric(mlflow_key(name), value, now, step) for name, value in metrics.items()]
+        logged = [self._mlflow.entities.Metric(mlflow_key(name), value, now, step) for name, value in numbers.items()]
         for first in range(0, len(logged), _MLFLOW_BATCH):
             self._client.log_batch(run_id, metrics=logged[first : first + _MLFLOW_BATCH])
 
     def finish(self, status: RunStatus) -> None:
         """Ends the MLflow run as FINISHED, KILLED (stopped) or FAILED."""
+        _check_status(status)
         run_id, self._run_id = _started(self._run_id, self), None
         self._client.set_terminated(run_id, status=_MLFLOW_STATUSES[status])
         self._client = None
@@ -281,6 +296,7 @@ def run_key(run: RunInfo) -> str:
 
     It consists of letters, digits, `.`, `_` and `-`.
     """
+    check_kind("run", run, RunInfo)
     digest = hashlib.sha256(f"{run.name}\0{run.started_at!r}".encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name).strip("-.")[:_LONGEST_NAME]
     return f"{readable or 'run'}-{digest[:8]}"
@@ -291,6 +307,19 @@ def mlflow_key(name: str) -> str:
     safe = re.sub(r"[^\w\-.:/ ]", "_", name, flags=re.ASCII)
     parts = [part for part in safe.split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:_MLFLOW_LONGEST_KEY] or "_"
+
+
+def _checked_row(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    check_count("step", step, least=0)
+    check_kind("metrics", metrics, Mapping)
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not isinstance(value, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"metrics must map names to numbers, got {shown(name)}: {shown(value)}")
+    return dict(metrics)
+
+
+def _check_status(status: RunStatus) -> None:
+    check_choice("status", status, _MLFLOW_STATUSES)
 
 
 def _started(opened: Opened | None, sink: object) -> Opened:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.types import Tokenizer
-from tinkex_py.values import as_path
 
 TINY_CONTEXT = 2048
 TINY_SEED = 20240
@@ -71,7 +71,7 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
         return _load_tiny(target, folder / "tokenizer")
     if name == "smollm2":
         return _load_smollm2(target, folder / "tokenizer")
-    path = as_path(name, "model")
+    path = check_path("model", name, error=ConfigError)
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"model={name!r}: there is no such model. Use 'tiny', 'smollm2' or the path of a local Hugging Face folder"

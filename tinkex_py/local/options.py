@@ -4,8 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinkex_py.errors import ConfigError
-from tinkex_py.values import Integer, Number, UserPath, did_you_mean, reason_of
+from tinkex_py.arguments import shown
+from tinkex_py.errors import ConfigError, did_you_mean
+from tinkex_py.values import Integer, Number, UserPath, reason_of
 
 Count = Annotated[Integer, Field(ge=1)]
 Bytes = Annotated[Integer, Field(ge=0)]
@@ -78,4 +79,4 @@ def _described(item: Any) -> str:
         return "api_key must be a non-empty ASCII text; leave it out to accept any key"
     if item["type"] == "extra_forbidden":
         return f"no option is named {name!r}{did_you_mean(name, LocalOptions.model_fields)}"
-    return f"{name}={item['input']!r}: {reason_of(item)}"
+    return f"{name}={shown(item['input'])}: {reason_of(item)}"

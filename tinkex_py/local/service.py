@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from tinkex_py.arguments import check_kind, check_text
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.worker import EngineWorker, StateThreads
-from tinkex_py.serving import address_of, is_loopback, listen, serve_app
+from tinkex_py.serving import address_of, check_listening, is_loopback, listen, serve_app
 
 if TYPE_CHECKING:
     from tinkex_py.local.core import Core, Loaded
@@ -36,7 +37,7 @@ class LocalService:
         except ModuleNotFoundError as error:
             raise MissingExtra(str(error.name).partition(".")[0], "local") from error
 
-        self.options = options or LocalOptions()
+        self.options = _checked(LocalOptions() if options is None else options)
         self.core: Core | None = None
         self._app = build_app(self, self.options.api_key)
         self._changing = asyncio.Lock()
@@ -73,7 +74,7 @@ class LocalService:
         Raises:
             ConfigError: the service does not serve this model, or is not running.
         """
-        if name != self.model_name:
+        if check_text("name", name, error=ConfigError) != self.model_name:
             raise ConfigError(f"model {name!r} is not served here. Served: {self.model_name!r}")
         return self.tokenizer
 
@@ -181,7 +182,8 @@ async def serve(
         ConfigError: other machines can reach the host and there is no api_key, or the address cannot be used.
         MissingExtra: uvicorn is not installed.
     """
-    if options.api_key is None and not is_loopback(host):
+    check_listening(host, port, on_listening)
+    if _checked(options).api_key is None and not is_loopback(host):
         raise ConfigError(f"other machines can reach host {host!r}: set an api_key, or use 127.0.0.1")
     if find_spec("uvicorn") is None:
         raise MissingExtra("uvicorn", "local")
@@ -202,3 +204,7 @@ async def serve(
     finally:
         listener.close()
         await service.stop()
+
+
+def _checked(options: LocalOptions) -> LocalOptions:
+    return check_kind("options", options, LocalOptions, error=ConfigError)

@@ -6,8 +6,9 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from tinkex_py.arguments import as_integer, as_number, shown
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.values import as_integer, as_number, reason_of
+from tinkex_py.values import reason_of
 
 
 def checked_number(
@@ -34,7 +35,7 @@ def checked_number(
         and (at_most is None or number <= at_most)
     )
     if not usable:
-        raise InvalidSpec(f"{owner}: {setting} must be a finite number {allowed}".rstrip() + f", got {value!r}")
+        raise InvalidSpec(f"{owner}: {setting} must be a finite number {allowed}".rstrip() + f", got {shown(value)}")
     return number
 
 
@@ -53,7 +54,7 @@ def checked_steps(owner: str, setting: str, value: object, *, at_least: int) -> 
 def first_problem(error: ValidationError) -> str:
     """Returns the first problem of settings that pydantic rejected: name, reason and value."""
     problem = error.errors(include_url=False)[0]
-    return f"{problem['loc'][0]} {reason_of(problem)}, got {problem['input']!r}"
+    return f"{problem['loc'][0]} {reason_of(problem)}, got {shown(problem['input'])}"
 
 
 def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
@@ -64,9 +65,11 @@ def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
     """
     numbers = cast("Mapping[str, object]", state).get(key) if isinstance(state, Mapping) else None
     if not isinstance(numbers, Mapping):
-        raise InvalidSpec(f"{owner}: the saved state must contain a mapping {key!r}, got {state!r}")
+        raise InvalidSpec(
+            f"{owner}: the saved state must contain a mapping {key!r}, got {shown(cast('object', state))}"
+        )
     named = cast("Mapping[str, object]", numbers)
-    return {name: checked_number(owner, f"{key}[{name!r}]", number) for name, number in named.items()}
+    return {name: checked_number(owner, f"state: {key}[{name!r}]", number) for name, number in named.items()}
 
 
 def number_or_nan(value: object) -> float:

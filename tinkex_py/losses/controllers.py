@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.checks import checked_number, checked_numbers
 from tinkex_py.losses.weights import WeightController
@@ -173,7 +174,7 @@ class GradNormBalance(WeightController):
         """
         first_values = checked_numbers("GradNormBalance", state, "first_values")
         if "first_base_value" not in state:
-            raise InvalidSpec(f"GradNormBalance: the saved state must contain 'first_base_value', got {dict(state)!r}")
+            raise InvalidSpec(f"GradNormBalance: the saved state must contain 'first_base_value', got {shown(state)}")
         first = state["first_base_value"]
         super().load_state_dict(state)
         self._first_values = first_values

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData, InvalidSpec
 from tinkex_py.losses.spec import Metric, PerDatum, TermFunction, TermResult, per_datum, term_name
 from tinkex_py.types import Datum
@@ -88,7 +89,7 @@ def sum_over_datums(fn: Callable[..., TermResult]) -> PerDatum:
         InvalidSpec: the parameters of the function do not have this form.
     """
     if not callable(fn) or inspect.iscoroutinefunction(fn):
-        raise InvalidSpec(f"sum_over_datums: fn must be a plain function, not async, got {fn!r}")
+        raise InvalidSpec(f"sum_over_datums: fn must be a plain function, not async, got {shown(fn)}")
     parameters = list(inspect.signature(fn).parameters.values())
     variable = [parameter.name for parameter in parameters if parameter.kind.name.startswith("VAR_")]
     inputs = [parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]

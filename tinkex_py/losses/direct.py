@@ -7,6 +7,7 @@ from typing import Any, Unpack, cast
 
 import torch
 
+from tinkex_py.arguments import check_function, check_kind
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
@@ -61,7 +62,7 @@ async def execute(
     """
     problem = why_not_a_term(term, options)
     if problem is not None:
-        raise InvalidSpec(f"execute: {problem}")
+        raise InvalidSpec(f"execute: term: {problem}")
     function = term_function(term)
     if is_async_term(term):
         result = await with_own_grad_mode(function(data, logprobs, **options))
@@ -104,7 +105,7 @@ class Executor:
             InvalidSpec: `spec` is not a RegularizerSpec.
             RegularizerError: the term failed.
         """
-        (checked,) = checked_specs([spec])
+        checked = check_kind("spec", spec, RegularizerSpec, error=InvalidSpec)
         loud = dataclasses.replace(checked, on_error="raise", enabled=True)
         (output,) = await Executor.execute_all(
             [loud], data, logprobs, timeout=timeout, track_grad_norms=track_grad_norms, step=step
@@ -171,7 +172,12 @@ class GradientTracker:
         Args:
             loss_fn: `loss_fn(logprobs)` -> tensor or `(tensor, metrics)`; sync or async.
             logprobs: a tensor of any shape.
+
+        Raises:
+            InvalidData: `loss_fn` is not a function.
+            RegularizerError: `loss_fn` failed.
         """
+        check_function("loss_fn", loss_fn)
 
         def without_data(_data: Sequence[Datum], values: torch.Tensor) -> Any:
             return loss_fn(values)

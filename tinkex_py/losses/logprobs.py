@@ -13,6 +13,7 @@ from typing import Any, NoReturn, SupportsIndex, cast
 import numpy as np
 import torch
 
+from tinkex_py.arguments import check_text
 from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
 from tinkex_py.losses.grad_mode import autograd_on
 from tinkex_py.types import Datum, PackedTensor
@@ -258,11 +259,11 @@ def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
     """
     if not isinstance(logprobs, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"split: logprobs must be a packed tensor, got a {type(logprobs).__name__}")
-    lengths = [target_shape(datum, index)[0] for index, datum in enumerate(data)]
+    lengths = [target_shape(datum, index)[0] for index, datum in enumerate(checked_data(data))]
     if not logprobs.ndim or sum(lengths) != logprobs.shape[0]:
         raise InvalidData(
-            f"split: the target_tokens of {len(data)} datums have {sum(lengths)} positions in total, but the tensor "
-            f"has shape {tuple(logprobs.shape)}: pass the packed logprobs of exactly these datums"
+            f"split: data has {len(data)} datums, whose target_tokens have {sum(lengths)} positions in total, but the "
+            f"tensor has shape {tuple(logprobs.shape)}: pass the packed logprobs of exactly these datums"
         )
     return list(torch.split(logprobs, lengths))
 
@@ -277,7 +278,8 @@ def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
     Raises:
         InvalidData: a datum lacks the field, or the trailing shapes differ.
     """
-    if not data:
+    check_text("name", name)
+    if not checked_data(data):
         raise InvalidData(f"cannot read the field {name!r}, because data is empty: pass at least one datum")
     arrays: list[Any] = []
     for index, datum in enumerate(data):

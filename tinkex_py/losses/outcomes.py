@@ -9,6 +9,7 @@ import torch
 from tenacity import AsyncRetrying
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import InPlaceMutation, NonFiniteLoss, PipelineError, RegularizerError
 from tinkex_py.limits import RetryPolicy
 from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient
@@ -16,7 +17,6 @@ from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOu
 from tinkex_py.losses.spec import OnError, PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import weight_at
 from tinkex_py.types import ForwardBackwardOutput
-from tinkex_py.values import as_integer
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def checked_step(step: int) -> int:
     """
     count = step if type(step) is int else as_integer(step)
     if count is None or count < 0:
-        raise PipelineError(f"step must be an int >= 0, got {step!r}")
+        raise PipelineError(f"step must be an int >= 0, got {shown(step)}")
     return count
 
 

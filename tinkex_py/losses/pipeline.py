@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import torch
 
 from tinkex_py import telemetry
+from tinkex_py.arguments import check_list, shown
 from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.html_table import html_table
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
@@ -60,7 +61,7 @@ class Pipeline:
     ) -> None:
         problem = why_not_a_term(base_loss, {})
         if problem is not None:
-            raise InvalidBaseLoss(f"base loss: {problem}")
+            raise InvalidBaseLoss(f"base_loss: {problem}")
         self._base_loss = base_loss
         self._regularizers = checked_specs(regularizers)
         checked = checked_options(options, of="Pipeline.__init__()") if options else DEFAULTS
@@ -107,6 +108,7 @@ class Pipeline:
         Args:
             outputs: outputs of this pipeline since the previous optimizer step.
         """
+        check_list("outputs", outputs, CustomLossOutput)
         for controller in self.controllers:
             controller.update(outputs)
 
@@ -124,8 +126,8 @@ class Pipeline:
         named = dict(self._named_controllers)
         if not isinstance(states, Mapping) or set(cast("Mapping[str, Any]", states)) != set(named):
             raise InvalidSpec(
-                f"the saved state must contain the controllers of the regularizers {sorted(named)}, got {state!r}: "
-                "load it into a pipeline with the same specs"
+                f"the saved state must contain the controllers of the regularizers {sorted(named)}, got "
+                f"{shown(state)}: load it into a pipeline with the same specs"
             )
         for name, controller in named.items():
             controller.load_state_dict(cast("Mapping[str, Any]", states)[name])

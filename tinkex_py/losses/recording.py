@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import MissingExtra, PipelineError
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.outcomes import described
@@ -28,7 +29,6 @@ from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.spec import ConfiguredTerm, PerDatum, RegularizerSpec, Term, term_function
 from tinkex_py.types import Datum
 from tinkex_py.types.tensors import Array
-from tinkex_py.values import as_path
 from tinkex_py.version import __version__
 
 JSON_NAME = "record.json"
@@ -146,7 +146,7 @@ def start_recording(
         MissingExtra: safetensors is not installed.
         PipelineError: the folder cannot be written, or contains something else.
     """
-    folder = as_path(path, "record")
+    folder = check_path("record", path, error=PipelineError)
     tensors = _Tensors()
     tensors.add("logprobs", logprobs.buffer)
     record = RecordedStep(
@@ -295,7 +295,7 @@ def read_record(path: RecordPath) -> tuple[RecordedStep, dict[str, torch.Tensor]
         MissingExtra: safetensors is not installed.
         PipelineError: the record does not exist or is damaged.
     """
-    folder = as_path(path, "record")
+    folder = check_path("path", path, error=PipelineError)
     library = safetensors_library()
     try:
         record = RecordedStep.model_validate_json((folder / JSON_NAME).read_text(encoding="utf-8"))

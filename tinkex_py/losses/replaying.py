@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from tinkex_py.arguments import check_kind
 from tinkex_py.errors import PipelineError
 from tinkex_py.losses.options import DEFAULTS, PipelineOptions
 from tinkex_py.losses.output import CustomLossOutput
@@ -38,6 +39,8 @@ async def replay(path: RecordPath, pipeline: Pipeline | None = None) -> CustomLo
         RegularizerError: a term failed, for example as it did when the step was recorded.
         MissingExtra: safetensors is not installed.
     """
+    if pipeline is not None:
+        check_kind("pipeline", pipeline, Pipeline, error=PipelineError)
     record, tensors = read_record(path)
     recorded = rebuilt_pipeline(record) if pipeline is None else with_recorded_weights(pipeline, record)
     try:

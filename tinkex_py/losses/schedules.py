@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from tinkex_py.arguments import plain, shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.checks import checked_number, checked_steps
 from tinkex_py.losses.weights import Schedule, checked_weight, weight_at
-from tinkex_py.values import plain
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Constant:
         checked_number("Constant", "value", self.value, at_least=0.0)
         object.__setattr__(self, "value", plain(self.value))
 
-    def __call__(self, step: int) -> float:  # noqa: ARG002  # part of the interface of schedules
+    def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
+        _check_step(self, step)
         return self.value
 
 
@@ -64,7 +65,7 @@ class Linear(_Ramp):
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        return self._between(_progress(step, self.steps))
+        return self._between(_progress(self, step, self.steps))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Cosine(_Ramp):
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        return self._between((1 - math.cos(math.pi * _progress(step, self.steps))) / 2)
+        return self._between((1 - math.cos(math.pi * _progress(self, step, self.steps))) / 2)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class WarmUp:
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
-        after = weight_at(self.then, "WarmUp.then", max(0, step - self.steps))
-        return after * _progress(step, self.steps)
+        part = _progress(self, step, self.steps)
+        return part * weight_at(self.then, "WarmUp.then", max(0, step - self.steps))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Piecewise:
     def __post_init__(self) -> None:
         given = cast("object", self.values)
         if not isinstance(given, Mapping) or 0 not in given:
-            raise InvalidSpec(f"Piecewise: values must map steps to weights, with a weight for step 0, got {given!r}")
+            raise InvalidSpec(f"Piecewise: values must map steps, 0 among them, to weights, got {shown(self.values)}")
         values: dict[int, float] = {}
         for key, value in cast("Mapping[object, object]", given).items():
             step = checked_steps("Piecewise", "every step in values", key, at_least=0)
@@ -135,8 +136,15 @@ class Piecewise:
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
+        _check_step(self, step)
+        _check_step(self, step)
         return self.values[max(boundary for boundary in self.values if boundary <= max(0, step))]
 
 
-def _progress(step: int, steps: int) -> float:
+def _check_step(schedule: object, step: object) -> None:
+    checked_number(type(schedule).__name__, "step", step)
+
+
+def _progress(schedule: object, step: int, steps: int) -> float:
+    _check_step(schedule, step)
     return min(max(step / steps, 0.0), 1.0)

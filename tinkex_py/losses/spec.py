@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Union, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from tenacity import AsyncRetrying
 
+from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
 from tinkex_py.html_table import html_facts
 from tinkex_py.losses.checks import first_problem
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.types import Datum
-from tinkex_py.values import Number, as_integer
+from tinkex_py.values import Number
 
 if TYPE_CHECKING:
     import torch
@@ -147,16 +148,19 @@ class RegularizerSpec:
     def __post_init__(self) -> None:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
         if name is None:
+            problem = _why_not_callable(self.fn)
+            if problem is not None:
+                raise InvalidSpec(f"regularizer: {problem}")
             raise InvalidSpec(
                 f"the regularizer {described_term(self.fn)} has no name: pass name=..., or set a `name` attribute on it"
             )
-        if name == BASE_LOSS_NAME:
+        if isinstance(name, str) and name == BASE_LOSS_NAME:
             raise InvalidSpec(f"regularizer: the name {name!r} is reserved for the base loss: pass another name=...")
         object.__setattr__(self, "name", name)
         try:
             checked = _PlainFields.model_validate(vars(self))
         except ValidationError as error:
-            raise InvalidSpec(f"regularizer {name!r}: {first_problem(error)}") from None
+            raise InvalidSpec(f"regularizer {shown(name)}: {first_problem(error)}") from None
         for field_name, value in checked:
             object.__setattr__(self, field_name, value)
         name = self.name
@@ -262,14 +266,11 @@ def is_async_term(term: object) -> bool:
 
 def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     """Returns why an object cannot be a term, or None if it can."""
+    problem = _why_not_callable(term)
+    if problem is not None:
+        return problem
     inner: object = term.fn if isinstance(term, PerDatum) else term
-    if isinstance(inner, type):
-        return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
-    if isinstance(term, PerDatum) and isinstance(inner, ConfiguredTerm):
-        return f"{type(inner).__name__} expects packed logprobs: remove per_datum(...)"
-    function: object = term_function(inner)
-    if not callable(function):
-        return f"fn must be callable or have a compute method, got {inner!r} of type {type(inner).__name__}"
+    function: Any = term_function(inner)
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):  # a builtin without a signature; a wrong one fails when it is called
@@ -282,10 +283,23 @@ def why_not_a_term(term: object, options: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _why_not_callable(term: object) -> str | None:
+    inner: object = term.fn if isinstance(term, PerDatum) else term
+    if isinstance(inner, type):
+        return f"fn is the class {inner.__name__}: pass an instance, {inner.__name__}()"
+    if isinstance(term, PerDatum) and isinstance(inner, ConfiguredTerm):
+        return f"{type(inner).__name__} expects packed logprobs: remove per_datum(...)"
+    if not callable(term_function(inner)):
+        return f"fn must be callable or have a compute method, got {shown(inner)} of type {type(inner).__name__}"
+    return None
+
+
 def _checked_retry(given: object, name: str, *, can_await: bool) -> int | AsyncRetrying:
     retry = given if isinstance(given, AsyncRetrying) else as_integer(given)
     if retry is None or (isinstance(retry, int) and retry < 1):
-        raise InvalidSpec(f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {given!r}")
+        raise InvalidSpec(
+            f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {shown(given)}"
+        )
     if not can_await:
         raise InvalidSpec(
             f"regularizer {name!r}: retry is only supported for async terms: make fn a coroutine function, or pass "

@@ -4,15 +4,14 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
+from tinkex_py.arguments import check_list, check_text, shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.checks import checked_number, checked_numbers, number_or_nan
-
-if TYPE_CHECKING:
-    from tinkex_py.losses.output import CustomLossOutput
+from tinkex_py.losses.output import CustomLossOutput
 
 
 class WeightController(ABC):
@@ -40,7 +39,8 @@ class WeightController(ABC):
         title = type(self).__name__
         self.initial = checked_number(title, "initial", initial, at_least=0.0)
         self.minimum = checked_number(title, "minimum", minimum, at_least=0.0)
-        self.maximum = math.inf if maximum == math.inf else checked_number(title, "maximum", maximum, at_least=0.0)
+        is_unlimited = isinstance(maximum, float) and maximum == math.inf
+        self.maximum = math.inf if is_unlimited else checked_number(title, "maximum", maximum, at_least=0.0)
         if not self.minimum <= self.initial <= self.maximum:
             raise InvalidSpec(
                 f"{title}: initial must be between minimum ({minimum!r}) and maximum ({maximum!r}), got {initial!r}"
@@ -54,15 +54,20 @@ class WeightController(ABC):
 
     def weight_of(self, name: str) -> float:
         """Returns the current weight of a regularizer."""
+        check_text("name", name, error=InvalidSpec)
         return self._weights.setdefault(name, self.initial)
 
-    def update(self, outputs: "Sequence[CustomLossOutput]") -> None:
+    def update(self, outputs: Sequence[CustomLossOutput]) -> None:
         """Updates the weights after an optimizer step.
 
         Args:
             outputs: outputs of the custom steps that the optimizer step applied. Regularizers without an output (they
                 were skipped, disabled or belong to another pipeline) keep their weight.
+
+        Raises:
+            InvalidData: `outputs` is not a list of CustomLossOutput.
         """
+        check_list("outputs", outputs, CustomLossOutput)
         seen = [name for name in self._weights if any(name in output.regularizers for output in outputs)]
         if not seen:
             return
@@ -74,7 +79,7 @@ class WeightController(ABC):
         return min(max(checked, self.minimum), self.maximum)
 
     @abstractmethod
-    def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
+    def next_weights(self, weights: Mapping[str, float], outputs: Sequence[CustomLossOutput]) -> Mapping[str, float]:
         """Returns the weights after an optimizer step, by name. Names that are left out keep their weight.
 
         Args:
@@ -120,7 +125,8 @@ def checked_weight(weight: object, name: str) -> Weight:
     number = number_or_nan(cast("object", weight))
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(
-            f"regularizer {name!r}: weight must be a finite number >= 0, a schedule or a controller, got {weight!r}"
+            f"regularizer {name!r}: weight must be a finite number >= 0, a schedule or a controller, got "
+            f"{shown(cast('object', weight))}"
         )
     return number
 
@@ -149,7 +155,7 @@ def weight_at(weight: Weight, name: str, step: int) -> float:
     number = number_or_nan(given)
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(
-            f"regularizer {name!r}: the schedule of the weight must return a finite number >= 0, got {given!r} at step "
-            f"{step}"
+            f"regularizer {name!r}: the schedule of the weight must return a finite number >= 0, got {shown(given)} at "
+            f"step {step}"
         )
     return number

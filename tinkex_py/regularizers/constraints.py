@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 
@@ -43,7 +43,8 @@ class Consistency(ReducedTerm):
         name: default name of the regularizer.
         reduction: over numbers, vectors or distributions: "mean" or "token-mean", "sum", "seq-mean-token-sum",
             "seq-mean-token-mean". Vectors of `[N]` are one per datum: there every mean is the mean over datums.
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number. Default: `weights`, if
+            the datums have it; None: no mask.
         pair_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs.
         metric: "mse", "l1", "cosine" or "kl".
         over: for "kl": which numbers form a distribution, as in `KLDivergence`.
@@ -60,7 +61,8 @@ class Consistency(ReducedTerm):
         pair = aligned_field(data, self.pair_field, logprobs)
         if self.metric == "kl":
             positions = distributions(self, self.over, data, logprobs)
-            parts = symmetric_kl_parts(positions.select(logprobs), positions.select(pair))
+            other = positions.select_logprobs(pair, data, f"the field {self.pair_field!r}")
+            parts = symmetric_kl_parts(positions.select(logprobs), other)
             return positions.reduce(parts, self.reduction)
         if self.metric == "cosine":
             return self._cosine(data, logprobs, pair)
@@ -103,7 +105,7 @@ class Orthogonality(NormTerm):
     Args:
         name: default name of the regularizer.
         mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position, any other number keeps
-            it.
+            it. Default: `weights`, if the datums have it; None: no mask.
         target: "logprobs", "probs", or the name of a field, as in `L1`.
         reduction: only "sum".
         mode: "soft", "hard" or "spectral".
@@ -111,6 +113,8 @@ class Orthogonality(NormTerm):
         normalize: divide each vector by its norm first. None: only with "soft", which then is a sum of squared
             cosines. The others also pull the norms to 1.
     """
+
+    weights_are_factors: ClassVar[bool] = False
 
     name: NonEmptyStr = "orthogonality"
     reduction: Literal["sum"] = "sum"

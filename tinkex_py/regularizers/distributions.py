@@ -73,7 +73,8 @@ class Entropy(ReducedTerm):
     Args:
         name: default name of the regularizer.
         reduction: over distributions: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position. Default: `weights`, if
+            the datums have it; None: no mask.
         mode: "maximize" or "minimize" the entropy.
         temperature: 1.0 uses the logprobs as they are, else `log_softmax(logprobs / temperature)`: sharper below 1.0,
             flatter above. Must be > 0.
@@ -122,7 +123,8 @@ class KLDivergence(ReferenceTerm):
     Args:
         name: default name of the regularizer.
         reduction: over distributions: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position. Default: `weights`, if
+            the datums have it; None: no mask.
         reference: a tensor that can be broadcast to the logprobs, or a function `reference(data)`, sync or async,
             that returns them packed, as one tensor per datum, or as the result of a client's `forward`.
         reference_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs. Exactly one of
@@ -141,7 +143,7 @@ class KLDivergence(ReferenceTerm):
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         positions = distributions(self, self.over, data, logprobs)
-        log_p, log_q = positions.select(logprobs), positions.select(reference)
+        log_p, log_q = positions.select(logprobs), self.select_reference(positions, reference, data)
         if self.symmetric:
             parts = symmetric_kl_parts(log_p, log_q)
         else:
@@ -165,7 +167,8 @@ class JensenShannon(ReferenceTerm):
     Args:
         name: default name of the regularizer.
         reduction: over distributions: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a position. Default: `weights`, if
+            the datums have it; None: no mask.
         reference: as in `KLDivergence`.
         reference_field: as in `KLDivergence`. Exactly one of `reference` and `reference_field` is required.
         over: "candidates": the last axis is a distribution. "tokens": all numbers of a datum are treated as one.
@@ -179,7 +182,7 @@ class JensenShannon(ReferenceTerm):
         positions = distributions(self, self.over, data, logprobs)
         smallest = torch.finfo(logprobs.dtype).min
         log_p = positions.select(logprobs).clamp(min=smallest)
-        log_q = positions.select(reference).clamp(min=smallest)
+        log_q = self.select_reference(positions, reference, data).clamp(min=smallest)
         log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
         parts = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
         return positions.reduce(parts, self.reduction)

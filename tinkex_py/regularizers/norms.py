@@ -53,7 +53,8 @@ class L1(NormTerm):
     Args:
         name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number. Default: `weights`, if
+            the datums have it; None: no mask.
         target: "logprobs", "probs" for their exponential, or the name of a field. A field is a constant: its penalty
             counts in the loss, but it has no gradient, and the output reports `differentiable=False`.
     """
@@ -82,7 +83,8 @@ class L2(NormTerm):
     Args:
         name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number. Default: `weights`, if
+            the datums have it; None: no mask.
         target: "logprobs", "probs", or the name of a field, as in `L1`.
         center: where the pull leads: None for 0; a number; "mean" for the mean of the selected numbers; or the name of
             a field in the shape of the datum's logprobs, which makes this a distance to that field.
@@ -124,7 +126,8 @@ class ElasticNet(NormTerm):
     Args:
         name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
-        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`; 0 excludes a number. Default: `weights`, if
+            the datums have it; None: no mask.
         target: "logprobs", "probs", or the name of a field, as in `L1`.
         l1_ratio: share of L1, from 0 (only L2) to 1 (only L1).
     """

@@ -50,6 +50,7 @@ class SampledKL(ReferenceTerm):
         name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
         mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position, such as those of the prompt.
+            Default: `weights`, if the datums have it; None: no mask.
         reference: a tensor that can be broadcast to the logprobs, or a function `reference(data)`, sync or async,
             that returns them packed, as one tensor per datum, or as the result of a client's `forward`.
         reference_field: a `loss_fn_inputs` field of every datum, `[T]`. Exactly one of `reference` and
@@ -64,7 +65,7 @@ class SampledKL(ReferenceTerm):
         """Computes the loss; its metrics are the denominators."""
         self.check_sampled(data, logprobs, "use KLDivergence")
         positions = self.positions(data, logprobs)
-        difference = positions.select(logprobs) - positions.select(reference)
+        difference = positions.select(logprobs) - self.select_reference(positions, reference, data)
         return positions.reduce(self._estimates(difference), self.reduction)
 
     def _estimates(self, difference: torch.Tensor) -> torch.Tensor:
@@ -95,6 +96,7 @@ class SampledEntropy(ReducedTerm):
         name: default name of the regularizer.
         reduction: "sum", "mean" or "token-mean", "seq-mean-token-sum", "seq-mean-token-mean".
         mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position, such as those of the prompt.
+            Default: `weights`, if the datums have it; None: no mask.
         mode: "maximize" or "minimize" the entropy.
     """
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue
 
+from tinkex_py.arguments import as_number, plain
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError
@@ -16,7 +17,6 @@ from tinkex_py.runs.plan import Evaluation, Model, StepSettings
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.threads import FileThread
 from tinkex_py.types import AdamParams, Datum, OptimizerParams
-from tinkex_py.values import as_number, plain
 
 if TYPE_CHECKING:
     from tinkex_py.losses import Pipeline

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, InvalidData
+from tinkex_py.runs.fingerprints import batch_fingerprint
+from tinkex_py.threads import FileThread
 from tinkex_py.types import Datum
 
 Batch = Sequence[Datum]
@@ -13,27 +15,35 @@ Batches = BatchStream | Callable[[int], BatchStream]
 
 
 class BatchReader:
-    """Reads batches in order.
+    """Reads batches in order, and compares those that are read again with what they were.
 
     Args:
         batches: an iterable, sync or async; or a function from the number of batches to skip to an iterable.
+        files: thread that computes fingerprints.
+        allow_changes: whether batches may differ from what they were.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: `batches` is neither.
 
     Attributes:
         position: number of batches read, those of earlier processes included.
+        fingerprints: of the batches read so far, by position, those of earlier processes included.
+        changed: positions of the batches that differed, if that is allowed.
     """
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Batches, files: FileThread, *, allow_changes: bool = False) -> None:
         if not _is_stream(batches) and not callable(batches):
             raise ConfigError(
                 "batches must be an iterable of batches, or a function that is called with the number of batches to "
                 f"skip, got a {type(batches).__name__}"
             )
         self._batches = batches
+        self._files = files
+        self._allow_changes = allow_changes
         self._current: Iterator[Batch] | AsyncIterator[Batch] | None = None
         self.position = 0
+        self.fingerprints: dict[int, str] = {}
+        self.changed: list[int] = []
 
     async def go_to(self, position: int) -> None:
         """Makes the batch after `position` batches the next one.
@@ -73,11 +83,17 @@ class BatchReader:
         taken: list[Batch] = []
         while len(taken) < count:
             try:
-                taken.append(await self._next())
+                batch = await self._next()
             except StopAsyncIteration:
                 break
+            await self._compare(batch)
+            taken.append(batch)
             self.position += 1
         return taken
+
+    def last(self, count: int) -> list[str]:
+        """Returns the fingerprints of the batches read last."""
+        return [self.fingerprints[position] for position in range(self.position - count, self.position)]
 
     async def take_unless(self, stop: asyncio.Event, count: int) -> list[Batch]:
         """Returns the next batches; none if `stop` is set while they are awaited, and then no more can be read.
@@ -105,6 +121,23 @@ class BatchReader:
             self.position = position
             return []
 
+    async def _compare(self, batch: Batch) -> None:
+        if not _is_batch(batch):
+            raise InvalidData(
+                f"batch {self.position} must be a sequence of Datum, got {_described(batch)}: pass lists of datums"
+            )
+        now = await self._files.run(lambda: batch_fingerprint(batch))
+        before = self.fingerprints.setdefault(self.position, now)
+        if before == now:
+            return
+        if not self._allow_changes:
+            raise ConfigError(
+                f"batch {self.position} is not the one that the run was trained on before: resume the run with the "
+                "same data in the same order, allow the change with allow_changes=True, or use another folder"
+            )
+        self.fingerprints[self.position] = now
+        self.changed.append(self.position)
+
     async def _next(self) -> Batch:
         assert self._current is not None, "go_to first"
         if isinstance(self._current, AsyncIterator):
@@ -123,6 +156,18 @@ class BatchReader:
             await current.aclose()
         elif hasattr(current, "close"):
             current.close()
+
+
+def _is_batch(batch: object) -> bool:
+    return isinstance(batch, Sequence) and all(isinstance(datum, Datum) for datum in cast("Sequence[object]", batch))
+
+
+def _described(batch: object) -> str:
+    name = f"a {type(batch).__name__}"
+    if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
+        return name
+    wrong = next(item for item in cast("Sequence[object]", batch) if not isinstance(item, Datum))
+    return f"{name} with a {type(wrong).__name__}"
 
 
 def _is_stream(batches: object) -> bool:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import PydanticCustomError
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.arguments import as_number, check_path
+from tinkex_py.errors import ConfigError, did_you_mean
 from tinkex_py.runs.settings import Count, Times, TrainSettings
 from tinkex_py.runs.yaml_file import read_yaml, with_overrides
 from tinkex_py.types import AdamParams
-from tinkex_py.values import Integer, UserPath, as_number, as_path, did_you_mean, problems_of
+from tinkex_py.values import Integer, UserPath, problems_of
 
 if TYPE_CHECKING:
     from tinkex_py.losses import Pipeline, RegularizerSpec
@@ -154,7 +155,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: naming the file and the invalid key.
     """
-    path = as_path(path, "config")
+    path = check_path("config", path, error=ConfigError)
     content = with_overrides(read_yaml(path), overrides)
     try:
         config = TrainConfig.model_validate(content)
@@ -202,8 +203,11 @@ def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
     for module in (base_losses, regularizers):
         if section.term in dir(module):
             return _made(getattr(module, section.term), section.options, where), {}
-    names = ", ".join([*dir(base_losses), *dir(regularizers)])
-    raise ConfigError(f"{where}.term: no term is named {section.term!r}; use one of {names}, or module:name")
+    names = [*dir(base_losses), *dir(regularizers)]
+    raise ConfigError(
+        f"{where}.term: no term is named {section.term!r}{did_you_mean(section.term, names)}; use one of "
+        f"{', '.join(names)}, or module:name"
+    )
 
 
 def optimizer_of(section: OptimizerSection) -> "Optimizer":
@@ -240,7 +244,7 @@ def _schedule(given: Mapping[str, Any], where: str) -> "Schedule":
 def _chosen(given: Mapping[str, Any], key: str, module: object, names: tuple[str, ...], where: str) -> Any:
     name = given.get(key)
     if name not in names:
-        raise ConfigError(f"{where}: {key} must be one of {', '.join(names)}, got {name!r}")
+        raise ConfigError(f"{where}: {key} must be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}")
     settings = {setting: value for setting, value in given.items() if setting != key}
     return _made(getattr(module, str(name)), settings, where)
 
@@ -249,7 +253,7 @@ def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:
-        hint = _hint(kind, settings) if isinstance(error, TypeError) else ""
+        hint = _hint(kind, settings)
         reason = str(error).removeprefix(f"{kind.__name__}: ")
         raise ConfigError(f"{where}: {kind.__name__}: {reason}{hint}") from error
 
@@ -257,9 +261,10 @@ def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
 def _hint(kind: type[Any], settings: Mapping[str, Any]) -> str:
     try:
         known = inspect.signature(kind).parameters
-    except ValueError:  # a builtin without a signature
+    except ValueError:  # some classes of C have none
         return ""
-    return next((did_you_mean(name, known) for name in settings if name not in known), "")
+    unknown = [name for name in settings if name not in known]
+    return did_you_mean(unknown[0], known) if unknown else ""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ def fingerprint(value: object) -> str | None:
     return (BYTECODE if walk.needs_same_python else "") + walk.digest()
 
 
+def are_comparable(one: str, other: str) -> bool:
+    """Returns whether two fingerprints are of the same kind: of source, or of bytecode of the same Python version."""
+    return one.rpartition(" ")[0] == other.rpartition(" ")[0]
+
+
 def batch_fingerprint(batch: Sequence[Datum]) -> str:
     """Returns the fingerprint of a batch: tokens and loss inputs of its datums, in order."""
     walk = _Walk()

@@ -9,10 +9,11 @@ import filelock
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
 from tinkex_py.unicode import with_whole_texts
-from tinkex_py.values import as_path, reason_of
+from tinkex_py.values import reason_of
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -28,7 +29,7 @@ def read_run(folder: Path | str) -> RunInfo:
     Raises:
         ConfigError: naming the file, if it does not exist or cannot be read.
     """
-    path = as_path(folder, "folder") / RUN_FILE
+    path = check_path("folder", folder, error=ConfigError) / RUN_FILE
     return _parsed(RunInfo, _bytes_of(path), str(path))
 
 
@@ -40,7 +41,7 @@ def read_steps(folder: Path | str) -> list[StepRecord]:
     Raises:
         ConfigError: naming the file, if there is no run, or another line cannot be read.
     """
-    path = as_path(folder, "folder") / STEPS_FILE
+    path = check_path("folder", folder, error=ConfigError) / STEPS_FILE
     if not path.exists():
         read_run(folder)
         return []
@@ -63,7 +64,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = as_path(path, "folder")
+        self.path = check_path("folder", path, error=ConfigError)
         self._lock: filelock.BaseFileLock | None = None
 
     def __enter__(self) -> "RunFolder":

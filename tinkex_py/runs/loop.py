@@ -50,12 +50,17 @@ class TrainedRun:
     checkpoint: str
     training: AsyncTrainingClient
 
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps made, those of earlier processes included."""
+        return 0 if self.last is None else self.last.step
+
     def _repr_html_(self) -> str:
         from tinkex_py.html_table import html_facts
         from tinkex_py.losses.output import output_html
 
         last = None if self.last is None else output_html(self.last.losses[-1])
-        done = {"steps": 0 if self.last is None else self.last.step, "checkpoint": self.checkpoint}
+        done = {"steps": self.steps, "checkpoint": self.checkpoint}
         facts = {"folder": str(self.folder), "status": self.info.status, "reason": self.info.reason, **done}
         return html_facts(f"Run {self.info.name}", facts) + (last or "")
 
@@ -74,6 +79,7 @@ async def train(
     sinks: Sequence[MetricSink] = (),
     stop: asyncio.Event | None = None,
     progress: bool | ProgressView = False,
+    allow_changes: bool = False,
 ) -> TrainedRun:
     """Trains a model and records the run; an interrupted run resumes from its last checkpoint.
 
@@ -99,18 +105,23 @@ async def train(
         sinks: further receivers of the numbers; called in threads.
         stop: once it is set, the run ends after the steps in flight, with a checkpoint. A batch that is awaited then
             is abandoned, and read again when the run is resumed.
+        allow_changes: resumes a run although its settings, the code or captured values of its terms, or its data differ
+            from what they were. The differences are written to `RunInfo.changes`.
         progress: True shows it in the terminal or notebook; or a custom view.
 
     Returns:
         The run, whatever its status is: "finished", or "stopped" by `stop` or `settings.early_stop`.
 
     Raises:
-        ConfigError: the folder belongs to a run with other settings, or to another process; or an argument is not
-            valid. Nothing was changed, unless `evaluate` or a function `optimizer` returned something else.
+        ConfigError: the folder belongs to a run with other settings, terms or data, or to another process; or an
+            argument is not valid. Nothing was changed, unless `evaluate` or a function `optimizer` returned something
+            else.
         TinkexError: a step failed, and recovery was not possible. The run can be resumed later.
     """
     check_arguments(service, model, batches, stop)
-    reader, receivers, view = BatchReader(batches), Sinks(sinks), chosen_view(progress)
+    files = FileThread("tinkex-run")
+    reader = BatchReader(batches, files, allow_changes=allow_changes)
+    receivers, view = Sinks(sinks), chosen_view(progress)
     plan = Plan(
         service,
         model,
@@ -119,9 +130,10 @@ async def train(
         checked_settings(settings),
         checked_config(config),
         checked_evaluate(evaluate),
+        allow_changes,
     )
     with RunFolder(folder) as own:
-        async with FileThread("tinkex-run") as files, receivers:
+        async with files, receivers:
             run = Run(plan, own, files, reader, receivers, view, stop or asyncio.Event())
             try:
                 await run.execute()

@@ -10,10 +10,11 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from tinkex_py.client.training import AsyncTrainingClient
+from tinkex_py.data.chat import ChatRenderer, has_chat_template
+from tinkex_py.data.datums import chat_datum, text_datum
 from tinkex_py.errors import ConfigError, InvalidData
+from tinkex_py.text import decode, encode_prompt
 from tinkex_py.types import Datum, Encoder, ForwardBackwardOutput, ModelInput, SamplingParams, Tokenizer
-
-CHAT_START = "<|im_start|>"
 
 
 class Pair(BaseModel):
@@ -34,7 +35,8 @@ def read_pairs(path: Path) -> list[Pair]:
     lines: list[str] | None = None
     try:
         with contextlib.suppress(UnicodeDecodeError):
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     if lines is None:
@@ -53,31 +55,31 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def prompt_tokens(tokenizer: Encoder, prompt: str) -> list[int]:
-    """Returns a prompt up to the beginning of the answer; in ChatML if the tokenizer has its tokens."""
-    if len(tokenizer.encode(CHAT_START)) == 1:
-        text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    else:
-        text = f"Q: {prompt}\nA: "
-    return list(tokenizer.encode(text))
+    """Returns a prompt up to the beginning of the answer: in the chat template of the tokenizer, if it has one.
 
-
-def answer_tokens(tokenizer: Encoder, answer: str) -> list[int]:
-    """Returns an answer with its end token."""
-    end = "<|im_end|>" if len(tokenizer.encode(CHAT_START)) == 1 else "\n"
-    return list(tokenizer.encode(answer + end))
+    Raises:
+        InvalidData: the prompt cannot be encoded, or the template drops it.
+    """
+    if has_chat_template(tokenizer):
+        return ChatRenderer(tokenizer).prompt([{"role": "user", "content": prompt}])
+    return encode_prompt(tokenizer, _in_words(prompt))
 
 
 def make_datum(tokenizer: Encoder, pair: Pair) -> Datum:
-    """Returns a pair as a datum; only the answer's tokens have weight."""
-    question, answer = prompt_tokens(tokenizer, pair.prompt), answer_tokens(tokenizer, pair.answer)
-    tokens = question + answer
-    return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tokens[1:],
-            "weights": [0.0] * (len(question) - 1) + [1.0] * len(answer),
-        },
-    )
+    """Returns a pair as a datum; only the answer and its end have weight.
+
+    With a chat template it is that of `chat_datum`. Else the answer ends with the EOS token of the tokenizer, or with
+    its line if there is none.
+
+    Raises:
+        InvalidData: as in `chat_datum` and `text_datum`.
+    """
+    if has_chat_template(tokenizer):
+        messages = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}]
+        return chat_datum(tokenizer, messages)
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        return text_datum(tokenizer, f"{pair.answer}\n", prompt=_in_words(pair.prompt), append_end=False)
+    return text_datum(tokenizer, pair.answer, prompt=_in_words(pair.prompt))
 
 
 def with_reference(data: Sequence[Datum], reference: ForwardBackwardOutput) -> list[Datum]:
@@ -95,13 +97,15 @@ async def sample_answers(
     training: AsyncTrainingClient, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int = 40
 ) -> dict[str, str]:
     """Returns the most likely answers of the model with its current weights, by prompt."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    ends = _end_tokens(tokenizer)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=ends)
     async with await training.save_weights_and_get_sampling_client() as sampler:
 
         async def answer(prompt: str) -> str:
             tokens = ModelInput.from_ints(prompt_tokens(tokenizer, prompt))
             response = await sampler.sample(tokens, sampling_params=params)
-            return str(tokenizer.decode(response.sequences[0].tokens)).replace("<|im_end|>", "").strip()
+            answered = list(response.sequences[0].tokens)
+            return decode(tokenizer, answered[:-1] if answered and answered[-1] in ends else answered).strip()
 
         return dict(zip(prompts, await asyncio.gather(*map(answer, prompts)), strict=True))
 
@@ -116,6 +120,18 @@ def shuffled_batches(data: Sequence[Datum], size: int, seed: int, start: int = 0
         start: number of batches to skip.
     """
     return itertools.islice(_epochs(data, size, seed), start, None)
+
+
+def _in_words(prompt: str) -> str:
+    return f"Q: {prompt}\nA: "
+
+
+def _end_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Returns the last token that the model learns of an answer, and the EOS token."""
+    learned = make_datum(tokenizer, Pair(prompt="a", answer="a")).loss_fn_inputs
+    weights, targets = learned["weights"].tolist(), learned["target_tokens"].tolist()
+    end = int([target for target, weight in zip(targets, weights, strict=True) if weight][-1])
+    return [end] if tokenizer.eos_token_id in (None, end) else [end, tokenizer.eos_token_id]
 
 
 def _epochs(data: Sequence[Datum], size: int, seed: int) -> Iterator[list[Datum]]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,8 @@ from pydantic import JsonValue
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.records import flattened
+from tinkex_py.runs.fingerprints import are_comparable, fingerprint
+from tinkex_py.runs.records import RunInfo, flattened
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.types import AdamParams, OptimizerParams
 from tinkex_py.version import __version__
@@ -41,6 +43,7 @@ class Plan:
     settings: TrainSettings
     config: Mapping[str, JsonValue]
     evaluate: Callable[[AsyncTrainingClient, int], Awaitable[Evaluation]] | None
+    allow_changes: bool = False
 
     def described(self) -> dict[str, JsonValue]:
         """Returns the `config` of `run.json`.
@@ -59,6 +62,21 @@ class Plan:
             return json.loads(json.dumps(fields))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"config must contain plain JSON values only, for run.json: {error}") from None
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """Returns the fingerprints of the terms and of callable settings, by their names."""
+        from tinkex_py.losses.weights import WeightController
+
+        parts: dict[str, object] = {"the base loss": self.pipeline.base_loss}
+        for spec in self.pipeline.regularizers:
+            parts[f"regularizer {spec.name!r}"] = (spec.fn, spec.options)
+            # The state of a controller moves; its settings are a part of `described`.
+            weight = type(spec.weight) if isinstance(spec.weight, WeightController) else spec.weight
+            if callable(weight):
+                parts[f"the weight of {spec.name!r}"] = weight
+        if callable(self.optimizer):
+            parts["the optimizer"] = self.optimizer
+        return {name: fingerprint(part) for name, part in parts.items()}
 
     def optimizer_params(self, made: int) -> AdamParams | OptimizerParams:
         """Returns the optimizer's settings after `made` steps.
@@ -90,23 +108,33 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_same(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue], folder: object) -> None:
-    """Compares the `config` of `run.json` with that of this call.
+def differences(before: RunInfo, config: Mapping[str, JsonValue], fingerprints: Mapping[str, str | None]) -> list[str]:
+    """Returns what would give other numbers than before. Warns about what cannot be compared.
 
-    Raises:
-        ConfigError: settings would give other numbers; the message names each with both values.
+    Args:
+        before: `run.json` of the run that is resumed.
+        config: `Plan.described` of this call.
+        fingerprints: `Plan.fingerprints` of this call.
     """
-    old, new = flattened(_decisive(before)), flattened(_decisive(now))
-    differences = [
+    old, new = flattened(_decisive(before.config)), flattened(_decisive(config))
+    found = [
         f"{name} was {_shown(old, name)} and is {_shown(new, name)}"
         for name in dict.fromkeys([*old, *new])
         if (name in old, old.get(name)) != (name in new, new.get(name))
     ]
-    if differences:
-        raise ConfigError(
-            f"the run in {folder} was started with other settings: {'; '.join(differences)}. Resume it with the same "
-            "settings, or use another folder"
-        )
+    if not before.fingerprints:
+        _warn("the run was started by a version without fingerprints: changes of its terms and data are not noticed")
+    for name in before.fingerprints.keys() & fingerprints.keys():
+        one, other = before.fingerprints[name], fingerprints[name]
+        if one is None or other is None or not are_comparable(one, other):
+            _warn(f"the code of {name} cannot be compared with what it was: a change of it is not noticed")
+        elif one != other:
+            found.append(f"the code, options or captured values of {name} changed")
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _decisive(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

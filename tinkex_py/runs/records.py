@@ -17,6 +17,21 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
+class Change(Record):
+    """What differed from before when a run was resumed with `allow_changes=True`.
+
+    Attributes:
+        step: number of the first step after it.
+        what: the difference.
+        batches: number of batches read when the data differed; those before it are compared no longer. None if the data
+            did not differ.
+    """
+
+    step: int
+    what: str
+    batches: int | None = None
+
+
 class RunInfo(Record):
     """`run.json`.
 
@@ -32,6 +47,11 @@ class RunInfo(Record):
         config: settings of the run, as given.
         versions: of Python, this package and torch.
         seed: `seed` of the `config=` that `train` was called with; None without one.
+        fingerprints: of the code and captured values of the loss and the optimizer, by their names; None where there is
+            no fingerprint. Empty in runs of older versions.
+        changes: what was changed on purpose.
+        batches_ahead: fingerprints, by position, of batches read after the last checkpoint; a resumed run reads
+            them again.
     """
 
     name: str
@@ -44,6 +64,9 @@ class RunInfo(Record):
     config: dict[str, JsonValue] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int | None = None
+    fingerprints: dict[str, str | None] = Field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    batches_ahead: dict[int, str] = Field(default_factory=dict[int, str])
 
     @property
     def outcome(self) -> str:
@@ -69,9 +92,12 @@ class StepRecord(Record):
         tokens: of all micro-batches.
         learning_rate: of the optimizer step; None if the optimizer has none.
         losses: the composed loss of each micro-batch, without the service's own output.
+        loss: of several micro-batches, the loss of the step under the names of `scalars`: as one call with all of them
+            would report it. Empty if there is one micro-batch, and in records of earlier versions.
         metrics: what the service reported about the optimizer step.
         evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
         samples: texts that the evaluation hook returned after this step, by name or prompt.
+        batches: fingerprint of each micro-batch; empty in runs of older versions.
     """
 
     step: int
@@ -82,9 +108,11 @@ class StepRecord(Record):
     tokens: int
     learning_rate: float | None = None
     losses: tuple[CustomLossOutput, ...]
+    loss: dict[str, float] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     evaluation: dict[str, float] = Field(default_factory=dict)
     samples: dict[str, str] = Field(default_factory=dict)
+    batches: tuple[str, ...] = ()
 
 
 class SavedCheckpoint(Record):
@@ -139,7 +167,9 @@ def term_names(record: StepRecord) -> list[str]:
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """Returns the numbers of one step under flat names, for charts and metric sinks; micro-batches are averaged.
+    """Returns the numbers of one step under flat names, for charts and metric sinks.
+
+    Losses are those of the whole step (`StepRecord.loss`); other measurements of micro-batches are averaged.
 
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
@@ -151,6 +181,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
             if value is not None:
                 gathered.setdefault(name, []).append(value)
     named = {name: values[0] if len(values) == 1 else statistics.fmean(values) for name, values in gathered.items()}
+    named |= record.loss
     named |= {
         "time/step": record.seconds,
         "time/queue": record.queue_seconds,

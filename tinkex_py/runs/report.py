@@ -13,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font  # pyright: ignore[reportUnknownVariableType]
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.arguments import check_path
+from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
 from tinkex_py.unicode import without_halves
-from tinkex_py.values import as_path
+
+try:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font  # pyright: ignore[reportUnknownVariableType]
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError as error:
+    raise MissingExtra(str(error.name).partition(".")[0], "report") from error
 
 PAGE_FILE = "index.html"
 # M. Okabe and K. Ito, "Color Universal Design"; the yellow is darker for white paper.
@@ -154,7 +158,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     Raises:
         ConfigError: a folder is not a run, or cannot be read or written; nothing is written then.
     """
-    loaded, out = _load(folders), as_path(out, "out")
+    loaded, out = _load(folders), check_path("out", out, error=ConfigError)
     runs = [summary for summary, _, _ in loaded]
     curves = {summary.label: own for summary, own, _ in loaded}
     of_runs = {summary.label: own for summary, _, own in loaded}
@@ -185,7 +189,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
     # A folder that is named twice is read once.
-    places = list(dict.fromkeys(as_path(folder, "folders").resolve() for folder in folders))
+    places = list(dict.fromkeys(check_path("folders", folder, error=ConfigError).resolve() for folder in folders))
     if not places:
         raise ConfigError("no run was given: name at least one folder of a run")
     for place in places:

@@ -9,11 +9,11 @@ from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.runs.arguments import created_model
 from tinkex_py.runs.batches import BatchReader
-from tinkex_py.runs.folder import RunFolder
-from tinkex_py.runs.plan import Plan, check_same, versions
+from tinkex_py.runs.folder import RunFolder, read_steps
+from tinkex_py.runs.plan import Plan, differences, versions
 from tinkex_py.runs.progress import ProgressView
 from tinkex_py.runs.queue_wait import QueueWait
-from tinkex_py.runs.records import RunInfo, RunState, RunStatus, SavedCheckpoint, StepRecord, scalars
+from tinkex_py.runs.records import Change, RunInfo, RunState, RunStatus, SavedCheckpoint, StepRecord, scalars
 from tinkex_py.runs.recovery import (
     ModelLost,
     complete,
@@ -25,6 +25,7 @@ from tinkex_py.runs.recovery import (
 from tinkex_py.runs.settings import Patience
 from tinkex_py.runs.sinks import Sinks
 from tinkex_py.runs.step import Flight, OptimizerStep, Start, owned_tasks
+from tinkex_py.runs.step_loss import step_loss
 from tinkex_py.threads import FileThread
 
 
@@ -88,12 +89,16 @@ class Run:
     # Start, resume, restart
 
     async def _open(self) -> None:
-        described = self._plan.described()
+        described, fingerprints = self._plan.described(), await self._files.run(self._plan.fingerprints)
         before = await self._files.run(self._folder.read_run)
         state = await self._files.run(self._folder.read_state)
-        if before is not None:
-            check_same(before.config, described, self._folder.path)
-        elif state is not None:
+        changed = [] if before is None else differences(before, described, fingerprints)
+        if changed and not self._plan.allow_changes:
+            raise ConfigError(
+                f"the run in {self._folder.path} was started with other settings or terms: {'; '.join(changed)}. "
+                "Resume it with the same ones, allow the changes with allow_changes=True, or use another folder"
+            )
+        if before is None and state is not None:
             raise ConfigError(
                 f"{self._folder.path} has a state.json, but no run.json: restore run.json, or use another folder"
             )
@@ -108,8 +113,13 @@ class Run:
             config=described,
             versions=versions(),
             seed=seed if isinstance(seed, int) else None,
+            fingerprints=fingerprints,
+            changes=() if before is None else before.changes,
         )
+        if state is not None:
+            self._reader.fingerprints = await self._files.run(lambda: self._batches_before(before))
         await (self._reader.go_to(0) if state is None else self._resume(state))
+        self._note_changes(changed)
         self._is_begun = True
         await self._files.run(lambda: self._folder.write_run(self.info))
         info = self.info
@@ -117,6 +127,25 @@ class Run:
         self._view.start(self.info, self._made)
         if state is None:
             await self._files.run(lambda: self._folder.keep_steps(0))
+
+    def _note_changes(self, changed: list[str]) -> None:
+        """Adds allowed changes to `info`, those of the data included."""
+        new = [Change(step=self._made + 1, what=what) for what in changed]
+        if self._reader.changed:
+            what = f"batches {', '.join(map(str, self._reader.changed))} are not what they were"
+            new.append(Change(step=self._made + 1, what=what, batches=self._reader.position))
+            self._reader.changed = []
+        self.info = self.info.model_copy(update={"changes": (*self.info.changes, *new)})
+
+    def _batches_before(self, before: RunInfo | None) -> dict[int, str]:
+        """Returns the fingerprints of the batches of earlier processes, by position."""
+        steps = read_steps(self._folder.path)
+        made = [fingerprint for step in steps for fingerprint in step.batches or [""] * len(step.losses)]
+        ahead = {} if before is None else before.batches_ahead
+        changes = () if before is None else before.changes
+        first = max((change.batches or 0 for change in changes), default=0)
+        known = ahead | dict(enumerate(made))
+        return {position: known[position] for position in known if position >= first and known[position]}
 
     async def _new_model(self) -> AsyncTrainingClient:
         training = await created_model(self._plan.model)
@@ -133,6 +162,11 @@ class Run:
 
     async def _resume(self, state: RunState) -> None:
         await self._reader.go_to(state.batches)
+        known = self._reader.fingerprints
+        ahead = {position: known[position] for position in known if position >= state.batches}
+        self.info = self.info.model_copy(update={"batches_ahead": ahead})
+        # Before the records of these batches are removed.
+        await self._files.run(lambda: self._folder.write_run(self.info))
         self._plan.pipeline.load_state_dict(state.pipeline)
         self.training.step = state.client_step
         self._patience = Patience.model_validate(state.patience)
@@ -198,8 +232,10 @@ class Run:
         batches = await self._reader.take_unless(self._stop, self._settings.accumulate)
         if not batches:
             return None
+        self._note_changes([])
         self._view.doing(f"step {number}")
-        return self._send(start, OptimizerStep(number, batches, self._plan.optimizer_params(number - 1)), before)
+        step = OptimizerStep(number, batches, self._plan.optimizer_params(number - 1), self._reader.last(len(batches)))
+        return self._send(start, step, before)
 
     def _send(self, start: Start, step: OptimizerStep, before: Flight | None) -> Flight:
         after = None if before is None else before.step
@@ -228,7 +264,7 @@ class Run:
         if self._plan.evaluates_after(step.number):
             self._view.doing(f"evaluation after step {step.number}")
             evaluated = await self._evaluate(step.number)
-        record = _record(step, evaluated, self._queue.seconds() - flight.queued_before)
+        record = _record(step, self._plan, evaluated, self._queue.seconds() - flight.queued_before)
         await self._files.run(lambda: self._folder.append_step(record))
         self.last = record
         self._patience = self._patience_with(record)
@@ -259,6 +295,7 @@ class Run:
         rest = self._plan.service.create_rest_client()
         left = await delete_old_checkpoints(rest, state.checkpoints, self._settings.keep_checkpoints)
         self.state = state.model_copy(update={"checkpoints": left})
+        self.info = self.info.model_copy(update={"batches_ahead": {}})
         await self._write_status("running", None)
 
     # What ends or interrupts the steps
@@ -273,7 +310,7 @@ class Run:
         rule = self._settings.early_stop
         if rule is None or rule.metric.startswith("evaluation/"):
             return False
-        return self._patience_with(_record(step, {}, 0.0)).is_over(rule)
+        return self._patience_with(_record(step, self._plan, {}, 0.0)).is_over(rule)
 
     def _patience_with(self, record: StepRecord) -> Patience:
         rule = self._settings.early_stop
@@ -310,7 +347,7 @@ class Run:
         self._view.doing(f"step {self._made + 1}" if reason is None else f"waiting: {reason}")
 
 
-def _record(step: OptimizerStep, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
+def _record(step: OptimizerStep, plan: Plan, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
     outputs = [part.output for part in step.parts if part.output is not None]
     return StepRecord(
         step=step.number,
@@ -322,7 +359,9 @@ def _record(step: OptimizerStep, evaluated: Mapping[str, float | str], queue_sec
         learning_rate=step.params.learning_rate,
         # The service's own output repeats the logprobs.
         losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),
+        loss=step_loss(plan.pipeline, step.parts),
         metrics={} if step.response is None else dict(step.response.metrics or {}),
         evaluation={name: float(value) for name, value in evaluated.items() if not isinstance(value, str)},
         samples={name: value for name, value in evaluated.items() if isinstance(value, str)},
+        batches=tuple(step.fingerprints),
     )

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tinkex_py.errors import ConfigError
+from tinkex_py.arguments import as_number
+from tinkex_py.errors import ConfigError, did_you_mean
 from tinkex_py.types import AdamParams, OptimizerParams
-from tinkex_py.values import Integer, Number, as_number, problems_of
+from tinkex_py.values import Integer, Number, problems_of
 
 Count = Annotated[Integer, Field(ge=1)]
 Times = Annotated[Integer, Field(ge=0)]
@@ -80,7 +81,8 @@ class Patience(BaseModel):
             if rule.metric.startswith("evaluation/") and not evaluated:
                 return self
             raise ConfigError(
-                f"early_stop: no metric is named {rule.metric!r}; use one of {', '.join(sorted(numbers))}"
+                f"early_stop: no metric is named {rule.metric!r}{did_you_mean(rule.metric, numbers)}; use one of "
+                f"{', '.join(sorted(numbers))}"
             )
         best = math.nan if self.best is None else self.best
         gain = best - value if rule.better == "lower" else value - best

@@ -32,6 +32,7 @@ class OptimizerStep:
     """An optimizer step, which can be sent repeatedly until all of it took effect.
 
     Attributes:
+        fingerprints: of the batches.
         parts: the batches and their results.
         response: the service's response to the update; None before.
         update_error: why the update failed.
@@ -39,8 +40,15 @@ class OptimizerStep:
         started_at: monotonic time in seconds at which it was first sent.
     """
 
-    def __init__(self, number: int, batches: Sequence[Batch], params: AdamParams | OptimizerParams) -> None:
+    def __init__(
+        self,
+        number: int,
+        batches: Sequence[Batch],
+        params: AdamParams | OptimizerParams,
+        fingerprints: Sequence[str] = (),
+    ) -> None:
         self.number = number
+        self.fingerprints = fingerprints
         self.params = params
         self.parts = [MicroBatch(batch) for batch in batches]
         self.response: OptimStepResponse | None = None

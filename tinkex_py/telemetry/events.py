@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tinkex_py.arguments import shown
+from tinkex_py.errors import InvalidData
+
 Measurement = int | float | None
 Measurements = dict[str, Measurement]
 
@@ -76,7 +79,7 @@ def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
 
     Raises:
         TypeError: a pattern is not a string.
-        ValueError: a pattern matches no event, or there is no pattern.
+        InvalidData: a pattern matches no event, or there is no pattern.
     """
     if patterns is None:
         return frozenset(EVENT_LEVELS)
@@ -84,11 +87,11 @@ def matching_events(patterns: str | Iterable[str] | None) -> frozenset[str]:
     several = isinstance(patterns, Iterable) and not isinstance(patterns, str)  # pyright: ignore[reportUnnecessaryIsInstance]
     for pattern in patterns if several else (patterns,):
         if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"events must be event names or patterns, got {pattern!r}")
+            raise TypeError(f"events must be event names or patterns, got {shown(pattern)}")
         matched = {name for name in EVENT_LEVELS if fnmatchcase(name, pattern)}
         if not matched:
-            raise ValueError(f"no event matches {pattern!r}; the events are: {', '.join(events())}")
+            raise InvalidData(f"no event matches {pattern!r}; the events are: {', '.join(events())}")
         chosen |= matched
     if not chosen:
-        raise ValueError("events is empty: pass at least one event name, or omit events to receive all of them")
+        raise InvalidData("events is empty: pass at least one event name, or omit events to receive all of them")
     return frozenset(chosen)

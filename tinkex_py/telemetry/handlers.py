@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from tinkex_py.errors import RegularizerError
+from tinkex_py.arguments import check_function, check_text, shown
+from tinkex_py.errors import InvalidData, RegularizerError
 from tinkex_py.telemetry.events import EVENT_LEVELS, Event, Measurements, matching_events
 from tinkex_py.telemetry.logs import LOGGER, parse_level, would_write, write_line
 
@@ -60,8 +61,8 @@ class _Attachments:
             taken = {attachment.handler_id for attachment in self.current}
             if handler_id is None:
                 handler_id = next(name for name in map("handler-{}".format, self._numbers) if name not in taken)
-            elif handler_id in taken:
-                raise ValueError(f"handler_id {handler_id!r} is in use: detach it first, or choose another id")
+            elif check_text("handler_id", handler_id) in taken:
+                raise InvalidData(f"handler_id {handler_id!r} is in use: detach it first, or choose another id")
             added = _Attachment(handler_id, handler, names, is_logger, request_headers)
             self.current = (*self.current, added)
             return handler_id
@@ -112,9 +113,11 @@ def attach(
 
     Raises:
         TypeError: the handler is not callable, or is a coroutine function.
-        ValueError: no event matches, or the id is in use.
+        InvalidData, which is a ValueError: no event matches, the id is in use, or another argument is invalid.
     """
     _require_plain_function(handler)
+    if request_headers is not None:
+        check_function("request_headers", request_headers)
     return _ATTACHMENTS.add(handler, matching_events(events), handler_id, request_headers=request_headers)
 
 
@@ -132,7 +135,7 @@ def attach_logger(*, level: str = "info", handler_id: str | None = None) -> str:
         The handler's id.
 
     Raises:
-        ValueError: the level is unknown, or the id is in use.
+        InvalidData: the level is unknown, or the id is in use.
     """
     log = functools.partial(_log_event, level=parse_level(level), asked_for=True)
     return _ATTACHMENTS.add(log, matching_events(None), handler_id, is_logger=True)
@@ -140,6 +143,7 @@ def attach_logger(*, level: str = "info", handler_id: str | None = None) -> str:
 
 def detach(handler_id: str) -> bool:
     """Detaches a handler; returns False if no handler has this id."""
+    check_text("handler_id", handler_id)
     return _ATTACHMENTS.remove_id(handler_id)
 
 
@@ -161,14 +165,19 @@ def emit(
         unit: number of the unit of work that starts or ends.
 
     Raises:
-        ValueError: no event has this name.
+        InvalidData: no event has this name, or the measurements or metadata are no mappings.
     """
-    level = EVENT_LEVELS.get(name)
+    level = EVENT_LEVELS.get(name) if isinstance(name, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if level is None:
-        raise ValueError(f"unknown event {name!r}; the events are: {', '.join(EVENT_LEVELS)}")
+        raise InvalidData(f"name: unknown event {shown(name)}; the events are: {', '.join(EVENT_LEVELS)}")
     attachments = _ATTACHMENTS.current
     if not attachments and not would_write(level):
         return
+    are_mappings = isinstance(measurements, Mapping) and isinstance(metadata, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not are_mappings:
+        raise InvalidData(
+            f"measurements and metadata must be mappings, got {shown(measurements)} and {shown(metadata)}"
+        )
     event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception, unit)
     for attachment in attachments:
         if name in attachment.names:
@@ -198,8 +207,12 @@ def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurement
         The measurements of the stop event, which the block fills; `duration` (seconds) is added.
 
     Raises:
-        ValueError: no event has this prefix.
+        InvalidData: no event has this prefix, or the metadata are no mapping.
     """
+    if not isinstance(prefix, str) or f"{prefix}.start" not in EVENT_LEVELS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"prefix: no event starts with {shown(prefix)}; the events are: {', '.join(EVENT_LEVELS)}")
+    if not isinstance(metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"metadata must be a mapping, got {shown(metadata)}")
     measurements: Measurements = {}
     unit = next(_UNITS)
     if _ATTACHMENTS.current or structlog.is_configured() or LOGGER.isEnabledFor(EVENT_LEVELS[f"{prefix}.start"]):

@@ -8,6 +8,8 @@ from typing import Any
 
 import structlog
 
+from tinkex_py.arguments import shown
+from tinkex_py.errors import InvalidData
 from tinkex_py.unicode import with_whole_texts, without_halves
 
 LOGGER = logging.getLogger("tinkex_py")
@@ -31,11 +33,11 @@ def parse_level(level: str) -> int:
     """Returns the number of a level name.
 
     Raises:
-        ValueError: the level is unknown.
+        InvalidData: the level is unknown.
     """
     number = _LEVELS.get(level.lower()) if isinstance(level, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if number is None:
-        raise ValueError(f"unknown log level {level!r}; use one of: {', '.join(_LEVELS)}")
+        raise InvalidData(f"unknown log level {shown(level)}; use one of: {', '.join(_LEVELS)}")
     return number
 
 

@@ -78,12 +78,31 @@ def has_field(data: Sequence[Datum], name: str) -> bool:
     Raises:
         InvalidData: only some datums have it.
     """
-    missing = [index for index, datum in enumerate(data) if name not in datum.loss_fn_inputs]
+    # A tensor given directly may come with data that are no datums.
+    missing = [
+        index
+        for index, datum in enumerate(data)
+        if not isinstance(datum, Datum) or name not in datum.loss_fn_inputs  # pyright: ignore[reportUnnecessaryIsInstance]
+    ]
     if missing and len(missing) < len(data):
         raise InvalidData(
             f"datum {missing[0]} has no {name!r} in loss_fn_inputs, but other datums have it: set it on all or on none"
         )
     return bool(data) and not missing
+
+
+def described_position(data: Sequence[Datum], index: Sequence[int]) -> str:
+    """Describes the position of a packed tensor with an index per axis: in its datum where the targets tell which."""
+    first, rest = (index[0], index[1:]) if index else (0, ())
+    candidate = f", candidate {', '.join(map(str, rest))}" if rest else ""
+    targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data]
+    start = 0
+    for number, target in enumerate(targets):
+        length = target.shape[0] if target is not None and target.shape else 0
+        if start <= first < start + length:
+            return f"position {first - start} of datum {number}{candidate}"
+        start += length
+    return f"position {first}{candidate}"
 
 
 def is_one_number_per_position(data: Sequence[Datum], logprobs: torch.Tensor) -> bool:

@@ -3,21 +3,40 @@
 The reductions have the names of verl's `agg_loss`. They differ in the influence of a long datum.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
 from math import inf
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.terms.fields import aligned_field, datum_lengths, has_field
+from tinkex_py.terms.fields import aligned_field, datum_lengths, described_position, has_field
 from tinkex_py.terms.numerics import segment_sum
 from tinkex_py.terms.ready_made import NonEmptyStr, ReadyMadeTerm
 from tinkex_py.types import Datum
 
 Reduction = Literal["sum", "mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+# Logprobs are at most 0. Engines with few digits round up to a little more.
+_LARGEST_LOGPROB = 1e-3
+
+
+class DefaultMask(Enum):
+    """The default of `mask`: the field `weights` of data that has it."""
+
+    WEIGHTS = "weights"
+
+    def __repr__(self) -> str:
+        """The name of the field, for the repr of a term."""
+        return repr(self.value)
+
+
+Mask = NonEmptyStr | DefaultMask | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class Positions:
         data: Sequence[Datum],
         logprobs: torch.Tensor,
         *,
-        mask: str | None = None,
+        weights: torch.Tensor | None = None,
         by_row: bool = False,
         by_datum: bool = False,
     ) -> "Positions":
@@ -56,13 +75,12 @@ class Positions:
         Args:
             data: the datums; if there are none, the whole tensor is one sequence.
             logprobs: `[N]`, `[N, K]`, or any shape.
-            mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`. 0 excludes a position; any other number
-                is its weight. A row of `[T, K]` has weight 1 if any of its numbers is not 0.
+            weights: one number per position, flat. 0 excludes the position.
             by_row: the last axis is one position.
             by_datum: keep the datum of each position, for sums per datum.
 
         Raises:
-            InvalidData: a datum lacks the mask, or shapes do not match.
+            InvalidData: the lengths of the datums do not add up to those of the logprobs.
         """
         rows = logprobs.shape[-1] if by_row else None
         leading = logprobs.shape[:-1] if by_row else logprobs.shape
@@ -72,9 +90,8 @@ class Positions:
             lengths = torch.tensor(datum_lengths(data, leading[0] if leading else 1)) * each
             sequences = torch.repeat_interleave(torch.arange(len(data)), lengths).to(logprobs.device)
         count = len(data) if by_datum and data else 1
-        if mask is None:
+        if weights is None:
             return cls(rows, None, None, sequences, count)
-        weights = _mask(data, mask, logprobs, by_row=by_row)
         # ten times faster than torch.nonzero
         kept = torch.from_numpy(np.flatnonzero((weights != 0).cpu().numpy()))  # pyright: ignore[reportUnknownMemberType]
         kept = kept.to(logprobs.device)
@@ -90,6 +107,26 @@ class Positions:
         plain = values.as_subclass(torch.Tensor)
         flat = plain.reshape(-1) if self.rows is None else plain.reshape(-1, self.rows)
         return flat if self.kept is None else flat.index_select(0, self.kept)
+
+    def select_logprobs(self, values: torch.Tensor, data: Sequence[Datum], source: str) -> torch.Tensor:
+        """Returns the selected values of a tensor of logprobs, as `select` does.
+
+        Raises:
+            InvalidData: a selected number is too large for a logprob, for example because it is a probability.
+        """
+        selected = self.select(values)
+        wrong = np.flatnonzero((selected > _LARGEST_LOGPROB).cpu().numpy())
+        if not wrong.size:
+            return selected
+        value = selected.reshape(-1)[int(wrong[0])].item()
+        position, candidate = divmod(int(wrong[0]), self.rows or 1)
+        if self.kept is not None:
+            position = int(self.kept[position])
+        index = np.unravel_index(position * (self.rows or 1) + candidate, values.shape)
+        raise InvalidData(
+            f"{source} has {value:.6g} at {described_position(data, [int(axis) for axis in index])}, but logprobs are "
+            "at most 0: pass logarithms, not probabilities"
+        )
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Returns each value times its weight, `[M]`."""
@@ -138,27 +175,42 @@ class ReducedTerm(ReadyMadeTerm):
     Args:
         name: default name of the regularizer.
         reduction: see `Positions.reduce`.
-        mask: see `Positions.of`; None selects everything with weight 1.
+        mask: a `loss_fn_inputs` field of every datum, `[T]` or `[T, K]`, of numbers >= 0. 0 excludes a position; any
+            other number is its weight. A row of `[T, K]` has weight 1 if any of its numbers is not 0. Default: the
+            field `weights`, if the datums have it; if it has negative numbers, it only excludes the positions where
+            it is 0. None: no mask.
     """
 
+    weights_are_factors: ClassVar[bool] = True
+    """False if a weight only excludes or keeps a position."""
+    weights_have_signs: ClassVar[bool] = False
+    """True if negative weights are factors too."""
+    mask_is_optional: ClassVar[bool] = False
+    """True if a mask that no datum has is no mask. These terms always used `weights` by default."""
+
     reduction: Reduction = "sum"
-    mask: NonEmptyStr | None = None
+    mask: Mask = DefaultMask.WEIGHTS
 
     def positions(
-        self,
-        data: Sequence[Datum],
-        logprobs: torch.Tensor,
-        *,
-        by_row: bool = False,
-        by_datum: bool = False,
-        mask_optional: bool = False,
+        self, data: Sequence[Datum], logprobs: torch.Tensor, *, by_row: bool = False, by_datum: bool = False
     ) -> Positions:
-        """Selects positions with the mask of this term; with `mask_optional` all of them if no datum has it."""
-        mask = self.mask
-        if mask is not None and mask_optional and not has_field(data, mask):
-            mask = None
+        """Selects positions with the mask of this term."""
         by_datum = by_datum or self.reduction.startswith("seq-")
-        return Positions.of(data, logprobs, mask=mask, by_row=by_row, by_datum=by_datum)
+        weights = self._weights(data, logprobs, by_row=by_row)
+        return Positions.of(data, logprobs, weights=weights, by_row=by_row, by_datum=by_datum)
+
+    def with_options(self, options: Mapping[str, Any]) -> Self:
+        """Returns the term with some settings replaced; it counts as the same term for warnings."""
+        replaced = super().with_options(options)
+        vars(replaced)["_warned"] = self._warned
+        return replaced
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the keyword arguments that create an equal term, without a default mask: all are plain values."""
+        settings = super().settings()
+        if isinstance(self.mask, DefaultMask):
+            del settings["mask"]
+        return settings
 
     def check_sampled(self, data: Sequence[Datum], logprobs: torch.Tensor, instead: str) -> None:
         """Raises InvalidData for packed `[T, K]`, whose numbers are not those of sampled tokens."""
@@ -168,13 +220,59 @@ class ReducedTerm(ReadyMadeTerm):
                 f"{tuple(logprobs.shape)}: {instead}"
             )
 
+    def _weights(self, data: Sequence[Datum], logprobs: torch.Tensor, *, by_row: bool) -> torch.Tensor | None:
+        """Returns the weight of each position, flat; None if all have weight 1."""
+        is_default = isinstance(self.mask, DefaultMask)
+        name = self.mask.value if isinstance(self.mask, DefaultMask) else self.mask
+        if name is None or ((is_default or self.mask_is_optional) and not has_field(data, name)):
+            return None
+        weights = self._checked_mask(data, name, logprobs, is_default=is_default)
+        at_positions = _at_positions(weights, logprobs, by_row=by_row)
+        if is_default and not self.mask_is_optional and not bool((at_positions == 1).all()):
+            self._warn(
+                FutureWarning,
+                "no mask= is given, so 'weights' of the datums is the mask: 0 leaves a position out, other numbers "
+                "are factors. Earlier versions counted every position with weight 1: pass mask=None for that result, "
+                "or mask='weights' (numbers >= 0) for this one without the warning",
+            )
+        return at_positions
 
-def _mask(data: Sequence[Datum], name: str, logprobs: torch.Tensor, *, by_row: bool) -> torch.Tensor:
-    weights = aligned_field(data, name, logprobs, per_position=True)
-    if weights.numel():
-        smallest, largest = weights.aminmax()
-        if not (smallest.item() >= 0 and largest.item() < inf):  # NaN fails both
-            raise _bad_mask(data, name)
+    def _checked_mask(
+        self, data: Sequence[Datum], name: str, logprobs: torch.Tensor, *, is_default: bool
+    ) -> torch.Tensor:
+        """Returns the mask, `[N]` or in the shape of the logprobs, with signs only where they have a meaning."""
+        weights = aligned_field(data, name, logprobs, per_position=True)
+        has_signs = bool((weights < 0).any())
+        if (has_signs and not is_default) or not bool(torch.isfinite(weights).all()):
+            raise _bad_mask(data, name, smallest=-inf if is_default else 0)
+        if not has_signs:
+            return weights if self.weights_are_factors else (weights != 0).to(weights.dtype)
+        if not self.weights_have_signs:
+            self._warn(
+                UserWarning,
+                "'weights' has negative numbers, which are no mask: positions of weight 0 are left out, all others "
+                "count with weight 1. Name a field of numbers >= 0 as mask=, or pass mask=None to count every position",
+            )
+            return (weights != 0).to(weights.dtype)
+        if self.reduction != "sum":
+            raise InvalidData(
+                f"{type(self).__name__}: 'weights' has negative numbers, and reduction={self.reduction!r} would divide "
+                "by their sum: pass reduction='sum', or a mask= of numbers >= 0"
+            )
+        return weights
+
+    @cached_property
+    def _warned(self) -> set[type[Warning]]:
+        return set()
+
+    def _warn(self, category: type[Warning], text: str) -> None:
+        if category not in self._warned:
+            warnings.warn(f"{type(self).__name__} {self.name!r}: {text}", category, stacklevel=2)
+            self._warned.add(category)
+
+
+def _at_positions(weights: torch.Tensor, logprobs: torch.Tensor, *, by_row: bool) -> torch.Tensor:
+    """Returns weights of the shape `[N]` or that of the logprobs as one number per position, flat."""
     if weights.ndim < logprobs.ndim:
         return weights.repeat_interleave(logprobs.shape[1 : -1 if by_row else None].numel())
     if by_row:
@@ -182,9 +280,11 @@ def _mask(data: Sequence[Datum], name: str, logprobs: torch.Tensor, *, by_row: b
     return weights.reshape(-1)
 
 
-def _bad_mask(data: Sequence[Datum], name: str) -> InvalidData:
+def _bad_mask(data: Sequence[Datum], name: str, *, smallest: float) -> InvalidData:
+    """Returns the error about the first number of a mask that is not finite, or less than `smallest`."""
     arrays = [datum.loss_fn_inputs[name].to_numpy() for datum in data]
     index, bad = next(
-        (i, array[bad]) for i, array in enumerate(arrays) if (bad := ~((array >= 0) & (array < inf))).any()
+        (i, array[bad]) for i, array in enumerate(arrays) if (bad := ~(np.isfinite(array) & (array >= smallest))).any()
     )
-    return InvalidData(f"the mask {name!r} must contain finite numbers >= 0, but datum {index} has {bad.flat[0]}")
+    bound = "" if smallest == -inf else f" >= {smallest:g}"
+    return InvalidData(f"the mask {name!r} must contain finite numbers{bound}, but datum {index} has {bad.flat[0]}")

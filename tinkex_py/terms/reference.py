@@ -8,11 +8,12 @@ from typing import Any, Self, cast
 
 import torch
 
+from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermFunction, TermResult, is_async_term
 from tinkex_py.terms.fields import aligned_field, like
 from tinkex_py.terms.ready_made import NonEmptyStr
-from tinkex_py.terms.reduction import ReducedTerm
+from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.datum import target_shape
 
@@ -27,7 +28,7 @@ class ReferenceTerm(ReducedTerm):
     Args:
         name: default name of the regularizer.
         reduction: see `Positions.reduce`.
-        mask: see `Positions.of`.
+        mask: see `ReducedTerm`.
         reference: a tensor that can be broadcast to the logprobs, or a function `reference(data)`, sync or async,
             that returns them packed, as one tensor per datum, or as the result of a client's `forward`.
         reference_field: a `loss_fn_inputs` field of every datum, in the shape of its logprobs. Exactly one of
@@ -46,7 +47,7 @@ class ReferenceTerm(ReducedTerm):
                 f"{' and '.join(given) or 'none'}"
             )
         if self.reference is not None and not isinstance(self.reference, torch.Tensor) and not callable(self.reference):
-            raise self.invalid(f"reference must be a tensor or a function of the datums, got {self.reference!r}")
+            raise self.invalid(f"reference must be a tensor or a function of the datums, got {shown(self.reference)}")
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult | Awaitable[TermResult]:
         """Computes the loss; returns an awaitable if the reference is async."""
@@ -67,6 +68,11 @@ class ReferenceTerm(ReducedTerm):
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; `reference` has the shape and dtype of the logprobs."""
 
+    def select_reference(self, positions: Positions, reference: torch.Tensor, data: Sequence[Datum]) -> torch.Tensor:
+        """Returns the selected logprobs of the reference; raises InvalidData if they are no logprobs."""
+        source = "the reference" if self.reference_field is None else f"the field {self.reference_field!r}"
+        return positions.select_logprobs(reference, data, source)
+
     @property
     def compute(self) -> TermFunction:
         """`compute(data, logprobs, **settings)`; a coroutine function if the reference is one."""
@@ -83,7 +89,7 @@ class ReferenceTerm(ReducedTerm):
         return super().with_options(given)
 
     async def _compute_async(self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any) -> TermResult:
-        result = self.with_options(settings).loss(data, logprobs)
+        result = self._compute(data, logprobs, **settings)
         return await result if inspect.isawaitable(result) else result
 
     async def _loss_later(self, found: Awaitable[object], data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:

@@ -1,4 +1,4 @@
-"""Base class of the values that users create: frozen; validation errors are raised as InvalidData."""
+"""Base classes of values: pydantic's validation errors are raised as InvalidData."""
 
 from typing import Any, ClassVar
 
@@ -26,5 +26,7 @@ class WireModel(BaseModel):
             return
         except ValidationError as error:
             problems = problems_of(error, type(self), shows_texts=self.shows_texts)
+        except TypeError as error:  # a mapping that is given for a nested value lacks a field, or has an unknown one
+            problems = f"{', '.join(fields)}: {error}"
         # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")

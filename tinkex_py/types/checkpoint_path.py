@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 from urllib.parse import quote
 
+from tinkex_py.arguments import check_choice, shown
 from tinkex_py.errors import InvalidData
 
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
@@ -31,10 +32,9 @@ class CheckpointPath:
     name: str
 
     def __post_init__(self) -> None:
-        for part in (self.run_id, self.kind, self.name):
-            check_segment("a part of a checkpoint path", part)
-        if self.kind not in _KINDS:
-            raise InvalidData(f"the kind of a checkpoint must be one of {', '.join(_KINDS)}, got {self.kind!r}")
+        check_segment("run_id", self.run_id)
+        check_choice("kind", self.kind, _KINDS)
+        check_segment("name", self.name)
 
     @classmethod
     def parse(cls, path: str) -> "CheckpointPath":
@@ -47,7 +47,9 @@ class CheckpointPath:
         if len(parts) == 2 and parts[1] not in _KINDS:
             parts.insert(1, "sampler_weights")
         if len(parts) != 3:
-            raise InvalidData(f"{path!r} is not a checkpoint path: it must be tinker://<training run>/<kind>/<name>")
+            raise InvalidData(
+                f"{shown(path)} is not a checkpoint path: it must be tinker://<training run>/<kind>/<name>"
+            )
         return cls(parts[0], cast("CheckpointKind", parts[1]), parts[2])
 
     @property
@@ -67,17 +69,17 @@ def check_address(path: object) -> str:
     """
     parts = path.removeprefix(_SCHEME).split("/") if isinstance(path, str) and path.startswith(_SCHEME) else []
     if len(parts) < 2:
-        raise InvalidData(f"{path!r} is not a checkpoint path: it must be tinker://<training run>/<kind>/<name>")
+        raise InvalidData(f"{shown(path)} is not a checkpoint path: it must be tinker://<training run>/<kind>/<name>")
     for part in parts:
-        check_segment("a part of a checkpoint path", part)
+        check_segment("a part of a checkpoint's path", part)
     return "/".join((_SCHEME + parts[0], *parts[1:]))
 
 
-def check_segment(what: str, text: object) -> str:
+def check_segment(name: str, text: object) -> str:
     """Checks that a value can be one segment of a URL's path, and returns it.
 
     Args:
-        what: what the value is, for the message.
+        name: name of the argument, for the message.
         text: the value.
 
     Raises:
@@ -85,7 +87,8 @@ def check_segment(what: str, text: object) -> str:
     """
     if not isinstance(text, str) or not text or text in (".", "..") or "/" in text or not text.isprintable():
         raise InvalidData(
-            f"{text!r} cannot be {what}: it must be a non-empty string without slashes and control characters"
+            f"{name} must be a non-empty string without slashes and control characters, other than '.' and '..', got "
+            f"{shown(text)}"
         )
     return text
 

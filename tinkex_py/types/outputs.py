@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from tinkex_py.arguments import check_choice
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.types.tensors import Array, TensorData, read_tensor
@@ -117,7 +118,7 @@ class ForwardBackwardOutput(ResponseModel):
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
         """Parses the JSON form, which has no packed fields; raises like `ResponseModel.read`."""
-        if "loss_fn_outputs" not in fields:
+        if not isinstance(fields, Mapping) or "loss_fn_outputs" not in fields:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidResponse(f"the service returned an invalid {cls.__name__}; missing: loss_fn_outputs")
         return super().read({name: value for name, value in fields.items() if name not in ("packed", "num_datums")})
 
@@ -223,6 +224,7 @@ class SupportedModel(ResponseModel):
 
     def can(self, ability: Ability) -> bool | None:
         """Whether the service can train this model, or sample from it; None if it does not report this."""
+        check_choice("ability", ability, _CAPABILITIES)
         reported = self.trainable if ability == "train" else self.sampleable
         if reported is not None or self.capabilities is None:
             return reported

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Self, cast
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from tinkex_py.arguments import as_integer, plain
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
-from tinkex_py.values import Integer, Number, as_integer, plain
+from tinkex_py.values import Integer, Number
 
+# Services store integers in 64 bits.
+Whole = Annotated[Integer, Field(ge=-(2**63), lt=2**63)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[Integer, Field(ge=1)]
 
 
 def _stop(value: object) -> object:
@@ -51,8 +53,8 @@ class LoraConfig(WireModel):
 
     shows_texts = True
 
-    rank: Count = 32
-    seed: Integer | None = None
+    rank: Annotated[Whole, Field(ge=1)] = 32
+    seed: Whole | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -139,9 +141,9 @@ class SamplingParams(WireModel):
 
     shows_texts = True
 
-    max_tokens: Count | None = None
-    seed: Integer | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    seed: Whole | None = None
     stop: Stop = None
     temperature: NonNegative = 1.0
-    top_k: Annotated[Integer, Field(ge=-1)] = -1
+    top_k: Annotated[Whole, Field(ge=-1)] = -1
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator
 
+from tinkex_py.arguments import check_choice, check_labels, check_list, check_text
 from tinkex_py.types.response_model import ResponseModel
 
 
@@ -154,6 +155,16 @@ class SessionQuery:
     project_ids: Sequence[str] | None = None
     statuses: Sequence[str] | None = None
     access_scope: AccessScope = "owned"
+
+    def __post_init__(self) -> None:
+        for name in ("session_id", "display_name"):
+            if getattr(self, name) is not None:
+                check_text(name, getattr(self, name))
+        for name in ("project_ids", "statuses"):
+            if getattr(self, name) is not None:
+                check_list(name, getattr(self, name), str)
+        check_labels("user_metadata", self.user_metadata)
+        check_choice("access_scope", self.access_scope, get_args(AccessScope))
 
     def fields(self) -> dict[str, Any]:
         """Returns the fields to send."""

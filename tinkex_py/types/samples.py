@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from tinkex_py.arguments import check_list
+from tinkex_py.errors import InvalidData
 from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.types.tensors import TensorData, read_tensor
 
@@ -64,7 +66,15 @@ class SampleResponse(ResponseModel):
     prompt_cache_hit_tokens: int = Field(default=0)
 
     def with_sequence_ids(self, ids: Sequence[str]) -> "SampleResponse":
-        """Returns the same result with an id for every sequence."""
+        """Returns the same result with an id for every sequence.
+
+        Raises:
+            InvalidData: `ids` is not a list of strings, one for each sequence.
+        """
+        if len(check_list("ids", ids, str)) != len(self.sequences):
+            raise InvalidData(
+                f"ids must contain one id for each of the {len(self.sequences)} sequences, got {len(ids)}"
+            )
         named = [
             sequence.model_copy(update={"sequence_id": name})
             for sequence, name in zip(self.sequences, ids, strict=True)

@@ -3,12 +3,13 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import field_serializer, model_validator
 
+from tinkex_py.arguments import check_choice
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
 
@@ -81,16 +82,20 @@ class TensorData(WireModel):
         if "data" not in given:
             return given
         array = _as_array(given["data"])
-        dtype = given.get("dtype") or _dtype_of(array)
-        if dtype not in ("int64", "float32"):
-            raise InvalidData(f"dtype must be 'int64' or 'float32', got {dtype!r}")
+        dtype: Any = given.get("dtype")
+        if dtype is None:
+            dtype = _dtype_of(array)
+        check_choice("dtype", dtype, get_args(TensorDtype))
         given["dtype"] = dtype
         if given.get("shape") is None:
             given["shape"] = array.shape
         given["data"] = _read_only(array.reshape(-1), dtype)
         for name in ("sparse_crow_indices", "sparse_col_indices"):
             if given.get(name) is not None:
-                given[name] = _read_only(_as_array(given[name]).reshape(-1), "int64")
+                try:
+                    given[name] = _read_only(_as_array(given[name]).reshape(-1), "int64")
+                except InvalidData as error:
+                    raise InvalidData(f"{name}: {error}") from None
         return given
 
     @model_validator(mode="after")
@@ -135,7 +140,7 @@ class TensorData(WireModel):
             if unknown or "data" not in value:
                 raise InvalidData(f"a tensor has no fields {unknown}" if unknown else "a tensor needs the field 'data'")
             return cls(**value)
-        return cls(data=value, dtype=KNOWN_DTYPES.get(name or ""))
+        return cls(data=value, dtype=KNOWN_DTYPES.get(name) if isinstance(name, str) else None)
 
     @classmethod
     def from_numpy(cls, array: Array) -> "TensorData":

@@ -52,8 +52,10 @@ async def made_model(
 
 def make_pipeline(weights: Regularizers) -> Pipeline:
     specs = [
-        RegularizerSpec(fn=L2(reduction="token-mean"), weight=weights.l2, name="l2"),
-        RegularizerSpec(fn=Entropy(over="tokens", reduction="mean"), weight=weights.entropy, name="entropy"),
+        RegularizerSpec(fn=L2(mask="weights", reduction="token-mean"), weight=weights.l2, name="l2"),
+        RegularizerSpec(
+            fn=Entropy(over="tokens", mask="weights", reduction="mean"), weight=weights.entropy, name="entropy"
+        ),
     ]
     return Pipeline(NLL(reduction="token-mean"), [spec for spec in specs if spec.weight > 0])
 

@@ -2,15 +2,26 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import typer
 
-from tinkex_py.errors import ConfigError, InvalidData, MissingExtra, PipelineError, RegularizerError, TinkexError
+from tinkex_py.errors import (
+    ConfigError,
+    InvalidData,
+    MissingExtra,
+    PipelineError,
+    RegularizerError,
+    TinkexError,
+    require_modules,
+)
 
 Result = TypeVar("Result")
+
+EMBEDDED_SERVICE = ("fastapi", "peft", "safetensors", "transformers")
+"""What a command needs that runs a model in this process: modules of the extra `local`."""
 
 FAILED = 1
 """The service refused the request, failed, did not respond or does not support it; or a term of a loss failed."""
@@ -33,9 +44,16 @@ def exit_code(error: Exception) -> int:
 
 
 @contextmanager
-def one_line_errors(command: str, *, extra: str = "cli") -> Generator[None]:
-    """Turns errors into one line on stderr and an exit code; `extra` is what to install if a library is missing."""
+def one_line_errors(command: str, *, extra: str = "cli", needs: Sequence[str] = ()) -> Generator[None]:
+    """Turns errors into one line on stderr and an exit code.
+
+    Args:
+        command: its name.
+        extra: what to install if a library is missing.
+        needs: modules of the extra that the command imports; checked before it does anything.
+    """
     try:
+        require_modules(extra, *needs)
         yield
     except BrokenPipeError:
         raise  # typer exits silently when the reader of stdout is gone

@@ -1,11 +1,13 @@
 """Datums from texts, conversations and pairs of answers."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+from tinkex_py.data.chat import ChatRenderer, Turns
+from tinkex_py.data.messages import Message
+from tinkex_py.data.rows import conversation, plain_messages, plain_rows
 from tinkex_py.errors import InvalidData
-from tinkex_py.integrations.huggingface.chat import ChatRenderer, Message, Turns, checked_messages
+from tinkex_py.text import encode_answer, require_text
 from tinkex_py.types import Datum, ModelInput
 
 Row = TypeVar("Row")
@@ -25,12 +27,13 @@ def chat_datum(
     """Converts a conversation to a datum of `N` tokens, with the chat template of the tokenizer.
 
     `weights`, `[N]`, is 1 for targets in the turns of the assistant, including their end marks, and 0 elsewhere. If the
-    template marks the text of the assistant (`{% generation %}`), its marks decide.
+    template marks the text of the assistant (`{% generation %}`), its marks decide. Thoughts of turns that are not
+    learned may be missing in the template, which warns; any other part of a message must count.
 
     Args:
         tokenizer: a Hugging Face tokenizer, or that of `await training.get_tokenizer()` if it has templates.
         messages: `{"role": ..., "content": ...}` in order, as the template expects them; fields that are None are
-            removed.
+            removed, at any depth.
         turns: "all" learns every turn of the assistant, "last" only the last one.
         max_length: maximum number of input tokens; the end is cut off. None cuts nothing.
         tools: schemas or functions that the template describes to the model.
@@ -38,15 +41,14 @@ def chat_datum(
         template_options: variables of the template, such as `{"enable_thinking": False}`.
 
     Raises:
-        InvalidData: the conversation has no turn of the assistant, the template fails, the tokens of a turn cannot be
-            determined, or no token within `max_length` is left to learn.
+        InvalidData: the conversation has no turn of the assistant, the template fails or drops a part of a message, the
+            tokens of a turn cannot be determined, or no token within `max_length` is left to learn.
         MissingExtra: jinja2 is not installed.
     """
     if turns not in ("all", "last"):
         raise InvalidData(f"turns must be 'all' or 'last', got {turns!r}")
-    checked = checked_messages(messages)
     renderer = ChatRenderer(tokenizer, chat_template=chat_template, tools=tools, options=template_options)
-    rendered = renderer.render(checked, turns)
+    rendered = renderer.render(messages, turns)
     return _datum(rendered.tokens, rendered.learned, max_length)
 
 
@@ -55,9 +57,8 @@ def text_datum(
 ) -> Datum:
     """Converts a text to a datum of `N` tokens, without a template.
 
-    `weights`, `[N]`, is 1 for the tokens of the text and 0 for those of the prompt. Prompt and text are encoded
-    separately, so that the text begins where a model would continue. The datum begins with the BOS token if the
-    tokenizer adds it by itself.
+    `weights`, `[N]`, is 1 for the tokens of the text and 0 for those of the prompt. The prompt has the tokens that
+    `ModelInput.from_text` gives, with the BOS token if the tokenizer adds it by itself; those of the text continue it.
 
     Args:
         tokenizer: any object with `encode`.
@@ -67,13 +68,11 @@ def text_datum(
         max_length: maximum number of input tokens; the end is cut off. None cuts nothing.
 
     Raises:
-        InvalidData: there is nothing to learn, or the tokenizer has no EOS token.
+        InvalidData: there is nothing to learn, the tokenizer has no EOS token, or cannot encode prompt and text apart.
     """
-    for name, value in (("text", text), ("prompt", prompt)):
-        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"{name} must be a str, got a {type(value).__name__}")
-    before = [*_start_tokens(tokenizer), *_encoded(tokenizer, prompt)]
-    learned = _encoded(tokenizer, text)
+    require_text("text", text)
+    require_text("prompt", prompt)
+    before, learned = encode_answer(tokenizer, prompt, text)
     if append_end:
         end = getattr(tokenizer, "eos_token_id", None)
         if end is None:
@@ -129,26 +128,38 @@ def preference_datums(
         except InvalidData as error:
             raise InvalidData(f"{name}: {error}") from error
 
-    return datum_of("chosen", chosen), datum_of("rejected", rejected)
+    pair = datum_of("chosen", chosen), datum_of("rejected", rejected)
+    if pair[0] == pair[1]:
+        cut = "" if max_length is None else f" after both were cut to max_length={max_length}"
+        raise InvalidData(
+            f"chosen and rejected are equal{cut}, so nothing can be learned from them: leave the pair out"
+        )
+    return pair
 
 
 def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Datum]]) -> Iterator[Datum]:
     """Converts rows to datums, lazily.
 
     Args:
-        rows: a `datasets.Dataset`, streamed or not, or any rows.
+        rows: a `datasets.Dataset`, streamed or not, or any rows. Fields that a table of `datasets` fills with None,
+            because other rows have them, are removed at every depth.
         render: converts a row to one datum or several: `lambda row: chat_datum(tokenizer, row["messages"])`.
 
     Raises:
-        InvalidData: a row lacks a column or cannot be rendered; the message contains its number, from 0.
+        InvalidData: a row lacks a column or cannot be rendered; the message contains its number, from 0. Or `rows` is
+            no sequence of rows, such as a DatasetDict. Other exceptions of `render` pass through, with a note that has
+            the number.
     """
-    for number, row in enumerate(rows):
+    for number, row in enumerate(plain_rows(rows)):
         try:
             made = render(row)
         except InvalidData as error:
             raise InvalidData(f"row {number}: {error}") from error
         except KeyError as error:
             raise InvalidData(f"row {number} has no {error}{_columns(row)}") from error
+        except Exception as error:
+            error.add_note(f"render failed on row {number}")
+            raise
         datums: Sequence[object] = made if isinstance(made, list | tuple) else [made]
         for datum in datums:
             if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -175,26 +186,16 @@ def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | Non
 
 
 def _conversation(prompt: Answer, answer: Answer) -> list[Message]:
-    return [*_as_messages("user", prompt), *_as_messages("assistant", answer)]
+    return conversation(_as_messages("user", prompt), _as_messages("assistant", answer))
 
 
 def _as_messages(role: str, given: Answer) -> Sequence[Message]:
     if not isinstance(given, str):
-        return given
+        messages = plain_messages(given)
+        if not isinstance(messages, list):
+            raise InvalidData(f"messages must be a text or a sequence of messages, got a {type(given).__name__}")
+        return cast("list[Message]", messages)
     return [{"role": role, "content": given}] if given else []
-
-
-def _start_tokens(tokenizer: Any) -> list[int]:
-    """Returns the BOS token if the tokenizer adds it by itself."""
-    start = getattr(tokenizer, "bos_token_id", None)
-    return [start] if start is not None and list(tokenizer.encode(""))[:1] == [start] else []
-
-
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    encode = tokenizer.encode
-    if "add_special_tokens" in inspect.signature(encode).parameters:
-        return list(encode(text, add_special_tokens=False))
-    return list(encode(text))
 
 
 def _columns(row: object) -> str:

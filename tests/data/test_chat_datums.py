@@ -5,7 +5,7 @@ import sys
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tests.integrations.chat_tokenizers import (
+from tests.data.chat_tokenizers import (
     BRACKETS,
     CHATML,
     FORGETFUL,
@@ -18,7 +18,7 @@ from tests.integrations.chat_tokenizers import (
     whole,
 )
 from tinkex_py import InvalidData, MissingExtra
-from tinkex_py.integrations.huggingface import chat_datum
+from tinkex_py.data import chat_datum
 from tinkex_py.local.models import load_tokenizer
 from tinkex_py.local.tokenizers import ByteTokenizer
 
@@ -31,10 +31,10 @@ CONVERSATION = [
 ]
 
 
-def check_against_hand(tokenizer, inner, messages, turns):
+def check_against_hand(tokenizer, messages, turns):
     datum = chat_datum(tokenizer, messages, turns=turns)
-    tokens, mask = chatml_by_hand(inner, messages, turns)
-    assert whole(inner, datum) == tokens
+    tokens, mask = chatml_by_hand(tokenizer, messages, turns)
+    assert whole(tokenizer, datum) == tokens
     assert datum.loss_fn_inputs["weights"].tolist() == mask[1:]
     return datum
 
@@ -43,7 +43,7 @@ def check_against_hand(tokenizer, inner, messages, turns):
 @pytest.mark.parametrize("turns", ["all", "last"])
 def test_only_the_turns_of_the_assistant_have_weight(template, turns):
     tokenizer = byte_tokenizer(template)
-    datum = check_against_hand(tokenizer, tokenizer, CONVERSATION, turns)
+    datum = check_against_hand(tokenizer, CONVERSATION, turns)
     expected = ["Hello there<|im_end|>", "Yes, é 🌧<|im_end|>"]
     assert learned_text(tokenizer, datum) == (expected if turns == "all" else expected[1:])
 
@@ -59,19 +59,18 @@ CONVERSATIONS = st.lists(
 @given(messages=CONVERSATIONS, template=st.sampled_from([CHATML, MARKED]), turns=st.sampled_from(["all", "last"]))
 def test_any_conversation(messages, template, turns):
     tokenizer = byte_tokenizer(template)
-    check_against_hand(tokenizer, tokenizer, messages, turns)
+    check_against_hand(tokenizer, messages, turns)
 
 
 @pytest.mark.slow
 def test_a_pretrained_tokenizer():
     tokenizer = load_tokenizer("smollm2")
     for turns in ("all", "last"):
-        for given_one in (tokenizer.inner, tokenizer):  # the second is that of the embedded service
-            check_against_hand(given_one, tokenizer.inner, CONVERSATION, turns)
+        check_against_hand(tokenizer, CONVERSATION, turns)
     # The template adds a system message if there is none.
     datum = chat_datum(tokenizer, CONVERSATION[1:])
-    assert "named SmolLM" in tokenizer.inner.decode(whole(tokenizer.inner, datum))
-    assert learned_text(tokenizer.inner, datum) == ["Hello there<|im_end|>", "Yes, é 🌧<|im_end|>"]
+    assert "named SmolLM" in tokenizer.decode(whole(tokenizer, datum))
+    assert learned_text(tokenizer, datum) == ["Hello there<|im_end|>", "Yes, é 🌧<|im_end|>"]
 
 
 WITHOUT_END = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}")
@@ -101,8 +100,6 @@ def test_learned_text_of_templates(template, messages, learned):
 @pytest.mark.parametrize(
     ("template", "merges", "messages", "reason"),
     [
-        # "assistant: " + "Yes" contains " Y" as one token
-        (PLAIN, (("Ġ", "Y"),), CONVERSATION, "the tokens of message 4, a turn of the assistant, cannot be determined"),
         (MARKED.replace("message['role'] == 'assistant'", "loop.last"), (), CONVERSATION, "2 turns .* find 1"),
         (CHATML, (), CONVERSATION[2:4], r"begins with a turn of the assistant \(message 0\)"),
         (BRACKETS, (), CONVERSATION, "Only user and assistant roles are supported"),
@@ -129,9 +126,10 @@ def test_a_template_that_drops_earlier_thoughts_only_supports_the_last_turn():
         said("user", "d"),
         said("assistant", "<think>e</think>f"),
     ]
-    with pytest.raises(InvalidData, match=r"message 1, .* or create one datum per turn with turns='last'"):
+    with pytest.raises(InvalidData, match=r"thoughts .* of message 1 .*Create one datum per turn with turns='last'"):
         chat_datum(tokenizer, messages)
-    datum = chat_datum(tokenizer, messages, turns="last")
+    with pytest.warns(UserWarning, match="drops thoughts of turns that are not learned"):
+        datum = chat_datum(tokenizer, messages, turns="last")
     assert learned_text(tokenizer, datum) == ["<think>e</think>f<|im_end|>"]
     assert "b" not in tokenizer.decode(whole(tokenizer, datum))
 
@@ -187,3 +185,11 @@ def test_bad_arguments(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtra, match=r"jinja2 is not installed. Run: pip install 'tinkex-py\[huggingface\]'"):
         chat_datum(tokenizer, CONVERSATION)
+
+
+def test_a_token_that_spans_the_boundary_is_encoded_apart():
+    tokenizer = byte_tokenizer(PLAIN, merges=(("Ġ", "Y"),))  # "assistant: " + "Yes" contains " Y" as one token
+    datum = chat_datum(tokenizer, CONVERSATION, turns="last")
+    assert learned_text(tokenizer, datum) == ["Yes, é 🌧\n"]
+    sent = tokenizer.apply_chat_template(CONVERSATION[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert whole(tokenizer, datum)[: len(sent)] == sent

@@ -42,8 +42,13 @@ FORGETFUL = (
 
 
 @cache
-def byte_tokenizer(template: str | None, *, merges: tuple[tuple[str, str], ...] = ()) -> Any:
-    """One token per byte, more where merges join two, and four special tokens."""
+def byte_tokenizer(
+    template: str | None,
+    *,
+    merges: tuple[tuple[str, str], ...] = (),
+    special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
+) -> Any:
+    """One token per byte, more where merges join two, BOS, EOS and other special tokens."""
     vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for first, second in merges:
         vocabulary[first + second] = len(vocabulary)
@@ -56,7 +61,7 @@ def byte_tokenizer(template: str | None, *, merges: tuple[tuple[str, str], ...] 
         clean_up_tokenization_spaces=False,
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=list(special),
     )
 
 

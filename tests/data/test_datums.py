@@ -3,9 +3,9 @@
 import datasets
 import pytest
 
-from tests.integrations.chat_tokenizers import CHATML, adding_a_start, byte_tokenizer, learned_text, said, whole
+from tests.data.chat_tokenizers import CHATML, adding_a_start, byte_tokenizer, learned_text, said, whole
 from tinkex_py import Datum, InvalidData
-from tinkex_py.integrations.huggingface import chat_datum, datums_from, preference_datums, text_datum
+from tinkex_py.data import chat_datum, datums_from, preference_datums, text_datum
 from tinkex_py.local.tokenizers import ByteTokenizer
 
 END = 257

@@ -1,0 +1,324 @@
+"""One valid argument for every required parameter of a public callable."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+from rich.console import Console
+from starlette.requests import HTTPConnection
+
+from tests.client.data import datum, nll
+from tests.data.chat_tokenizers import CHATML, byte_tokenizer
+from tests.support.public_calls import PublicCall, constructor_of
+from tinkex_py import (
+    AsyncRestClient,
+    AsyncSamplingClient,
+    AsyncServiceClient,
+    AsyncTrainingClient,
+    BaseLossOutput,
+    CustomLossOutput,
+    Datum,
+    EncodedTextChunk,
+    InvalidData,
+    ModelInput,
+    Pipeline,
+    RegularizerSpec,
+    SamplingParams,
+    WeightController,
+)
+from tinkex_py.demo import DemoOptions
+from tinkex_py.integrations import trackers
+from tinkex_py.local import LocalOptions, LocalService
+from tinkex_py.losses import controllers, schedules
+from tinkex_py.runs import RunFolder, RunInfo, StepRecord, TrainSettings
+from tinkex_py.runs.records import RunState, SavedCheckpoint
+from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel, Tokenizer
+
+RUN = RunInfo(name="run", started_at=1.0, updated_at=1.0)
+STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, losses=())
+STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
+FIELD = np.full(3, -1.0, np.float32)
+DATUM = datum(3, 1, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
+OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
+_SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients of one service, and a checkpoint that it has."""
+
+    service: AsyncServiceClient
+    training: AsyncTrainingClient
+    sampling: AsyncSamplingClient
+    rest: AsyncRestClient
+    embedded: LocalService
+    session_id: str
+    checkpoint: str
+    tokenizer: Tokenizer
+    on_listening: Callable[..., None]
+
+
+def constant(data: Sequence[Datum], logprobs: Any) -> torch.Tensor:
+    """A term that accepts everything."""
+    return torch.tensor(1.0)
+
+
+def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
+    """Returns valid arguments of the parameters that have no default."""
+    record = folder / "record"
+    run_folder = folder / "run"
+    return {
+        "base_loss": nll,
+        "base_model": "tiny",
+        "chunks": (EncodedTextChunk(tokens=[1]),),
+        "chunk": EncodedTextChunk(tokens=[1]),
+        "connection": HTTPConnection({"type": "http", "app": application(clients)}),
+        "app": application(clients),
+        "array": np.ones(3, np.float32),
+        "console": Console(quiet=True),
+        "data": [DATUM],
+        "TensorData.data": [1.0, 2.0],
+        "error": InvalidData("wrong"),
+        "fields": {"path": "x", "checkpoint_id": "x", "checkpoint_type": "x", "tinker_path": "x"},
+        "fn": nll,
+        "sum_over_datums.fn": lambda logprobs, weights: (logprobs * weights).sum(),
+        "Datum.loss_fn_inputs": {"target_tokens": [1, 2]},
+        "download_checkpoint.folder": folder / "download",
+        "folder": folder / "sink",
+        "download_adapter.folder": folder / "downloaded",
+        "export_adapter.folder": folder / "exported",
+        "handler": lambda event: None,
+        "handler_id": "none",
+        "http_client": None,
+        "JsonlSink.path": folder / "steps.jsonl",
+        "kind": "weights",
+        "ability": "train",
+        "logprobs": torch.full((3,), -1.0, requires_grad=True),
+        "loss_fn": torch.sum,
+        "make": lambda: clients.service,
+        "model_input": ModelInput.from_ints([1, 2]),
+        "on_listening": clients.on_listening,
+        "with_options.options": {},
+        "check_options.options": {},
+        "get_external_weights_urls.path": "tinker://x/external_weights/x",
+        "options": DemoOptions(model="tiny", steps=1),
+        "serve.options": LocalOptions(),
+        "outputs": [OUTPUT],
+        "replay.path": record,
+        "path": clients.checkpoint,
+        "prefix": "tinkex.training",
+        "emit.name": "tinkex.billing.paused",
+        "packed_field.name": "weights",
+        "tokenizer_for.name": "tiny",
+        "get_tokenizer.name": "tiny",
+        "prompt": ModelInput.from_ints([1, 2]),
+        "regularizers": [RegularizerSpec(fn=nll, weight=1.0, name="one")],
+        "run": clients.training.model_id,
+        "start.run": RUN,
+        "runs_dir": folder,
+        "sampler_id": clients.sampling.sampling_session_id,
+        "session_id": clients.session_id,
+        "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
+        "Pipeline.load_state_dict.state": {"controllers": {}},
+        "WeightController.load_state_dict.state": {"weights": {}},
+        "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},
+        "Linear.end": 0.5,
+        "status": "finished",
+        "Problem.status": 422,
+        "statuses": 422,
+        "tensor": torch.ones(3),
+        "term": constant,
+        "then": 0.5,
+        "text": "x",
+        "tokenizer": clients.tokenizer,
+        "ChatRenderer.tokenizer": byte_tokenizer(CHATML),
+        "tokens": [1, 2],
+        "PromptAltTokens.tokens": [[1]],
+        "PromptAltTokens.logprobs": [[1.0]],
+        "values": {0: 1.0},
+        "value": [1.0],
+        "Constant.value": 1.0,
+        "BaseLossOutput.value": 1.0,
+        "RegularizerOutput.value": 1.0,
+        "metrics": {"loss/total": 1.0},
+        "measurements": {"paused": 1.0},
+        "metadata": {"request_id": "x"},
+        "CustomLossOutput.base_loss": BaseLossOutput(value=1.0),
+        "ids": ["x"],
+        "model_data": ModelData(),
+        "checkpoints": (),
+        "sessions": (),
+        "training_runs": (),
+        "sequences": (),
+        "urls": {},
+        "last_created_at": 1,
+        "created_at": 1,
+        "stop_reason": "stop",
+        "wire": "json",
+        "weight": 1.0,
+        "RegularizerOutput.weight": 1.0,
+        "total_bytes": None,
+        "model_path": None,
+        "reason": None,
+        "QueueState.state": "active",
+        "OptimizerParams.type": "dimuon",
+        "learning_rate": 1e-4,
+        "DPO.compute.data": [DATUM, DATUM],
+        "batches": lambda start: [[DATUM]] * 2,
+        "write_run.run": RUN,
+        "StepRecord.tokens": 3,
+        "DPO.compute.logprobs": torch.full((6,), -1.0),
+        "charts": (),
+        "differing_settings": {},
+        "folders": [run_folder],
+        "read_run.folder": run_folder,
+        "read_steps.folder": run_folder,
+        "train.folder": folder / "trained",
+        "info": RUN,
+        "last": None,
+        "checkpoint": clients.checkpoint,
+        "training": clients.training,
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        "chosen": "y",
+        "rejected": "z",
+        "rows": [{"text": "x"}],
+        "render": lambda row: DATUM,
+        "losses": (),
+        "metric": "loss/total",
+        "model": clients.training,
+        "out": folder / "report",
+        "page": folder / "page",
+        "pipeline": Pipeline(nll),
+        "record": STEP,
+        "RunFolder.path": run_folder,
+        "append_step.step": STEP,
+        "rest": clients.rest,
+        "Report.runs": (),
+        "service": clients.service,
+        "write_state.state": STATE,
+        "keep_steps.last": 1,
+        "step": 1,
+        "ttl_seconds": 60,
+    }
+
+
+_REFERENCE = {"reference": torch.zeros(3)}
+EXTRA: Mapping[str, Mapping[str, Any]] = {
+    "config.TinkexConfig": {"api_key": "tml-x"},
+    "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
+    "preference_datums": {"prompt": "x"},
+    "replay": {"pipeline": Pipeline(nll)},
+    "likelihood.DPO": {"reference_field": "logprobs"},
+    "distributions.KLDivergence": _REFERENCE,
+    "distributions.JensenShannon": _REFERENCE,
+    "sampled.SampledKL": _REFERENCE,
+    "AsyncSamplingClient.sample": {"sampling_params": SamplingParams(max_tokens=1)},
+    "AsyncRestClient.copy_checkpoint": {"project_id": "x"},
+    "AsyncServiceClient.create_sampling_client": {"base_model": "tiny"},
+}
+"""Further arguments of a valid call."""
+
+
+def application(clients: Clients) -> FastAPI:
+    """Returns an application that has a service client."""
+    app = FastAPI()
+    app.state.tinkex_service = clients.service
+    return app
+
+
+def instances(clients: Clients, folder: Path) -> dict[type, Callable[[], Any]]:
+    """Returns functions that make the objects whose methods are called."""
+    return {
+        AsyncServiceClient: lambda: clients.service,
+        AsyncTrainingClient: lambda: clients.training,
+        AsyncSamplingClient: lambda: clients.sampling,
+        AsyncRestClient: lambda: clients.rest,
+        LocalService: lambda: clients.embedded,
+        Pipeline: lambda: Pipeline(nll),
+        controllers.GradNormBalance: controllers.GradNormBalance,
+        WeightController: controller_with_weight,
+        schedules.Constant: lambda: schedules.Constant(1.0),
+        schedules.Linear: lambda: schedules.Linear(1.0, 0.0, 3),
+        schedules.Cosine: lambda: schedules.Cosine(1.0, 0.0, 3),
+        schedules.WarmUp: lambda: schedules.WarmUp(3, 1.0),
+        schedules.Piecewise: lambda: schedules.Piecewise({0: 1.0}),
+        ModelInput: lambda: ModelInput.from_ints([1]),
+        SampleResponse: lambda: SampleResponse(sequences=[SampledSequence(tokens=[1], stop_reason="stop")]),
+        SupportedModel: lambda: SupportedModel(capabilities=("training",)),
+        trackers.JsonlSink: lambda: started(trackers.JsonlSink(folder / "steps.jsonl")),
+        trackers.TensorBoardSink: lambda: started(trackers.TensorBoardSink(folder / "board")),
+        trackers.WandbSink: lambda: started(trackers.WandbSink("x")),
+        trackers.MlflowSink: lambda: started(trackers.MlflowSink("x", tracking_uri="http://x")),
+        trackers.TrackioSink: lambda: started(trackers.TrackioSink("x")),
+        RunFolder: lambda: RunFolder(folder / "run"),
+    }
+
+
+def controller_with_weight() -> WeightController:
+    """Returns a controller that a regularizer uses."""
+    controller = controllers.GradNormBalance()
+    controller.weight_of("one")
+    return controller
+
+
+def started(sink: Any) -> Any:
+    """Returns a sink that has a run."""
+    sink.start(RUN)
+    return sink
+
+
+async def prepared(clients: Clients, folder: Path) -> "ValidArguments":
+    """Returns valid arguments, and writes the files that they name."""
+    await Pipeline(nll).compute([DATUM], torch.full((3,), -1.0), record=folder / "record")
+    with RunFolder(folder / "run") as run:
+        run.write_run(RUN)
+        run.append_step(STEP)
+        run.write_state(STATE)
+    return ValidArguments(clients, folder)
+
+
+class ValidArguments:
+    """Valid arguments by `function.parameter`, else by the name of the parameter, else by its annotation."""
+
+    def __init__(self, clients: Clients, folder: Path) -> None:
+        self._instances = instances(clients, folder)
+        self._by_name = by_name(clients, folder)
+
+    def instance(self, owner: type) -> Any:
+        """Returns an object of a class, for its methods."""
+        made = self._instances.get(owner)
+        return owner(**self.required(constructor_of(owner))) if made is None else made()
+
+    def required(self, call: PublicCall) -> dict[str, Any]:
+        """Returns the arguments that a valid call needs."""
+        given = {
+            parameter.name: self._of(call, parameter)
+            for parameter in call.parameters
+            if parameter.default is inspect.Parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        }
+        return given | EXTRA.get(_last(call.name, 2), EXTRA.get(_last(call.name, 1), {}))
+
+    def _of(self, call: PublicCall, parameter: inspect.Parameter) -> Any:
+        for name in (
+            f"{_last(call.name, 2)}.{parameter.name}",
+            f"{_last(call.name, 1)}.{parameter.name}",
+            parameter.name,
+        ):
+            if name in self._by_name:
+                return self._by_name[name]
+        wanted = parameter.annotation
+        if wanted in _SIMPLE:
+            return _SIMPLE[wanted]
+        raise LookupError(
+            f"{call.name}: add a valid `{parameter.name}` ({wanted}) to `by_name` in {Path(__file__).name}, so that "
+            "the grid of wrong arguments covers this function"
+        )
+
+
+def _last(name: str, count: int) -> str:
+    return ".".join(name.split(".")[-count:])

@@ -1,0 +1,6 @@
+"""Datums from conversations, texts and rows. Chat templates need the extra "huggingface"."""
+
+from tinkex_py.data.chat import ChatRenderer
+from tinkex_py.data.datums import chat_datum, datums_from, preference_datums, text_datum
+
+__all__ = ["ChatRenderer", "chat_datum", "datums_from", "preference_datums", "text_datum"]

@@ -1,0 +1,86 @@
+"""The loss of an optimizer step, from those of its micro-batches."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, RegularizerOutput
+from tinkex_py.runs.step import MicroBatch
+from tinkex_py.types import Datum
+
+if TYPE_CHECKING:
+    from tinkex_py.losses.pipeline import Pipeline
+
+# Metrics of ready-made terms that are the denominators of their means; the first that a term reports counts.
+_DENOMINATORS = ("pairs", "tokens", "sequences")
+
+TermOutput = BaseLossOutput | RegularizerOutput
+Combine = Callable[[Sequence[float]], float]
+
+
+def step_loss(pipeline: "Pipeline", parts: Sequence[MicroBatch]) -> dict[str, float]:
+    """Returns the loss of an accumulated step as one call with all of its micro-batches would report it.
+
+    The values of a term add up if its `reduction` is "sum"; those of a mean are averaged, weighted with its
+    denominators. A term without a `reduction`, such as a plain function, counts as a mean over the answers' tokens:
+    the positions whose `weights` are not 0, or all of them in data without weights.
+
+    Args:
+        pipeline: the terms.
+        parts: the micro-batches; those without an output do not count.
+
+    Returns:
+        The numbers under their names in `scalars`; nothing if there is only one micro-batch.
+    """
+    outputs = [part.output for part in parts if part.output is not None]
+    if len(outputs) < 2:
+        return {}
+    tokens = [sum(map(_answer_tokens, part.batch)) for part in parts if part.output is not None]
+    reductions = _reductions(pipeline)
+    combine = _combination([output.base_loss for output in outputs], tokens, reductions[BASE_LOSS_NAME])
+    named = {"loss/base": combine([output.base_loss.value for output in outputs]), "loss/regularizers": 0.0}
+    for name in dict.fromkeys(name for output in outputs for name in output.regularizers):
+        # A skipped term is missing in some micro-batches.
+        found = [at for at, output in enumerate(outputs) if name in output.regularizers]
+        terms = [outputs[at].regularizers[name] for at in found]
+        combine = _combination(terms, [tokens[at] for at in found], reductions[name])
+        named[f"term/{name}/value"] = combine([term.value for term in terms])
+        named[f"term/{name}/contribution"] = combine([term.contribution for term in terms])
+        named["loss/regularizers"] += named[f"term/{name}/contribution"]
+    named["loss/total"] = named["loss/base"] + named["loss/regularizers"]
+    return named
+
+
+def _reductions(pipeline: "Pipeline") -> Mapping[str, object]:
+    reductions: dict[str, object] = {BASE_LOSS_NAME: getattr(pipeline.base_loss, "reduction", None)}
+    for spec in pipeline.regularizers:
+        reductions[spec.name] = spec.options.get("reduction", getattr(spec.fn, "reduction", None))
+    return reductions
+
+
+def _combination(terms: Sequence[TermOutput], tokens: Sequence[float], reduction: object) -> Combine:
+    """Returns the function that combines the numbers of one term in the micro-batches."""
+    if reduction == "sum":
+        return math.fsum
+    counts = tokens if reduction is None else _denominators(terms, str(reduction)) or tokens
+    total = math.fsum(counts)
+    if total <= 0:
+        return statistics.fmean
+    return lambda values: math.fsum(count * value for count, value in zip(counts, values, strict=True)) / total
+
+
+def _denominators(terms: Sequence[TermOutput], reduction: str) -> list[float] | None:
+    metrics = [term.metrics if isinstance(term, BaseLossOutput) else term.custom_metrics for term in terms]
+    for name in ("sequences",) if reduction.startswith("seq-") else _DENOMINATORS:
+        if all(name in own for own in metrics):
+            return [float(own[name]) for own in metrics]
+    return None
+
+
+def _answer_tokens(datum: Datum) -> int:
+    weights, targets = (datum.loss_fn_inputs.get(name) for name in ("weights", "target_tokens"))
+    if weights is not None and weights.shape:
+        array = weights.to_numpy()
+        return int((array != 0).reshape(len(array), -1).any(axis=1).sum())
+    return targets.shape[0] if targets is not None and targets.shape else datum.model_input.length
