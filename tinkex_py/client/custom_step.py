@@ -80,9 +80,10 @@ class CustomStep:
         if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
             raise InvalidData(f"deadline must be > 0 seconds or None, got {shown(self.deadline)}")
         if self.record is not None:
-            check_path("record", self.record, error=PipelineError)
+            object.__setattr__(self, "record", check_path("record", self.record, error=PipelineError))
         if self.sequences_per_step is not None:
-            check_count("sequences_per_step", self.sequences_per_step, least=1)
+            count = check_count("sequences_per_step", self.sequences_per_step, least=1)
+            object.__setattr__(self, "sequences_per_step", count)
 
     async def run(
         self, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]

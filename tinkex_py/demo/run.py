@@ -63,7 +63,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     check_kind("options", options, DemoOptions)
     check_kind("console", console, Console)
     adam = AdamParams(learning_rate=options.learning_rate)
-    pairs = read_pairs(options.data or default_file("instructions.jsonl"))
+    pairs = read_pairs(check_path("--data", options.data or default_file("instructions.jsonl")))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)
     with console.status(f"loading {options.model}"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.types import Tokenizer
@@ -73,7 +74,7 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
         return _load_tiny(target, folder / "tokenizer")
     if name == "smollm2":
         return _load_smollm2(target, folder / "tokenizer")
-    path = Path(name).expanduser()
+    path = check_path("model", name, error=ConfigError)
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"model={name!r}: there is no such model. Use 'tiny', 'smollm2' or the path of a local Hugging Face folder"
