@@ -95,7 +95,7 @@ class DPO(ReferenceTerm):
         if not data or len(data) % 2:
             raise InvalidData(f"DPO needs datums in pairs (chosen, rejected, chosen, rejected, ...), got {len(data)}")
         positions = self.positions(data, logprobs, by_datum=True)
-        difference = positions.select(logprobs) - self.select_reference(positions, reference, data)
+        difference = positions.select(logprobs) - self._select_reference(positions, reference, data)
         rewards = self.beta * positions.sums(positions.weighted(difference))
         chosen, rejected = rewards[0::2], rewards[1::2]
         margins = chosen - rejected
