@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
 from tinkex_py import errors
-from tinkex_py.arguments import check_flag, check_function, check_kind, shown
+from tinkex_py.arguments import check_choice, check_flag, check_function, check_kind, shown
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.errors import APIStatusError, ConfigError, InvalidData, MissingExtra, RequestFailed, TinkexError
 from tinkex_py.runs import ProgressView, RunInfo, StepRecord, TrainedRun, scalars
@@ -184,8 +184,7 @@ class EventStream(StreamingResponse):
     def __init__(self, items: AsyncGenerator[Any, None], form: Literal["events", "lines"] = "events") -> None:
         if not isinstance(items, AsyncGenerator):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"items must be an async generator, got a {type(items).__name__}: call the function")
-        if form not in _FORMS:
-            raise InvalidData(f"form must be one of {', '.join(_FORMS)}, got {form!r}")
+        check_choice("form", form, _FORMS)
         media_type, self._encoded = _FORMS[form]
         super().__init__(items, media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._items = items
@@ -245,10 +244,15 @@ async def training_events(
         start: starts the run with a progress view, such as `lambda view: train(..., progress=view)`.
 
     Raises:
+        InvalidData: `start` is not a function that returns a coroutine.
         TinkexError: the run failed.
     """
+    check_function("start", start)
     view = _ProgressEvents()
-    run = asyncio.create_task(start(view), name="tinkex.streamed-run")
+    starting = start(view)
+    if not isinstance(starting, Coroutine):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"start must return a coroutine, such as that of train(...), got a {type(starting).__name__}")
+    run = asyncio.create_task(starting, name="tinkex.streamed-run")
     run.add_done_callback(view.end)
     try:
         while (event := await view.events.get()) is not None:
