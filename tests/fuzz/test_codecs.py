@@ -48,7 +48,7 @@ from tinkex_py.transport.decoding import (
 from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_request, request_as_json
 from tinkex_py.transport.messages import Response, raise_for_status
 from tinkex_py.types import Datum, rest as rest_types
-from tinkex_py.types.outputs import ResponseModel
+from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.unicode import with_whole_texts
 
 SERVICE_ERRORS = (InvalidData, UnsupportedFeature)

@@ -43,7 +43,7 @@ RUN = RunInfo(name="run", started_at=1.0, updated_at=1.0)
 STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, losses=())
 STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
 FIELD = np.full(3, -1.0, np.float32)
-DATUM = datum(3, 1, weights=np.ones(3, np.float32), logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
+DATUM = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import shown
+from tinkex_py.arguments import check_choice
 from tinkex_py.client.batches import CustomBatch
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
@@ -192,15 +192,9 @@ class SurrogateChoice:
         return surrogate
 
 
-def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> None:
-    """Raises InvalidData if an option of the surrogate is invalid."""
-    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
-        raise InvalidData(f"surrogate must be one of {', '.join(map(repr, SURROGATES))}, got {shown(surrogate)}")
-    is_count = (
-        isinstance(sequences_per_step, int) and not isinstance(sequences_per_step, bool) and sequences_per_step >= 1
-    )
-    if sequences_per_step is not None and not is_count:
-        raise InvalidData(f"sequences_per_step must be an int >= 1 or None, got {shown(sequences_per_step)}")
+def check_surrogate(surrogate: object, execution: str) -> None:
+    """Raises InvalidData if the surrogate is unknown or has no effect."""
+    check_choice("surrogate", surrogate, SURROGATES)
     if execution == "server" and surrogate != "auto":
         raise InvalidData(f"surrogate={surrogate!r} has no effect with execution='server': use surrogate='auto'")
 

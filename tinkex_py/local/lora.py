@@ -140,7 +140,7 @@ class AdapterBank:
         with torch.no_grad():
             for key, parameter in parameters.items():
                 if ".lora_A." in key:
-                    start = torch.empty(parameter.shape)
+                    start = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                     torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
                     parameter.copy_(start)
                 else:

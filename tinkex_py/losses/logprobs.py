@@ -165,7 +165,7 @@ class Logprobs:
         trailing = {shape[1:] for shape in shapes}
         packed = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(trailing) == 1 else (-1,)
         with torch.inference_mode(False):
-            own = _copied(parts).reshape(packed) if parts else torch.zeros(0)
+            own = _copied(parts).reshape(packed) if parts else torch.zeros(0, dtype=torch.float32, device="cpu")
             return cls(own, _comparison(own), shapes=shapes, packable=len(trailing) <= 1, guarded=True)
 
     def leaf(self, name: str, *, packed: bool = True) -> torch.Tensor:

@@ -173,9 +173,11 @@ def emit(
     attachments = _ATTACHMENTS.current
     if not attachments and not would_write(level):
         return
-    for given, values in (("measurements", measurements), ("metadata", metadata)):
-        if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"{given} must be a mapping, got {shown(values)}")
+    are_mappings = isinstance(measurements, Mapping) and isinstance(metadata, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not are_mappings:
+        raise InvalidData(
+            f"measurements and metadata must be mappings, got {shown(measurements)} and {shown(metadata)}"
+        )
     event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception, unit)
     for attachment in attachments:
         if name in attachment.names:

@@ -4,60 +4,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tinkex_py.arguments import check_choice
-from tinkex_py.errors import InvalidData, InvalidResponse
-from tinkex_py.types.base import described
+from tinkex_py.errors import InvalidResponse
+from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.types.tensors import Array, TensorData, read_tensor
 
 Metrics = Mapping[str, float]
 Ability = Literal["train", "sample"]
 
 _CAPABILITIES: Mapping[Ability, str] = {"train": "training", "sample": "sampling"}
-
-
-class RaisesInvalidData(type(BaseModel)):
-    """Metaclass of results: creating one with invalid fields raises InvalidData; `model_validate` is unchanged."""
-
-    if not TYPE_CHECKING:  # type checkers would lose the parameters of every class
-
-        def __call__(cls, *args: Any, **fields: Any) -> Any:
-            """Creates an object."""
-            try:
-                return super().__call__(*args, **fields)
-            except ValidationError as error:
-                problems = described(error)
-            # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
-            raise InvalidData(f"{cls.__name__}: {problems}")
-
-
-class ResponseModel(BaseModel, metaclass=RaisesInvalidData):
-    """A parsed response: frozen; unknown fields are ignored."""
-
-    model_config = ConfigDict(
-        frozen=True, arbitrary_types_allowed=True, extra="ignore", protected_namespaces=(), ser_json_inf_nan="strings"
-    )
-
-    @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Self:
-        """Parses the fields of a response.
-
-        Raises:
-            InvalidResponse: fields are missing or invalid; the message names them.
-        """
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            invalid = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
-        # Raised outside of the except block, because pydantic's error contains the response.
-        names = ", ".join(sorted(filter(None, invalid)))
-        raise InvalidResponse(
-            f"the service returned an invalid {cls.__name__}" + (f"; missing or invalid: {names}" if names else "")
-        )
 
 
 class PackedTensor:

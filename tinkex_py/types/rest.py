@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator
 
 from tinkex_py.arguments import check_choice, check_labels, check_list, check_text
-from tinkex_py.types.outputs import ResponseModel
+from tinkex_py.types.response_model import ResponseModel
 
 
 def _in_utc(moment: datetime) -> datetime:

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from tinkex_py.arguments import check_list
 from tinkex_py.errors import InvalidData
-from tinkex_py.types.outputs import ResponseModel
+from tinkex_py.types.response_model import ResponseModel
 from tinkex_py.types.tensors import TensorData, read_tensor
 
 TopLogprobs = list[list[tuple[int, float]] | None]

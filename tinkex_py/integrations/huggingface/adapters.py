@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tinkex_py.arguments import check_path
 from tinkex_py.client.archive import extract
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.errors import InvalidData
@@ -87,7 +88,7 @@ def export_adapter(
         MissingExtra: peft is not installed.
         OSError: a file cannot be read or written.
     """
-    source, target = Path(checkpoint), Path(folder)
+    source, target = check_path("checkpoint", checkpoint), check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
     if not source.exists():
         raise InvalidData(f"there is no checkpoint {str(source)!r}: pass a folder or an archive")
@@ -134,7 +135,7 @@ async def download_adapter(
     Raises:
         TinkexError: as in `export_adapter` and `AsyncRestClient.download_checkpoint`.
     """
-    target = Path(folder)
+    target = check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
     base_model = base_model or (await rest.get_weights_info(path)).base_model
     async with FileThread() as files:
