@@ -438,9 +438,9 @@ async def test_scale_and_sign_arrive(http_bench):
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"surrogate": "ppo"}, "surrogate must be one of 'auto', 'cross_entropy', 'importance_sampling', got 'ppo'"),
-    ({"sequences_per_step": 0}, "sequences_per_step must be an int >= 1 or None, got 0"),
+    ({"sequences_per_step": 0}, "sequences_per_step must be an int >= 1, got 0"),
     ({"sequences_per_step": True}, "got True"),
-    ({"sequences_per_step": 4.0}, "got 4.0"),
+    ({"sequences_per_step": 4.5}, "got 4.5"),
     ({"sequences_per_step": 3}, "sequences_per_step=3 is less than the 4 datums of this call alone"),
     ({"surrogate": "cross_entropy", "execution": "server"}, "has no effect with execution='server'"),
 ]

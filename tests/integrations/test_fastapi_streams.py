@@ -153,7 +153,7 @@ def test_what_cannot_be_streamed_is_refused() -> None:
 
     with pytest.raises(errors.InvalidData, match="items must be an async generator, got a function: call the function"):
         EventStream(items)  # type: ignore[arg-type]
-    with pytest.raises(errors.InvalidData, match="form must be one of events, lines, got 'xml'"):
+    with pytest.raises(errors.InvalidData, match="form must be one of 'events', 'lines', got 'xml'"):
         EventStream(items(), "xml")  # type: ignore[arg-type]
 
 

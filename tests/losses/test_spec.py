@@ -235,7 +235,7 @@ def test_row_121_every_duplicate_is_named_once():
 
 @pytest.mark.parametrize("base_loss", ["not a function", None, 3, WithCompute, lambda: 0, per_datum("nothing")])
 def test_row_122_base_losses_that_are_none(base_loss: Any):
-    with pytest.raises(InvalidBaseLoss, match="base loss: ") as caught:
+    with pytest.raises(InvalidBaseLoss, match="base_loss: ") as caught:
         Pipeline(base_loss)
     assert isinstance(caught.value, TypeError)
     assert isinstance(caught.value, PipelineError)

@@ -1,7 +1,7 @@
 """One valid argument for every required parameter of a public callable."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ from tinkex_py.demo import DemoOptions
 from tinkex_py.integrations import trackers
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.losses import controllers, schedules
-from tinkex_py.runs import RunFolder, RunInfo, StepRecord, TrainSettings
+from tinkex_py.runs import RunFolder, RunInfo, StepRecord, TrainedRun, TrainSettings
 from tinkex_py.runs.records import RunState, SavedCheckpoint
-from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel, Tokenizer
+from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel
 
 RUN = RunInfo(name="run", started_at=1.0, updated_at=1.0)
 STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, losses=())
@@ -59,7 +59,6 @@ class Clients:
     embedded: LocalService
     session_id: str
     checkpoint: str
-    tokenizer: Tokenizer
     on_listening: Callable[..., None]
 
 
@@ -136,8 +135,10 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "term": constant,
         "then": 0.5,
         "text": "x",
-        "tokenizer": clients.tokenizer,
-        "ChatRenderer.tokenizer": byte_tokenizer(CHATML),
+        "tokenizer": byte_tokenizer(CHATML),
+        "turns": "all",
+        "items": no_items(),
+        "training_events.start": finished_run,
         "tokens": [1, 2],
         "PromptAltTokens.tokens": [[1]],
         "PromptAltTokens.logprobs": [[1.0]],
@@ -223,6 +224,17 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "AsyncServiceClient.create_sampling_client": {"base_model": "tiny"},
 }
 """Further arguments of a valid call."""
+
+
+async def no_items() -> AsyncGenerator[int, None]:
+    """Yields nothing."""
+    return
+    yield 0
+
+
+async def finished_run(_view: object) -> TrainedRun:
+    """Returns a run that has ended."""
+    return TrainedRun(info=RUN, folder=Path("x"), last=STEP, checkpoint="x", training=None)
 
 
 def application(clients: Clients) -> FastAPI:

@@ -193,10 +193,8 @@ class AsyncRestClient:
         for name, text in (("project_id", project_id), ("session_id", session_id), ("access_token", access_token)):
             if text is not None:
                 check_text(name, text)
-        for name, count in (("model_number", model_number), ("ttl_seconds", ttl_seconds)):
-            if count is not None:
-                check_count(name, count, least=0 if name == "model_number" else 1)
-        destination = given(destination_project_id=project_id, session_id=session_id, model_seq_id=model_number)
+        number = None if model_number is None else check_count("model_number", model_number, least=0)
+        destination = given(destination_project_id=project_id, session_id=session_id, model_seq_id=number)
         ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
         body = {"source_path": source, **destination, **given(ttl_seconds=ttl)}
         # One key for all attempts, so that a repeated request makes no second copy.

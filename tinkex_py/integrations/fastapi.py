@@ -243,15 +243,15 @@ async def training_events(
         start: starts the run with a progress view, such as `lambda view: train(..., progress=view)`.
 
     Raises:
-        InvalidData: `start` does not start a run.
+        InvalidData: `start` is not a function that returns a coroutine.
         TinkexError: the run failed.
     """
     check_function("start", start)
     view = _ProgressEvents()
-    work = start(view)
-    if not asyncio.iscoroutine(work):
-        raise InvalidData(f"start must return the coroutine of train(...), got a {type(work).__name__}")
-    run = asyncio.create_task(work, name="tinkex.streamed-run")
+    starting = start(view)
+    if not isinstance(starting, Coroutine):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"start must return a coroutine, such as that of train(...), got a {type(starting).__name__}")
+    run = asyncio.create_task(starting, name="tinkex.streamed-run")
     run.add_done_callback(view.end)
     try:
         while (event := await view.events.get()) is not None:

@@ -65,7 +65,7 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line."""
-        numbers = _checked_row(step, metrics)
+        step, numbers = _checked_row(step, metrics)
         key = _started(self._key, self)
         if self._may_repeat:
             self._remove(key, step)
@@ -116,7 +116,7 @@ class TensorBoardSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the values and flushes them, so that an open TensorBoard shows them."""
-        numbers = _checked_row(step, metrics)
+        step, numbers = _checked_row(step, metrics)
         if self._writer is None:
             self._writer = self._open(_started(self._run, self), step)
         for name, value in numbers.items():
@@ -175,7 +175,7 @@ class WandbSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs one row."""
-        numbers = _checked_row(step, metrics)
+        step, numbers = _checked_row(step, metrics)
         _started(self._run, self).log({"step": step, **numbers})
 
     def finish(self, status: RunStatus) -> None:
@@ -220,7 +220,7 @@ class TrackioSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queues the values; a thread of trackio writes them."""
-        numbers = _checked_row(step, metrics)
+        step, numbers = _checked_row(step, metrics)
         _started(self._run, self).log(numbers, step=step)
 
     def finish(self, status: RunStatus) -> None:
@@ -277,7 +277,7 @@ class MlflowSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs all values, in batches."""
-        numbers = _checked_row(step, metrics)
+        step, numbers = _checked_row(step, metrics)
         run_id, now = _started(self._run_id, self), int(time.time() * 1000)
         logged = [self._mlflow.entities.Metric(mlflow_key(name), value, now, step) for name, value in numbers.items()]
         for first in range(0, len(logged), _MLFLOW_BATCH):
@@ -309,13 +309,12 @@ def mlflow_key(name: str) -> str:
     return "/".join(parts)[:_MLFLOW_LONGEST_KEY] or "_"
 
 
-def _checked_row(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-    check_count("step", step, least=0)
+def _checked_row(step: int, metrics: Mapping[str, float]) -> tuple[int, dict[str, float]]:
     check_kind("metrics", metrics, Mapping)
     for name, value in metrics.items():
         if not isinstance(name, str) or not isinstance(value, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"metrics must map names to numbers, got {shown(name)}: {shown(value)}")
-    return dict(metrics)
+    return check_count("step", step, least=0), dict(metrics)
 
 
 def _check_status(status: RunStatus) -> None:

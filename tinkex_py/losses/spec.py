@@ -149,10 +149,9 @@ class RegularizerSpec:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
         if name is None:
             problem = _why_not_callable(self.fn)
-            if problem is not None:
-                raise InvalidSpec(f"regularizer: {problem}")
             raise InvalidSpec(
                 f"the regularizer {described_term(self.fn)} has no name: pass name=..., or set a `name` attribute on it"
+                + (f"; and {problem}" if problem else "")
             )
         if isinstance(name, str) and name == BASE_LOSS_NAME:
             raise InvalidSpec(f"regularizer: the name {name!r} is reserved for the base loss: pass another name=...")

@@ -7,8 +7,8 @@ import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.logprobs import PackedLogprobs
-from tinkex_py.types import Datum
-from tinkex_py.types.datum import target_shape
+from tinkex_py.types import Datum, TensorData
+from tinkex_py.types.datum import field_of, target_shape
 
 Shape = tuple[int, ...]
 
@@ -90,7 +90,7 @@ def described_position(data: Sequence[Datum], index: Sequence[int]) -> str:
     """Describes the position of a packed tensor with an index per axis: in its datum where the targets tell which."""
     first, rest = (index[0], index[1:]) if index else (0, ())
     candidate = f", candidate {', '.join(map(str, rest))}" if rest else ""
-    targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data]
+    targets = [_targets(datum) for datum in data]
     start = 0
     for number, target in enumerate(targets):
         length = target.shape[0] if target is not None and target.shape else 0
@@ -110,16 +110,18 @@ def is_one_number_per_position(data: Sequence[Datum], logprobs: torch.Tensor) ->
         return False
     if isinstance(logprobs, PackedLogprobs):
         return True
-    targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data]
+    targets = [_targets(datum) for datum in data]
     shapes = [target.shape for target in targets if target is not None]
     known = bool(data) and len(shapes) == len(targets) and all(len(shape) == 1 for shape in shapes)
     return known and sum(shape[0] for shape in shapes) == logprobs.shape[0]
 
 
+def _targets(datum: Datum) -> TensorData | None:
+    return datum.loss_fn_inputs.get("target_tokens") if isinstance(datum, Datum) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+
+
 def _field_shape(datum: Datum, index: int, name: str) -> Shape:
-    field = datum.loss_fn_inputs.get(name)
-    if field is None:
-        raise InvalidData(f"datum {index} has no {name!r} in loss_fn_inputs (it has {sorted(datum.loss_fn_inputs)})")
+    field = field_of(datum, index, name)
     if not field.shape:
         raise InvalidData(f"{name!r} of datum {index} is a scalar: pass one entry per position")
     return field.shape

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Self, get_type_hints
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from tinkex_py.arguments import check_kind, check_list, shown
+from tinkex_py.arguments import check_kind, shown
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.logprobs import checked_data
 from tinkex_py.losses.spec import TermFunction, TermResult
 from tinkex_py.types import Datum
 from tinkex_py.values import Number, reason_of
@@ -87,7 +88,7 @@ class ReadyMadeTerm(ABC):
     def _compute(
         self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
     ) -> TermResult | Awaitable[TermResult]:
-        check_list("data", data, Datum)
+        checked_data(data)
         check_kind("logprobs", logprobs, torch.Tensor)
         return self.with_options(settings).loss(data, logprobs)
 
