@@ -316,7 +316,7 @@ class Engine:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.model.tokenizer_id or self.model.name,
+            "base_model_name_or_path": self.model.name,
             "r": settings.rank,
             "lora_alpha": LORA_ALPHA,
             "lora_dropout": 0.0,

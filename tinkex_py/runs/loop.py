@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError
+from tinkex_py.limits import running_loop
 from tinkex_py.runs.batches import Batches, BatchReader
 from tinkex_py.runs.folder import RunFolder
 from tinkex_py.runs.plan import Evaluate, Model, Optimizer, Plan
@@ -110,6 +111,7 @@ async def train(
             argument is not valid. Nothing was changed.
         TinkexError: a step failed, and recovery was not possible. The run can be resumed later.
     """
+    running_loop()
     if not isinstance(service, AsyncServiceClient):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"service must be an AsyncServiceClient, got a {type(service).__name__}")
     if not isinstance(model, AsyncTrainingClient) and not callable(model):

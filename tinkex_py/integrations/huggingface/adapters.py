@@ -15,7 +15,8 @@ from tinkex_py.client.archive import extract
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.errors import InvalidData
 from tinkex_py.integrations import imported
-from tinkex_py.threads import FileThread
+from tinkex_py.limits import running_loop
+from tinkex_py.threads import FileThread, import_before_threads
 from tinkex_py.types.rest import DownloadProgress
 
 AnyPath = str | os.PathLike[str]
@@ -134,6 +135,8 @@ async def download_adapter(
     Raises:
         TinkexError: as in `export_adapter` and `AsyncRestClient.download_checkpoint`.
     """
+    running_loop()
+    import_before_threads("transformers")  # peft imports it, in the thread below
     target = Path(folder)
     _check_target(target, overwrite=overwrite)
     base_model = base_model or (await rest.get_weights_info(path)).base_model
