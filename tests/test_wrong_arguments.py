@@ -93,6 +93,8 @@ DOCUMENTED: Mapping[str, tuple[type[Exception], ...]] = {
 ALIASES: Mapping[str, str] = {
     "client.service.AsyncServiceClient.get_tokenizer.name": "name|model",
     "local.service.LocalService.tokenizer_for.name": "name|model",
+    "data.chat.ChatRenderer.prompt.messages": "message|conversation",
+    "data.chat.ChatRenderer.render.messages": "message|conversation",
     "losses.logprobs.packed_field.name": "name|in loss_fn_inputs",
     "types.tensors.TensorData.data": "tensor",
     "types.tensors.TensorData.of.value": "tensor",
@@ -262,7 +264,6 @@ def test_the_public_callables_are_found() -> None:
         "losses.schedules.WarmUp",
         "base_losses.likelihood.DPO.compute",
         "types.datum.ModelInput.from_text",
-        "types.rest.Checkpoint",
         "telemetry.handlers.attach",
     }
 

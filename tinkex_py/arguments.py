@@ -4,11 +4,14 @@ Each error names the argument, shows its value on one line, and says what is exp
 """
 
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from tinkex_py.errors import InvalidData, TinkexError
 
@@ -29,6 +32,35 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
+def plain(value: Any) -> Any:
+    """Returns numpy scalars as Python's, and everything else unchanged."""
+    return cast("Any", value).item() if isinstance(value, np.generic) else value
+
+
+def as_integer(value: object) -> int | None:
+    """Returns an integer of any library, or a whole float such as YAML's `1e2`; None for all else, bools included."""
+    number: object = plain(value)
+    if isinstance(number, bool):
+        return None
+    if isinstance(number, float):
+        return int(number) if number.is_integer() else None
+    try:
+        return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def as_number(value: object) -> float | None:
+    """Returns a number of any library as a float; None for all else, texts and bools included."""
+    number: object = plain(value)
+    if isinstance(number, bool | str | bytes):
+        return None
+    try:
+        return float(number)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
 def check_text(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> str:
     """Returns a non-empty string that can be encoded; raises an error for anything else."""
     if not isinstance(value, str) or not value:
@@ -39,12 +71,13 @@ def check_text(name: str, value: object, *, error: type[TinkexError] = InvalidDa
 
 
 def check_count(name: str, value: object, *, least: int, error: type[TinkexError] = InvalidData) -> int:
-    """Returns an int that is at least `least` and fits into 64 bits; raises an error for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Returns an integer that is at least `least` and fits into 64 bits; raises an error for anything else."""
+    count = as_integer(value)
+    if count is None or count < least:
         raise error(f"{name} must be an int >= {least}, got {shown(value)}")
-    if value > _LARGEST:
+    if count > _LARGEST:
         raise error(f"{name} must be at most 2**63 - 1, got {shown(value)}")
-    return value
+    return count
 
 
 def check_flag(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> bool:
@@ -113,9 +146,9 @@ def check_mapping(name: str, value: object) -> dict[str, Any]:
 
 def check_path(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> Path:
     """Returns a path of a file or folder, with `~` replaced by the home; raises an error for anything else."""
-    text: object = os.fspath(value) if isinstance(value, os.PathLike) else value
+    text: object = os.fspath(cast("os.PathLike[Any]", value)) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text or "\0" in text or _HALF.search(text):
-        raise error(f"{name} must be the path of a file or folder, got {shown(value)}")
+        raise error(f"{name} must be the path of a file or folder, got {shown(cast('object', value))}")
     try:
         return Path(text).expanduser()
     except RuntimeError:

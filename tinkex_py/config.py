@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, shown
+from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, plain, shown
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
@@ -93,21 +93,21 @@ class TinkexConfig:
         tags = cast("object", () if self.tags is None else self.tags)  # pyright: ignore[reportUnnecessaryComparison]
         is_sequence = isinstance(tags, Iterable) and not isinstance(tags, str)
         if not is_sequence or not all(isinstance(tag, str) for tag in cast("Iterable[object]", tags)):
-            raise ConfigError(f"tags must be a sequence of strings, got {shown(tags)}")
+            raise ConfigError(f"tags must be a sequence of strings, got {shown(self.tags)}")
         if not isinstance(self.user_metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"user_metadata must be a mapping, got {shown(self.user_metadata)}")
         object.__setattr__(self, "tags", tuple(cast("Iterable[str]", tags)) or _tags_of_environment())
         for name in ("timeout", "poll_timeout", "heartbeat_interval", "sampling_patience"):
-            _check_seconds(name, getattr(self, name), positive=True)
-        _check_seconds("close_timeout", self.close_timeout, positive=False)
+            self._check_seconds(name, positive=True)
+        self._check_seconds("close_timeout", positive=False)
         if self.billing_pause is not None:
-            _check_seconds("billing_pause", self.billing_pause, positive=False)
+            self._check_seconds("billing_pause", positive=False)
         if self.on_queue_state is not None:
             check_function("on_queue_state", self.on_queue_state, error=ConfigError)
         for name in ("max_connections", "max_polls", "max_threads"):
             count: object = getattr(self, name)
             if name != "max_threads" or count is not None:
-                check_count(name, count, least=1, error=ConfigError)
+                object.__setattr__(self, name, check_count(name, count, least=1, error=ConfigError))
         check_kind("retry", self.retry, RetryPolicy, error=ConfigError)
         check_choice("wire", self.wire, ("auto", "protobuf", "json"), error=ConfigError)
 
@@ -121,6 +121,12 @@ class TinkexConfig:
         """The key, wrapped so that nothing shows it."""
         assert isinstance(self.api_key, Secret)
         return self.api_key
+
+    def _check_seconds(self, name: str, *, positive: bool) -> None:
+        value: object = getattr(self, name)
+        if not (is_seconds(value) and (value > 0 if positive else value >= 0)):
+            raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {shown(value)}")
+        object.__setattr__(self, name, plain(value))
 
     def __copy__(self) -> "TinkexConfig":
         return self
@@ -142,11 +148,6 @@ def _checked_text(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{name} must be a string, got {shown(value)}")
     return value
-
-
-def _check_seconds(name: str, value: object, *, positive: bool) -> None:
-    if not (is_seconds(value) and (value > 0 if positive else value >= 0)):
-        raise ConfigError(f"{name} must be a number of seconds {'> 0' if positive else '>= 0'}, got {shown(value)}")
 
 
 def _tags_of_environment() -> tuple[str, ...]:

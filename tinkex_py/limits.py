@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import shown
+from tinkex_py.arguments import as_integer, as_number, plain, shown
 from tinkex_py.errors import APIStatusError, BillingRequired, ConfigError
 
 Result = TypeVar("Result")
@@ -47,13 +47,8 @@ def running_loop() -> asyncio.AbstractEventLoop:
 
 def is_seconds(value: object) -> TypeGuard[int | float]:
     """Whether a value is a number of seconds, infinity included; False for bool, NaN and ints too large for a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        number = float(value)
-    except OverflowError:
-        return False
-    return not math.isnan(number)
+    number = as_number(value) if isinstance(plain(value), int | float) else None
+    return number is not None and not math.isnan(number)
 
 
 @asynccontextmanager
@@ -101,13 +96,16 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if not (is_seconds(self.deadline) and self.deadline > 0):
             raise ConfigError(f"deadline must be a positive number of seconds, not {shown(self.deadline)}")
-        attempts = self.max_attempts
-        if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {shown(attempts)}")
+        object.__setattr__(self, "deadline", plain(self.deadline))
+        attempts = as_integer(self.max_attempts)
+        if self.max_attempts is not None and (attempts is None or attempts < 1):
+            raise ConfigError(f"max_attempts must be an int >= 1 or None, not {shown(self.max_attempts)}")
+        object.__setattr__(self, "max_attempts", attempts)
         for name in ("initial_wait", "max_wait"):
             value: float = getattr(self, name)
             if not (is_seconds(value) and value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} must be a finite number of seconds >= 0, not {shown(value)}")
+            object.__setattr__(self, name, plain(value))
 
     @classmethod
     def none(cls) -> "RetryPolicy":

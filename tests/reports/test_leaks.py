@@ -77,7 +77,10 @@ def test_r18_two_services_and_an_import_of_transformers_at_once_without_a_warnin
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.fixture(params=[(torch.bfloat16, None), (torch.float64, "meta")], ids=["bfloat16", "float64-meta"])
+@pytest.fixture(
+    params=[(torch.bfloat16, None), (torch.float16, None), (torch.float64, "meta")],
+    ids=["bfloat16", "float16", "float64-meta"],
+)
 def other_defaults(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """Changes torch's defaults when it is called."""
     dtype, device = request.param

@@ -32,8 +32,8 @@ def test_lines() -> None:
     assert stream.getvalue().splitlines() == [
         "somewhere: resumed after step 1",
         "waiting: the service is at capacity",
-        "step 2  loss 1.7500  base 1.2500  held_out 0.5000  0.25 s",
-        "step 3  loss 1.5000  base 1.0000  0.25 s",
+        "step 2  loss 1.7500  base 1.2500  l2 5.0000 (weight 0.1)  held_out 0.5000  0.25 s",
+        "step 3  loss 1.5000  base 1.0000  l2 5.0000 (weight 0.1)  0.25 s",
         "somewhere: stopped: stop was requested",
     ]
 
@@ -42,14 +42,14 @@ def test_a_bar_as_in_notebooks() -> None:
     stream = io.StringIO()
 
     def bar(**options: Any) -> Any:
-        return notebook_bar()(file=stream, mininterval=0, ncols=100, **options)
+        return notebook_bar()(file=stream, mininterval=0, ncols=160, **options)
 
     shown(ProgressBar(bar))
     assert "waiting: the service is at capacity" in stream.getvalue()
     last = stream.getvalue().rstrip().splitlines()[-1].rpartition("\r")[2]
     assert last.startswith("stopped: stop was requested: 100%")
     assert "3/3" in last
-    assert "loss 1.5000  base 1.0000" in last
+    assert "loss 1.5000  base 1.0000  l2 5.0000 (weight 0.1)" in last
 
 
 def test_a_table_in_a_terminal() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, is_typeddict
 
+from pydantic import BaseModel
+
 import tinkex_py
 
 _REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
@@ -77,9 +79,14 @@ def _calls_of(value: Any) -> Iterator[tuple[PublicCall, int]]:
     elif inspect.isfunction(value):
         yield PublicCall(_short(value), None, value, _parameters(value)), id(value)
     elif inspect.isclass(value) and value.__module__.startswith("tinkex_py") and not _declares_only(value):
-        if not inspect.isabstract(value):
+        if not inspect.isabstract(value) and not _is_result(value):
             yield constructor_of(value), id(value)
         yield from _methods_of(value)
+
+
+def _is_result(cls: type) -> bool:
+    """Whether users only read the objects of a class, such as a response: it is a plain pydantic model."""
+    return issubclass(cls, BaseModel) and cls.__init__ is BaseModel.__init__
 
 
 def _declares_only(cls: type) -> bool:

@@ -13,6 +13,7 @@ from rich.console import Console
 from starlette.requests import HTTPConnection
 
 from tests.client.data import datum, nll
+from tests.data.chat_tokenizers import CHATML, byte_tokenizer
 from tests.support.public_calls import PublicCall, constructor_of
 from tinkex_py import (
     AsyncRestClient,
@@ -42,7 +43,7 @@ RUN = RunInfo(name="run", started_at=1.0, updated_at=1.0)
 STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, losses=())
 STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
 FIELD = np.full(3, -1.0, np.float32)
-DATUM = datum(3, 1, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
+DATUM = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -135,6 +136,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "then": 0.5,
         "text": "x",
         "tokenizer": clients.tokenizer,
+        "ChatRenderer.tokenizer": byte_tokenizer(CHATML),
         "tokens": [1, 2],
         "PromptAltTokens.tokens": [[1]],
         "PromptAltTokens.logprobs": [[1.0]],

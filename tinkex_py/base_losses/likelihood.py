@@ -14,6 +14,7 @@ from tinkex_py.terms.ready_made import NonEmptyStr, Positive
 from tinkex_py.terms.reduction import ReducedTerm
 from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
+from tinkex_py.values import Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class DPO(ReferenceTerm):
     name: NonEmptyStr = "dpo"
     reduction: Literal["mean", "sum"] = "mean"
     beta: Positive = 0.1
-    label_smoothing: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    label_smoothing: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss and its metrics."""
@@ -94,7 +95,7 @@ class DPO(ReferenceTerm):
         if not data or len(data) % 2:
             raise InvalidData(f"DPO needs datums in pairs (chosen, rejected, chosen, rejected, ...), got {len(data)}")
         positions = self.positions(data, logprobs, by_datum=True)
-        difference = positions.select(logprobs) - self.select_reference(positions, reference, data)
+        difference = positions.select(logprobs) - self._select_reference(positions, reference, data)
         rewards = self.beta * positions.sums(positions.weighted(difference))
         chosen, rejected = rewards[0::2], rewards[1::2]
         margins = chosen - rejected

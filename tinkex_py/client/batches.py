@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinkex_py.arguments import shown
+from tinkex_py.arguments import plain, shown
 from tinkex_py.errors import InvalidData
 from tinkex_py.transport.encoding import (
     NO_DATUMS,
@@ -82,6 +82,13 @@ def checked_chunks(
     datums = checked_data(data, loss_fn, config)
     parts = plan_chunks(datums, max_datums=limits.fwdbwd_max_chunk_len, max_bytes=limits.fwdbwd_max_chunk_bytes_count)
     return [PlannedBatch(part, sum(map(bytes_of, part))) for part in parts]
+
+
+def loss_config(given: LossConfig | None) -> LossConfig:
+    """Returns the settings of a loss with Python's numbers; `check_loss` checks them."""
+    if given is None:
+        return {}
+    return {name: plain(value) for name, value in given.items()} if isinstance(given, Mapping) else given  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def checked_data(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from tinkex_py.arguments import check_choice, check_flag, check_path, shown
+from tinkex_py.arguments import check_choice, check_count, check_flag, check_path, shown
 from tinkex_py.client.accumulation import GradientCall
 from tinkex_py.client.batches import CustomBatch, checked_data, custom_batch
 from tinkex_py.client.ordering import Turn
@@ -79,11 +79,11 @@ class CustomStep:
     def __post_init__(self) -> None:
         if self.deadline is not None and not (is_seconds(self.deadline) and self.deadline > 0):
             raise InvalidData(f"deadline must be > 0 seconds or None, got {shown(self.deadline)}")
-        check_choice("execution", self.execution, EXECUTIONS)
-        check_flag("overlap", self.overlap)
         if self.record is not None:
-            check_path("record", self.record, error=PipelineError)
-        check_surrogate(self.surrogate, self.sequences_per_step, self.execution)
+            object.__setattr__(self, "record", check_path("record", self.record, error=PipelineError))
+        if self.sequences_per_step is not None:
+            count = check_count("sequences_per_step", self.sequences_per_step, least=1)
+            object.__setattr__(self, "sequences_per_step", count)
 
     async def run(
         self, turn: Turn, model: Model, data: Sequence[Datum], on_hand_over: Callable[[], None]
@@ -188,4 +188,10 @@ def custom_step(
         beside = (["regularizers"] if regularizers else []) + list(for_pipeline)
         if beside:
             raise PipelineError(f"a ready Pipeline has its own options: set {', '.join(beside)} on it instead")
+    if "execution" in options:
+        check_choice("execution", options["execution"], EXECUTIONS)
+    if "surrogate" in options:
+        check_surrogate(options["surrogate"], options.get("execution", "client"))
+    if "overlap" in options:
+        check_flag("overlap", options["overlap"])
     return CustomStep(pipeline=pipeline, **cast("Any", for_step))

@@ -65,7 +65,7 @@ class Download:
         self._requests = requests
         self._ask_where = ask_where
         self._on_progress = on_progress
-        self._target = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100  (resolve() would follow a link)
+        self._target = Path(os.path.abspath(folder))  # noqa: PTH100  (resolve() would follow a link)
         self._workspace = self._target.parent / f".{self._target.name}.download"
         self._archive = self._workspace / "archive.part"
         self._source_file = self._workspace / "source.json"

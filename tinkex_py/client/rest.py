@@ -144,10 +144,9 @@ class AsyncRestClient:
 
     async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> None:
         """Makes a checkpoint expire `ttl_seconds` from now; None means never."""
-        if ttl_seconds is not None:
-            check_count("ttl_seconds", ttl_seconds, least=1)
+        ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
         url = f"{_checkpoint_url(path)}/ttl"
-        await self._requests.ask("PUT", url, "changing when a checkpoint expires", json={"ttl_seconds": ttl_seconds})
+        await self._requests.ask("PUT", url, "changing when a checkpoint expires", json={"ttl_seconds": ttl})
 
     async def publish_checkpoint(self, path: str) -> None:
         """Publishes a checkpoint; some services raise `Conflict` if it is public already."""
@@ -198,7 +197,8 @@ class AsyncRestClient:
             if count is not None:
                 check_count(name, count, least=0 if name == "model_number" else 1)
         destination = given(destination_project_id=project_id, session_id=session_id, model_seq_id=model_number)
-        body = {"source_path": source, **destination, **given(ttl_seconds=ttl_seconds)}
+        ttl = None if ttl_seconds is None else check_count("ttl_seconds", ttl_seconds, least=1)
+        body = {"source_path": source, **destination, **given(ttl_seconds=ttl)}
         # One key for all attempts, so that a repeated request makes no second copy.
         headers = {"X-Idempotency-Key": str(uuid.uuid4())}
         if access_token is not None:
@@ -313,9 +313,8 @@ class AsyncRestClient:
             limit: maximum number of sessions, up to 200.
             cursor: `next_cursor` of the previous page; None starts with the newest session.
         """
-        check_count("limit", limit, least=1)
         wanted = SessionQuery() if query is None else check_kind("query", query, SessionQuery)
-        body = {**wanted.fields(), "limit": limit}
+        body = {**wanted.fields(), "limit": check_count("limit", limit, least=1)}
         if cursor is not None:
             body["cursor"] = check_kind("cursor", cursor, SessionSearchCursor).model_dump(mode="json")
         names_nothing = wanted.project_ids is None
@@ -338,9 +337,7 @@ class AsyncRestClient:
 
 
 def _page(limit: int, offset: int) -> dict[str, object]:
-    check_count("limit", limit, least=1)
-    check_count("offset", offset, least=0)
-    return {"limit": limit, "offset": offset}
+    return {"limit": check_count("limit", limit, least=1), "offset": check_count("offset", offset, least=0)}
 
 
 def _scope(access_scope: AccessScope) -> dict[str, object]:

@@ -99,7 +99,7 @@ async def all_items(
         key: identifies an item.
         page_size: items per request.
     """
-    check_count("page_size", page_size, least=1)
+    page_size = check_count("page_size", page_size, least=1)
     seen: set[str] = set()
     offset = 0
     while True:

@@ -17,19 +17,22 @@ def check_prompt(prompt: ModelInput) -> None:
 
 def check_counts(
     prompt: ModelInput, num_samples: int, counts: Mapping[str, int], last_n: int | None, *, scored: bool
-) -> None:
-    """Raises InvalidData if a number of a sampling request is out of range."""
-    check_count("num_samples", num_samples, least=1)
+) -> dict[str, int]:
+    """Returns the numbers of a sampling request as ints; raises InvalidData if one is out of range.
+
+    Those that are 0 or None are left out: services may refuse fields that they do not know.
+    """
     check_flag("include_prompt_logprobs", scored)
-    for name, count in counts.items():
-        check_count(name, count, least=0)
+    checked = {"num_samples": check_count("num_samples", num_samples, least=1)}
+    checked |= {name: number for name, count in counts.items() if (number := check_count(name, count, least=0))}
     if last_n is None:
-        return
+        return checked
     if not scored:
         raise InvalidData("prompt_logprobs_last_n requires include_prompt_logprobs=True")
-    check_count("prompt_logprobs_last_n", last_n, least=1)
-    if last_n >= prompt.length:
-        raise InvalidData(f"prompt_logprobs_last_n must be less than the {prompt.length} prompt tokens, got {last_n}")
+    last = check_count("prompt_logprobs_last_n", last_n, least=1)
+    if last >= prompt.length:
+        raise InvalidData(f"prompt_logprobs_last_n must be less than the {prompt.length} prompt tokens, got {last}")
+    return {**checked, "prompt_logprobs_last_n": last}
 
 
 def check_targets(prompt: ModelInput, targets: TensorInput) -> dict[str, Any]:

@@ -105,17 +105,14 @@ class AsyncSamplingClient:
             "topk_sample_logprobs": topk_sample_logprobs,
             "prompt_alt_tokens_k": prompt_alt_tokens_k,
         }
-        check_counts(prompt, num_samples, counts, prompt_logprobs_last_n, scored=include_prompt_logprobs)
+        numbers = check_counts(prompt, num_samples, counts, prompt_logprobs_last_n, scored=include_prompt_logprobs)
         body: dict[str, Any] = {
             "sampling_session_id": self.sampling_session_id,
-            "num_samples": num_samples,
             "prompt": prompt.model_dump(),
             "sampling_params": params_as_json(sampling_params),
             "prompt_logprobs": include_prompt_logprobs,
             "type": "sample",
-            # Sent only if not 0: services may refuse fields that they do not know.
-            **{name: count for name, count in counts.items() if count},
-            **given(prompt_logprobs_last_n=prompt_logprobs_last_n),
+            **numbers,
         }
         if target_prompt_logprobs is not None:
             body["target_prompt_logprobs"] = check_targets(prompt, target_prompt_logprobs)

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import check_choice, check_count
+from tinkex_py.arguments import check_choice
 from tinkex_py.client.batches import CustomBatch
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
@@ -192,11 +192,9 @@ class SurrogateChoice:
         return surrogate
 
 
-def check_surrogate(surrogate: object, sequences_per_step: object, execution: str) -> None:
-    """Raises InvalidData if an option of the surrogate is invalid."""
+def check_surrogate(surrogate: object, execution: str) -> None:
+    """Raises InvalidData if the surrogate is unknown or has no effect."""
     check_choice("surrogate", surrogate, SURROGATES)
-    if sequences_per_step is not None:
-        check_count("sequences_per_step", sequences_per_step, least=1)
     if execution == "server" and surrogate != "auto":
         raise InvalidData(f"surrogate={surrogate!r} has no effect with execution='server': use surrogate='auto'")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from tinkex_py.arguments import check_count, check_flag, check_kind, check_labels, check_text
 from tinkex_py.client.accumulation import Accumulation
 from tinkex_py.client.arguments import check_name, given
-from tinkex_py.client.batches import checked_chunks
+from tinkex_py.client.batches import checked_chunks, loss_config
 from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
 from tinkex_py.client.ordering import Kind, Ordering
 from tinkex_py.client.passes import GradientPass, Model, Pass
@@ -88,8 +88,7 @@ class AsyncTrainingClient:
 
     @step.setter
     def step(self, count: int) -> None:
-        check_count("step", count, least=0)
-        self._accumulation.steps = count
+        self._accumulation.steps = check_count("step", count, least=0)
 
     @property
     def queue_state(self) -> QueueState:
@@ -114,7 +113,7 @@ class AsyncTrainingClient:
             InvalidData: the datums are invalid.
             RequestFailed: the request failed on the service.
         """
-        config: LossConfig = {} if loss_fn_config is None else loss_fn_config
+        config = loss_config(loss_fn_config)
         async with self._ordering.enter(Kind.READ, "forward", forward_only=True) as turn:
             chunks = checked_chunks(data, loss_fn, config, self._session.config)
             return await turn.send(Pass(self._model, chunks, loss_fn, config))
@@ -129,7 +128,7 @@ class AsyncTrainingClient:
             PrecedingRequestFailed: an earlier request did not take effect, so this one was not sent.
             RequestFailed: the request failed on the service.
         """
-        config: LossConfig = {} if loss_fn_config is None else loss_fn_config
+        config = loss_config(loss_fn_config)
         async with self._ordering.enter(Kind.GRADIENT, "forward_backward") as turn:
             chunks = checked_chunks(data, loss_fn, config, self._session.config)
             return await turn.send(GradientPass(self._model, chunks, loss_fn, config))

@@ -25,5 +25,5 @@ def report(
         for run in written.runs:
             losses = [run.first.get("loss/total"), run.last.get("loss/total")]
             change = "" if None in losses else f", loss {losses[0]:.4f} -> {losses[1]:.4f}"
-            typer.echo(f"{run.label}: {run.status}, {run.steps} steps{change}")
+            typer.echo(f"{run.label}: {run.outcome}, {run.steps} steps{change}")
         typer.echo(f"wrote {written.page} and {len(written.charts)} charts")

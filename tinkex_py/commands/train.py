@@ -27,6 +27,14 @@ def train(
     model: Annotated[str | None, typer.Option(help="replaces the model of the file")] = None,
     runs_dir: Annotated[Path, typer.Option(help="parent of the run's folder")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="name of the run; default the name of the file")] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="replaces a setting of the file, such as optimizer.learning_rate=1e-3; can be repeated",
+        ),
+    ] = [],  # noqa: B006  (typer copies it)
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="resume although settings, terms or data differ from before")
     ] = False,
@@ -40,7 +48,7 @@ def train(
     with one_line_errors("train", needs=("yaml",)):
         from tinkex_py.runs.config import read_config
 
-        described = read_config(config)
+        described = read_config(config, overrides)
         require_modules("local", *(EMBEDDED_SERVICE if described.base_url is None else ("transformers",)))
         if model is not None:
             described = described.model_copy(update={"model": model})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from tinkex_py.arguments import check_path
 from tinkex_py.dashboard.following import FollowedSteps, last_step
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE, read_run
@@ -26,7 +27,7 @@ class RunLine(BaseModel):
     Attributes:
         name: of its folder.
         status: of `run.json`; a process that was killed leaves "running".
-        reason: why it stopped or failed; None otherwise.
+        reason: why it stopped, failed or ended early; None otherwise.
         model: name of the base model; None if unknown.
         steps: number of the last step; 0 before any.
         total_steps: planned steps; None if the run ends with its data.
@@ -62,7 +63,7 @@ class RunsFolder:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._path = Path(path).resolve()
+        self._path = check_path("the folder of runs", path, error=ConfigError).resolve()
         if not self._path.is_dir():
             raise ConfigError(f"{path} is not a folder: name the folder that contains the folders of the runs")
         self.lines: dict[str, RunLine] = {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from tinkex_py.arguments import check_kind, check_list
 from tinkex_py.data.messages import Message, Part, checked_messages, edited, is_assistant, parts_of
 from tinkex_py.errors import InvalidData, MissingExtra
 from tinkex_py.text import decode, encode_pieces
@@ -68,11 +69,15 @@ class ChatRenderer:
                 f"a {type(tokenizer).__name__} does not support chat templates: pass a Hugging Face tokenizer, or use "
                 "text_datum"
             )
+        if tools is not None:
+            check_list("tools", tools, object)
+        if options is not None:
+            check_kind("options", options, Mapping)
         if chat_template is None and not has_chat_template(tokenizer):
             raise InvalidData("the tokenizer has no chat template: pass chat_template=, or use text_datum")
         self._tokenizer = tokenizer
         self._settings: dict[str, Any] = {
-            **(options or {}),
+            **(options if options is not None else {}),
             "tools": None if tools is None else list(tools),
             "chat_template": tokenizer.get_chat_template(chat_template, tools),
         }

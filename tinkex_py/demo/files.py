@@ -3,6 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError
 
 # In a checkout the data is in examples/, in an installed package beside this file.
@@ -27,6 +28,7 @@ def new_run_folder(runs_dir: Path) -> Path:
     Raises:
         ConfigError: it cannot be created.
     """
+    runs_dir = check_path("--runs-dir", runs_dir, error=ConfigError)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
     attempt = 1
     while True:

@@ -18,7 +18,6 @@ from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, s
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
-from tinkex_py.types.base import RaisesInvalidData
 
 HELD_OUT_PROMPTS = 2
 
@@ -47,7 +46,7 @@ class DemoOptions:
             check_path("data", self.data)
 
 
-class DemoSummary(BaseModel, metaclass=RaisesInvalidData):
+class DemoSummary(BaseModel):
     """Result of a demo run; the losses are the totals of the first and the last step."""
 
     model_config = ConfigDict(frozen=True)
@@ -64,7 +63,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     check_kind("options", options, DemoOptions)
     check_kind("console", console, Console)
     adam = AdamParams(learning_rate=options.learning_rate)
-    pairs = read_pairs(options.data or default_file("instructions.jsonl"))
+    pairs = read_pairs(check_path("--data", options.data or default_file("instructions.jsonl")))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)
     with console.status(f"loading {options.model}"):

@@ -31,7 +31,6 @@ from tinkex_py.arguments import check_flag, check_function, check_kind, shown
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.errors import APIStatusError, ConfigError, InvalidData, MissingExtra, RequestFailed, TinkexError
 from tinkex_py.runs import ProgressView, RunInfo, StepRecord, TrainedRun, scalars
-from tinkex_py.types.base import RaisesInvalidData
 
 try:
     from fastapi import Depends, FastAPI, Request
@@ -78,7 +77,7 @@ _PROBLEMS: Final[tuple[tuple[type[TinkexError], int, str | None], ...]] = (
 )
 
 
-class Problem(BaseModel, metaclass=RaisesInvalidData):
+class Problem(BaseModel):
     """Problem details after RFC 9457."""
 
     type: str = Field("about:blank", description="Type of the problem; `about:blank` means that of the status.")

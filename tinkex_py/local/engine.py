@@ -316,7 +316,8 @@ class Engine:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.model.name,
+            # Never a folder of this machine, which another one does not have.
+            "base_model_name_or_path": Path(self.model.name).expanduser().resolve().name,
             "r": settings.rank,
             "lora_alpha": LORA_ALPHA,
             "lora_dropout": 0.0,

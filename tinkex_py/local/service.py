@@ -161,7 +161,7 @@ class LocalService:
             self._folder = private_folder()
             root = Path(self._folder.name)
         else:
-            root = self.options.state_dir.expanduser().resolve()
+            root = self.options.state_dir.resolve()
         store = CheckpointStore(root)
         try:
             model = load_model(self.options.model, self.options.device, root)

@@ -1,15 +1,14 @@
 """Checks of settings. Errors contain the name and the value of a setting."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import cast
 
-import numpy as np
 from pydantic import ValidationError
 
-from tinkex_py.arguments import shown
+from tinkex_py.arguments import as_integer, as_number, shown
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.values import reason_of
 
 
 def checked_number(
@@ -40,13 +39,22 @@ def checked_number(
     return number
 
 
+def checked_steps(owner: str, setting: str, value: object, *, at_least: int) -> int:
+    """Returns the value as an int.
+
+    Raises:
+        InvalidSpec: the value is not an integer, or less than `at_least`.
+    """
+    steps = as_integer(value)
+    if steps is None or steps < at_least:
+        raise InvalidSpec(f"{owner}: {setting} must be an int >= {at_least}, got {value!r}")
+    return steps
+
+
 def first_problem(error: ValidationError) -> str:
     """Returns the first problem of settings that pydantic rejected: name, reason and value."""
     problem = error.errors(include_url=False)[0]
-    reason = re.sub("(Input|String) should", "must", problem["msg"])
-    if problem["type"] == "string_unicode":
-        reason = "must not contain half a character (a lone surrogate)"
-    return f"{problem['loc'][0]} {reason}, got {shown(problem['input'])}"
+    return f"{problem['loc'][0]} {reason_of(problem)}, got {shown(problem['input'])}"
 
 
 def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
@@ -57,16 +65,14 @@ def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
     """
     numbers = cast("Mapping[str, object]", state).get(key) if isinstance(state, Mapping) else None
     if not isinstance(numbers, Mapping):
-        raise InvalidSpec(f"{owner}: the saved state must contain a mapping {key!r}, got {shown(state)}")
+        raise InvalidSpec(
+            f"{owner}: the saved state must contain a mapping {key!r}, got {shown(cast('object', state))}"
+        )
     named = cast("Mapping[str, object]", numbers)
     return {name: checked_number(owner, f"state: {key}[{name!r}]", number) for name, number in named.items()}
 
 
 def number_or_nan(value: object) -> float:
     """Returns the value as a float, or NaN if it is not a number. Strings and bools are not numbers."""
-    if isinstance(value, bool | np.bool_ | str | bytes):
-        return math.nan
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+    number = as_number(value)
+    return math.nan if number is None else number

@@ -3,14 +3,16 @@
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, cast, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinkex_py.errors import PipelineError
 from tinkex_py.losses.checks import first_problem
+from tinkex_py.values import Integer, Number
 
 Combine = Literal["sum", "pcgrad"]
+Count = Annotated[Integer, Field(ge=1)]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -47,9 +49,9 @@ class _Values(BaseModel):
 
     track_grad_norms: bool = False
     parallel: bool = True
-    timeout: PositiveFloat | None = 30.0
-    max_concurrency: PositiveInt = 32
-    max_threads: PositiveInt | None = None
+    timeout: Annotated[Number, Field(gt=0)] | None = 30.0
+    max_concurrency: Count = 32
+    max_threads: Count | None = None
     combine: Combine = "sum"
 
 

@@ -9,7 +9,7 @@ import torch
 from tenacity import AsyncRetrying
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import check_count
+from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import InPlaceMutation, NonFiniteLoss, PipelineError, RegularizerError
 from tinkex_py.limits import RetryPolicy
 from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient
@@ -96,7 +96,10 @@ def checked_step(step: int) -> int:
     Raises:
         PipelineError: it is something else.
     """
-    return check_count("step", step, least=0, error=PipelineError)
+    count = step if type(step) is int else as_integer(step)
+    if count is None or count < 0:
+        raise PipelineError(f"step must be an int >= 0, got {shown(step)}")
+    return count
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tinkex_py.html_table import html_table
 from tinkex_py.types import ForwardBackwardOutput
-from tinkex_py.types.base import RaisesInvalidData
 
 BASE_LOSS_NAME = "base_loss"
 """Term name of the base loss."""
@@ -16,7 +15,7 @@ MetricValue = bool | int | float
 _COLUMNS = ("value", "weight", "weight x value", "gradient norm", "x weight", "share", "cosine with base")
 
 
-class LossReport(BaseModel, metaclass=RaisesInvalidData):
+class LossReport(BaseModel):
     """Base of all outputs: frozen. NaN and infinity in metrics become strings in JSON."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")

@@ -123,7 +123,9 @@ class _Reader:
         start = self._taken.get(key, 0)
         self._taken[key] = start + count
         part = (
-            self._tensors[key][start : start + count] if count or key in self._tensors else torch.zeros(0, device="cpu")
+            self._tensors[key][start : start + count]
+            if count or key in self._tensors
+            else torch.zeros(0, dtype=torch.float32, device="cpu")
         )
         if part.shape[0] != count:
             raise ValueError(f"{key!r} has {part.shape[0] + start} elements, expected at least {start + count}")

@@ -7,10 +7,11 @@ its end, a schedule keeps its last value.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from tinkex_py.arguments import shown
+from tinkex_py.arguments import plain, shown
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.checks import checked_number
+from tinkex_py.losses.checks import checked_number, checked_steps
 from tinkex_py.losses.weights import Schedule, checked_weight, weight_at
 
 
@@ -26,6 +27,7 @@ class Constant:
 
     def __post_init__(self) -> None:
         checked_number("Constant", "value", self.value, at_least=0.0)
+        object.__setattr__(self, "value", plain(self.value))
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
@@ -41,9 +43,10 @@ class _Ramp:
 
     def __post_init__(self) -> None:
         title = type(self).__name__
-        checked_number(title, "start", self.start, at_least=0.0)
-        checked_number(title, "end", self.end, at_least=0.0)
-        _check_steps(title, self.steps)
+        for name in ("start", "end"):
+            checked_number(title, name, getattr(self, name), at_least=0.0)
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "steps", checked_steps(title, "steps", self.steps, at_least=1))
 
     def _between(self, part: float) -> float:
         # start + part * (end - start) may miss `end` by a rounding error at part 1, and even be negative.
@@ -96,8 +99,9 @@ class WarmUp:
     then: float | Schedule
 
     def __post_init__(self) -> None:
-        _check_steps("WarmUp", self.steps)
+        object.__setattr__(self, "steps", checked_steps("WarmUp", "steps", self.steps, at_least=1))
         checked_weight(self.then, "WarmUp.then")
+        object.__setattr__(self, "then", plain(self.then))
 
     def __call__(self, step: int) -> float:
         """Returns the weight at a step."""
@@ -116,13 +120,15 @@ class Piecewise:
     values: Mapping[int, float]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Mapping) or 0 not in self.values:  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = cast("object", self.values)
+        if not isinstance(given, Mapping) or 0 not in given:
             raise InvalidSpec(f"Piecewise: values must map steps, 0 among them, to weights, got {shown(self.values)}")
-        for step, value in self.values.items():
-            if isinstance(step, bool) or not isinstance(step, int) or step < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise InvalidSpec(f"Piecewise: every step in values must be an int >= 0, got {shown(step)}")
+        values: dict[int, float] = {}
+        for key, value in cast("Mapping[object, object]", given).items():
+            step = checked_steps("Piecewise", "every step in values", key, at_least=0)
             checked_number("Piecewise", f"values[{step}]", value, at_least=0.0)
-        object.__setattr__(self, "values", dict(sorted(self.values.items())))
+            values[step] = plain(value)
+        object.__setattr__(self, "values", dict(sorted(values.items())))
 
     def __hash__(self) -> int:
         """Hash that is consistent with equality."""
@@ -133,11 +139,6 @@ class Piecewise:
         _check_step(self, step)
         _check_step(self, step)
         return self.values[max(boundary for boundary in self.values if boundary <= max(0, step))]
-
-
-def _check_steps(title: str, steps: object) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidSpec(f"{title}: steps must be an int >= 1, got {shown(steps)}")
 
 
 def _check_step(schedule: object, step: object) -> None:

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Union, cast, runtime_checkable
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from tenacity import AsyncRetrying
 
-from tinkex_py.arguments import shown
+from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
 from tinkex_py.html_table import html_facts
 from tinkex_py.losses.checks import first_problem
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.types import Datum
+from tinkex_py.values import Number
 
 if TYPE_CHECKING:
     import torch
@@ -100,12 +101,12 @@ class _PlainFields(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: Annotated[str, Field(min_length=1)]
-    timeout: PositiveFloat | None
+    timeout: Annotated[Number, Field(gt=0)] | None
     options: Annotated[Mapping[str, Any], AfterValidator(_copy)]
     on_error: OnError
     enabled: bool
     is_async: bool | None
-    max_grad_norm: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None
+    max_grad_norm: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ class RegularizerSpec:
         if isinstance(self.fn, ConfiguredTerm):
             self.fn.check_options(self.options)
         if self.retry is not None:
-            _check_retry(self.retry, name, can_await=is_async_term(self.fn) or self.is_async is True)
+            retry = _checked_retry(self.retry, name, can_await=is_async_term(self.fn) or self.is_async is True)
+            object.__setattr__(self, "retry", retry)
 
     @functools.cached_property
     def awaits(self) -> bool | None:
@@ -292,14 +294,15 @@ def _why_not_callable(term: object) -> str | None:
     return None
 
 
-def _check_retry(retry: object, name: str, *, can_await: bool) -> None:
-    usable = isinstance(retry, AsyncRetrying) or (isinstance(retry, int) and not isinstance(retry, bool) and retry >= 1)
-    if not usable:
+def _checked_retry(given: object, name: str, *, can_await: bool) -> int | AsyncRetrying:
+    retry = given if isinstance(given, AsyncRetrying) else as_integer(given)
+    if retry is None or (isinstance(retry, int) and retry < 1):
         raise InvalidSpec(
-            f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {shown(retry)}"
+            f"regularizer {name!r}: retry must be an int >= 1 or a tenacity.AsyncRetrying, got {shown(given)}"
         )
     if not can_await:
         raise InvalidSpec(
             f"regularizer {name!r}: retry is only supported for async terms: make fn a coroutine function, or pass "
             "is_async=True if it returns an awaitable"
         )
+    return retry

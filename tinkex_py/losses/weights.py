@@ -126,7 +126,7 @@ def checked_weight(weight: object, name: str) -> Weight:
     if not (math.isfinite(number) and number >= 0):
         raise InvalidSpec(
             f"regularizer {name!r}: weight must be a finite number >= 0, a schedule or a controller, got "
-            f"{shown(weight)}"
+            f"{shown(cast('object', weight))}"
         )
     return number
 

@@ -143,7 +143,7 @@ class KLDivergence(ReferenceTerm):
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         positions = distributions(self, self.over, data, logprobs)
-        log_p, log_q = positions.select(logprobs), self.select_reference(positions, reference, data)
+        log_p, log_q = positions.select(logprobs), self._select_reference(positions, reference, data)
         if self.symmetric:
             parts = symmetric_kl_parts(log_p, log_q)
         else:
@@ -182,7 +182,7 @@ class JensenShannon(ReferenceTerm):
         positions = distributions(self, self.over, data, logprobs)
         smallest = torch.finfo(logprobs.dtype).min
         log_p = positions.select(logprobs).clamp(min=smallest)
-        log_q = self.select_reference(positions, reference, data).clamp(min=smallest)
+        log_q = self._select_reference(positions, reference, data).clamp(min=smallest)
         log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
         parts = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
         return positions.reduce(parts, self.reduction)

@@ -14,6 +14,7 @@ from tinkex_py.terms.numerics import safe_sqrt
 from tinkex_py.terms.ready_made import NonEmptyStr, NonNegative, ReadyMadeTerm
 from tinkex_py.terms.reduction import Positions
 from tinkex_py.types import Datum
+from tinkex_py.values import Integer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +53,7 @@ class GradientPenalty(ReadyMadeTerm):
     target_norm: NonNegative = 1.0
     reference_field: NonEmptyStr | None = None
     reduction: Literal["mean", "sum"] = "mean"
-    seed: int | None = None
+    seed: Integer | None = None
 
     def check(self) -> None:
         """Raises InvalidSpec if `fn` is not usable, or if `mode` and `reference_field` contradict each other."""

@@ -12,6 +12,7 @@ from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.ready_made import NonEmptyStr, Positive
 from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.types import Datum
+from tinkex_py.values import Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class L2(NormTerm):
     """
 
     name: NonEmptyStr = "l2_weight_decay"
-    center: float | NonEmptyStr | None = None
+    center: Number | NonEmptyStr | None = None
     clip: Positive | None = None
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
@@ -132,7 +133,7 @@ class ElasticNet(NormTerm):
     """
 
     name: NonEmptyStr = "elastic_net"
-    l1_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    l1_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.5
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""

@@ -65,7 +65,7 @@ class SampledKL(ReferenceTerm):
         """Computes the loss; its metrics are the denominators."""
         self.check_sampled(data, logprobs, "use KLDivergence")
         positions = self.positions(data, logprobs)
-        difference = positions.select(logprobs) - self.select_reference(positions, reference, data)
+        difference = positions.select(logprobs) - self._select_reference(positions, reference, data)
         return positions.reduce(self._estimates(difference), self.reduction)
 
     def _estimates(self, difference: torch.Tensor) -> torch.Tensor:

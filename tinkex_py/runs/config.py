@@ -4,16 +4,20 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import PydanticCustomError
 
+from tinkex_py.arguments import as_number, check_path
 from tinkex_py.errors import ConfigError, did_you_mean
-from tinkex_py.runs.settings import TrainSettings, problems_of
+from tinkex_py.runs.settings import Count, Times, TrainSettings
+from tinkex_py.runs.yaml_file import read_yaml, with_overrides
 from tinkex_py.types import AdamParams
+from tinkex_py.values import Integer, UserPath, problems_of
 
 if TYPE_CHECKING:
     from tinkex_py.losses import Pipeline, RegularizerSpec
@@ -22,6 +26,18 @@ if TYPE_CHECKING:
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
 _CONTROLLERS = ("AdaptiveKL", "TargetGradientRatio", "GradNormBalance")
+
+
+def _number_or_mapping(value: object) -> object:
+    if isinstance(value, dict):
+        return cast("object", value)
+    number = as_number(value)
+    if number is None:
+        raise PydanticCustomError("weight", "must be a number, or settings such as {schedule: Linear, ...}")
+    return number
+
+
+NumberOrMapping = Annotated[float | dict[str, Any], BeforeValidator(_number_or_mapping)]
 
 
 class Section(BaseModel):
@@ -42,11 +58,11 @@ class DataSection(Section):
         samples: number of prompts of `held_out` that the model answers at each evaluation.
     """
 
-    path: Path
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    path: UserPath
+    batch_size: Count = 8
     reference_logprobs: bool = False
-    held_out: Path | None = None
-    samples: Annotated[int, Field(ge=0)] = 0
+    held_out: UserPath | None = None
+    samples: Times = 0
 
 
 class TermSection(Section):
@@ -64,7 +80,7 @@ class RegularizerSection(TermSection):
 
     model_config = ConfigDict(extra="allow")
 
-    weight: float | dict[str, Any]
+    weight: NumberOrMapping
 
 
 class LossSection(Section):
@@ -81,13 +97,13 @@ class OptimizerSection(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    learning_rate: float | dict[str, Any] = 1e-4
+    learning_rate: NumberOrMapping = 1e-4
 
 
 class LoraSection(Section):
     """The adapters; the fields of `LoraConfig`."""
 
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Count = 16
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -110,7 +126,7 @@ class TrainConfig(Section):
     loss: LossSection = LossSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainSettings = TrainSettings()
-    seed: int | None = None
+    seed: Integer | None = None
 
     def decisive(self) -> dict[str, JsonValue]:
         """Returns the other values that decide the numbers: model, adapters, seed, and the content of the data.
@@ -129,24 +145,23 @@ class TrainConfig(Section):
         return fields
 
 
-def read_config(path: Path) -> TrainConfig:
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a configuration file; its paths become relative to the working folder.
+
+    Args:
+        path: the file.
+        overrides: settings that replace those of the file, as `KEY=VALUE`: see `with_overrides`.
 
     Raises:
         ConfigError: naming the file and the invalid key.
     """
-    import yaml
-
-    try:
-        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    path = check_path("config", path, error=ConfigError)
+    content = with_overrides(read_yaml(path), overrides)
     try:
         config = TrainConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {problems_of(error, TrainConfig)}") from None
+        where = f"{path} with --set" if overrides else str(path)
+        raise ConfigError(f"{where}: {problems_of(error, TrainConfig)}") from None
     data = config.data
     found = {"path": path.parent / data.path, "held_out": data.held_out and path.parent / data.held_out}
     return config.model_copy(update={"data": data.model_copy(update=found)})
@@ -238,7 +253,9 @@ def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
     try:
         return kind(**settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {kind.__name__}: {error}{_hint(kind, settings)}") from error
+        hint = _hint(kind, settings)
+        reason = str(error).removeprefix(f"{kind.__name__}: ")
+        raise ConfigError(f"{where}: {kind.__name__}: {reason}{hint}") from error
 
 
 def _hint(kind: type[Any], settings: Mapping[str, Any]) -> str:

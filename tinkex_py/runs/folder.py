@@ -9,9 +9,11 @@ import filelock
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
 from tinkex_py.unicode import with_whole_texts
+from tinkex_py.values import reason_of
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -27,7 +29,7 @@ def read_run(folder: Path | str) -> RunInfo:
     Raises:
         ConfigError: naming the file, if it does not exist or cannot be read.
     """
-    path = Path(folder) / RUN_FILE
+    path = check_path("folder", folder, error=ConfigError) / RUN_FILE
     return _parsed(RunInfo, _bytes_of(path), str(path))
 
 
@@ -39,7 +41,7 @@ def read_steps(folder: Path | str) -> list[StepRecord]:
     Raises:
         ConfigError: naming the file, if there is no run, or another line cannot be read.
     """
-    path = Path(folder) / STEPS_FILE
+    path = check_path("folder", folder, error=ConfigError) / STEPS_FILE
     if not path.exists():
         read_run(folder)
         return []
@@ -58,11 +60,11 @@ class RunFolder:
         path: the folder; created with its parents.
 
     Raises:
-        ConfigError: when entered: another process trains the run, or the folder cannot be created.
+        ConfigError: `path` is no path. When entered: another process trains the run, or the folder cannot be created.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = check_path("folder", path, error=ConfigError)
         self._lock: filelock.BaseFileLock | None = None
 
     def __enter__(self) -> "RunFolder":
@@ -167,10 +169,10 @@ def _parsed(model: type[AnyRecord], content: bytes, where: str) -> AnyRecord:
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"])) or "content"
     # Raised outside of the except block, because pydantic's error contains the content of the file.
-    raise ConfigError(f"{where} is not a valid {model.__name__}: {place}: {first['msg']}")
+    raise ConfigError(f"{where} is not a valid {model.__name__}: {place}: {reason_of(first)}")
 
 
 def _flush(path: Path) -> None:

@@ -4,14 +4,21 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
-from tinkex_py.errors import ConfigError
 from tinkex_py.limits import running_loop
+from tinkex_py.runs.arguments import (
+    check_arguments,
+    checked_config,
+    checked_evaluate,
+    checked_optimizer,
+    checked_pipeline,
+    checked_settings,
+)
 from tinkex_py.runs.batches import Batches, BatchReader
 from tinkex_py.runs.folder import RunFolder
 from tinkex_py.runs.plan import Evaluate, Model, Optimizer, Plan
@@ -21,10 +28,9 @@ from tinkex_py.runs.run import Run
 from tinkex_py.runs.settings import TrainSettings
 from tinkex_py.runs.sinks import MetricSink, Sinks
 from tinkex_py.threads import FileThread
-from tinkex_py.types import AdamParams
 
 if TYPE_CHECKING:
-    from tinkex_py.losses.pipeline import Pipeline
+    from tinkex_py.losses import Pipeline, Term
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,11 @@ async def train(
     service: AsyncServiceClient,
     model: Model,
     batches: Batches,
-    pipeline: "Pipeline",
+    pipeline: "Pipeline | Term",
     *,
     folder: Path | str,
     optimizer: Optimizer | None = None,
-    settings: TrainSettings | None = None,
+    settings: TrainSettings | Mapping[str, Any] | None = None,
     config: Mapping[str, JsonValue] | None = None,
     evaluate: Evaluate | None = None,
     sinks: Sequence[MetricSink] = (),
@@ -88,14 +94,15 @@ async def train(
             which is not called where a run is resumed.
         batches: lists of datums, sync or async; or a function that is called with the number of batches to skip. With
             a plain iterator, the run cannot restart from its last checkpoint within the process.
-        pipeline: the loss. Its weight controllers become those of the run.
+        pipeline: the loss; or a term, which becomes `Pipeline(term)`. Its weight controllers become those of the run.
         folder: the run's files.
-        optimizer: of every step, or a function of the number of steps made before; default `AdamParams()`.
-        settings: of the run; default `TrainSettings()`.
+        optimizer: of every step, or a function of the number of steps made before; default `AdamParams()`. A number is
+            the learning rate of `AdamParams`.
+        settings: of the run, also as a dict; default `TrainSettings()`.
         config: plain values that decide the numbers, such as the names of model and data; written to `run.json`. They
             must be the same when the run is resumed. `seed` becomes `RunInfo.seed`.
-        evaluate: called as `await evaluate(training, step)` between two steps. It returns numbers by name, and
-            optionally texts, such as samples, by name or prompt.
+        evaluate: called as `evaluate(training, step)` between two steps; awaited if it is async, else in a worker
+            thread. It returns numbers by name, and optionally texts, such as samples, by name or prompt.
         sinks: further receivers of the numbers; called in threads.
         stop: once it is set, the run ends after the steps in flight, with a checkpoint. A batch that is awaited then
             is abandoned, and read again when the run is resumed.
@@ -108,27 +115,23 @@ async def train(
 
     Raises:
         ConfigError: the folder belongs to a run with other settings, terms or data, or to another process; or an
-            argument is not valid. Nothing was changed.
+            argument is not valid. Nothing was changed, unless `evaluate` or a function `optimizer` returned something
+            else.
         TinkexError: a step failed, and recovery was not possible. The run can be resumed later.
     """
     running_loop()
-    if not isinstance(service, AsyncServiceClient):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"service must be an AsyncServiceClient, got a {type(service).__name__}")
-    if not isinstance(model, AsyncTrainingClient) and not callable(model):
-        raise ConfigError(
-            f"model must be a training client or a function that creates one, got a {type(model).__name__}"
-        )
+    check_arguments(service, model, batches, stop)
     files = FileThread("tinkex-run")
     reader = BatchReader(batches, files, allow_changes=allow_changes)
     receivers, view = Sinks(sinks), chosen_view(progress)
     plan = Plan(
         service,
         model,
-        pipeline,
-        optimizer or AdamParams(),
-        settings or TrainSettings(),
-        config or {},
-        evaluate,
+        checked_pipeline(pipeline),
+        checked_optimizer(optimizer),
+        checked_settings(settings),
+        checked_config(config),
+        checked_evaluate(evaluate),
         allow_changes,
     )
     with RunFolder(folder) as own:

@@ -15,7 +15,7 @@ from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.fingerprints import are_comparable, fingerprint
 from tinkex_py.runs.records import RunInfo, flattened
-from tinkex_py.runs.settings import TrainSettings
+from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.types import AdamParams, OptimizerParams
 from tinkex_py.version import __version__
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from tinkex_py.losses.pipeline import Pipeline
 
 Model = AsyncTrainingClient | Callable[[], Awaitable[AsyncTrainingClient]]
-Optimizer = AdamParams | OptimizerParams | Callable[[int], AdamParams | OptimizerParams]
-Evaluate = Callable[[AsyncTrainingClient, int], Awaitable[Mapping[str, float | str]]]
+StepSettings = AdamParams | OptimizerParams | float
+Optimizer = StepSettings | Callable[[int], StepSettings]
+Evaluation = Mapping[str, float | str]
+Evaluate = Callable[[AsyncTrainingClient, int], Awaitable[Evaluation] | Evaluation]
 
 # The settings that decide the numbers of a run.
 _DECISIVE = ("accumulate", "execution")
@@ -37,10 +39,10 @@ class Plan:
     service: AsyncServiceClient
     model: Model
     pipeline: "Pipeline"
-    optimizer: Optimizer
+    optimizer: AdamParams | OptimizerParams | Callable[[int], StepSettings]
     settings: TrainSettings
     config: Mapping[str, JsonValue]
-    evaluate: Evaluate | None
+    evaluate: Callable[[AsyncTrainingClient, int], Awaitable[Evaluation]] | None
     allow_changes: bool = False
 
     def described(self) -> dict[str, JsonValue]:
@@ -77,8 +79,14 @@ class Plan:
         return {name: fingerprint(part) for name, part in parts.items()}
 
     def optimizer_params(self, made: int) -> AdamParams | OptimizerParams:
-        """Returns the optimizer's settings after `made` steps."""
-        return self.optimizer(made) if callable(self.optimizer) else self.optimizer
+        """Returns the optimizer's settings after `made` steps.
+
+        Raises:
+            ConfigError: the function returned something else.
+        """
+        if not callable(self.optimizer):
+            return self.optimizer
+        return optimizer_settings(self.optimizer(made), f"the result of optimizer({made})")
 
     def evaluates_after(self, step: int) -> bool:
         """Returns whether the evaluation hook runs after this step."""

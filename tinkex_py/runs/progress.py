@@ -6,7 +6,7 @@ import sys
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.records import RunInfo, StepRecord, scalars
+from tinkex_py.runs.records import RunInfo, StepRecord, scalars, term_names
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
     Raises:
         ConfigError: it is not a view.
     """
-    if isinstance(progress, ProgressView):
+    if isinstance(progress, ProgressView) and not isinstance(progress, type):
         return progress
     if not isinstance(progress, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"progress must be True, False or a ProgressView, got a {type(progress).__name__}")
@@ -108,10 +108,14 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
 
 
 def summary(record: StepRecord) -> str:
-    """Returns the losses and the evaluation of a step in one line."""
+    """Returns the losses, the value and weight of each term, and the evaluation of a step in one line."""
     numbers = scalars(record)
-    shown = {"loss": numbers["loss/total"], "base": numbers["loss/base"], **record.evaluation}
-    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    shown = [f"loss {numbers['loss/total']:.4f}", f"base {numbers['loss/base']:.4f}"]
+    for name in term_names(record):
+        value, weight = numbers[f"term/{name}/value"], numbers[f"term/{name}/weight"]
+        shown.append(f"{name} {value:.4f} (weight {weight:.4g})")
+    shown += [f"{name} {value:.4f}" for name, value in record.evaluation.items()]
+    return "  ".join(shown)
 
 
 def _in_notebook() -> bool:

@@ -39,8 +39,9 @@ class RunInfo(Record):
         name: name of the run's folder.
         started_at: when the run was first started, in seconds since the epoch.
         updated_at: when this file was written, in seconds since the epoch.
-        status: "running", "finished" (all steps made), "stopped" (on request, or early), "failed".
-        reason: why it stopped or failed; None otherwise. Contains no user data.
+        status: "running", "finished" (all steps made, or the batches ended), "stopped" (on request, or early) or
+            "failed".
+        reason: why it stopped, failed, or ended before `total_steps`; None otherwise. Contains no user data.
         total_steps: planned optimizer steps; None if the run ends with its data.
         model: name of the base model as the service reported it; None if it did not.
         config: settings of the run, as given.
@@ -158,6 +159,11 @@ def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         else:
             flat[name] = value
     return flat
+
+
+def term_names(record: StepRecord) -> list[str]:
+    """Returns the names of the regularizers that took part in a step."""
+    return list(dict.fromkeys(name for output in record.losses for name in output.regularizers))
 
 
 def scalars(record: StepRecord) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
@@ -157,7 +158,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
     Raises:
         ConfigError: a folder is not a run, or cannot be read or written; nothing is written then.
     """
-    loaded, out = _load(folders), Path(out)
+    loaded, out = _load(folders), check_path("out", out, error=ConfigError)
     runs = [summary for summary, _, _ in loaded]
     curves = {summary.label: own for summary, own, _ in loaded}
     of_runs = {summary.label: own for summary, _, own in loaded}
@@ -188,7 +189,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
     # A folder that is named twice is read once.
-    places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    places = list(dict.fromkeys(check_path("folders", folder, error=ConfigError).resolve() for folder in folders))
     if not places:
         raise ConfigError("no run was given: name at least one folder of a run")
     for place in places:

@@ -5,7 +5,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinkex_py.runs.records import RunInfo, StepRecord, scalars
+from tinkex_py.runs.records import RunInfo, StepRecord, scalars, term_names
 
 
 class RichProgress:
@@ -63,7 +63,7 @@ def terms_table(record: StepRecord, first: StepRecord) -> Table:
         table.add_row(title, "" if value is None else numbers[0], shown_weight, *numbers[1:])
 
     row("base loss", "loss/base", None, "loss/base", "grad_norm/base_loss")
-    for name in dict.fromkeys(name for output in record.losses for name in output.regularizers):
+    for name in term_names(record):
         term = f"term/{name}"
         row(name, f"{term}/value", f"{term}/weight", f"{term}/contribution", f"{term}/grad_norm")
     table.add_section()

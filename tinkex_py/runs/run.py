@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tinkex_py import telemetry
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
+from tinkex_py.runs.arguments import created_model
 from tinkex_py.runs.batches import BatchReader
 from tinkex_py.runs.folder import RunFolder, read_steps
 from tinkex_py.runs.plan import Plan, differences, versions
@@ -147,8 +148,7 @@ class Run:
         return {position: known[position] for position in known if position >= first and known[position]}
 
     async def _new_model(self) -> AsyncTrainingClient:
-        model = self._plan.model
-        training = model if isinstance(model, AsyncTrainingClient) else await model()
+        training = await created_model(self._plan.model)
         if training.accumulated:
             raise InvalidData(
                 f"the training client holds {training.accumulated} backward passes that no optimizer step applied: "
@@ -277,10 +277,7 @@ class Run:
 
     async def _evaluate(self, number: int) -> Mapping[str, float | str]:
         assert self._plan.evaluate is not None
-        result = await self._plan.evaluate(self.training, number)
-        if not isinstance(result, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"evaluate must return a mapping of names to numbers, got a {type(result).__name__}")
-        return result
+        return await self._plan.evaluate(self.training, number)
 
     async def _save(self) -> None:
         """Saves a checkpoint and the state that belongs to it, and deletes old checkpoints."""
@@ -331,7 +328,9 @@ class Run:
             return "stopped", f"{rule.metric} did not improve in {rule.patience} measurements"
         if self._stop.is_set():
             return "stopped", "stop was requested"
-        return "finished", None if steps is None else f"the batches ended after {self._made} of {steps} steps"
+        if steps is None:
+            return "finished", None if self._made else "batches is empty: no step was made"
+        return "finished", f"the batches ended after {self._made} of {steps} steps"
 
     async def _end(self, status: RunStatus, reason: str | None, *, discard_waiting: bool = False) -> None:
         if not self._is_begun:

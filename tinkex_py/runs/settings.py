@@ -1,15 +1,18 @@
 """Settings of a training run, and the state of early stopping."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tinkex_py.arguments import as_number
 from tinkex_py.errors import ConfigError, did_you_mean
+from tinkex_py.types import AdamParams, OptimizerParams
+from tinkex_py.values import Integer, Number, problems_of
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Times = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[Integer, Field(ge=1)]
+Times = Annotated[Integer, Field(ge=0)]
 
 # Numbers that are known before the next step is sent.
 _MONITORED = ("loss/", "grad_norm/", "term/", "evaluation/")
@@ -44,7 +47,7 @@ class EarlyStop(Settings):
     metric: str
     patience: Count = 10
     better: Literal["lower", "higher"] = "lower"
-    min_change: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min_change: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
     def _can_be_monitored(self) -> Self:
@@ -120,30 +123,18 @@ class TrainSettings(Settings):
     execution: Literal["client", "auto", "server"] = "client"
 
 
-def problems_of(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Returns one line that names each invalid setting of a model, with its value if that is plain."""
-    problems: list[str] = []
-    for problem in error.errors(include_url=False):
-        name = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            *section, wrong = problem["loc"]
-            problems.append(f"no setting is named {name!r}{did_you_mean(wrong, _names(settings, section))}")
-        elif problem["type"] == "missing":
-            problems.append(f"{name}: is missing")
-        else:
-            given = problem["input"]
-            shown = f", got {given!r}" if isinstance(given, str | bool | int | float | None) else ""
-            text = problem["msg"].removeprefix("Value error, ") + shown
-            problems.append(f"{name}: {text}" if name else text)
-    return "; ".join(problems)
+def optimizer_settings(given: object, name: str) -> AdamParams | OptimizerParams:
+    """Returns the settings of an optimizer step; a number is the learning rate of AdamW.
 
-
-def _names(settings: type[BaseModel], section: Sequence[int | str]) -> Sequence[str]:
-    """Returns the names of the settings in a section of a model."""
-    for name in section:
-        if isinstance(name, str):  # a number is a position in a list
-            kind = settings.model_fields[name].annotation
-            settings = next(
-                one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)
-            )
-    return list(settings.model_fields)
+    Raises:
+        ConfigError: it is neither; the message begins with `name`.
+        InvalidData: the learning rate is out of range.
+    """
+    if isinstance(given, AdamParams | OptimizerParams):
+        return given
+    rate = as_number(given)
+    if rate is None:
+        raise ConfigError(
+            f"{name} must be AdamParams, OptimizerParams or a learning rate, got a {type(given).__name__}"
+        )
+    return AdamParams(learning_rate=rate)

@@ -45,8 +45,10 @@ class Sinks:
     """
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        if not isinstance(sinks, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"sinks must be a list of metric sinks, got a {type(sinks).__name__}")
         for sink in sinks:
-            if not isinstance(sink, MetricSink):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if isinstance(sink, type) or not isinstance(sink, MetricSink):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise ConfigError(f"sinks: {type(sink).__name__} needs the methods start, log and finish of MetricSink")
         self._queues: list[tuple[MetricSink, Queue]] = [(sink, Queue()) for sink in sinks]
         self._workers: list[asyncio.Task[None]] = []

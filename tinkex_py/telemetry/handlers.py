@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from tinkex_py.arguments import check_function, check_kind, check_text, shown
+from tinkex_py.arguments import check_function, check_text, shown
 from tinkex_py.errors import InvalidData, RegularizerError
 from tinkex_py.telemetry.events import EVENT_LEVELS, Event, Measurements, matching_events
 from tinkex_py.telemetry.logs import LOGGER, parse_level, would_write, write_line
@@ -173,8 +173,11 @@ def emit(
     attachments = _ATTACHMENTS.current
     if not attachments and not would_write(level):
         return
-    check_kind("measurements", measurements, Mapping)
-    check_kind("metadata", metadata, Mapping)
+    are_mappings = isinstance(measurements, Mapping) and isinstance(metadata, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not are_mappings:
+        raise InvalidData(
+            f"measurements and metadata must be mappings, got {shown(measurements)} and {shown(metadata)}"
+        )
     event = Event(name, MappingProxyType(dict(measurements)), MappingProxyType(dict(metadata)), exception, unit)
     for attachment in attachments:
         if name in attachment.names:
@@ -208,7 +211,8 @@ def lifecycle(prefix: str, metadata: Mapping[str, Any]) -> Generator[Measurement
     """
     if not isinstance(prefix, str) or f"{prefix}.start" not in EVENT_LEVELS:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"prefix: no event starts with {shown(prefix)}; the events are: {', '.join(EVENT_LEVELS)}")
-    check_kind("metadata", metadata, Mapping)
+    if not isinstance(metadata, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidData(f"metadata must be a mapping, got {shown(metadata)}")
     measurements: Measurements = {}
     unit = next(_UNITS)
     if _ATTACHMENTS.current or structlog.is_configured() or LOGGER.isEnabledFor(EVENT_LEVELS[f"{prefix}.start"]):

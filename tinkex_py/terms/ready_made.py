@@ -14,10 +14,11 @@ from tinkex_py.arguments import check_kind, check_list, shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.spec import TermFunction, TermResult
 from tinkex_py.types import Datum
+from tinkex_py.values import Number, reason_of
 
 NonEmptyStr = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,11 @@ class ReadyMadeTerm(ABC):
 
     def __post_init__(self) -> None:
         try:
-            _settings_model(type(self)).model_validate(vars(self))
+            checked = _settings_model(type(self)).model_validate(vars(self))
         except ValidationError as error:
             raise self.invalid(_problem(error)) from None
+        for setting, value in checked:
+            object.__setattr__(self, setting, value)
         self.check()
 
     def check(self) -> None:  # noqa: B027  # optional
@@ -101,7 +104,7 @@ def _problem(error: ValidationError) -> str:
     found = error.errors(include_url=False)
     setting, value = found[0]["loc"][0], found[0]["input"]
     messages = [
-        item["msg"].partition(" should ")[2]
+        reason_of(item).removeprefix("must ")
         for item in found
         if item["loc"][0] == setting and item["type"] != "is_instance_of"  # a default that no user passes
     ]

@@ -234,7 +234,7 @@ class ReducedTerm(ReadyMadeTerm):
                 FutureWarning,
                 "no mask= is given, so 'weights' of the datums is the mask: 0 leaves a position out, other numbers "
                 "are factors. Earlier versions counted every position with weight 1: pass mask=None for that result, "
-                "or mask='weights' for this one without the warning",
+                "or mask='weights' (numbers >= 0) for this one without the warning",
             )
         return at_positions
 
@@ -252,7 +252,7 @@ class ReducedTerm(ReadyMadeTerm):
             self._warn(
                 UserWarning,
                 "'weights' has negative numbers, which are no mask: positions of weight 0 are left out, all others "
-                "count with weight 1. Pass mask= to choose other weights, or mask=None to count every position",
+                "count with weight 1. Name a field of numbers >= 0 as mask=, or pass mask=None to count every position",
             )
             return (weights != 0).to(weights.dtype)
         if self.reduction != "sum":

@@ -68,7 +68,7 @@ class ReferenceTerm(ReducedTerm):
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; `reference` has the shape and dtype of the logprobs."""
 
-    def select_reference(self, positions: Positions, reference: torch.Tensor, data: Sequence[Datum]) -> torch.Tensor:
+    def _select_reference(self, positions: Positions, reference: torch.Tensor, data: Sequence[Datum]) -> torch.Tensor:
         """Returns the selected logprobs of the reference; raises InvalidData if they are no logprobs."""
         source = "the reference" if self.reference_field is None else f"the field {self.reference_field!r}"
         return positions.select_logprobs(reference, data, source)

@@ -1,33 +1,22 @@
 """Base classes of values: pydantic's validation errors are raised as InvalidData."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
-
-
-class RaisesInvalidData(type(BaseModel)):
-    """Metaclass of results: creating one with invalid fields raises InvalidData; `model_validate` is unchanged."""
-
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        """Creates an object."""
-        try:
-            return super().__call__(*args, **fields)
-        except ValidationError as error:
-            problems = _describe(error)
-        # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
-        raise InvalidData(f"{cls.__name__}: {problems}")
+from tinkex_py.values import problems_of
 
 
 class WireModel(BaseModel):
     """A frozen value whose fields have the names of the wire format.
 
     Raises:
-        InvalidData: a field is invalid; the message names it and, if it is a number, its value.
+        InvalidData: a field is invalid; the message names it and, if it is plain, its value.
     """
+
+    shows_texts: ClassVar[bool] = False
+    """Whether errors contain texts; False where they may be a user's."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid", protected_namespaces=())
 
@@ -36,23 +25,8 @@ class WireModel(BaseModel):
             super().__init__(**fields)
             return
         except ValidationError as error:
-            problems = _describe(error)
+            problems = problems_of(error, type(self), shows_texts=self.shows_texts)
         except TypeError as error:  # a mapping that is given for a nested value lacks a field, or has an unknown one
             problems = f"{', '.join(fields)}: {error}"
         # Raised outside of the except block, because pydantic's error contains the input, which may be a prompt.
         raise InvalidData(f"{type(self).__name__}: {problems}")
-
-
-def _describe(error: ValidationError) -> str:
-    lines: list[str] = []
-    for item in error.errors(include_url=False):
-        place = _path(item["loc"])
-        value = item["input"]
-        seen = shown(value) if isinstance(value, bool | int | float | None) else f"a {type(value).__name__}"
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{place}{message} (got {seen})" if item["type"] != "value_error" else f"{place}{message}")
-    return "; ".join(lines)
-
-
-def _path(location: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in location) + ": " if location else ""

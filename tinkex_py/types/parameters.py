@@ -1,18 +1,38 @@
 """Parameters of requests: adapters, optimizers, sampling."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
-from pydantic import ConfigDict, Field, model_validator
+import numpy as np
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from tinkex_py.arguments import as_integer, plain
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
+from tinkex_py.values import Integer, Number
 
 # Services store integers in 64 bits.
-Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Whole = Annotated[Integer, Field(ge=-(2**63), lt=2**63)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 
+
+def _stop(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    given = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(given, Sequence):
+        items = list(cast("Sequence[object]", given))
+        tokens = [as_integer(item) for item in items]
+        if all(isinstance(item, str) for item in items):
+            return cast("Sequence[object]", given)
+        if None not in tokens:
+            return tuple(tokens) if isinstance(given, tuple) else tokens
+        given = " and ".join(sorted({type(item).__name__ for item in items}))
+        raise ValueError(f"must be a text, a list of texts or a list of token ids, got a list of {given}")
+    raise ValueError(f"must be a text, a list of texts or a list of token ids, got {value!r}")
+
+
+Stop = Annotated[str | Sequence[str] | Sequence[int] | None, BeforeValidator(_stop)]
 
 _NEWER_FIELDS = frozenset({"weight_decay", "grad_clip_norm"})
 
@@ -30,6 +50,8 @@ class LoraConfig(WireModel):
     Raises:
         InvalidData: a value is out of range, or no layer is adapted.
     """
+
+    shows_texts = True
 
     rank: Annotated[Whole, Field(ge=1)] = 32
     seed: Whole | None = None
@@ -59,9 +81,11 @@ class AdamParams(WireModel):
         InvalidData: a value is out of range.
     """
 
+    shows_texts = True
+
     learning_rate: NonNegative = 1e-4
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.95
     eps: NonNegative = 1e-12
     weight_decay: NonNegative = 0.0
     grad_clip_norm: NonNegative = 0.0
@@ -87,7 +111,9 @@ class OptimizerParams(WireModel):
         InvalidData: a value is out of range.
     """
 
+    shows_texts = True
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[Any, BeforeValidator(plain)]]  # type: ignore[assignment]
 
     type: str = Field(min_length=1)
     learning_rate: NonNegative
@@ -113,9 +139,11 @@ class SamplingParams(WireModel):
         InvalidData: a value is out of range.
     """
 
+    shows_texts = True
+
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     seed: Whole | None = None
-    stop: str | Sequence[str] | Sequence[int] | None = None
+    stop: Stop = None
     temperature: NonNegative = 1.0
     top_k: Annotated[Whole, Field(ge=-1)] = -1
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0

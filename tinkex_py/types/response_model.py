@@ -6,10 +6,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tinkex_py.errors import InvalidResponse
-from tinkex_py.types.base import RaisesInvalidData
 
 
-class ResponseModel(BaseModel, metaclass=RaisesInvalidData):
+class ResponseModel(BaseModel):
     """A parsed response: frozen; unknown fields are ignored."""
 
     model_config = ConfigDict(

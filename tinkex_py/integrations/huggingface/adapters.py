@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tinkex_py.arguments import check_path
 from tinkex_py.client.archive import extract
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.errors import InvalidData
@@ -88,7 +89,7 @@ def export_adapter(
         MissingExtra: peft is not installed.
         OSError: a file cannot be read or written.
     """
-    source, target = Path(checkpoint), Path(folder)
+    source, target = check_path("checkpoint", checkpoint), check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
     if not source.exists():
         raise InvalidData(f"there is no checkpoint {str(source)!r}: pass a folder or an archive")
@@ -124,7 +125,8 @@ async def download_adapter(
         rest: the client that `service.create_rest_client()` returns.
         path: `tinker://{training run}/{kind}/{name}`.
         folder: as in `export_adapter`.
-        base_model: as in `export_adapter`; None uses the name that the service reports for the checkpoint.
+        base_model: as in `export_adapter`; None uses the name that the service reports for the checkpoint, of a folder
+            only the last part.
         network: as in `export_adapter`.
         overwrite: as in `export_adapter`.
         on_progress: as in `AsyncRestClient.download_checkpoint`.
@@ -137,9 +139,9 @@ async def download_adapter(
     """
     running_loop()
     import_before_threads("transformers")  # peft imports it, in the thread below
-    target = Path(folder)
+    target = check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
-    base_model = base_model or (await rest.get_weights_info(path)).base_model
+    base_model = base_model or _without_folder((await rest.get_weights_info(path)).base_model)
     async with FileThread() as files:
         workspace = await files.run(lambda: _workspace_beside(target))
         try:
@@ -191,6 +193,12 @@ def write_adapter(adapter: PeftAdapter, folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
+
+
+def _without_folder(model: str) -> str:
+    """Returns the name of a model that a service may have loaded from a folder, which other machines do not have."""
+    is_folder = model.startswith((".", "~")) or Path(model).is_absolute()
+    return Path(model).name if is_folder else model
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:
