@@ -108,6 +108,7 @@ INTERNAL = (
     r"\.next_weights$",  # part of `update` of a controller
     r"\.Pipeline\.evaluate$",  # part of `compute` of a pipeline
     r"\.PackedTensor",  # made of decoded responses
+    r"\.EventStream|\.training_events$",  # need a server and a run: tests/integrations/test_fastapi_streams.py
 )
 
 # A valid call takes too long.

@@ -130,9 +130,10 @@ def test_without_datums_the_tensor_is_one_sequence():
         assert evaluated(L1(reduction=reduction), [], x)[0].item() == expected
 
 
-def test_an_unmasked_sum_does_not_read_the_data():
+def test_data_that_are_no_datums_are_refused():
     unread: list = [object()]
-    assert L1().compute(unread, torch.tensor([-1.0, -2.0]))[0].item() == 3.0
+    with pytest.raises(InvalidData, match=r"data\[0\] must be a Datum, got a object"):
+        L1().compute(unread, torch.tensor([-1.0, -2.0]))
 
 
 def test_errors_of_masks():

@@ -149,5 +149,5 @@ async def test_code_that_has_no_fingerprint_warns_and_resumes(tmp_path: Path) ->
 async def test_what_is_no_batch_is_refused(tmp_path: Path, bad: Any) -> None:
     async with AsyncServiceClient.local(model="tiny") as service:
         with pytest.raises(InvalidData, match="batch 1 must be a sequence of Datum"):
-            await run_to(service, tmp_path, batches=[batch(0), bad])
+            await run_to(service, tmp_path, batches=iter([batch(0), bad]))
     assert read_run(tmp_path).status == "failed"

@@ -93,6 +93,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "download_adapter.folder": folder / "downloaded",
         "export_adapter.folder": folder / "exported",
         "handler": lambda event: None,
+        "turns": "all",
         "handler_id": "none",
         "http_client": None,
         "JsonlSink.path": folder / "steps.jsonl",

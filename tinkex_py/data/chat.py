@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from tinkex_py.arguments import check_kind, check_list
+from tinkex_py.arguments import check_choice, check_kind, check_list
 from tinkex_py.data.messages import Message, Part, checked_messages, edited, is_assistant, parts_of
 from tinkex_py.errors import InvalidData, MissingExtra
 from tinkex_py.text import decode, encode_pieces
@@ -106,6 +106,7 @@ class ChatRenderer:
             InvalidData: a message is invalid, none has the role "assistant", the template fails or drops a part of a
                 message, or the tokens of a turn cannot be determined.
         """
+        check_choice("turns", turns, get_args(Turns))
         checked = checked_messages(messages)
         of_assistant = [index for index, message in enumerate(checked) if is_assistant(message)]
         if not of_assistant:

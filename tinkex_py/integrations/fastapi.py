@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
 from tinkex_py import errors
-from tinkex_py.arguments import check_flag, check_function, check_kind, shown
+from tinkex_py.arguments import check_choice, check_flag, check_function, check_kind, shown
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.errors import APIStatusError, ConfigError, InvalidData, MissingExtra, RequestFailed, TinkexError
 from tinkex_py.runs import ProgressView, RunInfo, StepRecord, TrainedRun, scalars
@@ -183,8 +183,7 @@ class EventStream(StreamingResponse):
     def __init__(self, items: AsyncGenerator[Any, None], form: Literal["events", "lines"] = "events") -> None:
         if not isinstance(items, AsyncGenerator):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidData(f"items must be an async generator, got a {type(items).__name__}: call the function")
-        if form not in _FORMS:
-            raise InvalidData(f"form must be one of {', '.join(_FORMS)}, got {form!r}")
+        check_choice("form", form, _FORMS)
         media_type, self._encoded = _FORMS[form]
         super().__init__(items, media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._items = items
@@ -244,10 +243,15 @@ async def training_events(
         start: starts the run with a progress view, such as `lambda view: train(..., progress=view)`.
 
     Raises:
+        InvalidData: `start` does not start a run.
         TinkexError: the run failed.
     """
+    check_function("start", start)
     view = _ProgressEvents()
-    run = asyncio.create_task(start(view), name="tinkex.streamed-run")
+    work = start(view)
+    if not asyncio.iscoroutine(work):
+        raise InvalidData(f"start must return the coroutine of train(...), got a {type(work).__name__}")
+    run = asyncio.create_task(work, name="tinkex.streamed-run")
     run.add_done_callback(view.end)
     try:
         while (event := await view.events.get()) is not None:

@@ -70,7 +70,7 @@ class JsonlSink:
         if self._may_repeat:
             self._remove(key, step)
             self._may_repeat = False
-        row = {"run": key, "step": step, **{name: _plain(value) for name, value in numbers.items()}}
+        row = {"run": key, "step": int(step), **{name: _plain(value) for name, value in numbers.items()}}
         with self.path.open("ab") as file:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 

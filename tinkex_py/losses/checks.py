@@ -47,7 +47,7 @@ def checked_steps(owner: str, setting: str, value: object, *, at_least: int) -> 
     """
     steps = as_integer(value)
     if steps is None or steps < at_least:
-        raise InvalidSpec(f"{owner}: {setting} must be an int >= {at_least}, got {value!r}")
+        raise InvalidSpec(f"{owner}: {setting} must be an int >= {at_least}, got {shown(value)}")
     return steps
 
 

@@ -13,10 +13,11 @@ from tinkex_py.arguments import as_number, plain
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError
+from tinkex_py.runs.batches import check_batch
 from tinkex_py.runs.plan import Evaluation, Model, StepSettings
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.threads import FileThread
-from tinkex_py.types import AdamParams, Datum, OptimizerParams
+from tinkex_py.types import AdamParams, OptimizerParams
 
 if TYPE_CHECKING:
     from tinkex_py.losses import Pipeline
@@ -27,6 +28,7 @@ def check_arguments(service: object, model: object, batches: object, stop: objec
 
     Raises:
         ConfigError: naming the argument.
+        InvalidData: a batch of a list is no sequence of datums.
     """
     if not isinstance(service, AsyncServiceClient):
         raise ConfigError(f"service must be an AsyncServiceClient, got {_kind(service)}")
@@ -177,20 +179,9 @@ def _check_batches(batches: object) -> None:
         raise ConfigError(f"batches must be lists of datums, got {_kind(cast('object', batches))}")
     if isinstance(batches, list | tuple):
         for number, batch in enumerate(cast("Sequence[object]", batches)):
-            _check_batch(number, batch)
+            check_batch(batch, number)
     elif callable(batches) and not isinstance(batches, Iterable | AsyncIterable):
         _check_function(batches, "batches must be a function of the number of batches to skip", "batches(0)", 0)
-
-
-def _check_batch(number: int, batch: object) -> None:
-    if isinstance(batch, Datum):
-        raise ConfigError(f"batches[{number}] is a Datum, but a batch is a list of datums: pass [batches]")
-    wanted = f"batches[{number}] must be a list of Datum"
-    if not isinstance(batch, Sequence):
-        raise ConfigError(f"{wanted}, got {_kind(batch)}")
-    for item in cast("Sequence[object]", batch):
-        if not isinstance(item, Datum):
-            raise ConfigError(f"{wanted}, got one with {_kind(item)}")
 
 
 def _is_async(hook: object) -> bool:

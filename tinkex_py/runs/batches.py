@@ -122,10 +122,7 @@ class BatchReader:
             return []
 
     async def _compare(self, batch: Batch) -> None:
-        if not _is_batch(batch):
-            raise InvalidData(
-                f"batch {self.position} must be a sequence of Datum, got {_described(batch)}: pass lists of datums"
-            )
+        check_batch(batch, self.position)
         now = await self._files.run(lambda: batch_fingerprint(batch))
         before = self.fingerprints.setdefault(self.position, now)
         if before == now:
@@ -158,16 +155,15 @@ class BatchReader:
             current.close()
 
 
-def _is_batch(batch: object) -> bool:
-    return isinstance(batch, Sequence) and all(isinstance(datum, Datum) for datum in cast("Sequence[object]", batch))
-
-
-def _described(batch: object) -> str:
-    name = f"a {type(batch).__name__}"
-    if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
-        return name
-    wrong = next(item for item in cast("Sequence[object]", batch) if not isinstance(item, Datum))
-    return f"{name} with a {type(wrong).__name__}"
+def check_batch(batch: object, position: int) -> None:
+    """Raises InvalidData unless a batch is a sequence of datums."""
+    given = f"a {type(batch).__name__}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        wrong = [item for item in cast("Sequence[object]", batch) if not isinstance(item, Datum)]
+        if not wrong:
+            return
+        given += f" with a {type(wrong[0]).__name__}"
+    raise InvalidData(f"batch {position} must be a sequence of Datum, got {given}: pass lists of datums")
 
 
 def _is_stream(batches: object) -> bool:

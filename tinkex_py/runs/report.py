@@ -188,13 +188,13 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
+    for folder in folders:
+        if without_halves(str(folder)) != str(folder):
+            raise ConfigError(f"the path {str(folder)!r} is not UTF-8 text: rename the folder")
     # A folder that is named twice is read once.
     places = list(dict.fromkeys(check_path("folders", folder, error=ConfigError).resolve() for folder in folders))
     if not places:
         raise ConfigError("no run was given: name at least one folder of a run")
-    for place in places:
-        if without_halves(str(place)) != str(place):
-            raise ConfigError(f"the path {str(place)!r} is not UTF-8 text: rename the folder")
     depth = 1  # of the label: as many parents as distinguish the folders
     while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1

@@ -78,12 +78,7 @@ def has_field(data: Sequence[Datum], name: str) -> bool:
     Raises:
         InvalidData: only some datums have it.
     """
-    # A tensor given directly may come with data that are no datums.
-    missing = [
-        index
-        for index, datum in enumerate(data)
-        if not isinstance(datum, Datum) or name not in datum.loss_fn_inputs  # pyright: ignore[reportUnnecessaryIsInstance]
-    ]
+    missing = [index for index, datum in enumerate(data) if name not in datum.loss_fn_inputs]
     if missing and len(missing) < len(data):
         raise InvalidData(
             f"datum {missing[0]} has no {name!r} in loss_fn_inputs, but other datums have it: set it on all or on none"

@@ -29,7 +29,9 @@ def _stop(value: object) -> object:
             return tuple(tokens) if isinstance(given, tuple) else tokens
         given = " and ".join(sorted({type(item).__name__ for item in items}))
         raise ValueError(f"must be a text, a list of texts or a list of token ids, got a list of {given}")
-    raise ValueError(f"must be a text, a list of texts or a list of token ids, got {value!r}")
+    raise ValueError(
+        f"must be a text, a list of texts or a list of token ids, got a {type(cast('object', value)).__name__}"
+    )
 
 
 Stop = Annotated[str | Sequence[str] | Sequence[int] | None, BeforeValidator(_stop)]
