@@ -27,6 +27,24 @@ _BILLING_REPORTED_EVERY = 60.0
 _BILLING_FORGOTTEN_AFTER = 300.0
 
 
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Returns the event loop of the running task.
+
+    Raises:
+        ConfigError: there is none, because another library such as trio drives the coroutine.
+    """
+    try:
+        if asyncio.current_task() is not None:
+            return asyncio.get_running_loop()
+    except RuntimeError:
+        pass  # no event loop runs in this thread
+    raise ConfigError(
+        "tinkex_py runs on asyncio only, and this call is not inside an asyncio task: start the program with "
+        "asyncio.run(...), or run this part of a trio program in a thread, "
+        "trio.to_thread.run_sync(asyncio.run, main())"
+    )
+
+
 def is_seconds(value: object) -> TypeGuard[int | float]:
     """Whether a value is a number of seconds, infinity included; False for bool, NaN and ints too large for a float."""
     number = as_number(value) if isinstance(plain(value), int | float) else None

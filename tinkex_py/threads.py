@@ -1,13 +1,27 @@
 """Threads for blocking work other than terms and arithmetic: files, certificate stores, downloads by libraries."""
 
 import asyncio
+import contextlib
 import contextvars
+import importlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
+
+
+def import_before_threads(package: str) -> None:
+    """Imports a package on the thread of the event loop; an error is left to its first use.
+
+    `transformers` replaces its module in `sys.modules` while it is imported, and an import statement that meanwhile
+    runs in another thread gets the replaced module, which has no names. On the thread of the event loop, no import
+    of the program can run meanwhile. If one runs in another thread already, `import_module` waits, and then looks the
+    module up again.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module(package)
 
 
 async def in_own_thread(name: str, work: Callable[[], Result]) -> Result:

@@ -89,7 +89,7 @@ async def test_peft_gives_the_logprobs_of_the_service(tmp_path, tied, kinds):
     assert sorted(file.name for file in adapter.iterdir()) == [CONFIG, WEIGHTS]
     assert sorted(file.name for file in adapter.parent.iterdir()) == ["adapter"]  # nothing hidden is left
     config = json.loads((adapter / CONFIG).read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (model, 4, 32)
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (Path(model).name, 4, 32)
 
     tuned = peft.PeftModel.from_pretrained(network, str(adapter)).eval()
     own = logprobs_of(tuned, DATA)

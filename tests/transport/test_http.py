@@ -123,6 +123,35 @@ async def test_a_proxy_that_the_environment_names(server: ScriptedServer, monkey
     await server.until(lambda: server.open_connections == 0)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("behavior", ["refuses", "closes", "says nothing"])
+async def test_a_dead_proxy_is_named_and_the_service_is_not_suspected(
+    behavior: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+):
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        if behavior == "says nothing":
+            await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    if behavior == "refuses":
+        server.close()
+    monkeypatch.setenv(f"{scheme}_proxy", address)
+    kind, seconds = (errors.TimeoutExceeded, 0.2) if behavior == "says nothing" else (errors.ConnectionFailed, 60.0)
+    client = KeyedClient(base_url=f"{scheme}://service.test", timeout=seconds)
+    with pytest.raises(
+        kind, match=f"the proxy '127.0.0.1', which the environment variable {scheme}_proxy names"
+    ) as caught:
+        await client.exchange("GET", "a")
+    assert "base_url" not in str(caught.value)
+    await client.aclose()
+    server.close()
+    await server.wait_closed()
+
+
 @pytest.mark.parametrize("key", [None, KEY])
 async def test_headers_of_a_request_replace_those_of_the_client_but_never_the_key(
     server: ScriptedServer, key: str | None

@@ -21,7 +21,6 @@ HOSTS = [
     "http://service.example:8080/v1",
     "http://api.service.example/v1",
     "http://notservice.example/v1",
-    "http://localhost:9/v1",
     "http://sub.localhost:9/v1",
     "http://10.1.2.3/v1",
     "http://10.1.2.3:9000/v1",
@@ -105,13 +104,22 @@ def test_the_same_hosts_go_through_the_proxy_as_with_httpx(excluded: str, proxy:
         assert ours == {url: httpx_uses_the_proxy(client, url) for url in HOSTS}
 
 
+@pytest.mark.parametrize("host", ["localhost:9", "127.0.0.1", "127.8.8.8:1", "[::1]:8000"])
+@pytest.mark.parametrize("value", ["http://proxy.example:3128", "not://the address of a proxy"])
+def test_a_service_on_this_machine_needs_no_proxy(value: str, host: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, value)
+    for scheme in ("http", "https"):
+        assert proxy_for(urlsplit(f"{scheme}://{host}/v1")) is None
+
+
 @pytest.mark.parametrize(
     ("excluded", "host"),
     [
         ("10.0.0.0/8", "10.1.2.3"),
         ("192.168.0.0/16,10.0.0.0/8", "10.1.2.3:9000"),
-        ("[::1]", "[::1]:8000"),
-        ("::1", "[::1]:8000"),
+        ("[fd00::7]", "[fd00::7]:8000"),
+        ("fd00::7", "[fd00::7]:8000"),
         ("fd00::/8", "[fd00::7]"),
     ],
 )
@@ -135,7 +143,19 @@ def test_the_variable_of_the_scheme_comes_before_all(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "value", ["http://", "http://host:notaport", "ftp://proxy.example", "http://prö.example", "://x"]
+    "value",
+    [
+        "http://",
+        "http://host:notaport",
+        "http://host:99999",
+        "http://[::1",
+        "http://my proxy:3128",
+        "http://proxy.example:3128/proxy.pac",
+        "http://user:7/pass@proxy.example:3128",
+        "ftp://proxy.example",
+        "http://prö.example",
+        "://x",
+    ],
 )
 def test_an_invalid_proxy_is_an_error_that_names_its_variable(value: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("http_proxy", value)

@@ -28,6 +28,7 @@ from tinkex_py.errors import (
     SequenceLost,
     TinkexError,
 )
+from tinkex_py.limits import running_loop
 from tinkex_py.transport.api import Sent
 
 Value = TypeVar("Value")
@@ -127,7 +128,7 @@ class Ordering:
 
     def check_loop(self) -> None:
         """Raises ClientClosed on any other event loop than the first one."""
-        if asyncio.get_running_loop() is not self._loop:
+        if running_loop() is not self._loop:
             raise ClientClosed("this training client belongs to another event loop: create one client per loop")
 
     @property

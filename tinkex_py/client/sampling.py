@@ -20,6 +20,7 @@ from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.unsupported import reported_as_unsupported
 from tinkex_py.errors import ClientClosed, RateLimited, ResultLost, UnsupportedFeature
+from tinkex_py.limits import running_loop
 from tinkex_py.transport.api import is_retryable_status
 from tinkex_py.transport.decoding import fields_of, read_sample, request_id_of, text_of
 from tinkex_py.transport.messages import Response, encoded_json, request
@@ -97,6 +98,7 @@ class AsyncSamplingClient:
         """
         if self._closed:
             raise ClientClosed("this sampling client is closed: create a new one")
+        running_loop()
         check_prompt(prompt)
         counts = {
             "topk_prompt_logprobs": topk_prompt_logprobs,

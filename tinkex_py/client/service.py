@@ -28,8 +28,9 @@ from tinkex_py.errors import (
     TimeoutExceeded,
     UnsupportedFeature,
 )
+from tinkex_py.limits import running_loop
 from tinkex_py.losses.worker_pool import WorkerPool
-from tinkex_py.threads import in_own_thread
+from tinkex_py.threads import import_before_threads, in_own_thread
 from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
@@ -317,6 +318,7 @@ class AsyncServiceClient:
     async def _load_tokenizer(self, name: str) -> Tokenizer:
         if self._embedded is not None:
             return self._embedded.tokenizer
+        import_before_threads("transformers")
         return await in_own_thread("tinkex-tokenizer", lambda: _tokenizer_by_name(name))
 
     # Opening and closing
@@ -356,7 +358,7 @@ class AsyncServiceClient:
         self._check_loop()
 
     def _check_loop(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         if self._loop is None:
             self._loop = loop
         if self._loop is not loop:
@@ -388,6 +390,7 @@ class AsyncServiceClient:
             stack.push_async_callback(self._session.close_orderings)
 
     async def __aenter__(self) -> "AsyncServiceClient":
+        self._check_usable()
         try:
             await self._connected()
         except BaseException:

@@ -7,7 +7,7 @@ from tinkex_py.arguments import check_flag, check_path, shown
 from tinkex_py.dashboard.app import dashboard_app
 from tinkex_py.dashboard.feed import INTERVAL, Feed
 from tinkex_py.errors import ConfigError
-from tinkex_py.limits import is_seconds
+from tinkex_py.limits import is_seconds, running_loop
 from tinkex_py.serving import address_of, check_listening, is_loopback, listen, serve_app
 
 
@@ -34,6 +34,7 @@ async def serve_dashboard(
         ConfigError: `runs_dir` is not a folder, others can reach the host and that is not permitted, or the address
             cannot be used.
     """
+    running_loop()
     check_listening(host, port, on_listening)
     check_flag("allow_other_machines", allow_other_machines, error=ConfigError)
     folder = check_path("runs_dir", runs_dir, error=ConfigError)

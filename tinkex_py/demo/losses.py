@@ -51,7 +51,8 @@ class RarityTerm:
         import torch
 
         targets = packed_field(data, "target_tokens")
-        rarity = torch.tensor(await self._ask(cast("list[int]", targets.numpy().tolist())), dtype=torch.float32)
+        answer = await self._ask(cast("list[int]", targets.numpy().tolist()))
+        rarity = torch.tensor(answer, dtype=logprobs.dtype, device=logprobs.device)
         return -_answer_mean(data, logprobs * rarity), {"mean_rarity": float(rarity.mean())}
 
     async def _ask(self, tokens: list[int]) -> list[float]:

@@ -317,7 +317,7 @@ class Engine:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             # Never a folder of this machine, which another one does not have.
-            "base_model_name_or_path": Path(self.model.name).name,
+            "base_model_name_or_path": Path(self.model.name).expanduser().resolve().name,
             "r": settings.rank,
             "lora_alpha": LORA_ALPHA,
             "lora_dropout": 0.0,

@@ -286,7 +286,7 @@ class AdapterOptimizer:
     def state(self) -> dict[str, Tensor]:
         """Returns a copy of the moments on the CPU; empty before the first step."""
         return {
-            f"{key}/{moment}": self._adamw.state[parameter][moment].detach().cpu().clone()
+            f"{key}/{moment}": self._adamw.state[parameter][moment].detach().to("cpu", torch.float32, copy=True)
             for key, parameter in self._adapter.parameters.items()
             if parameter in self._adamw.state
             for moment in _MOMENTS

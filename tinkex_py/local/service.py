@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py.arguments import check_kind, check_text
 from tinkex_py.errors import ConfigError, MissingExtra
+from tinkex_py.limits import running_loop
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.worker import EngineWorker, StateThreads
 from tinkex_py.serving import address_of, check_listening, is_loopback, listen, serve_app
+from tinkex_py.threads import import_before_threads
 
 if TYPE_CHECKING:
     from tinkex_py.local.core import Core, Loaded
@@ -85,9 +87,11 @@ class LocalService:
             ConfigError: there is no such model or device.
             MissingExtra: a library is missing.
         """
+        running_loop()
         async with self._changing:
             if self.core is not None:
                 return
+            import_before_threads("transformers")
             if self._worker is None or self._loading is None:
                 self._worker = EngineWorker()
                 self._loading = asyncio.wrap_future(self._worker.submit(self._load))
@@ -112,6 +116,7 @@ class LocalService:
 
         Open polls return; unfinished work fails.
         """
+        running_loop()
         async with self._changing:
             await self._end()
 
@@ -182,6 +187,7 @@ async def serve(
         ConfigError: other machines can reach the host and there is no api_key, or the address cannot be used.
         MissingExtra: uvicorn is not installed.
     """
+    running_loop()
     check_listening(host, port, on_listening)
     if _checked(options).api_key is None and not is_loopback(host):
         raise ConfigError(f"other machines can reach host {host!r}: set an api_key, or use 127.0.0.1")

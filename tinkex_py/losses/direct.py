@@ -9,6 +9,7 @@ import torch
 
 from tinkex_py.arguments import check_function, check_kind
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.limits import running_loop
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
@@ -60,6 +61,7 @@ async def execute(
     Raises:
         InvalidSpec: `term` is not a term, or does not accept the options.
     """
+    running_loop()
     problem = why_not_a_term(term, options)
     if problem is not None:
         raise InvalidSpec(f"execute: term: {problem}")
@@ -150,6 +152,7 @@ class Executor:
 async def _run(
     terms: Sequence[PreparedTerm], data: Sequence[Datum], logprobs: TensorOrList, options: Mapping[str, Any]
 ) -> list[Outcome]:
+    running_loop()
     shared = Logprobs.from_tensors(logprobs, checked_data(data))
     workers = WorkerPool(options["max_threads"])
     limits = options["max_concurrency"], options["track_grad_norms"]

@@ -20,7 +20,7 @@ from tinkex_py.types import Datum, PackedTensor
 from tinkex_py.types.datum import field_of, target_shape
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NOTHING = torch.zeros(0, dtype=torch.int64)
+_NOTHING = torch.zeros(0, dtype=torch.int64, device="cpu")
 LIST_HINT = (
     "packed logprobs are not a list of datums: wrap the function in per_datum(...) to get one tensor per datum, or use "
     "a slice such as logprobs[0:1] to select positions"

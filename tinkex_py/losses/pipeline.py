@@ -10,6 +10,7 @@ from tinkex_py import telemetry
 from tinkex_py.arguments import check_list, shown
 from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.html_table import html_table
+from tinkex_py.limits import running_loop
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
 from tinkex_py.losses.gradients import Combined, WeightedGradient, summed, without_conflicts
@@ -230,6 +231,7 @@ class Pipeline:
 
         Calls of the same `group` share the limits on live term threads; default is the pipeline.
         """
+        running_loop()
         run = TermRun(
             data,
             logprobs,

@@ -82,7 +82,7 @@ class GradientPenalty(ReadyMadeTerm):
     def _between(self, data: Sequence[Datum], logprobs: torch.Tensor, positions: Positions) -> torch.Tensor:
         reference = aligned_field(data, cast("str", self.reference_field), logprobs)
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        shares = torch.rand(positions.sequence_count, generator=generator, dtype=logprobs.dtype)
+        shares = torch.rand(positions.sequence_count, generator=generator, dtype=logprobs.dtype, device="cpu")
         shares = shares.to(logprobs.device)
         share = shares if positions.sequences is None else shares[positions.sequences].reshape(logprobs.shape)
         return share * logprobs + (1.0 - share) * reference

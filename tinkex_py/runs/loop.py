@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
+from tinkex_py.limits import running_loop
 from tinkex_py.runs.arguments import (
     check_arguments,
     checked_config,
@@ -118,6 +119,7 @@ async def train(
             else.
         TinkexError: a step failed, and recovery was not possible. The run can be resumed later.
     """
+    running_loop()
     check_arguments(service, model, batches, stop)
     files = FileThread("tinkex-run")
     reader = BatchReader(batches, files, allow_changes=allow_changes)

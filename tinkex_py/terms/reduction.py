@@ -87,8 +87,9 @@ class Positions:
         each = leading[1:].numel()  # positions per entry of the first axis
         sequences = None
         if by_datum and len(data) > 1:
-            lengths = torch.tensor(datum_lengths(data, leading[0] if leading else 1)) * each
-            sequences = torch.repeat_interleave(torch.arange(len(data)), lengths).to(logprobs.device)
+            lengths = torch.tensor(datum_lengths(data, leading[0] if leading else 1), device="cpu") * each
+            numbers = torch.arange(len(data), device="cpu")
+            sequences = torch.repeat_interleave(numbers, lengths).to(logprobs.device)
         count = len(data) if by_datum and data else 1
         if weights is None:
             return cls(rows, None, None, sequences, count)

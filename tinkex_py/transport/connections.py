@@ -214,7 +214,11 @@ class _ResponseBody(httpx.AsyncByteStream):
 def _httpcore_proxy(proxy: ProxyAddress, tls: ssl.SSLContext) -> httpcore.Proxy:
     scheme = proxy.scheme.encode()
     url = httpcore.URL(scheme=scheme, host=proxy.host.encode(), port=proxy.port, target=b"/")
-    return httpcore.Proxy(url, auth=proxy.credentials, ssl_context=tls if proxy.scheme == "https" else None)
+    auth = None
+    if proxy.credentials is not None:
+        user, password = proxy.credentials
+        auth = user.encode(), password.encode()
+    return httpcore.Proxy(url, auth=auth, ssl_context=tls if proxy.scheme == "https" else None)
 
 
 class HandshakeFailed(httpcore.ConnectError):

@@ -37,8 +37,19 @@ def typed_failure(
     """
     if isinstance(error, TinkexError):
         return None
+    failure = _typed(error, request, seconds, proxy)
+    if proxy is None or failure is None or str(proxy) in str(failure) or isinstance(failure, InvalidData):
+        return failure
+    return type(failure)(f"{failure}. The connection leads through {proxy}")
+
+
+def _typed(
+    error: Exception, request: str, seconds: float, proxy: ProxyAddress | None
+) -> TransportError | InvalidData | None:
     names = {cls.__name__ for cls in type(error).__mro__}
     failed = f"{request}: {type(error).__name__}"
+    if "ConnectTimeout" in names and proxy is not None:
+        return TimeoutExceeded(f"{failed}; {_no_connection_to(proxy)}")
     if names & _TIMEOUTS:
         return TimeoutExceeded(f"{failed}; the service did not respond within {seconds:g} s")
     if "DecodingError" in names:
@@ -46,7 +57,7 @@ def typed_failure(
     if "RemoteProtocolError" in names and not any(text in str(error) for text in _TEXTS_OF_A_BROKEN_CONNECTION):
         return InvalidResponse(f"{failed}; the response is not HTTP. Is base_url the address of the service?")
     if "ProxyError" in names and proxy is not None:
-        return ConnectionFailed(f"{failed}; the proxy in {proxy.variable} refused: {error}")
+        return ConnectionFailed(f"{failed}; {proxy} refused: {error}")
     if "ConnectError" in names:
         return ConnectionFailed(f"{failed}; {_why_no_connection(error, proxy)}")
     if names & _CANNOT_BE_SENT:
@@ -75,5 +86,9 @@ def _why_no_connection(failure: BaseException | None, proxy: ProxyAddress | None
     if handshake:
         return handshake
     if proxy is not None:
-        return f"no connection to the proxy {proxy.host!r}, which the environment variable {proxy.variable} names"
+        return _no_connection_to(proxy)
     return "nothing answers there. Is the service running, and base_url right?"
+
+
+def _no_connection_to(proxy: ProxyAddress) -> str:
+    return f"no connection to {proxy}. Is it running? The service needs none if NO_PROXY names its host"

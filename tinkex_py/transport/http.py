@@ -253,7 +253,8 @@ class HttpClient:
         def expired() -> TimeoutExceeded | ClientClosed:
             if self._closed:
                 return ClientClosed(_CLOSED_MEANWHILE)
-            return TimeoutExceeded(too_late or f"{request}: no response within {seconds:g} s")
+            through = "" if self._proxy is None else f", through {self._proxy}"
+            return TimeoutExceeded(f"{too_late or f'{request}: no response within {seconds:g} s'}{through}")
 
         try:
             async with time_limit(seconds, expired) as limit:

@@ -1,7 +1,7 @@
 """The proxy variables of the environment: `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`.
 
-The rules are those of httpx, with two differences: `NO_PROXY` may contain networks such as `10.0.0.0/8` and addresses
-in brackets, and an unusable proxy is an error only if the service needs it.
+The rules are those of httpx, with three differences: `NO_PROXY` may contain networks such as `10.0.0.0/8` and addresses
+in brackets, an unusable proxy is an error only if the service needs it, and services on this machine need none.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from tinkex_py.errors import ConfigError
+from tinkex_py.serving import is_loopback
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -36,6 +37,9 @@ class ProxyAddress:
     port: int | None
     credentials: tuple[str, str] | None = field(repr=False)
 
+    def __str__(self) -> str:
+        return f"the proxy {self.host!r}, which the environment variable {self.variable} names"
+
 
 def proxy_for(service: SplitResult) -> ProxyAddress | None:
     """Returns the proxy for the address of a service; None for a direct connection.
@@ -43,6 +47,8 @@ def proxy_for(service: SplitResult) -> ProxyAddress | None:
     Raises:
         ConfigError: the value of a variable is unusable; the message names the variable.
     """
+    if is_loopback(service.hostname or ""):
+        return None
     settings = urllib.request.getproxies()
     kind = next((kind for kind in (service.scheme, "all") if settings.get(kind)), None)
     if kind is None or _is_excluded(service, settings.get("no", "")):
@@ -52,12 +58,15 @@ def proxy_for(service: SplitResult) -> ProxyAddress | None:
 
 
 def _address(variable: str, value: str) -> ProxyAddress:
+    value = value.strip()
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port, parts = None, None, urlsplit("")
-    if not host or not value.isascii():
+    # A password with an unescaped "/" looks like a path.
+    is_complete = parts.path in ("", "/") and not parts.query and not parts.fragment
+    if not host or not is_complete or not value.isascii() or any(letter.isspace() for letter in value):
         raise ConfigError(f"the environment variable {variable} is not the address of a proxy; {_WAY_OUT}")
     if parts.scheme not in _SCHEMES:
         raise ConfigError(

@@ -16,7 +16,8 @@ from tinkex_py.client.archive import extract
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.errors import InvalidData
 from tinkex_py.integrations import imported
-from tinkex_py.threads import FileThread
+from tinkex_py.limits import running_loop
+from tinkex_py.threads import FileThread, import_before_threads
 from tinkex_py.types.rest import DownloadProgress
 
 AnyPath = str | os.PathLike[str]
@@ -124,7 +125,8 @@ async def download_adapter(
         rest: the client that `service.create_rest_client()` returns.
         path: `tinker://{training run}/{kind}/{name}`.
         folder: as in `export_adapter`.
-        base_model: as in `export_adapter`; None uses the name that the service reports for the checkpoint.
+        base_model: as in `export_adapter`; None uses the name that the service reports for the checkpoint, of a folder
+            only the last part.
         network: as in `export_adapter`.
         overwrite: as in `export_adapter`.
         on_progress: as in `AsyncRestClient.download_checkpoint`.
@@ -135,9 +137,11 @@ async def download_adapter(
     Raises:
         TinkexError: as in `export_adapter` and `AsyncRestClient.download_checkpoint`.
     """
+    running_loop()
+    import_before_threads("transformers")  # peft imports it, in the thread below
     target = check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
-    base_model = base_model or (await rest.get_weights_info(path)).base_model
+    base_model = base_model or _without_folder((await rest.get_weights_info(path)).base_model)
     async with FileThread() as files:
         workspace = await files.run(lambda: _workspace_beside(target))
         try:
@@ -189,6 +193,12 @@ def write_adapter(adapter: PeftAdapter, folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
+
+
+def _without_folder(model: str) -> str:
+    """Returns the name of a model that a service may have loaded from a folder, which other machines do not have."""
+    is_folder = model.startswith((".", "~")) or Path(model).is_absolute()
+    return Path(model).name if is_folder else model
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:
