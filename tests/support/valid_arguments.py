@@ -136,7 +136,6 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "then": 0.5,
         "text": "x",
         "tokenizer": byte_tokenizer(CHATML),
-        "turns": "all",
         "items": no_items(),
         "training_events.start": finished_run,
         "tokens": [1, 2],
