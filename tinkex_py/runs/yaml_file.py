@@ -89,6 +89,10 @@ def _parsed(text: str, where: str) -> object:
 
     Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, list("-+.0123456789"))  # pyright: ignore[reportUnknownMemberType]
     try:
-        return yaml.load(text, Loader)  # noqa: S506  (a SafeLoader)
+        loader: Any = Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self, cast
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from tinkex_py.arguments import as_integer, plain, shown
+from tinkex_py.arguments import as_integer, plain
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
 from tinkex_py.values import Integer, Number
@@ -29,7 +29,9 @@ def _stop(value: object) -> object:
             return tuple(tokens) if isinstance(given, tuple) else tokens
         given = " and ".join(sorted({type(item).__name__ for item in items}))
         raise ValueError(f"must be a text, a list of texts or a list of token ids, got a list of {given}")
-    raise ValueError(f"must be a text, a list of texts or a list of token ids, got {shown(cast('object', value))}")
+    raise ValueError(
+        f"must be a text, a list of texts or a list of token ids, got a {type(cast('object', value)).__name__}"
+    )
 
 
 Stop = Annotated[str | Sequence[str] | Sequence[int] | None, BeforeValidator(_stop)]
