@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tinkex_py.arguments import check_list
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.logprobs import PackedLogprobs
 from tinkex_py.types import Datum, TensorData
@@ -78,7 +79,7 @@ def has_field(data: Sequence[Datum], name: str) -> bool:
     Raises:
         InvalidData: only some datums have it.
     """
-    missing = [index for index, datum in enumerate(data) if name not in datum.loss_fn_inputs]
+    missing = [index for index, datum in enumerate(check_list("data", data, Datum)) if name not in datum.loss_fn_inputs]
     if missing and len(missing) < len(data):
         raise InvalidData(
             f"datum {missing[0]} has no {name!r} in loss_fn_inputs, but other datums have it: set it on all or on none"
