@@ -14,13 +14,13 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from tinkex_py.errors import InvalidData, TinkexError
+from tinkex_py.unicode import half_at
 
 Kind = TypeVar("Kind")
 
 _LONGEST = 200
 # Services store integers in 64 bits.
 _LARGEST = 2**63 - 1
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 def shown(value: object) -> str:
@@ -65,7 +65,7 @@ def check_text(name: str, value: object, *, error: type[TinkexError] = InvalidDa
     """Returns a non-empty string that can be encoded; raises an error for anything else."""
     if not isinstance(value, str) or not value:
         raise error(f"{name} must be a non-empty string, got {shown(value)}")
-    if _HALF.search(value):
+    if half_at(value) is not None:
         raise error(f"{name} contains half a character (a lone surrogate), which cannot be encoded: {shown(value)}")
     return value
 
@@ -147,7 +147,7 @@ def check_mapping(name: str, value: object) -> dict[str, Any]:
 def check_path(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> Path:
     """Returns a path of a file or folder, with `~` replaced by the home; raises an error for anything else."""
     text: object = os.fspath(cast("os.PathLike[Any]", value)) if isinstance(value, os.PathLike) else value
-    if not isinstance(text, str) or not text or "\0" in text or _HALF.search(text):
+    if not isinstance(text, str) or not text or "\0" in text or half_at(text) is not None:
         raise error(f"{name} must be the path of a file or folder, got {shown(cast('object', value))}")
     try:
         return Path(text).expanduser()

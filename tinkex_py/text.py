@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, cast
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.unicode import half_at
 
 # Texts whose tokens are expected to stay the same whatever follows them, so that an answer can be encoded as the
 # middle of a text: some tokenizers put a space before every text.
@@ -109,14 +110,13 @@ def require_text(name: str, text: object) -> None:
     """
     if not isinstance(text, str):
         raise InvalidData(f"{name} must be a str, got a {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    position = half_at(text)
+    if position is not None:
         raise InvalidData(
-            f"{name} contains half a character ({text[error.start]!r}, a lone surrogate) at position {error.start}, "
+            f"{name} contains half a character ({text[position]!r}, a lone surrogate) at position {position}, "
             "which cannot be encoded: repair it, for example with text.encode('utf-16', 'surrogatepass')"
             ".decode('utf-16', 'replace')"
-        ) from None
+        )
 
 
 def _continued(tokenizer: Any, before: list[int], whole: list[int], answer: str) -> list[int]:

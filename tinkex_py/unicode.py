@@ -1,4 +1,4 @@
-"""Replaces lone surrogates, so that strings can be written to files, terminals and sockets.
+"""Finds and replaces lone surrogates, so that strings can be written to files, terminals and sockets.
 
 JSON can escape a lone surrogate (half of a UTF-16 pair), which UTF-8 cannot encode. It becomes U+FFFD, the replacement
 character. It is never removed: joining the text around it could form a string that passed no check.
@@ -10,6 +10,12 @@ from typing import Any, cast
 
 REPLACED = "\ufffd"
 _HALVES = re.compile("[\ud800-\udfff]")
+
+
+def half_at(text: str) -> int | None:
+    """Returns the position of the first lone surrogate; None if there is none."""
+    found = None if text.isascii() else _HALVES.search(text)
+    return None if found is None else found.start()
 
 
 def without_halves(text: str) -> str:

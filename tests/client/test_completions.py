@@ -177,3 +177,4 @@ async def test_an_invalid_response_is_requested_again(scripted, body: Any):
     scripted.finish("r1")
     async with sampling(scripted) as sampler:
         await sampler.sample(PROMPT, sampling_params=ONE)
+    assert len(server.requests_to(POLLS)) == 2

@@ -126,6 +126,9 @@ async def test_expired_checkpoints_are_gone_with_their_files(client):
     paths = await saved(client, "short", "long")
     store = client.service.core.store
     folders = [store.file(store.find(path), "") for path in paths]
+    for invalid in (0, -1, "soon", 1.5, 10**12):
+        answer = await client.http.put(f"{rest_path(paths[0])}/ttl", json={"ttl_seconds": invalid})
+        assert answer.status_code == 422, invalid
     answer = await client.http.put(f"{rest_path(paths[0])}/ttl", json={"ttl_seconds": 1})
     assert answer.status_code == 200
     assert folders[0].exists()

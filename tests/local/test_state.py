@@ -2,6 +2,8 @@
 
 import signal
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -88,6 +90,14 @@ async def test_two_services_cannot_share_a_folder(tmp_path):
     await first.stop()
     await second.start()
     await second.stop()
+
+
+def test_another_process_cannot_share_a_folder_either(tmp_path):
+    file = str(tmp_path / "x")
+    program = f"from pathlib import Path; from tinkex_py.local.database import Database; Database(Path({file!r}))"
+    with closing(Database(tmp_path / "x")):
+        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "in use by another service" in ended.stderr
 
 
 def test_files_that_are_no_state_files_are_refused_and_left_alone(tmp_path):

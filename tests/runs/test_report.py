@@ -255,7 +255,7 @@ def test_the_error_names_the_file(tmp_path: Path):
     run = write_run(tmp_path / "a", [])
     cases = [
         ([run, tmp_path / "none"], tmp_path / "out", "none/run.json"),
-        ([tmp_path / os.fsdecode(b"\xff")], tmp_path / "out", "rename the folder"),
+        ([tmp_path / os.fsdecode(b"\xff")], tmp_path / "out", "folders must be the path of a file or folder"),
         ([], tmp_path / "out", "at least one folder"),
         ([run], run / "run.json" / "inside", "run.json/inside"),
     ]

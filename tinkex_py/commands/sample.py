@@ -13,7 +13,7 @@ from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
 from tinkex_py.commands.common.running import EMBEDDED_SERVICE, one_line_errors, run
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature, require_modules
 from tinkex_py.text import decode, encode_prompt
-from tinkex_py.unicode import without_halves
+from tinkex_py.unicode import half_at
 
 if TYPE_CHECKING:
     from tinkex_py.client.service import AsyncServiceClient
@@ -52,7 +52,7 @@ def sample(
         elif tokenizer is not None or (model != "tiny" and not str(model).startswith("tinker://")):
             require_modules("local", "transformers")  # for the tokenizer; that of a checkpoint is known later
         text = _from_stdin() if prompt is None else prompt
-        if without_halves(text) != text:  # Python keeps bytes that are not UTF-8 as lone surrogates
+        if half_at(text) is not None:  # Python keeps bytes that are not UTF-8 as lone surrogates
             raise InvalidData("--prompt is not UTF-8 text: encode it as UTF-8")
 
         from tinkex_py.client.service import AsyncServiceClient

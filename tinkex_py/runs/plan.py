@@ -12,7 +12,6 @@ from pydantic import JsonValue
 
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
-from tinkex_py.errors import ConfigError
 from tinkex_py.runs.fingerprints import are_comparable, fingerprint
 from tinkex_py.runs.records import RunInfo, flattened
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
@@ -46,11 +45,7 @@ class Plan:
     allow_changes: bool = False
 
     def described(self) -> dict[str, JsonValue]:
-        """Returns the `config` of `run.json`.
-
-        Raises:
-            ConfigError: `config` is not JSON.
-        """
+        """Returns the `config` of `run.json`, as plain JSON."""
         optimizer = self.optimizer
         fields = {
             "config": dict(self.config),
@@ -58,10 +53,7 @@ class Plan:
             "optimizer": _code_name(optimizer) if callable(optimizer) else optimizer.on_the_wire(),
             "pipeline": _pipeline_description(self.pipeline),
         }
-        try:
-            return json.loads(json.dumps(fields))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"config must contain plain JSON values only, for run.json: {error}") from None
+        return json.loads(json.dumps(fields))
 
     def fingerprints(self) -> dict[str, str | None]:
         """Returns the fingerprints of the terms and of callable settings, by their names."""
@@ -124,8 +116,10 @@ def differences(before: RunInfo, config: Mapping[str, JsonValue], fingerprints: 
     ]
     if not before.fingerprints:
         _warn("the run was started by a version without fingerprints: changes of its terms and data are not noticed")
-    for name in before.fingerprints.keys() & fingerprints.keys():
-        one, other = before.fingerprints[name], fingerprints[name]
+    for name, one in before.fingerprints.items():
+        if name not in fingerprints:
+            continue  # `config` tells which terms were removed
+        other = fingerprints[name]
         if one is None or other is None or not are_comparable(one, other):
             _warn(f"the code of {name} cannot be compared with what it was: a change of it is not noticed")
         elif one != other:

@@ -20,7 +20,6 @@ from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
-from tinkex_py.unicode import without_halves
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -188,9 +187,6 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
-    for folder in folders:
-        if without_halves(str(folder)) != str(folder):
-            raise ConfigError(f"the path {str(folder)!r} is not UTF-8 text: rename the folder")
     # A folder that is named twice is read once.
     places = list(dict.fromkeys(check_path("folders", folder, error=ConfigError).resolve() for folder in folders))
     if not places:
