@@ -11,7 +11,8 @@ import os
 import torch
 from torch.nn.functional import logsigmoid
 
-from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, per_datum
+from tinkex_py import AdamParams, AsyncServiceClient, Datum, RegularizerSpec, per_datum
+from tinkex_py.data import text_datum
 from tinkex_py.regularizers import SampledKL
 
 STEPS = 12
@@ -38,18 +39,9 @@ def texts():
     return [(prompt, answer) for prompt, *answers in PREFERENCES for answer in answers]
 
 
-def tokens_and_mask(tokenizer, prompt, answer):
-    question = list(tokenizer.encode(f"{prompt}\n"))
-    reply = list(tokenizer.encode(answer))
-    return question + reply, [0.0] * (len(question) - 1) + [1.0] * len(reply)
-
-
 def make_datum(tokenizer, prompt, answer, **inputs):
-    tokens, mask = tokens_and_mask(tokenizer, prompt, answer)
-    return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": mask, **inputs},
-    )
+    datum = text_datum(tokenizer, answer, prompt=f"{prompt}\n", append_end=False)
+    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **inputs})
 
 
 async def main():

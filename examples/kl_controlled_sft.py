@@ -7,8 +7,9 @@ the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 import asyncio
 import os
 
-from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec
+from tinkex_py import AdamParams, AsyncServiceClient, Datum, RegularizerSpec
 from tinkex_py.base_losses import NLL
+from tinkex_py.data import text_datum
 from tinkex_py.losses.controllers import AdaptiveKL
 from tinkex_py.regularizers import SampledKL
 
@@ -22,14 +23,8 @@ PAIRS = [
 
 
 def make_datum(tokenizer, prompt, answer, **inputs):
-    question = list(tokenizer.encode(f"Q: {prompt}\nA:"))
-    reply = list(tokenizer.encode(f" {answer}\n"))
-    tokens = question + reply
-    weights = [0.0] * (len(question) - 1) + [1.0] * len(reply)
-    return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights, **inputs},
-    )
+    datum = text_datum(tokenizer, f" {answer}\n", prompt=f"Q: {prompt}\nA:", append_end=False)
+    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **inputs})
 
 
 async def train(service, model, weight):

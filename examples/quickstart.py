@@ -6,7 +6,8 @@ Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 import asyncio
 import os
 
-from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, SamplingParams, packed_field
+from tinkex_py import AdamParams, AsyncServiceClient, ModelInput, RegularizerSpec, SamplingParams, packed_field
+from tinkex_py.data import text_datum
 
 PAIRS = [
     ("What is the capital of France?", "Ahoy friend, it is Paris!"),
@@ -16,14 +17,8 @@ PAIRS = [
 
 
 def make_datum(tokenizer, prompt, answer):
-    question = list(tokenizer.encode(f"Q: {prompt}\nA:"))
-    reply = list(tokenizer.encode(f" {answer}\n"))
-    tokens = question + reply
-    weights = [0.0] * (len(question) - 1) + [1.0] * len(reply)  # only the answer is learned
-    return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights},
-    )
+    # Only the answer is learned: the weights of the prompt are 0.
+    return text_datum(tokenizer, f" {answer}\n", prompt=f"Q: {prompt}\nA:", append_end=False)
 
 
 def masked_nll(data, logprobs):

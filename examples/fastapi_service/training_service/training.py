@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tinkex_py import AdamParams, AsyncServiceClient, AsyncTrainingClient, Datum, ModelInput, Pipeline, RegularizerSpec
+from tinkex_py import AdamParams, AsyncServiceClient, AsyncTrainingClient, Datum, Pipeline, RegularizerSpec
 from tinkex_py.base_losses import NLL
+from tinkex_py.data import text_datum
 from tinkex_py.regularizers import L2, Entropy
 from tinkex_py.runs import ProgressView, TrainedRun, TrainSettings, train
 from training_service.models import Example, JobRequest, Regularizers
@@ -62,8 +63,4 @@ def make_pipeline(weights: Regularizers) -> Pipeline:
 
 def make_datum(tokenizer, example: Example) -> Datum:
     """Returns a datum in which only the answer's tokens have weight."""
-    prompt, answer = (list(tokenizer.encode(text)) for text in (f"{example.prompt}\n", f"{example.answer}\n"))
-    tokens = prompt + answer
-    weights = [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
-    inputs = {"target_tokens": tokens[1:], "weights": weights}
-    return Datum(model_input=ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+    return text_datum(tokenizer, f"{example.answer}\n", prompt=f"{example.prompt}\n", append_end=False)
