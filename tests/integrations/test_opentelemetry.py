@@ -320,6 +320,15 @@ async def test_detaching_ends_the_spans_in_progress(detached: Observed) -> None:
     assert len(detached.spans) == before + 1
 
 
+def test_the_choice_of_a_surrogate_is_an_event_of_its_span(observed: Observed) -> None:
+    with telemetry.lifecycle("tinkex.custom_loss", {"regularizer_count": 1, "track_grad_norms": False}):
+        telemetry.emit("tinkex.custom_loss.surrogate", {}, {"surrogate": "cross_entropy", "explanation": SECRET_TEXT})
+    (span,) = observed.spans
+    (event,) = span.events
+    assert event.attributes["tinkex.surrogate"] == "cross_entropy"
+    assert SECRET_TEXT not in span.to_json()
+
+
 def test_two_loops_in_two_threads_are_separate(observed: Observed) -> None:
     meet = threading.Barrier(2)
 

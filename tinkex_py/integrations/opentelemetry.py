@@ -43,7 +43,6 @@ _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
 _ATTRIBUTES: Final[Mapping[str, str]] = {
     "attempt": "tinkex.attempt",
     "bytes": "http.response.body.size",
-    "carrier": "tinkex.carrier",
     "contribution": "tinkex.term.contribution",
     "controller": "tinkex.controller",
     "grad_norm": "tinkex.term.grad_norm",
@@ -63,6 +62,7 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
     "request_type": "tinkex.request_type",
     "status": "http.response.status_code",
     "step": "tinkex.step",
+    "surrogate": "tinkex.surrogate",
     "total_grad_norm": "tinkex.grad_norm.total",
     "value": "tinkex.term.value",
     "weight": "tinkex.term.weight",
