@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager
 
 import tinker
-from dpo import dpo_loss, texts, tokens_and_mask
+from dpo import dpo_loss, make_datum, texts
 from tinker import types
 
 from tinkex_py import Pipeline, RegularizerSpec, per_datum
@@ -34,11 +34,11 @@ def some_service():
             server.terminate()
 
 
-def make_datum(tokenizer, prompt, answer, **inputs):
-    tokens, mask = tokens_and_mask(tokenizer, prompt, answer)
+def official_datum(tokenizer, prompt, answer, **inputs):
+    datum = make_datum(tokenizer, prompt, answer)
+    own = {name: tensor.tolist() for name, tensor in datum.loss_fn_inputs.items()}
     return types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": mask, **inputs},
+        model_input=types.ModelInput.from_ints(datum.model_input.to_ints()), loss_fn_inputs={**own, **inputs}
     )
 
 
@@ -46,9 +46,9 @@ def train(service, model, loss_of_step):
     """Trains a new adapter. Returns the loss of every step."""
     training = service.create_lora_training_client(base_model=model, rank=16, seed=0).result()
     tokenizer = training.get_tokenizer()
-    reference = training.forward([make_datum(tokenizer, *text) for text in texts()], "cross_entropy").result()
+    reference = training.forward([official_datum(tokenizer, *text) for text in texts()], "cross_entropy").result()
     data = [
-        make_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
+        official_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
         for text, output in zip(texts(), reference.loss_fn_outputs, strict=True)
     ]
     losses = []
