@@ -91,7 +91,7 @@ async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
     with ExitStack() as stack:
         process, url = stack.enter_context(serving("--state-dir", str(tmp_path)))
         async with (
-            asyncio.timeout(3 * NO_HANG),
+            asyncio.timeout(6 * NO_HANG),
             FaultProxy(url) as proxy,
             AsyncServiceClient(config(proxy.url, timeout=60.0, poll_timeout=60.0, retry=retry)) as service,
         ):
