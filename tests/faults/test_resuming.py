@@ -84,6 +84,7 @@ def in_flight(killed: asyncio.Event, *, accepted: bool) -> Fault:
     return Fault(f"restart of the service, request {'accepted' if accepted else 'not accepted'}", act)
 
 
+@pytest.mark.timeout(8 * NO_HANG)
 async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
     """The service is killed while clients are at every place of a step, with the request accepted or not."""
     retry = RetryPolicy(deadline=60.0, initial_wait=0.01, max_wait=0.05)
