@@ -84,6 +84,7 @@ def in_flight(killed: asyncio.Event, *, accepted: bool) -> Fault:
     return Fault(f"restart of the service, request {'accepted' if accepted else 'not accepted'}", act)
 
 
+@pytest.mark.timeout(8 * NO_HANG)
 async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
     """The service is killed while clients are at every place of a step, with the request accepted or not."""
     retry = RetryPolicy(deadline=60.0, initial_wait=0.01, max_wait=0.05)
@@ -91,7 +92,7 @@ async def test_a_restart_in_the_middle_of_a_step(tmp_path: Path, twin, tally):
     with ExitStack() as stack:
         process, url = stack.enter_context(serving("--state-dir", str(tmp_path)))
         async with (
-            asyncio.timeout(3 * NO_HANG),
+            asyncio.timeout(6 * NO_HANG),
             FaultProxy(url) as proxy,
             AsyncServiceClient(config(proxy.url, timeout=60.0, poll_timeout=60.0, retry=retry)) as service,
         ):
