@@ -75,11 +75,16 @@ class ChatRenderer:
             check_kind("options", options, Mapping)
         if chat_template is None and not has_chat_template(tokenizer):
             raise InvalidData("the tokenizer has no chat template: pass chat_template=, or use text_datum")
+        _check_arguments(chat_template, tools, options)
+        try:
+            template = tokenizer.get_chat_template(chat_template, tools)
+        except ValueError as error:  # several templates, and none is the default
+            raise InvalidData(f"{error}: pass the name or the text of a template as chat_template=") from error
         self._tokenizer = tokenizer
         self._settings: dict[str, Any] = {
             **(options if options is not None else {}),
             "tools": None if tools is None else list(tools),
-            "chat_template": tokenizer.get_chat_template(chat_template, tools),
+            "chat_template": template,
         }
         self._template_errors = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -300,6 +305,18 @@ class ChatRenderer:
                 f"the chat template cannot render the first {len(messages)} messages ({type(error).__name__}: {error})"
                 f"{_hint(str(error))}"
             ) from error
+
+
+def _check_arguments(chat_template: object, tools: object, options: object) -> None:
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise InvalidData(f"chat_template must be a str, got a {type(chat_template).__name__}")
+    if tools is not None and not isinstance(tools, list | tuple):
+        raise InvalidData(f"tools must be a list of schemas or functions, got a {type(tools).__name__}")
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidData(
+            f"template_options must map variables of the template to values, such as {{'enable_thinking': False}}, got "
+            f"a {type(options).__name__}"
+        )
 
 
 def _edited_all(messages: Sequence[Message], texts: Iterable[tuple[Part, str]]) -> list[Message]:

@@ -141,8 +141,8 @@ def _items(index: int, position: int, item: Any) -> list[Part]:
 def _thoughts(index: int, message: Message) -> list[Part]:
     by_text: dict[str, list[str]] = {}
     for field in THOUGHT_FIELDS:
-        thought = message.get(field)
-        if isinstance(thought, str) and thought.strip():
+        thought = str(message.get(field) or "")
+        if thought.strip():
             by_text.setdefault(thought, []).append(field)
     return [
         Part(index, " and ".join(fields), "thought", thought, tuple((field,) for field in fields), _replaced)
