@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from tinkex_py.arguments import check_choice, check_count, check_function, check_text
+from tinkex_py.arguments import check_choice, check_count, check_function, check_text, shown
 from tinkex_py.certify.checks import Measured, checked
 from tinkex_py.certify.models import Cost, Service, ThrowawayModels
 from tinkex_py.certify.probes import LENGTHS, MANY_LENGTHS, REFUSED, Probes, small_batch
@@ -20,32 +21,41 @@ _PASSES_OF_A_MODEL = 4
 _UNUSABLE = (*REFUSED, InvalidResponse, PipelineError, UnsupportedFeature)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What to measure; the fields are arguments of `certify_gradients`."""
+
+    model: str | None
+    rank: int
+    surrogates: Sequence[SurrogateName]
+    max_models: int
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "max_models"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=1))
+        if self.model is not None:
+            check_text("model", self.model)
+        if isinstance(self.surrogates, str) or not isinstance(self.surrogates, Sequence) or not self.surrogates:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidData(f"surrogates must be a list of names, got {shown(self.surrogates)}")
+        for name in self.surrogates:
+            check_choice("surrogates", name, SURROGATES)
+
+
 async def certify(
-    service: Service,
-    session: ClientSession,
-    model: str | None,
-    *,
-    rank: int,
-    surrogates: Sequence[SurrogateName],
-    max_models: int,
-    on_cost: Callable[[Cost], object] | None,
+    service: Service, session: ClientSession, choice: Choice, on_cost: Callable[[Cost], object] | None
 ) -> Certificate:
-    """Measures a service, stores the certificate and returns it; arguments as `certify_gradients`."""
-    rank = check_count("rank", rank, least=1)
-    max_models = check_count("max_models", max_models, least=1)
-    for name in surrogates:
-        check_choice("surrogates", name, SURROGATES)
+    """Measures a service, stores the certificate and returns it."""
     if on_cost is not None:
         check_function("on_cost", on_cost)
-    base_model = await _only_model(session) if model is None else check_text("model", model)
+    base_model = await _only_model(session) if choice.model is None else choice.model
     if on_cost is not None:
-        on_cost(cost_of(len(surrogates), max_models))
-    models = ThrowawayModels(service, base_model, rank, max_models, session.settings.close_timeout)
+        on_cost(cost_of(len(choice.surrogates), choice.max_models))
+    models = ThrowawayModels(service, base_model, choice.rank, choice.max_models, session.settings.close_timeout)
     measurements: list[SurrogateMeasurement] = []
     async with models:
         await models.start()
         answer = await _answer(models)
-        for surrogate in surrogates:
+        for surrogate in choice.surrogates:
             measurements.append(await _measured(models, surrogate))
             if measurements[-1].verdict == "pass":
                 break
@@ -55,7 +65,7 @@ async def certify(
         version=await session.models.version(),
         model=base_model,
         wire=(await session.encoding.choose()).name,
-        rank=rank,
+        rank=choice.rank,
         made_at=time.time(),
         made_with=__version__,
         answer=answer,

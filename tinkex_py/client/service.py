@@ -20,12 +20,7 @@ from tinkex_py.client.submission import json_result
 from tinkex_py.client.surrogate import SUMMED, SURROGATES, SurrogateName
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.config import TinkexConfig
-from tinkex_py.errors import (
-    APIStatusError,
-    ClientClosed,
-    ConfigError,
-    TimeoutExceeded,
-)
+from tinkex_py.errors import APIStatusError, ClientClosed, ConfigError, TimeoutExceeded
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.threads import import_before_threads, in_own_thread
@@ -319,12 +314,11 @@ class AsyncServiceClient:
             ConfigError: the certificate cannot be stored.
             TinkexError: the service failed, or cannot train this model.
         """
-        from tinkex_py.certify.measurement import certify
+        from tinkex_py.certify.measurement import Choice, certify
 
+        choice = Choice(model, rank, surrogates, max_models)
         session = await self._connected()
-        certificate = await certify(
-            self, session, model, rank=rank, surrogates=surrogates, max_models=max_models, on_cost=on_cost
-        )
+        certificate = await certify(self, session, choice, on_cost)
         session.surrogates.adopt(certificate, certificate.model)
         return certificate
 
