@@ -186,7 +186,6 @@ NORMALIZING: Mapping[Callable[[Engine], None], str] = {
     skyrl: "importance_sampling",
     hatchery: "importance_sampling_per_token",
     twinkle: "importance_sampling_per_request",
-    changing(lambda numbers: numbers): "cross_entropy",
     by_loss(
         cross_entropy=changing(masked), importance_sampling=changing(lambda numbers: numbers)
     ): "importance_sampling_sum",

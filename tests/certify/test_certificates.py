@@ -14,13 +14,15 @@ import pytest
 
 from tests.certify.faults import NORMALIZING, skyrl, twinkle
 from tests.client.data import datum
-from tests.client.normalizing import LINEAR, rewriting
+from tests.client.normalizing import LINEAR, as_skyrl, rewriting
 from tests.client.recorder import Recorder, answering, http_recorder, quick_config
+from tests.runs.support import run_to
 from tests.support.layers import innermost
 from tinkex_py import AsyncServiceClient, Authentication, ConfigError, InvalidData, UnsupportedFeature
 from tinkex_py.client.certificates import Certificate
 from tinkex_py.local.core import Core
 from tinkex_py.local.engine import Engine
+from tinkex_py.runs import read_run
 from tinkex_py.transport import wire
 
 DATA = [datum(length, 5) for length in (3, 9, 1, 5)]
@@ -98,7 +100,8 @@ async def test_the_right_surrogate_is_found_by_measurement_and_used_by_later_cli
 
 
 @pytest.mark.asyncio
-async def test_a_certificate_of_another_service_at_the_same_address_is_not_used(tmp_path):
+async def test_a_stored_certificate_is_used_where_it_belongs_only(tmp_path):
+    """It is that of another service if the form of the answers differs; systematic noise warns once per client."""
     async with bench_of(tmp_path) as bench, bench.client() as service:
         certificate = await service.certify_gradients(rank=4, surrogates=["importance_sampling_sum"])
         (file,) = tmp_path.iterdir()
@@ -107,7 +110,19 @@ async def test_a_certificate_of_another_service_at_the_same_address_is_not_used(
         assert certificate.version is not None
         async with bench.client() as later:
             await trained(later)
+            run = await run_to(later, tmp_path / "run", steps=1)
+            resumed = await later.create_training_client_from_state(run.checkpoint)
+            await resumed.forward_backward_custom(DATA, cosine)
+            assert resumed.certificate == certificate
+        assert read_run(tmp_path / "run").certificate == certificate.digest
         assert {arrival.message.loss_fn for arrival in bench.recorder.of("B")} == {"importance_sampling"}
+        noisy = json.loads(file.read_text())
+        noisy["measurements"][0]["noise"] = 0.02
+        file.write_text(json.dumps(noisy))
+        async with bench.client() as later:
+            with pytest.warns(UserWarning, match=r"equal steps of 'tiny' differ by 0\.02"):
+                await trained(later)
+            await trained(later)
         bench.recorder.always["retrieve_future"] = rewriting(says_nothing)
         async with bench.client() as later:
             with pytest.raises(UnsupportedFeature, match="reports no loss:sum"):
@@ -133,17 +148,16 @@ async def test_where_no_surrogate_passes_nothing_is_sent(tmp_path):
             await trained(later, surrogate="importance_sampling_per_request")
 
 
-@pytest.mark.parametrize("wire_form", ["protobuf", "json"])
 @pytest.mark.asyncio
-async def test_a_service_without_checkpoints_is_measured_on_one_model(tmp_path, wire_form):
+async def test_a_service_without_checkpoints_is_measured_on_one_model(tmp_path):
     async with bench_of(tmp_path) as bench:
         bench.recorder.always = {"load_weights": answering(404), "weights_info": answering(404)}
         bench.recorder.always["unload_model"] = answering(404, {"detail": "Not Found"})
-        async with bench.client(wire=wire_form) as service:
+        async with bench.client(wire="json") as service:
             certificate = await service.certify_gradients(rank=4)
         assert len({arrival.number[0] for arrival in bench.recorder.of("B")}) == 1
     assert certificate.surrogate == "cross_entropy"
-    assert certificate.wire == wire_form
+    assert certificate.wire == "json"
     assert certificate.drift is not None
     assert 0 < certificate.drift < 1e-2
     assert ["from a checkpoint" in certificate.notes[0], "end with the session" in certificate.notes[1]] == [True, True]
@@ -188,24 +202,7 @@ async def test_bad_arguments_create_nothing(tmp_path):
 
 
 @pytest.mark.asyncio
-async def test_systematic_noise_warns_once_per_client(tmp_path):
-    async with bench_of(tmp_path) as bench, bench.client() as service:
-        await service.certify_gradients(rank=4)
-        (file,) = tmp_path.iterdir()
-        content = json.loads(file.read_text())
-        content["measurements"][0]["noise"] = 0.02
-        file.write_text(json.dumps(content))
-        async with bench.client() as later:
-            with pytest.warns(UserWarning, match=r"equal steps of 'tiny' differ by 0\.02") as warned:
-                await trained(later)
-            await trained(later)
-    assert len(warned) == 1
-
-
-@pytest.mark.asyncio
 async def test_a_service_recognized_by_the_table_needs_no_certificate(tmp_path):
-    from tests.client.normalizing import as_skyrl
-
     async with bench_of(tmp_path, skyrl) as bench:
         bench.recorder.always["retrieve_future"] = rewriting(as_skyrl)
         async with bench.client() as service:
