@@ -128,7 +128,7 @@ class TinkexConfig:
             if name != "max_threads" or count is not None:
                 object.__setattr__(self, name, check_count(name, count, least=1, error=ConfigError))
         folder = platformdirs.user_data_path("tinkex-py", appauthor=False) / "certificates"
-        given: object = self.certificates
+        given = cast("object", self.certificates)
         chosen = folder if given is None else check_path("certificates", given, error=ConfigError)
         object.__setattr__(self, "certificates", chosen)
         for name in ("mean_logprob_difference", "largest_logprob_difference"):

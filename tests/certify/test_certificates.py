@@ -160,7 +160,7 @@ async def test_a_service_without_checkpoints_is_measured_on_one_model(tmp_path):
     assert certificate.wire == "json"
     assert certificate.drift is not None
     assert 0 < certificate.drift < 1e-2
-    assert ["from a checkpoint" in certificate.notes[0], "end with the session" in certificate.notes[1]] == [True, True]
+    assert ["end with the session" in certificate.notes[0], "from a checkpoint" in certificate.notes[1]] == [True, True]
 
 
 @pytest.mark.parametrize("kind", ["create_model", "save_weights", "load_weights", "B", "optim_step", "unload_model"])

@@ -1,5 +1,6 @@
 """The checks: each compares responses that are equal, or have a known sign, if the gradient arrives as computed."""
 
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -295,23 +296,19 @@ async def additive(measured: Measured) -> GradientCheck:
 
 async def every_position_counts(measured: Measured) -> GradientCheck:
     """Requires that a step against one logprob lowers it: the first, the last and a random one of every datum."""
-    size = measured.gradient.size
     random = np.random.default_rng(0)
-    stops = np.cumsum(LENGTHS)
-    chosen = sorted(
-        {
-            int(position)
-            for start, stop in zip(stops - LENGTHS, stops, strict=True)
-            for position in (start, stop - 1, start + random.integers(stop - start))
-        }
-    )
-    calls = [[Call(measured.batch.data, 3 * _SIZE * np.eye(size)[position])] for position in chosen]
+    places: set[int] = set()
+    for stop, length in zip(itertools.accumulate(LENGTHS), LENGTHS, strict=True):
+        places |= {stop - length, stop - 1, stop - 1 - int(random.integers(length))}
+    chosen = sorted(places)
+    units = 3 * _SIZE * np.eye(measured.gradient.size)
+    calls = [[Call(measured.batch.data, units[position])] for position in chosen]
     found = await together(*(measured.probes.one_sided(call, measured.batch, measured.step) for call in calls))
     own = {position: float(one.change[position]) for position, one in zip(chosen, found, strict=True)}
     ignored = [position for position, change in own.items() if change >= -_BOUND_OF_NOISE * _ROUNDING]
     state: State = "fail" if ignored else "pass"
-    places = ", ".join(_place(position) for position in ignored)
-    detail = f"not lowered: {places}" if ignored else f"{len(chosen)} positions"
+    named = ", ".join(_place(position) for position in ignored)
+    detail = f"not lowered: {named}" if ignored else f"{len(chosen)} positions"
     return GradientCheck(name="every position counts", state=state, error=float(len(ignored)), bound=0.0, detail=detail)
 
 

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from tinkex_py.errors import (
 )
 from tinkex_py.types import Datum, ForwardBackwardOutput
 from tinkex_py.types.tensors import Array
+
+Result = TypeVar("Result")
 
 _REFUSALS = (APIStatusError, RequestFailed, UnsupportedFeature)
 
@@ -99,19 +101,16 @@ class ThrowawayModels:
 
     async def start(self) -> None:
         """Saves the state that all models start from, or keeps the one model if the service cannot restore it."""
-        first = await self._owned(
-            self._created(self._service.create_lora_training_client(self._base_model, rank=self._rank, seed=0))
-        )
+        first = await self._new_model()
         try:
-            self._path = await self._owned(self._saved(first))
-            second = await self._owned(self._created(self._service.create_training_client_from_state(self._path)))
+            path = await self._owned(self._saved(first))
+            await self._unload(first)
+            async with self._from_state(path):
+                return
         except _REFUSALS as error:
-            self.shared, self._room = first, asyncio.Semaphore(1)
             reason = " ".join(str(error).split())[:200]
             self.notes.append(f"models cannot be created from a checkpoint, so all probes use one model ({reason})")
-            return
-        await self._unload(first)
-        await self._unload(second)
+        self.shared, self._room = first if first in self._alive else await self._new_model(), asyncio.Semaphore(1)
 
     @asynccontextmanager
     async def fresh(self) -> AsyncGenerator[AsyncTrainingClient]:
@@ -121,11 +120,20 @@ class ThrowawayModels:
                 yield self.shared
                 return
             assert self._path is not None, "start it first"
-            model = await self._owned(self._created(self._service.create_training_client_from_state(self._path)))
-            try:
+            async with self._from_state(self._path) as model:
                 yield model
-            finally:
-                await self._unload(model)
+
+    @asynccontextmanager
+    async def _from_state(self, path: str) -> AsyncGenerator[AsyncTrainingClient]:
+        model = await self._owned(self._created(self._service.create_training_client_from_state(path)))
+        try:
+            yield model
+        finally:
+            await self._unload(model)
+
+    async def _new_model(self) -> AsyncTrainingClient:
+        creating = self._service.create_lora_training_client(self._base_model, rank=self._rank, seed=0)
+        return await self._owned(self._created(creating))
 
     async def before(self, batch: Batch) -> Array:
         """Returns the logprobs of a batch in the common state."""
@@ -164,7 +172,7 @@ class ThrowawayModels:
             failures = [error]
         self.notes += [f"something remained on the service: {type(error).__name__}: {error}" for error in failures]
 
-    async def _owned(self, work: Coroutine[Any, Any, Any]) -> Any:
+    async def _owned(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Lets a creation run to its end, also if its caller is cancelled, so that its result can be removed."""
         task = asyncio.create_task(work, name="tinkex.certify.create")
         self._creating.add(task)

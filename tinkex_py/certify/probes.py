@@ -84,7 +84,7 @@ class Probes:
 
     def __init__(self, models: ThrowawayModels, surrogate: SurrogateName) -> None:
         self.models = models
-        self.surrogate = surrogate
+        self.surrogate: SurrogateName = surrogate
 
     async def one_sided(self, calls: Sequence[Call], watched: Batch, step: Step, *, sign: float = 1.0) -> ProbeResponse:
         """Returns the response to the gradient of the calls times `sign`."""
@@ -179,7 +179,7 @@ def _tokens(length: int, seed: int) -> Array:
 
 
 def _with_gradient(gradient: Array) -> Callable[[Sequence[Datum], torch.Tensor], torch.Tensor]:
-    numbers = torch.from_numpy(gradient.astype(np.float32))
+    numbers = torch.tensor(gradient, dtype=torch.float32)
 
     def loss(_data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
         return (logprobs * numbers.view_as(logprobs)).sum()
