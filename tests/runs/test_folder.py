@@ -112,6 +112,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ConfigError, match=r"cannot be written: no space left .* make room"):
         folder.write_state(state_at(2))
     assert folder.read_state() == state_at(1)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]

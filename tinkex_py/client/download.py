@@ -1,6 +1,5 @@
 """Downloads one checkpoint: the archive in resumable pieces, then all its files at once."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -52,6 +51,7 @@ class Download:
         folder: the folder of the files.
         ask_where: requests the URL of the archive.
         on_progress: called as bytes arrive.
+        max_bytes: largest size of the archive, and of its files together.
     """
 
     def __init__(
@@ -61,10 +61,12 @@ class Download:
         folder: Path,
         ask_where: Callable[[], Awaitable[ArchiveUrl]],
         on_progress: Callable[[DownloadProgress], object] | None,
+        max_bytes: int,
     ) -> None:
         self._requests = requests
         self._ask_where = ask_where
         self._on_progress = on_progress
+        self._max_bytes = max_bytes
         self._target = Path(os.path.abspath(folder))  # noqa: PTH100  (resolve() would follow a link)
         self._workspace = self._target.parent / f".{self._target.name}.download"
         self._archive = self._workspace / "archive.part"
@@ -97,13 +99,11 @@ class Download:
             raise InvalidData(
                 f"another download into {str(self._target)!r} is running: wait for it, or choose another folder"
             ) from error
-        try:
-            kept = _Source(**json.loads(self._source_file.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return
-        if kept.path == self._source.path and kept.validator is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._source, self._received = kept, self._archive.stat().st_size
+        kept = _kept_source(self._source_file)
+        if kept is None:
+            self._forget()
+        elif kept.path == self._source.path and self._archive.is_file():
+            self._source, self._received = kept, self._archive.stat().st_size
 
     def _close_workspace(self, lock: filelock.BaseFileLock) -> None:
         if not lock.is_locked:
@@ -180,6 +180,7 @@ class Download:
         await files.run(lambda: _replace(self._source_file, json.dumps(asdict(source)), self._archive))
 
     async def _append(self, response: ResponseStream, files: FileThread) -> None:
+        await self._check_size(self._source.total or 0, files)
         self._report()
         waiting = bytearray()
 
@@ -194,11 +195,20 @@ class Download:
             async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
                     waiting += piece
+                    await self._check_size(self._received + len(waiting), files)
                     if len(waiting) >= _WRITE_BYTES:
                         await write()
         finally:
             if waiting:
                 await write()
+
+    async def _check_size(self, size: int, files: FileThread) -> None:
+        if size > self._max_bytes:
+            await files.run(self._forget)
+            raise InvalidResponse(
+                f"the archive of the checkpoint has {size} bytes or more, over max_bytes={self._max_bytes}; no file "
+                "was kept: if you expect so many, raise max_bytes"
+            )
 
     def _report(self) -> None:
         if self._on_progress is not None:
@@ -210,16 +220,28 @@ class Download:
         extracted = self._workspace / "files"
         shutil.rmtree(extracted, ignore_errors=True)
         try:
-            extract(self._archive, extracted, files.check)
+            extract(self._archive, extracted, files.check, max_bytes=self._max_bytes)
             self._require_free_target()
             if self._target.is_dir():
                 self._target.rmdir()
             extracted.rename(self._target)
         except InvalidResponse:
-            # Going on with these bytes would fail again.
-            self._source_file.unlink()
+            self._forget()
             raise
-        self._source_file.unlink()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Marks the workspace as done with: it is removed, and no later call goes on with its bytes."""
+        self._source_file.unlink(missing_ok=True)
+
+
+def _kept_source(file: Path) -> _Source | None:
+    """Returns the source of bytes that a later call can continue; None if there are none, or the file is damaged."""
+    try:
+        kept = _Source(**json.loads(file.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return None
+    return kept if isinstance(kept.validator, str) and isinstance(kept.total, int) else None
 
 
 def _is_worth_another_attempt(error: BaseException) -> bool:
