@@ -123,9 +123,16 @@ class RunFolder:
         self._replace(RUN_FILE, [_line(run, indent=2)])
 
     def append_step(self, step: StepRecord) -> None:
-        """Adds a line to `steps.jsonl`."""
-        with self._writing(), (self.path / STEPS_FILE).open("ab") as file:
-            file.write(_line(step))
+        """Adds a line to `steps.jsonl`, or nothing of it."""
+        path = self.path / STEPS_FILE
+        with self._writing():
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("ab") as file:
+                    file.write(_line(step))
+            except OSError:
+                os.truncate(path, size)
+                raise
 
     def keep_steps(self, last: int) -> list[StepRecord]:
         """Removes the steps after step `last`, and an incomplete line. Returns the remaining steps.
