@@ -1,5 +1,6 @@
 """The folder of one run. Files are replaced atomically, so that a process may be killed at any time."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import filelock
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from tinkex_py.arguments import check_path
+from tinkex_py.arguments import check_count, check_kind, check_path, shown
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
 from tinkex_py.unicode import with_whole_texts
@@ -90,11 +91,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if self._lock is None:
-            return
-        try:
+        if self._lock is not None:
             self._free()
-        finally:
             self._lock.release()
             self._lock = None
 
@@ -118,18 +116,19 @@ class RunFolder:
 
     def write_run(self, run: RunInfo) -> None:
         """Replaces `run.json`; if the run has ended, with the reserved room."""
+        line = _line(check_kind("run", run, RunInfo), indent=2)
         if run.status != "running":
             self._free()
-        self._replace(RUN_FILE, [_line(run, indent=2)])
+        self._replace(RUN_FILE, [line])
 
     def append_step(self, step: StepRecord) -> None:
         """Adds a line to `steps.jsonl`, or nothing of it."""
-        path = self.path / STEPS_FILE
+        path, line = self.path / STEPS_FILE, _line(check_kind("step", step, StepRecord))
         with self._writing():
             size = path.stat().st_size if path.exists() else 0
             try:
                 with path.open("ab") as file:
-                    file.write(_line(step))
+                    file.write(line)
             except OSError:
                 os.truncate(path, size)
                 raise
@@ -140,6 +139,7 @@ class RunFolder:
         Raises:
             ConfigError: `steps.jsonl` cannot be read, or a step up to `last` is missing.
         """
+        last = check_count("last", last, least=0)
         path = self.path / STEPS_FILE
         kept = [step for step in read_steps(self.path) if step.step <= last] if path.exists() else []
         if [step.step for step in kept] != list(range(1, last + 1)):
@@ -161,11 +161,12 @@ class RunFolder:
 
     def write_state(self, state: RunState) -> None:
         """Replaces `state.json`, after all steps before it have reached the disk."""
+        line = _line(check_kind("state", state, RunState), indent=2)
         steps = self.path / STEPS_FILE
         with self._writing():
             if steps.exists():
                 _flush(steps)
-        self._replace(STATE_FILE, [_line(state, indent=2)])
+        self._replace(STATE_FILE, [line])
 
     def _replace(self, name: str, lines: Iterable[bytes]) -> None:
         draft = self.path / f".{name}.draft"
@@ -183,7 +184,8 @@ class RunFolder:
                 _flush(self.path)
 
     def _free(self) -> None:
-        (self.path / _RESERVED_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.path / _RESERVED_FILE).unlink()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -209,7 +211,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{shown(str(path))} cannot be read: {error.strerror}") from error
 
 
 def _parsed(model: type[AnyRecord], content: bytes, where: str) -> AnyRecord:
