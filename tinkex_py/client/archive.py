@@ -7,7 +7,7 @@ import shutil
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -57,7 +57,7 @@ def extract(archive: Path, folder: Path, check: Callable[[], None], *, max_bytes
 
 
 @contextmanager
-def _damage_as_response() -> Iterator[None]:
+def _damage_as_response() -> Generator[None]:
     try:
         yield
     except _DAMAGED as error:
@@ -131,7 +131,7 @@ def _inner_path(member: Member) -> PurePosixPath:
 
 
 @contextmanager
-def _name_as_response(name: str) -> Iterator[None]:
+def _name_as_response(name: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
