@@ -16,6 +16,7 @@ from tests.support.scripted_server import answer
 from tinkex_py import InvalidData, InvalidResponse
 from tinkex_py.client.archive import extract
 from tinkex_py.client.tar_reader import TarReader
+from tinkex_py.threads import Stopped
 
 
 @pytest.mark.asyncio
@@ -59,6 +60,20 @@ def test_no_byte_of_an_archive_is_read_twice(make):
         archive = CountedFile(make(size))
         read_all(archive)
         assert archive.count <= len(archive.getvalue()) + 8  # the first bytes tell how it is compressed
+
+
+def test_reading_can_be_ended_between_pieces():
+    """Also in bytes that unpack to nothing."""
+    archive, checks = CountedFile(GROWING["many_gzip_streams"](1_000_000)), []
+
+    def check() -> None:
+        checks.append(archive.count)
+        if len(checks) == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        next(iter(TarReader(archive, check, 1 << 40)))
+    assert archive.count <= 5 * (16 << 10)
 
 
 LARGE = ("digits_in_an_extended_header", "combining_marks_in_a_name", "large_extended_header", "large_zeros")
