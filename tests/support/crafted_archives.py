@@ -94,6 +94,8 @@ DAMAGED: dict[str, bytes] = {
     "record length behind the end": extended(b"99 size=1\n") + FILE,
     "15000 records": extended(b"4 =\n" * 15_000) + FILE,
     "record that is no text": extended(record(b"hdrcharset", b"BINARY") + record(b"path", b"\xff\xfe")) + FILE,
+    "two long names of a file": extended(b"a\0", _LONG_NAME) + extended(b"b\0", _LONG_NAME) + FILE,
+    "two extended headers of a file": extended(record(b"path", b"a")) + extended(record(b"path", b"b")) + FILE,
     "one path for all files": extended(record(b"path", b"b.bin"), tarfile.XGLTYPE) + FILE,
     "extended header without a file": extended(record(b"comment", b"x")),
     "extended header that is cut off": extended(b"x" * 5000)[:2000],

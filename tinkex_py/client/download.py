@@ -194,8 +194,8 @@ class Download:
         try:
             async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
+                    await self._check_size(self._received + len(waiting) + len(piece), files)
                     waiting += piece
-                    await self._check_size(self._received + len(waiting), files)
                     if len(waiting) >= _WRITE_BYTES:
                         await write()
         finally:
