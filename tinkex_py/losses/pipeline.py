@@ -69,6 +69,7 @@ class Pipeline:
         self.track_grad_norms: bool = checked["track_grad_norms"]
         self.parallel: bool = checked["parallel"]
         self.timeout: float | None = checked["timeout"]
+        self.cancel_grace: float = checked["cancel_grace"]
         self.max_concurrency: int = checked["max_concurrency"]
         self.max_threads: int | None = checked["max_threads"]
         self.combine: Combine = checked["combine"]
@@ -241,6 +242,7 @@ class Pipeline:
             timeout=self.timeout,
             max_threads=self.max_threads,
             group=self if group is None else group,
+            cancel_grace=self.cancel_grace,
         )
         try:
             return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
