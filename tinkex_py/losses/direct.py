@@ -11,7 +11,6 @@ from tinkex_py.arguments import check_function, check_kind
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.executor import TermRun
-from tinkex_py.losses.grad_mode import OwnGradMode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs, checked_data
 from tinkex_py.losses.options import DEFAULTS, TERM_DEFAULTS, PipelineOptions, checked_options, shows_options
@@ -36,6 +35,7 @@ from tinkex_py.losses.spec import (
     term_name,
     why_not_a_term,
 )
+from tinkex_py.losses.torch_modes import OwnModes
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.types import Datum
 from tinkex_py.user_coroutines import in_own_task
@@ -78,7 +78,7 @@ async def execute(
             workers.close()
     if inspect.isawaitable(result):
         awaitable = cast("Awaitable[TermResult]", result)
-        result = await in_own_task(awaitable, grace=DEFAULTS["cancel_grace"], name=name, running=OwnGradMode())
+        result = await in_own_task(awaitable, grace=DEFAULTS["cancel_grace"], name=name, running=OwnModes())
     return loss_and_metrics(result, name)
 
 

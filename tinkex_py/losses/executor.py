@@ -13,11 +13,11 @@ from tenacity import AsyncRetrying, RetryCallState, RetryError
 from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
 from tinkex_py.limits import RetryPolicy, time_limit, with_retries
-from tinkex_py.losses.grad_mode import OwnGradMode, autograd_on
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.options import DEFAULTS
 from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_with
+from tinkex_py.losses.torch_modes import OwnModes, autograd_on, changed_since, defaults_before
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
 from tinkex_py.types import Datum
 from tinkex_py.user_coroutines import UserCoroutine
@@ -194,9 +194,13 @@ class TermRun:
         leaf = self.logprobs.leaf(term.name, packed=not term.per_datum)
 
         async def awaited(awaitable: Awaitable[Result]) -> Result:
-            code = UserCoroutine(self.cancel_grace, lambda: self._must_stop() or limit.expired(), OwnGradMode())
+            modes = OwnModes()
+            code = UserCoroutine(self.cancel_grace, lambda: self._must_stop() or limit.expired(), modes)
             try:
-                return await code.run(awaitable)
+                result = await code.run(awaitable)
+                if modes.changed is not None:
+                    raise _changed_defaults(term, modes.changed)
+                return result
             except BaseException:
                 left.append(code.what_is_left())
                 if code.abandoned:
@@ -254,16 +258,22 @@ class TermRun:
 
     def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | Awaitable[object]:
         with autograd_on():
+            changed: str | None = None
+            before = defaults_before()
             try:
                 result = self._called(term, leaf)
             except StopIteration as error:  # it would end the coroutine that awaits this thread
                 raise failed_with(term, error) from error
+            finally:
+                changed = changed_since(before)
+            if changed is not None:
+                _close(result)
+                raise _changed_defaults(term, changed)
             if not inspect.isawaitable(result):
                 return self._arithmetic(term, result, leaf)
             if term.is_async is None:
                 return result
-            if inspect.iscoroutine(result):
-                result.close()
+            _close(result)
             raise InvalidTermResult(
                 f"term {term.name!r} has is_async=False but returned an awaitable: pass is_async=True", name=term.name
             )
@@ -288,6 +298,19 @@ def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:
         return nullcontext({})
     metadata = {"regularizer_name": term.name, "weight": term.weight, "is_async": term.is_async is True}
     return telemetry.lifecycle("tinkex.regularizer.compute", metadata)
+
+
+def _close(result: object) -> None:
+    if inspect.iscoroutine(result):
+        result.close()
+
+
+def _changed_defaults(term: PreparedTerm, change: str) -> InvalidTermResult:
+    return InvalidTermResult(
+        f"term {term.name!r} changed {change}, which are those of other code, too; they are restored, and nothing was "
+        "sent. Pass dtype=... and device=... to the functions that create tensors",
+        name=term.name,
+    )
 
 
 def _emit_abandoned(term: PreparedTerm, tasks: Sequence[str] = ()) -> None:
