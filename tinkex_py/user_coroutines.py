@@ -61,7 +61,9 @@ class UserCoroutine:
     def what_is_left(self) -> str:
         """Describes what the coroutine left behind, as the end of an error message; empty if there is nothing."""
         tasks = self.tasks_left()
-        facts = [f"it suppressed its cancellation for {self._grace:g} s and is not resumed again"] * self.abandoned
+        facts = [
+            f"it did not end within {self._grace:g} s of its cancellation and is not resumed again"
+        ] * self.abandoned
         facts += [f"{len(tasks)} task(s) that it started still run: {', '.join(tasks)}"] * bool(tasks)
         return "".join(f"; {fact}" for fact in facts)
 
@@ -87,18 +89,19 @@ class UserCoroutine:
         is_plain = type(awaited) is asyncio.Future or not asyncio.isfuture(awaited)
         if is_plain or awaited.get_loop() is not self._loop:
             return (yield awaited)
-        while not awaited.done():
+        future = cast("asyncio.Future[Any]", awaited)
+        while not future.done():
             done: asyncio.Future[None] = self._loop.create_future()
             wake = functools.partial(_set_done, done)
-            awaited.add_done_callback(wake)
+            future.add_done_callback(wake)
             try:
                 yield from done.__await__()
             except asyncio.CancelledError as error:
                 self._begin_grace()
-                if self._is_over or not awaited.cancel(*error.args):
+                if self._is_over or not future.cancel(*error.args):
                     raise
             finally:
-                awaited.remove_done_callback(wake)
+                future.remove_done_callback(wake)
         return None
 
     def _begin_grace(self) -> None:
@@ -117,7 +120,7 @@ class UserCoroutine:
             if isinstance(error, asyncio.CancelledError):
                 self._begin_grace()
             return False
-        if self._is_over:
+        if not isinstance(error, GeneratorExit):
             self.abandoned = True
             task = asyncio.current_task()
             assert task is not None, "coroutines of users run in tasks"
