@@ -60,12 +60,12 @@ class UserCoroutine:
 
     def what_is_left(self) -> str:
         """Describes what the coroutine left behind, as the end of an error message; empty if there is nothing."""
-        tasks = self.tasks_left()
-        facts = [
-            f"it did not end within {self._grace:g} s of its cancellation and is not resumed again"
-        ] * self.abandoned
-        facts += [f"{len(tasks)} task(s) that it started still run: {', '.join(tasks)}"] * bool(tasks)
-        return "".join(f"; {fact}" for fact in facts)
+        facts: list[str] = []
+        if self.abandoned:
+            facts.append(f"; it did not end within {self._grace:g} s of its cancellation and is not resumed again")
+        if tasks := self.tasks_left():
+            facts.append(f"; {len(tasks)} task(s) that it started still run: {', '.join(tasks)}")
+        return "".join(facts)
 
     def _resumed(self, resume: Callable[[], Any]) -> Any:
         """Runs the coroutine until it suspends, and notes the tasks that it starts."""

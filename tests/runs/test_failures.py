@@ -300,8 +300,8 @@ async def test_a_hook_that_suppresses_everything_does_not_hold_up_the_end(
     await asyncio.wait([watcher])
     (note,) = caught.value.__notes__
     assert note == (
-        f"{hook} was cancelled; it did not end within 0.02 s of its cancellation and is not resumed again; 1 task(s) that it "
-        "started still run: watcher"
+        f"{hook} was cancelled; it did not end within 0.02 s of its cancellation and is not resumed again; "
+        "1 task(s) that it started still run: watcher"
     )
     if hook == "evaluate":
         assert (read_run(tmp_path).status, read_run(tmp_path).reason) == ("stopped", "cancelled")
