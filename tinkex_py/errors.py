@@ -351,7 +351,7 @@ class InPlaceMutation(RegularizerError):
 
 
 class InvalidTermResult(RegularizerError, TypeError):
-    """A term returned neither a loss nor `(loss, metrics)`."""
+    """A term returned neither a loss nor `(loss, metrics)`, or changed torch's default dtype or device."""
 
 
 STATUS_ERRORS: Mapping[int, type[APIStatusError]] = {

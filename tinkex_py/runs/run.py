@@ -149,7 +149,7 @@ class Run:
         return {position: known[position] for position in known if position >= first and known[position]}
 
     async def _new_model(self) -> AsyncTrainingClient:
-        training = await created_model(self._plan.model)
+        training = await created_model(self._plan.model, grace=self._plan.pipeline.cancel_grace)
         if training.accumulated:
             raise InvalidData(
                 f"the training client holds {training.accumulated} backward passes that no optimizer step applied: "
