@@ -51,7 +51,7 @@ class TinkexConfig:
         wire: encoding of passes: "auto" detects it; "protobuf" keeps numbers packed; "json" is for services without
             protobuf.
         billing_pause: seconds that requests wait while the service asks for payment (402); None is the service's own
-            limit, usually an hour; 0 raises BillingRequired at once.
+            limit, at most an hour; 0 raises BillingRequired at once.
         sampling_patience: seconds without progress after which samples that the service refuses (429) fail.
         on_queue_state: called with each new QueueState, on the event loop; it should be quick. If it raises, it is not
             called again.

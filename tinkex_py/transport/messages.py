@@ -31,7 +31,6 @@ Content = Bytes | Sequence[Bytes]
 """A body, or its parts in order."""
 
 JSON = "application/json"
-_DEFAULT_LIMIT = 1 << 30
 _SMALL_JSON = 16 << 20
 _FEW_VALUES = 1 << 18
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -249,7 +248,7 @@ class Response:
     body: bytes
     request: str = "the request"
     secret: Secret = field(default=NO_SECRET, compare=False)
-    limit: int = field(default=_DEFAULT_LIMIT, compare=False)
+    limit: int = field(default=1 << 30, compare=False)
 
     @property
     def is_success(self) -> bool:
@@ -355,10 +354,7 @@ def _parsed(body: bytes) -> Any:
 
 
 def _json_excess(response: Response) -> str:
-    """Returns in what a body exceeds the limits of JSON, or an empty string.
-
-    Parsed values need up to 250 bytes each, and text up to 4 bytes per character, twice.
-    """
+    # Parsed values need up to 250 bytes each, and text up to 4 bytes per character, twice.
     body = response.body
     longest, most = max(response.limit // 8, _SMALL_JSON), max(response.limit // 256, _FEW_VALUES)
     if len(body) > longest:
