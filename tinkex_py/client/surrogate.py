@@ -243,15 +243,16 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
         raise InvalidResponse(f"the forward pass did not return logprobs for each of {len(data)} datums")
-    if packed.dtype.kind != "f":
-        raise InvalidResponse(f"the forward pass returned logprobs of dtype {packed.dtype}, expected float32")
+    values = packed.values
+    if values.dtype.kind != "f":
+        raise InvalidResponse(f"the forward pass returned logprobs of dtype {values.dtype}, expected float32")
     expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
     if packed.shapes != expected:
         index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
         raise InvalidResponse(
             f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
         )
-    if not np.isfinite(packed.values).all():
+    if not np.isfinite(values).all():
         raise _not_finite(packed, host)
     return packed
 
@@ -260,9 +261,9 @@ def _not_finite(logprobs: PackedTensor, host: str) -> InvalidResponse:
     places = np.flatnonzero(~np.isfinite(logprobs.values))
     index = int(np.searchsorted(logprobs.offsets, places[0], side="right")) - 1
     return InvalidResponse(
-        f"{host} returned {places.size} logprobs that are NaN or infinite, the first one in datum {index}; no term "
-        "evaluated them, and no backward pass was sent. If the weights diverged, create a new client from an earlier "
-        "checkpoint and lower the learning rate"
+        f"the service at {host} returned {places.size} logprobs that are NaN or infinite, the first one in datum {index}; "
+        "no term evaluated them, and no backward pass was sent. If the weights diverged, create a new client from an "
+        "earlier checkpoint and lower the learning rate"
     )
 
 

@@ -71,7 +71,8 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     Raises:
         InvalidResponse: the message is invalid, or its parts contradict each other.
     """
-    _check_parts(body, wire.ForwardBackwardOutput.DESCRIPTOR)
+    if len(body) > _FEW_BYTES:
+        _check_parts(body, wire.ForwardBackwardOutput.DESCRIPTOR)
     try:
         message = wire.ForwardBackwardOutput.FromString(body)
     except DecodeError as error:
@@ -94,8 +95,6 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
 
 def _check_parts(body: bytes, kind: Descriptor) -> None:
     """Raises InvalidResponse for a message of more parts than a result has, before any of them is allocated."""
-    if len(body) <= _FEW_BYTES:
-        return
     parts = 0
     messages = [(0, len(body), kind)]
     while messages:
@@ -184,7 +183,8 @@ def decode_sample(body: bytes) -> SampleResponse:
     Raises:
         InvalidResponse: the message is invalid, or its parts contradict each other.
     """
-    _check_parts(body, wire.SampleResponse.DESCRIPTOR)
+    if len(body) > _FEW_BYTES:
+        _check_parts(body, wire.SampleResponse.DESCRIPTOR)
     try:
         message = wire.SampleResponse.FromString(body)
     except DecodeError as error:
