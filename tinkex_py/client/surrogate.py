@@ -259,11 +259,11 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str
 
 def _not_finite(logprobs: PackedTensor, host: str) -> InvalidResponse:
     places = np.flatnonzero(~np.isfinite(logprobs.values))
-    index = int(np.searchsorted(logprobs.offsets, places[0], side="right")) - 1
+    index = int((logprobs.offsets <= places[0]).sum()) - 1
     return InvalidResponse(
-        f"the service at {host} returned {places.size} logprobs that are NaN or infinite, the first one in datum {index}; "
-        "no term evaluated them, and no backward pass was sent. If the weights diverged, create a new client from an "
-        "earlier checkpoint and lower the learning rate"
+        f"the service at {host} returned {places.size} logprobs that are NaN or infinite, the first one in datum "
+        f"{index}. No term evaluated them, and no backward pass was sent. If the weights diverged, create a new client "
+        "from an earlier checkpoint and lower the learning rate"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from tinkex_py.errors import InvalidData, InvalidResponse
 from tinkex_py.transport import wire
@@ -72,7 +72,7 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
         InvalidResponse: the message is invalid, or its parts contradict each other.
     """
     if len(body) > _FEW_BYTES:
-        _check_parts(body, wire.ForwardBackwardOutput.DESCRIPTOR)
+        _check_parts(body, wire.ForwardBackwardOutput)
     try:
         message = wire.ForwardBackwardOutput.FromString(body)
     except DecodeError as error:
@@ -93,10 +93,10 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     )
 
 
-def _check_parts(body: bytes, kind: Descriptor) -> None:
+def _check_parts(body: bytes, kind: type[Message]) -> None:
     """Raises InvalidResponse for a message of more parts than a result has, before any of them is allocated."""
     parts = 0
-    messages = [(0, len(body), kind)]
+    messages = [(0, len(body), cast("Descriptor", kind.DESCRIPTOR))]
     while messages:
         position, end, descriptor = messages.pop()
         while position < end and parts <= _MOST_PARTS:
@@ -184,7 +184,7 @@ def decode_sample(body: bytes) -> SampleResponse:
         InvalidResponse: the message is invalid, or its parts contradict each other.
     """
     if len(body) > _FEW_BYTES:
-        _check_parts(body, wire.SampleResponse.DESCRIPTOR)
+        _check_parts(body, wire.SampleResponse)
     try:
         message = wire.SampleResponse.FromString(body)
     except DecodeError as error:

@@ -282,16 +282,17 @@ class HttpClient:
     async def _whole(self, request: Request, key: Secret, seconds: float) -> tuple[httpx.Response, bytes]:
         """Follows the redirects that the request may follow, and returns the last response and its body."""
         url = f"{self._root}/{request.path.lstrip('/')}"
-        for remaining in reversed(range(_MOST_REDIRECTS + 1)):
+        redirects = 0
+        while True:
             raw = await self._send(request, key, url, seconds)
             body = await self._read(raw)
-            if not raw.is_redirect or not remaining:
-                break
+            if not raw.is_redirect or redirects == _MOST_REDIRECTS:
+                return raw, body
             target = request.redirected_to(raw.status_code, raw.headers.get("location"), url)
             if target is None:
-                break
+                return raw, body
             url = target
-        return raw, body
+            redirects += 1
 
     async def _read(self, raw: httpx.Response) -> bytes:
         """Returns the decompressed body of a response, and closes the response."""
