@@ -129,7 +129,14 @@ class TimeoutExceeded(TransportError, TimeoutError):
 
 
 class InvalidResponse(TransportError):
-    """The service returned something that is not part of the protocol."""
+    """The service returned something that is not part of the protocol.
+
+    Attributes:
+        is_too_large: whether the response exceeds `max_response_bytes` or a limit that follows from it. Such a result
+            is not requested again.
+    """
+
+    is_too_large: bool = False
 
 
 class APIStatusError(TinkexError):

@@ -388,6 +388,8 @@ class _Future(Generic[Decoded]):
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, APIStatusError):
         return error.status >= 500 or error.status in _TRANSIENT_STATUSES
+    if isinstance(error, InvalidResponse) and error.is_too_large:
+        return False
     return isinstance(error, TransportError)
 
 
