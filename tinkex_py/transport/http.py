@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import httpx
 
@@ -23,10 +23,12 @@ from tinkex_py.transport.messages import (
     Response,
     Secret,
     checked_base_url,
+    may_be_key,
     merged_headers,
     same_origin,
 )
 from tinkex_py.transport.proxies import ProxyAddress
+from tinkex_py.transport.secrecy import CutOff, cut_off, exchanging, hides_arguments
 from tinkex_py.version import __version__
 
 Transport = httpx.AsyncBaseTransport
@@ -36,8 +38,6 @@ USER_AGENT = f"tinkex-py/{__version__}"
 _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
 _MOST_OF_AN_ERROR = 1 << 16
-# A shorter header value is not a key, and redacting it would garble messages.
-_SHORTEST_KEY = 8
 _CLOSED_MEANWHILE = "this client was closed during the request"
 
 # A client requests few URLs many times, and httpx takes 0.1 ms to parse one.
@@ -60,6 +60,7 @@ class HttpClient:
         ConfigError: the address is invalid, or the environment names an unusable proxy.
     """
 
+    @hides_arguments
     def __init__(
         self,
         *,
@@ -82,7 +83,7 @@ class HttpClient:
         self._timeout = timeout
         self._given_headers = headers
         self._headers = merged_headers({"User-Agent": USER_AGENT}, headers)
-        self._secret_headers = [value for value in headers.values() if len(value) >= _SHORTEST_KEY]
+        self._secret_headers = [value for value in headers.values() if may_be_key(value)]
         self._may_trace = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._limits: set[asyncio.Timeout] = set()
@@ -147,9 +148,11 @@ class HttpClient:
 
     @asynccontextmanager
     async def towards(
-        self, url: str, *, key: Secret = NO_SECRET
-    ) -> AsyncGenerator[tuple["HttpClient", str, Secret], None]:
+        self, url: Secret, *, key: Secret = NO_SECRET
+    ) -> AsyncGenerator[tuple["HttpClient", Secret, Secret], None]:
         """Opens a client for a URL that the service returned; yields it, the path to request, and the key to send.
+
+        The URL may be signed, so it and its path are secrets, and the long values of its query are redacted as keys.
 
         The key and the headers of this client are sent to the origin of `base_url` only. (A user's own `http_client`
         always sends its own headers.)
@@ -163,8 +166,8 @@ class HttpClient:
             ClientClosed: this client is closed.
         """
         self._require_usable()
-        parts = urlsplit(url)
-        base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+        with CutOff():
+            base, path = _parts_of(url)
         at_home = same_origin(base, self._base.geturl())
         shares_transport = at_home or isinstance(self._given_transport, ClientTransport)
         client = HttpClient(
@@ -175,9 +178,10 @@ class HttpClient:
             headers=self._given_headers if at_home else NO_HEADERS,
         )
         client._may_trace = at_home
+        client._secret_headers += _long_values_of_query(url)
         self._elsewhere.add(client)
         try:
-            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path, key if at_home else NO_SECRET
+            yield client, path, key if at_home else NO_SECRET
         finally:
             self._elsewhere.discard(client)
             await client.aclose()
@@ -256,18 +260,18 @@ class HttpClient:
             through = "" if self._proxy is None else f", through {self._proxy}"
             return TimeoutExceeded(f"{too_late or f'{request}: no response within {seconds:g} s'}{through}")
 
-        try:
-            async with time_limit(seconds, expired) as limit:
-                self._limits.add(limit)
-                try:
-                    return await work
-                finally:
-                    self._limits.discard(limit)
-        except Exception as error:
-            failure = typed_failure(error, request, seconds, self._proxy)
-            if failure is None:
-                raise
-        raise failure
+        async with time_limit(seconds, expired) as limit:
+            self._limits.add(limit)
+            try:
+                return await work
+            except BaseException as error:
+                failure = typed_failure(error, request, seconds, self._proxy)
+                cut_off(error)
+                if failure is None:
+                    raise
+            finally:
+                self._limits.discard(limit)
+            raise failure
 
     async def _whole(self, request: Request, key: Secret, seconds: float) -> httpx.Response:
         """Follows the redirects that the request may follow, and returns the complete last response."""
@@ -288,27 +292,44 @@ class HttpClient:
         traced = request_headers() if self._may_trace else NO_HEADERS
         authorized = {"x-api-key": key.reveal()} if key else {}
         timeouts = {"connect": min(seconds, _LONGEST_CONNECT), "read": seconds, "write": seconds, "pool": seconds}
-        raw = await self._transport.handle_async_request(
-            httpx.Request(
-                request.method,
-                # A URL with a query is not cached: it may contain secrets, and occurs once.
-                httpx.URL(url) if "?" in url else _frequent_url(url),
-                headers={**traced, **self._headers, **request.headers, **authorized},
-                content=request.body(),
-                extensions={"timeout": timeouts, READ_WHOLE: read},
+        exchanging.set(True)
+        try:
+            raw = await self._transport.handle_async_request(
+                httpx.Request(
+                    request.method,
+                    # A URL with a query is not cached: it may contain secrets, and occurs once.
+                    httpx.URL(url) if "?" in url else _frequent_url(url),
+                    headers={**traced, **self._headers, **request.headers, **authorized},
+                    content=request.body(),
+                    extensions={"timeout": timeouts, READ_WHOLE: read},
+                )
             )
-        )
-        if read:
-            try:
-                await raw.aread()
-            finally:
-                await raw.aclose()
+            if read:
+                try:
+                    await raw.aread()
+                finally:
+                    await raw.aclose()
+        finally:
+            exchanging.set(False)
         return raw
 
     def _name_and_seconds(self, request: Request) -> tuple[str, float]:
         """The name of an exchange in messages, without the query, which may contain secrets; and its time limit."""
         name = f"{request.method} /{request.path.partition('?')[0].lstrip('/')} at {self._base.netloc}"
         return name, self._timeout if request.timeout is None else request.timeout
+
+
+def _parts_of(url: Secret) -> tuple[str, Secret]:
+    """Returns the address of the host, and the path with its query."""
+    parts = urlsplit(url.reveal())
+    base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+    return base, Secret(f"{parts.path}?{parts.query}" if parts.query else parts.path)
+
+
+def _long_values_of_query(url: Secret) -> set[str]:
+    """Returns values that may be signatures, as they are sent and as they are meant."""
+    values = [pair.partition("=")[2] for pair in urlsplit(url.reveal()).query.split("&")]
+    return {form for value in values if may_be_key(value) for form in (value, unquote_plus(value))}
 
 
 class ResponseStream:
