@@ -83,7 +83,8 @@ class HttpClient:
         self._timeout = timeout
         self._given_headers = headers
         self._headers = merged_headers({"User-Agent": USER_AGENT}, headers)
-        self._secret_headers = [value for value in headers.values() if may_be_key(value)]
+        self._secrets = [value for value in headers.values() if may_be_key(value)]
+        self._secrets += [] if self._proxy is None else self._proxy.secrets
         self._may_trace = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._limits: set[asyncio.Timeout] = set()
@@ -123,7 +124,7 @@ class HttpClient:
         async with self._exchanging(request, attempt) as measurements:
             raw = await self.bounded(self._whole(request, key, seconds), name, seconds)
             measurements |= {"status": raw.status_code, "bytes": len(raw.content)}
-            secret = key.with_others(self._secret_headers)
+            secret = key.with_others(self._secrets)
             return Response(raw.status_code, dict(raw.headers.items()), raw.content, name, secret)
 
     @asynccontextmanager
@@ -139,7 +140,7 @@ class HttpClient:
         async with self._exchanging(request, attempt) as measurements:
             sending = self._send(request, key, f"{self._root}/{request.path.lstrip('/')}", seconds)
             raw = await self.bounded(sending, name, seconds)
-            response = ResponseStream(self, raw, name, key.with_others(self._secret_headers), seconds)
+            response = ResponseStream(self, raw, name, key.with_others(self._secrets), seconds)
             try:
                 yield response
             finally:
@@ -178,7 +179,7 @@ class HttpClient:
             headers=self._given_headers if at_home else NO_HEADERS,
         )
         client._may_trace = at_home
-        client._secret_headers += _long_values_of_query(url)
+        client._secrets += _long_values_of_query(url)
         self._elsewhere.add(client)
         try:
             yield client, path, key if at_home else NO_SECRET

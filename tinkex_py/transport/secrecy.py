@@ -8,9 +8,12 @@ what helps in a cause is part of the message.
 import functools
 import logging
 import re
+import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
+
+from tinkex_py.errors import TinkexError
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -27,7 +30,13 @@ _SECRET_PARTS = re.compile(r"(return_value=|auth=|exception=\w+).*|(\?)[^\s\"']+
 
 
 def cut_off(error: BaseException) -> None:
-    """Removes the frames that an error has passed, and its causes with theirs."""
+    """Removes the frames that an error has passed, and its causes with theirs.
+
+    The error of somebody else's code gets a note that says where it was raised.
+    """
+    if isinstance(error, Exception) and not isinstance(error, TinkexError) and error.__traceback__ is not None:
+        (last,) = traceback.extract_tb(error.__traceback__, limit=-1)
+        error.add_note(f"raised at {last.filename}, line {last.lineno}; the frames that hold keys were removed")
     error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
