@@ -57,7 +57,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path_factory: pytest.TempPathFac
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     for read in (read_run, read_steps):
-        with pytest.raises(ConfigError, match=r"nothing.run\.json cannot be read: No such file"):
+        with pytest.raises(ConfigError, match=r"nothing.run\.json' cannot be read: No such file"):
             read(tmp_path / "nothing")
     folder = RunFolder(tmp_path)
     folder.append_step(step_record(1))

@@ -9,7 +9,7 @@ import filelock
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from tinkex_py.arguments import check_path
+from tinkex_py.arguments import check_count, check_kind, check_path, shown
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
 from tinkex_py.unicode import plain_json, with_whole_texts
@@ -99,12 +99,13 @@ class RunFolder:
 
     def write_run(self, run: RunInfo) -> None:
         """Replaces `run.json`."""
-        self._replace(RUN_FILE, [_line(run, indent=2)])
+        self._replace(RUN_FILE, [_line(check_kind("run", run, RunInfo), indent=2)])
 
     def append_step(self, step: StepRecord) -> None:
         """Adds a line to `steps.jsonl`."""
+        line = _line(check_kind("step", step, StepRecord))
         with (self.path / STEPS_FILE).open("ab") as file:
-            file.write(_line(step))
+            file.write(line)
 
     def keep_steps(self, last: int) -> list[StepRecord]:
         """Removes the steps after step `last`, and an incomplete line. Returns the remaining steps.
@@ -112,6 +113,7 @@ class RunFolder:
         Raises:
             ConfigError: `steps.jsonl` cannot be read, or a step up to `last` is missing.
         """
+        last = check_count("last", last, least=0)
         path = self.path / STEPS_FILE
         kept = [step for step in read_steps(self.path) if step.step <= last] if path.exists() else []
         if [step.step for step in kept] != list(range(1, last + 1)):
@@ -133,10 +135,11 @@ class RunFolder:
 
     def write_state(self, state: RunState) -> None:
         """Replaces `state.json`, after all steps before it have reached the disk."""
+        line = _line(check_kind("state", state, RunState), indent=2)
         steps = self.path / STEPS_FILE
         if steps.exists():
             _flush(steps)
-        self._replace(STATE_FILE, [_line(state, indent=2)])
+        self._replace(STATE_FILE, [line])
 
     def _replace(self, name: str, lines: Iterable[bytes]) -> None:
         draft = self.path / f".{name}.draft"
@@ -162,7 +165,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{shown(str(path))} cannot be read: {error.strerror}") from error
 
 
 def _parsed(model: type[AnyRecord], content: bytes, where: str) -> AnyRecord:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from tinkex_py.arguments import check_path
+from tinkex_py.arguments import check_list, check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
@@ -188,6 +188,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
+    check_list("folders", folders, object, error=ConfigError)
     # A folder that is named twice is read once.
     places = list(dict.fromkeys(check_path("folders", folder, error=ConfigError).resolve() for folder in folders))
     if not places:
