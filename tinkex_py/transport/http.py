@@ -263,14 +263,16 @@ class HttpClient:
 
         async with time_limit(seconds, expired) as limit:
             self._limits.add(limit)
+            exchanging.set(True)
             try:
                 return await work
             except BaseException as error:
                 failure = typed_failure(error, request, seconds, self._proxy)
-                cut_off(error)
+                cut_off(error)  # its frames hold the headers, also when it is a cancellation
                 if failure is None:
                     raise
             finally:
+                exchanging.set(False)
                 self._limits.discard(limit)
             raise failure
 
@@ -293,25 +295,21 @@ class HttpClient:
         traced = request_headers() if self._may_trace else NO_HEADERS
         authorized = {"x-api-key": key.reveal()} if key else {}
         timeouts = {"connect": min(seconds, _LONGEST_CONNECT), "read": seconds, "write": seconds, "pool": seconds}
-        exchanging.set(True)
-        try:
-            raw = await self._transport.handle_async_request(
-                httpx.Request(
-                    request.method,
-                    # A URL with a query is not cached: it may contain secrets, and occurs once.
-                    httpx.URL(url) if "?" in url else _frequent_url(url),
-                    headers={**traced, **self._headers, **request.headers, **authorized},
-                    content=request.body(),
-                    extensions={"timeout": timeouts, READ_WHOLE: read},
-                )
+        raw = await self._transport.handle_async_request(
+            httpx.Request(
+                request.method,
+                # A URL with a query is not cached: it may contain secrets, and occurs once.
+                httpx.URL(url) if "?" in url else _frequent_url(url),
+                headers={**traced, **self._headers, **request.headers, **authorized},
+                content=request.body(),
+                extensions={"timeout": timeouts, READ_WHOLE: read},
             )
-            if read:
-                try:
-                    await raw.aread()
-                finally:
-                    await raw.aclose()
-        finally:
-            exchanging.set(False)
+        )
+        if read:
+            try:
+                await raw.aread()
+            finally:
+                await raw.aclose()
         return raw
 
     def _name_and_seconds(self, request: Request) -> tuple[str, float]:

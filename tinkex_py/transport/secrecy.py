@@ -1,8 +1,8 @@
 """Errors without the frames that hold secrets, and log lines of HTTP libraries without them.
 
 A traceback keeps the local variables of every frame that it names, and some tools print them. The frames that send a
-request hold its headers, those that read a setting hold the key. Errors leave these places without frames and causes;
-what helps in a cause is part of the message.
+request hold its headers, those that read a setting hold the key. Errors leave these places without frames, and without
+the errors of libraries behind them; what helps in those is part of the message.
 """
 
 import functools
@@ -30,14 +30,19 @@ _SECRET_PARTS = re.compile(r"(return_value=|auth=|exception=\w+).*|(\?)[^\s\"']+
 
 
 def cut_off(error: BaseException) -> None:
-    """Removes the frames that an error has passed, and its causes with theirs.
+    """Removes the frames that an error has passed, and its causes, but for errors of this package without theirs.
 
     The error of somebody else's code gets a note that says where it was raised.
     """
     if isinstance(error, Exception) and not isinstance(error, TinkexError) and error.__traceback__ is not None:
         (last,) = traceback.extract_tb(error.__traceback__, limit=-1)
         error.add_note(f"raised at {last.filename}, line {last.lineno}; the frames that hold keys were removed")
-    error.__traceback__ = error.__cause__ = error.__context__ = None
+    cause = error.__cause__
+    if isinstance(cause, TinkexError):
+        cut_off(cause)
+    else:
+        error.__cause__ = None
+    error.__traceback__ = error.__context__ = None
 
 
 class CutOff:
