@@ -25,7 +25,8 @@ from tinkex_py.limits import Attempts, with_retries
 from tinkex_py.threads import FileThread
 from tinkex_py.transport.api import is_retryable_status
 from tinkex_py.transport.http import ResponseStream
-from tinkex_py.transport.messages import checked_base_url, raise_for_status, request
+from tinkex_py.transport.messages import Secret, checked_base_url, raise_for_status, request
+from tinkex_py.transport.secrecy import CutOff
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
 
@@ -138,18 +139,20 @@ class Download:
         await with_retries(self._requests.retry, attempt, _is_worth_another_attempt)
 
     async def _fetch_once(self, files: FileThread) -> None:
-        url = (await self._ask_where()).url
+        url = Secret((await self._ask_where()).url)  # it may be signed
         for _ in range(_MOST_REDIRECTIONS):
             api = self._requests.api
-            _check_address(url, api.host)
+            with CutOff():
+                _check_address(url.reveal(), api.host)
             key = await api.auth.current()
             async with api.http.towards(url, key=key) as (client, path, key_there):
-                asking = request("GET", path, accept="*/*", headers=self._range())
+                with CutOff():
+                    asking = request("GET", path.reveal(), accept="*/*", headers=self._range())
                 async with client.stream(asking, key=key_there) as response:
-                    location = response.headers.get("location") if 300 <= response.status < 400 else None
-                    if location is None:
+                    target = _redirection(response, url)
+                    if target is None:
                         return await self._take(response, files)
-                    url = _joined(url, location)
+                    url = target
         raise InvalidResponse(
             f"the URL of the archive has more than {_MOST_REDIRECTIONS} redirections: report it to the service"
         )
@@ -250,11 +253,14 @@ def _is_worth_another_attempt(error: BaseException) -> bool:
     return isinstance(error, ConnectionFailed | TimeoutExceeded)
 
 
-def _joined(url: str, location: str) -> str:
+def _redirection(response: ResponseStream, url: Secret) -> Secret | None:
+    location = response.headers.get("location")
+    if location is None or not 300 <= response.status < 400:
+        return None
     try:
-        return urljoin(url, location)
+        return Secret(urljoin(url.reveal(), location))
     except ValueError:
-        return location
+        return Secret(location)
 
 
 def _check_address(url: str, host: str) -> None:
@@ -263,8 +269,8 @@ def _check_address(url: str, host: str) -> None:
         if parts.scheme in ("http", "https"):
             checked_base_url(f"{parts.scheme}://{parts.netloc}")
             return
-    except ValueError as error:
-        raise InvalidResponse(f"{host} returned an invalid URL of the archive") from error
+    except ValueError:
+        raise InvalidResponse(f"{host} returned an invalid URL of the archive") from None
     raise UnsupportedFeature(
         f"{host} does not support downloads of checkpoints as archives (their URL starts with {parts.scheme!r})"
     )

@@ -2,10 +2,10 @@
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, check_path, check_text
 from tinkex_py.client.archive import MAX_ARCHIVE_BYTES
@@ -14,6 +14,7 @@ from tinkex_py.client.download import Download
 from tinkex_py.client.rest_requests import DEFAULT_PAGE_SIZE, Page, RestRequests, all_items
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
 from tinkex_py.limits import RetryPolicy
+from tinkex_py.transport.secrecy import CutOff
 from tinkex_py.types import ServerCapabilities, WeightsInfo
 from tinkex_py.types.checkpoint_path import CheckpointPath, check_address, check_segment, url_segment
 from tinkex_py.types.rest import (
@@ -212,23 +213,27 @@ class AsyncRestClient:
     async def get_archive_url(self, path: str) -> ArchiveUrl:
         """Returns a URL that downloads a checkpoint as one archive, without a key."""
         parsed = CheckpointPath.parse(path)
+        with CutOff():  # the URL is signed
+            return ArchiveUrl.read(await self._ask_where(parsed))
+
+    async def _ask_where(self, path: CheckpointPath) -> Mapping[str, Any]:
         feature = "checkpoints as archives"
         try:
-            answer = await self._requests.ask_where(f"{_checkpoint_url(path)}/archive", feature)
+            return await self._requests.ask_where(f"{_checkpoint_url(str(path))}/archive", feature)
         except UnsupportedFeature:
-            if parsed.kind != "sampler_weights":
+            if path.kind != "sampler_weights":
                 raise
             # Some services only offer sampler weights, by name.
-            alone = f"{_RUNS}/{url_segment(parsed.run_id)}/checkpoints/{url_segment(parsed.name)}/archive"
-            answer = await self._requests.ask_where(alone, feature)
-        return ArchiveUrl.read(answer)
+            alone = f"{_RUNS}/{url_segment(path.run_id)}/checkpoints/{url_segment(path.name)}/archive"
+            return await self._requests.ask_where(alone, feature)
 
     async def get_external_weights_urls(self, path: str) -> ExternalWeightsUrls:
         """Returns URLs that download the single files of external weights, without a key."""
         if CheckpointPath.parse(path).kind != "external_weights":
             raise InvalidData(f"{path!r} must be tinker://RUN/external_weights/NAME: only those have URLs of files")
         url = f"{_checkpoint_url(path)}/external_weights_urls"
-        return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "addresses of external weights"))
+        with CutOff():  # the URLs are signed
+            return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "addresses of external weights"))
 
     async def download_checkpoint(
         self,

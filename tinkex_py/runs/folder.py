@@ -14,7 +14,7 @@ from pydantic_core import PydanticSerializationError
 from tinkex_py.arguments import check_count, check_kind, check_path, shown
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
-from tinkex_py.unicode import with_whole_texts
+from tinkex_py.unicode import plain_json, with_whole_texts
 from tinkex_py.values import reason_of
 
 RUN_FILE = "run.json"
@@ -204,7 +204,7 @@ def _line(record: Record, indent: int | None = None) -> bytes:
     except PydanticSerializationError:  # a lone surrogate, in a name or a setting
         whole = with_whole_texts(record.model_dump())
         text = type(record).model_validate(whole).model_dump_json(indent=indent)
-    return text.encode() + b"\n"
+    return plain_json(text).encode() + b"\n"
 
 
 def _bytes_of(path: Path) -> bytes:
