@@ -12,10 +12,11 @@ import numpy as np
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import (
-    APIStatusError,
+    BadRequest,
     InvalidResponse,
     NotFound,
     RequestFailed,
+    Unprocessable,
     UnsupportedFeature,
 )
 from tinkex_py.types import Datum, ForwardBackwardOutput
@@ -23,7 +24,8 @@ from tinkex_py.types.tensors import Array
 
 Result = TypeVar("Result")
 
-_REFUSALS = (APIStatusError, RequestFailed, UnsupportedFeature)
+# Of a service that cannot save checkpoints, or not create models from them.
+_REFUSALS = (BadRequest, NotFound, RequestFailed, Unprocessable, UnsupportedFeature)
 
 
 class Service(Protocol):

@@ -110,7 +110,7 @@ class CustomStep:
         sequences = check_sequences(self.sequences_per_step, len(datums))
         await turn.reached(early=self.overlap)
         batch, forward, surrogate = await self._forward(turn, model, datums)
-        logprobs = logprobs_of(forward, datums)
+        logprobs = logprobs_of(forward, datums, model.session.surrogates.host)
         async with turn.running_terms():
             loss = await self._evaluate(model, datums, logprobs)
         gradient = loss.gradient.reshape(-1).numpy()
@@ -141,8 +141,9 @@ class CustomStep:
         batch = await self._laid_out(model, data, measured=surrogate is None)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
         if surrogate is None:
+            logprobs = logprobs_of(forward, data, model.session.surrogates.host)
             weights, certificate = measuring_weights(batch.size), await _stored_certificate(model)
-            surrogate = surrogates.learn(forward, logprobs_of(forward, data), weights, model.key, certificate)
+            surrogate = surrogates.learn(forward, logprobs, weights, model.key, certificate)
         return batch, forward, surrogate
 
     async def _laid_out(self, model: Model, data: Sequence[Datum], *, measured: bool) -> CustomBatch:

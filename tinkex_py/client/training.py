@@ -17,12 +17,11 @@ from tinkex_py.client.server_execution import run_on_service
 from tinkex_py.client.service_models import model_info
 from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import NumberedRequest, OptimizerRequest, json_result
-from tinkex_py.client.unsupported import means_no_endpoint, reported_as_unsupported, was_not_counted
+from tinkex_py.client.unsupported import reported_as_unsupported, was_not_counted
 from tinkex_py.errors import (
     ClientClosed,
     InvalidData,
     InvalidResponse,
-    NotFound,
     RequestFailed,
     TimeoutExceeded,
     UnsupportedFeature,
@@ -350,20 +349,14 @@ class AsyncTrainingClient:
 
         Raises:
             UnsupportedFeature: the service frees models at the end of their session only.
+            NotFound: the model was freed before.
         """
         await self.aclose()
         api = self._session.api
         body = {"model_id": self.model_id, "type": "unload_model"}
         with reported_as_unsupported(api.host, "unloading models"):
-            try:
-                request_id = await api.send(request("POST", "/api/v1/unload_model", json=body), request_id_of)
-                await json_result(api, request_id, "UnloadModel")
-            except NotFound as error:
-                if means_no_endpoint(error, names_nothing=False):
-                    raise UnsupportedFeature(
-                        f"{api.host} does not support unloading models: they end with their session"
-                    ) from error
-                raise
+            request_id = await api.send(request("POST", "/api/v1/unload_model", json=body), request_id_of)
+            await json_result(api, request_id, "UnloadModel")
 
     async def aclose(self) -> None:
         """Closes the client and waits up to `config.close_timeout` seconds for requests in flight. Idempotent.

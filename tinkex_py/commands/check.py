@@ -1,6 +1,5 @@
 """`tinkex-py check`."""
 
-import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -12,8 +11,8 @@ import typer
 
 from tinkex_py import errors
 from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
+from tinkex_py.commands.common.printing import echo, echo_json, show_table
 from tinkex_py.commands.common.running import FAILED, UNUSABLE, one_line, one_line_errors, run
-from tinkex_py.commands.common.tables import cell_text, show_table
 
 if TYPE_CHECKING:
     from tinkex_py.certify.models import Cost
@@ -90,7 +89,7 @@ def check(
         certificate = run(_certified(base_url, model, rank)) if gradients and report.works else None
         if as_json:
             measured = {} if certificate is None else {"gradients": certificate.model_dump(mode="json")}
-            typer.echo(json.dumps({**asdict(report), "works": report.works, **measured}))
+            echo_json({**asdict(report), "works": report.works, **measured})
         else:
             _show(report)
             if certificate is not None:
@@ -107,7 +106,7 @@ async def _certified(base_url: str | None, model: str | None, rank: int) -> "Cer
 
 
 def _show_cost(cost: "Cost") -> None:
-    typer.echo(
+    echo(
         f"this trains at most {cost.models} throwaway models for one step each, {cost.at_once} at a time: at most "
         f"{cost.passes} passes and {cost.tokens} tokens",
         err=True,
@@ -206,33 +205,33 @@ _CHECKS: "dict[str, Callable[[AsyncServiceClient, ServiceReport], Awaitable[str]
 
 def _show(report: ServiceReport) -> None:
     if report.base_url is not None:
-        typer.echo(report.base_url)
+        echo(report.base_url)
     show_table(("", "", ""), [(_MARKS[one.state], one.name, one.detail) for one in report.findings])
     if report.models:
-        typer.echo()
+        echo()
         fields = ("model_name", "max_context_length", "trainable", "sampleable")
         rows = [[model[name] for name in fields] for model in report.models]
         show_table(("model", "context", "trains", "samples"), rows)
     for finding in report.findings:
         if finding.way_out is not None:
-            typer.echo(f"\n{finding.name}: {cell_text(finding.way_out)}")
+            echo(f"\n{finding.name}: {finding.way_out}")
 
 
 def _show_certificate(certificate: "Certificate") -> None:
     for measurement in certificate.measurements:
-        typer.echo(f"\nsurrogate {measurement.surrogate}: {measurement.verdict}")
+        echo(f"\nsurrogate {measurement.surrogate}: {measurement.verdict}")
         rows = [
             (check.state, check.name, _number(check.error), _number(check.bound), check.detail)
             for check in measurement.checks
         ]
         show_table(("", "check", "error", "bound", ""), rows)
     for note in certificate.notes:
-        typer.echo(cell_text(note))
-    typer.echo()
+        echo(note)
+    echo()
     if certificate.surrogate is None:
-        typer.echo("no surrogate carries the gradient of a custom loss to this service as computed")
+        echo("no surrogate carries the gradient of a custom loss to this service as computed")
     else:
-        typer.echo(f"gradients of custom losses arrive as computed with surrogate={certificate.surrogate!r}")
+        echo(f"gradients of custom losses arrive as computed with surrogate={certificate.surrogate!r}")
 
 
 def _number(value: float | None) -> str | None:
