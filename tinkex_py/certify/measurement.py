@@ -44,7 +44,7 @@ class Choice:
 async def certify(
     service: Service, session: ClientSession, choice: Choice, on_cost: Callable[[Cost], object] | None
 ) -> Certificate:
-    """Measures a service, stores the certificate and returns it."""
+    """Measures a service, stores the certificate, makes the session use it, and returns it."""
     if on_cost is not None:
         check_function("on_cost", on_cost)
     base_model = await _only_model(session) if choice.model is None else choice.model
@@ -76,6 +76,7 @@ async def certify(
     )
     folder = session.settings.certificates
     await in_own_thread("tinkex-certificate", lambda: write(certificate, folder))
+    session.surrogates.adopt(certificate, base_model)
     return certificate
 
 

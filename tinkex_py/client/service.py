@@ -319,15 +319,11 @@ class AsyncServiceClient:
         Raises:
             InvalidData: an argument is invalid, or the service has several models and none was named.
             ConfigError: the certificate cannot be stored.
-            TinkexError: the service failed, or cannot train this model.
         """
         from tinkex_py.certify.measurement import Choice, certify
 
         choice = Choice(model, rank, surrogates, max_models)
-        session = await self._connected()
-        certificate = await certify(self, session, choice, on_cost)
-        session.surrogates.adopt(certificate, certificate.model)
-        return certificate
+        return await certify(self, await self._connected(), choice, on_cost)
 
     async def get_tokenizer(self, name: str) -> Tokenizer:
         """Returns the tokenizer of a base model: that of the embedded service, else loaded with transformers.

@@ -77,7 +77,9 @@ class AsyncTrainingClient:
         self._accumulation = Accumulation()
         self._ordering = Ordering(model_id, self._accumulation)
         self._queue = QueueWatch(model_id, session.settings.on_queue_state, self._ordering.check_reason)
-        self._model = Model(session, model_id, self._ordering, self._accumulation, self._queue, base_model)
+        self._model = Model(
+            session, model_id, self._ordering, self._accumulation, self._queue, base_model, base_model or model_id
+        )
         self._info: GetInfoResponse | None = None
         session.orderings.add(self._ordering)
 
