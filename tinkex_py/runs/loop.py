@@ -117,7 +117,7 @@ async def train(
     Raises:
         ConfigError: the folder belongs to a run with other settings, terms or data, or to another process; or an
             argument is not valid. Nothing was changed, unless `evaluate` or a function `optimizer` returned something
-            else.
+            else. Also if the folder cannot be written, at any moment: the disk is full. The run can be resumed later.
         TinkexError: a step failed, and recovery was not possible. The run can be resumed later.
     """
     running_loop()
