@@ -9,7 +9,8 @@ from tinkex_py.arguments import check_choice, check_count, check_function, check
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
-from tinkex_py.transport.messages import Secret, checked_base_url, merged_headers
+from tinkex_py.transport.messages import Secret, checked_base_url, may_be_key, merged_headers
+from tinkex_py.transport.secrecy import hides_arguments
 from tinkex_py.types import QueueState
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
@@ -47,7 +48,8 @@ class TinkexConfig:
         tags: labels of the session; else `TINKER_TAGS`, split at commas.
         user_metadata: further labels of the session.
         project_id: project of the session; else `TINKER_PROJECT_ID`.
-        default_headers: sent with every request, for example for a proxy in front of the service. No repr shows them.
+        default_headers: sent with every request, for example for a proxy in front of the service. No repr or error
+            shows them, and a config with values of 8 characters or more, which may be keys, cannot be pickled.
         wire: encoding of passes: "auto" detects it; "protobuf" keeps numbers packed; "json" is for services without
             protobuf.
         billing_pause: seconds that requests wait while the service asks for payment (402); None is the service's own
@@ -141,11 +143,21 @@ class TinkexConfig:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        secret = [name for name, value in self.default_headers.items() if may_be_key(value)]
+        if secret:
+            raise ConfigError(
+                f"a pickle would contain default_headers, whose {', '.join(map(repr, secret))} may be secret: pickle "
+                "dataclasses.replace(config, default_headers={}), and add them where it is used"
+            )
         given = [field.name for field in fields(self) if field.init and field.name != "api_key"]
         kept = {name: getattr(self, name) for name in given}
         return _restore, (kept,)
 
 
+TinkexConfig.__init__ = hides_arguments(TinkexConfig.__init__)
+
+
+@hides_arguments
 def _restore(settings: dict[str, Any]) -> TinkexConfig:
     return TinkexConfig(**settings)
 

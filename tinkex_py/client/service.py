@@ -37,6 +37,7 @@ from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
 from tinkex_py.transport.http import LONGEST_RESPONSE, HttpClient, Transport
 from tinkex_py.transport.messages import request
+from tinkex_py.transport.secrecy import hides_arguments
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class AsyncServiceClient:
         self._closed = False
 
     @classmethod
+    @hides_arguments
     def from_env(cls, **settings: Any) -> "AsyncServiceClient":
         """Creates a client for the service that the environment names.
 
@@ -106,6 +108,7 @@ class AsyncServiceClient:
         return cls(TinkexConfig(**settings))
 
     @classmethod
+    @hides_arguments
     def local(
         cls,
         model: str = "tiny",

@@ -270,9 +270,10 @@ def fields_of(response: Response) -> dict[str, Any]:
         InvalidResponse: the body is not a JSON object.
     """
     fields: object = response.json() if response.body.strip() else {}
-    if not isinstance(fields, dict):
-        raise InvalidResponse(f"{response.request} returned JSON that is not an object")
-    return cast("dict[str, Any]", fields)
+    if isinstance(fields, dict):
+        return cast("dict[str, Any]", fields)
+    del fields  # the error keeps this frame, and a service may quote the key
+    raise InvalidResponse(f"{response.request} returned JSON that is not an object")
 
 
 def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:

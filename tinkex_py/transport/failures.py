@@ -24,7 +24,7 @@ _TEXTS_OF_A_BROKEN_CONNECTION = ("disconnected", "peer closed", "peer unexpected
 
 
 def typed_failure(
-    error: Exception, request: str, seconds: float, proxy: ProxyAddress | None
+    error: BaseException, request: str, seconds: float, proxy: ProxyAddress | None
 ) -> TransportError | InvalidData | None:
     """Returns the typed error for a failure of an HTTP library; None for any other failure.
 
@@ -47,7 +47,7 @@ def typed_failure(
 
 
 def _typed(
-    error: Exception, request: str, seconds: float, proxy: ProxyAddress | None
+    error: BaseException, request: str, seconds: float, proxy: ProxyAddress | None
 ) -> TransportError | InvalidData | None:
     names = {cls.__name__ for cls in type(error).__mro__}
     failed = f"{request}: {type(error).__name__}"

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import httpx
 
@@ -25,10 +25,12 @@ from tinkex_py.transport.messages import (
     Response,
     Secret,
     checked_base_url,
+    may_be_key,
     merged_headers,
     same_origin,
 )
 from tinkex_py.transport.proxies import ProxyAddress
+from tinkex_py.transport.secrecy import CutOff, cut_off, exchanging, hides_arguments
 from tinkex_py.version import __version__
 
 Transport = httpx.AsyncBaseTransport
@@ -41,8 +43,6 @@ LONGEST_RESPONSE = 16 << 20
 _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
 _MOST_OF_AN_ERROR = 1 << 16
-# A shorter header value is not a key, and redacting it would garble messages.
-_SHORTEST_KEY = 8
 _CLOSED_MEANWHILE = "this client was closed during the request"
 
 # A client requests few URLs many times, and httpx takes 0.1 ms to parse one.
@@ -66,6 +66,7 @@ class HttpClient:
         ConfigError: the address is invalid, or the environment names an unusable proxy.
     """
 
+    @hides_arguments
     def __init__(
         self,
         *,
@@ -90,7 +91,8 @@ class HttpClient:
         self._given_headers = headers
         self._max_response_bytes = max_response_bytes
         self._headers = merged_headers({"User-Agent": USER_AGENT, "Accept-Encoding": ACCEPTED_ENCODINGS}, headers)
-        self._secret_headers = [value for value in headers.values() if len(value) >= _SHORTEST_KEY]
+        self._secrets = [value for value in headers.values() if may_be_key(value)]
+        self._secrets += [] if self._proxy is None else self._proxy.secrets
         self._may_trace = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._limits: set[asyncio.Timeout] = set()
@@ -130,7 +132,7 @@ class HttpClient:
         async with self._exchanging(request, attempt) as measurements:
             raw, body = await self.bounded(self._whole(request, key, seconds), name, seconds)
             measurements |= {"status": raw.status_code, "bytes": len(body)}
-            secret = key.with_others(self._secret_headers)
+            secret = key.with_others(self._secrets)
             headers = dict(raw.headers.items())
             return Response(raw.status_code, headers, body, name, secret, self._max_response_bytes)
 
@@ -147,7 +149,7 @@ class HttpClient:
         async with self._exchanging(request, attempt) as measurements:
             sending = self._send(request, key, f"{self._root}/{request.path.lstrip('/')}", seconds)
             raw = await self.bounded(sending, name, seconds)
-            response = ResponseStream(self, raw, name, key.with_others(self._secret_headers), seconds)
+            response = ResponseStream(self, raw, name, key.with_others(self._secrets), seconds)
             try:
                 yield response
             finally:
@@ -156,9 +158,11 @@ class HttpClient:
 
     @asynccontextmanager
     async def towards(
-        self, url: str, *, key: Secret = NO_SECRET
-    ) -> AsyncGenerator[tuple["HttpClient", str, Secret], None]:
+        self, url: Secret, *, key: Secret = NO_SECRET
+    ) -> AsyncGenerator[tuple["HttpClient", Secret, Secret], None]:
         """Opens a client for a URL that the service returned; yields it, the path to request, and the key to send.
+
+        The URL may be signed, so it and its path are secrets, and the long values of its query are redacted as keys.
 
         The key and the headers of this client are sent to the origin of `base_url` only. (A user's own `http_client`
         always sends its own headers.)
@@ -172,8 +176,8 @@ class HttpClient:
             ClientClosed: this client is closed.
         """
         self._require_usable()
-        parts = urlsplit(url)
-        base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+        with CutOff():
+            base, path = _parts_of(url)
         at_home = same_origin(base, self._base.geturl())
         shares_transport = at_home or isinstance(self._given_transport, ClientTransport)
         client = HttpClient(
@@ -185,9 +189,10 @@ class HttpClient:
             max_response_bytes=self._max_response_bytes,
         )
         client._may_trace = at_home
+        client._secrets += _long_values_of_query(url)
         self._elsewhere.add(client)
         try:
-            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path, key if at_home else NO_SECRET
+            yield client, path, key if at_home else NO_SECRET
         finally:
             self._elsewhere.discard(client)
             await client.aclose()
@@ -266,18 +271,20 @@ class HttpClient:
             through = "" if self._proxy is None else f", through {self._proxy}"
             return TimeoutExceeded(f"{too_late or f'{request}: no response within {seconds:g} s'}{through}")
 
-        try:
-            async with time_limit(seconds, expired) as limit:
-                self._limits.add(limit)
-                try:
-                    return await work
-                finally:
-                    self._limits.discard(limit)
-        except Exception as error:
-            failure = typed_failure(error, request, seconds, self._proxy)
-            if failure is None:
-                raise
-        raise failure
+        async with time_limit(seconds, expired) as limit:
+            self._limits.add(limit)
+            exchanging.set(True)
+            try:
+                return await work
+            except BaseException as error:
+                failure = typed_failure(error, request, seconds, self._proxy)
+                cut_off(error)  # its frames hold the headers, also when it is a cancellation
+                if failure is None:
+                    raise
+            finally:
+                exchanging.set(False)
+                self._limits.discard(limit)
+            raise failure
 
     async def _whole(self, request: Request, key: Secret, seconds: float) -> tuple[httpx.Response, bytes]:
         """Follows the redirects that the request may follow, and returns the last response and its body."""
@@ -333,6 +340,19 @@ class HttpClient:
         """The name of an exchange in messages, without the query, which may contain secrets; and its time limit."""
         name = f"{request.method} /{request.path.partition('?')[0].lstrip('/')} at {self._base.netloc}"
         return name, self._timeout if request.timeout is None else request.timeout
+
+
+def _parts_of(url: Secret) -> tuple[str, Secret]:
+    """Returns the address of the host, and the path with its query."""
+    parts = urlsplit(url.reveal())
+    base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+    return base, Secret(f"{parts.path}?{parts.query}" if parts.query else parts.path)
+
+
+def _long_values_of_query(url: Secret) -> set[str]:
+    """Returns values that may be signatures, as they are sent and as they are meant."""
+    values = [pair.partition("=")[2] for pair in urlsplit(url.reveal()).query.split("&")]
+    return {form for value in values if may_be_key(value) for form in (value, unquote_plus(value))}
 
 
 class ResponseStream:

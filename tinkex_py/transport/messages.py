@@ -78,6 +78,11 @@ class Secret:
 NO_SECRET = Secret("")
 
 
+def may_be_key(text: str) -> bool:
+    """Whether a value of a header or a query is long enough to be a key; redacting shorter ones garbles messages."""
+    return len(text) >= 8
+
+
 @dataclass(frozen=True, repr=False)
 class Request:
     """One request, without the key and the headers that the client adds. Every attempt sends the same request.
@@ -201,7 +206,8 @@ def checked_base_url(base_url: str) -> SplitResult:
     if base.username is not None or base.password is not None:
         raise ConfigError("base_url contains a user name or password: remove them, and pass the key as api_key")
     if not usable or not base_url.isascii() or not base_url.isprintable() or " " in base_url:
-        raise ConfigError(f"base_url {base_url!r} is not an http(s) address with a host; {way_out}")
+        shown = f"base_url {base_url!r}" if not set("@?#") & set(base_url) else "base_url"  # which precede secrets
+        raise ConfigError(f"{shown} is not an http(s) address with a host; {way_out}")
     if base.query or base.fragment:
         raise ConfigError(f"base_url has a query or fragment after its path {base.path!r}; {way_out}")
     return base
