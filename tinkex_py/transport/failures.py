@@ -11,9 +11,8 @@ from tinkex_py.errors import (
     TinkexError,
     TransportError,
 )
-from tinkex_py.transport.bodies import BodyTooLarge
+from tinkex_py.transport.bodies import BodyTooLarge, too_large
 from tinkex_py.transport.connections import HandshakeFailed
-from tinkex_py.transport.messages import too_large
 from tinkex_py.transport.proxies import ProxyAddress
 
 _BROKEN_CONNECTION = frozenset({"TransportError", "NetworkError", "ProtocolError", "OSError"})
