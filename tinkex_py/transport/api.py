@@ -310,8 +310,9 @@ class _Future(Generic[Decoded]):
             self._polls += 1
             try:
                 response = await self._api.poll(fields, headers)
-            except TimeoutExceeded:
-                if not await self._api.is_alive():  # else the service only holds polls for longer
+            except TimeoutExceeded as error:
+                # A poll without any response, of a service that is alive, is only held for longer.
+                if error.response_began or not await self._api.is_alive():
                     raise
                 attempts.progressed()
                 continue
