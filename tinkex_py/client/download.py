@@ -1,6 +1,5 @@
 """Downloads one checkpoint: the archive in resumable pieces, then all its files at once."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -25,8 +24,9 @@ from tinkex_py.errors import (
 from tinkex_py.limits import Attempts, with_retries
 from tinkex_py.threads import FileThread
 from tinkex_py.transport.api import is_retryable_status
+from tinkex_py.transport.failures import status_error
 from tinkex_py.transport.http import ResponseStream
-from tinkex_py.transport.messages import Secret, checked_base_url, raise_for_status, request
+from tinkex_py.transport.messages import Secret, checked_base_url, request
 from tinkex_py.transport.secrecy import CutOff
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
@@ -53,6 +53,7 @@ class Download:
         folder: the folder of the files.
         ask_where: requests the URL of the archive.
         on_progress: called as bytes arrive.
+        max_bytes: largest size of the archive, and of its files together.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Download:
         folder: Path,
         ask_where: Callable[[], Awaitable[ArchiveUrl]],
         on_progress: Callable[[DownloadProgress], object] | None,
+        max_bytes: int,
     ) -> None:
         self._requests = requests
         self._ask_where = ask_where
         self._on_progress = on_progress
+        self._max_bytes = max_bytes
         self._target = Path(os.path.abspath(folder))  # noqa: PTH100  (resolve() would follow a link)
         self._workspace = self._target.parent / f".{self._target.name}.download"
         self._archive = self._workspace / "archive.part"
@@ -98,13 +101,11 @@ class Download:
             raise InvalidData(
                 f"another download into {str(self._target)!r} is running: wait for it, or choose another folder"
             ) from error
-        try:
-            kept = _Source(**json.loads(self._source_file.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return
-        if kept.path == self._source.path and kept.validator is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._source, self._received = kept, self._archive.stat().st_size
+        kept = _kept_source(self._source_file)
+        if kept is None:
+            self._forget()
+        elif kept.path == self._source.path and self._archive.is_file():
+            self._source, self._received = kept, self._archive.stat().st_size
 
     def _close_workspace(self, lock: filelock.BaseFileLock) -> None:
         if not lock.is_locked:
@@ -174,7 +175,7 @@ class Download:
         elif 200 <= response.status < 300:
             await self._begin(_Source(self._source.path, _validator(response), response.length), files)
         else:
-            raise_for_status(await response.beginning())
+            raise status_error(await response.beginning())
         await self._append(response, files)
 
     async def _begin(self, source: _Source, files: FileThread) -> None:
@@ -183,6 +184,7 @@ class Download:
         await files.run(lambda: _replace(self._source_file, json.dumps(asdict(source)), self._archive))
 
     async def _append(self, response: ResponseStream, files: FileThread) -> None:
+        await self._check_size(self._source.total or 0, files)
         self._report()
         waiting = bytearray()
 
@@ -196,12 +198,21 @@ class Download:
         try:
             async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
+                    await self._check_size(self._received + len(waiting) + len(piece), files)
                     waiting += piece
                     if len(waiting) >= _WRITE_BYTES:
                         await write()
         finally:
             if waiting:
                 await write()
+
+    async def _check_size(self, size: int, files: FileThread) -> None:
+        if size > self._max_bytes:
+            await files.run(self._forget)
+            raise InvalidResponse(
+                f"the archive of the checkpoint has {size} bytes or more, over max_bytes={self._max_bytes}; no file "
+                "was kept: if you expect so many, raise max_bytes"
+            )
 
     def _report(self) -> None:
         if self._on_progress is not None:
@@ -213,16 +224,28 @@ class Download:
         extracted = self._workspace / "files"
         shutil.rmtree(extracted, ignore_errors=True)
         try:
-            extract(self._archive, extracted, files.check)
+            extract(self._archive, extracted, files.check, max_bytes=self._max_bytes)
             self._require_free_target()
             if self._target.is_dir():
                 self._target.rmdir()
             extracted.rename(self._target)
         except InvalidResponse:
-            # Going on with these bytes would fail again.
-            self._source_file.unlink()
+            self._forget()
             raise
-        self._source_file.unlink()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Marks the workspace as done with: it is removed, and no later call goes on with its bytes."""
+        self._source_file.unlink(missing_ok=True)
+
+
+def _kept_source(file: Path) -> _Source | None:
+    """Returns the source of bytes that a later call can continue; None if there are none, or the file is damaged."""
+    try:
+        kept = _Source(**json.loads(file.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return None
+    return kept if isinstance(kept.validator, str) and isinstance(kept.total, int) else None
 
 
 def _is_worth_another_attempt(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, check_path, check_text
+from tinkex_py.client.archive import MAX_ARCHIVE_BYTES
 from tinkex_py.client.arguments import given
 from tinkex_py.client.download import Download
 from tinkex_py.client.rest_requests import DEFAULT_PAGE_SIZE, Page, RestRequests, all_items
@@ -240,6 +241,7 @@ class AsyncRestClient:
         folder: "str | os.PathLike[str]",
         *,
         on_progress: Callable[[DownloadProgress], object] | None = None,
+        max_bytes: int = MAX_ARCHIVE_BYTES,
     ) -> Path:
         """Downloads the files of a checkpoint into a new folder, and returns the folder.
 
@@ -250,10 +252,12 @@ class AsyncRestClient:
             path: the checkpoint.
             folder: a folder that is empty or does not exist; parent folders are created.
             on_progress: called on the event loop as bytes arrive; its exceptions end the download.
+            max_bytes: largest size of the archive, and of its files together; default 256 GiB.
 
         Raises:
             InvalidData: the folder is not empty, or is the target of another download.
-            InvalidResponse: the archive is damaged, or contains a link, a device or a name outside of the folder.
+            InvalidResponse: the archive is damaged or larger than `max_bytes`, or contains a link, a device or a name
+                outside of the folder. Nothing of it is kept, and the next call starts again.
             OSError: the files cannot be written.
         """
         parsed = CheckpointPath.parse(path)
@@ -261,8 +265,8 @@ class AsyncRestClient:
         once = AsyncRestClient(replace(self._requests, retry=RetryPolicy.none()))
         if on_progress is not None:
             check_function("on_progress", on_progress)
-        target = check_path("folder", folder)
-        download = Download(self._requests, parsed, target, lambda: once.get_archive_url(path), on_progress)
+        target, most = check_path("folder", folder), check_count("max_bytes", max_bytes, least=1)
+        download = Download(self._requests, parsed, target, lambda: once.get_archive_url(path), on_progress, most)
         return await download.run()
 
     # Sessions and samplers

@@ -1,7 +1,9 @@
 """The folder of one run. Files are replaced atomically, so that a process may be killed at any time."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +21,9 @@ RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 STATE_FILE = "state.json"
 LOCK_FILE = "lock"
+
+_RESERVED_FILE = ".reserved"
+_RESERVED_BYTES = 1 << 16
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -61,6 +66,7 @@ class RunFolder:
 
     Raises:
         ConfigError: `path` is no path. When entered: another process trains the run, or the folder cannot be created.
+            By every method that writes: the disk is full, or the folder cannot be written; no draft is left.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -86,6 +92,7 @@ class RunFolder:
 
     def __exit__(self, *_exc: object) -> None:
         if self._lock is not None:
+            self._free()
             self._lock.release()
             self._lock = None
 
@@ -97,15 +104,34 @@ class RunFolder:
         """
         return read_run(self.path) if (self.path / RUN_FILE).exists() else None
 
+    def reserve(self) -> None:
+        """Takes the room on the disk that the last status of the run needs; freed with it, or when the folder is left.
+
+        Raises:
+            ConfigError: the disk is full, or the folder cannot be written.
+        """
+        self._free()
+        # Random bytes, because some file systems store zeros without room.
+        self._replace(_RESERVED_FILE, [os.urandom(_RESERVED_BYTES)])
+
     def write_run(self, run: RunInfo) -> None:
-        """Replaces `run.json`."""
-        self._replace(RUN_FILE, [_line(check_kind("run", run, RunInfo), indent=2)])
+        """Replaces `run.json`; if the run has ended, with the reserved room."""
+        line = _line(check_kind("run", run, RunInfo), indent=2)
+        if run.status != "running":
+            self._free()
+        self._replace(RUN_FILE, [line])
 
     def append_step(self, step: StepRecord) -> None:
-        """Adds a line to `steps.jsonl`."""
-        line = _line(check_kind("step", step, StepRecord))
-        with (self.path / STEPS_FILE).open("ab") as file:
-            file.write(line)
+        """Adds a line to `steps.jsonl`, or nothing of it."""
+        path, line = self.path / STEPS_FILE, _line(check_kind("step", step, StepRecord))
+        with self._writing():
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("ab") as file:
+                    file.write(line)
+            except OSError:
+                os.truncate(path, size)
+                raise
 
     def keep_steps(self, last: int) -> list[StepRecord]:
         """Removes the steps after step `last`, and an incomplete line. Returns the remaining steps.
@@ -137,19 +163,39 @@ class RunFolder:
         """Replaces `state.json`, after all steps before it have reached the disk."""
         line = _line(check_kind("state", state, RunState), indent=2)
         steps = self.path / STEPS_FILE
-        if steps.exists():
-            _flush(steps)
+        with self._writing():
+            if steps.exists():
+                _flush(steps)
         self._replace(STATE_FILE, [line])
 
     def _replace(self, name: str, lines: Iterable[bytes]) -> None:
         draft = self.path / f".{name}.draft"
-        with draft.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path / name)
-        if os.name == "posix":
-            _flush(self.path)
+        with self._writing():
+            try:
+                with draft.open("wb") as file:
+                    file.writelines(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(self.path / name)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
+            if os.name == "posix":
+                _flush(self.path)
+
+    def _free(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.path / _RESERVED_FILE).unlink()
+
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"the run's folder {self.path} cannot be written: {error.strerror or error}; make room, or allow "
+                "writing, and call train again with the same folder: the run resumes from its last checkpoint"
+            ) from error
 
 
 def _line(record: Record, indent: int | None = None) -> bytes:
