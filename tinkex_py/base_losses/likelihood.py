@@ -102,10 +102,17 @@ class DPO(ReferenceTerm):
         losses = softplus(-margins)
         if self.label_smoothing:
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * softplus(margins)
-        return (losses.mean() if self.reduction == "mean" else losses.sum()), {
+        pairs = float(len(data) // 2)
+        metrics = {} if self.total is None else {"total": self.total}
+        return losses.sum() / (1.0 if self.reduction == "sum" else self.total or pairs), {
+            **metrics,
             "accuracy": (margins > 0).float().mean(),
             "margin": margins.detach().mean(),
             "chosen_reward": chosen.detach().mean(),
             "rejected_reward": rejected.detach().mean(),
-            "pairs": float(len(data) // 2),
+            "pairs": pairs,
         }
+
+    def total_of(self, data: Sequence[Datum]) -> float | None:
+        """Returns the number of pairs; None for a sum."""
+        return None if self.reduction == "sum" else len(data) / 2
