@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.terms.fields import aligned_field, datum_lengths, described_position, has_field
 from tinkex_py.terms.numerics import segment_sum
 from tinkex_py.terms.ready_made import ADDED, NonEmptyStr, Positive, ReadyMadeTerm
@@ -184,7 +185,7 @@ class Positions:
         weighted, tokens = self.weighted(values), self.tokens(values)
         metrics = {"tokens": tokens}
         if self.total is not None:
-            metrics["total"] = self.total
+            metrics[TOTAL_METRIC] = self.total
         if reduction == "sum":
             return weighted.sum(), metrics
         if reduction in _OVER_TOKENS:
