@@ -204,9 +204,9 @@ def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
         return _made(found, section.options, where), {}
     known = _ready_made()
     if section.term not in known:
+        hint = did_you_mean(section.term, reversed(list(known)))  # of two spellings that of the class
         raise ConfigError(
-            f"{where}.term: no term is named {section.term!r}{did_you_mean(section.term, reversed(list(known)))}; use one of "
-            f"{', '.join(known)}, or module:name"
+            f"{where}.term: no term is named {section.term!r}{hint}; use one of {', '.join(known)}, or module:name"
         )
     cls, settings = known[section.term]
     return _made(cls, {**settings, **section.options}, where), {}
