@@ -34,7 +34,7 @@ _VARIANTS = {
 @cache
 def named_losses() -> Mapping[str, NamedLoss]:
     """Returns all base losses by name: the default `name` of each class, and the variants."""
-    classes = [getattr(base_losses, name) for name in base_losses.__all__]
+    classes: list[object] = [getattr(base_losses, name) for name in dir(base_losses)]
     terms = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, ReadyMadeTerm)]
     own = {cls.name: NamedLoss(cls) for cls in terms if cls is not base_losses.Corrected}
     return {**own, **_VARIANTS}

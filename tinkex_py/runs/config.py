@@ -218,9 +218,10 @@ def _ready_made() -> dict[str, tuple[type[Any], Mapping[str, Any]]]:
     from tinkex_py.base_losses.named import named_losses
     from tinkex_py.terms.ready_made import ReadyMadeTerm
 
-    found = [getattr(module, name) for module in (base_losses, regularizers) for name in module.__all__]
-    classes = {cls.__name__: (cls, {}) for cls in found if isinstance(cls, type) and issubclass(cls, ReadyMadeTerm)}
-    return {**classes, **{name: (loss.cls, loss.settings) for name, loss in named_losses().items()}}
+    found: list[object] = [getattr(module, name) for module in (base_losses, regularizers) for name in dir(module)]
+    terms = [cls for cls in found if isinstance(cls, type) and issubclass(cls, ReadyMadeTerm)]
+    named = {name: (loss.cls, loss.settings) for name, loss in named_losses().items()}
+    return {**{cls.__name__: (cls, dict[str, Any]()) for cls in terms}, **named}
 
 
 def optimizer_of(section: OptimizerSection) -> "Optimizer":
