@@ -13,6 +13,10 @@ from .correction import (
     Rejection as Rejection,
     TruncatedIS as TruncatedIS,
 )
+from .covariance import (
+    ClipCov as ClipCov,
+    KLCov as KLCov,
+)
 from .likelihood import (
     DPO as DPO,
     NLL as NLL,
