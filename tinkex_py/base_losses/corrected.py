@@ -60,13 +60,13 @@ class Corrected(ReadyMadeTerm):
     old_field: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
-        policy, given = cast("object", self.policy), cast("Any", self.corrections)
+        policy, corrections = cast("object", self.policy), cast("object", self.corrections)
         if not isinstance(policy, PolicyLoss):
             raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
-        corrections: tuple[object, ...] = tuple(given) if isinstance(given, list | tuple) else (None,)
-        if not all(isinstance(one, Correction) for one in corrections):
-            raise self.invalid(f"corrections must be a list of corrections, such as [MaskedIS()], got {shown(given)}")
-        object.__setattr__(self, "corrections", corrections)
+        given = tuple(cast("Sequence[object]", corrections)) if isinstance(corrections, list | tuple) else (None,)
+        if not all(isinstance(one, Correction) for one in given):
+            raise self.invalid(f"corrections must be a list of them, such as [MaskedIS()], got {shown(corrections)}")
+        object.__setattr__(self, "corrections", given)
         super().__post_init__()
 
     def check(self) -> None:
@@ -97,8 +97,7 @@ class Corrected(ReadyMadeTerm):
         found = [one.coupling for one in (self.policy, *self.corrections)]
         return next((reason for reason in found if reason is not None), None)
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns what a mean of `policy` divides by."""
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         return self.policy.total_of(data)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:

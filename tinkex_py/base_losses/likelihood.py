@@ -114,6 +114,5 @@ class DPO(ReferenceTerm):
             "pairs": pairs,
         }
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns the number of pairs; None for a sum."""
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         return None if self.reduction == "sum" else len(data) / 2
