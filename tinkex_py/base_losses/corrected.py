@@ -63,10 +63,10 @@ class Corrected(ReadyMadeTerm):
         policy, corrections = cast("object", self.policy), cast("object", self.corrections)
         if not isinstance(policy, PolicyLoss):
             raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
-        given = tuple(cast("Sequence[object]", corrections)) if isinstance(corrections, list | tuple) else (None,)
-        if not all(isinstance(one, Correction) for one in given):
+        is_list = isinstance(corrections, list | tuple)
+        if not is_list or not all(isinstance(one, Correction) for one in self.corrections):
             raise self.invalid(f"corrections must be a list of them, such as [MaskedIS()], got {shown(corrections)}")
-        object.__setattr__(self, "corrections", given)
+        object.__setattr__(self, "corrections", tuple(self.corrections))
         super().__post_init__()
 
     def check(self) -> None:

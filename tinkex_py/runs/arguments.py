@@ -55,7 +55,7 @@ def checked_pipeline(given: object) -> "Pipeline":
         try:
             return Pipeline(given)
         except InvalidBaseLoss as error:
-            raise ConfigError(f"pipeline: {error}") from error
+            raise ConfigError(f"pipeline: {str(error).removeprefix('base_loss: ')}") from error
     problem = why_not_a_term(given, {})
     if problem is not None:
         raise ConfigError(f"pipeline must be a Pipeline or a base loss, got {_kind(given)}: {problem}")
