@@ -60,12 +60,10 @@ class Corrected(ReadyMadeTerm):
     old_field: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
-        policy, corrections = cast("object", self.policy), cast("object", self.corrections)
-        if not isinstance(policy, PolicyLoss):
-            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
-        is_list = isinstance(corrections, list | tuple)
-        if not is_list or not all(isinstance(one, Correction) for one in self.corrections):
-            raise self.invalid(f"corrections must be a list of them, such as [MaskedIS()], got {shown(corrections)}")
+        if not isinstance(cast("object", self.policy), PolicyLoss):
+            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(self.policy)}")
+        if not _are_corrections(self.corrections):
+            raise self.invalid(f"corrections must be a list of them, as in [MaskedIS()], got {shown(self.corrections)}")
         object.__setattr__(self, "corrections", tuple(self.corrections))
         super().__post_init__()
 
@@ -129,6 +127,11 @@ class Corrected(ReadyMadeTerm):
             "correction_kept": (factors != 0).to(factors.dtype),
         }
         return loss, {**diagnostics(drift), **self.policy.measured(tokens, shares), **metrics}
+
+
+def _are_corrections(given: object) -> bool:
+    is_list = isinstance(given, list | tuple)
+    return is_list and all(isinstance(one, Correction) for one in cast("Sequence[object]", given))
 
 
 def diagnostics(drift: Drift) -> dict[str, torch.Tensor]:
