@@ -64,7 +64,7 @@ class ClipCov(PPO):
         """Implements `PolicyLoss.token_losses`."""
         losses = super().token_losses(tokens)
         covariances = covariances_of(tokens)
-        allowed = (covariances > self.cov_low) & (covariances < self.cov_high) & (losses.shares["clip_fraction"] == 0)
+        allowed = (covariances > self.cov_low) & (covariances < self.cov_high) & ~losses.shares["clip_fraction"]
         candidates = allowed.cpu().nonzero().reshape(-1)
         count = max(1, int(self.clip_share * covariances.numel()))
         order = torch.randperm(candidates.numel(), generator=self._generator(tokens), device="cpu")

@@ -210,7 +210,7 @@ class ClippedPolicyLoss(PolicyLoss):
             "clip_fraction_low": stopped & (advantages < 0),
             "clip_fraction_high": stopped & (advantages > 0),
         }
-        return TokenLosses(-torch.minimum(free, limited), {name: of.to(ratio.dtype) for name, of in shares.items()})
+        return TokenLosses(-torch.minimum(free, limited), shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,7 @@ class PPO(ClippedPolicyLoss):
         if self.dual_clip is None:
             return losses
         largest = torch.where(tokens.advantages < 0, -self.dual_clip * tokens.advantages, torch.inf)
-        stopped = {"dual_clip_fraction": (largest < losses.values).to(largest.dtype)}
+        stopped = {"dual_clip_fraction": largest < losses.values}
         return TokenLosses(torch.minimum(losses.values, largest), {**losses.shares, **stopped})
 
 
@@ -294,8 +294,7 @@ class CISPO(ClippedPolicyLoss):
         """Implements `PolicyLoss.token_losses`."""
         constant = tokens.ratio.detach()
         clipped = self.clipped(constant)
-        shares = {"clip_fraction": (clipped != constant).to(constant.dtype)}
-        return TokenLosses(-clipped * tokens.logprobs * tokens.advantages, shares)
+        return TokenLosses(-clipped * tokens.logprobs * tokens.advantages, {"clip_fraction": clipped != constant})
 
 
 @dataclass(frozen=True, kw_only=True)
