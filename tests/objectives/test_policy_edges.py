@@ -174,6 +174,18 @@ def test_the_losses_of_the_service_are_the_same_here(name: str, settings: Any, t
     torch.testing.assert_close(gradient, torch.cat(slopes))
 
 
+OLD = (ImportanceSampling, PPO, CISPO, Corrected)
+NEW = [term for term in POLICIES if type(term) not in OLD]
+
+
+@pytest.mark.parametrize("term", [*NEW, Focal(), DFT(), Unlikelihood()], ids=lambda term: term.name)
+def test_new_losses_use_weights_as_their_mask_without_a_warning(term: ReadyMadeTerm) -> None:
+    values = {"logprobs": [[-1.0, -2.0, -1.5]], "advantages": [[1.0, 1.0, 1.0]], "weights": [[0.0, 1.0, 1.0]]}
+    _, gradient, _ = evaluated(term, batch([[-1.1, -2.1, -1.6]], **values))
+    assert gradient[0] == 0
+    assert gradient.any()
+
+
 # At the limits
 
 

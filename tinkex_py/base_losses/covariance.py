@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -42,6 +42,8 @@ class ClipCov(PPO):
         cov_high: largest one.
         seed: of the draw.
     """
+
+    had_no_default_mask: ClassVar[bool] = False
 
     name: NonEmptyStr = "clip_cov"
     clip_share: Share = 2e-4

@@ -80,6 +80,7 @@ class PolicyLoss(ReducedTerm):
     """True if the formula multiplies by the ratio of model and sampler, so that no other weight may."""
     by_datum: ClassVar[bool] = False
     """True if the formula needs sums over datums."""
+    had_no_default_mask: ClassVar[bool] = False
 
     logprobs_field: NonEmptyStr = "logprobs"
     advantages_field: NonEmptyStr = "advantages"
@@ -170,6 +171,8 @@ class ImportanceSampling(PolicyLoss):
     The settings are those of `PolicyLoss`.
     """
 
+    had_no_default_mask: ClassVar[bool] = True
+
     name: NonEmptyStr = "importance_sampling"
 
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
@@ -241,6 +244,8 @@ class PPO(ClippedPolicyLoss):
         dual_clip: largest ratio for `A < 0`, above `clip_high_threshold`; 3 is usual. None: no such limit.
     """
 
+    had_no_default_mask: ClassVar[bool] = True
+
     name: NonEmptyStr = "ppo"
     clip_low_threshold: NonNegative = 0.8
     clip_high_threshold: Positive = 1.2
@@ -285,6 +290,8 @@ class CISPO(ClippedPolicyLoss):
         clip_low_threshold: smallest ratio, >= 0; a ratio, not a distance from 1.
         clip_high_threshold: largest ratio.
     """
+
+    had_no_default_mask: ClassVar[bool] = True
 
     name: NonEmptyStr = "cispo"
     clip_low_threshold: NonNegative = 0.0
