@@ -56,7 +56,9 @@ print("torch" in sys.modules)
 READY_MADE = {
     "regularizers": "Consistency ElasticNet Entropy GradientPenalty JensenShannon KLDivergence L1 L2 Orthogonality "
     "SampledEntropy SampledKL",
-    "base_losses": "CISPO DPO ImportanceSampling NLL PPO",
+    "base_losses": "CISPO ClipCov Corrected DFT DPO DRO Focal GMPO GSPO ImportanceSampling KLCov MaskedIS NLL "
+    "OffPolicyMask PPO ProbabilityMask Reinforce Rejection SAPO TOPR TruncatedIS Unlikelihood VESPO group_advantages "
+    "in_varied_groups overlong_penalty",
 }
 
 

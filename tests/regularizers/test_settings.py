@@ -8,7 +8,26 @@ import torch
 from tests.losses.support import guide_logprobs
 from tests.regularizers.support import evaluated
 from tinkex_py import Executor, InvalidSpec, Pipeline, Regularizer, RegularizerSpec, per_datum
-from tinkex_py.base_losses import CISPO, DPO, NLL, PPO, ImportanceSampling
+from tinkex_py.base_losses import (
+    CISPO,
+    DFT,
+    DPO,
+    DRO,
+    GMPO,
+    GSPO,
+    NLL,
+    PPO,
+    SAPO,
+    TOPR,
+    VESPO,
+    ClipCov,
+    Corrected,
+    Focal,
+    ImportanceSampling,
+    KLCov,
+    Reinforce,
+    Unlikelihood,
+)
 from tinkex_py.errors import InvalidBaseLoss
 from tinkex_py.regularizers import (
     L1,
@@ -44,6 +63,19 @@ CLASSES: dict[type[ReadyMadeTerm], tuple[str, dict[str, object]]] = {
     ImportanceSampling: ("importance_sampling", {}),
     PPO: ("ppo", {}),
     CISPO: ("cispo", {}),
+    Reinforce: ("reinforce", {}),
+    SAPO: ("sapo", {}),
+    DRO: ("dro", {"beta": 0.05}),
+    GSPO: ("gspo", {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}),
+    GMPO: ("gmpo", {}),
+    VESPO: ("vespo", {}),
+    TOPR: ("topr", {}),
+    ClipCov: ("clip_cov", {}),
+    KLCov: ("kl_cov", {}),
+    Corrected: ("corrected", {"policy": PPO()}),
+    Focal: ("focal", {}),
+    DFT: ("dft", {}),
+    Unlikelihood: ("unlikelihood", {}),
 }
 
 

@@ -31,6 +31,7 @@ from tinkex_py import (
     SamplingParams,
     WeightController,
 )
+from tinkex_py.base_losses import PPO
 from tinkex_py.demo import DemoOptions
 from tinkex_py.integrations import trackers
 from tinkex_py.local import LocalOptions, LocalService
@@ -126,6 +127,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
         "Pipeline.load_state_dict.state": {"controllers": {}},
         "WeightController.load_state_dict.state": {"weights": {}},
+        "AdaptiveEntropy.load_state_dict.state": {"weights": {}, "coefficients": {}},
         "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},
         "Linear.end": 0.5,
         "status": "finished",
@@ -161,6 +163,16 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "created_at": 1,
         "stop_reason": "stop",
         "wire": "json",
+        "beta": 0.1,
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 1.2,
+        "groups": 1,
+        "OffPolicyMask.limit": 0.1,
+        "policy": PPO(),
+        "rewards": [1.0],
+        "statistic": "product",
+        "target": 1.0,
+        "overlong_penalty.tokens": 1,
         "weight": 1.0,
         "RegularizerOutput.weight": 1.0,
         "total_bytes": None,
@@ -216,6 +228,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "preference_datums": {"prompt": "x"},
     "export_adapter": {"overwrite": True},
     "replay": {"pipeline": Pipeline(nll)},
+    "correction.Rejection": {"high": 2.0},
     "likelihood.DPO": {"reference_field": "logprobs"},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,
@@ -255,6 +268,7 @@ def instances(clients: Clients, folder: Path) -> dict[type, Callable[[], Any]]:
         LocalService: lambda: clients.embedded,
         Pipeline: lambda: Pipeline(nll),
         controllers.GradNormBalance: controllers.GradNormBalance,
+        controllers.AdaptiveEntropy: lambda: controllers.AdaptiveEntropy(target=1.0),
         WeightController: controller_with_weight,
         schedules.Constant: lambda: schedules.Constant(1.0),
         schedules.Linear: lambda: schedules.Linear(1.0, 0.0, 3),

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch.nn.functional import softplus
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.ready_made import NonEmptyStr, Positive
 from tinkex_py.terms.reduction import ReducedTerm
@@ -102,10 +103,16 @@ class DPO(ReferenceTerm):
         losses = softplus(-margins)
         if self.label_smoothing:
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * softplus(margins)
-        return (losses.mean() if self.reduction == "mean" else losses.sum()), {
+        pairs = float(len(data) // 2)
+        metrics = {} if self.total is None else {TOTAL_METRIC: self.total}
+        return losses.sum() / (1.0 if self.reduction == "sum" else self.total or pairs), {
+            **metrics,
             "accuracy": (margins > 0).float().mean(),
             "margin": margins.detach().mean(),
             "chosen_reward": chosen.detach().mean(),
             "rejected_reward": rejected.detach().mean(),
-            "pairs": float(len(data) // 2),
+            "pairs": pairs,
         }
+
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
+        return None if self.reduction == "sum" else len(data) / 2

@@ -89,6 +89,10 @@ class Entropy(ReducedTerm):
     normalize: bool = False
     over: Over = "candidates"
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, self.over, data, logprobs)
+
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the entropy and the denominators."""
         by_datum = self.normalize or self.temperature != 1.0
@@ -100,7 +104,10 @@ class Entropy(ReducedTerm):
         if self.normalize:
             parts = parts / _largest_entropy(log_p, positions)
         entropy, metrics = positions.reduce(parts, self.reduction)
-        return (-entropy if self.mode == "maximize" else entropy), {"entropy": entropy.detach(), **metrics}
+        return (-entropy if self.mode == "maximize" else entropy), {
+            "entropy": positions.measured(entropy, metrics, self.reduction),
+            **metrics,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,6 +147,10 @@ class KLDivergence(ReferenceTerm):
     symmetric: bool = False
     over: Over = "candidates"
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, self.over, data, logprobs)
+
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         positions = distributions(self, self.over, data, logprobs)
@@ -176,6 +187,10 @@ class JensenShannon(ReferenceTerm):
 
     name: NonEmptyStr = "jensen_shannon"
     over: Over = "candidates"
+
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, self.over, data, logprobs)
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""

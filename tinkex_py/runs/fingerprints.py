@@ -12,7 +12,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
@@ -128,7 +128,7 @@ class _Walk:
             self._source(owner)
         settings = getattr(value, "settings", None)
         if is_dataclass(value):
-            state = {field.name: getattr(value, field.name) for field in fields(value)}
+            state = {field.name: getattr(value, field.name) for field in fields(value) if not _is_added(field, value)}
         elif isinstance(value, BaseModel):
             state = dict(value)
         elif callable(settings) and callable(getattr(value, "check_options", None)):
@@ -179,6 +179,11 @@ class _Walk:
 def _is_tensor(value: object) -> bool:
     torch: Any = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_added(field: "Field[Any]", value: object) -> bool:
+    """Whether a setting that earlier versions did not have has its default, so that older fingerprints compare."""
+    return "added" in field.metadata and getattr(value, field.name) == field.default
 
 
 def _is_own_code(code: FunctionType | type[object]) -> bool:
