@@ -56,7 +56,7 @@ print("torch" in sys.modules)
 READY_MADE = {
     "regularizers": "Consistency ElasticNet Entropy GradientPenalty JensenShannon KLDivergence L1 L2 Orthogonality "
     "SampledEntropy SampledKL",
-    "base_losses": "CISPO DPO ImportanceSampling NLL PPO",
+    "base_losses": "CISPO CPO DPO DPOP Hinge IPO ImportanceSampling KTO NLL ORPO PPO SLiC SimPO",
 }
 
 

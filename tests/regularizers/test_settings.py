@@ -8,7 +8,21 @@ import torch
 from tests.losses.support import guide_logprobs
 from tests.regularizers.support import evaluated
 from tinkex_py import Executor, InvalidSpec, Pipeline, Regularizer, RegularizerSpec, per_datum
-from tinkex_py.base_losses import CISPO, DPO, NLL, PPO, ImportanceSampling
+from tinkex_py.base_losses import (
+    CISPO,
+    CPO,
+    DPO,
+    DPOP,
+    IPO,
+    KTO,
+    NLL,
+    ORPO,
+    PPO,
+    Hinge,
+    ImportanceSampling,
+    SimPO,
+    SLiC,
+)
 from tinkex_py.errors import InvalidBaseLoss
 from tinkex_py.regularizers import (
     L1,
@@ -41,6 +55,14 @@ CLASSES: dict[type[ReadyMadeTerm], tuple[str, dict[str, object]]] = {
     GradientPenalty: ("gradient_penalty", PENALIZED),
     NLL: ("nll", {}),
     DPO: ("dpo", REFERENCE),
+    IPO: ("ipo", REFERENCE),
+    Hinge: ("hinge", REFERENCE),
+    DPOP: ("dpop", REFERENCE),
+    SimPO: ("simpo", {}),
+    ORPO: ("orpo", {}),
+    CPO: ("cpo", {}),
+    SLiC: ("slic", {}),
+    KTO: ("kto", REFERENCE),
     ImportanceSampling: ("importance_sampling", {}),
     PPO: ("ppo", {}),
     CISPO: ("cispo", {}),

@@ -44,6 +44,8 @@ STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, loss
 STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
 FIELD = np.full(3, -1.0, np.float32)
 DATUM = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
+LABELLED = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, label=[1.0])
+PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -169,11 +171,13 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "QueueState.state": "active",
         "OptimizerParams.type": "dimuon",
         "learning_rate": 1e-4,
-        "DPO.compute.data": [DATUM, DATUM],
+        **{f"{name}.compute.data": [DATUM, DATUM] for name in PAIR_TERMS},
+        "KTO.compute.data": [LABELLED],
+        "with_role_masks.data": [DATUM, DATUM],
         "batches": lambda start: [[DATUM]] * 2,
         "write_run.run": RUN,
         "StepRecord.tokens": 3,
-        "DPO.compute.logprobs": torch.full((6,), -1.0),
+        **{f"{name}.compute.logprobs": torch.full((6,), -1.0) for name in PAIR_TERMS},
         "charts": (),
         "differing_settings": {},
         "folders": [run_folder],
@@ -209,12 +213,17 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
 
 
 _REFERENCE = {"reference": torch.zeros(3)}
+_REFERENCE_FIELD = {"reference_field": "logprobs"}
 EXTRA: Mapping[str, Mapping[str, Any]] = {
     "config.TinkexConfig": {"api_key": "tml-x"},
     "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
     "preference_datums": {"prompt": "x"},
     "replay": {"pipeline": Pipeline(nll)},
-    "likelihood.DPO": {"reference_field": "logprobs"},
+    "preference.DPO": _REFERENCE_FIELD,
+    "preference.DPOP": _REFERENCE_FIELD,
+    "preference.Hinge": _REFERENCE_FIELD,
+    "preference.IPO": _REFERENCE_FIELD,
+    "unpaired.KTO": {**_REFERENCE_FIELD, "reference_point": 0.0},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,
     "sampled.SampledKL": _REFERENCE,

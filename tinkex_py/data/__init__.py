@@ -2,5 +2,6 @@
 
 from tinkex_py.data.chat import ChatRenderer
 from tinkex_py.data.datums import chat_datum, datums_from, preference_datums, text_datum
+from tinkex_py.data.pairs import with_role_masks
 
-__all__ = ["ChatRenderer", "chat_datum", "datums_from", "preference_datums", "text_datum"]
+__all__ = ["ChatRenderer", "chat_datum", "datums_from", "preference_datums", "text_datum", "with_role_masks"]
