@@ -96,12 +96,10 @@ def test_metrics_of_the_worked_example():
 
 @each_pair_term
 def test_a_tie_is_not_accurate(name):
-    data, _ = pair(name)
     alike = datums((2, 2), reference=[-1.0] * 4)
     _, _, metrics = evaluated(PAIR_TERMS[name], alike, torch.full((4,), -1.0))
     assert metrics["margin"] == 0
     assert metrics["accuracy"] == 0
-    del data
 
 
 @each_pair_term

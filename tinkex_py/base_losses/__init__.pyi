@@ -1,5 +1,11 @@
 """The names that `__init__.py` loads on first use."""
 
+from .choice import (
+    Choice as Choice,
+)
+from .distillation import (
+    Distillation as Distillation,
+)
 from .likelihood import (
     NLL as NLL,
 )
