@@ -45,6 +45,15 @@ STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, cl
 FIELD = np.full(3, -1.0, np.float32)
 DATUM = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
 LABELLED = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, label=[1.0])
+CANDIDATES = Datum(
+    model_input=ModelInput.from_ints([1]),
+    loss_fn_inputs={"target_tokens": [[3, 4]], "weights": [[1.0, 0.0]], "logprobs": [[-1.0, -2.0]]},
+)
+SAMPLED = Datum(model_input=ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3]})
+SCORED = Datum(
+    model_input=ModelInput.from_ints([1, 2]),
+    loss_fn_inputs={"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "teacher_logprobs": [-1.0, -2.0]},
+)
 PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
@@ -173,6 +182,15 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "learning_rate": 1e-4,
         **{f"{name}.compute.data": [DATUM, DATUM] for name in PAIR_TERMS},
         "KTO.compute.data": [LABELLED],
+        **{f"{name}.compute.data": [CANDIDATES] for name in ("Choice", "Distillation")},
+        **{f"{name}.compute.logprobs": torch.full((1, 2), -1.0) for name in ("Choice", "Distillation")},
+        "candidates_datum.prompt": [1, 2],
+        "candidate_ids": [3, 4],
+        "target_probs": [1.0, 0.0],
+        "teacher": clients.sampling,
+        "teacher_datums.data": [SAMPLED],
+        "with_teacher_logprobs.data": [SAMPLED],
+        "with_teacher_advantages.data": [SCORED],
         "with_role_masks.data": [DATUM, DATUM],
         "batches": lambda start: [[DATUM]] * 2,
         "write_run.run": RUN,
@@ -223,6 +241,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "preference.DPOP": _REFERENCE_FIELD,
     "preference.Hinge": _REFERENCE_FIELD,
     "preference.IPO": _REFERENCE_FIELD,
+    "distillation.Distillation": _REFERENCE_FIELD,
     "unpaired.KTO": {**_REFERENCE_FIELD, "reference_point": 0.0},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,

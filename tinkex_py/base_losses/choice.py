@@ -58,6 +58,10 @@ class Choice(ReducedTerm):
     score: Literal["cross_entropy", "kl", "brier"] = "cross_entropy"
     label_smoothing: Annotated[Number, Field(ge=0, le=1)] = 0.0
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, "candidates", data, logprobs)
+
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss. Its metrics are means over the selected positions, and the denominators."""
         positions = distributions(self, "candidates", data, logprobs)

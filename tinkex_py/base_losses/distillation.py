@@ -74,6 +74,10 @@ class Distillation(ReferenceTerm):
                 "differ: pass outside='tail' or outside='renormalize'"
             )
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, "candidates", data, logprobs)
+
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss. Its metrics are means over the selected positions, and the denominators."""
         positions = distributions(self, "candidates", data, logprobs)

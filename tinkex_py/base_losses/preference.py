@@ -1,6 +1,6 @@
 """Losses on pairs of answers, relative to a reference: DPO and its variants."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -8,7 +8,7 @@ from pydantic import Field
 from torch.nn.functional import softplus
 
 from tinkex_py.terms.pairs import Answers, PairLosses, ReferencedPairTerm
-from tinkex_py.terms.ready_made import NonEmptyStr, NonNegative, Positive
+from tinkex_py.terms.ready_made import ADDED, NonEmptyStr, NonNegative, Positive
 from tinkex_py.values import Number
 
 
@@ -54,7 +54,7 @@ class DPO(ReferencedPairTerm):
     name: NonEmptyStr = "dpo"
     beta: Positive = 0.1
     label_smoothing: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
-    robust: bool = False
+    robust: bool = field(default=False, metadata=ADDED)
 
     def check(self) -> None:
         """Raises InvalidSpec if the settings contradict each other."""

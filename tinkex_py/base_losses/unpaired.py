@@ -77,11 +77,22 @@ class KTO(ReferenceTerm):
         losses = factors * torch.sigmoid(-self.beta * labels * (scores - point))
         rewards = self.beta * scores.detach()
         sides = {"desirable_reward": rewards[labels > 0], "undesirable_reward": rewards[labels < 0]}
-        return (losses.mean() if self.reduction == "mean" else losses.sum()), {
+        count = float(losses.numel())
+        return losses.sum() / (1.0 if self.reduction == "sum" else self.total or count), {
+            **({} if self.total is None else {"total": self.total}),
             "reference_point": point,
             **{name: side.mean() for name, side in sides.items() if side.numel()},
-            "sequences": float(losses.numel()),
+            "sequences": count,
         }
+
+    @property
+    def coupling(self) -> str | None:
+        """The mismatched datums decide the loss of all others."""
+        return None if self.reference_point is not None else "the reference point is a mean over the mismatched datums"
+
+    def total_of(self, data: Sequence[Datum]) -> float | None:
+        """Returns the number of datums with label 1 or -1; None for a sum."""
+        return None if self.reduction == "sum" else float(sum(map(bool, self._labels(data))))
 
     def _labels(self, data: Sequence[Datum]) -> list[float]:
         labels = [number_of(datum, index, self.label_field) for index, datum in enumerate(data)]

@@ -53,12 +53,12 @@ async def teacher_datums(teacher: Teacher, data: Sequence[Datum], *, k: int = 20
         InvalidResponse: the teacher did not score a position.
         UnsupportedFeature: the service of the teacher has no logprobs of likeliest tokens.
     """
-    check_count("k", k, least=1)
+    count = check_count("k", k, least=1)
     prompts = _prompts(teacher, data)
 
     async def scored(index: int) -> Datum:
-        response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, topk_prompt_logprobs=k)
-        return _with_candidates(data[index], _scored_rows(response.topk_prompt_logprobs, prompts[index], index), k)
+        response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, topk_prompt_logprobs=count)
+        return _with_candidates(data[index], _scored_rows(response.topk_prompt_logprobs, prompts[index], index), count)
 
     return await _each(scored, len(prompts))
 

@@ -1,7 +1,7 @@
 """Terms on structure: agreement with a paired field, and orthogonality."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -13,8 +13,9 @@ from tinkex_py.terms.distributions import Over, distributions, symmetric_kl_part
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
 from tinkex_py.terms.ready_made import NonEmptyStr
-from tinkex_py.terms.reduction import ReducedTerm, Reduction
+from tinkex_py.terms.reduction import Positions, ReducedTerm, Reduction
 from tinkex_py.types import Datum
+from tinkex_py.types.datum import target_shape
 
 _eigenvalues = cast("Callable[[torch.Tensor], torch.Tensor]", torch.linalg.eigvalsh)  # pyright: ignore
 
@@ -70,6 +71,19 @@ class Consistency(ReducedTerm):
         difference = positions.select(logprobs) - positions.select(pair)
         return positions.reduce(difference.square() if self.metric == "mse" else difference.abs(), self.reduction)
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects the numbers, vectors or distributions that a mean counts."""
+        if self.metric == "kl":
+            return distributions(self, self.over, data, logprobs)
+        return self.positions(data, logprobs, by_row=self.metric == "cosine" and logprobs.ndim > 1)
+
+    def total_of(self, data: Sequence[Datum]) -> float | None:
+        """Returns what a mean over these datums divides by; the vectors of `[T]` are one per datum."""
+        by_datum = (
+            self.metric == "cosine" and self.reduction != "sum" and bool(data) and len(target_shape(data[0], 0)) == 1
+        )
+        return ReducedTerm.total_of(replace(self, reduction="seq-mean-token-mean") if by_datum else self, data)
+
     def _cosine(self, data: Sequence[Datum], logprobs: torch.Tensor, pair: torch.Tensor) -> TermResult:
         if logprobs.ndim > 1:
             positions = self.positions(data, logprobs, by_row=True)
@@ -78,7 +92,7 @@ class Consistency(ReducedTerm):
         positions = self.positions(data, logprobs, by_datum=True)
         x, y = positions.select(logprobs), positions.select(pair)
         products = [positions.sums(positions.weighted(product)) for product in (x * y, x * x, y * y)]
-        return _over_datums(_cosine_distance(*products), positions.sizes(x), self.reduction)
+        return _over_datums(_cosine_distance(*products), positions.sizes(x), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +136,11 @@ class Orthogonality(NormTerm):
     axis: Literal["rows", "columns"] = "rows"
     normalize: bool | None = None
 
+    @property
+    def coupling(self) -> str | None:
+        """The vectors of all datums are compared with each other."""
+        return "the vectors of all datums are compared with each other"
+
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metric is the number of vectors."""
         target = self.target_tensor(data, logprobs)
@@ -144,13 +163,13 @@ def _cosine_distance(product: torch.Tensor, square_x: torch.Tensor, square_y: to
     return 1.0 - product * torch.where(defined, scale, 1.0).rsqrt() * defined
 
 
-def _over_datums(
-    values: torch.Tensor, sizes: torch.Tensor, reduction: Reduction
-) -> tuple[torch.Tensor, dict[str, float]]:
+def _over_datums(values: torch.Tensor, sizes: torch.Tensor, term: ReducedTerm) -> tuple[torch.Tensor, dict[str, float]]:
     counted = sizes > 0
-    sequences = float(counted.sum().item())
-    total = (values * counted).sum()
-    return (total if reduction == "sum" else total / max(1.0, sequences)), {"sequences": sequences}
+    metrics = {"sequences": float(counted.sum().item())}
+    if term.total is not None:
+        metrics["total"] = term.total
+    added = (values * counted).sum()
+    return (added if term.reduction == "sum" else added / (term.total or metrics["sequences"] or 1.0)), metrics
 
 
 def _normalized(vectors: torch.Tensor) -> torch.Tensor:

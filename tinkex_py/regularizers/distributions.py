@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.distributions import Over, distributions, kl_parts, log_softmax, symmetric_kl_parts
-from tinkex_py.terms.ready_made import NonEmptyStr, Positive
+from tinkex_py.terms.ready_made import ADDED, NonEmptyStr, Positive
 from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
@@ -51,6 +51,10 @@ class Entropy(ReducedTerm):
     temperature: Positive = 1.0
     normalize: bool = False
     over: Over = "candidates"
+
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, self.over, data, logprobs)
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the entropy and the denominators."""
@@ -104,8 +108,12 @@ class KLDivergence(ReferenceTerm):
     name: NonEmptyStr = "kl_divergence"
     direction: Literal["forward", "reverse"] = "forward"
     symmetric: bool = False
-    normalize: bool = False
+    normalize: bool = field(default=False, metadata=ADDED)
     over: Over = "candidates"
+
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, self.over, data, logprobs)
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
@@ -149,6 +157,10 @@ class JensenShannon(ReferenceTerm):
 
     name: NonEmptyStr = "jensen_shannon"
     over: Over = "candidates"
+
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects what a mean counts."""
+        return distributions(self, self.over, data, logprobs)
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from tinkex_py.data.pairs import pair_indices
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermResult
-from tinkex_py.terms.ready_made import NonEmptyStr
+from tinkex_py.terms.ready_made import ADDED, NonEmptyStr
 from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
@@ -60,7 +60,11 @@ class PairTerm(ReducedTerm):
     mask_is_optional: ClassVar[bool] = True
 
     reduction: Literal["mean", "sum"] = "mean"
-    pair_field: NonEmptyStr | None = None
+    pair_field: NonEmptyStr | None = field(default=None, metadata=ADDED)
+
+    def total_of(self, data: Sequence[Datum]) -> float | None:
+        """Returns the number of pairs; None for a sum."""
+        return None if self.reduction == "sum" else len(data) / 2
 
     @abstractmethod
     def _reward(self, answers: Answers) -> torch.Tensor:
@@ -103,8 +107,9 @@ class PairTerm(ReducedTerm):
                 **measured,
             }
             metrics = {name: each.detach().mean() for name, each in values.items()}
-        loss = losses.mean() if self.reduction == "mean" else losses.sum()
-        return loss, {**metrics, "pairs": float(len(chosen.datums))}
+        pairs = float(len(chosen.datums))
+        loss = losses.sum() / (1.0 if self.reduction == "sum" else self.total or pairs)
+        return loss, {**metrics, "pairs": pairs, **({} if self.total is None else {"total": self.total})}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
