@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from pydantic import InstanceOf
 
+from tinkex_py.arguments import shown
 from tinkex_py.base_losses.correction import Correction, Drift
 from tinkex_py.base_losses.policy import PolicyLoss
 from tinkex_py.losses.spec import TermResult
@@ -59,8 +60,13 @@ class Corrected(ReadyMadeTerm):
     old_field: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.corrections, list):
-            object.__setattr__(self, "corrections", tuple(self.corrections))
+        policy, given = cast("object", self.policy), cast("object", self.corrections)
+        if not isinstance(policy, PolicyLoss):
+            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
+        corrections: tuple[object, ...] = tuple(cast("Any", given)) if isinstance(given, list | tuple) else (None,)
+        if not all(isinstance(one, Correction) for one in corrections):
+            raise self.invalid(f"corrections must be a list of corrections, such as [MaskedIS()], got {shown(given)}")
+        object.__setattr__(self, "corrections", corrections)
         super().__post_init__()
 
     def check(self) -> None:
@@ -109,7 +115,7 @@ class Corrected(ReadyMadeTerm):
         old = tokens.logprobs.detach()
         if self.old_field is not None:
             field = aligned_field(data, self.old_field, logprobs)
-            old = tokens.positions.select_logprobs(field, data, f"the field {self.old_field!r}")
+            old = tokens.positions.select_finite(field, data, f"the field {self.old_field!r}")
         drift = Drift(tokens, old)
         if self.old_field is not None:
             tokens = replace(tokens, sampler=old)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tinkex_py.base_losses.policy import SampledTokens
+from tinkex_py.base_losses.policy import PolicyTokens
 from tinkex_py.errors import InvalidData
 from tinkex_py.terms.numerics import EXACT_UP_TO
 from tinkex_py.terms.ready_made import CheckedSettings, NonNegative, Positive
@@ -32,7 +32,7 @@ class Drift:
         old: logprobs of the trainer, `[M]`.
     """
 
-    tokens: SampledTokens
+    tokens: PolicyTokens
     old: torch.Tensor
 
     @cached_property

@@ -21,7 +21,7 @@ from tinkex_py.types import Datum
 
 
 @dataclass(frozen=True)
-class SampledTokens:
+class PolicyTokens:
     """The sampled tokens that the mask selects.
 
     Attributes:
@@ -93,25 +93,22 @@ class PolicyLoss(ReducedTerm):
 
     def tokens(
         self, data: Sequence[Datum], logprobs: torch.Tensor, *, with_sampler: bool, by_datum: bool = False
-    ) -> SampledTokens:
+    ) -> PolicyTokens:
         """Selects the tokens; without a sampler, their own logprobs stand for its."""
         self.check_sampled(data, logprobs, "pass [T] targets")
         advantages = aligned_field(data, self.advantages_field, logprobs)
         sampler = aligned_field(data, self.logprobs_field, logprobs) if with_sampler else None
         positions = self.positions(data, logprobs, by_datum=by_datum or self.by_datum)
-        selected = positions.select(logprobs)
-        return SampledTokens(
-            positions=positions,
-            logprobs=selected,
-            sampler=selected.detach()
-            if sampler is None
-            else positions.select_logprobs(sampler, data, f"the field {self.logprobs_field!r}"),
-            advantages=positions.select(advantages),
-            data=data,
-            all_logprobs=logprobs,
-        )
+        selected = positions.select_finite(logprobs, data, "the model's logprobs")
+        old = selected.detach()
+        if sampler is not None:
+            source = f"the field {self.logprobs_field!r}"
+            positions.select_logprobs(sampler, data, source)
+            old = positions.select_finite(sampler, data, source)
+        gains = positions.select_finite(advantages, data, f"the field {self.advantages_field!r}")
+        return PolicyTokens(positions, selected, old, gains, data, logprobs)
 
-    def measured(self, tokens: SampledTokens, shares: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def measured(self, tokens: PolicyTokens, shares: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the means over the tokens, which are the metrics."""
         with torch.no_grad():
             means = {"mean_ratio": tokens.ratio, "approx_kl": tokens.ratio - 1.0 - tokens.log_ratio}
@@ -120,7 +117,7 @@ class PolicyLoss(ReducedTerm):
             return {name: tokens.positions.mean(values) for name, values in {**means, **shares}.items()}
 
     @abstractmethod
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Returns the loss of each token."""
 
 
@@ -149,7 +146,7 @@ class Reinforce(PolicyLoss):
 
     name: NonEmptyStr = "reinforce"
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         return TokenLosses(-tokens.advantages * tokens.logprobs, {})
 
@@ -175,7 +172,7 @@ class ImportanceSampling(PolicyLoss):
 
     name: NonEmptyStr = "importance_sampling"
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         return TokenLosses(-tokens.ratio * tokens.advantages, {})
 
@@ -255,7 +252,7 @@ class PPO(ClippedPolicyLoss):
         if self.dual_clip is not None and self.dual_clip <= max(1.0, self.clip_high_threshold):
             raise self.invalid(f"dual_clip must be above 1 and above clip_high_threshold, got {self.dual_clip!r}")
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         losses = self.clipped_losses(tokens.ratio, tokens.advantages)
         if self.dual_clip is None:
@@ -293,7 +290,7 @@ class CISPO(ClippedPolicyLoss):
     clip_low_threshold: NonNegative = 0.0
     clip_high_threshold: Positive = 4.0
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         constant = tokens.ratio.detach()
         clipped = self.clipped(constant)
@@ -327,7 +324,7 @@ class SAPO(PolicyLoss):
     tau_positive: Positive = 1.0
     tau_negative: Positive = 1.05
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         positive = tokens.advantages > 0
         tau = torch.where(positive, torch.full_like(tokens.advantages, self.tau_positive), self.tau_negative)
@@ -361,7 +358,7 @@ class DRO(PolicyLoss):
     name: NonEmptyStr = "dro"
     beta: Positive
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         penalty = 0.5 * self.beta * tokens.log_ratio.square()
         return TokenLosses(penalty - tokens.logprobs * tokens.advantages, {})

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from tinkex_py.base_losses.policy import ClippedPolicyLoss, PolicyLoss, SampledTokens, TokenLosses
+from tinkex_py.base_losses.policy import ClippedPolicyLoss, PolicyLoss, PolicyTokens, TokenLosses
 from tinkex_py.errors import InvalidData
 from tinkex_py.terms.fields import aligned_field, has_field
 from tinkex_py.terms.numerics import EXACT_UP_TO, safe_exp, with_gradient_of
@@ -48,12 +48,12 @@ class GSPO(ClippedPolicyLoss):
     name: NonEmptyStr = "gspo"
     ratio_mask: NonEmptyStr | None = None
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         ratio = tokens.positions.spread(safe_exp(self._mean_log_ratios(tokens))).expand_as(tokens.logprobs)
         return self.clipped_losses(with_gradient_of(ratio, ratio * tokens.logprobs), tokens.advantages)
 
-    def _mean_log_ratios(self, tokens: SampledTokens) -> torch.Tensor:
+    def _mean_log_ratios(self, tokens: PolicyTokens) -> torch.Tensor:
         """Returns the mean of `p - q` for each datum, without a gradient."""
         name = self.ratio_mask
         if name is None and has_field(tokens.data, "sequence_ratio_mask"):
@@ -110,7 +110,7 @@ class GMPO(ClippedPolicyLoss):
         if self.clip_low_threshold == 0:
             raise self.invalid("clip_low_threshold must be above 0, because its logarithm is the bound")
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         positions, advantages = tokens.positions, tokens.advantages
         of_datum = positions.means(advantages)
@@ -125,7 +125,7 @@ class GMPO(ClippedPolicyLoss):
         losses = -of_datum * safe_exp(positions.means(limited))
         return TokenLosses(positions.spread(losses).expand_as(free), {"clip_fraction": stopped})
 
-    def _check_constant(self, tokens: SampledTokens, of_datum: torch.Tensor) -> None:
+    def _check_constant(self, tokens: PolicyTokens, of_datum: torch.Tensor) -> None:
         mean = tokens.positions.spread(of_datum)
         differs = (tokens.advantages - mean).abs() > 1e-5 * mean.abs().clamp(min=1.0)
         if bool(differs.any()):
@@ -168,7 +168,7 @@ class VESPO(PolicyLoss):
     k_negative: NonNegative = 3.0
     lam_negative: NonNegative = 2.0
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         log_w = tokens.positions.spread(sequence_log_ratios(tokens)).expand_as(tokens.advantages)
         positive = tokens.advantages >= 0
@@ -205,7 +205,7 @@ class TOPR(PolicyLoss):
     name: NonEmptyStr = "topr"
     level: Literal["sequence", "token"] = "sequence"
 
-    def token_losses(self, tokens: SampledTokens) -> TokenLosses:
+    def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         log_ratio = tokens.log_ratio.detach()
         if self.level == "sequence":
@@ -214,6 +214,6 @@ class TOPR(PolicyLoss):
         return TokenLosses(-tapered * tokens.advantages * tokens.logprobs, {"mean_weight": tapered})
 
 
-def sequence_log_ratios(tokens: SampledTokens) -> torch.Tensor:
+def sequence_log_ratios(tokens: PolicyTokens) -> torch.Tensor:
     """Returns the sum of `p - q` over each datum, limited to 20 either way, without a gradient: `[datums]`."""
     return tokens.positions.sums(tokens.log_ratio.detach()).clamp(-EXACT_UP_TO, EXACT_UP_TO)

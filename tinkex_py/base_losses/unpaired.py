@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.ready_made import NonEmptyStr, NonNegative, Positive
 from tinkex_py.terms.reference import ReferenceTerm
@@ -79,7 +80,7 @@ class KTO(ReferenceTerm):
         sides = {"desirable_reward": rewards[labels > 0], "undesirable_reward": rewards[labels < 0]}
         count = float(losses.numel())
         return losses.sum() / (1.0 if self.reduction == "sum" else self.total or count), {
-            **({} if self.total is None else {"total": self.total}),
+            **({} if self.total is None else {TOTAL_METRIC: self.total}),
             "reference_point": point,
             **{name: side.mean() for name, side in sides.items() if side.numel()},
             "sequences": count,

@@ -176,7 +176,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType({**PIPELINE_DEFAULTS, **_STEP_DEF
 
 
 def custom_step(
-    base_loss: "Term | Pipeline", regularizers: "Sequence[RegularizerSpec]", options: CustomStepOptions
+    base_loss: "Term | Pipeline | str", regularizers: "Sequence[RegularizerSpec]", options: CustomStepOptions
 ) -> CustomStep:
     """Creates a custom step from the arguments of `forward_backward_custom`.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.checks import checked_number, checked_numbers
+from tinkex_py.losses.output import value_over_calls
 from tinkex_py.losses.weights import WeightController
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class GradNormBalance(WeightController):
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
         """Implements `WeightController.next_weights`."""
-        base_value = fmean(output.base_loss.value for output in outputs)
+        base_value = value_over_calls([output.base_loss for output in outputs])
         base_norm = _mean_base_norm(outputs)
         values = {name: _mean_value(name, outputs) for name in weights}
         norms = {name: weight * _mean_norm(name, outputs) for name, weight in weights.items()}
@@ -182,7 +183,7 @@ class GradNormBalance(WeightController):
 
 
 def _mean_value(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
-    return fmean(output.regularizers[name].value for output in outputs if name in output.regularizers)
+    return value_over_calls([output.regularizers[name] for output in outputs if name in output.regularizers])
 
 
 def _mean_norm(name: str, outputs: "Sequence[CustomLossOutput]") -> float:

@@ -1,6 +1,8 @@
 """Outputs of a custom loss. Every output round-trips through JSON."""
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,6 +11,9 @@ from tinkex_py.types import ForwardBackwardOutput
 
 BASE_LOSS_NAME = "base_loss"
 """Term name of the base loss."""
+
+TOTAL_METRIC = "total_of_step"
+"""Metric of a mean that divides by the total of an optimizer step, so that its values over the calls add up."""
 
 MetricValue = bool | int | float
 
@@ -78,6 +83,16 @@ class GradientDiagnosis(LossReport):
     cosine_with_total: float | None = None
     share_of_total: float | None = None
     conflicts: bool | None = None
+
+
+def value_over_calls(outputs: "Sequence[BaseLossOutput | RegularizerOutput]") -> float:
+    """Returns the value of a term over the calls of one optimizer step.
+
+    The values of a mean that divides by the total of the step add up; all others are averaged.
+    """
+    values = [output.value for output in outputs]
+    metrics = [output.metrics if isinstance(output, BaseLossOutput) else output.custom_metrics for output in outputs]
+    return math.fsum(values) if all(TOTAL_METRIC in own for own in metrics) else fmean(values)
 
 
 class CustomLossOutput(LossReport):

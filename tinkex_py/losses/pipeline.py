@@ -1,6 +1,7 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -45,11 +46,12 @@ class Pipeline:
 
     Args:
         base_loss: a term: `(data, logprobs)` -> loss or `(loss, metrics)`; a sync or async function, or an object.
+            Or the name of a ready-made base loss with its defaults, such as "ppo".
         regularizers: specs with unique names.
         **options: see `PipelineOptions`. Each option is also an attribute of the pipeline.
 
     Raises:
-        InvalidBaseLoss: the base loss cannot be called.
+        InvalidBaseLoss: the base loss cannot be called, or has an unknown name.
         InvalidSpec: an element of `regularizers` is not a RegularizerSpec.
         DuplicateRegularizerNames: two enabled or disabled specs have the same name.
         PipelineError: an option is out of range.
@@ -58,8 +60,10 @@ class Pipeline:
 
     @shows_options(PipelineOptions, DEFAULTS)
     def __init__(
-        self, base_loss: Term, regularizers: Sequence[RegularizerSpec] = (), **options: Unpack[PipelineOptions]
+        self, base_loss: Term | str, regularizers: Sequence[RegularizerSpec] = (), **options: Unpack[PipelineOptions]
     ) -> None:
+        if isinstance(base_loss, str):
+            base_loss = _named(base_loss)
         problem = why_not_a_term(base_loss, {})
         if problem is not None:
             raise InvalidBaseLoss(f"base_loss: {problem}")
@@ -325,3 +329,8 @@ class Pipeline:
         if self._own_workers is None:
             self._own_workers = WorkerPool(self.max_threads)
         return self._own_workers
+
+
+def _named(name: str) -> Term:
+    """Returns a ready-made base loss; they are in a package above this one, which is loaded only for a name."""
+    return importlib.import_module("tinkex_py.base_losses.named").base_loss_named(name)

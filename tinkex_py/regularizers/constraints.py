@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, cast
 import torch
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.norms import NormTerm
 from tinkex_py.terms.distributions import Over, distributions, symmetric_kl_parts
@@ -167,7 +168,7 @@ def _over_datums(values: torch.Tensor, sizes: torch.Tensor, term: ReducedTerm) -
     counted = sizes > 0
     metrics = {"sequences": float(counted.sum().item())}
     if term.total is not None:
-        metrics["total"] = term.total
+        metrics[TOTAL_METRIC] = term.total
     added = (values * counted).sum()
     return (added if term.reduction == "sum" else added / (term.total or metrics["sequences"] or 1.0)), metrics
 

@@ -8,6 +8,7 @@ import torch
 
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import split
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import PerDatum, Term, TermResult, is_async_term, term_function, why_not_a_term
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
@@ -95,7 +96,7 @@ class GradientPenalty(ReadyMadeTerm):
         penalties = (norms - self.target_norm).square()
         loss = penalties.sum() / (1.0 if self.reduction == "sum" else self.total or float(norms.numel()))
         metrics = {"gradient_norm": norms.detach().mean(), "sequences": float(norms.numel())}
-        return loss, metrics if self.total is None else {**metrics, "total": self.total}
+        return loss, metrics if self.total is None else {**metrics, TOTAL_METRIC: self.total}
 
     def _between(self, data: Sequence[Datum], logprobs: torch.Tensor, positions: Positions) -> torch.Tensor:
         reference = aligned_field(data, cast("str", self.reference_field), logprobs)

@@ -41,16 +41,19 @@ def check_arguments(service: object, model: object, batches: object, stop: objec
 
 
 def checked_pipeline(given: object) -> "Pipeline":
-    """Returns a pipeline; a term becomes its base loss.
+    """Returns a pipeline; a term, or the name of one, becomes its base loss.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of these.
+        InvalidBaseLoss: no base loss has this name.
     """
     from tinkex_py.losses import Pipeline
     from tinkex_py.losses.spec import Term, why_not_a_term
 
     if isinstance(given, Pipeline):
         return given
+    if isinstance(given, str):
+        return Pipeline(given)
     problem = why_not_a_term(given, {})
     if problem is not None:
         raise ConfigError(f"pipeline must be a Pipeline or a base loss, got {_kind(given)}: {problem}")

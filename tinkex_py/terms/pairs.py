@@ -9,6 +9,7 @@ import torch
 
 from tinkex_py.data.pairs import pair_indices
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.ready_made import ADDED, NonEmptyStr
 from tinkex_py.terms.reduction import Positions, ReducedTerm
@@ -109,7 +110,7 @@ class PairTerm(ReducedTerm):
             metrics = {name: each.detach().mean() for name, each in values.items()}
         pairs = float(len(chosen.datums))
         loss = losses.sum() / (1.0 if self.reduction == "sum" else self.total or pairs)
-        return loss, {**metrics, "pairs": pairs, **({} if self.total is None else {"total": self.total})}
+        return loss, {**metrics, "pairs": pairs, **({} if self.total is None else {TOTAL_METRIC: self.total})}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,6 +3,7 @@
 The reductions have the names of verl's `agg_loss`. They differ in the influence of a long datum.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.terms.fields import aligned_field, datum_lengths, described_position, has_field
 from tinkex_py.terms.numerics import segment_sum
 from tinkex_py.terms.ready_made import ADDED, NonEmptyStr, Positive, ReadyMadeTerm
@@ -127,15 +129,33 @@ class Positions:
         wrong = np.flatnonzero((selected > _LARGEST_LOGPROB).cpu().numpy())
         if not wrong.size:
             return selected
-        value = selected.reshape(-1)[int(wrong[0])].item()
-        position, candidate = divmod(int(wrong[0]), self.rows or 1)
+        found = self._described(int(wrong[0]), values, data)
+        raise InvalidData(f"{source} has {found}, but logprobs are at most 0: pass logarithms, not probabilities")
+
+    def select_finite(self, values: torch.Tensor, data: Sequence[Datum], source: str) -> torch.Tensor:
+        """Returns the selected values, as `select` does.
+
+        Raises:
+            InvalidData: a selected number is not finite.
+        """
+        selected = self.select(values)
+        if not math.isfinite(selected.detach().sum().item()):
+            wrong = np.flatnonzero((~torch.isfinite(selected)).cpu().numpy())
+            if wrong.size:
+                raise InvalidData(
+                    f"{source} has {self._described(int(wrong[0]), values, data)}: leave the position out of the mask, "
+                    "or the datum out of the batch"
+                )
+        return selected
+
+    def _described(self, at: int, values: torch.Tensor, data: Sequence[Datum]) -> str:
+        """Describes the selected number `at` of some values: its value, position and datum."""
+        position, candidate = divmod(at, self.rows or 1)
         if self.kept is not None:
             position = int(self.kept[position])
-        index = np.unravel_index(position * (self.rows or 1) + candidate, values.shape)
-        raise InvalidData(
-            f"{source} has {value:.6g} at {described_position(data, [int(axis) for axis in index])}, but logprobs are "
-            "at most 0: pass logarithms, not probabilities"
-        )
+        flat = position * (self.rows or 1) + candidate
+        index = [int(axis) for axis in np.unravel_index(flat, values.shape)]
+        return f"{values.detach().reshape(-1)[flat].item():.6g} at {described_position(data, index)}"
 
     def weighted(self, values: torch.Tensor) -> torch.Tensor:
         """Returns each value times its weight, `[M]`."""
@@ -184,7 +204,7 @@ class Positions:
         weighted, tokens = self.weighted(values), self.tokens(values)
         metrics = {"tokens": tokens}
         if self.total is not None:
-            metrics["total"] = self.total
+            metrics[TOTAL_METRIC] = self.total
         if reduction == "sum":
             return weighted.sum(), metrics
         if reduction in _OVER_TOKENS:
