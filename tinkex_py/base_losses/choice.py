@@ -89,9 +89,10 @@ class Choice(ReducedTerm):
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0].item())
             place = row if positions.kept is None else int(positions.kept[row])
+            shown = ", ".join(f"{number.item():g}" for number in given[row])
             raise InvalidData(
-                f"the targets {self.targets_field!r} at {described_position(data, [place])} are "
-                f"{[round(number, 6) for number in given[row].tolist()]}: pass numbers >= 0, at least one above 0"
+                f"the targets {self.targets_field!r} at {described_position(data, [place])} are [{shown}]: pass "
+                "numbers >= 0, at least one above 0"
             )
         targets = given / sums
         share = self.label_smoothing

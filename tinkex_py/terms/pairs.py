@@ -39,9 +39,9 @@ class Answers:
     def per_token(self, sums: torch.Tensor) -> torch.Tensor:
         """Divides sums over the answers by the tokens of each; raises InvalidData if the mask leaves none."""
         if bool((self.tokens == 0).any()):
-            empty = next(index for index, tokens in zip(self.datums, self.tokens.tolist(), strict=True) if not tokens)
+            empty = int(torch.nonzero(self.tokens == 0)[0].item())
             raise InvalidData(
-                f"the mask leaves no token of datum {empty}, whose mean over tokens is needed: leave its pair out, or "
+                f"the mask leaves no token of datum {self.datums[empty]}, whose mean over tokens is needed: leave its pair out, or "
                 "pass another mask"
             )
         return sums / self.tokens
