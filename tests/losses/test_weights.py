@@ -11,19 +11,30 @@ from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import guide_logprobs, l1, l2, nll, recorded, spec
 from tinkex_py import CustomLossOutput, Executor, InvalidSpec, Pipeline, PipelineError, RegularizerSpec
-from tinkex_py.losses.controllers import AdaptiveKL, GradNormBalance, TargetGradientRatio
+from tinkex_py.losses.controllers import AdaptiveEntropy, AdaptiveKL, GradNormBalance, TargetGradientRatio
 from tinkex_py.losses.output import BaseLossOutput, RegularizerOutput
 from tinkex_py.losses.schedules import Constant, Cosine, Linear, Piecewise, WarmUp
 from tinkex_py.losses.weights import WeightController
 
 
 def measured(
-    values: Mapping[str, float], norms: Mapping[str, float] | None = None, *, base: float = 1.0, base_norm: float = 1.0
+    values: Mapping[str, float],
+    norms: Mapping[str, float] | None = None,
+    *,
+    base: float = 1.0,
+    base_norm: float = 1.0,
+    tokens: float = 1.0,
+    total: float | None = None,
 ) -> CustomLossOutput:
     """An output as a custom step gives it, with these values and norms."""
     regularizers = {
         name: RegularizerOutput(
-            name=name, value=value, weight=1.0, contribution=value, grad_norm=None if norms is None else norms[name]
+            name=name,
+            value=value,
+            weight=1.0,
+            contribution=value,
+            custom_metrics={"entropy": value, "tokens": tokens} | ({"total_of_step": total} if total else {}),
+            grad_norm=None if norms is None else norms[name],
         )
         for name, value in values.items()
     }
@@ -158,6 +169,31 @@ def test_adaptive_kl_by_hand():
     assert controller.weight_of("kl") == pytest.approx(0.2 * 1.005 * 1.02 * 0.98)
 
 
+def test_adaptive_entropy_over_several_calls():
+    """Its numbers by hand are those of entry G2 of the sheet, in tests/objectives."""
+    controller = AdaptiveEntropy(target=0.13, delta=0.005, maximum=0.008)
+    controller.weight_of("bonus")
+    # The mean over 100 tokens is 0.13, that of the calls 0.25.
+    controller.update([measured({"bonus": 0.4}, tokens=10), measured({"bonus": 0.1}, tokens=90)])
+    assert controller.weight_of("bonus") == 0.005
+    # Parts of a mean over the step add up: 0.04 + 0.09.
+    parts = [measured({"bonus": 0.04}, tokens=10, total=100), measured({"bonus": 0.09}, tokens=90, total=100)]
+    controller.update(parts)
+    assert controller.weight_of("bonus") == 0.008
+    output = measured({"bonus": 0.1})
+    output.regularizers["bonus"].custom_metrics.clear()
+    with pytest.raises(InvalidSpec, match="'bonus' must report the metrics 'entropy' and 'tokens'"):
+        controller.update([output])
+
+
+def test_the_parts_of_a_mean_over_the_step_add_up():
+    controller = AdaptiveKL(initial=0.2, target=2.0, horizon=10.0)
+    controller.weight_of("kl")
+    parts = [measured({"kl": 0.5}, total=16.0), measured({"kl": 1.6}, total=16.0)]  # 2.1 in all: an error of 0.05
+    controller.update(parts)
+    assert controller.weight_of("kl") == pytest.approx(0.2 * 1.005)
+
+
 def test_target_gradient_ratio_by_hand():
     controller = TargetGradientRatio(ratio=0.5, initial=0.1, max_factor=4.0)
     controller.weight_of("l1")
@@ -227,6 +263,9 @@ def test_one_controller_weighs_several_names():
         lambda: AdaptiveKL(initial=0.1, target=math.nan),
         lambda: AdaptiveKL(initial=0.1, target=1.0, minimum=0.2),
         lambda: AdaptiveKL(initial=0.1, target=1.0, maximum=-1.0),
+        lambda: AdaptiveEntropy(target=0.0),
+        lambda: AdaptiveEntropy(target=1.0, delta=0.0),
+        lambda: AdaptiveEntropy(target=1.0, initial=2.0, maximum=1.0),
         lambda: TargetGradientRatio(ratio=0.0),
         lambda: TargetGradientRatio(max_factor=1.0),
         lambda: TargetGradientRatio(initial=math.inf),
@@ -244,6 +283,7 @@ CONTROLLERS: list[Callable[[], WeightController]] = [
     lambda: AdaptiveKL(initial=0.2, target=1.0),
     lambda: TargetGradientRatio(ratio=0.2),
     lambda: GradNormBalance(alpha=0.7),
+    lambda: AdaptiveEntropy(target=3.0, delta=0.3),
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tests.objectives.entries import Batch, Row, Value, batch, evaluated
+from tinkex_py import BaseLossOutput, CustomLossOutput, RegularizerOutput
 from tinkex_py.base_losses import (
     CISPO,
     DFT,
@@ -17,9 +18,11 @@ from tinkex_py.base_losses import (
     SAPO,
     TOPR,
     VESPO,
+    ClipCov,
     Corrected,
     Focal,
     ImportanceSampling,
+    KLCov,
     MaskedIS,
     OffPolicyMask,
     ProbabilityMask,
@@ -31,6 +34,8 @@ from tinkex_py.base_losses import (
     overlong_penalty,
 )
 from tinkex_py.base_losses.correction import Correction, Drift, binary_kl
+from tinkex_py.base_losses.covariance import covariances_of
+from tinkex_py.losses.controllers import AdaptiveEntropy
 from tinkex_py.regularizers import SampledEntropy, SampledKL
 from tinkex_py.terms.numerics import safe_exp
 
@@ -165,6 +170,17 @@ ROWS += [
     Row("C1", NLL(reduction="seq-mean-token-sum"), LENGTHS, 5, [-0.5, -0.5, -0.5, -0.5], what="seq-mean-token-sum"),
     Row("C1", NLL(reduction="constant", length=5), LENGTHS, 1, [-0.1, -0.1, -0.1, -0.1], what="constant"),
     Row("C1", NLL(**MEAN_OF_MEANS), LENGTHS, 3, [-0.5, -0.166667, -0.166667, -0.166667], what="seq-mean-token-mean"),
+    Row("G3", KLCov(), P, 2.793147, [-1.5, -0.9, -0.5, 4], {"kl_cov_fraction": 0.25}, together=0, what="kl"),
+    Row(
+        "G3",
+        ClipCov(clip_low_threshold=0.4, clip_high_threshold=1.6, cov_low=0.3, cov_high=0.5),
+        P,
+        3.6,
+        [0, -0.9, 0.5, 4],
+        {"cov_clip_fraction": 0.25},
+        together=0,
+        what="clip",
+    ),
     Row("F1", Focal(), PROBABILITIES, 0.174340, [-0.596574, -0.028965]),
     Row("F2", DFT(), PROBABILITIES, 0.441398, [-0.5, -0.9], smooth=False),
     Row("F3", Unlikelihood(), PROBABILITIES, 2.995732, [1, 9]),
@@ -193,6 +209,28 @@ def _dppo_with_square() -> list[Any]:
 def _calls(total: float | None) -> float:
     term = NLL(reduction="token-mean", total=total)
     return sum(evaluated(term, LENGTHS.part(at))[0].item() for at in range(2))
+
+
+def _adapted() -> tuple[list[float], list[float]]:
+    """The coefficients after the steps, and what the next steps apply."""
+    controller = AdaptiveEntropy(target=0.5, delta=0.005)
+    coefficients, weights = [], []
+    for entropy in (0.4, 0.45, 0.6, 0.55):
+        metrics = {"entropy": entropy, "tokens": 1.0}
+        own = RegularizerOutput(name="bonus", value=0.0, weight=controller.weight_of("bonus"), contribution=0.0)
+        controller.update(
+            [
+                CustomLossOutput(
+                    loss_total=0.0,
+                    base_loss=BaseLossOutput(value=0.0),
+                    regularizers={"bonus": own.model_copy(update={"custom_metrics": metrics})},
+                    regularizer_total=0.0,
+                )
+            ]
+        )
+        coefficients.append(controller.state_dict()["coefficients"]["bonus"])
+        weights.append(controller.weight_of("bonus"))
+    return coefficients, weights
 
 
 SINGLE = batch(
@@ -287,6 +325,14 @@ VALUES = [
         "tokens",
         lambda: _tokens(Unlikelihood(), EACH),
         [0.693147, 2.302585],
+    ),
+    Value("G2", "coefficient", lambda: _adapted()[0], [0.005, 0.01, 0.005, 0]),
+    Value("G2", "applied_next", lambda: _adapted()[1], [0.005, 0.01, 0, 0]),
+    Value(
+        "G3",
+        "cov",
+        lambda: covariances_of(ImportanceSampling().tokens(P.data, P.packed, with_sampler=True)),
+        [0.407152, -0.103673, 0.691460, -0.387981],
     ),
     Value(
         "G1",

@@ -20,9 +20,11 @@ from tinkex_py.base_losses import (
     SAPO,
     TOPR,
     VESPO,
+    ClipCov,
     Corrected,
     Focal,
     ImportanceSampling,
+    KLCov,
     MaskedIS,
     OffPolicyMask,
     ProbabilityMask,
@@ -54,6 +56,8 @@ POLICIES = [
     VESPO(),
     TOPR(),
     TOPR(level="token"),
+    ClipCov(),
+    KLCov(),
     Corrected(policy=Reinforce(), corrections=[TruncatedIS()]),
     Corrected(policy=PPO(), corrections=[Rejection(statistic="geometric", high=2.0)]),
 ]
@@ -389,6 +393,22 @@ def test_options_of_a_corrected_loss_reach_the_policy() -> None:
 def test_wrong_settings(make: Any, message: str) -> None:
     with pytest.raises(InvalidSpec, match=message):
         make()
+
+
+def test_clip_cov_draws_from_its_seed() -> None:
+    """A tenth of 200 tokens, none of which PPO clips: two seeds draw differently, one seed twice the same."""
+    generator = torch.Generator().manual_seed(5)
+    lp = -torch.rand(200, generator=generator, dtype=torch.float64) - 1.0
+    advantages = torch.randn(200, generator=generator).tolist()
+    given = batch([lp], logprobs=[lp.tolist()], advantages=[advantages])
+    drawn = []
+    for seed in (0, 0, 1):
+        term = ClipCov(clip_share=0.1, cov_low=-10.0, cov_high=10.0, seed=seed)
+        _, gradient, metrics = evaluated(term, given)
+        assert metrics["cov_clip_fraction"].item() == pytest.approx(0.1)
+        drawn.append((gradient == 0).nonzero().reshape(-1).tolist())
+    assert len(drawn[0]) == 20
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 # Sampled KL and entropy of another policy's tokens

@@ -34,6 +34,8 @@ COUPLED: list[ReadyMadeTerm] = [
     regularizers.GradientPenalty(fn=regularizers.L2(reduction="mean")),
     Corrected(policy=Reinforce(reduction="mean"), corrections=[TruncatedIS(normalize=True)]),
     base_losses.KTO(**REFERENCE),
+    base_losses.ClipCov(reduction="mean"),
+    base_losses.KLCov(reduction="mean"),
 ]
 
 
@@ -87,7 +89,7 @@ CASES = [
     (cls, reduction)
     for cls in terms()
     for reduction in MEANS
-    if cls is not regularizers.Orthogonality and made(cls, reduction) is not None
+    if cls not in map(type, COUPLED[:1] + COUPLED[4:]) and made(cls, reduction) is not None
 ]
 
 

@@ -16,6 +16,10 @@ from .correction import (
     Rejection as Rejection,
     TruncatedIS as TruncatedIS,
 )
+from .covariance import (
+    ClipCov as ClipCov,
+    KLCov as KLCov,
+)
 from .distillation import (
     Distillation as Distillation,
 )

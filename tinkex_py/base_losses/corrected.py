@@ -60,10 +60,10 @@ class Corrected(ReadyMadeTerm):
     old_field: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
-        policy, given = cast("object", self.policy), cast("object", self.corrections)
+        policy, given = cast("object", self.policy), cast("Any", self.corrections)
         if not isinstance(policy, PolicyLoss):
             raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
-        corrections: tuple[object, ...] = tuple(cast("Any", given)) if isinstance(given, list | tuple) else (None,)
+        corrections: tuple[object, ...] = tuple(given) if isinstance(given, list | tuple) else (None,)
         if not all(isinstance(one, Correction) for one in corrections):
             raise self.invalid(f"corrections must be a list of corrections, such as [MaskedIS()], got {shown(given)}")
         object.__setattr__(self, "corrections", corrections)

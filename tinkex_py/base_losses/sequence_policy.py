@@ -155,8 +155,10 @@ class VESPO(PolicyLoss):
     The settings are those of `PolicyLoss`, and:
 
     Args:
-        k_positive, lam_positive: for `A >= 0`.
-        k_negative, lam_negative: for `A < 0`.
+        k_positive: k for `A >= 0`.
+        lam_positive: lam for `A >= 0`.
+        k_negative: k for `A < 0`.
+        lam_negative: lam for `A < 0`.
     """
 
     by_datum: ClassVar[bool] = True

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tinkex_py.runs.plan import Optimizer
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
-_CONTROLLERS = ("AdaptiveKL", "TargetGradientRatio", "GradNormBalance")
+_CONTROLLERS = ("AdaptiveKL", "AdaptiveEntropy", "TargetGradientRatio", "GradNormBalance")
 
 
 def _number_or_mapping(value: object) -> object:

@@ -41,8 +41,8 @@ class Answers:
         if bool((self.tokens == 0).any()):
             empty = int(torch.nonzero(self.tokens == 0)[0].item())
             raise InvalidData(
-                f"the mask leaves no token of datum {self.datums[empty]}, whose mean over tokens is needed: leave its pair out, or "
-                "pass another mask"
+                f"the mask leaves no token of datum {self.datums[empty]}, whose mean over tokens is needed: leave its "
+                "pair out, or pass another mask"
             )
         return sums / self.tokens
 
