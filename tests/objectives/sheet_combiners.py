@@ -1,4 +1,4 @@
-"""Combiners of gradients, from their products: section J of the sheet."""
+"""Balancing controllers, and combiners of gradients from their products: sections I and J of the sheet."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from tests.objectives.entries import Row, Value
+from tinkex_py import BaseLossOutput, CustomLossOutput, RegularizerOutput, WeightController
+from tinkex_py.losses.balancing import DWA, FAMO, famo_slopes, log_variance_slope
 from tinkex_py.losses.combiners import aligned, balancing_factors, cagrad, mgda, nash, upgrad
 
 TWO = np.array([[1.0, 0.0], [-0.5, 1.0]])
@@ -35,8 +37,31 @@ def of(entry: str, rows: Any, numbers: dict[str, tuple[list[float], list[float]]
     return values
 
 
+def weights_of(controller: WeightController, *steps: tuple[float, float]) -> float:
+    """The weight of a regularizer after steps with these values of base loss and regularizer."""
+    controller.weight_of("r")
+    for base, value in steps:
+        own = RegularizerOutput(name="r", value=value, weight=1.0, contribution=value)
+        output = CustomLossOutput(loss_total=0.0, base_loss=BaseLossOutput(value=base), regularizers={"r": own})
+        controller.update([output])
+    return controller.weight_of("r")
+
+
+def shares_of(weight: float) -> list[float]:
+    """The weights of base loss and regularizer, divided by their sum."""
+    return [1.0 / (1.0 + weight), weight / (1.0 + weight)]
+
+
+EQUAL = {"base_loss": 0.0, "r": 0.0}
+PROGRESS = {"base_loss": 0.223144, "r": 0.051293}
+
 ROWS: list[Row] = []
 VALUES = [
+    Value("I1", "relative", lambda: weights_of(DWA(), (2.0, 1.0), (1.0, 0.9)), 1.221403),
+    Value("I2", "weights", lambda: shares_of(weights_of(FAMO(), (1.0, 2.0))), [0.666667, 0.333333]),
+    Value("I2", "slopes", lambda: list(famo_slopes(EQUAL, PROGRESS).values()), [0.042963, -0.042963]),
+    Value("I3", "slope", lambda: log_variance_slope(2.0, -0.5), -1.148721),
+    Value("I3", "best", lambda: log_variance_slope(2.0, 0.693147), 0.0),
     *of(
         "J2",
         TWO,

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from tinkex_py.runs.plan import Optimizer
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
-_CONTROLLERS = ("AdaptiveKL", "AdaptiveEntropy", "TargetGradientRatio", "GradNormBalance")
+_CONTROLLERS = (
+    "AdaptiveKL",
+    "AdaptiveEntropy",
+    "TargetGradientRatio",
+    "GradNormBalance",
+    "DWA",
+    "UncertaintyWeighting",
+    "FAMO",
+)
 
 
 def _number_or_mapping(value: object) -> object:
