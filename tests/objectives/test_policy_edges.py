@@ -61,7 +61,7 @@ POLICIES = [
     Corrected(policy=Reinforce(), corrections=[TruncatedIS()]),
     Corrected(policy=PPO(), corrections=[Rejection(statistic="geometric", high=2.0)]),
 ]
-each_policy = pytest.mark.parametrize("term", POLICIES, ids=repr)
+each_policy = pytest.mark.parametrize("term", POLICIES, ids=lambda term: term.name)
 
 
 def one(lp: float, q: float, advantage: float, **fields: float) -> Batch:
@@ -182,7 +182,7 @@ def test_nothing_overflows(term: ReadyMadeTerm, difference: float, advantage: fl
     assert math.isfinite(value.item())
     assert torch.isfinite(gradient).all()
     assert all(math.isfinite(float(number)) for number in metrics.values())
-    if not isinstance(term, DRO):
+    if not isinstance(term, DRO | KLCov):  # they also pull to the sampler
         assert gradient.item() * advantage <= 0  # it never pushes against the advantage
 
 
@@ -376,10 +376,10 @@ def test_options_of_a_corrected_loss_reach_the_policy() -> None:
         (lambda: OffPolicyMask(limit=-1), "limit must be greater than or equal to 0, got -1"),
         (lambda: ProbabilityMask(measure="js"), "measure must be 'tv' or 'kl', got 'js'"),
         (lambda: Corrected(policy=NLL()), "policy must be .*, got NLL"),
-        (lambda: Corrected(policy=PPO(), corrections=[3]), r"corrections must be a list of corrections, .*, got \[3\]"),
+        (lambda: Corrected(policy=PPO(), corrections=[3]), r"corrections must be a list of them, .*, got \[3\]"),
         (
             lambda: Corrected(policy=PPO(), corrections=TruncatedIS()),
-            "corrections must be a list of corrections, .*, got TruncatedIS",
+            "corrections must be a list of them, .*, got TruncatedIS",
         ),
         (lambda: PPO(dual_clip=1.1), "dual_clip must be above 1 and above clip_high_threshold, got 1.1"),
         (lambda: GMPO(clip_low_threshold=0.0), "clip_low_threshold must be above 0"),
@@ -460,8 +460,8 @@ def test_eps_is_added_to_the_deviation() -> None:
         (([1.0, math.nan], 2), {}, r"rewards\[1\] must be a finite number, got nan"),
         (([1.0, "a"], 2), {}, r"rewards\[1\] must be a finite number, got 'a'"),
         ((3.0, 1), {}, "rewards must be a sequence of numbers, got 3.0"),
-        (([1.0, 2.0, 3.0], 2), {}, "groups=2 must be >= 1 and divide the number of rewards, which is 3"),
-        (([1.0], 0), {}, "groups=0 must be >= 1"),
+        (([1.0, 2.0, 3.0], 2), {}, "groups=2 must divide the number of rewards, which is 3"),
+        (([1.0], 0), {}, "groups must be an int >= 1, got 0"),
         (([1.0, 2.0], ["a"]), {}, "groups has 1 entries for 2 rewards"),
         (([1.0, 2.0], None), {}, "groups must be the size of all groups or a group per reward, got None"),
         (([1.0], 1), {"normalize": "rloo"}, "normalize must be one of 'std', 'none', 'leave-one-out', got 'rloo'"),

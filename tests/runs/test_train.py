@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.client.data import datum
 from tests.client.recorder import after
 from tests.runs.support import Calls, batch, batches, learning_rate, losses, pipeline, run_to
-from tinkex_py import AdamParams, AsyncTrainingClient, ConfigError, InvalidData, Pipeline, telemetry
+from tinkex_py import AdamParams, AsyncTrainingClient, ConfigError, InvalidData, Pipeline, RegularizerSpec, telemetry
 from tinkex_py.base_losses import NLL
+from tinkex_py.losses.controllers import AdaptiveKL
+from tinkex_py.regularizers import L2
 from tinkex_py.runs import EarlyStop, RunInfo, StepRecord, TrainSettings, read_run, read_steps, scalars
 from tinkex_py.runs.folder import RunFolder
+
+HOLD = {"initial": 0.2, "target": 3.0, "horizon": 1.0}
+LOSSES = ("loss/total", "loss/base", "term/l2_weight_decay/value", "term/l2_weight_decay/weight")
 
 pytestmark = pytest.mark.asyncio
 
@@ -58,6 +64,28 @@ async def test_the_numbers_are_those_of_a_plain_loop(bench: Any, tmp_path: Path,
     assert set(run.info.versions) == {"python", "tinkex_py", "torch"}
     assert run.training.step == 6
     assert run.training.accumulated == 0
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean"])
+async def test_an_accumulated_step_is_that_of_one_batch(bench: Any, tmp_path: Path, reduction: Any) -> None:
+    """4 + 12 answers of different lengths, in two calls or in one: the same losses, step by step."""
+    answers = [datum(2 + at % 5, seed=at) for at in range(16)]
+    numbers = []
+    for name, step in (("whole", [answers]), ("parts", [answers[:4], answers[4:]])):
+        distance = RegularizerSpec(fn=L2(mask=None, reduction=reduction), weight=AdaptiveKL(**HOLD))
+        given = {"batches": step * 3, "pipeline": Pipeline(NLL(reduction=reduction), [distance])}
+        await run_to(bench.service, tmp_path / name, steps=3, accumulate=len(step), checkpoint_every=None, **given)
+        numbers.append([[scalars(made)[key] for key in LOSSES] for made in read_steps(tmp_path / name)])
+    assert np.array(numbers[1]) == pytest.approx(np.array(numbers[0]), rel=1e-5)
+    assert numbers[0][0] != numbers[0][2]
+
+
+async def test_a_loss_that_couples_datums_is_not_accumulated(bench: Any, tmp_path: Path) -> None:
+    coupled = Pipeline(NLL(), [RegularizerSpec(fn=L2(mask=None, center="mean"), weight=0.1)])
+    with pytest.raises(ConfigError, match=r"the term 'l2_weight_decay' \(L2\) couples them: .*Use accumulate=1"):
+        await run_to(bench.service, tmp_path / "run", pipeline=coupled, accumulate=2)
+    assert not (tmp_path / "run").exists()
+    await run_to(bench.service, tmp_path / "run", steps=1, pipeline=coupled)
 
 
 async def test_a_step_is_sent_while_the_update_before_it_is_under_way(bench: Any, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tinkex_py import (
     SamplingParams,
     WeightController,
 )
+from tinkex_py.base_losses import PPO
 from tinkex_py.demo import DemoOptions
 from tinkex_py.integrations import trackers
 from tinkex_py.local import LocalOptions, LocalService
@@ -137,6 +138,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
         "Pipeline.load_state_dict.state": {"controllers": {}},
         "WeightController.load_state_dict.state": {"weights": {}},
+        "AdaptiveEntropy.load_state_dict.state": {"weights": {}, "coefficients": {}},
         "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},
         "Linear.end": 0.5,
         "status": "finished",
@@ -172,6 +174,16 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "created_at": 1,
         "stop_reason": "stop",
         "wire": "json",
+        "beta": 0.1,
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 1.2,
+        "groups": 1,
+        "OffPolicyMask.limit": 0.1,
+        "policy": PPO(),
+        "rewards": [1.0],
+        "statistic": "product",
+        "target": 1.0,
+        "overlong_penalty.tokens": 1,
         "weight": 1.0,
         "RegularizerOutput.weight": 1.0,
         "total_bytes": None,
@@ -205,6 +217,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "info": RUN,
         "last": None,
         "checkpoint": clients.checkpoint,
+        "export_adapter.checkpoint": folder / "checkpoint",
         "training": clients.training,
         "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
         "chosen": "y",
@@ -224,7 +237,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "Report.runs": (),
         "service": clients.service,
         "write_state.state": STATE,
-        "keep_steps.last": 1,
+        "keep_steps.last": 0,
         "step": 1,
         "ttl_seconds": 60,
     }
@@ -236,6 +249,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "config.TinkexConfig": {"api_key": "tml-x"},
     "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
     "preference_datums": {"prompt": "x"},
+    "export_adapter": {"overwrite": True},
     "replay": {"pipeline": Pipeline(nll)},
     "preference.DPO": _REFERENCE_FIELD,
     "preference.DPOP": _REFERENCE_FIELD,
@@ -243,6 +257,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "preference.IPO": _REFERENCE_FIELD,
     "distillation.Distillation": _REFERENCE_FIELD,
     "unpaired.KTO": {**_REFERENCE_FIELD, "reference_point": 0.0},
+    "correction.Rejection": {"high": 2.0},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,
     "sampled.SampledKL": _REFERENCE,
@@ -281,6 +296,7 @@ def instances(clients: Clients, folder: Path) -> dict[type, Callable[[], Any]]:
         LocalService: lambda: clients.embedded,
         Pipeline: lambda: Pipeline(nll),
         controllers.GradNormBalance: controllers.GradNormBalance,
+        controllers.AdaptiveEntropy: lambda: controllers.AdaptiveEntropy(target=1.0),
         WeightController: controller_with_weight,
         schedules.Constant: lambda: schedules.Constant(1.0),
         schedules.Linear: lambda: schedules.Linear(1.0, 0.0, 3),
@@ -319,6 +335,7 @@ async def prepared(clients: Clients, folder: Path) -> "ValidArguments":
         run.write_run(RUN)
         run.append_step(STEP)
         run.write_state(STATE)
+    await clients.rest.download_checkpoint(clients.checkpoint, folder / "checkpoint")
     return ValidArguments(clients, folder)
 
 

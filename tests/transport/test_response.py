@@ -114,6 +114,37 @@ def test_a_response_that_is_not_json(body: bytes):
         response_of(200, body, {"content-type": "text/html; charset=utf-8"}).json()
 
 
+def json_of(count: int, item: bytes) -> bytes:
+    return b"[" + b",".join([item] * count) + b"]"
+
+
+@pytest.mark.parametrize(
+    ("body", "limit", "message"),
+    [
+        (json_of(2**18, b"[]"), 1 << 30, None),
+        (json_of(2**18, b"0"), 16 << 20, None),
+        (json_of(2**18 + 1, b"0"), 16 << 20, "more than 262144 values"),
+        (json_of(2**17 + 1, b"{}"), 16 << 20, "more than 262144 values"),
+        (json_of(2**18 + 1, b"0"), 1 << 27, None),  # a value per 256 bytes
+        (b'"' + b"x" * (16 << 20) + b'"', 1 << 30, None),
+        (b'"' + b"x" * (16 << 20) + b'"', 1 << 27, "more than 16777216"),
+    ],
+)
+def test_json_has_a_size_and_a_number_of_values(body: bytes, limit: int, message: str | None):
+    """2**18 values; each needs up to a hundred times its bytes."""
+    response = Response(200, {}, body, "GET /x at h", limit=limit)
+    if message is None:
+        response.json()
+        return
+    with pytest.raises(
+        errors.InvalidResponse, match=rf"GET /x at h returned .*{message}.*max_response_bytes"
+    ) as caught:
+        response.json()
+    assert caught.value.is_too_large
+    refused = error_of(Response(500, {}, body, limit=limit))
+    assert len(str(refused.body)) < 100
+
+
 def test_media_type():
     assert response_of(200, b"", {"content-type": "Application/JSON; charset=utf-8"}).media_type == "application/json"
     assert response_of(200).media_type == ""

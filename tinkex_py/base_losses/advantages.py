@@ -49,7 +49,7 @@ def group_advantages(
     smallest = as_number(eps)
     if smallest is None or not (math.isfinite(smallest) and smallest >= 0):
         raise InvalidData(f"eps must be a finite number >= 0, got {shown(eps)}")
-    if ddof not in (0, 1):
+    if as_integer(ddof) not in (0, 1):
         raise InvalidData(f"ddof must be 0 or 1, got {shown(ddof)}")
     given = _checked_rewards(rewards)
     advantages = [0.0] * len(given)
@@ -126,10 +126,10 @@ def _checked_rewards(rewards: Iterable[object]) -> list[float]:
 
 def _members(rewards: Sequence[float], groups: int | Sequence[Hashable]) -> list[list[int]]:
     """Returns the indices of the answers of each group."""
-    size = as_integer(groups)
-    if size is not None:
-        if size < 1 or len(rewards) % size:
-            raise InvalidData(f"groups={size} must be >= 1 and divide the number of rewards, which is {len(rewards)}")
+    if as_integer(groups) is not None:
+        size = check_count("groups", groups, least=1)
+        if len(rewards) % size:
+            raise InvalidData(f"groups={size} must divide the number of rewards, which is {len(rewards)}")
         return [list(range(start, start + size)) for start in range(0, len(rewards), size)]
     if isinstance(groups, str | bytes) or not isinstance(cast("object", groups), Iterable):
         raise InvalidData(f"groups must be the size of all groups or a group per reward, got {shown(groups)}")

@@ -60,13 +60,11 @@ class Corrected(ReadyMadeTerm):
     old_field: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
-        policy, given = cast("object", self.policy), cast("Any", self.corrections)
-        if not isinstance(policy, PolicyLoss):
-            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
-        corrections: tuple[object, ...] = tuple(given) if isinstance(given, list | tuple) else (None,)
-        if not all(isinstance(one, Correction) for one in corrections):
-            raise self.invalid(f"corrections must be a list of corrections, such as [MaskedIS()], got {shown(given)}")
-        object.__setattr__(self, "corrections", corrections)
+        if not isinstance(cast("object", self.policy), PolicyLoss):
+            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(self.policy)}")
+        if not _are_corrections(self.corrections):
+            raise self.invalid(f"corrections must be a list of them, as in [MaskedIS()], got {shown(self.corrections)}")
+        object.__setattr__(self, "corrections", tuple(self.corrections))
         super().__post_init__()
 
     def check(self) -> None:
@@ -97,8 +95,7 @@ class Corrected(ReadyMadeTerm):
         found = [one.coupling for one in (self.policy, *self.corrections)]
         return next((reason for reason in found if reason is not None), None)
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns what a mean of `policy` divides by."""
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         return self.policy.total_of(data)
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
@@ -130,6 +127,11 @@ class Corrected(ReadyMadeTerm):
             "correction_kept": (factors != 0).to(factors.dtype),
         }
         return loss, {**diagnostics(drift), **self.policy.measured(tokens, shares), **metrics}
+
+
+def _are_corrections(given: object) -> bool:
+    is_list = isinstance(given, list | tuple)
+    return is_list and all(isinstance(one, Correction) for one in cast("Sequence[object]", given))
 
 
 def diagnostics(drift: Drift) -> dict[str, torch.Tensor]:

@@ -50,17 +50,17 @@ def base_loss_named(name: str) -> ReadyMadeTerm:
     if found is None:
         if name == _UNPUBLISHED:
             raise InvalidBaseLoss(
-                f"base_loss={name!r} cannot be computed here, because its formula is not published: run it on the "
+                f"base_loss: {name!r} cannot be computed here, because its formula is not published: run it on the "
                 f"service with forward_backward(data, {name!r})"
             )
         raise InvalidBaseLoss(
-            f"no base loss is named {name!r}{did_you_mean(name, named_losses())}; use one of "
+            f"base_loss: no base loss is named {name!r}{did_you_mean(name, named_losses())}; use one of "
             f"{', '.join(sorted(named_losses()))}, or pass a term"
         )
     try:
         return found.cls(**found.settings)
     except (TypeError, InvalidSpec) as error:
         raise InvalidBaseLoss(
-            f"base_loss={name!r} has settings that the name does not tell: pass {found.cls.__name__}(...) of "
+            f"base_loss: {name!r} has settings that the name does not tell: pass {found.cls.__name__}(...) of "
             f"tinkex_py.base_losses ({error})"
         ) from error

@@ -91,8 +91,7 @@ class KTO(ReferenceTerm):
         """The mismatched datums decide the loss of all others."""
         return None if self.reference_point is not None else "the reference point is a mean over the mismatched datums"
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns the number of datums with label 1 or -1; None for a sum."""
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         return None if self.reduction == "sum" else float(sum(map(bool, self._labels(data))))
 
     def _labels(self, data: Sequence[Datum]) -> list[float]:

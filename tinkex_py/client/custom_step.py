@@ -101,7 +101,7 @@ class CustomStep:
         sequences = check_sequences(self.sequences_per_step, len(datums))
         await turn.reached(early=self.overlap)
         batch, forward, surrogate = await self._forward(turn, model, datums)
-        logprobs = logprobs_of(forward, batch.data)
+        logprobs = logprobs_of(forward, batch.data, model.session.surrogates.host)
         sequences = sequences * len(batch.data) // len(datums)
         async with turn.running_terms():
             if batch.data is datums:
@@ -141,7 +141,8 @@ class CustomStep:
         batch = await self._laid_out(model, data, measured=surrogate is None)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
         if surrogate is None:
-            surrogate = surrogates.learn(forward, logprobs_of(forward, data), measuring_weights(batch.size))
+            logprobs = logprobs_of(forward, data, model.session.surrogates.host)
+            surrogate = surrogates.learn(forward, logprobs, measuring_weights(batch.size))
         return batch, forward, surrogate
 
     async def _laid_out(self, model: Model, data: Sequence[Datum], *, measured: bool) -> CustomBatch:

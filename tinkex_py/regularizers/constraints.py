@@ -78,12 +78,11 @@ class Consistency(ReducedTerm):
             return distributions(self, self.over, data, logprobs)
         return self.positions(data, logprobs, by_row=self.metric == "cosine" and logprobs.ndim > 1)
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns what a mean over these datums divides by; the vectors of `[T]` are one per datum."""
-        by_datum = (
-            self.metric == "cosine" and self.reduction != "sum" and bool(data) and len(target_shape(data[0], 0)) == 1
-        )
-        return ReducedTerm.total_of(replace(self, reduction="seq-mean-token-mean") if by_datum else self, data)
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
+        """The vectors of `[T]` are one per datum, so that every mean is one over datums."""
+        is_vector = self.metric == "cosine" and bool(data) and len(target_shape(data[0], 0)) == 1
+        by_datum = is_vector and self.reduction != "sum"
+        return super(Consistency, replace(self, reduction="seq-mean-token-mean") if by_datum else self)._total_of(data)
 
     def _cosine(self, data: Sequence[Datum], logprobs: torch.Tensor, pair: torch.Tensor) -> TermResult:
         if logprobs.ndim > 1:

@@ -82,8 +82,7 @@ class GradientPenalty(ReadyMadeTerm):
             own if reduction == "sum" else f"the gradient of a term with reduction={reduction!r} depends on all datums"
         )
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns the number of datums; None for a sum."""
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         return None if self.reduction == "sum" else float(len(data))
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:

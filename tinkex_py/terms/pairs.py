@@ -63,8 +63,7 @@ class PairTerm(ReducedTerm):
     reduction: Literal["mean", "sum"] = "mean"
     pair_field: NonEmptyStr | None = field(default=None, metadata=ADDED)
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns the number of pairs; None for a sum."""
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         return None if self.reduction == "sum" else len(data) / 2
 
     @abstractmethod

@@ -84,7 +84,14 @@ class ReadyMadeTerm(CheckedSettings, ABC):
         return None
 
     def total_of(self, data: Sequence[Datum]) -> float | None:
-        """Returns what a mean over all of these datums divides by, for the setting `total`; None for a sum."""
+        """Returns what a mean over all of these datums divides by, for the setting `total`; None for a sum.
+
+        Raises:
+            InvalidData: `data` is not a list of datums, or a datum lacks what the mask needs.
+        """
+        return self._total_of(checked_data(data))
+
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         del data
         return None
 

@@ -275,7 +275,7 @@ class ReducedTerm(ReadyMadeTerm):
         """Selects what a mean of this term counts."""
         return self.positions(data, logprobs)
 
-    def total_of(self, data: Sequence[Datum]) -> float | None:
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
         """Returns the tokens of these datums for a mean over tokens, and their number for a mean over datums.
 
         Datums without a selected position do not count. None for a sum.

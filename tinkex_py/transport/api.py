@@ -25,6 +25,7 @@ from tinkex_py.transport.decoding import Result, request_id_of
 from tinkex_py.transport.encoding import PROTOBUF
 from tinkex_py.transport.http import HttpClient
 from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
+from tinkex_py.transport.secrecy import cut_off
 
 Read = TypeVar("Read")
 Decoded = TypeVar("Decoded")
@@ -170,6 +171,7 @@ class ServiceApi:
                 return read(response)
             except TransportError as error:
                 error.attempts = attempts.number
+                cut_off(error)  # a response may quote the key
                 raise
 
         def is_worth_another(error: BaseException) -> bool:
@@ -388,6 +390,8 @@ class _Future(Generic[Decoded]):
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, APIStatusError):
         return error.status >= 500 or error.status in _TRANSIENT_STATUSES
+    if isinstance(error, InvalidResponse) and error.is_too_large:
+        return False
     return isinstance(error, TransportError)
 
 

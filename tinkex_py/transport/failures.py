@@ -11,7 +11,9 @@ from tinkex_py.errors import (
     TinkexError,
     TransportError,
 )
+from tinkex_py.transport.bodies import BodyTooLarge
 from tinkex_py.transport.connections import HandshakeFailed
+from tinkex_py.transport.messages import too_large
 from tinkex_py.transport.proxies import ProxyAddress
 
 _BROKEN_CONNECTION = frozenset({"TransportError", "NetworkError", "ProtocolError", "OSError"})
@@ -22,7 +24,7 @@ _TEXTS_OF_A_BROKEN_CONNECTION = ("disconnected", "peer closed", "peer unexpected
 
 
 def typed_failure(
-    error: Exception, request: str, seconds: float, proxy: ProxyAddress | None
+    error: BaseException, request: str, seconds: float, proxy: ProxyAddress | None
 ) -> TransportError | InvalidData | None:
     """Returns the typed error for a failure of an HTTP library; None for any other failure.
 
@@ -40,11 +42,12 @@ def typed_failure(
     failure = _typed(error, request, seconds, proxy)
     if proxy is None or failure is None or str(proxy) in str(failure) or isinstance(failure, InvalidData):
         return failure
-    return type(failure)(f"{failure}. The connection leads through {proxy}")
+    failure.args = (f"{failure}. The connection leads through {proxy}",)
+    return failure
 
 
 def _typed(
-    error: Exception, request: str, seconds: float, proxy: ProxyAddress | None
+    error: BaseException, request: str, seconds: float, proxy: ProxyAddress | None
 ) -> TransportError | InvalidData | None:
     names = {cls.__name__ for cls in type(error).__mro__}
     failed = f"{request}: {type(error).__name__}"
@@ -52,8 +55,10 @@ def _typed(
         return TimeoutExceeded(f"{failed}; {_no_connection_to(proxy)}")
     if names & _TIMEOUTS:
         return TimeoutExceeded(f"{failed}; the service did not respond within {seconds:g} s")
+    if isinstance(error, BodyTooLarge):
+        return too_large(f"{request}: the response has more than its limit of {error.limit} bytes after decompression")
     if "DecodingError" in names:
-        return InvalidResponse(f"{failed}; the response could not be decompressed")
+        return InvalidResponse(f"{failed}; the response could not be decompressed: {error}")
     if "RemoteProtocolError" in names and not any(text in str(error) for text in _TEXTS_OF_A_BROKEN_CONNECTION):
         return InvalidResponse(f"{failed}; the response is not HTTP. Is base_url the address of the service?")
     if "ProxyError" in names and proxy is not None:

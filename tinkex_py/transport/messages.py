@@ -31,6 +31,8 @@ Content = Bytes | Sequence[Bytes]
 """A body, or its parts in order."""
 
 JSON = "application/json"
+_SMALL_JSON = 16 << 20
+_FEW_VALUES = 1 << 18
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _PIECE_BYTES = 1 << 20
 
@@ -74,6 +76,11 @@ class Secret:
 
 
 NO_SECRET = Secret("")
+
+
+def may_be_key(text: str) -> bool:
+    """Whether a value of a header or a query is long enough to be a key; redacting shorter ones garbles messages."""
+    return len(text) >= 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,7 +206,8 @@ def checked_base_url(base_url: str) -> SplitResult:
     if base.username is not None or base.password is not None:
         raise ConfigError("base_url contains a user name or password: remove them, and pass the key as api_key")
     if not usable or not base_url.isascii() or not base_url.isprintable() or " " in base_url:
-        raise ConfigError(f"base_url {base_url!r} is not an http(s) address with a host; {way_out}")
+        shown = f"base_url {base_url!r}" if not set("@?#") & set(base_url) else "base_url"  # which precede secrets
+        raise ConfigError(f"{shown} is not an http(s) address with a host; {way_out}")
     if base.query or base.fragment:
         raise ConfigError(f"base_url has a query or fragment after its path {base.path!r}; {way_out}")
     return base
@@ -238,6 +246,7 @@ class Response:
         body: decompressed body.
         request: method, path and host, for messages.
         secret: the key that was sent, which messages redact if a service echoes it.
+        limit: maximum bytes of a body; the limits of JSON follow from it.
     """
 
     status: int
@@ -245,6 +254,7 @@ class Response:
     body: bytes
     request: str = "the request"
     secret: Secret = field(default=NO_SECRET, compare=False)
+    limit: int = field(default=1 << 30, compare=False)
 
     @property
     def is_success(self) -> bool:
@@ -260,8 +270,10 @@ class Response:
         """Parses the body and replaces lone surrogates, so that all strings can be written anywhere.
 
         Raises:
-            InvalidResponse: the body is not JSON.
+            InvalidResponse: the body is not JSON, or would need too much memory.
         """
+        if len(self.body) > _FEW_VALUES and (excess := _json_excess(self)):
+            raise too_large(f"{self.request} returned {excess}. JSON needs a multiple of its size")
         with contextlib.suppress(ValueError, RecursionError):
             return _parsed(self.body)
         # Raised outside of the block, because json's own error contains the body, in which a service may echo the key.
@@ -273,6 +285,16 @@ class Response:
 
     def __repr__(self) -> str:
         return f"Response(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"
+
+
+def too_large(message: str) -> InvalidResponse:
+    """Returns the error for a response that exceeds a limit."""
+    error = InvalidResponse(
+        f"{message}. If you trust the service, increase max_response_bytes of TinkexConfig, which limits results of "
+        "passes and samples; other responses have at most 16 MiB"
+    )
+    error.is_too_large = True
+    return error
 
 
 def raise_for_status(response: Response, attempts: int = 1) -> None:
@@ -337,7 +359,20 @@ def _parsed(body: bytes) -> Any:
     return with_whole_texts(value) if _MAY_HOLD_SURROGATES.search(body) else value
 
 
+def _json_excess(response: Response) -> str:
+    # Parsed values need up to 250 bytes each, and text up to 4 bytes per character, twice.
+    body = response.body
+    longest, most = max(response.limit // 8, _SMALL_JSON), max(response.limit // 256, _FEW_VALUES)
+    if len(body) > longest:
+        return f"{len(body)} bytes of JSON, more than {longest}"
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        return f"JSON of more than {most} values"
+    return ""
+
+
 def _parsed_body(response: Response) -> object:
+    if len(response.body) > _FEW_VALUES and (excess := _json_excess(response)):
+        return f"a body of {excess}"
     try:
         return _redacted(_parsed(response.body), response.secret)
     except (ValueError, RecursionError):
