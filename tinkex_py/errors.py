@@ -277,6 +277,10 @@ class UnsupportedFeature(TinkexError):
     """This service or model does not support the requested feature."""
 
 
+class MissingEndpoint(NotFound, UnsupportedFeature):
+    """404 of a router: the service does not have this endpoint, so it does not support what was requested."""
+
+
 class PrecedingRequestFailed(TinkexError):
     """An earlier gradient or update of the same training client did not take effect, so this request was not sent.
 
