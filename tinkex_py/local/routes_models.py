@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import Request
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.admission import Sequencer
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import Running, api_router, in_order, json_digest, size_of
 from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
@@ -75,8 +74,8 @@ async def _new_model(
     request: Request, core: Core, scope: tuple[str, str, int], model_id: str, work: Callable[[], Success]
 ) -> SubmittedResponse:
     size = size_of(request)
-    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
-    core.sequencers.setdefault(model_id, Sequencer())
+    digest = await json_digest(request, core)
+    request_id = core.numbered(scope, digest, lambda: core.submit_model(model_id, work, size))
     return SubmittedResponse(request_id=request_id, model_id=model_id)
 
 
@@ -119,9 +118,7 @@ async def unload_model(body: ModelId, core: Running) -> SubmittedResponse:
 
 def _model_id(core: Core, session_id: str, number: int) -> str:
     core.open_session(session_id)
-    model_id = f"{session_id}:train:{number}"
-    core.check_models(model_id)
-    return model_id
+    return f"{session_id}:train:{number}"
 
 
 def _check_optimizer(config: dict[str, Any]) -> None:

@@ -90,14 +90,13 @@ class SampleQueue:
     def add(
         self, weights: Weights, request: SampleRequest, finish: Callable[[SampleResult], Success]
     ) -> "Future[Success]":
-        """Queues a request; its future can be cancelled while it waits. InvalidData: the request is invalid.
+        """Queues a request; its future can be cancelled while it waits.
 
         Args:
             weights: what to sample from.
-            request: what to sample.
+            request: what to sample, checked.
             finish: encodes the result, on the engine's thread.
         """
-        self._engine.check_sample(request)
         item = _QueuedSample(weights, request, finish)
         with self._lock:
             self._waiting.append(item)
