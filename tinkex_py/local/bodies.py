@@ -30,7 +30,7 @@ MAX_PROTOBUF_FIELDS = 500_000
 """Fields of a larger message at all levels; a pass of 1,024 datums has about 20,000."""
 _FIXED = {1: 8, 5: 4}
 _OPAQUE = (FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_STRING)
-_BLOCK = 1 << 20
+BLOCK = 1 << 20
 _QUOTE, _BACKSLASH = 34, 92
 # A zstd stream can grow by at most 32 KiB for each byte of a step.
 _ZSTD_STEP = 1024
@@ -198,8 +198,8 @@ def _structure(body: bytes) -> tuple[int, int]:
     """
     deepest = depth = parts = 0
     in_text = pending = False
-    for start in range(0, len(body), _BLOCK):
-        block = np.frombuffer(body, np.uint8, min(_BLOCK, len(body) - start), start)
+    for start in range(0, len(body), BLOCK):
+        block = np.frombuffer(body, np.uint8, min(BLOCK, len(body) - start), start)
         escaped, pending = _escaped(block, pending)
         places = np.flatnonzero((_STRUCTURAL[block] == 1) & ~escaped)
         marks = block[places]

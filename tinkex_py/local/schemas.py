@@ -21,7 +21,7 @@ from tinkex_py.local.fields import (
 from tinkex_py.local.records import EndReason
 from tinkex_py.types import GetInfoResponse, WeightsInfo
 
-MAX_ITEMS = 65_536
+MAX_ITEMS = 16_384
 """Items of one list or object, and characters of one text. Every invalid item costs a kilobyte to report."""
 
 
