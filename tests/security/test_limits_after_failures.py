@@ -56,11 +56,13 @@ async def failing_models(client: Any, **changes: Any) -> None:
 
 
 async def models_of_another_base(client: Any) -> None:
-    await failing_models(client, base_model="unknown")
+    with busy_engine(client):  # so that what can be told at once takes no place at all
+        await failing_models(client, base_model="unknown")
 
 
 async def models_of_a_large_rank(client: Any) -> None:
-    await failing_models(client, lora={"rank": 10**9})
+    with busy_engine(client):
+        await failing_models(client, lora={"rank": 10**9})
 
 
 async def models_of_a_lost_checkpoint(client: Any) -> None:
@@ -98,7 +100,8 @@ async def requests_behind_models_that_fail(client: Any) -> None:
     """They wait for a number that never comes; the failure of their model ends them."""
     for number in range(FAILURES):
         with busy_engine(client):
-            made = await client.ask("create_model", model_body(client, number, base_model="unknown"))
+            body = {**model_body(client, number), "path": "tinker://s0:train:0/weights/lost"}
+            made = await client.ask("load_weights", body)
             steps = [{"model_id": made["model_id"], "seq_id": step, "adam_params": {}} for step in (5, 6)]
             waiting = [await client.ask("optim_step", step) for step in steps]
         for submitted in waiting:

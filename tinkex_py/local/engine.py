@@ -79,9 +79,14 @@ class Engine:
 
     # Models
 
+    def check_model(self, base_model: str, settings: LoraConfig) -> None:
+        """Raises InvalidData for another base model, or unusable settings; may be called from any thread."""
+        self._check_base(base_model)
+        self._bank.check(settings)
+
     def create_model(self, run: TrainingRunInfo, settings: LoraConfig, seed: int) -> None:
         """Creates a training model; InvalidData: another base model, or unusable settings."""
-        self._check_base(run.base_model)
+        self.check_model(run.base_model, settings)
         adapter = self._bank.create(settings, seed)
         with self._dropped_on_failure(adapter):
             self._add(run, adapter)

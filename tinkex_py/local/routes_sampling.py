@@ -13,7 +13,7 @@ from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import SampleRequest, SampleResult
 from tinkex_py.local.http import Running, api_router, json_digest, size_of
 from tinkex_py.local.records import CheckpointInfo
-from tinkex_py.local.results import CLONE, Success
+from tinkex_py.local.results import CLONE, Success, failed
 from tinkex_py.local.sample_queue import Weights
 from tinkex_py.local.schemas import (
     JoinResponse,
@@ -110,9 +110,7 @@ def _submit(core: Core, sampler: SamplingSession, read: SampleRequest | TinkexEr
         raise Refused(429, f"{limit} sampling requests wait already: retry in a second")
     if isinstance(read, SampleRequest):
         return core.samples.add(_weights(core, sampler), read, _success)
-    failed: Future[Success] = Future()
-    failed.set_exception(read)
-    return failed
+    return failed(read)
 
 
 def _success(result: SampleResult) -> Success:
