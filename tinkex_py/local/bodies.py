@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import numpy as np
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
@@ -122,7 +122,7 @@ def _check_fields(body: bytes) -> None:
     """Refuses a message with so many fields that its decoder would need far more memory than its bytes."""
     fields = 0
     # Ends and kinds of the messages that contain the place.
-    inside: list[tuple[int, Descriptor | None]] = [(len(body), wire.ForwardBackwardRequest.DESCRIPTOR)]
+    inside: list[tuple[int, Any]] = [(len(body), wire.ForwardBackwardRequest.DESCRIPTOR)]
     place = 0
     while inside:
         end, kind = inside[-1]
@@ -132,7 +132,7 @@ def _check_fields(body: bytes) -> None:
         tag, place = _varint(body, place)
         number, encoding = tag >> 3, tag & 7
         size, place = _varint(body, place) if encoding in (0, 2) else (_FIXED.get(encoding, 0), place)
-        field = None if kind is None else kind.fields_by_number.get(number)
+        field = kind.fields_by_number.get(number)
         fields += 1
         if encoding != 2:
             place += 0 if encoding == 0 else size

@@ -183,12 +183,13 @@ def _array(where: str, values: Any, dtype: str) -> Any:
     if not isinstance(values, list):
         raise InvalidData(f"{where}: data must be a flat list of numbers")
     # Before numpy: it gives every item the size of the largest, which may be a text.
-    kinds = set(map(type, cast("list[object]", values)))
+    items = cast("list[Any]", values)
+    kinds: set[type] = set(map(type, items))
     if kinds & {list, dict}:
         raise InvalidData(f"{where}: data must be a flat list of numbers")
     if not kinds <= ({int} if dtype == "<i8" else {int, float}):
         raise InvalidData(f"{where} contains values that are not {'whole ' if dtype == '<i8' else ''}numbers")
-    array: NDArray[Any] = np.asarray(values)
+    array: NDArray[Any] = np.asarray(items)
     if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
         raise InvalidData(
             f"{where} contains a number that does not fit into {'int64' if dtype == '<i8' else 'float32'}"
