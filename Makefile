@@ -16,7 +16,7 @@ help:
 	@echo "make notebook   run examples/notebook.ipynb and save it with its outputs"
 	@echo "make test   all tests, with branch coverage"
 	@echo "make faults   what production does to requests, and a table of what was injected and checked"
-	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 20 minutes)"
+	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 10 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make attacks  CPU time of everything that reads bytes of others, as their number grows"

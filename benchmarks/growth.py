@@ -47,7 +47,12 @@ def run(settings: Settings) -> list[Result]:
     times = [size.time_per_token for size in judged]
     facts = {f"{size.tokens}_{fact}": value for size in sizes for fact, value in size.own.facts().items()}
     told = [
-        Result(benchmark="e", what=f"{size.tokens:,} tokens: time per 1,000 tokens", measured=size.time_per_token * 1e9, unit="us")
+        Result(
+            benchmark="e",
+            what=f"{size.tokens:,} tokens: time per 1,000 tokens",
+            measured=size.time_per_token * 1e9,
+            unit="us",
+        )
         for size in sizes
     ]
     spread = Result(

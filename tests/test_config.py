@@ -74,6 +74,7 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key, monkeypatc
         ("close_timeout", float("nan")),
         ("max_connections", 0),
         ("max_threads", 0),
+        ("max_response_bytes", 65535),
         ("wire", "xml"),
     ],
 )

@@ -45,6 +45,7 @@ def test_the_events_of_the_table():
     expected |= {"tinkex.custom_loss.not_on_service", "tinkex.custom_loss.surrogate"}
     expected |= {"tinkex.session.over", "tinkex.billing.paused", "tinkex.sampling.turned_away"}
     expected |= {f"tinkex.run.{name}" for name in ("resent", "restarted", "sink_failed", "checkpoint_not_deleted")}
+    expected |= {"tinkex.run.status_not_written"}
     assert set(telemetry.events()) == expected
     assert len(telemetry.events()) == len(expected)
 

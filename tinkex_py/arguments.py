@@ -129,14 +129,21 @@ def check_labels(name: str, value: object) -> dict[str, str]:
     return labels
 
 
+def check_options(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> dict[str, Any]:
+    """Returns a mapping of strings to anything as a dict; raises an error for anything else."""
+    if not isinstance(value, Mapping):
+        raise error(f"{name} must map names to values, got a {type(value).__name__}")
+    fields = dict(cast("Mapping[Any, Any]", value))
+    for field in fields:
+        if not isinstance(field, str):
+            raise error(f"the names of {name} must be strings, got {shown(field)}")
+    return fields
+
+
 def check_mapping(name: str, value: object) -> dict[str, Any]:
     """Returns a mapping of strings to values of JSON as a dict; raises InvalidData for anything else."""
-    if not isinstance(value, Mapping):
-        raise InvalidData(f"{name} must map names to values, got a {type(value).__name__}")
-    fields = dict(cast("Mapping[Any, Any]", value))
+    fields = check_options(name, value)
     for field, content in fields.items():
-        if not isinstance(field, str):
-            raise InvalidData(f"the names of {name} must be strings, got {shown(field)}")
         try:
             json.dumps(content, allow_nan=False)
         except (TypeError, ValueError, RecursionError):

@@ -9,7 +9,8 @@ from tinkex_py.arguments import check_choice, check_count, check_function, check
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
-from tinkex_py.transport.messages import Secret, checked_base_url, merged_headers
+from tinkex_py.transport.messages import Secret, checked_base_url, may_be_key, merged_headers
+from tinkex_py.transport.secrecy import hides_arguments
 from tinkex_py.types import QueueState
 
 BASE_URL_VARIABLE = "TINKER_BASE_URL"
@@ -21,6 +22,7 @@ ACCESS_VARIABLES: Mapping[str, str] = {
     "cf-access-client-secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
 }
 HOSTED_SERVICE = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+_LEAST_RESPONSE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +41,19 @@ class TinkexConfig:
         max_connections: maximum concurrent HTTP connections for requests other than polls.
         max_polls: maximum concurrent HTTP connections for polls.
         max_threads: worker threads for sync terms, shared by all training clients; None is the usable CPU count.
+        max_response_bytes: maximum bytes of the result of a pass or sample, after decompression; at least 64 KiB. Other
+            responses have at most 16 MiB of it. A JSON result may have an eighth of it, and one value per 256 bytes.
         close_timeout: seconds that closing waits for requests in flight.
         heartbeat_interval: seconds between the heartbeats of a session.
         tags: labels of the session; else `TINKER_TAGS`, split at commas.
         user_metadata: further labels of the session.
         project_id: project of the session; else `TINKER_PROJECT_ID`.
-        default_headers: sent with every request, for example for a proxy in front of the service. No repr shows them.
+        default_headers: sent with every request, for example for a proxy in front of the service. No repr or error
+            shows them, and a config with values of 8 characters or more, which may be keys, cannot be pickled.
         wire: encoding of passes: "auto" detects it; "protobuf" keeps numbers packed; "json" is for services without
             protobuf.
         billing_pause: seconds that requests wait while the service asks for payment (402); None is the service's own
-            limit, usually an hour; 0 raises BillingRequired at once.
+            limit, at most an hour; 0 raises BillingRequired at once.
         sampling_patience: seconds without progress after which samples that the service refuses (429) fail.
         on_queue_state: called with each new QueueState, on the event loop; it should be quick. If it raises, it is not
             called again.
@@ -65,6 +70,7 @@ class TinkexConfig:
     max_connections: int = 16
     max_polls: int = 128
     max_threads: int | None = None
+    max_response_bytes: int = 1 << 30
     close_timeout: float = 10.0
     heartbeat_interval: float = 10.0
     tags: tuple[str, ...] = ()
@@ -108,6 +114,8 @@ class TinkexConfig:
             count: object = getattr(self, name)
             if name != "max_threads" or count is not None:
                 object.__setattr__(self, name, check_count(name, count, least=1, error=ConfigError))
+        longest = check_count("max_response_bytes", self.max_response_bytes, least=_LEAST_RESPONSE, error=ConfigError)
+        object.__setattr__(self, "max_response_bytes", longest)
         check_kind("retry", self.retry, RetryPolicy, error=ConfigError)
         check_choice("wire", self.wire, ("auto", "protobuf", "json"), error=ConfigError)
 
@@ -135,11 +143,21 @@ class TinkexConfig:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        secret = [name for name, value in self.default_headers.items() if may_be_key(value)]
+        if secret:
+            raise ConfigError(
+                f"a pickle would contain default_headers, whose {', '.join(map(repr, secret))} may be secret: pickle "
+                "dataclasses.replace(config, default_headers={}), and add them where it is used"
+            )
         given = [field.name for field in fields(self) if field.init and field.name != "api_key"]
         kept = {name: getattr(self, name) for name in given}
         return _restore, (kept,)
 
 
+TinkexConfig.__init__ = hides_arguments(TinkexConfig.__init__)
+
+
+@hides_arguments
 def _restore(settings: dict[str, Any]) -> TinkexConfig:
     return TinkexConfig(**settings)
 

@@ -33,6 +33,8 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from tinkex_py.unicode import plain_text
+
 RequestFailedCategory = Literal["user", "server", "unknown"]
 
 
@@ -57,7 +59,7 @@ class TinkexError(Exception):
     was_sent: bool = False
 
     def __str__(self) -> str:
-        message = super().__str__()
+        message = plain_text(super().__str__())  # it may quote a service, or the name of a term
         if not (self.accumulated and self.was_sent):
             return message
         return (
@@ -129,7 +131,14 @@ class TimeoutExceeded(TransportError, TimeoutError):
 
 
 class InvalidResponse(TransportError):
-    """The service returned something that is not part of the protocol."""
+    """The service returned something that is not part of the protocol.
+
+    Attributes:
+        is_too_large: whether the response exceeds `max_response_bytes` or a limit that follows from it. Such a result
+            is not requested again.
+    """
+
+    is_too_large: bool = False
 
 
 class APIStatusError(TinkexError):
@@ -268,6 +277,10 @@ class UnsupportedFeature(TinkexError):
     """This service or model does not support the requested feature."""
 
 
+class MissingEndpoint(NotFound, UnsupportedFeature):
+    """404 of a router: the service does not have this endpoint, so it does not support what was requested."""
+
+
 class PrecedingRequestFailed(TinkexError):
     """An earlier gradient or update of the same training client did not take effect, so this request was not sent.
 
@@ -351,7 +364,7 @@ class InPlaceMutation(RegularizerError):
 
 
 class InvalidTermResult(RegularizerError, TypeError):
-    """A term returned neither a loss nor `(loss, metrics)`."""
+    """A term returned neither a loss nor `(loss, metrics)`, or changed torch's default dtype or device."""
 
 
 STATUS_ERRORS: Mapping[int, type[APIStatusError]] = {

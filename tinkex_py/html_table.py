@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from reprlib import Repr
 
+from tinkex_py.unicode import plain_text
+
 _SHORT = Repr()
 _SHORT.maxother = _SHORT.maxstring = 80
 
@@ -22,9 +24,9 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     shown = [index for index in range(len(columns)) if any(row[index] is not None for row in cells)]
     head = "".join(_cell("th", columns[index]) for index in shown)
     body = "".join(f"<tr>{''.join(_cell('td', row[index]) for index in shown)}</tr>" for row in cells)
-    note = f"<p>{escape(below)}</p>" if below else ""
+    note = f"<p>{_text(below)}</p>" if below else ""
     return (
-        f"<div><p><strong>{escape(title)}</strong></p>"
+        f"<div><p><strong>{_text(title)}</strong></p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
     )
 
@@ -49,4 +51,8 @@ def as_text(value: object) -> str:
 
 def _cell(kind: str, value: object) -> str:
     side = "right" if isinstance(value, int | float) and not isinstance(value, bool) else "left"
-    return f'<{kind} style="text-align: {side}">{escape(as_text(value))}</{kind}>'
+    return f'<{kind} style="text-align: {side}">{_text(as_text(value))}</{kind}>'
+
+
+def _text(text: str) -> str:
+    return escape(plain_text(text))

@@ -244,7 +244,8 @@ class BillingPause:
     """Pauses the requests of one client while the service asks for payment (402); all of them share the clock.
 
     Args:
-        longest: seconds after the first response 402 at which requests stop waiting; 0 never waits.
+        longest: seconds after the first response 402 at which requests stop waiting, also in a pause that the service
+            asked for; 0 never waits.
     """
 
     def __init__(self, longest: float) -> None:
@@ -259,26 +260,26 @@ class BillingPause:
         Raises:
             BillingRequired: the pause lasted longer than `longest`.
         """
+        since = math.inf
         while True:
             try:
                 return await send()
             except BillingRequired as error:
-                await self.after(error)
+                since = min(since, asyncio.get_running_loop().time())
+                await self._pause(error, since)
 
-    async def after(self, error: BillingRequired) -> None:
-        """Waits before the next attempt.
-
-        Raises:
-            BillingRequired: `error`, if the pause lasted longer than `longest`.
-        """
+    async def _pause(self, error: BillingRequired, since: float) -> None:
+        """Waits before the next attempt of a request that was first refused at `since`; or raises its error."""
         now = asyncio.get_running_loop().time()
         if now - self._last > _BILLING_FORGOTTEN_AFTER:
             self._since = now
         self._last = now
-        if now - self._since >= self.longest:
+        left = min(since, self._since) + self.longest - now
+        if left <= 0:
             raise error
         if now - self._reported >= _BILLING_REPORTED_EVERY:
             self._reported = now
             telemetry.emit("tinkex.billing.paused", {"paused": now - self._since}, {"request_id": error.request_id})
         # Without a minimum, a service that asks for no pause would get requests at network speed.
-        await asyncio.sleep(BILLING_PAUSE if not error.retry_after else max(error.retry_after, _LEAST_BILLING_PAUSE))
+        pause = BILLING_PAUSE if not error.retry_after else max(error.retry_after, _LEAST_BILLING_PAUSE)
+        await asyncio.sleep(min(pause, left))

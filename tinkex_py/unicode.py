@@ -1,15 +1,21 @@
-"""Finds and replaces lone surrogates, so that strings can be written to files, terminals and sockets.
+"""Texts of others, as they can be written to files, terminals and sockets.
 
-JSON can escape a lone surrogate (half of a UTF-16 pair), which UTF-8 cannot encode. It becomes U+FFFD, the replacement
-character. It is never removed: joining the text around it could form a string that passed no check.
+Characters that steer a terminal or the direction of the text around them become U+FFFD, the replacement character, or
+an escape in JSON. So does a lone surrogate (half of a UTF-16 pair), which JSON can escape and UTF-8 cannot encode.
+Nothing is removed: joining the text around it could form a string that passed no check.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 REPLACED = "\ufffd"
 _HALVES = re.compile("[\ud800-\udfff]")
+# Controls (C0 without tab and line feed, delete, C1), separators of lines and paragraphs, marks and overrides of the
+# direction, and lone surrogates.
+_CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_STEERING = re.compile(f"[{_CONTROLS}]")
+_STEERING_A_LINE = re.compile(f"[\t\n{_CONTROLS}]")
 
 
 def half_at(text: str) -> int | None:
@@ -23,12 +29,33 @@ def without_halves(text: str) -> str:
     return text if text.isascii() else _HALVES.sub(REPLACED, text)
 
 
-def with_whole_texts(value: Any) -> Any:
-    """Returns a JSON value with every lone surrogate in its strings and keys replaced; tuples become lists."""
+def plain_text(text: str) -> str:
+    """Returns the text with everything replaced that steers a terminal; tabs and line feeds stay."""
+    return text if text.isprintable() else _STEERING.sub(REPLACED, text)
+
+
+def plain_line(text: str) -> str:
+    """Returns the text as one line, with everything replaced that steers a terminal."""
+    return text if text.isprintable() else _STEERING_A_LINE.sub(REPLACED, text)
+
+
+def plain_json(text: str) -> str:
+    """Returns a JSON document with such characters escaped, so that it is one line for every reader of lines."""
+    return text if text.isprintable() else _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def with_whole_texts(value: Any, whole: Callable[[str], str] = without_halves) -> Any:
+    """Returns a JSON value with every lone surrogate in its strings and keys replaced; tuples become lists.
+
+    Args:
+        value: the value.
+        whole: replaces them in one string; `plain_text` or `plain_line` replace more.
+    """
     if isinstance(value, str):
-        return without_halves(value)
+        return whole(value)
     if isinstance(value, list | tuple):
-        return [with_whole_texts(item) for item in cast("Sequence[Any]", value)]
+        return [with_whole_texts(item, whole) for item in cast("Sequence[Any]", value)]
     if isinstance(value, dict):
-        return {with_whole_texts(name): with_whole_texts(item) for name, item in cast("dict[Any, Any]", value).items()}
+        fields = cast("dict[Any, Any]", value).items()
+        return {with_whole_texts(name, whole): with_whole_texts(item, whole) for name, item in fields}
     return value

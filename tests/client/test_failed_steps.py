@@ -134,6 +134,38 @@ async def test_a_skipped_term_does_not_stop_the_step(bench):
     assert bench.kinds(training) == ["F", "B", "optim_step"]
 
 
+@pytest.mark.parametrize("leaves", ["timeout", "caller"])
+async def test_a_term_that_suppresses_its_cancellation_leaves_the_client_usable(local_bench, leaves: str):
+    started = asyncio.Event()
+
+    async def stubborn(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        while True:
+            started.set()
+            try:
+                await asyncio.sleep(3600)
+            except:  # noqa: E722  # that is the point
+                continue
+
+    bench = local_bench()
+    await bench.service.__aenter__()
+    training = await bench.train()
+    specs = [RegularizerSpec(fn=stubborn, weight=1.0, name="stubborn", timeout=0.05 if leaves == "timeout" else 3600)]
+    step = asyncio.create_task(training.forward_backward_custom(DATA, nll, regularizers=specs, cancel_grace=0.02))
+    if leaves == "caller":
+        await started.wait()
+        step.cancel()
+    await asyncio.wait([step], timeout=30)
+    assert step.done()
+    assert step.cancelled() if leaves == "caller" else isinstance(step.exception(), RegularizerTimeout)
+    assert bench.kinds(training) == ["F"]
+    for _ in range(2):
+        await asyncio.wait_for(training.forward_backward_custom(DATA, nll), 30)
+    assert training.accumulated == 2
+    await training.optim_step()
+    assert bench.kinds(training)[1:] == ["F", "B", "F", "B", "optim_step"]
+    await asyncio.wait_for(bench.service.aclose(), 30)
+
+
 async def test_a_task_group_holds_optim_step_back_too(bench):
     training = await bench.train()
 

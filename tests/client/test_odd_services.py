@@ -76,11 +76,18 @@ async def test_a_result_of_other_datums_is_refused(bench):
         assert (await method(DATA)).num_datums == 2
 
 
-async def test_logprobs_that_are_not_finite_send_nothing(bench):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 1), (1, 0), (1, 1)])
+async def test_logprobs_that_are_not_finite_are_the_fault_of_the_service(bench, place, value):
+    rows = [floats(-1, -1, -1), floats(-1, -1)]
+    rows[place[0]][place[1]] = value
     training = await bench.train()
-    bench.recorder.faults["retrieve_future"] = [result_of(floats(-1, float("nan"), -1), floats(-1, -1))]
-    with pytest.raises(ArithmeticError):
-        await training.forward_backward_custom(DATA, nll)
+    bench.recorder.faults["retrieve_future"] = [result_of(*rows)]
+    evaluated = []
+    message = f"the service at embedded returned 1 logprobs .* in datum {place[0]}"
+    with pytest.raises(InvalidResponse, match=message):
+        await training.forward_backward_custom(DATA, lambda data, logprobs: evaluated.append(1) or nll(data, logprobs))
+    assert evaluated == []
     await training.forward_backward_custom(DATA, nll)
     assert bench.kinds(training) == ["F", "F", "B"]
 

@@ -475,10 +475,6 @@ def test_divisors_by_hand():
     assert PER_REQUEST.divisors(requests, 10).tolist() == [3.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize(
-    ("gradient", "logprob", "message"),
-    [(1.0, -np.inf, "logprobs that are not finite"), (1e38, -1.0, "exceeds the range of float32")],
-)
-def test_what_importance_sampling_cannot_carry(gradient, logprob, message):
-    with pytest.raises(PipelineError, match=message):
-        advantages_of(np.array([gradient], np.float32), packed([logprob]), np.array([10.0]))
+def test_what_importance_sampling_cannot_carry():
+    with pytest.raises(PipelineError, match="exceeds the range of float32"):
+        advantages_of(np.array([1e38], np.float32), packed([-1.0]), np.array([10.0]))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands.conftest import KEY
 from tinkex_py import AsyncServiceClient, TinkexConfig
-from tinkex_py.commands.common.tables import cell_text, size_text
+from tinkex_py.commands.common.printing import cell_text, size_text
 
 
 async def made_run(address, names):

@@ -6,6 +6,7 @@ from tests.docs.named_tests import problem_of
 from tests.docs.test_docs_run import ROOT
 from tinkex_py import RetryPolicy, TinkexConfig
 from tinkex_py.local import LocalOptions
+from tinkex_py.transport.http import LONGEST_RESPONSE
 
 TABLES = ROOT / "docs" / "contributing" / "promises.md"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -48,6 +49,8 @@ def test_the_page_for_users_states_the_defaults():
         f"A heartbeat is sent every {config.heartbeat_interval:g} s",
         f"at most {config.max_connections} connections for requests",
         f"{config.max_polls} for polls",
+        f"at most {config.max_response_bytes >> 30} GiB after decompression (`max_response_bytes`)",
+        f"at most {LONGEST_RESPONSE >> 20} MiB",
         f"{local.max_waiting_requests} requests, {local.max_waiting_bytes >> 30} GiB of bodies",
         f"{local.max_waiting_samples} samples, {local.max_models} training models",
         f"A body has at most {local.max_body_bytes >> 30} GiB",

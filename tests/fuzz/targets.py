@@ -29,7 +29,8 @@ from tinkex_py.transport.decoding import (
     read_forward_backward,
     read_sample,
 )
-from tinkex_py.transport.messages import Response, raise_for_status
+from tinkex_py.transport.failures import status_error
+from tinkex_py.transport.messages import Response
 
 Target = Callable[[bytes], None]
 LIMIT = 1 << 20
@@ -84,7 +85,8 @@ def json_response(body: bytes) -> None:
     for status in (200, 400, 429):
         response = Response(status, {"content-type": "application/json"}, body)
         with contextlib.suppress(TinkexError):
-            raise_for_status(response)
+            if not response.is_success:
+                raise status_error(response)
             value = response.json()
             if isinstance(value, dict):
                 for read in (read_forward_backward, read_sample):

@@ -234,6 +234,21 @@ GUARDS = (
         "key",
         "transport/test_stream.py::test_another_place_gets_neither_key_nor_headers",
     ),
+    guard(
+        "No frame of an error holds a key",
+        "transport/secrecy.py",
+        "error.__traceback__ = error.__context__ = None",
+        "error.__context__ = None",
+        "security/test_frames.py::test_no_error_of_a_request_carries_a_secret[cancelled-run]",
+        "security/test_frames.py::test_no_error_of_a_setting_carries_a_secret[a timeout]",
+    ),
+    guard(
+        "Text of others does not steer the terminal",
+        "commands/common/printing.py",
+        "typer.echo(plain_text(text)",
+        "typer.echo(str(text)",
+        "security/test_hostile_text.py::test_what_a_model_says[words]",
+    ),
     # Terms and threads
     guard(
         "A thread that outlives its term keeps its permit, so the bound on threads holds",

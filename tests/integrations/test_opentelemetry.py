@@ -31,7 +31,7 @@ from tinkex_py import AsyncServiceClient, MissingExtra, Pipeline, RegularizerErr
 from tinkex_py.integrations import opentelemetry
 from tinkex_py.integrations.opentelemetry import OpenTelemetry
 from tinkex_py.telemetry import handlers
-from tinkex_py.transport.messages import request
+from tinkex_py.transport.messages import Secret, request
 
 SECRET_TEXT = "the text of a prompt"
 
@@ -401,8 +401,8 @@ async def test_trace_headers_go_to_the_service_only_and_replace_nothing(observed
         client = KeyedClient(base_url=home.url, api_key=KEY, headers={"tracestate": "own=1"})
         with observed.tracer.start_as_current_span("outside"):
             await client.exchange("GET", "/thing")
-            async with client.http.towards(f"{elsewhere.url}/file", key=client.key) as (other, path, key):
-                await other.exchange(request("GET", path), key=key)
+            async with client.http.towards(Secret(f"{elsewhere.url}/file"), key=client.key) as (other, path, key):
+                await other.exchange(request("GET", path.reveal()), key=key)
             async with client.stream("/thing") as stream:
                 assert stream.status == 200
         await client.aclose()

@@ -14,7 +14,6 @@ from tinkex_py import (
     RegularizerTimeout,
     TinkexError,
 )
-from tinkex_py.losses import grad_mode
 
 pytestmark = pytest.mark.asyncio
 
@@ -190,17 +189,13 @@ class Stubborn:
             raise
 
 
-@pytest.fixture
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grad_mode, "GRACE", SHORT)
-
-
-@pytest.mark.usefixtures("short_grace")
 async def test_rule_5_a_term_that_swallows_its_timeout_is_left_after_its_grace():
     term = Stubborn()
     async with asyncio.timeout(LIMIT):
         with pytest.raises(RegularizerTimeout) as caught:
-            await Pipeline(nll, [spec(term, "stubborn", timeout=SHORT)]).compute([], guide_logprobs())
+            await Pipeline(nll, [spec(term, "stubborn", timeout=SHORT)], cancel_grace=SHORT).compute(
+                [], guide_logprobs()
+            )
     assert caught.value.name == "stubborn"
     assert (term.cancellations, term.closed) == (1, True)
     task = asyncio.current_task()
@@ -208,7 +203,6 @@ async def test_rule_5_a_term_that_swallows_its_timeout_is_left_after_its_grace()
     assert task.cancelling() == 0
 
 
-@pytest.mark.usefixtures("short_grace")
 @pytest.mark.parametrize("form", ["object", "plain function"])
 async def test_rule_5_a_term_that_swallows_the_end_of_its_siblings_is_left_after_its_grace(form: str):
     term = Stubborn()
@@ -224,17 +218,20 @@ async def test_rule_5_a_term_that_swallows_the_end_of_its_siblings_is_left_after
     before = asyncio.all_tasks()
     async with asyncio.timeout(LIMIT):
         with pytest.raises(RegularizerError) as caught:
-            await Pipeline(async_nll, [spec(stubborn, "stubborn"), spec(fails, "fails")]).compute([], guide_logprobs())
+            await Pipeline(async_nll, [spec(stubborn, "stubborn"), spec(fails, "fails")], cancel_grace=SHORT).compute(
+                [], guide_logprobs()
+            )
     assert caught.value.name == "fails"
     assert not hasattr(caught.value, "__notes__")
     assert (term.cancellations, term.closed) == (1, True)
     assert asyncio.all_tasks() == before
 
 
-@pytest.mark.usefixtures("short_grace")
 async def test_rule_5_a_term_that_swallows_the_callers_cancellation_is_left_after_its_grace():
     term = Stubborn()
-    computing = asyncio.ensure_future(Pipeline(async_nll, [spec(term, "stubborn")]).compute([], guide_logprobs()))
+    computing = asyncio.ensure_future(
+        Pipeline(async_nll, [spec(term, "stubborn")], cancel_grace=SHORT).compute([], guide_logprobs())
+    )
     await term.started.wait()
     computing.cancel()
     async with asyncio.timeout(LIMIT):
@@ -243,7 +240,6 @@ async def test_rule_5_a_term_that_swallows_the_callers_cancellation_is_left_afte
     assert (term.cancellations, term.closed) == (1, True)
 
 
-@pytest.mark.usefixtures("short_grace")
 async def test_rule_5_a_terms_own_timeouts_need_no_grace():
     """A cancellation that the term itself asked for is not final, however long it takes to clean up after it."""
 
@@ -258,11 +254,10 @@ async def test_rule_5_a_terms_own_timeouts_need_no_grace():
             await asyncio.sleep(3 * SHORT)
         return logprobs.sum()
 
-    output = await Pipeline(nll, [spec(recovers, "recovers")]).compute([], guide_logprobs())
+    output = await Pipeline(nll, [spec(recovers, "recovers")], cancel_grace=SHORT).compute([], guide_logprobs())
     assert list(output.regularizers) == ["recovers"]
 
 
-@pytest.mark.usefixtures("short_grace")
 async def test_rule_5_a_term_that_refuses_to_be_closed_is_left_too():
     attempts = 0
 
@@ -277,4 +272,6 @@ async def test_rule_5_a_term_that_refuses_to_be_closed_is_left_too():
 
     async with asyncio.timeout(LIMIT):
         with pytest.raises(RegularizerTimeout):
-            await Pipeline(nll, [spec(refuses, "refuses", timeout=SHORT)]).compute([], guide_logprobs())
+            await Pipeline(nll, [spec(refuses, "refuses", timeout=SHORT)], cancel_grace=SHORT).compute(
+                [], guide_logprobs()
+            )

@@ -1,4 +1,7 @@
-"""Runs the flows of all pairs or of some, prints the table, and writes it into docs/compatibility.md."""
+"""Runs the flows of all pairs or of some, prints the table, and writes it into docs/compatibility.md.
+
+The columns of the other pairs are those of their last run, which are in `columns/`.
+"""
 
 import argparse
 import sys
@@ -31,7 +34,7 @@ def run(pair: Pair) -> results.Column:
 
 
 def result_file(pair: Pair) -> Path:
-    return ROOT / ".peers" / "results" / f"{pair.name}.json"
+    return Path(__file__).with_name("columns") / f"{pair.name}.json"
 
 
 def print_table(columns: Sequence[results.Column], console: Console) -> None:

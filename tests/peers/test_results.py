@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.peers import results
-from tests.peers.__main__ import PAGE, main
+from tests.peers.__main__ import PAGE, main, result_file
 from tests.peers.flows import FLOWS
 from tests.peers.pairs import PAIRS
 
@@ -71,6 +71,12 @@ def test_the_page_lists_every_pair_and_flow_without_failures():
     assert [row[0] for row in rows[2 : 2 + len(FLOWS)]] == list(FLOWS)
     words = {word for row in rows[2 : 2 + len(FLOWS)] for word in row[1:]}
     assert words == {"pass", "unsupported", "not by this server", "not in this SDK"}
+
+
+def test_the_page_is_made_of_the_columns_in_the_repository():
+    columns = [results.load(result_file(pair)) for pair in PAIRS]
+    page = PAGE.read_text()
+    assert results.with_block(page, results.markdown(columns)) == page
 
 
 def test_every_flow_is_a_method_of_both_programs():

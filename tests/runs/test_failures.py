@@ -13,6 +13,7 @@ from tests.client.data import bad_datum
 from tests.client.recorder import answering
 from tests.runs.support import Calls, batch, batches, calm, losses, pipeline, run_to
 from tinkex_py import (
+    AsyncTrainingClient,
     BadRequest,
     ConfigError,
     Datum,
@@ -270,3 +271,62 @@ async def test_batches_that_raise_leave_a_failed_run_and_no_task(bench: Any, tmp
         await run_to(bench.service, tmp_path, batches=broken)
     assert (read_run(tmp_path).status, read_run(tmp_path).reason) == ("failed", "KeyError")
     assert [task.get_name() for task in asyncio.all_tasks() if task.get_name() == "tinkex.step"] == []
+
+
+@pytest.mark.parametrize("hook", ["evaluate", "model"])
+async def test_a_hook_that_suppresses_everything_is_left(bench: Any, tmp_path: Path, hook: str) -> None:
+    started = asyncio.Event()
+
+    async def stubborn(*_: Any) -> Any:
+        asyncio.create_task(asyncio.sleep(3600), name="watcher")  # noqa: RUF006  # nobody awaits it
+        while True:
+            started.set()
+            try:
+                await asyncio.sleep(3600)
+            except:  # noqa: E722  # that is the point
+                continue
+
+    loss = Pipeline(NLL(), cancel_grace=0.02)
+    hooks: dict[str, Any] = {hook: stubborn}
+    running = asyncio.create_task(run_to(bench.service, tmp_path, pipeline=loss, evaluate_every=1, **hooks))
+    await started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await asyncio.wait_for(running, 30)
+    (watcher,) = [task for task in asyncio.all_tasks() if task.get_name() == "watcher"]
+    watcher.cancel()
+    await asyncio.wait([watcher])
+    (note,) = caught.value.__notes__
+    assert note == (
+        f"{hook} was cancelled; it did not end within 0.02 s of its cancellation and is not resumed again; "
+        "1 task(s) that it started still run: watcher"
+    )
+    if hook == "evaluate":
+        assert (read_run(tmp_path).status, read_run(tmp_path).reason) == ("stopped", "cancelled")
+
+
+async def test_a_hook_cleans_up_within_its_grace(bench: Any, tmp_path: Path) -> None:
+    started, cleaned = asyncio.Event(), asyncio.Event()
+
+    async def evaluate(training: AsyncTrainingClient, step: int) -> dict[str, float]:
+        try:
+            started.set()
+            await asyncio.sleep(3600)
+        finally:
+            await training.forward(batch(50))
+            cleaned.set()
+        return {}
+
+    running = asyncio.create_task(run_to(bench.service, tmp_path, evaluate=evaluate, evaluate_every=1))
+    await started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 30)
+    assert cleaned.is_set()
+
+
+async def test_a_resumed_run_may_have_another_grace(bench: Any, tmp_path: Path) -> None:
+    """It changes no number, and runs of earlier versions have none in their run.json."""
+    await run_to(bench.service, tmp_path, steps=2, pipeline=Pipeline(NLL()))
+    run = await run_to(bench.service, tmp_path, steps=3, pipeline=Pipeline(NLL(), cancel_grace=1.0))
+    assert run.steps == 3

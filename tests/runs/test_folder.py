@@ -57,7 +57,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path_factory: pytest.TempPathFac
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     for read in (read_run, read_steps):
-        with pytest.raises(ConfigError, match=r"nothing.run\.json cannot be read: No such file"):
+        with pytest.raises(ConfigError, match=r"nothing.run\.json' cannot be read: No such file"):
             read(tmp_path / "nothing")
     folder = RunFolder(tmp_path)
     folder.append_step(step_record(1))
@@ -104,6 +104,21 @@ def test_a_second_process_and_an_impossible_folder_are_refused(tmp_path: Path) -
     assert subprocess.run(command, check=False).returncode == 0
 
 
+def test_a_line_that_does_not_fit_is_not_written_in_part(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    folder = RunFolder(tmp_path)
+    folder.append_step(step_record(1))
+    before = (tmp_path / STEPS_FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written: File too large; make room"):
+            folder.append_step(step_record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / STEPS_FILE).read_bytes() == before
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(tmp_path)
     folder.write_state(state_at(1))
@@ -112,6 +127,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ConfigError, match=r"cannot be written: no space left .* make room"):
         folder.write_state(state_at(2))
     assert folder.read_state() == state_at(1)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]

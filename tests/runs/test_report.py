@@ -281,7 +281,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     done = command.invoke(app, ["report", str(tmp_path / "none")])
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"tinkex-py report: {tmp_path / 'none'}")
+    assert done.stderr.startswith(f"tinkex-py report: '{tmp_path / 'none'}")
     monkeypatch.delitem(sys.modules, "tinkex_py.runs.report")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtra, match=r"^jinja2 is not installed\. Run: pip install 'tinkex-py\[report\]'$"):

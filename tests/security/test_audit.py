@@ -1,5 +1,8 @@
 """What `make audit` makes of pip-audit's report; the audit itself needs the network."""
 
+import re
+from pathlib import Path
+
 from tests.security.audit import verdict
 
 
@@ -30,3 +33,11 @@ def test_vulnerabilities_are_named_and_fail():
 
 def test_none_is_well():
     assert verdict({"dependencies": [package("good")]})[0]
+
+
+def test_github_actions_are_pinned_by_commit():
+    """A tag can be moved to other code; its name stays as a comment."""
+    workflows = sorted((Path(__file__).parents[2] / ".github" / "workflows").glob("*.yml"))
+    used = [line.strip("- \n") for file in workflows for line in file.read_text().splitlines() if "uses:" in line]
+    assert used
+    assert [line for line in used if not re.fullmatch(r"uses: [\w./-]+@[0-9a-f]{40}  # v\d+(\.\d+)*", line)] == []

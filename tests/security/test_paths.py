@@ -194,7 +194,7 @@ def test_members_of_archives_stay_in_the_folder(tmp_path, name):
     (tmp_path / "archive").write_bytes(tar_with(name))
     with pytest.raises(InvalidResponse, match="no file was kept"):
         extract(tmp_path / "archive", tmp_path / "files", lambda: None)
-    assert everything_below(tmp_path) == {"archive", "files"}
+    assert everything_below(tmp_path) == {"archive"}
 
 
 def test_a_zip_is_not_opened(tmp_path):
@@ -203,7 +203,7 @@ def test_a_zip_is_not_opened(tmp_path):
         zipped.writestr("fine", "fine")
     with pytest.raises(InvalidResponse, match="damaged"):
         extract(tmp_path / "archive", tmp_path / "files", lambda: None)
-    assert everything_below(tmp_path) == {"archive", "files"}
+    assert everything_below(tmp_path) == {"archive"}
 
 
 def test_a_link_is_not_written_through(tmp_path):
@@ -218,7 +218,7 @@ def test_a_link_is_not_written_through(tmp_path):
     (tmp_path / "archive").write_bytes(buffer.getvalue())
     with pytest.raises(InvalidResponse, match="a link or device"):
         extract(tmp_path / "archive", tmp_path / "files", lambda: None)
-    assert everything_below(tmp_path) == {"archive", "files"}
+    assert everything_below(tmp_path) == {"archive"}
 
 
 @settings(max_examples=100)
@@ -232,4 +232,4 @@ def test_any_member_is_refused_or_stays_in_the_folder(tmp_path_factory, name):
     (outer / "archive").write_bytes(tar_with(name))
     with contextlib.suppress(InvalidResponse):
         extract(outer / "archive", outer / "files", lambda: None)
-    assert {entry.name for entry in outer.iterdir()} == {"archive", "files"}
+    assert {entry.name for entry in outer.iterdir()} <= {"archive", "files"}

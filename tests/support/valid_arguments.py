@@ -183,6 +183,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "info": RUN,
         "last": None,
         "checkpoint": clients.checkpoint,
+        "export_adapter.checkpoint": folder / "checkpoint",
         "training": clients.training,
         "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
         "chosen": "y",
@@ -202,7 +203,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "Report.runs": (),
         "service": clients.service,
         "write_state.state": STATE,
-        "keep_steps.last": 1,
+        "keep_steps.last": 0,
         "step": 1,
         "ttl_seconds": 60,
     }
@@ -213,6 +214,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "config.TinkexConfig": {"api_key": "tml-x"},
     "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
     "preference_datums": {"prompt": "x"},
+    "export_adapter": {"overwrite": True},
     "replay": {"pipeline": Pipeline(nll)},
     "likelihood.DPO": {"reference_field": "logprobs"},
     "distributions.KLDivergence": _REFERENCE,
@@ -291,6 +293,7 @@ async def prepared(clients: Clients, folder: Path) -> "ValidArguments":
         run.write_run(RUN)
         run.append_step(STEP)
         run.write_state(STATE)
+    await clients.rest.download_checkpoint(clients.checkpoint, folder / "checkpoint")
     return ValidArguments(clients, folder)
 
 

@@ -72,6 +72,27 @@ async def test_requests_share_the_limit(clock, longest):
         assert await pause.around(Unpaid(2)) == "done"
 
 
+async def test_a_pause_that_the_service_asks_for_ends_at_the_limit(clock):
+    with pytest.raises(BillingRequired):
+        await BillingPause(10.0).around(Unpaid(10**6, 60.0))
+    assert clock.sleeps == [10.0]
+
+
+async def test_a_service_that_asks_rarely_cannot_restart_the_limit(clock):
+    """Each request takes longer than the time after which the shared limit starts again."""
+    unpaid, sent = Unpaid(10**6), 0
+
+    async def slow() -> str:
+        nonlocal sent
+        sent += 1
+        clock.now += 400.0
+        return await unpaid()
+
+    with pytest.raises(BillingRequired):
+        await BillingPause(1000.0).around(slow)
+    assert sent == 4  # refused after 0, 405, 810 and 1215 s
+
+
 async def test_the_pause_is_reported_once_a_minute(clock):
     events: list[Any] = []
     telemetry.attach(events.append, events="tinkex.billing.paused")

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
-from tinkex_py.transport.decoding import Result, decode_forward_backward, read_forward_backward
+from tinkex_py.transport.decoding import Result, decode_forward_backward, decode_sample, read_forward_backward
 from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_custom_batch, encode_request, request_as_json
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
@@ -263,6 +263,68 @@ def test_a_record_that_declares_a_wrong_number_of_datums():
         message = wire.ForwardBackwardOutput(loss_fn_outputs=records)
         with pytest.raises(InvalidResponse):
             _ = decode_forward_backward(message.SerializeToString()).loss_fn_outputs
+
+
+def test_few_bytes_that_declare_many_datums_of_many_fields():
+    fields = {f"f{number}": field() for number in range(16)}
+    many = [wire.ArrayRecord(num_datums=2**20), wire.ArrayRecord(num_datums=2, fields=fields)]
+    with pytest.raises(InvalidResponse, match="1048578 datums of 16 fields"):
+        decode_forward_backward(wire.ForwardBackwardOutput(loss_fn_outputs=many).SerializeToString())
+
+
+def part(number: int, content: bytes) -> bytes:
+    """One length-delimited part of a message (protobuf encoding: wire type 2)."""
+    size, length = len(content), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + content
+
+
+COUNT = 2**18
+OF_MANY_PARTS = {
+    "records": b"\x12\x00" * COUNT,
+    "metrics": b"\x1a\x00" * COUNT,
+    "fields of a record": part(2, b"\x12\x00" * COUNT),
+    "a long trailing shape": part(2, part(2, part(2, part(4, b"\x01" * COUNT)))),
+    "a trailing shape in parts": part(2, part(2, part(2, b"\x20\x01" * COUNT))),
+    "unknown fields": b"\x78\x01" * COUNT,
+    "records before a damaged end": b"\x12\x00" * COUNT + b"\x12",
+    "sizes beyond the end": part(2, b"\x12\xff\xff\xff\x7f") + b"\x12\x00" * COUNT,
+}
+
+
+@pytest.mark.parametrize("name", OF_MANY_PARTS)
+def test_a_result_of_many_parts_is_refused_before_it_is_parsed(name, monkeypatch):
+    """Parsed, each of these parts needs up to a hundred bytes, and up to a microsecond."""
+    parsed = []
+    monkeypatch.setattr(wire, "ForwardBackwardOutput", Unparsed(parsed, wire.ForwardBackwardOutput.DESCRIPTOR))
+    with pytest.raises(InvalidResponse, match="more than 65536 parts"):
+        decode_forward_backward(OF_MANY_PARTS[name])
+    assert parsed == []
+
+
+class Unparsed:
+    def __init__(self, parsed: list[bytes], descriptor: Any) -> None:
+        self.FromString, self.DESCRIPTOR = parsed.append, descriptor
+
+
+@pytest.mark.parametrize("kind", ["pass", "sample"])
+def test_samples_of_many_parts_are_refused_and_large_results_are_not(kind):
+    """A result of 1024 records, and a sample of 1024 sequences, each with all of its parts."""
+    row = np.zeros(256, "<f4").tobytes()
+    if kind == "pass":
+        record = wire.ArrayRecord(
+            num_datums=1, fields={name: field(data=row, offsets=offsets(0, 1024)) for name in ("logprobs", "losses")}
+        )
+        body = wire.ForwardBackwardOutput(loss_fn_outputs=[record] * 1024).SerializeToString()
+        assert decode_forward_backward(body).num_datums == 1024
+        return
+    top = wire.TopkLogprobs(token_ids=row, logprobs=row, k=1, length=256)
+    sequence = wire.SampledSequence(tokens=row, logprobs=row, topk_sampled_logprobs=top)
+    assert len(decode_sample(wire.SampleResponse(sequences=[sequence] * 1024).SerializeToString()).sequences) == 1024
+    with pytest.raises(InvalidResponse, match="more than 65536 parts"):
+        decode_sample(b"\x0a\x00" * COUNT)
 
 
 @pytest.mark.parametrize(

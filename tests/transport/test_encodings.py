@@ -188,3 +188,9 @@ def test_server_config_is_parsed_leniently():
     )
     assert told == ServerConfig(pjwt_auth_enabled=True, fwdbwd_max_chunk_len=7, proto_write_fwdbwd=False)
     assert ServerConfig.read({"proto_write_fwdbwd": 1, "fwdbwd_max_chunk_len": None}) == ServerConfig()
+
+
+@pytest.mark.parametrize(("asked", "longest"), [(60, 60), (3600, 3600), (3601, 3600), (10**30, 3600)])
+def test_a_service_can_only_shorten_the_wait_for_a_payment(asked, longest):
+    config = ServerConfig.read({"billing_exception_max_pause_duration_sec": asked})
+    assert config.billing_exception_max_pause_duration_sec == longest

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from tests.support.scripted_server import ScriptedServer, answer, drip, half_a_body, reset, stall
 from tests.transport.keyed import KeyedClient
 from tinkex_py.errors import ClientClosed, ConfigError, ConnectionFailed, TimeoutExceeded
-from tinkex_py.transport.messages import request
+from tinkex_py.transport.messages import Secret, request
 
 pytestmark = pytest.mark.asyncio
 BODY = bytes(range(256)) * 4000
@@ -109,8 +109,8 @@ async def test_closing_the_client_ends_a_stream_and_those_elsewhere(server, clie
 
     async def elsewhere() -> None:
         async with (
-            client.http.towards(f"{server.url}/file", key=client.key) as (other, path, key),
-            other.stream(request("GET", path), key=key) as stream,
+            client.http.towards(Secret(f"{server.url}/file"), key=client.key) as (other, path, key),
+            other.stream(request("GET", path.reveal()), key=key) as stream,
         ):
             async for _ in stream.pieces():
                 pass
@@ -122,7 +122,7 @@ async def test_closing_the_client_ends_a_stream_and_those_elsewhere(server, clie
         assert isinstance(outcome, ClientClosed)
     await server.until(lambda: server.open_connections == 0)
     with pytest.raises(ClientClosed):
-        async with client.http.towards(server.url):
+        async with client.http.towards(Secret(server.url)):
             pass
 
 
@@ -154,8 +154,8 @@ async def test_another_place_gets_neither_key_nor_headers(server, client):
         other.script("/file", answer(200, BODY))
         for place, secret in ((server, KEY), (other, None)):
             async with (
-                client.http.towards(f"{place.url}/file?a=b", key=client.key) as (there, path, key),
-                there.stream(request("GET", path), key=key) as stream,
+                client.http.towards(Secret(f"{place.url}/file?a=b"), key=client.key) as (there, path, key),
+                there.stream(request("GET", path.reveal()), key=key) as stream,
             ):
                 assert stream.status == 200
             (arrived,) = place.requests
@@ -167,7 +167,7 @@ async def test_another_place_gets_neither_key_nor_headers(server, client):
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "/path", "", "http://", "ftp://host/x", "http://u:p@host/x"])
 async def test_an_invalid_url_is_refused(client, url):
     with pytest.raises(ConfigError):
-        async with client.http.towards(url):
+        async with client.http.towards(Secret(url)):
             pass
 
 
@@ -178,8 +178,8 @@ async def test_a_service_in_this_process():
     made = KeyedClient(base_url="http://inside", api_key=None, asgi_app=Starlette(routes=[Route("/file", file)]))
     assert await read(made) == BODY
     async with (
-        made.http.towards("http://inside/file") as (there, path, key),
-        there.stream(request("GET", path), key=key) as stream,
+        made.http.towards(Secret("http://inside/file")) as (there, path, key),
+        there.stream(request("GET", path.reveal()), key=key) as stream,
     ):
         assert b"".join([piece async for piece in stream.pieces()]) == BODY
     await made.aclose()

@@ -100,7 +100,7 @@ class CustomStep:
         sequences = check_sequences(self.sequences_per_step, len(datums))
         await turn.reached(early=self.overlap)
         batch, forward, surrogate = await self._forward(turn, model, datums)
-        logprobs = logprobs_of(forward, datums)
+        logprobs = logprobs_of(forward, datums, model.session.surrogates.host)
         async with turn.running_terms():
             loss = await self._evaluate(model, datums, logprobs)
         gradient = loss.gradient.reshape(-1).numpy()
@@ -130,7 +130,8 @@ class CustomStep:
         batch = await self._laid_out(model, data, measured=surrogate is None)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
         if surrogate is None:
-            surrogate = surrogates.learn(forward, logprobs_of(forward, data), measuring_weights(batch.size))
+            logprobs = logprobs_of(forward, data, model.session.surrogates.host)
+            surrogate = surrogates.learn(forward, logprobs, measuring_weights(batch.size))
         return batch, forward, surrogate
 
     async def _laid_out(self, model: Model, data: Sequence[Datum], *, measured: bool) -> CustomBatch:

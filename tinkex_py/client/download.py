@@ -1,6 +1,5 @@
 """Downloads one checkpoint: the archive in resumable pieces, then all its files at once."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -25,8 +24,10 @@ from tinkex_py.errors import (
 from tinkex_py.limits import Attempts, with_retries
 from tinkex_py.threads import FileThread
 from tinkex_py.transport.api import is_retryable_status
+from tinkex_py.transport.failures import status_error
 from tinkex_py.transport.http import ResponseStream
-from tinkex_py.transport.messages import checked_base_url, raise_for_status, request
+from tinkex_py.transport.messages import Secret, checked_base_url, request
+from tinkex_py.transport.secrecy import CutOff
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
 
@@ -52,6 +53,7 @@ class Download:
         folder: the folder of the files.
         ask_where: requests the URL of the archive.
         on_progress: called as bytes arrive.
+        max_bytes: largest size of the archive, and of its files together.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Download:
         folder: Path,
         ask_where: Callable[[], Awaitable[ArchiveUrl]],
         on_progress: Callable[[DownloadProgress], object] | None,
+        max_bytes: int,
     ) -> None:
         self._requests = requests
         self._ask_where = ask_where
         self._on_progress = on_progress
+        self._max_bytes = max_bytes
         self._target = Path(os.path.abspath(folder))  # noqa: PTH100  (resolve() would follow a link)
         self._workspace = self._target.parent / f".{self._target.name}.download"
         self._archive = self._workspace / "archive.part"
@@ -97,13 +101,11 @@ class Download:
             raise InvalidData(
                 f"another download into {str(self._target)!r} is running: wait for it, or choose another folder"
             ) from error
-        try:
-            kept = _Source(**json.loads(self._source_file.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return
-        if kept.path == self._source.path and kept.validator is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._source, self._received = kept, self._archive.stat().st_size
+        kept = _kept_source(self._source_file)
+        if kept is None:
+            self._forget()
+        elif kept.path == self._source.path and self._archive.is_file():
+            self._source, self._received = kept, self._archive.stat().st_size
 
     def _close_workspace(self, lock: filelock.BaseFileLock) -> None:
         if not lock.is_locked:
@@ -138,18 +140,20 @@ class Download:
         await with_retries(self._requests.retry, attempt, _is_worth_another_attempt)
 
     async def _fetch_once(self, files: FileThread) -> None:
-        url = (await self._ask_where()).url
+        url = Secret((await self._ask_where()).url)  # it may be signed
         for _ in range(_MOST_REDIRECTIONS):
             api = self._requests.api
-            _check_address(url, api.host)
+            with CutOff():
+                _check_address(url.reveal(), api.host)
             key = await api.auth.current()
             async with api.http.towards(url, key=key) as (client, path, key_there):
-                asking = request("GET", path, accept="*/*", headers=self._range())
+                with CutOff():
+                    asking = request("GET", path.reveal(), accept="*/*", headers=self._range())
                 async with client.stream(asking, key=key_there) as response:
-                    location = response.headers.get("location") if 300 <= response.status < 400 else None
-                    if location is None:
+                    target = _redirection(response, url)
+                    if target is None:
                         return await self._take(response, files)
-                    url = _joined(url, location)
+                    url = target
         raise InvalidResponse(
             f"the URL of the archive has more than {_MOST_REDIRECTIONS} redirections: report it to the service"
         )
@@ -171,7 +175,7 @@ class Download:
         elif 200 <= response.status < 300:
             await self._begin(_Source(self._source.path, _validator(response), response.length), files)
         else:
-            raise_for_status(await response.beginning())
+            raise status_error(await response.beginning())
         await self._append(response, files)
 
     async def _begin(self, source: _Source, files: FileThread) -> None:
@@ -180,6 +184,7 @@ class Download:
         await files.run(lambda: _replace(self._source_file, json.dumps(asdict(source)), self._archive))
 
     async def _append(self, response: ResponseStream, files: FileThread) -> None:
+        await self._check_size(self._source.total or 0, files)
         self._report()
         waiting = bytearray()
 
@@ -193,12 +198,21 @@ class Download:
         try:
             async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
+                    await self._check_size(self._received + len(waiting) + len(piece), files)
                     waiting += piece
                     if len(waiting) >= _WRITE_BYTES:
                         await write()
         finally:
             if waiting:
                 await write()
+
+    async def _check_size(self, size: int, files: FileThread) -> None:
+        if size > self._max_bytes:
+            await files.run(self._forget)
+            raise InvalidResponse(
+                f"the archive of the checkpoint has {size} bytes or more, over max_bytes={self._max_bytes}; no file "
+                "was kept: if you expect so many, raise max_bytes"
+            )
 
     def _report(self) -> None:
         if self._on_progress is not None:
@@ -210,16 +224,28 @@ class Download:
         extracted = self._workspace / "files"
         shutil.rmtree(extracted, ignore_errors=True)
         try:
-            extract(self._archive, extracted, files.check)
+            extract(self._archive, extracted, files.check, max_bytes=self._max_bytes)
             self._require_free_target()
             if self._target.is_dir():
                 self._target.rmdir()
             extracted.rename(self._target)
         except InvalidResponse:
-            # Going on with these bytes would fail again.
-            self._source_file.unlink()
+            self._forget()
             raise
-        self._source_file.unlink()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Marks the workspace as done with: it is removed, and no later call goes on with its bytes."""
+        self._source_file.unlink(missing_ok=True)
+
+
+def _kept_source(file: Path) -> _Source | None:
+    """Returns the source of bytes that a later call can continue; None if there are none, or the file is damaged."""
+    try:
+        kept = _Source(**json.loads(file.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return None
+    return kept if isinstance(kept.validator, str) and isinstance(kept.total, int) else None
 
 
 def _is_worth_another_attempt(error: BaseException) -> bool:
@@ -228,11 +254,14 @@ def _is_worth_another_attempt(error: BaseException) -> bool:
     return isinstance(error, ConnectionFailed | TimeoutExceeded)
 
 
-def _joined(url: str, location: str) -> str:
+def _redirection(response: ResponseStream, url: Secret) -> Secret | None:
+    location = response.headers.get("location")
+    if location is None or not 300 <= response.status < 400:
+        return None
     try:
-        return urljoin(url, location)
+        return Secret(urljoin(url.reveal(), location))
     except ValueError:
-        return location
+        return Secret(location)
 
 
 def _check_address(url: str, host: str) -> None:
@@ -241,8 +270,8 @@ def _check_address(url: str, host: str) -> None:
         if parts.scheme in ("http", "https"):
             checked_base_url(f"{parts.scheme}://{parts.netloc}")
             return
-    except ValueError as error:
-        raise InvalidResponse(f"{host} returned an invalid URL of the archive") from error
+    except ValueError:
+        raise InvalidResponse(f"{host} returned an invalid URL of the archive") from None
     raise UnsupportedFeature(
         f"{host} does not support downloads of checkpoints as archives (their URL starts with {parts.scheme!r})"
     )

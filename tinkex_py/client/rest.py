@@ -2,17 +2,19 @@
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, check_path, check_text
+from tinkex_py.client.archive import MAX_ARCHIVE_BYTES
 from tinkex_py.client.arguments import given
 from tinkex_py.client.download import Download
 from tinkex_py.client.rest_requests import DEFAULT_PAGE_SIZE, Page, RestRequests, all_items
 from tinkex_py.errors import InvalidData, NotFound, UnsupportedFeature
 from tinkex_py.limits import RetryPolicy
+from tinkex_py.transport.secrecy import CutOff
 from tinkex_py.types import ServerCapabilities, WeightsInfo
 from tinkex_py.types.checkpoint_path import CheckpointPath, check_address, check_segment, url_segment
 from tinkex_py.types.rest import (
@@ -211,23 +213,27 @@ class AsyncRestClient:
     async def get_archive_url(self, path: str) -> ArchiveUrl:
         """Returns a URL that downloads a checkpoint as one archive, without a key."""
         parsed = CheckpointPath.parse(path)
+        with CutOff():  # the URL is signed
+            return ArchiveUrl.read(await self._ask_where(parsed))
+
+    async def _ask_where(self, path: CheckpointPath) -> Mapping[str, Any]:
         feature = "checkpoints as archives"
         try:
-            answer = await self._requests.ask_where(f"{_checkpoint_url(path)}/archive", feature)
+            return await self._requests.ask_where(f"{_checkpoint_url(str(path))}/archive", feature)
         except UnsupportedFeature:
-            if parsed.kind != "sampler_weights":
+            if path.kind != "sampler_weights":
                 raise
             # Some services only offer sampler weights, by name.
-            alone = f"{_RUNS}/{url_segment(parsed.run_id)}/checkpoints/{url_segment(parsed.name)}/archive"
-            answer = await self._requests.ask_where(alone, feature)
-        return ArchiveUrl.read(answer)
+            alone = f"{_RUNS}/{url_segment(path.run_id)}/checkpoints/{url_segment(path.name)}/archive"
+            return await self._requests.ask_where(alone, feature)
 
     async def get_external_weights_urls(self, path: str) -> ExternalWeightsUrls:
         """Returns URLs that download the single files of external weights, without a key."""
         if CheckpointPath.parse(path).kind != "external_weights":
             raise InvalidData(f"{path!r} must be tinker://RUN/external_weights/NAME: only those have URLs of files")
         url = f"{_checkpoint_url(path)}/external_weights_urls"
-        return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "addresses of external weights"))
+        with CutOff():  # the URLs are signed
+            return ExternalWeightsUrls.read(await self._requests.ask("GET", url, "addresses of external weights"))
 
     async def download_checkpoint(
         self,
@@ -235,6 +241,7 @@ class AsyncRestClient:
         folder: "str | os.PathLike[str]",
         *,
         on_progress: Callable[[DownloadProgress], object] | None = None,
+        max_bytes: int = MAX_ARCHIVE_BYTES,
     ) -> Path:
         """Downloads the files of a checkpoint into a new folder, and returns the folder.
 
@@ -245,10 +252,12 @@ class AsyncRestClient:
             path: the checkpoint.
             folder: a folder that is empty or does not exist; parent folders are created.
             on_progress: called on the event loop as bytes arrive; its exceptions end the download.
+            max_bytes: largest size of the archive, and of its files together; default 256 GiB.
 
         Raises:
             InvalidData: the folder is not empty, or is the target of another download.
-            InvalidResponse: the archive is damaged, or contains a link, a device or a name outside of the folder.
+            InvalidResponse: the archive is damaged or larger than `max_bytes`, or contains a link, a device or a name
+                outside of the folder. Nothing of it is kept, and the next call starts again.
             OSError: the files cannot be written.
         """
         parsed = CheckpointPath.parse(path)
@@ -256,8 +265,8 @@ class AsyncRestClient:
         once = AsyncRestClient(replace(self._requests, retry=RetryPolicy.none()))
         if on_progress is not None:
             check_function("on_progress", on_progress)
-        target = check_path("folder", folder)
-        download = Download(self._requests, parsed, target, lambda: once.get_archive_url(path), on_progress)
+        target, most = check_path("folder", folder), check_count("max_bytes", max_bytes, least=1)
+        download = Download(self._requests, parsed, target, lambda: once.get_archive_url(path), on_progress, most)
         return await download.run()
 
     # Sessions and samplers

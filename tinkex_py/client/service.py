@@ -35,8 +35,9 @@ from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
-from tinkex_py.transport.http import HttpClient, Transport
+from tinkex_py.transport.http import LONGEST_RESPONSE, HttpClient, Transport
 from tinkex_py.transport.messages import request
+from tinkex_py.transport.secrecy import hides_arguments
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
 if TYPE_CHECKING:
@@ -77,8 +78,12 @@ class AsyncServiceClient:
                 timeout=settings.timeout,
                 max_connections=connections,
                 headers={**settings.access_headers, **settings.default_headers},
+                max_response_bytes=min(longest, settings.max_response_bytes),
             )
-            for connections in (settings.max_connections, settings.max_polls)
+            for connections, longest in (
+                (settings.max_connections, LONGEST_RESPONSE),
+                (settings.max_polls, settings.max_response_bytes),
+            )
         )
         auth = Auth(settings.secret_key, settings.credential_command)
         self._api = ServiceApi(self._http, self._polls, auth, retry=settings.retry, poll_timeout=settings.poll_timeout)
@@ -93,6 +98,7 @@ class AsyncServiceClient:
         self._closed = False
 
     @classmethod
+    @hides_arguments
     def from_env(cls, **settings: Any) -> "AsyncServiceClient":
         """Creates a client for the service that the environment names.
 
@@ -102,6 +108,7 @@ class AsyncServiceClient:
         return cls(TinkexConfig(**settings))
 
     @classmethod
+    @hides_arguments
     def local(
         cls,
         model: str = "tiny",

@@ -229,20 +229,42 @@ def measuring_weights(size: int) -> Array:
     return (2 + np.arange(size) % 3).astype(np.float32)
 
 
-def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum]) -> PackedTensor:
-    """Returns the logprobs of a forward pass; raises InvalidResponse unless they have the shapes of the targets."""
+def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str) -> PackedTensor:
+    """Returns the logprobs of a forward pass.
+
+    Args:
+        forward: the result of the pass.
+        data: its datums.
+        host: the service, for messages.
+
+    Raises:
+        InvalidResponse: they do not have the shapes of the targets, or are not finite.
+    """
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
         raise InvalidResponse(f"the forward pass did not return logprobs for each of {len(data)} datums")
-    if packed.dtype.kind != "f":
-        raise InvalidResponse(f"the forward pass returned logprobs of dtype {packed.dtype}, expected float32")
+    values = packed.values
+    if values.dtype.kind != "f":
+        raise InvalidResponse(f"the forward pass returned logprobs of dtype {values.dtype}, expected float32")
     expected = [datum.loss_fn_inputs["target_tokens"].shape for datum in data]
     if packed.shapes != expected:
         index = next(index for index, shape in enumerate(packed.shapes) if shape != expected[index])
         raise InvalidResponse(
             f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
         )
+    if not np.isfinite(values).all():
+        raise _not_finite(packed, host)
     return packed
+
+
+def _not_finite(logprobs: PackedTensor, host: str) -> InvalidResponse:
+    places = np.flatnonzero(~np.isfinite(logprobs.values))
+    index = int((logprobs.offsets <= places[0]).sum()) - 1
+    return InvalidResponse(
+        f"the service at {host} returned {places.size} logprobs that are NaN or infinite, the first one in datum "
+        f"{index}. No term evaluated them, and no backward pass was sent. If the weights diverged, create a new client "
+        "from an earlier checkpoint and lower the learning rate"
+    )
 
 
 def advantages_of(gradient: Array, logprobs: PackedTensor, divided_by: Array) -> Array:
@@ -254,13 +276,8 @@ def advantages_of(gradient: Array, logprobs: PackedTensor, divided_by: Array) ->
         divided_by: the service's divisor of each datum's gradient, `[datums]`.
 
     Raises:
-        PipelineError: a logprob is not finite, or an advantage exceeds float32.
+        PipelineError: an advantage exceeds float32.
     """
-    if not np.isfinite(logprobs.values).all():
-        raise PipelineError(
-            "the forward pass returned logprobs that are not finite, for which importance_sampling carries no "
-            "gradient; no backward pass was sent: check the weights of the model"
-        )
     factors = np.repeat(divided_by, np.diff(logprobs.offsets))
     with np.errstate(over="ignore"):
         advantages = -(gradient.astype(np.float64) * factors).astype(np.float32)

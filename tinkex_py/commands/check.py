@@ -1,6 +1,5 @@
 """`tinkex-py check`."""
 
-import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -12,8 +11,8 @@ import typer
 
 from tinkex_py import errors
 from tinkex_py.commands.common.options import AsJson, BaseUrl
+from tinkex_py.commands.common.printing import echo, echo_json, show_table
 from tinkex_py.commands.common.running import FAILED, UNUSABLE, one_line, one_line_errors, run
-from tinkex_py.commands.common.tables import cell_text, show_table
 
 if TYPE_CHECKING:
     from tinkex_py.client.service import AsyncServiceClient
@@ -81,7 +80,7 @@ def check(
     with one_line_errors("check", needs=("rich",)):
         report = run(checked_service(base_url, timeout))
         if as_json:
-            typer.echo(json.dumps({**asdict(report), "works": report.works}))
+            echo_json({**asdict(report), "works": report.works})
         else:
             _show(report)
         if not report.works:
@@ -180,13 +179,13 @@ _CHECKS: "dict[str, Callable[[AsyncServiceClient, ServiceReport], Awaitable[str]
 
 def _show(report: ServiceReport) -> None:
     if report.base_url is not None:
-        typer.echo(report.base_url)
+        echo(report.base_url)
     show_table(("", "", ""), [(_MARKS[one.state], one.name, one.detail) for one in report.findings])
     if report.models:
-        typer.echo()
+        echo()
         fields = ("model_name", "max_context_length", "trainable", "sampleable")
         rows = [[model[name] for name in fields] for model in report.models]
         show_table(("model", "context", "trains", "samples"), rows)
     for finding in report.findings:
         if finding.way_out is not None:
-            typer.echo(f"\n{finding.name}: {cell_text(finding.way_out)}")
+            echo(f"\n{finding.name}: {finding.way_out}")

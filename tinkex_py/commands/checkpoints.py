@@ -1,6 +1,5 @@
 """`tinkex-py checkpoints`: list, download, delete, ttl."""
 
-import json
 import sys
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import aclosing, contextmanager
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
+from tinkex_py.commands.common.printing import PAGE_SIZE, cell_text, echo, echo_json, show_listing, size_text
 from tinkex_py.commands.common.running import INTERRUPTED, one_line_errors, run
-from tinkex_py.commands.common.tables import PAGE_SIZE, show_listing, size_text
 from tinkex_py.errors import InvalidData, require_modules
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def download(
         made = run(_with_rest(base_url, downloaded)).absolute()
         files = sorted(file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file())
         result = {"path": path, "folder": str(made), "files": files}
-        typer.echo(json.dumps(result) if as_json else f"downloaded {path} to {made}")
+        echo_json(result) if as_json else echo(f"downloaded {path} to {made}")
 
 
 @checkpoints.command()
@@ -92,7 +91,7 @@ def delete(
     async def deleted(rest: "AsyncRestClient") -> None:
         for path in checked:
             await rest.delete_checkpoint(path)
-            typer.echo(json.dumps({"path": path, "deleted": True}) if as_json else f"deleted {path}")
+            echo_json({"path": path, "deleted": True}) if as_json else echo(f"deleted {path}")
 
     with one_line_errors("checkpoints delete"):
         from tinkex_py.types import CheckpointPath
@@ -120,7 +119,7 @@ def ttl(
             raise InvalidData("give either SECONDS or --never, and not both")
         run(_with_rest(base_url, lambda rest: rest.set_checkpoint_ttl(path, seconds)))
         when = "never expires" if seconds is None else f"expires in {seconds} s"
-        typer.echo(json.dumps({"path": path, "ttl_seconds": seconds}) if as_json else f"{path} {when}")
+        echo_json({"path": path, "ttl_seconds": seconds}) if as_json else echo(f"{path} {when}")
 
 
 async def _with_rest(base_url: str | None, work: "Callable[[AsyncRestClient], Coroutine[Any, Any, Result]]") -> Result:
@@ -145,7 +144,7 @@ def _progress(title: str) -> "Generator[Callable[[DownloadProgress], None] | Non
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(cell_text(title), total=None)
         yield lambda state: progress.update(task, completed=state.received_bytes, total=state.total_bytes)
 
 
@@ -153,9 +152,9 @@ def _ask(paths: Sequence[str]) -> None:
     if not sys.stdin.isatty():
         raise InvalidData("stdin is not a terminal: pass --yes to delete without a question")
     for path in paths:
-        typer.echo(path, err=True)
+        echo(path, err=True)
     # typer.confirm would write to stdout, which is reserved for the result.
-    typer.echo(f"Delete {len(paths)} checkpoint(s) permanently? [y/N]: ", nl=False, err=True)
+    echo(f"Delete {len(paths)} checkpoint(s) permanently? [y/N]: ", nl=False, err=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        typer.echo("nothing was deleted", err=True)
+        echo("nothing was deleted", err=True)
         raise typer.Exit(INTERRUPTED)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson
+from tinkex_py.commands.common.printing import echo_json
 from tinkex_py.commands.common.running import EMBEDDED_SERVICE, one_line_errors, run
 
 
@@ -29,4 +30,4 @@ def demo(
         )
         summary = run(run_demo(options, Console(stderr=as_json)))
         if as_json:
-            typer.echo(summary.model_dump_json())
+            echo_json(summary)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson
+from tinkex_py.commands.common.printing import echo, echo_json, show_table
 from tinkex_py.commands.common.running import one_line_errors, run
-from tinkex_py.commands.common.tables import cell_text, show_table
 from tinkex_py.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,13 +33,12 @@ def replay(
         now, then = run(losses.replay(record, loaded)), recorded.output
         failure = None if recorded.failure is None else recorded.failure.message
         if as_json:
-            result = {"recorded": _fields(then), "failure": failure, "replayed": _fields(now), "same": now == then}
-            typer.echo(json.dumps(result))
+            echo_json({"recorded": _fields(then), "failure": failure, "replayed": _fields(now), "same": now == then})
             return
         _show(then, now)
         if failure is not None:
-            typer.echo(f"recorded failure: {cell_text(failure)}")
-        typer.echo("all numbers are equal" if now == then else "the numbers differ")
+            echo(f"recorded failure: {failure}")
+        echo("all numbers are equal" if now == then else "the numbers differ")
 
 
 def _loaded(reference: str) -> "Pipeline":

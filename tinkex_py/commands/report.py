@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson
+from tinkex_py.commands.common.printing import echo, echo_json
 from tinkex_py.commands.common.running import one_line_errors
 
 
@@ -20,10 +21,10 @@ def report(
 
         written = write_report(runs, out)
         if as_json:
-            typer.echo(written.model_dump_json())
+            echo_json(written)
             return
         for run in written.runs:
             losses = [run.first.get("loss/total"), run.last.get("loss/total")]
             change = "" if None in losses else f", loss {losses[0]:.4f} -> {losses[1]:.4f}"
-            typer.echo(f"{run.label}: {run.outcome}, {run.steps} steps{change}")
-        typer.echo(f"wrote {written.page} and {len(written.charts)} charts")
+            echo(f"{run.label}: {run.outcome}, {run.steps} steps{change}")
+        echo(f"wrote {written.page} and {len(written.charts)} charts")

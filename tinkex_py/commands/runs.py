@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, Limit, service_at
+from tinkex_py.commands.common.printing import PAGE_SIZE, show_listing
 from tinkex_py.commands.common.running import one_line_errors, run
-from tinkex_py.commands.common.tables import PAGE_SIZE, show_listing
 
 if TYPE_CHECKING:
     from tinkex_py.types.rest import TrainingRun

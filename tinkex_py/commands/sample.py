@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
+from tinkex_py.commands.common.printing import echo, echo_json
 from tinkex_py.commands.common.running import EMBEDDED_SERVICE, one_line_errors, run
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature, require_modules
 from tinkex_py.text import decode, encode_prompt
@@ -80,11 +81,11 @@ def sample(
 def _show(samples: "list[tuple[SampledSequence, str]]", *, as_json: bool) -> None:
     for number, (sequence, text) in enumerate(samples, start=1):
         if as_json:
-            typer.echo(json.dumps({**json.loads(sequence.model_dump_json(exclude_none=True)), "text": text}))
+            echo_json({**json.loads(sequence.model_dump_json(exclude_none=True)), "text": text})
         else:
             if len(samples) > 1:
-                typer.echo(f"--- {number} ({sequence.stop_reason})")
-            typer.echo(text)
+                echo(f"--- {number} ({sequence.stop_reason})")
+            echo(text)
 
 
 async def _tokenizer(service: "AsyncServiceClient", name: str | None, source: str, *, in_process: bool) -> Any:

@@ -1,7 +1,6 @@
 """`tinkex-py train`."""
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinkex_py.commands.common.options import AsJson
+from tinkex_py.commands.common.printing import echo, echo_json
 from tinkex_py.commands.common.running import EMBEDDED_SERVICE, FAILED, STOPPED, one_line_errors, run
 from tinkex_py.errors import ConfigError, require_modules
 
@@ -56,7 +56,7 @@ def train(
         stop = asyncio.Event()
 
         def ask_to_stop() -> None:
-            typer.echo("stopping: finishing the current steps and saving a checkpoint; repeat to cancel now", err=True)
+            echo("stopping: finishing the current steps and saving a checkpoint; repeat to cancel now", err=True)
             stop.set()
 
         try:
@@ -65,10 +65,10 @@ def train(
                 on_first_signal=ask_to_stop,
             )
         except KeyboardInterrupt:
-            typer.echo("tinkex-py train: cancelled; the same command resumes from the last checkpoint", err=True)
+            echo("tinkex-py train: cancelled; the same command resumes from the last checkpoint", err=True)
             raise typer.Exit(FAILED) from None
         summary = _summary(trained)
-        typer.echo(json.dumps(summary) if as_json else _in_words(summary))
+        echo_json(summary) if as_json else echo(_in_words(summary))
         if stop.is_set() and trained.info.status == "stopped":
             raise typer.Exit(STOPPED)
 

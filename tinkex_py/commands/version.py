@@ -1,12 +1,10 @@
 """`tinkex-py version`."""
 
-import json
 import platform
 from importlib import metadata
 
-import typer
-
 from tinkex_py.commands.common.options import AsJson
+from tinkex_py.commands.common.printing import echo, echo_json
 from tinkex_py.version import __version__
 
 # Libraries that affect results; those not installed are omitted.
@@ -22,7 +20,7 @@ def version(as_json: AsJson = False) -> None:
         except metadata.PackageNotFoundError:
             continue
     if as_json:
-        typer.echo(json.dumps(versions))
+        echo_json(versions)
         return
     for name, number in versions.items():
-        typer.echo(f"{name} {number}")
+        echo(f"{name} {number}")

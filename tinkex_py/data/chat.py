@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, get_args
 
-from tinkex_py.arguments import check_choice, check_kind, check_list
+from tinkex_py.arguments import check_choice, check_list, check_options, check_text
 from tinkex_py.data.messages import Message, Part, checked_messages, edited, is_assistant, parts_of
 from tinkex_py.errors import InvalidData, MissingExtra
 from tinkex_py.text import decode, encode_pieces
@@ -45,7 +45,7 @@ class ChatRenderer:
         tokenizer: a Hugging Face tokenizer, or one with its `apply_chat_template`.
         chat_template: replaces that of the tokenizer.
         tools: schemas or functions that the template may describe.
-        options: variables of the template, such as `enable_thinking`.
+        template_options: variables of the template, such as `{"enable_thinking": False}`.
 
     Raises:
         InvalidData: there is no chat template.
@@ -58,7 +58,7 @@ class ChatRenderer:
         *,
         chat_template: str | None = None,
         tools: Sequence[Any] | None = None,
-        options: Mapping[str, Any] | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             from jinja2 import TemplateError
@@ -71,18 +71,18 @@ class ChatRenderer:
             )
         if tools is not None:
             check_list("tools", tools, object)
-        if options is not None:
-            check_kind("options", options, Mapping)
+        options = {} if template_options is None else check_options("template_options", template_options)
+        if chat_template is not None:
+            check_text("chat_template", chat_template)
         if chat_template is None and not has_chat_template(tokenizer):
             raise InvalidData("the tokenizer has no chat template: pass chat_template=, or use text_datum")
-        _check_arguments(chat_template, tools, options)
         try:
             template = tokenizer.get_chat_template(chat_template, tools)
         except ValueError as error:  # several templates, and none is the default
             raise InvalidData(f"{error}: pass the name or the text of a template as chat_template=") from error
         self._tokenizer = tokenizer
         self._settings: dict[str, Any] = {
-            **(options if options is not None else {}),
+            **options,
             "tools": None if tools is None else list(tools),
             "chat_template": template,
         }
@@ -305,18 +305,6 @@ class ChatRenderer:
                 f"the chat template cannot render the first {len(messages)} messages ({type(error).__name__}: {error})"
                 f"{_hint(str(error))}"
             ) from error
-
-
-def _check_arguments(chat_template: object, tools: object, options: object) -> None:
-    if chat_template is not None and not isinstance(chat_template, str):
-        raise InvalidData(f"chat_template must be a str, got a {type(chat_template).__name__}")
-    if tools is not None and not isinstance(tools, list | tuple):
-        raise InvalidData(f"tools must be a list of schemas or functions, got a {type(tools).__name__}")
-    if options is not None and not isinstance(options, Mapping):
-        raise InvalidData(
-            f"template_options must map variables of the template to values, such as {{'enable_thinking': False}}, got "
-            f"a {type(options).__name__}"
-        )
 
 
 def _edited_all(messages: Sequence[Message], texts: Iterable[tuple[Part, str]]) -> list[Message]:

@@ -1,10 +1,11 @@
 """Datums from texts, conversations and pairs of answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
+from tinkex_py.arguments import check_choice, check_count, check_flag
 from tinkex_py.data.chat import ChatRenderer, Turns
-from tinkex_py.data.messages import Message
+from tinkex_py.data.messages import Message, checked_messages
 from tinkex_py.data.rows import conversation, plain_messages, plain_rows
 from tinkex_py.errors import InvalidData
 from tinkex_py.text import encode_answer, require_text
@@ -45,9 +46,8 @@ def chat_datum(
             tokens of a turn cannot be determined, or no token within `max_length` is left to learn.
         MissingExtra: jinja2 is not installed.
     """
-    if turns not in ("all", "last"):
-        raise InvalidData(f"turns must be 'all' or 'last', got {turns!r}")
-    renderer = ChatRenderer(tokenizer, chat_template=chat_template, tools=tools, options=template_options)
+    check_choice("turns", turns, get_args(Turns))
+    renderer = ChatRenderer(tokenizer, chat_template=chat_template, tools=tools, template_options=template_options)
     rendered = renderer.render(messages, turns)
     return _datum(rendered.tokens, rendered.learned, max_length)
 
@@ -72,6 +72,7 @@ def text_datum(
     """
     require_text("text", text)
     require_text("prompt", prompt)
+    check_flag("append_end", append_end)
     before, learned = encode_answer(tokenizer, prompt, text)
     if append_end:
         end = getattr(tokenizer, "eos_token_id", None)
@@ -111,6 +112,7 @@ def preference_datums(
     Raises:
         InvalidData: as in `chat_datum` and `text_datum`; the message names the answer.
     """
+    before = _as_messages("prompt", "user", prompt)
 
     def datum_of(name: str, answer: Answer) -> Datum:
         try:
@@ -118,7 +120,7 @@ def preference_datums(
                 return text_datum(tokenizer, answer, prompt=prompt, max_length=max_length)
             return chat_datum(
                 tokenizer,
-                _conversation(prompt, answer),
+                conversation(before, _as_messages(name, "assistant", answer)),
                 turns="last",
                 max_length=max_length,
                 tools=tools,
@@ -169,8 +171,8 @@ def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Da
 
 def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | None) -> Datum:
     """Shifts the tokens: position `i` predicts token `i + 1`."""
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InvalidData(f"max_length must be an int >= 1, got {max_length!r}")
+    if max_length is not None:
+        max_length = check_count("max_length", max_length, least=1)
     if not any(learned[1:]):
         raise InvalidData("there is nothing to learn: the first token has no prediction, and no other is to be learned")
     inputs, targets, weights = tokens[:-1][:max_length], tokens[1:][:max_length], learned[1:][:max_length]
@@ -185,17 +187,14 @@ def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | Non
     )
 
 
-def _conversation(prompt: Answer, answer: Answer) -> list[Message]:
-    return conversation(_as_messages("user", prompt), _as_messages("assistant", answer))
-
-
-def _as_messages(role: str, given: Answer) -> Sequence[Message]:
-    if not isinstance(given, str):
-        messages = plain_messages(given)
-        if not isinstance(messages, list):
-            raise InvalidData(f"messages must be a text or a sequence of messages, got a {type(given).__name__}")
-        return cast("list[Message]", messages)
-    return [{"role": role, "content": given}] if given else []
+def _as_messages(name: str, role: str, given: object) -> list[Message]:
+    """Returns a text as one message, and messages checked; an empty text or list is no message."""
+    if isinstance(given, str):
+        return [{"role": role, "content": given}] if given else []
+    plain = plain_messages(given)
+    if not isinstance(plain, list):
+        raise InvalidData(f"{name} must be a text or a sequence of messages, got a {type(given).__name__}")
+    return checked_messages(cast("list[object]", plain)) if plain else []
 
 
 def _columns(row: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
+from rich.text import Text
 
 from tinkex_py.arguments import check_count, check_kind, check_path, check_text
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
@@ -18,6 +19,7 @@ from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, s
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
+from tinkex_py.unicode import plain_line, plain_text
 
 HELD_OUT_PROMPTS = 2
 
@@ -66,7 +68,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
     pairs = read_pairs(check_path("--data", options.data or default_file("instructions.jsonl")))
     held_out = read_pairs(default_file("held_out.jsonl"))[:HELD_OUT_PROMPTS]
     service = AsyncServiceClient.local(model=options.model)
-    with console.status(f"loading {options.model}"):
+    with console.status(Text(plain_line(f"loading {options.model}"))):
         await service.__aenter__()
     try:
         training = await service.create_lora_training_client(options.model, rank=options.rank, seed=options.seed)
@@ -90,7 +92,7 @@ async def run_demo(options: DemoOptions, console: Console) -> DemoSummary:
         f"charts in {summary.report}",
         f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} in {summary.steps} steps, files in {folder}",
     ):
-        console.print(line, soft_wrap=True)
+        console.print(plain_line(line), soft_wrap=True, markup=False)
     return summary
 
 
@@ -127,5 +129,5 @@ async def _show_samples(
     console.rule(title, align="left")
     answers = await sample_answers(training, tokenizer, [pair.prompt for pair in pairs])
     for prompt, answer in answers.items():
-        console.print(prompt, style="bold", markup=False, highlight=False)
+        console.print(plain_text(prompt), style="bold", markup=False, highlight=False)
         console.print(f"  {answer!r}", markup=False, highlight=False)

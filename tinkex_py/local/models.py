@@ -16,6 +16,7 @@ import torch
 from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.local.tokenizers import ByteTokenizer
+from tinkex_py.losses.torch_modes import changes_of_libraries
 from tinkex_py.types import Tokenizer
 
 TINY_CONTEXT = 2048
@@ -68,7 +69,7 @@ def load_model(name: str, device: str | None, folder: Path) -> LoadedModel:
         ConfigError: there is no such model.
         MissingExtra: a library is missing.
     """
-    with _LOADING:
+    with _LOADING, changes_of_libraries():
         return _load(name, device, folder)
 
 

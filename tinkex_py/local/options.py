@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import ConfigError, did_you_mean
+from tinkex_py.transport.secrecy import hides_arguments
 from tinkex_py.values import Integer, Number, UserPath, reason_of
 
 Count = Annotated[Integer, Field(ge=1)]
@@ -15,6 +16,7 @@ Bytes = Annotated[Integer, Field(ge=0)]
 class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
 
+    @hides_arguments
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)

@@ -11,10 +11,9 @@ from tinkex_py.arguments import check_function, check_kind
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.executor import TermRun
-from tinkex_py.losses.grad_mode import with_own_grad_mode
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import Logprobs, checked_data
-from tinkex_py.losses.options import TERM_DEFAULTS, PipelineOptions, checked_options, shows_options
+from tinkex_py.losses.options import DEFAULTS, TERM_DEFAULTS, PipelineOptions, checked_options, shows_options
 from tinkex_py.losses.outcomes import (
     Outcome,
     PreparedTerm,
@@ -36,8 +35,10 @@ from tinkex_py.losses.spec import (
     term_name,
     why_not_a_term,
 )
+from tinkex_py.losses.torch_modes import OwnModes
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.types import Datum
+from tinkex_py.user_coroutines import in_own_task
 
 TensorOrList = torch.Tensor | Sequence[torch.Tensor]
 
@@ -66,17 +67,18 @@ async def execute(
     if problem is not None:
         raise InvalidSpec(f"execute: term: {problem}")
     function = term_function(term)
+    name = term_name(term) or "execute"
     if is_async_term(term):
-        result = await with_own_grad_mode(function(data, logprobs, **options))
+        result = function(data, logprobs, **options)
     else:
         workers = WorkerPool(1)
         try:
             result = await workers.call_unbounded("execute", lambda: function(data, logprobs, **options))
         finally:
             workers.close()
-        if inspect.isawaitable(result):
-            result = await with_own_grad_mode(cast("Awaitable[TermResult]", result))
-    name = term_name(term) or "execute"
+    if inspect.isawaitable(result):
+        awaitable = cast("Awaitable[TermResult]", result)
+        result = await in_own_task(awaitable, grace=DEFAULTS["cancel_grace"], name=name, running=OwnModes())
     return loss_and_metrics(result, name)
 
 
@@ -156,7 +158,7 @@ async def _run(
     shared = Logprobs.from_tensors(logprobs, checked_data(data))
     workers = WorkerPool(options["max_threads"])
     limits = options["max_concurrency"], options["track_grad_norms"]
-    run = TermRun(data, shared, workers, *limits, timeout=options["timeout"])
+    run = TermRun(data, shared, workers, *limits, timeout=options["timeout"], cancel_grace=options["cancel_grace"])
     try:
         outcomes = await run.all(terms, parallel=options["parallel"])
         shared.check_unchanged()

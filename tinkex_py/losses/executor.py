@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from tenacity import AsyncRetrying, RetryCallState, RetryError
@@ -13,12 +13,16 @@ from tenacity import AsyncRetrying, RetryCallState, RetryError
 from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
 from tinkex_py.limits import RetryPolicy, time_limit, with_retries
-from tinkex_py.losses.grad_mode import autograd_on, with_own_grad_mode
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
+from tinkex_py.losses.options import DEFAULTS
 from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_with
+from tinkex_py.losses.torch_modes import OwnModes, autograd_on, changed_since, defaults_before
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
 from tinkex_py.types import Datum
+from tinkex_py.user_coroutines import UserCoroutine
+
+Result = TypeVar("Result")
 
 # Up to this size a backward pass is cheaper than a switch to a thread and back.
 SMALL_LOGPROBS = 4096
@@ -36,6 +40,7 @@ class TermRun:
         timeout: seconds for a term without a timeout of its own; None means no limit.
         max_threads: maximum number of live term threads of the group; None leaves it to `workers`.
         group: runs of the same group share the limits on live term threads.
+        cancel_grace: seconds for which a coroutine may go on after its cancellation.
     """
 
     data: Sequence[Datum]
@@ -46,6 +51,7 @@ class TermRun:
     timeout: float | None = None
     max_threads: int | None = None
     group: object = None
+    cancel_grace: float = DEFAULTS["cancel_grace"]
     _permits: Limiter = field(init=False)
     _tasks: list[asyncio.Task[Outcome]] = field(init=False, default_factory=list[asyncio.Task[Outcome]])
     _failures: list[Outcome] = field(init=False, default_factory=list[Outcome])
@@ -145,13 +151,14 @@ class TermRun:
         timeout = self.timeout if term.timeout is None else term.timeout
         thread: Permit | None = None
         permit: Permit | None = None
+        left: list[str] = []
         try:
             if term.is_async is not True:
                 thread = await self._permit(self.workers.limiter, term, self._most_threads, timeout)
             permit = await self._permit(self._permits, term, self.max_concurrency, timeout)
             with _events(term) as measurements:
-                async with time_limit(timeout, lambda: _timed_out(term, timeout)) as limit:
-                    evaluation = await self._evaluated(term, thread, permit, limit)
+                async with time_limit(timeout, lambda: _timed_out(term, timeout, left)) as limit:
+                    evaluation = await self._evaluated(term, thread, permit, limit, left)
                     if limit.expired():  # the term suppressed the cancellation
                         raise TimeoutError
                 if term.weight is not None:
@@ -161,7 +168,7 @@ class TermRun:
                 return evaluation
         finally:
             if thread is not None and thread.abandoned:
-                telemetry.emit("tinkex.regularizer.abandoned", {}, {"regularizer_name": term.name})
+                _emit_abandoned(term)
             else:
                 for held in (permit, thread):
                     if held is not None:
@@ -182,21 +189,32 @@ class TermRun:
                 ) from None
 
     async def _evaluated(
-        self, term: PreparedTerm, thread: Permit | None, permit: Permit, limit: asyncio.Timeout
+        self, term: PreparedTerm, thread: Permit | None, permit: Permit, limit: asyncio.Timeout, left: list[str]
     ) -> Evaluation:
         leaf = self.logprobs.leaf(term.name, packed=not term.per_datum)
 
-        def must_end() -> bool:
-            return self._must_stop() or limit.expired()
+        async def awaited(awaitable: Awaitable[Result]) -> Result:
+            modes = OwnModes()
+            code = UserCoroutine(self.cancel_grace, lambda: self._must_stop() or limit.expired(), modes)
+            try:
+                result = await code.run(awaitable)
+                if modes.changed is not None:
+                    raise _changed_defaults(term, modes.changed)
+                return result
+            except BaseException:
+                left.append(code.what_is_left())
+                if code.abandoned:
+                    _emit_abandoned(term, code.tasks_left())
+                raise
 
         if thread is None:
-            result, attempts = await with_own_grad_mode(self._attempts(term, leaf), must_end)
+            result, attempts = await awaited(self._attempts(term, leaf))
         else:
             returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
             if isinstance(returned, Evaluation):
                 return returned
             thread.release()
-            result, attempts = await with_own_grad_mode(returned, must_end), 1
+            result, attempts = await awaited(returned), 1
         if leaf.numel() <= SMALL_LOGPROBS:
             evaluation = self._arithmetic(term, result, leaf)
         else:
@@ -240,16 +258,22 @@ class TermRun:
 
     def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | Awaitable[object]:
         with autograd_on():
+            changed: str | None = None
+            before = defaults_before()
             try:
                 result = self._called(term, leaf)
             except StopIteration as error:  # it would end the coroutine that awaits this thread
                 raise failed_with(term, error) from error
+            finally:
+                changed = changed_since(before)
+            if changed is not None:
+                _close(result)
+                raise _changed_defaults(term, changed)
             if not inspect.isawaitable(result):
                 return self._arithmetic(term, result, leaf)
             if term.is_async is None:
                 return result
-            if inspect.iscoroutine(result):
-                result.close()
+            _close(result)
             raise InvalidTermResult(
                 f"term {term.name!r} has is_async=False but returned an awaitable: pass is_async=True", name=term.name
             )
@@ -276,10 +300,29 @@ def _events(term: PreparedTerm) -> AbstractContextManager[dict[str, Any]]:
     return telemetry.lifecycle("tinkex.regularizer.compute", metadata)
 
 
-def _timed_out(term: PreparedTerm, timeout: float | None) -> RegularizerTimeout:
+def _close(result: object) -> None:
+    if inspect.iscoroutine(result):
+        result.close()
+
+
+def _changed_defaults(term: PreparedTerm, change: str) -> InvalidTermResult:
+    return InvalidTermResult(
+        f"term {term.name!r} changed {change}, which are those of other code, too; they are restored, and nothing was "
+        "sent. Pass dtype=... and device=... to the functions that create tensors",
+        name=term.name,
+    )
+
+
+def _emit_abandoned(term: PreparedTerm, tasks: Sequence[str] = ()) -> None:
+    metadata = {"regularizer_name": term.name, "task_names": ", ".join(tasks)}
+    telemetry.emit("tinkex.regularizer.abandoned", {"tasks_left": len(tasks)}, metadata)
+
+
+def _timed_out(term: PreparedTerm, timeout: float | None, left: Sequence[str]) -> RegularizerTimeout:
     assert timeout is not None, "a term without a limit does not time out"
     return RegularizerTimeout(
-        f"term {term.name!r} did not finish within its timeout of {timeout} s: increase timeout or make it faster",
+        f"term {term.name!r} did not finish within its timeout of {timeout} s: increase timeout or make it faster"
+        + "".join(left),
         name=term.name,
         timeout=timeout,
     )

@@ -15,7 +15,7 @@ import torch
 
 from tinkex_py.arguments import check_text
 from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
-from tinkex_py.losses.grad_mode import autograd_on
+from tinkex_py.losses.torch_modes import autograd_on
 from tinkex_py.types import Datum, PackedTensor
 from tinkex_py.types.datum import field_of, target_shape
 

@@ -25,6 +25,8 @@ class PipelineOptions(TypedDict, total=False):
         parallel: False runs the terms one after another, the base loss first, then in spec order. Default True.
         timeout: seconds per term, including the base loss; the timeout of a spec takes precedence. None means no
             limit. Default 30.0.
+        cancel_grace: seconds for which a coroutine may go on after its cancellation, for example in a `finally` block;
+            then it is closed, and the step goes on without it. Default 5.0.
         max_concurrency: maximum number of terms that run at once. Default 32.
         max_threads: maximum number of sync terms that run at once. At most `min(max_threads, max_concurrency)` term
             threads exist, including abandoned ones; in a client, `max_threads` of the service client is a further
@@ -37,6 +39,7 @@ class PipelineOptions(TypedDict, total=False):
     track_grad_norms: bool
     parallel: bool
     timeout: float | None
+    cancel_grace: float
     max_concurrency: int
     max_threads: int | None
     combine: Combine
@@ -50,6 +53,7 @@ class _Values(BaseModel):
     track_grad_norms: bool = False
     parallel: bool = True
     timeout: Annotated[Number, Field(gt=0)] | None = 30.0
+    cancel_grace: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 5.0
     max_concurrency: Count = 32
     max_threads: Count | None = None
     combine: Combine = "sum"

@@ -17,6 +17,7 @@ from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOu
 from tinkex_py.losses.spec import OnError, PerDatum, RegularizerSpec, Term, is_async_term, term_function
 from tinkex_py.losses.weights import weight_at
 from tinkex_py.types import ForwardBackwardOutput
+from tinkex_py.unicode import plain_text
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def described(error: BaseException) -> str:
         message = str(error)
     except Exception as broken:  # noqa: BLE001  # user code: __str__ may raise anything
         message = f"<__str__ failed with {type(broken).__name__}>"
-    return f"{type(error).__name__}: {message}"
+    return f"{type(error).__name__}: {plain_text(message)}"
 
 
 @dataclass(frozen=True)

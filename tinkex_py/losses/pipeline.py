@@ -12,7 +12,6 @@ from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.html_table import html_table
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
-from tinkex_py.losses.grad_mode import with_grad_on_while_suspended
 from tinkex_py.losses.gradients import Combined, WeightedGradient, summed, without_conflicts
 from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs, checked_data
@@ -32,6 +31,7 @@ from tinkex_py.losses.outcomes import (
 from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.recording import RecordPath, start_recording
 from tinkex_py.losses.spec import RegularizerSpec, Term, checked_specs, described_term, why_not_a_term
+from tinkex_py.losses.torch_modes import with_grad_on_while_suspended
 from tinkex_py.losses.weights import WeightController
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.types import Datum
@@ -69,6 +69,7 @@ class Pipeline:
         self.track_grad_norms: bool = checked["track_grad_norms"]
         self.parallel: bool = checked["parallel"]
         self.timeout: float | None = checked["timeout"]
+        self.cancel_grace: float = checked["cancel_grace"]
         self.max_concurrency: int = checked["max_concurrency"]
         self.max_threads: int | None = checked["max_threads"]
         self.combine: Combine = checked["combine"]
@@ -241,6 +242,7 @@ class Pipeline:
             timeout=self.timeout,
             max_threads=self.max_threads,
             group=self if group is None else group,
+            cancel_grace=self.cancel_grace,
         )
         try:
             return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))

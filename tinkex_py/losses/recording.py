@@ -29,6 +29,7 @@ from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.spec import ConfiguredTerm, PerDatum, RegularizerSpec, Term, term_function
 from tinkex_py.types import Datum
 from tinkex_py.types.tensors import Array
+from tinkex_py.unicode import plain_json
 from tinkex_py.version import __version__
 
 JSON_NAME = "record.json"
@@ -284,7 +285,7 @@ def _write_folder(folder: Path, record: RecordedStep, tensors: _Tensors) -> None
 
 def _write_json(folder: Path, record: RecordedStep) -> None:
     partial = folder / f".{JSON_NAME}"
-    partial.write_text(record.model_dump_json(indent=1), encoding="utf-8")
+    partial.write_text(plain_json(record.model_dump_json(indent=1)), encoding="utf-8")
     partial.replace(folder / JSON_NAME)
 
 

@@ -18,6 +18,7 @@ from tinkex_py.runs.plan import Evaluation, Model, StepSettings
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.threads import FileThread
 from tinkex_py.types import AdamParams, OptimizerParams
+from tinkex_py.user_coroutines import in_own_task
 
 if TYPE_CHECKING:
     from tinkex_py.losses import Pipeline
@@ -103,10 +104,13 @@ def checked_config(given: object) -> dict[str, JsonValue]:
         raise ConfigError(f"config must contain plain JSON values only, for run.json: {error}") from None
 
 
-def checked_evaluate(given: object) -> Callable[[AsyncTrainingClient, int], Awaitable[Evaluation]] | None:
+def checked_evaluate(
+    given: object, *, grace: float
+) -> Callable[[AsyncTrainingClient, int], Awaitable[Evaluation]] | None:
     """Returns the evaluation hook as a coroutine function whose result is checked.
 
-    A function that is not async runs in a worker thread; if it returns an awaitable, that is awaited.
+    A function that is not async runs in a worker thread; if it returns an awaitable, that is awaited. Once it is
+    cancelled, it is awaited for at most `grace` seconds.
 
     Raises:
         ConfigError: it cannot be called with two arguments.
@@ -122,7 +126,7 @@ def checked_evaluate(given: object) -> Callable[[AsyncTrainingClient, int], Awai
         else:
             async with FileThread("tinkex-evaluate") as thread:
                 result = await thread.run(lambda: hook(training, step))
-        return evaluation_of(await result if inspect.isawaitable(result) else result)
+        return evaluation_of(await _awaited(result, grace, "evaluate"))
 
     return evaluate
 
@@ -150,17 +154,23 @@ def evaluation_of(result: object) -> Evaluation:
     return checked
 
 
-async def created_model(model: Model) -> AsyncTrainingClient:
-    """Returns the training client of a new run.
+async def created_model(model: Model, *, grace: float) -> AsyncTrainingClient:
+    """Returns the training client of a new run. Once it is cancelled, `model` is awaited for at most `grace` seconds.
 
     Raises:
         ConfigError: the function returned something else.
     """
     made = model if isinstance(model, AsyncTrainingClient) else model()
-    training = cast("object", await made if inspect.isawaitable(made) else made)
+    training = await _awaited(made, grace, "model")
     if not isinstance(training, AsyncTrainingClient):
         raise ConfigError(f"model() must return a training client, got {_kind(training)}")
     return training
+
+
+async def _awaited(result: object, grace: float, name: str) -> object:
+    if not inspect.isawaitable(result):
+        return result
+    return await in_own_task(cast("Awaitable[object]", result), grace=grace, name=name)
 
 
 def _check_function(given: object, wanted: str, call: str, *arguments: object) -> None:

@@ -1,7 +1,9 @@
 """The folder of one run. Files are replaced atomically, so that a process may be killed at any time."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,16 +11,19 @@ import filelock
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
-from tinkex_py.arguments import check_path
+from tinkex_py.arguments import check_count, check_kind, check_path, shown
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
-from tinkex_py.unicode import with_whole_texts
+from tinkex_py.unicode import plain_json, with_whole_texts
 from tinkex_py.values import reason_of
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 STATE_FILE = "state.json"
 LOCK_FILE = "lock"
+
+_RESERVED_FILE = ".reserved"
+_RESERVED_BYTES = 1 << 16
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -61,6 +66,7 @@ class RunFolder:
 
     Raises:
         ConfigError: `path` is no path. When entered: another process trains the run, or the folder cannot be created.
+            By every method that writes: the disk is full, or the folder cannot be written; no draft is left.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -86,6 +92,7 @@ class RunFolder:
 
     def __exit__(self, *_exc: object) -> None:
         if self._lock is not None:
+            self._free()
             self._lock.release()
             self._lock = None
 
@@ -97,14 +104,34 @@ class RunFolder:
         """
         return read_run(self.path) if (self.path / RUN_FILE).exists() else None
 
+    def reserve(self) -> None:
+        """Takes the room on the disk that the last status of the run needs; freed with it, or when the folder is left.
+
+        Raises:
+            ConfigError: the disk is full, or the folder cannot be written.
+        """
+        self._free()
+        # Random bytes, because some file systems store zeros without room.
+        self._replace(_RESERVED_FILE, [os.urandom(_RESERVED_BYTES)])
+
     def write_run(self, run: RunInfo) -> None:
-        """Replaces `run.json`."""
-        self._replace(RUN_FILE, [_line(run, indent=2)])
+        """Replaces `run.json`; if the run has ended, with the reserved room."""
+        line = _line(check_kind("run", run, RunInfo), indent=2)
+        if run.status != "running":
+            self._free()
+        self._replace(RUN_FILE, [line])
 
     def append_step(self, step: StepRecord) -> None:
-        """Adds a line to `steps.jsonl`."""
-        with (self.path / STEPS_FILE).open("ab") as file:
-            file.write(_line(step))
+        """Adds a line to `steps.jsonl`, or nothing of it."""
+        path, line = self.path / STEPS_FILE, _line(check_kind("step", step, StepRecord))
+        with self._writing():
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("ab") as file:
+                    file.write(line)
+            except OSError:
+                os.truncate(path, size)
+                raise
 
     def keep_steps(self, last: int) -> list[StepRecord]:
         """Removes the steps after step `last`, and an incomplete line. Returns the remaining steps.
@@ -112,6 +139,7 @@ class RunFolder:
         Raises:
             ConfigError: `steps.jsonl` cannot be read, or a step up to `last` is missing.
         """
+        last = check_count("last", last, least=0)
         path = self.path / STEPS_FILE
         kept = [step for step in read_steps(self.path) if step.step <= last] if path.exists() else []
         if [step.step for step in kept] != list(range(1, last + 1)):
@@ -133,20 +161,41 @@ class RunFolder:
 
     def write_state(self, state: RunState) -> None:
         """Replaces `state.json`, after all steps before it have reached the disk."""
+        line = _line(check_kind("state", state, RunState), indent=2)
         steps = self.path / STEPS_FILE
-        if steps.exists():
-            _flush(steps)
-        self._replace(STATE_FILE, [_line(state, indent=2)])
+        with self._writing():
+            if steps.exists():
+                _flush(steps)
+        self._replace(STATE_FILE, [line])
 
     def _replace(self, name: str, lines: Iterable[bytes]) -> None:
         draft = self.path / f".{name}.draft"
-        with draft.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path / name)
-        if os.name == "posix":
-            _flush(self.path)
+        with self._writing():
+            try:
+                with draft.open("wb") as file:
+                    file.writelines(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(self.path / name)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
+            if os.name == "posix":
+                _flush(self.path)
+
+    def _free(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.path / _RESERVED_FILE).unlink()
+
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"the run's folder {self.path} cannot be written: {error.strerror or error}; make room, or allow "
+                "writing, and call train again with the same folder: the run resumes from its last checkpoint"
+            ) from error
 
 
 def _line(record: Record, indent: int | None = None) -> bytes:
@@ -155,14 +204,14 @@ def _line(record: Record, indent: int | None = None) -> bytes:
     except PydanticSerializationError:  # a lone surrogate, in a name or a setting
         whole = with_whole_texts(record.model_dump())
         text = type(record).model_validate(whole).model_dump_json(indent=indent)
-    return text.encode() + b"\n"
+    return plain_json(text).encode() + b"\n"
 
 
 def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{shown(str(path))} cannot be read: {error.strerror}") from error
 
 
 def _parsed(model: type[AnyRecord], content: bytes, where: str) -> AnyRecord:

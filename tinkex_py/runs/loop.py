@@ -102,7 +102,8 @@ async def train(
         config: plain values that decide the numbers, such as the names of model and data; written to `run.json`. They
             must be the same when the run is resumed. `seed` becomes `RunInfo.seed`.
         evaluate: called as `evaluate(training, step)` between two steps; awaited if it is async, else in a worker
-            thread. It returns numbers by name, and optionally texts, such as samples, by name or prompt.
+            thread. It returns numbers by name, and optionally texts, such as samples, by name or prompt. An async one
+            has `pipeline.cancel_grace` seconds to end once the run is cancelled.
         sinks: further receivers of the numbers; called in threads.
         stop: once it is set, the run ends after the steps in flight, with a checkpoint. A batch that is awaited then
             is abandoned, and read again when the run is resumed.
@@ -116,7 +117,7 @@ async def train(
     Raises:
         ConfigError: the folder belongs to a run with other settings, terms or data, or to another process; or an
             argument is not valid. Nothing was changed, unless `evaluate` or a function `optimizer` returned something
-            else.
+            else. Also if the folder cannot be written, at any moment: the disk is full. The run can be resumed later.
         TinkexError: a step failed, and recovery was not possible. The run can be resumed later.
     """
     running_loop()
@@ -124,14 +125,15 @@ async def train(
     files = FileThread("tinkex-run")
     reader = BatchReader(batches, files, allow_changes=allow_changes)
     receivers, view = Sinks(sinks), chosen_view(progress)
+    loss = checked_pipeline(pipeline)
     plan = Plan(
         service,
         model,
-        checked_pipeline(pipeline),
+        loss,
         checked_optimizer(optimizer),
         checked_settings(settings),
         checked_config(config),
-        checked_evaluate(evaluate),
+        checked_evaluate(evaluate, grace=loss.cancel_grace),
         allow_changes,
     )
     with RunFolder(folder) as own:

@@ -153,7 +153,9 @@ def _pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
         }
         for spec in pipeline.regularizers
     }
-    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": pipeline.options}
+    # `cancel_grace` changes no number of a run.
+    options = {name: value for name, value in pipeline.options.items() if name != "cancel_grace"}
+    return {"base_loss": term_fields(pipeline.base_loss), "regularizers": regularizers, "options": options}
 
 
 def _weight_description(weight: object) -> JsonValue:

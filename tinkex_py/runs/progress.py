@@ -7,6 +7,7 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 
 from tinkex_py.errors import ConfigError
 from tinkex_py.runs.records import RunInfo, StepRecord, scalars, term_names
+from tinkex_py.unicode import plain_line
 
 
 @runtime_checkable
@@ -54,7 +55,7 @@ class ProgressLines(ProgressView):
         self._write(f"{run.name}: {run.outcome}")
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
+        self._stream.write(plain_line(line) + "\n")
         self._stream.flush()
 
 
@@ -67,20 +68,20 @@ class ProgressBar(ProgressView):
 
     def start(self, run: RunInfo, made: int) -> None:
         """See ProgressView."""
-        self._bar = self._make(total=run.total_steps, initial=made, desc=run.name, unit="step")
+        self._bar = self._make(total=run.total_steps, initial=made, desc=plain_line(run.name), unit="step")
 
     def doing(self, text: str) -> None:
         """See ProgressView."""
-        self._bar.set_description(text)
+        self._bar.set_description(plain_line(text))
 
     def step(self, record: StepRecord) -> None:
         """See ProgressView."""
-        self._bar.set_postfix_str(summary(record), refresh=False)
+        self._bar.set_postfix_str(plain_line(summary(record)), refresh=False)
         self._bar.update(1)
 
     def finish(self, run: RunInfo) -> None:
         """See ProgressView."""
-        self._bar.set_description(run.outcome)
+        self._bar.set_description(plain_line(run.outcome))
         self._bar.close()
 
 

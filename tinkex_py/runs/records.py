@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from tinkex_py.arguments import check_kind
 from tinkex_py.losses.output import CustomLossOutput
 
 RunStatus = Literal["running", "finished", "stopped", "failed"]
@@ -175,6 +176,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
     `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. Unmeasured values are omitted.
     """
+    check_kind("record", record, StepRecord)
     gathered: dict[str, list[float]] = {}
     for output in record.losses:
         for name, value in _of_output(output):

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from tinkex_py.arguments import check_path
+from tinkex_py.arguments import check_list, check_path
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.runs.folder import read_run, read_steps
 from tinkex_py.runs.records import Record, RunInfo, flattened, scalars
+from tinkex_py.unicode import plain_text
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -187,6 +188,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str) -> Report:
 
 
 def _load(folders: Sequence[Path | str]) -> list[tuple[RunSummary, RunCurves, dict[str, JsonValue]]]:
+    check_list("folders", folders, object, error=ConfigError)
     # A folder that is named twice is read once.
     places = list(dict.fromkeys(check_path("folders", folder, error=ConfigError).resolve() for folder in folders))
     if not places:
@@ -370,6 +372,7 @@ def _drawable(text: str) -> str:
 def _template() -> Any:
     environment = Environment(
         autoescape=True,
+        finalize=_plain,
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -377,6 +380,10 @@ def _template() -> Any:
     )
     environment.filters |= {"moment": moment, "duration": duration, "setting": setting, "png": _data_url}
     return environment.get_template("report.html")
+
+
+def _plain(value: object) -> object:
+    return plain_text(value) if type(value) is str else value  # not what is HTML already
 
 
 def _terms(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -4,8 +4,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from tinkex_py.runs.records import RunInfo, StepRecord, scalars, term_names
+from tinkex_py.unicode import plain_line
 
 
 class RichProgress:
@@ -33,7 +35,7 @@ class RichProgress:
 
     def doing(self, text: str) -> None:
         """See ProgressView."""
-        self._progress.update(self._task, description=text)
+        self._progress.update(self._task, description=plain_line(text))
 
     def step(self, record: StepRecord) -> None:
         """See ProgressView."""
@@ -43,7 +45,7 @@ class RichProgress:
 
     def finish(self, run: RunInfo) -> None:
         """See ProgressView."""
-        self._progress.update(self._task, description=run.outcome)
+        self._progress.update(self._task, description=plain_line(run.outcome))
         self._live.stop()
         self._console.print()
 
@@ -60,7 +62,8 @@ def terms_table(record: StepRecord, first: StepRecord) -> Table:
         columns = (now.get(value or ""), now.get(contribution), before.get(contribution), now.get(norm))
         numbers = ["-" if number is None else f"{number:.4f}" for number in columns]
         shown_weight = "" if weight is None else f"{now[weight]:g}"
-        table.add_row(title, "" if value is None else numbers[0], shown_weight, *numbers[1:])
+        # As a Text, in which square brackets are no markup.
+        table.add_row(Text(plain_line(title)), "" if value is None else numbers[0], shown_weight, *numbers[1:])
 
     row("base loss", "loss/base", None, "loss/base", "grad_norm/base_loss")
     for name in term_names(record):

@@ -75,10 +75,10 @@ class Run:
             async with self._queue.watching():
                 await self._train()
         except asyncio.CancelledError:
-            await self._end("stopped", "cancelled", discard_waiting=True)
+            await self._give_up("stopped", "cancelled", discard_waiting=True)
             raise
         except Exception as error:
-            await self._end("failed", reason_of(error))
+            await self._give_up("failed", reason_of(error))
             raise
         await self._end(*self._outcome())
 
@@ -102,6 +102,7 @@ class Run:
             raise ConfigError(
                 f"{self._folder.path} has a state.json, but no run.json: restore run.json, or use another folder"
             )
+        await self._files.run(self._folder.reserve)
         self.training = await (self._new_model() if state is None else self._model_of(state))
         model, now, seed = await self.training.get_info(), time.time(), self._plan.config.get("seed")
         self.info = RunInfo(
@@ -148,7 +149,7 @@ class Run:
         return {position: known[position] for position in known if position >= first and known[position]}
 
     async def _new_model(self) -> AsyncTrainingClient:
-        training = await created_model(self._plan.model)
+        training = await created_model(self._plan.model, grace=self._plan.pipeline.cancel_grace)
         if training.accumulated:
             raise InvalidData(
                 f"the training client holds {training.accumulated} backward passes that no optimizer step applied: "
@@ -336,8 +337,19 @@ class Run:
         if not self._is_begun:
             return
         self._sinks.send(lambda sink: sink.finish(status), discard_waiting=discard_waiting)
-        await self._write_status(status, reason)
-        self._view.finish(self.info)
+        try:
+            await self._write_status(status, reason)
+        finally:
+            self._view.finish(self.info)
+
+    async def _give_up(self, status: RunStatus, reason: str, *, discard_waiting: bool = False) -> None:
+        """Ends a run that an error ends, which a status that cannot be written does not hide."""
+        try:
+            await self._end(status, reason, discard_waiting=discard_waiting)
+        except ConfigError as error:
+            telemetry.emit(
+                "tinkex.run.status_not_written", {}, {"status": status, "reason": type(error).__name__}, error
+            )
 
     async def _write_status(self, status: RunStatus, reason: str | None) -> None:
         self.info = self.info.model_copy(update={"status": status, "reason": reason, "updated_at": time.time()})

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tinkex_py.arguments import as_number
+from tinkex_py.arguments import as_number, check_options
 from tinkex_py.errors import ConfigError, did_you_mean
 from tinkex_py.types import AdamParams, OptimizerParams
 from tinkex_py.values import Integer, Number, problems_of
@@ -16,6 +16,11 @@ Times = Annotated[Integer, Field(ge=0)]
 
 # Numbers that are known before the next step is sent.
 _MONITORED = ("loss/", "grad_norm/", "term/", "evaluation/")
+
+
+def _with_names(value: object) -> object:
+    """Names that are no strings cannot be passed to the constructor of `Settings`."""
+    return check_options("early_stop", cast("object", value)) if isinstance(value, Mapping) else value
 
 
 class Settings(BaseModel):
@@ -119,7 +124,7 @@ class TrainSettings(Settings):
     checkpoint_ttl: Count | None = None
     resends: Times = 2
     restarts: Times = 2
-    early_stop: EarlyStop | None = None
+    early_stop: Annotated[EarlyStop | None, BeforeValidator(_with_names)] = None
     execution: Literal["client", "auto", "server"] = "client"
 
 

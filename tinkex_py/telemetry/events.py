@@ -42,6 +42,7 @@ EVENT_LEVELS: Mapping[str, int] = {
     "tinkex.run.restarted": logging.WARNING,
     "tinkex.run.sink_failed": logging.WARNING,
     "tinkex.run.checkpoint_not_deleted": logging.WARNING,
+    "tinkex.run.status_not_written": logging.ERROR,
 }
 
 

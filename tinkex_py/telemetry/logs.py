@@ -10,7 +10,7 @@ import structlog
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData
-from tinkex_py.unicode import with_whole_texts, without_halves
+from tinkex_py.unicode import plain_line, with_whole_texts
 
 LOGGER = logging.getLogger("tinkex_py")
 LOGGER.addHandler(logging.NullHandler())
@@ -113,7 +113,7 @@ def write_line(event: str, fields: Mapping[str, Any], level: int, *, asked_for: 
 def _write_to_structlog(event: str, fields: Mapping[str, Any], level: int) -> None:
     method = _LEVEL_NAMES[level]
     try:
-        getattr(structlog.get_logger(LOGGER.name), method)(event, **with_whole_texts(dict(fields)))
+        getattr(structlog.get_logger(LOGGER.name), method)(event, **with_whole_texts(dict(fields), plain_line))
     except Exception as error:  # noqa: BLE001  (processors of the process: a broken log must not break training)
         LOGGER.warning("structlog failed to log %s (%s): check its configuration", event, type(error).__name__)
 
@@ -129,5 +129,4 @@ def _write_aloud(event: str, fields: Mapping[str, Any], level: int) -> None:
 
 
 def _text(event: str, fields: Mapping[str, Any]) -> str:
-    # The name of a term may contain a lone surrogate, which files and terminals cannot encode.
-    return without_halves(" ".join([event, *(f"{key}={value}" for key, value in fields.items())]))
+    return plain_line(" ".join([event, *(f"{key}={value}" for key, value in fields.items())]))

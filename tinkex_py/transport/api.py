@@ -23,8 +23,10 @@ from tinkex_py.limits import Attempts, BillingPause, RetryPolicy, time_limit, wi
 from tinkex_py.transport.auth import Auth, rejects_token
 from tinkex_py.transport.decoding import Result, request_id_of
 from tinkex_py.transport.encoding import PROTOBUF
+from tinkex_py.transport.failures import status_error
 from tinkex_py.transport.http import HttpClient
-from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
+from tinkex_py.transport.messages import Request, Response, Secret, request
+from tinkex_py.transport.secrecy import cut_off
 
 Read = TypeVar("Read")
 Decoded = TypeVar("Decoded")
@@ -166,10 +168,12 @@ class ServiceApi:
                 target = None if redirected is None else redirected(response)
                 if target is not None:
                     return target
-                raise_for_status(response, attempts.number)
+                if not response.is_success:
+                    raise status_error(response, attempts.number)
                 return read(response)
             except TransportError as error:
                 error.attempts = attempts.number
+                cut_off(error)  # a response may quote the key
                 raise
 
         def is_worth_another(error: BaseException) -> bool:
@@ -328,7 +332,8 @@ class _Future(Generic[Decoded]):
             raise self._lost(response)
         if response.status in (400, 422):
             self._fail_or_poll_again(response)
-        raise_for_status(response)
+        if not response.is_success:
+            raise status_error(response)
         fields = _unwrapped(response.json())
         if not isinstance(fields, dict):
             raise InvalidResponse(f"the result of {self._request_type} is not a JSON object")
@@ -388,6 +393,8 @@ class _Future(Generic[Decoded]):
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, APIStatusError):
         return error.status >= 500 or error.status in _TRANSIENT_STATUSES
+    if isinstance(error, InvalidResponse) and error.is_too_large:
+        return False
     return isinstance(error, TransportError)
 
 

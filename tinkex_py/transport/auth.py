@@ -18,6 +18,7 @@ from typing import Any, cast
 from tinkex_py.errors import APIStatusError, ConfigError, InvalidResponse, TransportError
 from tinkex_py.limits import time_limit
 from tinkex_py.transport.messages import Response, Secret
+from tinkex_py.transport.secrecy import CutOff
 
 COMMAND_VARIABLE = "TINKER_CREDENTIAL_CMD"
 COMMAND_TIMEOUT = 30.0
@@ -107,7 +108,8 @@ class Auth:
             if self._token is not None and now() < self._refresh_at:
                 return self._token
             try:
-                token = _token_of(await exchange(await self._raw()))
+                with CutOff():
+                    token = _token_of(await exchange(await self._raw()))
             except (APIStatusError, TransportError, ConfigError):
                 if self._token is None or now() >= self._expires_at:
                     raise
@@ -183,6 +185,11 @@ async def key_from_command(command: Secret, *, timeout: float = COMMAND_TIMEOUT)
     Raises:
         ConfigError: the command failed, took too long, or printed no key.
     """
+    with CutOff():
+        return await _printed_key(command, timeout)
+
+
+async def _printed_key(command: Secret, timeout: float) -> Secret:
     process = await asyncio.create_subprocess_shell(
         command.reveal(),
         stdin=asyncio.subprocess.DEVNULL,

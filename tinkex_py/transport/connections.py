@@ -23,9 +23,6 @@ from tinkex_py.errors import ConfigError
 from tinkex_py.threads import in_own_thread
 from tinkex_py.transport.proxies import DEFAULT_PORTS, ProxyAddress, proxy_for
 
-READ_WHOLE = "tinkex_read_whole"
-"""A request extension: read the whole response before returning it, which costs less than a stream."""
-
 _LOGGER = logging.getLogger("tinkex_py")
 # Below the 5 s after which common servers close an idle connection, so that few requests meet a closing one.
 _IDLE_CONNECTION_EXPIRY = 4.0
@@ -62,8 +59,6 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._needs_certificates = service.scheme == "https" or (
             self.proxy is not None and self.proxy.scheme == "https"
         )
-        # httpx supports more encodings if their packages are installed.
-        self._encodings: str = httpx.AsyncClient(transport=self).headers["accept-encoding"]
         self._idle: list[_Connection] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -76,7 +71,6 @@ class SocketTransport(httpx.AsyncBaseTransport):
             httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException: the exchange failed.
             ConfigError: the certificate store cannot be loaded.
         """
-        request.headers.setdefault("accept-encoding", self._encodings)
         connection = self._reusable() or await self._new_connection(request.url)
         try:
             response = await connection.send(request)
@@ -84,13 +78,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
             self._discard(connection)
             raise
         body = _ResponseBody(response, functools.partial(self._give_back, connection))
-        if not request.extensions.get(READ_WHOLE):
-            return httpx.Response(response.status, headers=response.headers, stream=body)
-        try:
-            content = await response.aread()
-        finally:
-            await body.aclose()
-        return httpx.Response(response.status, headers=response.headers, content=content)
+        return httpx.Response(response.status, headers=response.headers, stream=body)
 
     async def aclose(self) -> None:
         """Closes idle connections now, the others after their exchanges; waits for connections that are closing."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError, Message
 
 from tinkex_py.errors import InvalidData, InvalidResponse
 from tinkex_py.transport import wire
@@ -27,6 +28,13 @@ _OUTPUT_FIELDS = ("loss_fn_output_type", "loss_fn_outputs", "metrics")
 _MOST_DIMENSIONS = 8
 # A few bytes can declare any number of datums.
 _MOST_DATUMS = 2**24
+# Parsed, an empty part of 2 bytes needs a hundred. Results have some parts for each datum of a chunk, or each sequence.
+_MOST_PARTS = 2**16
+_FEW_BYTES = 2**18
+# Wire types of protobuf.
+_VARINT, _DELIMITED = 0, 2
+_FIXED_SIZES = {1: 8, 5: 4}
+_LONGEST_VARINT = 10
 # Marks an unused cell of a top-k row.
 _UNUSED_LOGPROB = -99999.0
 
@@ -63,15 +71,17 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
     Raises:
         InvalidResponse: the message is invalid, or its parts contradict each other.
     """
+    if len(body) > _FEW_BYTES:
+        _check_parts(body, wire.ForwardBackwardOutput)
     try:
         message = wire.ForwardBackwardOutput.FromString(body)
     except DecodeError as error:
         raise InvalidResponse(f"the result is not a ForwardBackwardOutput ({len(body)} bytes)") from error
     records = list(message.loss_fn_outputs)
     counts = [record.num_datums for record in records]
-    if any(count < 0 for count in counts) or sum(counts) > _MOST_DATUMS:
-        raise InvalidResponse(f"the result declares {counts} datums")
     names = list(dict.fromkeys(name for record in records for name in record.fields))
+    if any(count < 0 for count in counts) or sum(counts) * max(1, len(names)) > _MOST_DATUMS:
+        raise InvalidResponse(f"the result declares {sum(counts)} datums of {len(names)} fields")
     return ForwardBackwardOutput(
         loss_fn_output_type=message.loss_fn_output_type.rsplit(":", 1)[-1] or "ArrayRecord",
         num_datums=sum(counts),
@@ -81,6 +91,42 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardOutput:
         },
         metrics=dict(message.metrics),
     )
+
+
+def _check_parts(body: bytes, kind: type[Message]) -> None:
+    """Raises InvalidResponse for a message of more parts than a result has, before any of them is allocated."""
+    parts = 0
+    messages = [(0, len(body), cast("Descriptor", kind.DESCRIPTOR))]
+    while messages:
+        position, end, descriptor = messages.pop()
+        while position < end and parts <= _MOST_PARTS:
+            parts += 1
+            tag, position = _varint(body, position)
+            if tag & 7 in _FIXED_SIZES:
+                position += _FIXED_SIZES[tag & 7]
+            elif tag & 7 == _VARINT:
+                _, position = _varint(body, position)
+            elif tag & 7 == _DELIMITED:
+                size, position = _varint(body, position)
+                field = descriptor.fields_by_number.get(tag >> 3)
+                if field is not None and field.message_type is not None:
+                    messages.append((position, min(position + size, end), field.message_type))
+                elif field is not None and field.type not in (field.TYPE_BYTES, field.TYPE_STRING):
+                    parts += size  # packed numbers
+                position += size
+    if parts > _MOST_PARTS:
+        raise InvalidResponse(f"the result is a message of more than {_MOST_PARTS} parts ({len(body)} bytes)")
+
+
+def _varint(body: bytes, position: int) -> tuple[int, int]:
+    """Returns the number at a position, and the position behind it."""
+    value = 0
+    for index in range(position, min(position + _LONGEST_VARINT, len(body))):
+        byte = body[index]
+        value |= (byte & 0x7F) << 7 * (index - position)
+        if byte < 0x80:
+            return value, index + 1
+    raise InvalidResponse(f"the result is not a protobuf message ({len(body)} bytes)")
 
 
 def numbers_of(buffer: bytes, dtype: "str | np.dtype[Any]", name: str) -> Array:
@@ -137,6 +183,8 @@ def decode_sample(body: bytes) -> SampleResponse:
     Raises:
         InvalidResponse: the message is invalid, or its parts contradict each other.
     """
+    if len(body) > _FEW_BYTES:
+        _check_parts(body, wire.SampleResponse)
     try:
         message = wire.SampleResponse.FromString(body)
     except DecodeError as error:
@@ -222,9 +270,10 @@ def fields_of(response: Response) -> dict[str, Any]:
         InvalidResponse: the body is not a JSON object.
     """
     fields: object = response.json() if response.body.strip() else {}
-    if not isinstance(fields, dict):
-        raise InvalidResponse(f"{response.request} returned JSON that is not an object")
-    return cast("dict[str, Any]", fields)
+    if isinstance(fields, dict):
+        return cast("dict[str, Any]", fields)
+    del fields  # the error keeps this frame, and a service may quote the key
+    raise InvalidResponse(f"{response.request} returned JSON that is not an object")
 
 
 def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import lru_cache
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import httpx
 
@@ -14,7 +15,8 @@ from tinkex_py.errors import ClientClosed, ConnectionFailed, TimeoutExceeded
 from tinkex_py.limits import time_limit
 from tinkex_py.telemetry import Measurements, lifecycle, request_headers
 from tinkex_py.transport.adapters import ClientTransport
-from tinkex_py.transport.connections import READ_WHOLE, SocketTransport
+from tinkex_py.transport.bodies import ACCEPTED_ENCODINGS, SMALL_BODY, BodyTooLarge, body_of
+from tinkex_py.transport.connections import SocketTransport
 from tinkex_py.transport.failures import typed_failure
 from tinkex_py.transport.messages import (
     NO_HEADERS,
@@ -23,21 +25,24 @@ from tinkex_py.transport.messages import (
     Response,
     Secret,
     checked_base_url,
+    may_be_key,
     merged_headers,
     same_origin,
 )
 from tinkex_py.transport.proxies import ProxyAddress
+from tinkex_py.transport.secrecy import CutOff, cut_off, exchanging, hides_arguments
 from tinkex_py.version import __version__
 
 Transport = httpx.AsyncBaseTransport
 Result = TypeVar("Result")
 
 USER_AGENT = f"tinkex-py/{__version__}"
+LONGEST_RESPONSE = 16 << 20
+"""Bytes of a response that is not a result of a pass or sample."""
+
 _LONGEST_CONNECT = 10.0
 _MOST_REDIRECTS = 5
 _MOST_OF_AN_ERROR = 1 << 16
-# A shorter header value is not a key, and redacting it would garble messages.
-_SHORTEST_KEY = 8
 _CLOSED_MEANWHILE = "this client was closed during the request"
 
 # A client requests few URLs many times, and httpx takes 0.1 ms to parse one.
@@ -55,11 +60,13 @@ class HttpClient:
         timeout: seconds for one exchange, from having a connection to the last byte.
         max_connections: maximum number of concurrent exchanges; others wait in order.
         headers: sent with every request; values that are long enough to be keys are redacted from messages.
+        max_response_bytes: maximum size of a response after decompression; streamed responses have none.
 
     Raises:
         ConfigError: the address is invalid, or the environment names an unusable proxy.
     """
 
+    @hides_arguments
     def __init__(
         self,
         *,
@@ -68,6 +75,7 @@ class HttpClient:
         timeout: float = 60.0,
         max_connections: int = 16,
         headers: Mapping[str, str] = NO_HEADERS,
+        max_response_bytes: int = LONGEST_RESPONSE,
     ) -> None:
         self._base = checked_base_url(base_url)
         self._root = self._base.geturl().rstrip("/")
@@ -81,8 +89,10 @@ class HttpClient:
         self._transport = transport
         self._timeout = timeout
         self._given_headers = headers
-        self._headers = merged_headers({"User-Agent": USER_AGENT}, headers)
-        self._secret_headers = [value for value in headers.values() if len(value) >= _SHORTEST_KEY]
+        self._max_response_bytes = max_response_bytes
+        self._headers = merged_headers({"User-Agent": USER_AGENT, "Accept-Encoding": ACCEPTED_ENCODINGS}, headers)
+        self._secrets = [value for value in headers.values() if may_be_key(value)]
+        self._secrets += [] if self._proxy is None else self._proxy.secrets
         self._may_trace = True
         self._loop: asyncio.AbstractEventLoop | None = None
         self._limits: set[asyncio.Timeout] = set()
@@ -114,16 +124,17 @@ class HttpClient:
         Raises:
             ConnectionFailed: there is no connection, or it broke.
             TimeoutExceeded: the response was not complete in time.
-            InvalidResponse: the response is not HTTP, or cannot be decompressed.
+            InvalidResponse: the response is not HTTP, is too large, or cannot be decompressed.
             ClientClosed: this client is closed, or belongs to another event loop.
             InvalidData: the path or a header cannot be sent.
         """
         name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
-            raw = await self.bounded(self._whole(request, key, seconds), name, seconds)
-            measurements |= {"status": raw.status_code, "bytes": len(raw.content)}
-            secret = key.with_others(self._secret_headers)
-            return Response(raw.status_code, dict(raw.headers.items()), raw.content, name, secret)
+            raw, body = await self.bounded(self._whole(request, key, seconds), name, seconds)
+            measurements |= {"status": raw.status_code, "bytes": len(body)}
+            secret = key.with_others(self._secrets)
+            headers = dict(raw.headers.items())
+            return Response(raw.status_code, headers, body, name, secret, self._max_response_bytes)
 
     @asynccontextmanager
     async def stream(
@@ -138,7 +149,7 @@ class HttpClient:
         async with self._exchanging(request, attempt) as measurements:
             sending = self._send(request, key, f"{self._root}/{request.path.lstrip('/')}", seconds)
             raw = await self.bounded(sending, name, seconds)
-            response = ResponseStream(self, raw, name, key.with_others(self._secret_headers), seconds)
+            response = ResponseStream(self, raw, name, key.with_others(self._secrets), seconds)
             try:
                 yield response
             finally:
@@ -147,9 +158,11 @@ class HttpClient:
 
     @asynccontextmanager
     async def towards(
-        self, url: str, *, key: Secret = NO_SECRET
-    ) -> AsyncGenerator[tuple["HttpClient", str, Secret], None]:
+        self, url: Secret, *, key: Secret = NO_SECRET
+    ) -> AsyncGenerator[tuple["HttpClient", Secret, Secret], None]:
         """Opens a client for a URL that the service returned; yields it, the path to request, and the key to send.
+
+        The URL may be signed, so it and its path are secrets, and the long values of its query are redacted as keys.
 
         The key and the headers of this client are sent to the origin of `base_url` only. (A user's own `http_client`
         always sends its own headers.)
@@ -163,8 +176,8 @@ class HttpClient:
             ClientClosed: this client is closed.
         """
         self._require_usable()
-        parts = urlsplit(url)
-        base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+        with CutOff():
+            base, path = _parts_of(url)
         at_home = same_origin(base, self._base.geturl())
         shares_transport = at_home or isinstance(self._given_transport, ClientTransport)
         client = HttpClient(
@@ -173,11 +186,13 @@ class HttpClient:
             timeout=self._timeout,
             max_connections=1,
             headers=self._given_headers if at_home else NO_HEADERS,
+            max_response_bytes=self._max_response_bytes,
         )
         client._may_trace = at_home
+        client._secrets += _long_values_of_query(url)
         self._elsewhere.add(client)
         try:
-            yield client, f"{parts.path}?{parts.query}" if parts.query else parts.path, key if at_home else NO_SECRET
+            yield client, path, key if at_home else NO_SECRET
         finally:
             self._elsewhere.discard(client)
             await client.aclose()
@@ -256,59 +271,88 @@ class HttpClient:
             through = "" if self._proxy is None else f", through {self._proxy}"
             return TimeoutExceeded(f"{too_late or f'{request}: no response within {seconds:g} s'}{through}")
 
-        try:
-            async with time_limit(seconds, expired) as limit:
-                self._limits.add(limit)
-                try:
-                    return await work
-                finally:
-                    self._limits.discard(limit)
-        except Exception as error:
-            failure = typed_failure(error, request, seconds, self._proxy)
-            if failure is None:
-                raise
-        raise failure
+        async with time_limit(seconds, expired) as limit:
+            self._limits.add(limit)
+            exchanging.set(True)
+            try:
+                return await work
+            except BaseException as error:
+                failure = typed_failure(error, request, seconds, self._proxy)
+                cut_off(error)  # its frames hold the headers, also when it is a cancellation
+                if failure is None:
+                    raise
+            finally:
+                exchanging.set(False)
+                self._limits.discard(limit)
+            raise failure
 
-    async def _whole(self, request: Request, key: Secret, seconds: float) -> httpx.Response:
-        """Follows the redirects that the request may follow, and returns the complete last response."""
+    async def _whole(self, request: Request, key: Secret, seconds: float) -> tuple[httpx.Response, bytes]:
+        """Follows the redirects that the request may follow, and returns the last response and its body."""
         url = f"{self._root}/{request.path.lstrip('/')}"
-        for _ in range(_MOST_REDIRECTS):
-            raw = await self._send(request, key, url, seconds, read=True)
-            if not raw.is_redirect:
-                return raw
+        redirects = 0
+        while True:
+            raw = await self._send(request, key, url, seconds)
+            body = await self._read(raw)
+            if not raw.is_redirect or redirects == _MOST_REDIRECTS:
+                return raw, body
             target = request.redirected_to(raw.status_code, raw.headers.get("location"), url)
             if target is None:
-                return raw
+                return raw, body
             url = target
-        return await self._send(request, key, url, seconds, read=True)
+            redirects += 1
 
-    async def _send(
-        self, request: Request, key: Secret, url: str, seconds: float, *, read: bool = False
-    ) -> httpx.Response:
+    async def _read(self, raw: httpx.Response) -> bytes:
+        """Returns the decompressed body of a response, and closes the response."""
+        if raw.is_closed:  # a user's own client has read it
+            return raw.content
+        parts: deque[bytes] = deque()
+        size = 0
+        try:
+            async with aclosing(cast("AsyncGenerator[bytes]", raw.aiter_raw())) as pieces:
+                async for piece in pieces:
+                    size += len(piece)
+                    if size > self._max_response_bytes:
+                        raise BodyTooLarge(self._max_response_bytes)
+                    parts.append(piece)
+        finally:
+            await raw.aclose()
+        encoding = raw.headers.get("content-encoding", "")
+        if not encoding and size <= SMALL_BODY:
+            return b"".join(parts)
+        return await body_of(parts, encoding, self._max_response_bytes)
+
+    async def _send(self, request: Request, key: Secret, url: str, seconds: float) -> httpx.Response:
         traced = request_headers() if self._may_trace else NO_HEADERS
         authorized = {"x-api-key": key.reveal()} if key else {}
         timeouts = {"connect": min(seconds, _LONGEST_CONNECT), "read": seconds, "write": seconds, "pool": seconds}
-        raw = await self._transport.handle_async_request(
+        return await self._transport.handle_async_request(
             httpx.Request(
                 request.method,
                 # A URL with a query is not cached: it may contain secrets, and occurs once.
                 httpx.URL(url) if "?" in url else _frequent_url(url),
                 headers={**traced, **self._headers, **request.headers, **authorized},
                 content=request.body(),
-                extensions={"timeout": timeouts, READ_WHOLE: read},
+                extensions={"timeout": timeouts},
             )
         )
-        if read:
-            try:
-                await raw.aread()
-            finally:
-                await raw.aclose()
-        return raw
 
     def _name_and_seconds(self, request: Request) -> tuple[str, float]:
         """The name of an exchange in messages, without the query, which may contain secrets; and its time limit."""
         name = f"{request.method} /{request.path.partition('?')[0].lstrip('/')} at {self._base.netloc}"
         return name, self._timeout if request.timeout is None else request.timeout
+
+
+def _parts_of(url: Secret) -> tuple[str, Secret]:
+    """Returns the address of the host, and the path with its query."""
+    parts = urlsplit(url.reveal())
+    base = checked_base_url(f"{parts.scheme}://{parts.netloc}").geturl()
+    return base, Secret(f"{parts.path}?{parts.query}" if parts.query else parts.path)
+
+
+def _long_values_of_query(url: Secret) -> set[str]:
+    """Returns values that may be signatures, as they are sent and as they are meant."""
+    values = [pair.partition("=")[2] for pair in urlsplit(url.reveal()).query.split("&")]
+    return {form for value in values if may_be_key(value) for form in (value, unquote_plus(value))}
 
 
 class ResponseStream:

@@ -4,6 +4,7 @@ The rules are those of httpx, with three differences: `NO_PROXY` may contain net
 in brackets, an unusable proxy is an error only if the service needs it, and services on this machine need none.
 """
 
+import base64
 import importlib.util
 import ipaddress
 import os
@@ -36,6 +37,13 @@ class ProxyAddress:
     host: str
     port: int | None
     credentials: tuple[str, str] | None = field(repr=False)
+
+    @property
+    def secrets(self) -> list[str]:
+        """The password, and the value of the header that sends it; empty without a password."""
+        if self.credentials is None or not self.credentials[1]:
+            return []
+        return [self.credentials[1], base64.b64encode(":".join(self.credentials).encode()).decode()]
 
     def __str__(self) -> str:
         return f"the proxy {self.host!r}, which the environment variable {self.variable} names"

@@ -1,7 +1,7 @@
 """The settings that a service returns for its clients (`client/config`), parsed leniently."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 
@@ -22,7 +22,7 @@ class ServerConfig:
         sample_max_concurrent_requests: maximum samples in flight of one sampling client.
         sample_use_retrieve_futures: one poll can wait for many samples.
         sample_no_retries: do not request a sample again if its result was lost.
-        billing_exception_max_pause_duration_sec: seconds that responses 402 may pause the client.
+        billing_exception_max_pause_duration_sec: seconds that responses 402 may pause the client, at most the default.
         custom_loss_server_side: the service accepts uploaded losses.
     """
 
@@ -49,7 +49,9 @@ class ServerConfig:
             value = _valid(response.get(field.name), field.default)
             if value is not None:
                 given[field.name] = value
-        return cls(**given)
+        config = cls(**given)
+        pause = min(config.billing_exception_max_pause_duration_sec, cls.billing_exception_max_pause_duration_sec)
+        return replace(config, billing_exception_max_pause_duration_sec=pause)
 
     @classmethod
     def of_an_old_service(cls) -> Self:

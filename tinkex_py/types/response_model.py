@@ -26,7 +26,8 @@ class ResponseModel(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             invalid = {".".join(str(part) for part in item["loc"]) for item in error.errors(include_url=False)}
-        # Raised outside of the except block, because pydantic's error contains the response.
+        # Raised outside of the except block, and without `fields` in this frame, because they contain the response.
+        del fields
         names = ", ".join(sorted(filter(None, invalid)))
         raise InvalidResponse(
             f"the service returned an invalid {cls.__name__}" + (f"; missing or invalid: {names}" if names else "")

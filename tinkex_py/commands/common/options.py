@@ -1,10 +1,11 @@
 """Options that several commands take."""
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tinkex_py.commands.common.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from tinkex_py.client.service import AsyncServiceClient
@@ -34,4 +35,4 @@ def service_at(base_url: str | None) -> "AsyncServiceClient":
 
 def announcement(words: str, *, as_json: bool) -> Callable[[str], None]:
     """Returns a function that prints the address on which a command listens, after `words` or as JSON."""
-    return lambda address: typer.echo(json.dumps({"address": address}) if as_json else f"{words} {address}")
+    return lambda address: echo_json({"address": address}) if as_json else echo(f"{words} {address}")

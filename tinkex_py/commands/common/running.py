@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from tinkex_py.commands.common.printing import echo
 from tinkex_py.errors import (
     ConfigError,
     InvalidData,
@@ -71,7 +72,7 @@ def one_line(error: Exception) -> str:
 
 
 def _end(command: str, error: Exception) -> None:
-    typer.echo(f"tinkex-py {command}: {one_line(error)}", err=True)
+    echo(f"tinkex-py {command}: {one_line(error)}", err=True)
     raise typer.Exit(exit_code(error)) from None
 
 

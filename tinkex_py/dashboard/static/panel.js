@@ -43,6 +43,9 @@ export function looks(place, dark) {
   return { stroke: colours[place % colours.length], dash, border, width: 1.5 };
 }
 
+// Spreadsheets take a text that begins with one of these characters for a formula; an apostrophe makes it a text again.
+const csvCell = (text) => `"${/^[\s=+@＝＋－＠-]/.test(text) ? "'" : ""}${text.replaceAll('"', '""')}"`;
+
 export const short = (value) => (value == null ? "" : String(Number(value.toPrecision(5))));
 
 // Of one run, all curves share a panel and each term has a colour. Of several runs, each curve has a panel and each
@@ -248,7 +251,7 @@ export class Panel {
     const shown = this.lines.filter(({ label }) => !this.hidden.has(label));
     const tables = shown.map(({ run, name }) => [run.axes[axis], run.values.get(name)]);
     const [x, ...columns] = tables.length ? uPlot.join(tables) : [[]];
-    const head = [axis, ...shown.map(({ label }) => label)].map((text) => `"${text.replaceAll('"', '""')}"`);
+    const head = [axis, ...shown.map(({ label }) => label)].map(csvCell);
     const rows = x.map((at, place) => [at, ...columns.map((values) => values[place] ?? "")]);
     return [head, ...rows].map((row) => `${row.join(",")}\n`).join("");
   }
@@ -282,7 +285,7 @@ export class Panel {
   download(extension, blob) {
     const href = URL.createObjectURL(blob);
     const name = [this.chart.key, this.title].filter(Boolean).join("-");
-    element("a", { href, download: `${name}.${extension}` }).click();
+    element("a", { href, download: `${name.replace(/[\p{C}/\\]/gu, "_")}.${extension}` }).click();
     URL.revokeObjectURL(href);
   }
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tinkex_py.arguments import check_path
+from tinkex_py.arguments import check_flag, check_function, check_kind, check_path, check_text
 from tinkex_py.client.archive import extract
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.errors import InvalidData
@@ -91,6 +91,8 @@ def export_adapter(
     """
     source, target = check_path("checkpoint", checkpoint), check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
+    if base_model is not None:
+        check_text("base_model", base_model)
     if not source.exists():
         raise InvalidData(f"there is no checkpoint {str(source)!r}: pass a folder or an archive")
     with _workspace_beside(target) as name:
@@ -139,8 +141,11 @@ async def download_adapter(
     """
     running_loop()
     import_before_threads("transformers")  # peft imports it, in the thread below
+    check_kind("rest", rest, AsyncRestClient)
     target = check_path("folder", folder)
     _check_target(target, overwrite=overwrite)
+    if base_model is not None:
+        check_text("base_model", base_model)
     base_model = base_model or _without_folder((await rest.get_weights_info(path)).base_model)
     async with FileThread() as files:
         workspace = await files.run(lambda: _workspace_beside(target))
@@ -253,6 +258,7 @@ def _checked_layers(weights: Mapping[str, Any], config: Mapping[str, Any]) -> li
 
 def _check_network(adapter: PeftAdapter, network: Any) -> None:
     """Raises InvalidData unless the network has every layer of the adapter. peft ignores those that are missing."""
+    check_function("network.named_parameters", getattr(network, "named_parameters", None))
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters(remove_duplicate=False)}
     for layer in adapter.config["target_modules"]:
         shape = shapes.get(f"{layer}.weight")
@@ -270,6 +276,7 @@ def _check_network(adapter: PeftAdapter, network: Any) -> None:
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:
+    check_flag("overwrite", overwrite)
     if not target.name or target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InvalidData(f"{str(target)!r} is not a folder: choose another name for the adapter")
     there = {file.name for file in target.iterdir()} if target.is_dir() else set[str]()

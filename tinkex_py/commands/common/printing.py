@@ -1,11 +1,17 @@
-"""Tables and listings. Cells are never truncated, and text from a service cannot control the terminal."""
+"""All that commands print: text, JSON, tables and listings.
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+Text may come from a service, a recorded step or a run of somebody else; it cannot control the terminal.
+"""
+
+import json
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
+
+from tinkex_py.unicode import plain_json, plain_line, plain_text
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -14,6 +20,16 @@ Item = TypeVar("Item", bound="BaseModel")
 
 PAGE_SIZE = 100  # items per request
 _WIDE = 400  # columns; rows in a pipe are not folded
+
+
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Prints text for people."""
+    typer.echo(plain_text(text), err=err, nl=nl)
+
+
+def echo_json(value: "BaseModel | Mapping[str, Any]") -> None:
+    """Prints a value as one line of JSON."""
+    typer.echo(plain_json(json.dumps(value) if isinstance(value, Mapping) else value.model_dump_json()))
 
 
 async def show_listing(
@@ -35,19 +51,19 @@ async def show_listing(
                 break
             count += 1
             if as_json:
-                typer.echo(item.model_dump_json())
+                echo_json(item)
             else:
                 rows.append(row(item))
     if rows:
         show_table(columns, rows)
     elif not as_json:
-        typer.echo(nothing, err=True)
+        echo(nothing, err=True)
     if more:
-        typer.echo(f"only the first {limit} are shown: use --limit 0 to list all", err=True)
+        echo(f"only the first {limit} are shown: use --limit 0 to list all", err=True)
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; None is an empty cell."""
+    """Prints a table, whose cells are not truncated; None is an empty cell."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -69,7 +85,7 @@ def cell_text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value))
+    return plain_line(str(value))
 
 
 def size_text(count: int | None) -> str | None:
