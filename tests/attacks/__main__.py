@@ -56,7 +56,7 @@ def cpu_seconds(reader: Reader, body: bytes) -> float:
 
 
 def measure(reader: Reader) -> Measured:
-    parts = 256
+    parts = reader.least
     try:
         reader.read(reader.make(parts))  # imports
         body = reader.make(parts)

@@ -34,7 +34,8 @@ from tinkex_py.transport.decoding import (
     read_forward_backward,
     read_sample,
 )
-from tinkex_py.transport.messages import Response, raise_for_status
+from tinkex_py.transport.failures import status_error
+from tinkex_py.transport.messages import Response
 
 MIB = 1024**2
 
@@ -47,11 +48,13 @@ class Reader:
         name: whose bytes, and what they are.
         make: returns input of about n parts.
         read: reads it.
+        least: smallest n; above it the recursion limit bounds what the parser of YAML does, to less than a second.
     """
 
     name: str
     make: Callable[[int], bytes]
     read: Callable[[bytes], object]
+    least: int = 256
 
 
 # The service: JSON, zstd, protobuf, uploaded losses, checkpoint files
@@ -171,7 +174,8 @@ def json_response(body: bytes) -> None:
     for status in (200, 400):
         response = Response(status, {"content-type": "application/json"}, body)
         with contextlib.suppress(TinkexError):
-            raise_for_status(response)
+            if not response.is_success:
+                raise status_error(response)
             value = response.json()
             for read in (read_forward_backward, read_sample):
                 with contextlib.suppress(InvalidResponse):
@@ -343,6 +347,11 @@ FILES = [
         lambda n: b"a: " + b"1" * n + b"x",
         in_folder("a.yaml")(lambda at: read_yaml(at / "a.yaml")),
     ),
-    Reader("settings, YAML: open lists", lambda n: b"[" * n, in_folder("a.yaml")(lambda at: read_yaml(at / "a.yaml"))),
+    Reader(
+        "settings, YAML: open lists",
+        lambda n: b"[" * n,
+        in_folder("a.yaml")(lambda at: read_yaml(at / "a.yaml")),
+        least=2048,
+    ),
 ]
 READERS = [*SERVICE, *CLIENT, *FILES]
