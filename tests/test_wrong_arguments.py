@@ -115,6 +115,7 @@ ALIASES: Mapping[str, str] = {
 INTERNAL = (
     r"client\.(rest\.AsyncRestClient|sampling\.AsyncSamplingClient|training\.AsyncTrainingClient)$",  # made by clients
     r"\.(loss|loss_against|positions|selected|select_reference|target_tensor|check_sampled|invalid)$",  # of `compute`
+    r"\.(counted|tokens|token_losses|measured|clipped|clipped_losses|factors)$",  # of `compute` too
     r"\.(with_options|check_options)$",  # settings, which the constructors and specs check too
     r"\.next_weights$",  # part of `update` of a controller
     r"\.Pipeline\.evaluate$",  # part of `compute` of a pipeline
@@ -267,7 +268,7 @@ def test_the_public_callables_are_found() -> None:
         "client.training.AsyncTrainingClient.step",
         "losses.direct.execute",
         "losses.schedules.WarmUp",
-        "base_losses.likelihood.DPO.compute",
+        "base_losses.preference.DPO.compute",
         "types.datum.ModelInput.from_text",
         "telemetry.handlers.attach",
     }

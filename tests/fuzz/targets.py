@@ -1,10 +1,13 @@
 """The fuzz targets: everything that reads untrusted bytes. A target accepts any bytes; an exception is a defect."""
 
+import asyncio
 import contextlib
+import gzip
 import io
 import json
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,13 @@ from pydantic import ValidationError
 from tinkex_py.client.archive import extract
 from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError, TinkexError, UnsupportedFeature
 from tinkex_py.local import schemas, wire_format
+from tinkex_py.local.bodies import decompressed, parse_json
 from tinkex_py.local.core import Refused
-from tinkex_py.local.middleware import check_structure, decompressed
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
 from tinkex_py.transport import wire
+from tinkex_py.transport.bodies import BodyTooLarge, DecodingError, body_of
 from tinkex_py.transport.decoding import (
     Result,
     decode_forward_backward,
@@ -36,26 +40,28 @@ Target = Callable[[bytes], None]
 LIMIT = 1 << 20
 
 
+def room() -> wire_format.DenseRoom:
+    return wire_format.DenseRoom(columns=300, bytes=LIMIT)
+
+
 def pass_request(body: bytes) -> None:
     """Reads a forward or backward pass in protobuf, as the service does."""
     with contextlib.suppress(DecodeError, InvalidData, UnsupportedFeature):
-        wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(body).data)
+        wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(body).data, room())
 
 
 def json_request(body: bytes) -> None:
     """Reads JSON as the service does: its structure, then as every kind of request."""
-    with contextlib.suppress(Refused, ValueError):
-        text = body.decode()
-        check_structure(text)
-        value = json.loads(text)
+    with contextlib.suppress(Refused):
+        value = parse_json(body)
         for model in (schemas.PassInput, schemas.SampleBody, schemas.SearchBody, schemas.SaveWeightsBody):
             with contextlib.suppress(ValidationError, InvalidData, UnsupportedFeature):
                 read: Any = model.model_validate(value)
                 if isinstance(read, schemas.PassInput):
-                    wire_format.datums_from_json(read.data)
+                    wire_format.datums_from_json(read.data, room())
                 if isinstance(read, schemas.SampleBody):
                     wire_format.tokens_from_json("prompt", read.prompt)
-                    wire_format.ids_from_json("targets", read.target_prompt_logprobs)
+                    wire_format.ids_from_json("targets", read.target_prompt_logprobs, room())
 
 
 def zstd_body(body: bytes) -> None:
@@ -76,6 +82,17 @@ def sample_result(body: bytes) -> None:
     """Reads the result of a sample in protobuf, as the client does."""
     with contextlib.suppress(InvalidResponse):
         decode_sample(body)
+
+
+def compressed_response(body: bytes) -> None:
+    """Decompresses a response, as the client does."""
+
+    async def decompress() -> None:
+        for encoding in ("gzip", "deflate", "zstd", "zstd, gzip"):
+            with contextlib.suppress(BodyTooLarge, DecodingError):
+                assert len(await body_of(deque([body]), encoding, LIMIT)) <= LIMIT
+
+    asyncio.run(decompress())
 
 
 def json_response(body: bytes) -> None:
@@ -135,6 +152,7 @@ TARGETS: Mapping[str, Target] = {
         zstd_body,
         pass_result,
         sample_result,
+        compressed_response,
         json_response,
         checkpoint_archive,
         checkpoint_file,
@@ -196,6 +214,7 @@ def seeds() -> dict[str, list[bytes]]:
         "zstd_body": [zstandard.ZstdCompressor().compress(bytes(5000)), zstandard.ZstdCompressor().compress(b"{}")],
         "pass_result": [output.SerializeToString()],
         "sample_result": [sample.SerializeToString()],
+        "compressed_response": [gzip.compress(b"{}"), zstandard.ZstdCompressor().compress(bytes(5000))],
         "json_response": [json.dumps(response_json).encode(), b'{"detail": [{"loc": ["a"], "msg": "b"}], "code": "c"}'],
         "checkpoint_archive": [_tar("w"), _tar("w:gz")],
         "checkpoint_file": [tensors],

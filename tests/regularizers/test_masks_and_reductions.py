@@ -13,11 +13,14 @@ from tinkex_py.regularizers import L1, Entropy, SampledEntropy
 from tinkex_py.terms.reduction import Reduction
 
 REDUCTIONS = get_args(Reduction)
+LENGTH = 5.0  # of the reduction "constant"
 MASK = [1.0, 0.0, 1.0, 0.0, 2.0, 0.5, 0.0, 1.0]
 
 
 def by_hand(values, weights, reduction):
     """The definition, datum by datum. `values` and `weights`: one list per datum."""
+    if reduction == "constant":
+        return by_hand(values, weights, "seq-mean-token-sum") / LENGTH
     sums = [sum(w * v for w, v in zip(ws, vs, strict=True)) for ws, vs in zip(weights, values, strict=True)]
     sizes = [sum(ws) for ws in weights]
     if reduction == "sum":
@@ -32,6 +35,10 @@ def by_hand(values, weights, reduction):
     return sum(sums[index] / sizes[index] for index in counted) / len(counted)
 
 
+def of(reduction):
+    return {"reduction": reduction, "length": LENGTH if reduction == "constant" else None}
+
+
 def pieces(numbers, lengths):
     return [list(part) for part in torch.split(torch.as_tensor(numbers, dtype=torch.float64), list(lengths))]
 
@@ -41,7 +48,7 @@ def pieces(numbers, lengths):
 def test_reductions_equal_the_loop(reduction, mask):
     logprobs = random_logprobs(8)
     data = datums(weights=mask or [1.0] * 8)
-    term = L1(reduction=reduction, mask="weights" if mask else None)
+    term = L1(**of(reduction), mask="weights" if mask else None)
     value, gradient, metrics = evaluated(term, data, logprobs)
     weights = pieces(mask or [1.0] * 8, LENGTHS)
     expected = by_hand(pieces(logprobs.abs(), LENGTHS), weights, reduction)
@@ -59,9 +66,7 @@ def test_reductions_equal_the_loop(reduction, mask):
 def test_reductions_of_single_numbers_of_two_axes(reduction, per_candidate):
     logprobs = random_logprobs(8, 3)
     mask = torch.rand(8, 3, generator=torch.Generator().manual_seed(5)).round() if per_candidate else torch.tensor(MASK)
-    value, gradient, _ = evaluated(
-        L1(reduction=reduction, mask="weights"), datums(candidates=3, weights=mask), logprobs
-    )
+    value, gradient, _ = evaluated(L1(**of(reduction), mask="weights"), datums(candidates=3, weights=mask), logprobs)
     full = mask if per_candidate else mask[:, None].expand(8, 3)
     flat = [3 * length for length in LENGTHS]
     expected = by_hand(pieces(logprobs.abs().flatten(), flat), pieces(full.flatten(), flat), reduction)
@@ -75,7 +80,7 @@ def test_reductions_of_rows(reduction, per_candidate):
     logprobs = random_logprobs(8, 3)
     mask = torch.tensor(MASK)
     field = mask[:, None] * torch.tensor([0.0, 1.0, 0.0]) if per_candidate else mask
-    value, _, _ = evaluated(Entropy(reduction=reduction, mask="weights"), datums(candidates=3, weights=field), logprobs)
+    value, _, _ = evaluated(Entropy(**of(reduction), mask="weights"), datums(candidates=3, weights=field), logprobs)
     rows = [sum(math.exp(x) * x for x in row) for row in logprobs.tolist()]
     counts = [float(w > 0) if per_candidate else w for w in MASK]
     expected = by_hand(pieces(rows, LENGTHS), pieces(counts, LENGTHS), reduction)
@@ -86,7 +91,7 @@ def test_reductions_of_rows(reduction, per_candidate):
 def test_masked_positions_never_reach_the_loss(reduction):
     logprobs = random_logprobs(8)
     spoiled = logprobs.masked_fill(torch.tensor(MASK) == 0, -torch.inf)
-    term = L1(reduction=reduction, mask="weights")
+    term = L1(**of(reduction), mask="weights")
     value, gradient, _ = evaluated(term, datums(weights=MASK), spoiled)
     clean_value, clean_gradient, _ = evaluated(term, datums(weights=MASK), logprobs)
     assert value == clean_value
@@ -106,7 +111,7 @@ def test_packed_equals_the_loop_for_any_lengths(lengths, seed, reduction, data):
     total = sum(lengths)
     weights = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=total, max_size=total))
     logprobs = random_logprobs(total, seed=seed)
-    value, _, _ = evaluated(L1(reduction=reduction, mask="weights"), datums(lengths, weights=weights), logprobs)
+    value, _, _ = evaluated(L1(**of(reduction), mask="weights"), datums(lengths, weights=weights), logprobs)
     expected = by_hand(pieces(logprobs.abs(), lengths), pieces(torch.tensor(weights), lengths), reduction)
     assert value.item() == pytest.approx(float(expected), rel=1e-12, abs=1e-15)
 
@@ -115,7 +120,7 @@ def test_packed_equals_the_loop_for_any_lengths(lengths, seed, reduction, data):
 def test_the_order_of_datums_does_not_matter(reduction):
     logprobs, order = random_logprobs(8), [2, 0, 1]
     data, parts = datums(weights=MASK), torch.split(logprobs, list(LENGTHS))
-    term = SampledEntropy(reduction=reduction, mask="weights")
+    term = SampledEntropy(**of(reduction), mask="weights")
     value, gradient, _ = evaluated(term, data, logprobs)
     moved, moved_gradient, _ = evaluated(term, [data[i] for i in order], torch.cat([parts[i] for i in order]))
     assert moved.item() == pytest.approx(value.item(), rel=1e-12)
@@ -126,8 +131,8 @@ def test_the_order_of_datums_does_not_matter(reduction):
 def test_without_datums_the_tensor_is_one_sequence():
     x = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     for reduction in REDUCTIONS:
-        expected = 10.0 if reduction.endswith("sum") else 2.5
-        assert evaluated(L1(reduction=reduction), [], x)[0].item() == expected
+        expected = 10.0 / LENGTH if reduction == "constant" else 10.0 if reduction.endswith("sum") else 2.5
+        assert evaluated(L1(**of(reduction)), [], x)[0].item() == expected
 
 
 def test_data_that_are_no_datums_are_refused():

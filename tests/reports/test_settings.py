@@ -340,7 +340,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("batches", [[DATUM], None], "batch 1 must be a sequence of Datum, got a NoneType"),
     ("batches", lambda: iter(()), r"called as batches\(0\): too many positional arguments"),
     ("pipeline", None, "pipeline must be a Pipeline or a base loss, got a NoneType"),
-    ("pipeline", "cross_entropy", "pipeline must be a Pipeline or a base loss, got a str"),
+    ("pipeline", "cross_entrpy", "pipeline: no base loss is named 'cross_entrpy' .did you mean 'cross_entropy'"),
     ("pipeline", [NLL()], "pipeline must be a Pipeline or a base loss, got a list"),
     ("pipeline", NLL, r"pipeline .* pass an instance, NLL\(\)"),
     ("pipeline", lambda logprobs: logprobs.sum(), r"pipeline .* must accept the arguments \(data, logprobs\)"),

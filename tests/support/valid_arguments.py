@@ -31,6 +31,7 @@ from tinkex_py import (
     SamplingParams,
     WeightController,
 )
+from tinkex_py.base_losses import PPO
 from tinkex_py.demo import DemoOptions
 from tinkex_py.integrations import trackers
 from tinkex_py.local import LocalOptions, LocalService
@@ -44,6 +45,17 @@ STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, loss
 STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
 FIELD = np.full(3, -1.0, np.float32)
 DATUM = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
+LABELLED = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, label=[1.0])
+CANDIDATES = Datum(
+    model_input=ModelInput.from_ints([1]),
+    loss_fn_inputs={"target_tokens": [[3, 4]], "weights": [[1.0, 0.0]], "logprobs": [[-1.0, -2.0]]},
+)
+SAMPLED = Datum(model_input=ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3]})
+SCORED = Datum(
+    model_input=ModelInput.from_ints([1, 2]),
+    loss_fn_inputs={"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "teacher_logprobs": [-1.0, -2.0]},
+)
+PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -126,7 +138,11 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
         "Pipeline.load_state_dict.state": {"controllers": {}},
         "WeightController.load_state_dict.state": {"weights": {}},
+        "AdaptiveEntropy.load_state_dict.state": {"weights": {}, "coefficients": {}},
         "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},
+        "DWA.load_state_dict.state": controllers.DWA().state_dict(),
+        "FAMO.load_state_dict.state": controllers.FAMO().state_dict(),
+        "UncertaintyWeighting.load_state_dict.state": controllers.UncertaintyWeighting().state_dict(),
         "Linear.end": 0.5,
         "status": "finished",
         "Problem.status": 422,
@@ -161,6 +177,16 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "created_at": 1,
         "stop_reason": "stop",
         "wire": "json",
+        "beta": 0.1,
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 1.2,
+        "groups": 1,
+        "OffPolicyMask.limit": 0.1,
+        "policy": PPO(),
+        "rewards": [1.0],
+        "statistic": "product",
+        "target": 1.0,
+        "overlong_penalty.tokens": 1,
         "weight": 1.0,
         "RegularizerOutput.weight": 1.0,
         "total_bytes": None,
@@ -169,11 +195,22 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "QueueState.state": "active",
         "OptimizerParams.type": "dimuon",
         "learning_rate": 1e-4,
-        "DPO.compute.data": [DATUM, DATUM],
+        **{f"{name}.compute.data": [DATUM, DATUM] for name in PAIR_TERMS},
+        "KTO.compute.data": [LABELLED],
+        **{f"{name}.compute.data": [CANDIDATES] for name in ("Choice", "Distillation")},
+        **{f"{name}.compute.logprobs": torch.full((1, 2), -1.0) for name in ("Choice", "Distillation")},
+        "candidates_datum.prompt": [1, 2],
+        "candidate_ids": [3, 4],
+        "target_probs": [1.0, 0.0],
+        "teacher": clients.sampling,
+        "teacher_datums.data": [SAMPLED],
+        "with_teacher_logprobs.data": [SAMPLED],
+        "with_teacher_advantages.data": [SCORED],
+        "with_role_masks.data": [DATUM, DATUM],
         "batches": lambda start: [[DATUM]] * 2,
         "write_run.run": RUN,
         "StepRecord.tokens": 3,
-        "DPO.compute.logprobs": torch.full((6,), -1.0),
+        **{f"{name}.compute.logprobs": torch.full((6,), -1.0) for name in PAIR_TERMS},
         "charts": (),
         "differing_settings": {},
         "folders": [run_folder],
@@ -210,13 +247,20 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
 
 
 _REFERENCE = {"reference": torch.zeros(3)}
+_REFERENCE_FIELD = {"reference_field": "logprobs"}
 EXTRA: Mapping[str, Mapping[str, Any]] = {
     "config.TinkexConfig": {"api_key": "tml-x"},
     "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
     "preference_datums": {"prompt": "x"},
     "export_adapter": {"overwrite": True},
     "replay": {"pipeline": Pipeline(nll)},
-    "likelihood.DPO": {"reference_field": "logprobs"},
+    "preference.DPO": _REFERENCE_FIELD,
+    "preference.DPOP": _REFERENCE_FIELD,
+    "preference.Hinge": _REFERENCE_FIELD,
+    "preference.IPO": _REFERENCE_FIELD,
+    "distillation.Distillation": _REFERENCE_FIELD,
+    "unpaired.KTO": {**_REFERENCE_FIELD, "reference_point": 0.0},
+    "correction.Rejection": {"high": 2.0},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,
     "sampled.SampledKL": _REFERENCE,
@@ -255,6 +299,7 @@ def instances(clients: Clients, folder: Path) -> dict[type, Callable[[], Any]]:
         LocalService: lambda: clients.embedded,
         Pipeline: lambda: Pipeline(nll),
         controllers.GradNormBalance: controllers.GradNormBalance,
+        controllers.AdaptiveEntropy: lambda: controllers.AdaptiveEntropy(target=1.0),
         WeightController: controller_with_weight,
         schedules.Constant: lambda: schedules.Constant(1.0),
         schedules.Linear: lambda: schedules.Linear(1.0, 0.0, 3),

@@ -158,21 +158,17 @@ class SurrogateChoice:
     certified: dict[str, Certificate] = field(default_factory=dict[str, Certificate])
     _warned: bool = False
 
-    def for_step(self, option: SurrogateOption, data: Sequence[Datum], model: str) -> Surrogate | None:
+    def for_step(self, option: SurrogateOption, model: str) -> Surrogate | None:
         """Returns the surrogate of a step, or None if its forward pass has to determine it.
 
         Args:
             option: the option of the step.
-            data: its datums.
             model: key of the model.
 
         Raises:
-            UnsupportedFeature: the service has none for these datums.
+            UnsupportedFeature: the service has none.
         """
-        surrogate = self._of_model(model) if option == "auto" else SURROGATES[option]
-        if surrogate is not None and surrogate.loss_fn == "importance_sampling":
-            self._check_targets(data)
-        return surrogate
+        return self._of_model(model) if option == "auto" else SURROGATES[option]
 
     def _of_model(self, model: str) -> Surrogate | None:
         certificate = self.certified.get(model)
@@ -271,16 +267,6 @@ class SurrogateChoice:
             f"pass was sent. {_WAY_OUT}"
         )
 
-    def _check_targets(self, data: Sequence[Datum]) -> None:
-        for index, datum in enumerate(data):
-            shape = datum.loss_fn_inputs["target_tokens"].shape
-            if len(shape) != 1:
-                raise UnsupportedFeature(
-                    f"{self.host} does not support the gradients of custom losses for targets with candidates: "
-                    f"target_tokens of datum {index} have shape {shape}, but importance_sampling, which carries the "
-                    "gradient there, takes targets of shape [T]; nothing was sent for these datums"
-                )
-
     def _keep(self, surrogate: Surrogate, explanation: str) -> Surrogate:
         if self.known is None:
             self._report(surrogate, explanation)
@@ -339,7 +325,8 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str
         host: the service, for messages.
 
     Raises:
-        InvalidResponse: they do not have the shapes of the targets, or are not finite.
+        InvalidResponse: they do not have the shapes of the targets, or are NaN or infinitely large. Negative infinity
+            is a probability of 0, which a term may mask.
     """
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
@@ -353,16 +340,15 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str
         raise InvalidResponse(
             f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
         )
-    if not np.isfinite(values).all():
-        raise _not_finite(packed, host)
+    if not np.isfinite(values).all() and (places := np.flatnonzero(np.isnan(values) | (values == np.inf))).size:
+        raise _not_a_logprob(packed, places, host)
     return packed
 
 
-def _not_finite(logprobs: PackedTensor, host: str) -> InvalidResponse:
-    places = np.flatnonzero(~np.isfinite(logprobs.values))
+def _not_a_logprob(logprobs: PackedTensor, places: Array, host: str) -> InvalidResponse:
     index = int((logprobs.offsets <= places[0]).sum()) - 1
     return InvalidResponse(
-        f"the service at {host} returned {places.size} logprobs that are NaN or infinite, the first one in datum "
+        f"the service at {host} returned {places.size} logprobs that are NaN or +inf, the first one in datum "
         f"{index}. No term evaluated them, and no backward pass was sent. If the weights diverged, create a new client "
         "from an earlier checkpoint and lower the learning rate"
     )

@@ -147,7 +147,7 @@ class AsyncTrainingClient:
     async def forward_backward_custom(
         self,
         data: Sequence[Datum],
-        base_loss: "Term | Pipeline",
+        base_loss: "Term | Pipeline | str",
         *,
         regularizers: "Sequence[RegularizerSpec]" = (),
         **options: Unpack[CustomStepOptions],
@@ -160,7 +160,8 @@ class AsyncTrainingClient:
 
         Args:
             data: the datums, each with `target_tokens` of `[T]` or `[T, K]`.
-            base_loss: a term, or a ready Pipeline, which excludes regularizers and options of a pipeline.
+            base_loss: a term, the name of a ready-made one such as "ppo", or a ready Pipeline, which excludes
+                regularizers and options of a pipeline.
             regularizers: specs with unique names.
             options: see `CustomStepOptions` and `PipelineOptions`.
 

@@ -1,4 +1,4 @@
-"""Weight controllers: hold a KL at a target, hold a gradient ratio, balance gradient norms."""
+"""Weight controllers: hold a KL or an entropy at a target, hold a gradient ratio, balance gradient norms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.balancing import DWA as DWA, FAMO as FAMO, UncertaintyWeighting as UncertaintyWeighting
 from tinkex_py.losses.checks import checked_number, checked_numbers
+from tinkex_py.losses.output import value_over_calls
 from tinkex_py.losses.weights import WeightController
 
 if TYPE_CHECKING:
@@ -49,6 +51,58 @@ class AdaptiveKL(WeightController):
     def _factor(self, value: float) -> float:
         error = min(max(value / self.target - 1.0, -0.2), 0.2)
         return 1.0 + error / self.horizon
+
+
+class AdaptiveEntropy(WeightController):
+    """Raises an entropy bonus while the entropy is below a target, and applies none above it.
+
+    Update once per optimizer step, where H is the entropy that the step's calls measured:
+
+        coefficient <- min(maximum, coefficient + delta) if H <= target, else max(0, coefficient - delta)
+        weight <- coefficient if H <= target, else 0
+
+    The regularizer must report `entropy` with a mean over tokens, such as `SampledEntropy(reduction="token-mean")`. H
+    is the mean over all tokens of the calls.
+
+    Source: Skywork, "Skywork Open Reasoner 1"; `use_adaptive_entropy` in TRL.
+
+    Args:
+        target: entropy in nats below which the bonus acts.
+        delta: change of the coefficient per optimizer step, > 0; 0.005 in TRL, 1e-4 in Skywork's scripts.
+        initial: first coefficient.
+        maximum: largest coefficient.
+    """
+
+    def __init__(self, *, target: float, delta: float = 0.005, initial: float = 0.0, maximum: float = 1.0) -> None:
+        super().__init__(initial=initial, maximum=maximum)
+        self.target = checked_number("AdaptiveEntropy", "target", target, above=0.0)
+        self.delta = checked_number("AdaptiveEntropy", "delta", delta, above=0.0)
+        self._coefficients: dict[str, float] = {}
+
+    def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
+        """Implements `WeightController.next_weights`."""
+        moved: dict[str, float] = {}
+        for name in weights:
+            is_low = _entropy(name, outputs) <= self.target
+            before = self._coefficients.get(name, self.initial)
+            after = min(self.maximum, before + self.delta) if is_low else max(0.0, before - self.delta)
+            self._coefficients[name] = after
+            moved[name] = after if is_low else 0.0
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the controller, as plain JSON values."""
+        return {**super().state_dict(), "coefficients": dict(self._coefficients)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state that `state_dict` returned.
+
+        Raises:
+            InvalidSpec: the state belongs to another class of controller.
+        """
+        coefficients = checked_numbers("AdaptiveEntropy", state, "coefficients")
+        super().load_state_dict(state)
+        self._coefficients = coefficients
 
 
 class TargetGradientRatio(WeightController):
@@ -139,7 +193,7 @@ class GradNormBalance(WeightController):
 
     def next_weights(self, weights: Mapping[str, float], outputs: "Sequence[CustomLossOutput]") -> Mapping[str, float]:
         """Implements `WeightController.next_weights`."""
-        base_value = fmean(output.base_loss.value for output in outputs)
+        base_value = value_over_calls([output.base_loss for output in outputs])
         base_norm = _mean_base_norm(outputs)
         values = {name: _mean_value(name, outputs) for name in weights}
         norms = {name: weight * _mean_norm(name, outputs) for name, weight in weights.items()}
@@ -182,7 +236,19 @@ class GradNormBalance(WeightController):
 
 
 def _mean_value(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
-    return fmean(output.regularizers[name].value for output in outputs if name in output.regularizers)
+    return value_over_calls([output.regularizers[name] for output in outputs if name in output.regularizers])
+
+
+def _entropy(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
+    """Returns the entropy that a regularizer reported, as the mean over the tokens of all calls."""
+    metrics = [output.regularizers[name].custom_metrics for output in outputs if name in output.regularizers]
+    if not all("entropy" in own and "tokens" in own for own in metrics):
+        raise InvalidSpec(
+            f"AdaptiveEntropy: the regularizer {name!r} must report the metrics 'entropy' and 'tokens', as "
+            "SampledEntropy does"
+        )
+    tokens = math.fsum(own["tokens"] for own in metrics)
+    return math.fsum(own["entropy"] * own["tokens"] for own in metrics) / (tokens or 1.0)
 
 
 def _mean_norm(name: str, outputs: "Sequence[CustomLossOutput]") -> float:

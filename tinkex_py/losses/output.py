@@ -1,6 +1,8 @@
 """Outputs of a custom loss. Every output round-trips through JSON."""
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,6 +11,9 @@ from tinkex_py.types import ForwardBackwardOutput
 
 BASE_LOSS_NAME = "base_loss"
 """Term name of the base loss."""
+
+TOTAL_METRIC = "total_of_step"
+"""Metric of a mean that divides by the total of an optimizer step, so that its values over the calls add up."""
 
 MetricValue = bool | int | float
 
@@ -80,6 +85,16 @@ class GradientDiagnosis(LossReport):
     conflicts: bool | None = None
 
 
+def value_over_calls(outputs: "Sequence[BaseLossOutput | RegularizerOutput]") -> float:
+    """Returns the value of a term over the calls of one optimizer step.
+
+    The values of a mean that divides by the total of the step add up; all others are averaged.
+    """
+    values = [output.value for output in outputs]
+    metrics = [output.metrics if isinstance(output, BaseLossOutput) else output.custom_metrics for output in outputs]
+    return math.fsum(values) if all(TOTAL_METRIC in own for own in metrics) else fmean(values)
+
+
 class CustomLossOutput(LossReport):
     """Output of a composed loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`.
 
@@ -90,6 +105,8 @@ class CustomLossOutput(LossReport):
         regularizer_total: sum of all contributions.
         total_grad_norm: L2 norm of the total gradient (not the sum of norms); None unless norms are tracked.
         diagnosis: alignment of the gradients by term, "base_loss" first; empty unless norms are tracked.
+        coefficients: factor of each term's unweighted gradient in the gradient that is sent; empty with
+            `combine="sum"`, where it is the weight times `clip_scale`.
         skipped: name -> class of the error, for failed terms with `on_error="skip"`.
         abandoned_threads: number of worker threads that still run after the timeout of their term.
         service_output: result of the backward pass on the service; None when computed offline.
@@ -104,6 +121,7 @@ class CustomLossOutput(LossReport):
     regularizer_total: float = 0.0
     total_grad_norm: float | None = None
     diagnosis: dict[str, GradientDiagnosis] = Field(default_factory=dict)
+    coefficients: dict[str, float] = Field(default_factory=dict)
     skipped: dict[str, str] = Field(default_factory=dict)
     abandoned_threads: int = 0
     service_output: ForwardBackwardOutput | None = None

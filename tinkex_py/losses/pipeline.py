@@ -1,6 +1,7 @@
 """Composes a training loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`."""
 
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -11,8 +12,9 @@ from tinkex_py.arguments import check_list, shown
 from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.html_table import html_table
 from tinkex_py.limits import running_loop
+from tinkex_py.losses.combiners import check_terms
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
-from tinkex_py.losses.gradients import Combined, WeightedGradient, summed, without_conflicts
+from tinkex_py.losses.gradients import Combined, WeightedGradient, balanced, summed, without_conflicts
 from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs, checked_data
 from tinkex_py.losses.options import DEFAULTS, Combine, PipelineOptions, checked_options, shows_options
@@ -45,11 +47,12 @@ class Pipeline:
 
     Args:
         base_loss: a term: `(data, logprobs)` -> loss or `(loss, metrics)`; a sync or async function, or an object.
+            Or the name of a ready-made base loss with its defaults, such as "ppo".
         regularizers: specs with unique names.
         **options: see `PipelineOptions`. Each option is also an attribute of the pipeline.
 
     Raises:
-        InvalidBaseLoss: the base loss cannot be called.
+        InvalidBaseLoss: the base loss cannot be called, or has an unknown name.
         InvalidSpec: an element of `regularizers` is not a RegularizerSpec.
         DuplicateRegularizerNames: two enabled or disabled specs have the same name.
         PipelineError: an option is out of range.
@@ -58,8 +61,10 @@ class Pipeline:
 
     @shows_options(PipelineOptions, DEFAULTS)
     def __init__(
-        self, base_loss: Term, regularizers: Sequence[RegularizerSpec] = (), **options: Unpack[PipelineOptions]
+        self, base_loss: Term | str, regularizers: Sequence[RegularizerSpec] = (), **options: Unpack[PipelineOptions]
     ) -> None:
+        if isinstance(base_loss, str):
+            base_loss = _named(base_loss)
         problem = why_not_a_term(base_loss, {})
         if problem is not None:
             raise InvalidBaseLoss(f"base_loss: {problem}")
@@ -73,6 +78,8 @@ class Pipeline:
         self.max_concurrency: int = checked["max_concurrency"]
         self.max_threads: int | None = checked["max_threads"]
         self.combine: Combine = checked["combine"]
+        if self.combine not in ("sum", "pcgrad"):
+            check_terms(self.combine, 1 + sum(spec.enabled for spec in self._regularizers))
         self._own_workers: WorkerPool | None = None
         self._warned: set[str] = set()
 
@@ -309,9 +316,11 @@ class Pipeline:
 
         def combine() -> Combined:
             run.logprobs.check_unchanged()
+            if self.combine == "sum":
+                return summed(parts, buffer, diagnose=run.track_grad_norms)
             if self.combine == "pcgrad":
                 return without_conflicts(parts, buffer, step=step)
-            return summed(parts, buffer, diagnose=run.track_grad_norms)
+            return balanced(parts, buffer, self.combine)
 
         return combine() if buffer.numel() <= SMALL_LOGPROBS else await run.workers.compute("sum", combine)
 
@@ -327,3 +336,8 @@ class Pipeline:
         if self._own_workers is None:
             self._own_workers = WorkerPool(self.max_threads)
         return self._own_workers
+
+
+def _named(name: str) -> Term:
+    """Returns a ready-made base loss; they are in a package above this one, which is loaded only for a name."""
+    return importlib.import_module("tinkex_py.base_losses.named").base_loss_named(name)

@@ -1,20 +1,22 @@
 """Terms on structure: agreement with a paired field, and orthogonality."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 import torch
 
 from tinkex_py.errors import InvalidData
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import TermResult
-from tinkex_py.regularizers.distributions import Over, distributions, symmetric_kl_parts
 from tinkex_py.regularizers.norms import NormTerm
+from tinkex_py.terms.distributions import Over, distributions, symmetric_kl_parts
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
 from tinkex_py.terms.ready_made import NonEmptyStr
-from tinkex_py.terms.reduction import ReducedTerm, Reduction
+from tinkex_py.terms.reduction import Positions, ReducedTerm, Reduction
 from tinkex_py.types import Datum
+from tinkex_py.types.datum import target_shape
 
 _eigenvalues = cast("Callable[[torch.Tensor], torch.Tensor]", torch.linalg.eigvalsh)  # pyright: ignore
 
@@ -70,6 +72,18 @@ class Consistency(ReducedTerm):
         difference = positions.select(logprobs) - positions.select(pair)
         return positions.reduce(difference.square() if self.metric == "mse" else difference.abs(), self.reduction)
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects the numbers, vectors or distributions that a mean counts."""
+        if self.metric == "kl":
+            return distributions(self, self.over, data, logprobs)
+        return self.positions(data, logprobs, by_row=self.metric == "cosine" and logprobs.ndim > 1)
+
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
+        """The vectors of `[T]` are one per datum, so that every mean is one over datums."""
+        is_vector = self.metric == "cosine" and bool(data) and len(target_shape(data[0], 0)) == 1
+        by_datum = is_vector and self.reduction != "sum"
+        return super(Consistency, replace(self, reduction="seq-mean-token-mean") if by_datum else self)._total_of(data)
+
     def _cosine(self, data: Sequence[Datum], logprobs: torch.Tensor, pair: torch.Tensor) -> TermResult:
         if logprobs.ndim > 1:
             positions = self.positions(data, logprobs, by_row=True)
@@ -78,7 +92,7 @@ class Consistency(ReducedTerm):
         positions = self.positions(data, logprobs, by_datum=True)
         x, y = positions.select(logprobs), positions.select(pair)
         products = [positions.sums(positions.weighted(product)) for product in (x * y, x * x, y * y)]
-        return _over_datums(_cosine_distance(*products), positions.sizes(x), self.reduction)
+        return _over_datums(_cosine_distance(*products), positions.sizes(x), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +136,11 @@ class Orthogonality(NormTerm):
     axis: Literal["rows", "columns"] = "rows"
     normalize: bool | None = None
 
+    @property
+    def coupling(self) -> str | None:
+        """The vectors of all datums are compared with each other."""
+        return "the vectors of all datums are compared with each other"
+
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metric is the number of vectors."""
         target = self.target_tensor(data, logprobs)
@@ -144,13 +163,13 @@ def _cosine_distance(product: torch.Tensor, square_x: torch.Tensor, square_y: to
     return 1.0 - product * torch.where(defined, scale, 1.0).rsqrt() * defined
 
 
-def _over_datums(
-    values: torch.Tensor, sizes: torch.Tensor, reduction: Reduction
-) -> tuple[torch.Tensor, dict[str, float]]:
+def _over_datums(values: torch.Tensor, sizes: torch.Tensor, term: ReducedTerm) -> tuple[torch.Tensor, dict[str, float]]:
     counted = sizes > 0
-    sequences = float(counted.sum().item())
-    total = (values * counted).sum()
-    return (total if reduction == "sum" else total / max(1.0, sequences)), {"sequences": sequences}
+    metrics = {"sequences": float(counted.sum().item())}
+    if term.total is not None:
+        metrics[TOTAL_METRIC] = term.total
+    added = (values * counted).sum()
+    return (added if term.reduction == "sum" else added / (term.total or metrics["sequences"] or 1.0)), metrics
 
 
 def _normalized(vectors: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ import torch
 
 from tinkex_py.losses.gradients import loss_and_metrics
 from tinkex_py.losses.logprobs import split
+from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import PerDatum, Term, TermResult, is_async_term, term_function, why_not_a_term
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
-from tinkex_py.terms.ready_made import NonEmptyStr, NonNegative, ReadyMadeTerm
+from tinkex_py.terms.ready_made import ADDED, NonEmptyStr, NonNegative, Positive, ReadyMadeTerm
 from tinkex_py.terms.reduction import Positions
 from tinkex_py.types import Datum
 from tinkex_py.values import Integer
@@ -45,6 +46,7 @@ class GradientPenalty(ReadyMadeTerm):
         reference_field: for "interpolated": a `loss_fn_inputs` field of every datum, in the shape of its logprobs.
         reduction: "mean" or "sum" over datums.
         seed: for "interpolated": makes the draw reproducible; None draws from torch's global generator.
+        total: the number of datums that the mean divides by, if they are sent in several calls.
     """
 
     name: NonEmptyStr = "gradient_penalty"
@@ -54,6 +56,7 @@ class GradientPenalty(ReadyMadeTerm):
     reference_field: NonEmptyStr | None = None
     reduction: Literal["mean", "sum"] = "mean"
     seed: Integer | None = None
+    total: Positive | None = field(default=None, metadata=ADDED)
 
     def check(self) -> None:
         """Raises InvalidSpec if `fn` is not usable, or if `mode` and `reference_field` contradict each other."""
@@ -67,6 +70,20 @@ class GradientPenalty(ReadyMadeTerm):
                 f"mode='interpolated' needs a reference_field, and mode='output' has none, got mode={self.mode!r} and "
                 f"reference_field={self.reference_field!r}"
             )
+        if self.total is not None and (self.reduction == "sum" or self.coupling is not None):
+            raise self.invalid(f"total is for parts of a larger mean, but {self.coupling or 'reduction is sum'}")
+
+    @property
+    def coupling(self) -> str | None:
+        """The gradient of a mean depends on the number of datums."""
+        reduction = getattr(self.fn, "reduction", "sum")
+        own = self.fn.coupling if isinstance(self.fn, ReadyMadeTerm) else None
+        return (
+            own if reduction == "sum" else f"the gradient of a term with reduction={reduction!r} depends on all datums"
+        )
+
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
+        return None if self.reduction == "sum" else float(len(data))
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the mean norm of the gradients and the number of datums."""
@@ -76,8 +93,9 @@ class GradientPenalty(ReadyMadeTerm):
             gradient = self._gradient(data, point if point.requires_grad else point.detach().requires_grad_())
         norms = safe_sqrt(positions.sums(positions.select(gradient).square()))
         penalties = (norms - self.target_norm).square()
-        loss = penalties.mean() if self.reduction == "mean" else penalties.sum()
-        return loss, {"gradient_norm": norms.detach().mean(), "sequences": float(norms.numel())}
+        loss = penalties.sum() / (1.0 if self.reduction == "sum" else self.total or float(norms.numel()))
+        metrics = {"gradient_norm": norms.detach().mean(), "sequences": float(norms.numel())}
+        return loss, metrics if self.total is None else {**metrics, TOTAL_METRIC: self.total}
 
     def _between(self, data: Sequence[Datum], logprobs: torch.Tensor, positions: Positions) -> torch.Tensor:
         reference = aligned_field(data, cast("str", self.reference_field), logprobs)

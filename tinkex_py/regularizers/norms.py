@@ -27,6 +27,10 @@ class NormTerm(ReducedTerm):
             return logprobs
         return aligned_field(data, self.target, logprobs, per_position=True)
 
+    def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
+        """Selects the numbers that a mean counts."""
+        return self.positions(data, self.target_tensor(data, logprobs))
+
     def selected(
         self, data: Sequence[Datum], logprobs: torch.Tensor, *, by_row: bool = False
     ) -> tuple[Positions, torch.Tensor]:
@@ -95,11 +99,16 @@ class L2(NormTerm):
     center: Number | NonEmptyStr | None = None
     clip: Positive | None = None
 
+    @property
+    def coupling(self) -> str | None:
+        """The mean as a center is that of all datums."""
+        return "center='mean' is the mean of all datums" if self.center == "mean" else None
+
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         positions, values = self.selected(data, logprobs)
         if self.center == "mean":
-            values = values - positions.reduce(values, "mean")[0]
+            values = values - positions.mean(values)
         elif isinstance(self.center, str):
             center = aligned_field(data, self.center, self.target_tensor(data, logprobs))
             values = values - positions.select(center)

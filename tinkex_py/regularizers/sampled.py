@@ -1,16 +1,17 @@
 """Estimators of KL divergence and entropy from the logprobs of sampled tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.regularizers.distributions import Mode
-from tinkex_py.terms.numerics import safe_expm1, with_gradient_of
-from tinkex_py.terms.ready_made import NonEmptyStr
-from tinkex_py.terms.reduction import ReducedTerm
+from tinkex_py.terms.fields import aligned_field
+from tinkex_py.terms.numerics import safe_exp, safe_expm1, with_gradient_of
+from tinkex_py.terms.ready_made import ADDED, NonEmptyStr
+from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
@@ -44,7 +45,8 @@ class SampledKL(ReferenceTerm):
     prefix; the influence of a token on later positions is not included. In k3, `exp` continues as its tangent for
     `-d > 20`, so that nothing overflows.
 
-    Source: J. Schulman, "Approximating KL Divergence"; `kl_penalty` of the library verl.
+    Source: J. Schulman, "Approximating KL Divergence"; `kl_penalty` of the library verl; with `sampler_field`, the
+    unbiased estimate of DeepSeek-AI, "DeepSeek-V3.2" (equation 7).
 
     Args:
         name: default name of the regularizer.
@@ -56,23 +58,42 @@ class SampledKL(ReferenceTerm):
         reference_field: a `loss_fn_inputs` field of every datum, `[T]`. Exactly one of `reference` and
             `reference_field` is required.
         estimator: one of the table.
+        sampler_field: the field with the sampler's logprobs, for tokens that another policy sampled. With
+            `r = p / p_sampler`, the value is then `r` times the estimate, and the gradient of k3 and of every `+` is
+            `r * d`: unbiased again. k2 and abs are refused.
     """
 
     name: NonEmptyStr = "sampled_kl"
     estimator: Estimator = "k3+"
+    sampler_field: NonEmptyStr | None = field(default=None, metadata=ADDED)
+
+    def check(self) -> None:
+        """Raises InvalidSpec if the estimator has a biased gradient under the ratio to the sampler."""
+        super().check()
+        if self.sampler_field is not None and self.estimator in ("k2", "abs"):
+            raise self.invalid(
+                f"estimator={self.estimator!r} times the ratio to the sampler has the gradient of no divergence: use "
+                f"'{self.estimator}+', 'k1' or 'k3' with sampler_field"
+            )
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         self.check_sampled(data, logprobs, "use KLDivergence")
         positions = self.positions(data, logprobs)
-        difference = positions.select(logprobs) - self._select_reference(positions, reference, data)
-        return positions.reduce(self._estimates(difference), self.reduction)
+        selected = positions.select(logprobs)
+        difference = selected - self._select_reference(positions, reference, data)
+        ratio = _ratio(positions, selected, data, logprobs, self.sampler_field)
+        return positions.reduce(self._estimates(difference, ratio), self.reduction)
 
-    def _estimates(self, difference: torch.Tensor) -> torch.Tensor:
+    def _estimates(self, difference: torch.Tensor, ratio: torch.Tensor | None) -> torch.Tensor:
         kind = self.estimator.removesuffix("+")
-        if kind == self.estimator or kind == "k2":
-            return _estimate(kind, difference)
-        return with_gradient_of(_estimate(kind, difference.detach()), _estimate("k2", difference))
+        if kind == self.estimator or (kind == "k2" and ratio is None):
+            own = _estimate(kind, difference)
+            return own if ratio is None else ratio * own
+        value, gradient = _estimate(kind, difference.detach()), _estimate("k2", difference)
+        if ratio is not None:
+            value, gradient = ratio * value, ratio.detach() * gradient
+        return with_gradient_of(value, gradient)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,19 +119,34 @@ class SampledEntropy(ReducedTerm):
         mask: a `loss_fn_inputs` field of every datum, `[T]`; 0 excludes a position, such as those of the prompt.
             Default: `weights`, if the datums have it; None: no mask.
         mode: "maximize" or "minimize" the entropy.
+        sampler_field: the field with the sampler's logprobs, for tokens that another policy sampled. With
+            `r = p / p_sampler`, the value is then `r * log p`, and the gradient `r * (log p + 1)`.
     """
 
     name: NonEmptyStr = "sampled_entropy"
     mode: Mode = "maximize"
+    sampler_field: NonEmptyStr | None = field(default=None, metadata=ADDED)
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the estimated entropy and the denominators."""
         self.check_sampled(data, logprobs, "use Entropy")
         positions = self.positions(data, logprobs)
         values = positions.select(logprobs)
-        surrogate = with_gradient_of(values, 0.5 * values.square())
+        ratio = _ratio(positions, values, data, logprobs, self.sampler_field)
+        surrogate = with_gradient_of(values, 0.5 * values.square()) if ratio is None else ratio * values
         negative, metrics = positions.reduce(surrogate, self.reduction)
-        return (negative if self.mode == "maximize" else -negative), {"entropy": -negative.detach(), **metrics}
+        entropy = -positions.measured(negative, metrics, self.reduction)
+        return (negative if self.mode == "maximize" else -negative), {"entropy": entropy, **metrics}
+
+
+def _ratio(
+    positions: Positions, selected: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor, field_name: str | None
+) -> torch.Tensor | None:
+    """Returns the ratio of model and sampler, with its gradient; None without a field of the sampler's logprobs."""
+    if field_name is None:
+        return None
+    sampler = aligned_field(data, field_name, logprobs)
+    return safe_exp(selected - positions.select_logprobs(sampler, data, f"the field {field_name!r}"))
 
 
 def _estimate(kind: str, difference: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from tinkex_py.arguments import as_number, plain
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
-from tinkex_py.errors import ConfigError
+from tinkex_py.errors import ConfigError, InvalidBaseLoss
 from tinkex_py.runs.batches import check_batch
 from tinkex_py.runs.plan import Evaluation, Model, StepSettings
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
@@ -42,16 +42,21 @@ def check_arguments(service: object, model: object, batches: object, stop: objec
 
 
 def checked_pipeline(given: object) -> "Pipeline":
-    """Returns a pipeline; a term becomes its base loss.
+    """Returns a pipeline; a term, or the name of one, becomes its base loss.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of these, or no base loss has this name.
     """
     from tinkex_py.losses import Pipeline
     from tinkex_py.losses.spec import Term, why_not_a_term
 
     if isinstance(given, Pipeline):
         return given
+    if isinstance(given, str):
+        try:
+            return Pipeline(given)
+        except InvalidBaseLoss as error:
+            raise ConfigError(f"pipeline: {str(error).removeprefix('base_loss: ')}") from error
     problem = why_not_a_term(given, {})
     if problem is not None:
         raise ConfigError(f"pipeline must be a Pipeline or a base loss, got {_kind(given)}: {problem}")

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import PydanticCustomError
 
 from tinkex_py.arguments import as_number, check_path
 from tinkex_py.errors import ConfigError, did_you_mean
+from tinkex_py.losses.options import Combine
 from tinkex_py.runs.settings import Count, Times, TrainSettings
 from tinkex_py.runs.yaml_file import read_yaml, with_overrides
 from tinkex_py.types import AdamParams
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from tinkex_py.runs.plan import Optimizer
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
-_CONTROLLERS = ("AdaptiveKL", "TargetGradientRatio", "GradNormBalance")
+_CONTROLLERS = (
+    "AdaptiveKL",
+    "AdaptiveEntropy",
+    "TargetGradientRatio",
+    "GradNormBalance",
+    "DWA",
+    "UncertaintyWeighting",
+    "FAMO",
+)
 
 
 def _number_or_mapping(value: object) -> object:
@@ -66,7 +75,11 @@ class DataSection(Section):
 
 
 class TermSection(Section):
-    """A term: the class name of a ready-made one, such as `NLL`, or `module:name` of a custom one; and its settings."""
+    """A term and its settings.
+
+    The term is the class of a ready-made one, such as `NLL`, the name of a base loss, such as `ppo`, or `module:name`
+    of a custom one.
+    """
 
     term: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -89,7 +102,7 @@ class LossSection(Section):
     base: TermSection = TermSection(term="NLL", options={"reduction": "token-mean"})
     regularizers: tuple[RegularizerSection, ...] = ()
     track_grad_norms: bool = False
-    combine: Literal["sum", "pcgrad"] = "sum"
+    combine: Combine = "sum"
 
 
 class OptimizerSection(Section):
@@ -193,21 +206,31 @@ def _regularizer(section: RegularizerSection, where: str) -> "RegularizerSpec":
 
 def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
     """Returns the term, and the options that its constructor did not take."""
-    from tinkex_py import base_losses, regularizers
-
     if ":" in section.term:
         found = named_object(section.term, f"{where}.term")
         if not isinstance(found, type):
             return found, section.options
         return _made(found, section.options, where), {}
-    for module in (base_losses, regularizers):
-        if section.term in dir(module):
-            return _made(getattr(module, section.term), section.options, where), {}
-    names = [*dir(base_losses), *dir(regularizers)]
-    raise ConfigError(
-        f"{where}.term: no term is named {section.term!r}{did_you_mean(section.term, names)}; use one of "
-        f"{', '.join(names)}, or module:name"
-    )
+    known = _ready_made()
+    if section.term not in known:
+        hint = did_you_mean(section.term, reversed(list(known)))  # of two spellings that of the class
+        raise ConfigError(
+            f"{where}.term: no term is named {section.term!r}{hint}; use one of {', '.join(known)}, or module:name"
+        )
+    cls, settings = known[section.term]
+    return _made(cls, {**settings, **section.options}, where), {}
+
+
+def _ready_made() -> dict[str, tuple[type[Any], Mapping[str, Any]]]:
+    """Returns the ready-made terms by class and the base losses by name, with the settings of the name."""
+    from tinkex_py import base_losses, regularizers
+    from tinkex_py.base_losses.named import named_losses
+    from tinkex_py.terms.ready_made import ReadyMadeTerm
+
+    found: list[object] = [getattr(module, name) for module in (base_losses, regularizers) for name in dir(module)]
+    terms = [cls for cls in found if isinstance(cls, type) and issubclass(cls, ReadyMadeTerm)]
+    named = {name: (loss.cls, loss.settings) for name, loss in named_losses().items()}
+    return {**{cls.__name__: (cls, dict[str, Any]()) for cls in terms}, **named}
 
 
 def optimizer_of(section: OptimizerSection) -> "Optimizer":

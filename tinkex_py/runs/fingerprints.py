@@ -12,7 +12,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
@@ -27,6 +27,8 @@ _LENGTH = 16
 _WITHOUT_SOURCE = ("<string>", "<stdin>")
 _SCALARS: tuple[type, ...] = (bool, int, float, complex, str, bytes, np.generic)
 _PLAIN = (*_SCALARS, tuple, list, dict, set, frozenset, np.ndarray)
+# Classes whose earlier names are in the fingerprints of older runs.
+_MOVED = {"tinkex_py.base_losses.preference:DPO": "tinkex_py.base_losses.likelihood:DPO"}
 BYTECODE = f"python {sys.version_info.major}.{sys.version_info.minor}: "
 """Begins a fingerprint that compares only under this version of Python."""
 
@@ -123,12 +125,13 @@ class _Walk:
 
     def _instance(self, value: Any) -> None:
         owner = cast("type[object]", type(value))
-        self._text(f"{owner.__module__}:{owner.__qualname__}")
+        name = f"{owner.__module__}:{owner.__qualname__}"
+        self._text(_MOVED.get(name, name))
         if _is_own_code(owner):
             self._source(owner)
         settings = getattr(value, "settings", None)
         if is_dataclass(value):
-            state = {field.name: getattr(value, field.name) for field in fields(value)}
+            state = {field.name: getattr(value, field.name) for field in fields(value) if not _is_added(field, value)}
         elif isinstance(value, BaseModel):
             state = dict(value)
         elif callable(settings) and callable(getattr(value, "check_options", None)):
@@ -179,6 +182,11 @@ class _Walk:
 def _is_tensor(value: object) -> bool:
     torch: Any = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_added(field: "Field[Any]", value: object) -> bool:
+    """Whether a setting that earlier versions did not have has its default, so that older fingerprints compare."""
+    return "added" in field.metadata and getattr(value, field.name) == field.default
 
 
 def _is_own_code(code: FunctionType | type[object]) -> bool:

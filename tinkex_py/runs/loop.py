@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.limits import running_loop
+from tinkex_py.runs.accumulation import check_can_accumulate
 from tinkex_py.runs.arguments import (
     check_arguments,
     checked_config,
@@ -70,7 +71,7 @@ async def train(
     service: AsyncServiceClient,
     model: Model,
     batches: Batches,
-    pipeline: "Pipeline | Term",
+    pipeline: "Pipeline | Term | str",
     *,
     folder: Path | str,
     optimizer: Optimizer | None = None,
@@ -94,7 +95,8 @@ async def train(
             which is not called where a run is resumed.
         batches: lists of datums, sync or async; or a function that is called with the number of batches to skip. With
             a plain iterator, the run cannot restart from its last checkpoint within the process.
-        pipeline: the loss; or a term, which becomes `Pipeline(term)`. Its weight controllers become those of the run.
+        pipeline: the loss; or a term or the name of a base loss, which becomes `Pipeline(term)`. Its weight controllers
+            become those of the run.
         folder: the run's files.
         optimizer: of every step, or a function of the number of steps made before; default `AdamParams()`. A number is
             the learning rate of `AdamParams`.
@@ -136,6 +138,8 @@ async def train(
         checked_evaluate(evaluate, grace=loss.cancel_grace),
         allow_changes,
     )
+    if plan.settings.accumulate > 1:
+        check_can_accumulate(plan.pipeline)
     with RunFolder(folder) as own:
         async with files, receivers:
             run = Run(plan, own, files, reader, receivers, view, stop or asyncio.Event())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tinkex_py import telemetry
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidData
+from tinkex_py.runs.accumulation import over_step
 from tinkex_py.runs.arguments import created_model
 from tinkex_py.runs.batches import BatchReader
 from tinkex_py.runs.folder import RunFolder, read_steps
@@ -235,12 +236,14 @@ class Run:
             return None
         self._note_changes([])
         self._view.doing(f"step {number}")
-        step = OptimizerStep(number, batches, self._plan.optimizer_params(number - 1), self._reader.last(len(batches)))
+        pipeline = over_step(self._plan.pipeline, batches)
+        params, fingerprints = self._plan.optimizer_params(number - 1), self._reader.last(len(batches))
+        step = OptimizerStep(number, batches, params, pipeline, fingerprints)
         return self._send(start, step, before)
 
     def _send(self, start: Start, step: OptimizerStep, before: Flight | None) -> Flight:
         after = None if before is None else before.step
-        sending = step.send(self.training, self._plan.pipeline, self._settings.execution, after=after)
+        sending = step.send(self.training, self._settings.execution, after=after)
         return Flight(step, start(sending), self._queue.seconds())
 
     async def _repair(self, start: Start, step: OptimizerStep, following: Flight | None) -> Flight | None:
@@ -254,7 +257,7 @@ class Run:
             assert self.state is not None
             # Weight schedules must see the step's own number, whatever the client counted before.
             self.training.step = self.state.client_step + step.number - 1 - self.state.step
-            await step.send(self.training, self._plan.pipeline, self._settings.execution)
+            await step.send(self.training, self._settings.execution)
 
         await complete(step, self.training, send, self._settings.resends)
         return None if following is None else self._send(start, following.step, None)

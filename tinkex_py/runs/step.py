@@ -32,6 +32,7 @@ class OptimizerStep:
     """An optimizer step, which can be sent repeatedly until all of it took effect.
 
     Attributes:
+        pipeline: its loss.
         fingerprints: of the batches.
         parts: the batches and their results.
         response: the service's response to the update; None before.
@@ -45,11 +46,13 @@ class OptimizerStep:
         number: int,
         batches: Sequence[Batch],
         params: AdamParams | OptimizerParams,
+        pipeline: "Pipeline",
         fingerprints: Sequence[str] = (),
     ) -> None:
         self.number = number
         self.fingerprints = fingerprints
         self.params = params
+        self.pipeline = pipeline
         self.parts = [MicroBatch(batch) for batch in batches]
         self.response: OptimStepResponse | None = None
         self.update_error: Exception | None = None
@@ -59,7 +62,6 @@ class OptimizerStep:
     async def send(
         self,
         training: AsyncTrainingClient,
-        pipeline: "Pipeline",
         execution: Execution,
         *,
         after: "OptimizerStep | None" = None,
@@ -79,7 +81,7 @@ class OptimizerStep:
             try:
                 _check(after)
                 part.output = await training.forward_backward_custom(
-                    part.batch, pipeline, execution=execution, sequences_per_step=sequences
+                    part.batch, self.pipeline, execution=execution, sequences_per_step=sequences
                 )
             except Exception as error:  # noqa: BLE001  # recovery decides about it
                 part.error = error

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, RegularizerOutput
+from tinkex_py.losses.output import BASE_LOSS_NAME, TOTAL_METRIC, BaseLossOutput, RegularizerOutput
 from tinkex_py.runs.step import MicroBatch
 from tinkex_py.types import Datum
 
@@ -22,9 +22,10 @@ Combine = Callable[[Sequence[float]], float]
 def step_loss(pipeline: "Pipeline", parts: Sequence[MicroBatch]) -> dict[str, float]:
     """Returns the loss of an accumulated step as one call with all of its micro-batches would report it.
 
-    The values of a term add up if its `reduction` is "sum"; those of a mean are averaged, weighted with its
-    denominators. A term without a `reduction`, such as a plain function, counts as a mean over the answers' tokens:
-    the positions whose `weights` are not 0, or all of them in data without weights.
+    The values of a term add up if its `reduction` is "sum", or if its mean divides by the total of the step; those of
+    another mean are averaged, weighted with its denominators. A term without a `reduction`, such as a plain function,
+    counts as a mean over the answers' tokens: the positions whose `weights` are not 0, or all of them in data without
+    weights.
 
     Args:
         pipeline: the terms.
@@ -61,7 +62,7 @@ def _reductions(pipeline: "Pipeline") -> Mapping[str, object]:
 
 def _combination(terms: Sequence[TermOutput], tokens: Sequence[float], reduction: object) -> Combine:
     """Returns the function that combines the numbers of one term in the micro-batches."""
-    if reduction == "sum":
+    if reduction == "sum" or all(TOTAL_METRIC in _metrics(term) for term in terms):
         return math.fsum
     counts = tokens if reduction is None else _denominators(terms, str(reduction)) or tokens
     total = math.fsum(counts)
@@ -71,11 +72,15 @@ def _combination(terms: Sequence[TermOutput], tokens: Sequence[float], reduction
 
 
 def _denominators(terms: Sequence[TermOutput], reduction: str) -> list[float] | None:
-    metrics = [term.metrics if isinstance(term, BaseLossOutput) else term.custom_metrics for term in terms]
-    for name in ("sequences",) if reduction.startswith("seq-") else _DENOMINATORS:
+    metrics = [_metrics(term) for term in terms]
+    for name in ("sequences",) if reduction == "constant" or reduction.startswith("seq-") else _DENOMINATORS:
         if all(name in own for own in metrics):
             return [float(own[name]) for own in metrics]
     return None
+
+
+def _metrics(term: TermOutput) -> Mapping[str, float]:
+    return term.metrics if isinstance(term, BaseLossOutput) else term.custom_metrics
 
 
 def _answer_tokens(datum: Datum) -> int:

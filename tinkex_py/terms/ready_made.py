@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any, Self, get_type_hints
 
 import torch
@@ -21,22 +22,23 @@ NonEmptyStr = Annotated[str, Field(min_length=1)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 
+ADDED = MappingProxyType({"added": True})
+"""Metadata of a setting that earlier versions did not have.
+
+While it has its default, it is left out of records and fingerprints, so that older runs can be resumed.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReadyMadeTerm(ABC):
-    """A term whose settings are the fields of a frozen dataclass.
+class CheckedSettings:
+    """Settings that are the fields of a frozen dataclass.
 
-    pydantic validates the settings against their annotations. Fields with `repr=False` hold tensors and functions,
-    which `check` validates.
-
-    Args:
-        name: default name of the regularizer.
+    pydantic validates them against their annotations. Fields with `repr=False` hold tensors and functions, which
+    `check` validates.
 
     Raises:
         InvalidSpec: a setting is invalid.
     """
-
-    name: NonEmptyStr
 
     def __post_init__(self) -> None:
         try:
@@ -47,8 +49,51 @@ class ReadyMadeTerm(ABC):
             object.__setattr__(self, setting, value)
         self.check()
 
-    def check(self) -> None:  # noqa: B027  # optional
+    def check(self) -> None:
         """Raises InvalidSpec if the settings contradict each other."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the keyword arguments that create an equal object."""
+        given = {one: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return {one.name: value for one, value in given.items() if "added" not in one.metadata or value != one.default}
+
+    def invalid(self, problem: str) -> InvalidSpec:
+        """Returns the error for an invalid setting."""
+        return InvalidSpec(f"{type(self).__name__}: {problem}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyMadeTerm(CheckedSettings, ABC):
+    """A term whose settings are the fields of a frozen dataclass.
+
+    Args:
+        name: default name of the regularizer.
+
+    Raises:
+        InvalidSpec: a setting is invalid.
+    """
+
+    name: NonEmptyStr
+
+    @property
+    def coupling(self) -> str | None:
+        """Why the loss of some datums is not a part of the loss of more datums; None if it is.
+
+        A term that couples datums cannot be split into the micro-batches of one optimizer step.
+        """
+        return None
+
+    def total_of(self, data: Sequence[Datum]) -> float | None:
+        """Returns what a mean over all of these datums divides by, for the setting `total`; None for a sum.
+
+        Raises:
+            InvalidData: `data` is not a list of datums, or a datum lacks what the mask needs.
+        """
+        return self._total_of(checked_data(data))
+
+    def _total_of(self, data: Sequence[Datum]) -> float | None:
+        del data
+        return None
 
     @abstractmethod
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult | Awaitable[TermResult]:
@@ -77,14 +122,6 @@ class ReadyMadeTerm(ABC):
         except TypeError as error:
             raise self.invalid(str(error)) from error
 
-    def settings(self) -> dict[str, Any]:
-        """Returns the keyword arguments that create an equal term."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def invalid(self, problem: str) -> InvalidSpec:
-        """Returns the error for an invalid setting."""
-        return InvalidSpec(f"{type(self).__name__}: {problem}")
-
     def _compute(
         self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
     ) -> TermResult | Awaitable[TermResult]:
@@ -94,9 +131,9 @@ class ReadyMadeTerm(ABC):
 
 
 @cache
-def _settings_model(cls: type[ReadyMadeTerm]) -> type[BaseModel]:
+def _settings_model(cls: type[CheckedSettings]) -> type[BaseModel]:
     hints = get_type_hints(cls, include_extras=True)
-    fields: dict[str, Any] = {field.name: (hints[field.name], ...) for field in dataclasses.fields(cls) if field.repr}
+    fields: dict[str, Any] = {one.name: (hints[one.name], ...) for one in dataclasses.fields(cls) if one.repr}
     return create_model(cls.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
 
 
