@@ -121,8 +121,9 @@ async def response(measured: Measured) -> GradientCheck:
     name, models = "response", measured.probes.models
     again = await models.before(Batch("again", measured.batch.data))
     noise = float(np.abs(again - await models.before(measured.batch)).max())
+    error = 1.0
     for measured.size, eps in _SIZES_AND_EPS:
-        measured.step, error = Step(_FIRST_RATE, eps), 1.0
+        measured.step = Step(_FIRST_RATE, eps)
         try:
             for target in _TARGETS:
                 if target < _ABOVE_NOISE * noise:
