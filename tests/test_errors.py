@@ -85,6 +85,8 @@ def test_all_are_importable_from_the_package_and_documented(cls: type[TinkexErro
         ("TimeoutExceeded", "TransportError", "TimeoutError"),
         ("PermissionDenied", "APIStatusError", "PermissionError"),
         ("NotFound", "APIStatusError", "LookupError"),
+        ("MissingEndpoint", "NotFound", "LookupError"),
+        ("MissingEndpoint", "UnsupportedFeature", "LookupError"),
         ("DuplicateRegularizerNames", "PipelineError", "ValueError"),
         ("InvalidSpec", "PipelineError", "ValueError"),
         ("InvalidBaseLoss", "PipelineError", "TypeError"),

@@ -20,7 +20,7 @@ APIStatusError AdamParams AsyncRestClient AsyncSamplingClient AsyncServiceClient
 Authentication BadRequest BaseLossOutput BillingRequired Checkpoint CheckpointPath ClientClosed ConfigError
 Conflict ConnectionFailed CustomLossOutput Datum DownloadProgress DuplicateRegularizerNames EncodedTextChunk
 Executor ForwardBackwardOutput GetInfoResponse GradientDiagnosis GradientTracker InPlaceMutation InvalidBaseLoss
-InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric MissingExtra ModelInput
+InvalidData InvalidResponse InvalidSpec InvalidTermResult LoraConfig Metric MissingEndpoint MissingExtra ModelInput
 NonFiniteLoss NotFound OptimStepResponse OptimizerParams PartialFailure PermissionDenied Pipeline PipelineError
 PrecedingRequestFailed QueueState RateLimited Regularizer RegularizerError RegularizerOutput RegularizerSpec
 RegularizerTimeout RequestFailed RequestInsideStep ResultLost RetryPolicy SampleResponse SampledSequence
@@ -56,9 +56,10 @@ print("torch" in sys.modules)
 READY_MADE = {
     "regularizers": "Consistency ElasticNet Entropy GradientPenalty JensenShannon KLDivergence L1 L2 Orthogonality "
     "SampledEntropy SampledKL",
-    "base_losses": "CISPO ClipCov Corrected DFT DPO DRO Focal GMPO GSPO ImportanceSampling KLCov MaskedIS NLL "
-    "OffPolicyMask PPO ProbabilityMask Reinforce Rejection SAPO TOPR TruncatedIS Unlikelihood VESPO group_advantages "
-    "in_varied_groups overlong_penalty",
+    "base_losses": "CISPO CPO Choice ClipCov Corrected DFT DPO DPOP DRO Distillation Focal GMPO GSPO Hinge IPO "
+    "ImportanceSampling KLCov KTO MaskedIS NLL ORPO OffPolicyMask PPO ProbabilityMask Reinforce Rejection "
+    "SAPO SLiC SimPO TOPR TruncatedIS Unlikelihood VESPO group_advantages in_varied_groups "
+    "overlong_penalty",
 }
 
 

@@ -268,7 +268,7 @@ def test_the_public_callables_are_found() -> None:
         "client.training.AsyncTrainingClient.step",
         "losses.direct.execute",
         "losses.schedules.WarmUp",
-        "base_losses.likelihood.DPO.compute",
+        "base_losses.preference.DPO.compute",
         "types.datum.ModelInput.from_text",
         "telemetry.handlers.attach",
     }

@@ -26,6 +26,7 @@ from .errors import (
     InvalidResponse as InvalidResponse,
     InvalidSpec as InvalidSpec,
     InvalidTermResult as InvalidTermResult,
+    MissingEndpoint as MissingEndpoint,
     MissingExtra as MissingExtra,
     NonFiniteLoss as NonFiniteLoss,
     NotFound as NotFound,

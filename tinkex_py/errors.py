@@ -127,7 +127,13 @@ class ConnectionFailed(TransportError, ConnectionError):
 
 
 class TimeoutExceeded(TransportError, TimeoutError):
-    """The service did not respond in time."""
+    """The service did not respond in time.
+
+    Attributes:
+        response_began: whether the headers of a response had arrived.
+    """
+
+    response_began: bool = False
 
 
 class InvalidResponse(TransportError):
@@ -275,6 +281,10 @@ class ClientClosed(TinkexError, RuntimeError):
 
 class UnsupportedFeature(TinkexError):
     """This service or model does not support the requested feature."""
+
+
+class MissingEndpoint(NotFound, UnsupportedFeature):
+    """404 of a router: the service does not have this endpoint, so it does not support what was requested."""
 
 
 class PrecedingRequestFailed(TinkexError):

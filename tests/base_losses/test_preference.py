@@ -46,11 +46,15 @@ def test_the_formula(reduction, smoothing):
     per_datum = [-pulls[0], pulls[0], -pulls[1], pulls[1]]
     expected = torch.repeat_interleave(torch.tensor(per_datum, dtype=torch.float64), torch.tensor(LENGTHS))
     torch.testing.assert_close(gradient, expected * torch.tensor(WEIGHTS).double())
+    weighted = torch.tensor(WEIGHTS).double() * MODEL
+    sums = [part.sum().item() for part in torch.split(weighted, list(LENGTHS))]
     assert metrics == {
         "accuracy": pytest.approx(sum(z > 0 for z in margins) / 2),
         "margin": pytest.approx(sum(margins) / 2),
         "chosen_reward": pytest.approx((rewards[0] + rewards[2]) / 2),
         "rejected_reward": pytest.approx((rewards[1] + rewards[3]) / 2),
+        "chosen_logprob": pytest.approx((sums[0] + sums[2]) / 2),
+        "rejected_logprob": pytest.approx((sums[1] + sums[3]) / 2),
         "pairs": 2.0,
     }
 

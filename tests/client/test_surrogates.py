@@ -17,14 +17,18 @@ from tests.client.recorder import Recorder, answering, chunked, http_recorder, q
 from tinkex_py import (
     AdamParams,
     AsyncServiceClient,
+    Datum,
     InvalidData,
+    ModelInput,
     PartialFailure,
     PipelineError,
     PrecedingRequestFailed,
     RequestFailed,
     SurrogateMismatch,
+    TensorData,
     Unprocessable,
     UnsupportedFeature,
+    per_datum,
     telemetry,
 )
 from tinkex_py.client.surrogate import PER_REQUEST, PER_SEQUENCE, advantages_of
@@ -49,6 +53,10 @@ def sent(messages: Sequence[wire.ForwardBackwardRequest], name: str) -> np.ndarr
     return np.concatenate(
         [np.frombuffer(item.loss_fn_inputs[name].dense, "<f4") for message in messages for item in message.data]
     )
+
+
+def messages_of(bench: Bench, kind: str) -> list[Any]:
+    return [item for arrival in bench.recorder.of(kind) for item in arrival.message.data]
 
 
 async def logprobs_of(training: Any, data: Any) -> np.ndarray:
@@ -113,8 +121,6 @@ async def test_a_service_that_divides_each_request_ends_where_a_summing_one_does
                 await training.forward_backward_custom(DATA[:1], scaled(3.0))
                 await training.optim_step(LINEAR)
             after.append(await logprobs_of(training, DATA))
-        with pytest.raises(UnsupportedFeature, match=rf"{normalizing.service.config.base_url[7:]} .*\(4, 2\)"):
-            await training.forward_backward_custom([datum(4, candidates=2)], nll)
     assert np.abs(after[0] - before).max() > 0.1
     np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
     assert set(losses_sent(normalizing)) == {"importance_sampling"}
@@ -272,18 +278,113 @@ async def test_where_nothing_is_divided_the_number_does_not_matter(bench):
 # Targets of more dimensions
 
 
-@pytest.mark.parametrize("candidates", [1, 3])
+CANDIDATES = [datum(length, length, candidates=3) for length in (4, 2, 7)]
+
+
+def bent(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient differs between positions and candidates."""
+    return (logprobs * torch.cos(torch.arange(logprobs.numel())).reshape(logprobs.shape)).sum()
+
+
+@pytest.mark.parametrize("answers", [answers_like_skyrl, answers_like_hatchery])
+@pytest.mark.parametrize("per_chunk", [None, 4])
 @pytest.mark.asyncio
-async def test_targets_with_candidates_are_refused_before_their_forward(http_bench, candidates):
+async def test_candidates_are_sent_one_by_one_where_only_one_target_is_possible(local_bench, answers, per_chunk):
+    """K datums of [T] end at the weights at which a service that takes [T, K] ends."""
+    summing = local_bench()
+    async with summing.service, bench_that(answers, per_chunk) as normalizing:
+        after: list[np.ndarray] = []
+        for bench in (summing, normalizing):
+            training = await bench.train()
+            before = await logprobs_of(training, DATA)
+            for _ in range(2):
+                output = await training.forward_backward_custom(CANDIDATES, bent)
+                await training.optim_step(LINEAR)
+            after.append(np.append(await logprobs_of(training, DATA), output.loss_total))
+    assert np.abs(after[0][:-1] - before).max() > 0.1
+    np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
+    assert set(losses_sent(normalizing)) == {"importance_sampling"}
+    shapes = {tuple(item.loss_fn_inputs["target_tokens"].shape) for item in messages_of(normalizing, "B")}
+    assert shapes == {(4,), (2,), (7,)}
+    assert len(messages_of(normalizing, "B")) == 2 * 3 * len(CANDIDATES)
+
+
+@pytest.mark.asyncio
+async def test_candidates_in_parts_of_a_step(local_bench):
+    """The number of datums in a step is given in datums of the caller."""
+    summing = local_bench()
+    async with summing.service, skyrl_bench() as normalizing:
+        after: list[np.ndarray] = []
+        for bench in (summing, normalizing):
+            training = await bench.train()
+            await training.forward_backward_custom(CANDIDATES[:1], bent, sequences_per_step=3)
+            await training.forward_backward_custom(CANDIDATES[1:], bent, sequences_per_step=3)
+            await training.optim_step(LINEAR)
+            after.append(await logprobs_of(training, DATA))
+    np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.asyncio
+async def test_datums_with_different_numbers_of_candidates(local_bench):
+    data = [datum(4, 1), datum(3, 2, candidates=2), datum(5, 3, candidates=1)]
+
+    @per_datum
+    def base(data: Any, logprobs: Any) -> torch.Tensor:
+        assert [part.shape for part in logprobs] == [(4,), (3, 2), (5, 1)]
+        return sum(bent(data, part) for part in logprobs)
+
+    summing = local_bench()
+    async with summing.service, skyrl_bench() as normalizing:
+        after: list[np.ndarray] = []
+        for bench in (summing, normalizing):
+            training = await bench.train()
+            await training.forward_backward_custom(data, base)
+            await training.optim_step(LINEAR)
+            after.append(await logprobs_of(training, DATA))
+    np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
+
+
+def sparse(length: int) -> Any:
+    """A datum whose target at position i is candidate i."""
+    targets = TensorData(
+        data=[1] * length,
+        dtype="int64",
+        shape=(length, length),
+        sparse_crow_indices=range(length + 1),
+        sparse_col_indices=range(length),
+    )
+    return Datum(model_input=ModelInput.from_ints([1] * length), loss_fn_inputs={"target_tokens": targets})
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ([datum(3, 1), datum(4, 2, candidates=3)], {"sequences_per_step": 4}, "datums with 1 and 3 candidates"),
+        ([sparse(3)], {}, r"target_tokens of datum 0 have shape \(3, 3\) and are sparse"),
+        ([datum(3, 1, candidates=0)], {}, r"target_tokens of datum 0 have shape \(3, 0\): pass dense targets"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_candidates_that_cannot_be_sent_one_by_one_are_refused(http_bench, data, options, message):
     answers_like_skyrl(http_bench.recorder)
-    data = [datum(3, 1), datum(4, 2, candidates=candidates)]
     training = await http_bench.train()
-    for surrogate in ("importance_sampling", "auto", "auto"):
-        with pytest.raises(UnsupportedFeature, match=rf"datum 1 have shape \(4, {candidates}\)"):
-            await training.forward_backward_custom(data, nll, surrogate=surrogate)
-    assert http_bench.recorder.of("B") == []
-    (measuring,) = http_bench.recorder.of("F")  # a service that is not known is asked with targets of [T]
-    assert [list(item.loss_fn_inputs["target_tokens"].shape) for item in measuring.message.data] == [[4], [4]]
+    await training.forward_backward_custom(DATA, signed)  # from now on the service is known
+    await training.optim_step()
+    sent = len(http_bench.recorder.of("F", "B"))
+    for surrogate in ("importance_sampling", "auto"):
+        with pytest.raises(UnsupportedFeature, match=message):
+            await training.forward_backward_custom(data, nll, surrogate=surrogate, **options)
+    assert len(http_bench.recorder.of("F", "B")) == sent
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_is_not_known_is_measured_with_one_target_per_position(http_bench):
+    answers_like_skyrl(http_bench.recorder)
+    training = await http_bench.train()
+    await training.forward_backward_custom([datum(4, 2, candidates=3)], bent)
+    measuring, forward = (arrival.message.data for arrival in http_bench.recorder.of("F"))
+    assert [list(item.loss_fn_inputs["target_tokens"].shape) for item in measuring] == [[4], [4]]
+    assert [list(item.loss_fn_inputs["target_tokens"].shape) for item in forward] == [[4]] * 3
 
 
 @pytest.mark.asyncio

@@ -162,6 +162,22 @@ def test_dpo(run_example: Callable[[str], str]) -> None:
     assert float(last) < 0.1
 
 
+def test_choice(run_example: Callable[[str], str]) -> None:
+    text = run_example("choice.py")
+    ((first, last),) = re.findall(r"^accuracy: (\S+) -> (\S+)$", text, re.MULTILINE)
+    assert float(first) <= 0.2  # by chance 1 of 21
+    assert float(last) >= 0.8
+    divergences = [float(value) for value in re.findall(r"KL (\S+)", text)]
+    assert divergences[-1] < 0.3 * divergences[0]
+
+
+def test_distill(run_example: Callable[[str], str]) -> None:
+    text = run_example("distill.py")
+    ((first, last),) = re.findall(r"^KL from the teacher: (\S+) -> (\S+)$", text, re.MULTILINE)
+    assert float(first) > 3.0  # the teacher has learned the sentences, the student has not
+    assert float(last) < 0.1 * float(first)
+
+
 def test_official_sdk(tmp_path: Path) -> None:
     # The official SDK leaves sockets open at exit, so its warnings are not errors here.
     text = run_script("official_sdk.py", tmp_path, strict=False)

@@ -15,7 +15,7 @@ from tests.faults.proxy import Fault, FaultProxy, Passing
 from tests.faults.runs import NO_HANG, PLACES, assert_same, config, long_run, new_client, short_run, weights
 from tests.faults.tally import Tally
 from tinkex_py import AsyncServiceClient, AsyncTrainingClient
-from tinkex_py.transport import messages
+from tinkex_py.transport import failures
 
 pytestmark = pytest.mark.asyncio
 
@@ -57,7 +57,7 @@ async def test_a_fault_at_every_place_of_a_step(proxy: FaultProxy, check, expect
 @pytest.mark.parametrize("place", PLACES)
 async def test_every_form_of_retry_after(proxy: FaultProxy, check, expected: Weights, monkeypatch, place: str):
     """The limit of an obeyed wait is made short, so that huge values and far dates are obeyed, too."""
-    monkeypatch.setattr(messages, "LONGEST_RETRY_AFTER", 0.02)
+    monkeypatch.setattr(failures, "LONGEST_RETRY_AFTER", 0.02)
     await check(proxy, expected, faults={place: HINTS})
 
 

@@ -45,6 +45,7 @@ def test_row_114_full_round_trip():
         regularizer_total=-0.05,
         total_grad_norm=1e-30,
         diagnosis={"base_loss": GradientDiagnosis(cosine_with_base=1.0, share_of_total=-2.5, conflicts=False)},
+        coefficients={"base_loss": 1.25, "first": 0.0},
         skipped={"third": "ValueError"},
         abandoned_threads=2,
     )
@@ -73,6 +74,7 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "regularizer_total",
         "total_grad_norm",
         "diagnosis",
+        "coefficients",
         "skipped",
         "abandoned_threads",
         "service_output",

@@ -11,7 +11,16 @@ from hypothesis import given, settings, strategies as st
 
 from tests.losses.support import guide_logprobs, l1, l2, nll, recorded, spec
 from tinkex_py import CustomLossOutput, Executor, InvalidSpec, Pipeline, PipelineError, RegularizerSpec
-from tinkex_py.losses.controllers import AdaptiveEntropy, AdaptiveKL, GradNormBalance, TargetGradientRatio
+from tinkex_py.losses.balancing import famo_slopes, log_variance_slope
+from tinkex_py.losses.controllers import (
+    DWA,
+    FAMO,
+    AdaptiveEntropy,
+    AdaptiveKL,
+    GradNormBalance,
+    TargetGradientRatio,
+    UncertaintyWeighting,
+)
 from tinkex_py.losses.output import BaseLossOutput, RegularizerOutput
 from tinkex_py.losses.schedules import Constant, Cosine, Linear, Piecewise, WarmUp
 from tinkex_py.losses.weights import WeightController
@@ -236,6 +245,51 @@ def test_grad_norm_balance_by_hand():
     assert controller.weight_of("a") == pytest.approx(0.25)
 
 
+def moved(controller: WeightController, *values: tuple[float, float]) -> list[float]:
+    """The weight after each step with these values of base loss and regularizer."""
+    controller.weight_of("a")
+    weights: list[float] = []
+    for base, value in values:
+        controller.update([measured({"a": value}, base=base)])
+        weights.append(controller.weight_of("a"))
+    return weights
+
+
+def test_dwa_by_hand():
+    # Base 2 -> 1 and a 1 -> 0.9: speeds 0.5 and 0.9, exp(0.4 / 2).
+    assert moved(DWA(), (2.0, 1.0), (1.0, 0.9)) == pytest.approx([1.0, 1.221403])
+    # Windows of two steps with the same means.
+    steps = (3.0, 0.5), (1.0, 1.5), (0.5, 0.8), (1.5, 1.0)
+    assert moved(DWA(window=2, initial=0.1), *steps) == pytest.approx([0.1, 0.1, 0.1, 0.1221403])
+    # A loss that is not above 0 has the speed 1: exp(1 - 0.5).
+    assert moved(DWA(temperature=1.0), (2.0, 1.0), (1.0, -1.0))[-1] == pytest.approx(math.exp(0.5))
+    assert moved(DWA(), (1.0, 1e-300), (1.0, 1e9))[-1] == pytest.approx(math.exp(20))
+
+
+def test_uncertainty_weighting_by_hand():
+    # s = 0 for both; slopes 1/2 - 2/2 = -0.5 and 1/2 - 1/4 = 0.25: s becomes 0.05 and -0.025.
+    assert moved(UncertaintyWeighting(rate=0.1), (2.0, 0.5)) == pytest.approx([math.exp(0.075)])
+    # A slope is at most 1, and a loss that is not above 0 has none.
+    assert moved(UncertaintyWeighting(rate=0.1), (100.0, -1.0)) == pytest.approx([math.exp(0.1)])
+    # It ends where the weighted losses are equal.
+    assert moved(UncertaintyWeighting(rate=0.5), *[(4.0, 0.5)] * 200)[-1] == pytest.approx(8.0, rel=1e-6)
+    assert log_variance_slope(2.0, -0.5) == pytest.approx(-1.148721, abs=1e-6)
+    assert log_variance_slope(2.0, math.log(2.0)) == pytest.approx(0.0)
+
+
+def test_famo_by_hand():
+    # Losses 1 and 2 with equal shares: (1/2) / (1/1). Then 0.8 and 1.9: Adam's first step moves the logits by its rate.
+    expected = [0.5, math.exp(0.05) * 0.8 / 1.9]
+    assert moved(FAMO(decay=0.0), (1.0, 2.0), (0.8, 1.9)) == pytest.approx(expected, rel=1e-6)
+    progress = {"base_loss": math.log(1 / 0.8), "a": math.log(2 / 1.9)}
+    assert progress == pytest.approx({"base_loss": 0.223144, "a": 0.051293}, abs=1e-6)
+    slopes = famo_slopes({"base_loss": 0.0, "a": 0.0}, progress)
+    assert slopes == pytest.approx({"base_loss": 0.042963, "a": -0.042963}, abs=1e-6)
+    # A gap that is not above 0 changes nothing, and the next step has no progress.
+    assert moved(FAMO(), (1.0, 2.0), (-0.5, 1.0), (1.0, 4.0)) == pytest.approx([0.5, 0.5, 0.25])
+    assert moved(FAMO(lower_bound=-1.0), (-0.5, 1.0)) == pytest.approx([0.25])
+
+
 def test_weights_keep_to_their_bounds():
     controller = AdaptiveKL(initial=1.0, target=1.0, horizon=0.25, minimum=0.9, maximum=1.5)
     controller.weight_of("kl")
@@ -270,6 +324,13 @@ def test_one_controller_weighs_several_names():
         lambda: GradNormBalance(alpha=-1.0),
         lambda: GradNormBalance(rate=1.5),
         lambda: GradNormBalance(initial=True),
+        lambda: DWA(temperature=0.0),
+        lambda: DWA(window=0),
+        lambda: DWA(initial=0.0),
+        lambda: UncertaintyWeighting(rate=0.0),
+        lambda: FAMO(rate=-1.0),
+        lambda: FAMO(decay=-1.0),
+        lambda: FAMO(lower_bound=math.inf),
     ],
 )
 def test_bad_controllers_are_refused(make: Callable[[], object]):
@@ -282,6 +343,9 @@ CONTROLLERS: list[Callable[[], WeightController]] = [
     lambda: TargetGradientRatio(ratio=0.2),
     lambda: GradNormBalance(alpha=0.7),
     lambda: AdaptiveEntropy(target=3.0, delta=0.3),
+    lambda: DWA(window=2),
+    lambda: UncertaintyWeighting(rate=0.3),
+    lambda: FAMO(rate=0.1),
 ]
 
 

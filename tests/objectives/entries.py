@@ -43,6 +43,7 @@ class Row:
         smooth: whether the gradient is the derivative of the value, near these logprobs.
         together: how many datums after each other belong together; 0 if all do.
         masked: whether `mask` may be set: not for numbers of the default mask that are no mask.
+        zero_if_empty: whether the loss is 0 if the mask leaves nothing.
         what: tells rows of one entry apart.
     """
 
@@ -55,6 +56,7 @@ class Row:
     smooth: bool = True
     together: int = 1
     masked: bool = True
+    zero_if_empty: bool = True
     what: str = ""
 
     def __str__(self) -> str:

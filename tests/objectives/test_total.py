@@ -11,6 +11,7 @@ from tests.objectives.entries import Batch, batch, evaluated
 from tinkex_py import ConfigError, InvalidSpec, Pipeline, RegularizerSpec, base_losses, regularizers
 from tinkex_py.base_losses import Corrected, ImportanceSampling, Reinforce, Rejection, TruncatedIS
 from tinkex_py.runs.accumulation import check_can_accumulate, over_step
+from tinkex_py.terms.pairs import PairTerm
 from tinkex_py.terms.ready_made import ReadyMadeTerm
 
 MEANS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "constant")
@@ -21,14 +22,18 @@ NEEDED: dict[str, dict[str, Any]] = {
     "GSPO": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
     "Consistency": {"pair_field": "reference_logprobs"},
     "GradientPenalty": {"fn": regularizers.L2(mask=None), "target_norm": 0.3},
-    **dict.fromkeys(("DPO", "KLDivergence", "JensenShannon", "SampledKL"), REFERENCE),
+    "KTO": {**REFERENCE, "reference_point": 0.1},
+    "Choice": {"targets_field": "targets"},
+    **dict.fromkeys(("DPO", "DPOP", "Hinge", "IPO", "Distillation"), REFERENCE),
+    **dict.fromkeys(("KLDivergence", "JensenShannon", "SampledKL"), REFERENCE),
 }
-ON_CANDIDATES = ("Entropy", "KLDivergence", "JensenShannon", "Orthogonality")
+ON_CANDIDATES = ("Choice", "Distillation", "Entropy", "KLDivergence", "JensenShannon", "Orthogonality")
 COUPLED: list[ReadyMadeTerm] = [
     regularizers.Orthogonality(),
     regularizers.L2(center="mean", reduction="mean"),
     regularizers.GradientPenalty(fn=regularizers.L2(reduction="mean")),
     Corrected(policy=Reinforce(reduction="mean"), corrections=[TruncatedIS(normalize=True)]),
+    base_losses.KTO(**REFERENCE),
     base_losses.ClipCov(reduction="mean"),
     base_losses.KLCov(reduction="mean"),
 ]
@@ -39,7 +44,7 @@ def terms() -> list[type[ReadyMadeTerm]]:
     return [cls for cls in found if inspect.isclass(cls) and issubclass(cls, ReadyMadeTerm)]
 
 
-def sixteen(*, candidates: int | None = None) -> Batch:
+def sixteen(*, candidates: int | None = None, with_empty: bool = True) -> Batch:
     """16 datums of 1 to 6 positions; the mask leaves some out, one datum entirely, and weighs others."""
     random = np.random.default_rng(7)
     lengths = random.integers(1, 7, 16)
@@ -51,11 +56,15 @@ def sixteen(*, candidates: int | None = None) -> Batch:
 
     masks = [random.choice([0.0, 0.5, 1.0, 1.0], length) for length in lengths]
     masks[5] = np.zeros(lengths[5])
+    if not with_empty:
+        masks = [np.maximum(mask, 0.5) for mask in masks]
     return batch(
         [numbers(length) for length in lengths],
         logprobs=[numbers(length) for length in lengths],
         reference_logprobs=[numbers(length) for length in lengths],
         advantages=[np.full(length, random.normal()) for length in lengths],
+        targets=[np.exp(numbers(length)) for length in lengths],
+        label=[[label] for label in (1.0, -1.0, 1.0, 1.0) * 4],
         own=masks,
     )
 
@@ -89,7 +98,8 @@ def test_four_and_twelve_datums_give_the_gradient_of_sixteen(cls: type[ReadyMade
     term = made(cls, reduction)
     assert term is not None
     assert term.coupling is None
-    whole = sixteen(candidates=3 if cls.__name__ in ON_CANDIDATES else None)
+    candidates = 3 if cls.__name__ in ON_CANDIDATES else None
+    whole = sixteen(candidates=candidates, with_empty=not issubclass(cls, PairTerm))
     value, gradient, _ = evaluated(term, whole)
     known = term.with_options({"total": term.total_of(whole.data)})
     parts = [whole.part(*range(4)), whole.part(*range(4, 16))]

@@ -14,6 +14,7 @@ from tinkex_py import Datum, ModelInput
 from tinkex_py.base_losses import DPO, NLL
 from tinkex_py.losses import per_datum
 from tinkex_py.losses.schedules import Linear
+from tinkex_py.regularizers import KLDivergence
 from tinkex_py.runs.fingerprints import BYTECODE, batch_fingerprint, fingerprint
 
 SOURCE = '''
@@ -174,3 +175,9 @@ def test_tokens_fields_and_order_of_a_batch_count():
     prints = [batch_fingerprint(batch) for batch in batches]
     assert len(set(prints)) == len(batches)
     assert [batch_fingerprint(list(batch)) for batch in batches] == prints
+
+
+def test_terms_of_older_runs_keep_their_fingerprints():
+    """As computed before DPO moved to another module and both got more settings."""
+    assert fingerprint(DPO(reference_field="reference_logprobs")) == "15cb987cb8f91152"
+    assert fingerprint(KLDivergence(reference_field="a")) == "f6f03d9878fe9955"

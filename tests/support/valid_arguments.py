@@ -45,6 +45,17 @@ STEP = StepRecord(step=1, finished_at=1.0, seconds=1.0, datums=1, tokens=3, loss
 STATE = RunState(checkpoints=(SavedCheckpoint(step=1, path="x"),), batches=1, client_step=1)
 FIELD = np.full(3, -1.0, np.float32)
 DATUM = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, advantages=FIELD, original_logprobs=FIELD)
+LABELLED = datum(3, 1, weights=[1.0] * 3, logprobs=FIELD, label=[1.0])
+CANDIDATES = Datum(
+    model_input=ModelInput.from_ints([1]),
+    loss_fn_inputs={"target_tokens": [[3, 4]], "weights": [[1.0, 0.0]], "logprobs": [[-1.0, -2.0]]},
+)
+SAMPLED = Datum(model_input=ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3]})
+SCORED = Datum(
+    model_input=ModelInput.from_ints([1, 2]),
+    loss_fn_inputs={"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "teacher_logprobs": [-1.0, -2.0]},
+)
+PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -129,6 +140,9 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "WeightController.load_state_dict.state": {"weights": {}},
         "AdaptiveEntropy.load_state_dict.state": {"weights": {}, "coefficients": {}},
         "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},
+        "DWA.load_state_dict.state": controllers.DWA().state_dict(),
+        "FAMO.load_state_dict.state": controllers.FAMO().state_dict(),
+        "UncertaintyWeighting.load_state_dict.state": controllers.UncertaintyWeighting().state_dict(),
         "Linear.end": 0.5,
         "status": "finished",
         "Problem.status": 422,
@@ -181,11 +195,22 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "QueueState.state": "active",
         "OptimizerParams.type": "dimuon",
         "learning_rate": 1e-4,
-        "DPO.compute.data": [DATUM, DATUM],
+        **{f"{name}.compute.data": [DATUM, DATUM] for name in PAIR_TERMS},
+        "KTO.compute.data": [LABELLED],
+        **{f"{name}.compute.data": [CANDIDATES] for name in ("Choice", "Distillation")},
+        **{f"{name}.compute.logprobs": torch.full((1, 2), -1.0) for name in ("Choice", "Distillation")},
+        "candidates_datum.prompt": [1, 2],
+        "candidate_ids": [3, 4],
+        "target_probs": [1.0, 0.0],
+        "teacher": clients.sampling,
+        "teacher_datums.data": [SAMPLED],
+        "with_teacher_logprobs.data": [SAMPLED],
+        "with_teacher_advantages.data": [SCORED],
+        "with_role_masks.data": [DATUM, DATUM],
         "batches": lambda start: [[DATUM]] * 2,
         "write_run.run": RUN,
         "StepRecord.tokens": 3,
-        "DPO.compute.logprobs": torch.full((6,), -1.0),
+        **{f"{name}.compute.logprobs": torch.full((6,), -1.0) for name in PAIR_TERMS},
         "charts": (),
         "differing_settings": {},
         "folders": [run_folder],
@@ -222,14 +247,20 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
 
 
 _REFERENCE = {"reference": torch.zeros(3)}
+_REFERENCE_FIELD = {"reference_field": "logprobs"}
 EXTRA: Mapping[str, Mapping[str, Any]] = {
     "config.TinkexConfig": {"api_key": "tml-x"},
     "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
     "preference_datums": {"prompt": "x"},
     "export_adapter": {"overwrite": True},
     "replay": {"pipeline": Pipeline(nll)},
+    "preference.DPO": _REFERENCE_FIELD,
+    "preference.DPOP": _REFERENCE_FIELD,
+    "preference.Hinge": _REFERENCE_FIELD,
+    "preference.IPO": _REFERENCE_FIELD,
+    "distillation.Distillation": _REFERENCE_FIELD,
+    "unpaired.KTO": {**_REFERENCE_FIELD, "reference_point": 0.0},
     "correction.Rejection": {"high": 2.0},
-    "likelihood.DPO": {"reference_field": "logprobs"},
     "distributions.KLDivergence": _REFERENCE,
     "distributions.JensenShannon": _REFERENCE,
     "sampled.SampledKL": _REFERENCE,

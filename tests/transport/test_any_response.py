@@ -13,7 +13,8 @@ from tinkex_py.limits import RetryPolicy
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth, rejects_token
 from tinkex_py.transport.decoding import Result, read_forward_backward, read_sample, request_id_of, text_of
-from tinkex_py.transport.messages import NO_SECRET, Request, Response, Secret, raise_for_status, retry_after
+from tinkex_py.transport.failures import retry_after, status_error
+from tinkex_py.transport.messages import NO_SECRET, Request, Response, Secret
 from tinkex_py.transport.negotiation import choose_encoding, refuses_protobuf
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import (
@@ -140,7 +141,8 @@ def test_any_answer(status, headers, body):
     assert seconds is None or 0 <= seconds <= 60
     rejects_token(response)
     with contextlib.suppress(TinkexError):
-        raise_for_status(response)
+        if not response.is_success:
+            raise status_error(response)
         response.json()
 
 

@@ -11,7 +11,8 @@ from tinkex_py import errors
 from tinkex_py.limits import Attempts, RetryPolicy
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
-from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
+from tinkex_py.transport.failures import status_error
+from tinkex_py.transport.messages import Request, Response, Secret, request
 
 AT_ONCE = RetryPolicy(initial_wait=0.0, max_wait=0.0)
 
@@ -85,7 +86,7 @@ async def test_what_is_worth_another_attempt(failure: Response | BaseException):
     [
         (status(400), errors.BadRequest),
         (status(401), errors.Authentication),
-        (status(404), errors.NotFound),
+        (status(404), errors.MissingEndpoint),
         (status(409), errors.Conflict),
         (status(409, x_should_retry="true"), errors.Conflict),
         (status(410), errors.APIStatusError),
@@ -208,10 +209,7 @@ async def test_a_cancellation_that_coincides_with_the_deadline_wins():
 
 def pauses_after(policy: RetryPolicy, outcome: Response, count: int = 1) -> list[float]:
     """Returns the pauses after each of several failures in a row."""
-    try:
-        raise_for_status(outcome)
-    except errors.APIStatusError as error:
-        failure = error
+    failure = status_error(outcome)
 
     async def drawn() -> list[float]:
         attempts = Attempts(policy)

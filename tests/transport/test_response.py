@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tinkex_py import errors
-from tinkex_py.transport.messages import LONGEST_RETRY_AFTER, Response, Secret, raise_for_status, retry_after
+from tinkex_py.transport.failures import LONGEST_RETRY_AFTER, retry_after, status_error
+from tinkex_py.transport.messages import Response, Secret
 
 KEY = "tml-very-secret-key"
 
@@ -20,15 +21,9 @@ def response_of(status: int, body: object = b"", headers: dict[str, str] | None 
     return Response(status, headers or {}, payload, "POST /api/v1/thing at host:1", Secret(KEY))
 
 
-def error_of(response: Response, attempts: int = 1) -> errors.APIStatusError:
-    with pytest.raises(errors.APIStatusError) as caught:
-        raise_for_status(response, attempts)
-    return caught.value
-
-
 @pytest.mark.parametrize("status", [302, 400, 408, 422, 529])  # the classes of all statuses: test_errors.py
 def test_status_and_attempts(status: int):
-    error = error_of(response_of(status), 3)
+    error = status_error(response_of(status), 3)
     assert type(error) is errors.status_error_class(status)
     assert (error.status, error.attempts) == (status, 3)
     assert f"POST /api/v1/thing at host:1 returned {status}" in str(error)
@@ -49,34 +44,34 @@ def test_status_and_attempts(status: int):
     ],
 )
 def test_the_message_contains_the_services_explanation(body: object, detail: str):
-    message = str(error_of(response_of(400, body)))
+    message = str(status_error(response_of(400, body)))
     assert message == f"POST /api/v1/thing at host:1 returned 400 Bad Request. {detail}"
 
 
 def test_fields_of_the_error():
     headers = {"x-request-id": "req-1", "retry-after": "7"}
-    error = error_of(response_of(429, {"error": {"message": "slow", "code": "busy"}}, headers))
+    error = status_error(response_of(429, {"error": {"message": "slow", "code": "busy"}}, headers))
     assert (error.code, error.request_id, error.retry_after) == ("busy", "req-1", 7.0)
     assert error.body == {"error": {"message": "slow", "code": "busy"}}
-    assert error_of(response_of(500, {"request_id": "r2", "code": 17})).request_id == "r2"
-    assert error_of(response_of(500, {"code": 17})).code == "17"
-    bare = error_of(response_of(500))
+    assert status_error(response_of(500, {"request_id": "r2", "code": 17})).request_id == "r2"
+    assert status_error(response_of(500, {"code": 17})).code == "17"
+    bare = status_error(response_of(500))
     assert (bare.code, bare.request_id, bare.retry_after, bare.body) == (None, None, None, "")
 
 
 def test_a_long_detail_is_shortened():
-    message = str(error_of(response_of(400, {"detail": "x" * 5000})))
+    message = str(status_error(response_of(400, {"detail": "x" * 5000})))
     assert message.count("x") == 299
     assert message.endswith("…")
 
 
 def test_ways_out():
-    assert "TINKER_API_KEY" in str(error_of(response_of(401)))
-    redirect = str(error_of(response_of(307, b"", {"location": "https://elsewhere.example/a?token=t"})))
+    assert "TINKER_API_KEY" in str(status_error(response_of(401)))
+    redirect = str(status_error(response_of(307, b"", {"location": "https://elsewhere.example/a?token=t"})))
     assert "https://elsewhere.example" in redirect
     assert "base_url" in redirect
     assert "token" not in redirect
-    assert "an invalid address" in str(error_of(response_of(302, b"", {"location": "http://[::"})))
+    assert "an invalid address" in str(status_error(response_of(302, b"", {"location": "http://[::"})))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +84,7 @@ def test_ways_out():
     ],
 )
 def test_a_key_that_the_service_echoes_is_redacted(body: object):
-    error = error_of(response_of(401, body))
+    error = status_error(response_of(401, body))
     for shown in (str(error), repr(error), repr(error.body), str(vars(error))):
         assert KEY not in shown
     assert KEY.encode() not in pickle.dumps(error)
@@ -141,7 +136,7 @@ def test_json_has_a_size_and_a_number_of_values(body: bytes, limit: int, message
     ) as caught:
         response.json()
     assert caught.value.is_too_large
-    refused = error_of(Response(500, {}, body, limit=limit))
+    refused = status_error(Response(500, {}, body, limit=limit))
     assert len(str(refused.body)) < 100
 
 
@@ -206,6 +201,25 @@ json_values = st.recursive(
 
 @given(st.integers(300, 599), json_values)
 def test_any_error_body_becomes_a_typed_error_that_pickles(status: int, body: object):
-    error = error_of(response_of(status, body))
+    error = status_error(response_of(status, body))
     assert error.body == body
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"detail": "Not Found"}', errors.MissingEndpoint),
+        (b'{"detail": "POST /api/v1/forward: Not Found"}', errors.MissingEndpoint),
+        (b"404 page not found\n", errors.MissingEndpoint),
+        (b"", errors.MissingEndpoint),
+        (b'{"detail": "Model m not found"}', errors.NotFound),
+        (b'{"detail": [{"msg": "Not Found"}]}', errors.NotFound),
+        (b'{"error": {"message": "no such run"}}', errors.NotFound),
+    ],
+)
+def test_a_404_of_a_router_means_a_missing_endpoint(body: bytes, kind: type[errors.APIStatusError]):
+    error = status_error(Response(404, {"content-type": "application/json"}, body))
+    assert type(error) is kind
+    assert isinstance(error, errors.UnsupportedFeature) == ("endpoint" in str(error)) == (kind is not errors.NotFound)
+    assert type(status_error(Response(400, {}, body))) is errors.BadRequest

@@ -5,6 +5,9 @@ from .advantages import (
     in_varied_groups as in_varied_groups,
     overlong_penalty as overlong_penalty,
 )
+from .choice import (
+    Choice as Choice,
+)
 from .corrected import Corrected as Corrected
 from .correction import (
     MaskedIS as MaskedIS,
@@ -17,8 +20,10 @@ from .covariance import (
     ClipCov as ClipCov,
     KLCov as KLCov,
 )
+from .distillation import (
+    Distillation as Distillation,
+)
 from .likelihood import (
-    DPO as DPO,
     NLL as NLL,
 )
 from .policy import (
@@ -28,6 +33,18 @@ from .policy import (
     SAPO as SAPO,
     ImportanceSampling as ImportanceSampling,
     Reinforce as Reinforce,
+)
+from .preference import (
+    DPO as DPO,
+    DPOP as DPOP,
+    IPO as IPO,
+    Hinge as Hinge,
+)
+from .reference_free import (
+    CPO as CPO,
+    ORPO as ORPO,
+    SimPO as SimPO,
+    SLiC as SLiC,
 )
 from .sequence_policy import (
     GMPO as GMPO,
@@ -39,4 +56,7 @@ from .token_weighting import (
     DFT as DFT,
     Focal as Focal,
     Unlikelihood as Unlikelihood,
+)
+from .unpaired import (
+    KTO as KTO,
 )

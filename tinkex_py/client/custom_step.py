@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from tinkex_py.arguments import check_choice, check_count, check_flag, check_path, shown
 from tinkex_py.client.accumulation import GradientCall
 from tinkex_py.client.batches import CustomBatch, checked_data, custom_batch
+from tinkex_py.client.candidates import check_splittable, joined_logprobs, one_target_each, split_gradient
 from tinkex_py.client.ordering import Turn
 from tinkex_py.client.passes import GradientPass, Model, Pass, off_loop_if
 from tinkex_py.client.surrogate import (
@@ -100,17 +101,22 @@ class CustomStep:
         sequences = check_sequences(self.sequences_per_step, len(datums))
         await turn.reached(early=self.overlap)
         batch, forward, surrogate = await self._forward(turn, model, datums)
-        logprobs = logprobs_of(forward, datums, model.session.surrogates.host)
+        logprobs = logprobs_of(forward, batch.data, model.session.surrogates.host)
+        sequences = sequences * len(batch.data) // len(datums)
         async with turn.running_terms():
-            loss = await self._evaluate(model, datums, logprobs)
-        gradient = loss.gradient.reshape(-1).numpy()
+            if batch.data is datums:
+                loss = await self._evaluate(model, datums, logprobs)
+                gradient = loss.gradient.reshape(-1).numpy()
+            else:
+                loss = await self._evaluate(model, datums, joined_logprobs(logprobs, datums))
+                gradient = split_gradient(loss.gradient.reshape(-1).numpy(), datums)
         carried = await off_loop_if(
             gradient.size > _SMALL_TOKENS,
             model.session,
             lambda: surrogate.carry(gradient, batch, logprobs, sequences),
         )
         call = GradientCall(
-            datums=len(datums),
+            datums=len(batch.data),
             scaled_for=sequences if surrogate.divides == "sequences" else None,
             controllers=self.pipeline.controllers,
             output=loss.output,
@@ -121,12 +127,17 @@ class CustomStep:
     async def _forward(
         self, turn: Turn, model: Model, data: Sequence[Datum]
     ) -> tuple[CustomBatch, ForwardBackwardOutput, Surrogate]:
-        """Runs the forward pass, which also determines the surrogate unless that is known."""
+        """Runs the forward pass, which also determines the surrogate unless that is known.
+
+        The batch has other datums if the service carries the gradient of one target per position only.
+        """
         surrogates = model.session.surrogates
-        surrogate = surrogates.for_step(self.surrogate, data)
+        surrogate = surrogates.for_step(self.surrogate)
         if surrogate is None and has_candidates(data):
             _, _, surrogate = await self._forward(turn, model, measuring_sample(data))
-            surrogates.for_step(self.surrogate, data)
+        if surrogate is not None and surrogate.loss_fn == "importance_sampling" and has_candidates(data):
+            check_splittable(data, surrogates.host, self.sequences_per_step)
+            data = one_target_each(data)
         batch = await self._laid_out(model, data, measured=surrogate is None)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
         if surrogate is None:

@@ -24,8 +24,9 @@ from tinkex_py.errors import (
 from tinkex_py.limits import Attempts, with_retries
 from tinkex_py.threads import FileThread
 from tinkex_py.transport.api import is_retryable_status
+from tinkex_py.transport.failures import status_error
 from tinkex_py.transport.http import ResponseStream
-from tinkex_py.transport.messages import Secret, checked_base_url, raise_for_status, request
+from tinkex_py.transport.messages import Secret, checked_base_url, request
 from tinkex_py.transport.secrecy import CutOff
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.rest import ArchiveUrl, DownloadProgress
@@ -174,7 +175,7 @@ class Download:
         elif 200 <= response.status < 300:
             await self._begin(_Source(self._source.path, _validator(response), response.length), files)
         else:
-            raise_for_status(await response.beginning())
+            raise status_error(await response.beginning())
         await self._append(response, files)
 
     async def _begin(self, source: _Source, files: FileThread) -> None:

@@ -25,7 +25,8 @@ from tinkex_py.limits import BillingPause, ByteBudget
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.transport.api import ServiceApi, is_retryable_status
 from tinkex_py.transport.decoding import fields_of, text_of
-from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
+from tinkex_py.transport.failures import status_error
+from tinkex_py.transport.messages import Request, Response, Secret, request
 from tinkex_py.transport.negotiation import PassEncoding
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.version import __version__
@@ -204,7 +205,8 @@ async def send_heartbeats(
             if response.status == SESSION_OVER:
                 telemetry.emit("tinkex.session.over", {}, {"session_id": session_id})
                 return
-            raise_for_status(response)
+            if not response.is_success:
+                raise status_error(response)
             if response.body.strip():
                 response.json()  # raises for a page that a proxy returned, such as a login form
         except (TransportError, APIStatusError, ConfigError) as error:

@@ -124,18 +124,15 @@ class SurrogateChoice:
     known: Surrogate | None = None
     refusal: str | None = None
 
-    def for_step(self, option: SurrogateOption, data: Sequence[Datum]) -> Surrogate | None:
+    def for_step(self, option: SurrogateOption) -> Surrogate | None:
         """Returns the surrogate of a step, or None if its forward pass has to determine it.
 
         Raises:
-            UnsupportedFeature: the service has none for these datums.
+            UnsupportedFeature: the service has none.
         """
         if option == "auto" and self.refusal is not None:
             raise UnsupportedFeature(self.refusal)
-        surrogate = self.known if option == "auto" else _CHOSEN[option]
-        if surrogate is not None and surrogate.loss_fn == "importance_sampling":
-            self._check_targets(data)
-        return surrogate
+        return self.known if option == "auto" else _CHOSEN[option]
 
     def learn(self, forward: ForwardBackwardOutput, logprobs: PackedTensor, weights: Array) -> Surrogate:
         """Determines the surrogate from a forward pass.
@@ -173,16 +170,6 @@ class SurrogateChoice:
         if len(logprobs) > 1 and logprobs.values.size > len(logprobs):
             self._keep(SUMMED, "loss:sum of its forward pass is -sum(weights * logprobs)")
         return SUMMED
-
-    def _check_targets(self, data: Sequence[Datum]) -> None:
-        for index, datum in enumerate(data):
-            shape = datum.loss_fn_inputs["target_tokens"].shape
-            if len(shape) != 1:
-                raise UnsupportedFeature(
-                    f"{self.host} does not support the gradients of custom losses for targets with candidates: "
-                    f"target_tokens of datum {index} have shape {shape}, but importance_sampling, which carries the "
-                    "gradient there, takes targets of shape [T]; nothing was sent for these datums"
-                )
 
     def _keep(self, surrogate: Surrogate, explanation: str) -> Surrogate:
         if self.known is None:

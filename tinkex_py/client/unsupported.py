@@ -3,9 +3,8 @@
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import cast
 
-from tinkex_py.errors import APIStatusError, RequestFailed, UnsupportedFeature
+from tinkex_py.errors import APIStatusError, MissingEndpoint, RequestFailed, UnsupportedFeature
 
 _NO_SUCH_METHOD = (405, 501)
 _NOT_SUPPORTED = re.compile(
@@ -13,8 +12,6 @@ _NOT_SUPPORTED = re.compile(
     re.IGNORECASE,
 )
 _NOT_COUNTED = re.compile(r"\bcapability disabled\b", re.IGNORECASE)
-# "Not Found", "404 page not found", and, from the embedded service, "GET /path: Not Found".
-_ROUTER_WORDS = re.compile(r"(404 )?(page )?(not found)?|[a-z]+ /\S*: not found", re.IGNORECASE)
 
 
 def was_not_counted(error: RequestFailed) -> bool:
@@ -40,13 +37,7 @@ def means_no_endpoint(error: APIStatusError, *, names_nothing: bool) -> bool:
         error: the refusal.
         names_nothing: the path names no run, checkpoint or session, so that 404 can only mean the endpoint.
     """
-    if error.status != 404 or error.code == "unsupported_feature":
-        return _has_no_endpoint(error)
-    # Routers return 404 with their own words; an endpoint names what it did not find.
-    detail = error.body
-    if isinstance(detail, dict):
-        detail = cast("dict[str, object]", detail).get("detail", "")
-    return names_nothing or (isinstance(detail, str) and _ROUTER_WORDS.fullmatch(detail.strip()) is not None)
+    return isinstance(error, MissingEndpoint) or (error.status == 404 and names_nothing) or _has_no_endpoint(error)
 
 
 def _has_no_endpoint(error: RequestFailed | APIStatusError) -> bool:

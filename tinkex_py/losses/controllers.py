@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.balancing import DWA as DWA, FAMO as FAMO, UncertaintyWeighting as UncertaintyWeighting
 from tinkex_py.losses.checks import checked_number, checked_numbers
 from tinkex_py.losses.output import value_over_calls
 from tinkex_py.losses.weights import WeightController

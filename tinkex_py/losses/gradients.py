@@ -6,13 +6,14 @@ Works on any device. Nothing here uses the event loop.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
 import torch
 
 from tinkex_py.errors import InvalidTermResult, NonFiniteLoss
+from tinkex_py.losses.combiners import Balancing, Matrix, balancing_factors
 from tinkex_py.losses.output import GradientDiagnosis, MetricValue
 
 _BLOCK = 262_144
@@ -186,11 +187,13 @@ class Combined:
         gradient: d(loss_total)/d(logprobs).
         diagnosis: alignment of each term's gradient, by name; empty unless requested.
         norm: L2 norm of `gradient`; None unless the diagnosis was requested.
+        coefficients: factor of each term's unweighted gradient in `gradient`, by name; empty for a weighted sum.
     """
 
     gradient: torch.Tensor
     diagnosis: dict[str, GradientDiagnosis]
     norm: float | None
+    coefficients: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
@@ -254,6 +257,31 @@ def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, 
             product = left[index] @ weighted[:, other]
             if product < 0:
                 left[index, other] -= product / weighted[other, other]
+    return _combined(parts, like, products, left)
+
+
+def balanced(parts: Sequence[WeightedGradient], like: torch.Tensor, method: Balancing) -> Combined:
+    """Returns the sum of the weighted gradients with factors that depend on how they point to each other.
+
+    Raises:
+        PipelineError: there are too many terms.
+    """
+    products = _products(parts)
+    factors = balancing_factors(method, products, np.array([part.scale for part in parts]))
+    return _combined(parts, like, products, np.diag(factors))
+
+
+def _combined(parts: Sequence[WeightedGradient], like: torch.Tensor, products: Matrix, left: Matrix) -> Combined:
+    """Returns the sum, and its diagnosis.
+
+    Args:
+        parts: the gradients.
+        like: a tensor of the shape and dtype of the result.
+        products: dot products of the unweighted gradients.
+        left: what each term contributes: row i has the factors of all weighted gradients in the part of term i.
+    """
+    scales = np.array([part.scale for part in parts])
+    weighted = products * np.outer(scales, scales)
     combined = left.sum(0)
     scaled = [replace(part, scale=float(factor) * part.scale) for factor, part in zip(combined, parts, strict=True)]
     total = summed(scaled, like, diagnose=False).gradient
@@ -269,10 +297,10 @@ def without_conflicts(parts: Sequence[WeightedGradient], like: torch.Tensor, *, 
         )
         for index, part in enumerate(parts)
     }
-    return Combined(total, diagnosis, norm(total))
+    return Combined(total, diagnosis, norm(total), {part.name: part.scale for part in scaled})
 
 
-def _products(parts: Sequence[WeightedGradient]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _products(parts: Sequence[WeightedGradient]) -> Matrix:
     products = np.zeros((len(parts), len(parts)))
     for row, part in enumerate(parts):
         for column in range(row + 1):

@@ -11,7 +11,7 @@ from tinkex_py.errors import PipelineError
 from tinkex_py.losses.checks import first_problem
 from tinkex_py.values import Integer, Number
 
-Combine = Literal["sum", "pcgrad"]
+Combine = Literal["sum", "pcgrad", "upgrad", "mgda", "cagrad", "nash_mtl", "aligned_mtl"]
 Count = Annotated[Integer, Field(ge=1)]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,8 +32,9 @@ class PipelineOptions(TypedDict, total=False):
             threads exist, including abandoned ones; in a client, `max_threads` of the service client is a further
             limit. Default None: only that limit applies, or, without a client, the number of usable CPUs.
         combine: "sum" computes the gradient of `loss_total`. "pcgrad" first removes from every term's weighted
-            gradient the components that conflict with those of other terms (Yu et al. 2020); the result is not the
-            gradient of a single loss. Default "sum".
+            gradient the components that conflict with those of other terms (Yu et al. 2020). "upgrad", "mgda",
+            "cagrad", "nash_mtl" and "aligned_mtl" balance the gradients of up to 8 terms. The result of all but "sum"
+            is not the gradient of a single loss. Default "sum".
     """
 
     track_grad_norms: bool

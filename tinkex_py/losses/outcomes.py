@@ -207,6 +207,7 @@ def custom_loss(
         regularizer_total=total(contributions),
         total_grad_norm=combined.norm if track_grad_norms else None,
         diagnosis=combined.diagnosis if track_grad_norms else {},
+        coefficients=combined.coefficients,
         skipped={outcome.term.name: telemetry.failure_reason(outcome.error) for outcome in outcomes if outcome.error},
         abandoned_threads=abandoned_threads,
     )

@@ -105,6 +105,8 @@ class CustomLossOutput(LossReport):
         regularizer_total: sum of all contributions.
         total_grad_norm: L2 norm of the total gradient (not the sum of norms); None unless norms are tracked.
         diagnosis: alignment of the gradients by term, "base_loss" first; empty unless norms are tracked.
+        coefficients: factor of each term's unweighted gradient in the gradient that is sent; empty with
+            `combine="sum"`, where it is the weight times `clip_scale`.
         skipped: name -> class of the error, for failed terms with `on_error="skip"`.
         abandoned_threads: number of worker threads that still run after the timeout of their term.
         service_output: result of the backward pass on the service; None when computed offline.
@@ -116,6 +118,7 @@ class CustomLossOutput(LossReport):
     regularizer_total: float = 0.0
     total_grad_norm: float | None = None
     diagnosis: dict[str, GradientDiagnosis] = Field(default_factory=dict)
+    coefficients: dict[str, float] = Field(default_factory=dict)
     skipped: dict[str, str] = Field(default_factory=dict)
     abandoned_threads: int = 0
     service_output: ForwardBackwardOutput | None = None

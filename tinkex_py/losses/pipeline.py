@@ -12,8 +12,9 @@ from tinkex_py.arguments import check_list, shown
 from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, PipelineError
 from tinkex_py.html_table import html_table
 from tinkex_py.limits import running_loop
+from tinkex_py.losses.combiners import check_terms
 from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
-from tinkex_py.losses.gradients import Combined, WeightedGradient, summed, without_conflicts
+from tinkex_py.losses.gradients import Combined, WeightedGradient, balanced, summed, without_conflicts
 from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs, checked_data
 from tinkex_py.losses.options import DEFAULTS, Combine, PipelineOptions, checked_options, shows_options
@@ -77,6 +78,8 @@ class Pipeline:
         self.max_concurrency: int = checked["max_concurrency"]
         self.max_threads: int | None = checked["max_threads"]
         self.combine: Combine = checked["combine"]
+        if self.combine not in ("sum", "pcgrad"):
+            check_terms(self.combine, 1 + sum(spec.enabled for spec in self._regularizers))
         self._own_workers: WorkerPool | None = None
         self._warned: set[str] = set()
 
@@ -313,9 +316,11 @@ class Pipeline:
 
         def combine() -> Combined:
             run.logprobs.check_unchanged()
+            if self.combine == "sum":
+                return summed(parts, buffer, diagnose=run.track_grad_norms)
             if self.combine == "pcgrad":
                 return without_conflicts(parts, buffer, step=step)
-            return summed(parts, buffer, diagnose=run.track_grad_norms)
+            return balanced(parts, buffer, self.combine)
 
         return combine() if buffer.numel() <= SMALL_LOGPROBS else await run.workers.compute("sum", combine)
 

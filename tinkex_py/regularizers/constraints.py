@@ -9,8 +9,8 @@ import torch
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.output import TOTAL_METRIC
 from tinkex_py.losses.spec import TermResult
-from tinkex_py.regularizers.distributions import Over, distributions, symmetric_kl_parts
 from tinkex_py.regularizers.norms import NormTerm
+from tinkex_py.terms.distributions import Over, distributions, symmetric_kl_parts
 from tinkex_py.terms.fields import aligned_field
 from tinkex_py.terms.numerics import safe_sqrt
 from tinkex_py.terms.ready_made import NonEmptyStr

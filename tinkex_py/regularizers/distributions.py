@@ -1,58 +1,21 @@
-"""Terms over distributions: entropy, Kullback-Leibler and Jensen-Shannon divergence.
-
-In all formulas `0 * log 0` is 0: an outcome without probability adds nothing and has no gradient.
-"""
+"""Terms over distributions: entropy, Kullback-Leibler and Jensen-Shannon divergence."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from tinkex_py.errors import InvalidData
 from tinkex_py.losses.spec import TermResult
-from tinkex_py.terms.fields import is_one_number_per_position
-from tinkex_py.terms.numerics import segment_log_softmax
-from tinkex_py.terms.ready_made import NonEmptyStr, Positive
+from tinkex_py.terms.distributions import Over, distributions, kl_parts, log_softmax, symmetric_kl_parts
+from tinkex_py.terms.ready_made import ADDED, NonEmptyStr, Positive
 from tinkex_py.terms.reduction import Positions, ReducedTerm
 from tinkex_py.terms.reference import ReferenceTerm
 from tinkex_py.types import Datum
 
-Over = Literal["candidates", "tokens"]
 Mode = Literal["maximize", "minimize"]
-
-
-def distributions(
-    term: ReducedTerm, over: Over, data: Sequence[Datum], logprobs: torch.Tensor, *, by_datum: bool = False
-) -> Positions:
-    """Selects the distributions of packed logprobs, or of a tensor given directly.
-
-    Args:
-        term: the term, whose mask and reduction apply.
-        over: "candidates": the last axis is one distribution; "tokens": all numbers of a datum are.
-        data: the datums.
-        logprobs: `[N, K]`, or a tensor given directly; `[N]` with `over="tokens"`.
-        by_datum: with `over="tokens"`, keep the datum of each number.
-
-    Returns:
-        Rows over the candidates, or single numbers.
-
-    Raises:
-        InvalidData: the logprobs are a client's `[T]`, without `over="tokens"`.
-    """
-    if over == "tokens":
-        return term.positions(data, logprobs, by_datum=by_datum)
-    if is_one_number_per_position(data, logprobs):
-        raise InvalidData(
-            f"{type(term).__name__} is a formula over distributions, but the logprobs have shape "
-            f"{tuple(logprobs.shape)}: one number per position, that of the target token. Pass [T, K] targets; or use "
-            "SampledKL or SampledEntropy for sampled tokens; or pass over='tokens' to treat all numbers of a datum as "
-            "one distribution, which they are not"
-        )
-    if not logprobs.ndim:
-        raise InvalidData(f"{type(term).__name__} needs at least one axis of outcomes, got a 0-d tensor")
-    return term.positions(data, logprobs, by_row=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +62,7 @@ class Entropy(ReducedTerm):
         positions = distributions(self, self.over, data, logprobs, by_datum=by_datum)
         log_p = positions.select(logprobs)
         if self.temperature != 1.0:
-            log_p = _log_softmax(log_p / self.temperature, positions)
+            log_p = log_softmax(log_p / self.temperature, positions)
         parts = -log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
         if self.normalize:
             parts = parts / _largest_entropy(log_p, positions)
@@ -118,7 +81,8 @@ class KLDivergence(ReferenceTerm):
 
     - formula: forward `KL(q || p) = sum(q * (log q - log p))`, which is mode-covering; reverse
       `KL(p || q) = sum(p * (log p - log q))`, which is mode-seeking; symmetric: the mean of both. Then reduced.
-    - gradient: forward `-q`; reverse `p * (1 + log p - log q)`; 0 where the outcome has no probability
+    - gradient: forward `-q`; reverse `p * (1 + log p - log q)`; 0 where the outcome has no probability; normalized:
+      forward `p - q`; reverse `p * (log p - log q - KL)`
     - shapes: `[N, K]`, or any tensor given directly, over its last axis; `[N]` only with `over="tokens"`
     - units: nats
 
@@ -138,6 +102,8 @@ class KLDivergence(ReferenceTerm):
             `reference` and `reference_field` is required.
         direction: "forward" or "reverse".
         symmetric: use the mean of both directions; `direction` is ignored.
+        normalize: make both distributions sum to 1 first, by `log_softmax`; for candidates that are only a part of the
+            vocabulary.
         over: "candidates": the last axis is a distribution. "tokens": all numbers of a datum are treated as one, which
             is the guide's formula; see "Terms over distributions" in the guide to the ready-made terms.
     """
@@ -145,6 +111,7 @@ class KLDivergence(ReferenceTerm):
     name: NonEmptyStr = "kl_divergence"
     direction: Literal["forward", "reverse"] = "forward"
     symmetric: bool = False
+    normalize: bool = field(default=False, metadata=ADDED)
     over: Over = "candidates"
 
     def counted(self, data: Sequence[Datum], logprobs: torch.Tensor) -> Positions:
@@ -153,8 +120,14 @@ class KLDivergence(ReferenceTerm):
 
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
-        positions = distributions(self, self.over, data, logprobs)
+        positions = distributions(self, self.over, data, logprobs, by_datum=self.normalize)
         log_p, log_q = positions.select(logprobs), self._select_reference(positions, reference, data)
+        if self.normalize:
+            if positions.rows == 1:
+                raise InvalidData(
+                    "KLDivergence with normalize=True is 0 for a single candidate per position: pass at least two"
+                )
+            log_p, log_q = log_softmax(log_p, positions), log_softmax(log_q, positions)
         if self.symmetric:
             parts = symmetric_kl_parts(log_p, log_q)
         else:
@@ -201,24 +174,6 @@ class JensenShannon(ReferenceTerm):
         log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
         parts = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
         return positions.reduce(parts, self.reduction)
-
-
-def kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Returns `p * (log p - log q)` of each outcome: infinite where q excludes what p allows."""
-    p = log_p.exp()
-    impossible = p == 0
-    return p * (log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0))
-
-
-def symmetric_kl_parts(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Returns the summands of the mean of both directions."""
-    return 0.5 * (kl_parts(log_p, log_q) + kl_parts(log_q, log_p))
-
-
-def _log_softmax(values: torch.Tensor, positions: Positions) -> torch.Tensor:
-    if positions.rows is not None:
-        return values.log_softmax(-1)
-    return segment_log_softmax(values, positions.sequences, positions.sequence_count)
 
 
 def _largest_entropy(values: torch.Tensor, positions: Positions) -> torch.Tensor | float:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import PydanticCustomError
 
 from tinkex_py.arguments import as_number, check_path
 from tinkex_py.errors import ConfigError, did_you_mean
+from tinkex_py.losses.options import Combine
 from tinkex_py.runs.settings import Count, Times, TrainSettings
 from tinkex_py.runs.yaml_file import read_yaml, with_overrides
 from tinkex_py.types import AdamParams
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from tinkex_py.runs.plan import Optimizer
 
 _SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
-_CONTROLLERS = ("AdaptiveKL", "AdaptiveEntropy", "TargetGradientRatio", "GradNormBalance")
+_CONTROLLERS = (
+    "AdaptiveKL",
+    "AdaptiveEntropy",
+    "TargetGradientRatio",
+    "GradNormBalance",
+    "DWA",
+    "UncertaintyWeighting",
+    "FAMO",
+)
 
 
 def _number_or_mapping(value: object) -> object:
@@ -93,7 +102,7 @@ class LossSection(Section):
     base: TermSection = TermSection(term="NLL", options={"reduction": "token-mean"})
     regularizers: tuple[RegularizerSection, ...] = ()
     track_grad_norms: bool = False
-    combine: Literal["sum", "pcgrad"] = "sum"
+    combine: Combine = "sum"
 
 
 class OptimizerSection(Section):

@@ -7,6 +7,7 @@ import torch
 # Up to here the exponential is exact. e**20 is 5e8, far beyond the ratios of probabilities that occur in training.
 EXACT_UP_TO = 20.0
 _SLOPE = math.exp(EXACT_UP_TO)
+_LOG2 = math.log(2.0)
 
 
 def safe_exp(exponent: torch.Tensor) -> torch.Tensor:
@@ -23,6 +24,14 @@ def safe_sqrt(square: torch.Tensor) -> torch.Tensor:
     """Returns `sqrt(x)` for x >= 0, with gradient 0 at 0."""
     positive = square > 0
     return torch.where(positive, square, 1.0).sqrt() * positive
+
+
+def log1mexp(negative: torch.Tensor) -> torch.Tensor:
+    """Returns `log(1 - exp(x))` for x < 0, without cancellation at either end."""
+    is_near = negative > -_LOG2
+    near = torch.where(is_near, negative, -1.0)
+    far = torch.where(is_near, -1.0, negative)
+    return torch.where(is_near, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
 
 
 def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -17,14 +17,16 @@ from tinkex_py.errors import (
     RequestFailedCategory,
     ResultLost,
     TimeoutExceeded,
+    TinkexError,
     TransportError,
 )
 from tinkex_py.limits import Attempts, BillingPause, RetryPolicy, time_limit, with_retries
 from tinkex_py.transport.auth import Auth, rejects_token
 from tinkex_py.transport.decoding import Result, request_id_of
 from tinkex_py.transport.encoding import PROTOBUF
+from tinkex_py.transport.failures import status_error
 from tinkex_py.transport.http import HttpClient
-from tinkex_py.transport.messages import Request, Response, Secret, raise_for_status, request
+from tinkex_py.transport.messages import Request, Response, Secret, request
 from tinkex_py.transport.secrecy import cut_off
 
 Read = TypeVar("Read")
@@ -167,7 +169,8 @@ class ServiceApi:
                 target = None if redirected is None else redirected(response)
                 if target is not None:
                     return target
-                raise_for_status(response, attempts.number)
+                if not response.is_success:
+                    raise status_error(response, attempts.number)
                 return read(response)
             except TransportError as error:
                 error.attempts = attempts.number
@@ -220,7 +223,11 @@ class ServiceApi:
         """
         with telemetry.lifecycle("tinkex.future", {"request_id": request_id, "request_type": request_type}):
             future = _Future(self, request_id, request_type, decode, on_pending)
-            return await self.billing.around(lambda: with_retries(self._retry, future.poll, _is_transient))
+            try:
+                return await self.billing.around(lambda: with_retries(self._retry, future.poll, _is_transient))
+            except TinkexError as error:
+                cut_off(error)
+                raise
 
     async def poll(self, fields: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
         """Asks once for the result of a future; the service may hold the request."""
@@ -308,8 +315,9 @@ class _Future(Generic[Decoded]):
             self._polls += 1
             try:
                 response = await self._api.poll(fields, headers)
-            except TimeoutExceeded:
-                if not await self._api.is_alive():  # else the service only holds polls for longer
+            except TimeoutExceeded as error:
+                # A poll without any response, of a service that is alive, is only held for longer.
+                if error.response_began or not await self._api.is_alive():
                     raise
                 attempts.progressed()
                 continue
@@ -330,7 +338,8 @@ class _Future(Generic[Decoded]):
             raise self._lost(response)
         if response.status in (400, 422):
             self._fail_or_poll_again(response)
-        raise_for_status(response)
+        if not response.is_success:
+            raise status_error(response)
         fields = _unwrapped(response.json())
         if not isinstance(fields, dict):
             raise InvalidResponse(f"the result of {self._request_type} is not a JSON object")

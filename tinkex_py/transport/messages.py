@@ -2,37 +2,26 @@
 
 import contextlib
 import json as json_module
-import math
 import re
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any, cast
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, status_error_class
+from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse
+from tinkex_py.transport.bodies import FEW_JSON_VALUES, json_excess, too_large
 from tinkex_py.transport.proxies import DEFAULT_PORTS
 from tinkex_py.unicode import with_whole_texts
 
-LONGEST_RETRY_AFTER = 60.0
-"""Seconds; longer waits that a service asks for are cut to this."""
-
-_LONGEST_DETAIL = 300
 # A lone surrogate can be an escape, three bytes of nearly UTF-8, or UTF-16, whose quotes contain a zero byte.
 _MAY_HOLD_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
-_SHOULD_RETRY: Mapping[str, bool] = {"true": True, "false": False}
-_REQUEST_ID_HEADERS = ("x-request-id", "request-id")
 
 Bytes = bytes | bytearray | memoryview
 Content = Bytes | Sequence[Bytes]
 """A body, or its parts in order."""
 
 JSON = "application/json"
-_SMALL_JSON = 16 << 20
-_FEW_VALUES = 1 << 18
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _PIECE_BYTES = 1 << 20
 
@@ -272,7 +261,7 @@ class Response:
         Raises:
             InvalidResponse: the body is not JSON, or would need too much memory.
         """
-        if len(self.body) > _FEW_VALUES and (excess := _json_excess(self)):
+        if len(self.body) > FEW_JSON_VALUES and (excess := json_excess(self.body, self.limit)):
             raise too_large(f"{self.request} returned {excess}. JSON needs a multiple of its size")
         with contextlib.suppress(ValueError, RecursionError):
             return _parsed(self.body)
@@ -283,100 +272,22 @@ class Response:
             "Is base_url the address of the service, and not of a proxy or a login page?"
         )
 
+    def readable_body(self) -> object:
+        """Returns the parsed JSON, else the text, without the secrets of the request."""
+        if len(self.body) > FEW_JSON_VALUES and (excess := json_excess(self.body, self.limit)):
+            return f"a body of {excess}"
+        try:
+            return _redacted(_parsed(self.body), self.secret)
+        except (ValueError, RecursionError):
+            return self.secret.redacted_from(self.body.decode("utf-8", errors="replace"))
+
     def __repr__(self) -> str:
         return f"Response(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"
-
-
-def too_large(message: str) -> InvalidResponse:
-    """Returns the error for a response that exceeds a limit."""
-    error = InvalidResponse(
-        f"{message}. If you trust the service, increase max_response_bytes of TinkexConfig, which limits results of "
-        "passes and samples; other responses have at most 16 MiB"
-    )
-    error.is_too_large = True
-    return error
-
-
-def raise_for_status(response: Response, attempts: int = 1) -> None:
-    """Raises the typed error of a response that is not 2xx.
-
-    Args:
-        response: the response.
-        attempts: how often the request was sent, for the error.
-
-    Raises:
-        APIStatusError: the status is not 2xx; each status has its class.
-    """
-    if response.is_success:
-        return
-    body = _parsed_body(response)
-    raise status_error_class(response.status)(
-        _message(response, body, attempts),
-        status=response.status,
-        code=_first_text(body, ("code", "error_code")),
-        request_id=_request_id(response, body),
-        body=body,
-        retry_after=retry_after(response.headers),
-        attempts=attempts,
-        should_retry=_SHOULD_RETRY.get(response.headers.get("x-should-retry", "").strip().lower()),
-    )
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds that the service asks to wait, at most `LONGEST_RETRY_AFTER`; None if it does not ask.
-
-    Reads `retry-after-ms`, then `retry-after` as seconds or as an HTTP date. Negative and non-finite values are
-    ignored.
-    """
-    milliseconds = _number(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return min(milliseconds / 1000, LONGEST_RETRY_AFTER)
-    value = headers.get("retry-after")
-    seconds = _number(value)
-    if seconds is None and value is not None:
-        seconds = _seconds_until(value)
-    return None if seconds is None else min(seconds, LONGEST_RETRY_AFTER)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text) if text is not None else math.nan
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and number >= 0 else None
-
-
-def _seconds_until(http_date: str) -> float | None:
-    try:
-        seconds = parsedate_to_datetime(http_date).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError, OSError):
-        return None
-    return seconds if seconds >= 0 else None
 
 
 def _parsed(body: bytes) -> Any:
     value: Any = json_module.loads(body)
     return with_whole_texts(value) if _MAY_HOLD_SURROGATES.search(body) else value
-
-
-def _json_excess(response: Response) -> str:
-    # Parsed values need up to 250 bytes each, and text up to 4 bytes per character, twice.
-    body = response.body
-    longest, most = max(response.limit // 8, _SMALL_JSON), max(response.limit // 256, _FEW_VALUES)
-    if len(body) > longest:
-        return f"{len(body)} bytes of JSON, more than {longest}"
-    if sum(map(body.count, (b",", b"[", b"{"))) > most:
-        return f"JSON of more than {most} values"
-    return ""
-
-
-def _parsed_body(response: Response) -> object:
-    if len(response.body) > _FEW_VALUES and (excess := _json_excess(response)):
-        return f"a body of {excess}"
-    try:
-        return _redacted(_parsed(response.body), response.secret)
-    except (ValueError, RecursionError):
-        return response.secret.redacted_from(response.body.decode("utf-8", errors="replace"))
 
 
 def _redacted(value: Any, secret: Secret) -> Any:
@@ -389,65 +300,3 @@ def _redacted(value: Any, secret: Secret) -> Any:
             secret.redacted_from(key): _redacted(item, secret) for key, item in cast("dict[str, Any]", value).items()
         }
     return value
-
-
-def _message(response: Response, body: object, attempts: int) -> str:
-    try:
-        phrase = f" {HTTPStatus(response.status).phrase}"
-    except ValueError:
-        phrase = ""
-    times = f" after {attempts} attempts" if attempts > 1 else ""
-    detail = " ".join(_detail(body).split())
-    if len(detail) > _LONGEST_DETAIL:
-        detail = detail[: _LONGEST_DETAIL - 1] + "…"
-    parts = [f"{response.request} returned {response.status}{phrase}{times}", detail, _way_out(response)]
-    return ". ".join(part for part in parts if part)
-
-
-def _way_out(response: Response) -> str:
-    if response.status == HTTPStatus.UNAUTHORIZED:
-        return "Check the key: TINKER_API_KEY, or api_key of the configuration"
-    location = response.headers.get("location")
-    if 300 <= response.status < 400 and location:
-        try:
-            parts = urlsplit(location)
-            target = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "another path of the same host"
-        except ValueError:
-            target = "an invalid address"
-        return f"The redirect to {target} was not followed, because it would carry the key: set base_url to its target"
-    return ""
-
-
-def _detail(body: object) -> str:
-    """Returns the service's explanation; validation errors without the input that they quote."""
-    if isinstance(body, str):
-        return body
-    if isinstance(body, list):
-        return "; ".join(filter(None, (_detail(item) for item in cast("list[object]", body))))
-    if not isinstance(body, dict):
-        return ""
-    fields = cast("dict[str, object]", body)
-    if isinstance(fields.get("msg"), str):
-        location = fields.get("loc")
-        parts = cast("list[object]", location) if isinstance(location, list) else []
-        return ": ".join(filter(None, [".".join(map(str, parts)), str(fields["msg"])]))
-    for name in ("detail", "error", "message", "title"):
-        if text := _detail(fields.get(name)):
-            return text
-    return ""
-
-
-def _request_id(response: Response, body: object) -> str | None:
-    header = next(filter(None, map(response.headers.get, _REQUEST_ID_HEADERS)), None)
-    return response.secret.redacted_from(header) if header else _first_text(body, ("request_id",))
-
-
-def _first_text(body: object, names: tuple[str, ...]) -> str | None:
-    if not isinstance(body, dict):
-        return None
-    fields = cast("dict[str, object]", body)
-    for name in names:
-        value = fields.get(name)
-        if isinstance(value, str | int):
-            return str(value)
-    return _first_text(fields.get("error"), names) or _first_text(fields.get("detail"), names)

@@ -203,3 +203,16 @@ def target_shape(datum: Datum, index: int) -> tuple[int, ...]:
     if len(targets.shape) not in (1, 2):
         raise InvalidData(f"target_tokens of datum {index} must be [T] or [T, K], got shape {targets.shape}")
     return targets.shape
+
+
+def number_of(datum: Datum, index: int, name: str) -> float:
+    """Returns the one number in a `loss_fn_inputs` field of the datum with an index.
+
+    Raises:
+        InvalidData: the field is missing, or contains more or less than one number.
+    """
+    field = field_of(datum, index, name)
+    values = field.to_numpy()
+    if values.size != 1:
+        raise InvalidData(f"{name!r} of datum {index} has shape {field.shape}: pass one number per datum")
+    return float(values.reshape(-1)[0])

@@ -1,0 +1,215 @@
+"""What a teacher says about given tokens, as data: its likeliest tokens, its logprobs, and advantages from them."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from tinkex_py.arguments import as_number, check_count, check_list, shown
+from tinkex_py.errors import InvalidData, InvalidResponse
+from tinkex_py.types import Datum, ModelInput, SampleResponse, SamplingParams, TensorData
+from tinkex_py.types.datum import field_of, target_shape
+from tinkex_py.types.tensors import Array
+
+TEACHER_LOGPROBS = "teacher_logprobs"
+
+_ONE_TOKEN = SamplingParams(max_tokens=1)
+_Row = list[tuple[int, float]]
+Score = TypeVar("Score")
+
+
+class Teacher(Protocol):
+    """A model that scores prompts, such as a sampling client."""
+
+    async def sample(
+        self,
+        prompt: ModelInput,
+        *,
+        sampling_params: SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> SampleResponse:
+        """Samples, and returns the scores of the prompt."""
+        ...
+
+
+async def teacher_datums(teacher: Teacher, data: Sequence[Datum], *, k: int = 20) -> list[Datum]:
+    """Returns datums with the teacher's likeliest tokens as candidates, for `base_losses.Distillation`.
+
+    The new datums have the same input, and at each of the `N` positions the `K` tokens that the teacher finds
+    likeliest there: `target_tokens`, `[N, K]`; `teacher_logprobs`, `[N, K]`; and `weights`, `[N, K]`, the old weight
+    times the teacher's probabilities, with which the services' `cross_entropy` distills too. Other fields are left out.
+    If the teacher names fewer tokens at a position, others with the logprob -inf fill the row.
+
+    Args:
+        teacher: a sampling client of a model with the same tokenizer.
+        data: the datums, with targets of `[N]`: texts to imitate, or answers that the student sampled.
+        k: number of tokens per position.
+
+    Raises:
+        InvalidData: a datum has other targets.
+        InvalidResponse: the teacher did not score a position.
+        UnsupportedFeature: the service of the teacher has no logprobs of likeliest tokens.
+    """
+    count = check_count("k", k, least=1)
+    prompts = _prompts(teacher, data)
+
+    async def scored(index: int) -> Datum:
+        response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, topk_prompt_logprobs=count)
+        return _with_candidates(data[index], _scored_rows(response.topk_prompt_logprobs, prompts[index], index), count)
+
+    return await _each(scored, len(prompts))
+
+
+async def with_teacher_logprobs(teacher: Teacher, data: Sequence[Datum]) -> list[Datum]:
+    """Returns the datums with the teacher's logprobs of their target tokens in `teacher_logprobs`, `[N]`.
+
+    Args:
+        teacher: a sampling client of a model with the same tokenizer.
+        data: the datums, with targets of `[N]`, usually answers that the student sampled.
+
+    Raises:
+        InvalidData: a datum has other targets.
+        InvalidResponse: the teacher did not score a position.
+        UnsupportedFeature: the service of the teacher has no logprobs of prompts.
+    """
+    prompts = _prompts(teacher, data)
+
+    async def scored(index: int) -> Datum:
+        response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, include_prompt_logprobs=True)
+        logprobs = _scored_rows(response.prompt_logprobs, prompts[index], index)
+        return _with_fields(data[index], **{TEACHER_LOGPROBS: np.array(logprobs, np.float32)})
+
+    return await _each(scored, len(prompts))
+
+
+def with_teacher_advantages(data: Sequence[Datum], *, coefficient: float = 1.0, discount: float = 0.0) -> list[Datum]:
+    """Returns sampled datums with advantages that pull the student to the teacher: on-policy distillation.
+
+    Adds `coefficient * (teacher_logprobs - logprobs)` to the `advantages` of each datum: minus the estimated reverse KL
+    divergence of each token. With a discount g, a token also gets g times the advantage of the next one, and so on.
+    Positions of weight 0 get nothing. Use them with a policy loss, such as `base_losses.ImportanceSampling`. Without
+    other advantages, `regularizers.SampledKL(reference_field="teacher_logprobs")` alone has the same gradient on
+    samples of the current model.
+
+    Source: the Tinker cookbook, "On-policy distillation".
+
+    Args:
+        data: datums with the fields `logprobs` of the sampler and `teacher_logprobs`, `[N]`; those without `advantages`
+            have 0.
+        coefficient: strength of the pull, > 0.
+        discount: from 0 to 1; 0 counts each token alone.
+
+    Raises:
+        InvalidData: a datum lacks a field, a shape differs, or a number is out of range.
+    """
+    datums = check_list("data", data, Datum)
+    strength, share = as_number(coefficient), as_number(discount)
+    if strength is None or not 0 < strength < np.inf:
+        raise InvalidData(f"coefficient must be a finite number > 0, got {shown(coefficient)}")
+    if share is None or not 0 <= share <= 1:
+        raise InvalidData(f"discount must be a number from 0 to 1, got {shown(discount)}")
+    return [_with_advantages(datum, index, strength, share) for index, datum in enumerate(datums)]
+
+
+def _with_advantages(datum: Datum, index: int, coefficient: float, discount: float) -> Datum:
+    sampler, teacher = (_numbers(datum, index, name) for name in ("logprobs", TEACHER_LOGPROBS))
+    weights = _numbers(datum, index, "weights") if "weights" in datum.loss_fn_inputs else np.ones_like(sampler)
+    own = _numbers(datum, index, "advantages") if "advantages" in datum.loss_fn_inputs else np.zeros_like(sampler)
+    counted = weights != 0
+    pulls = np.zeros_like(sampler)
+    np.subtract(teacher, sampler, out=pulls, where=counted)
+    if not np.isfinite(pulls).all():
+        raise InvalidData(
+            f"a logprob of datum {index} is not finite at a position that counts: set its weight to 0, or leave the "
+            "datum out"
+        )
+    later = 0.0
+    for position in reversed(range(len(pulls))) if discount else ():
+        if counted[position]:
+            later = pulls[position] = pulls[position] + discount * later
+    return _with_fields(datum, advantages=(own + coefficient * pulls).astype(np.float32))
+
+
+def _numbers(datum: Datum, index: int, name: str) -> Array:
+    values = field_of(datum, index, name).to_numpy().astype(np.float64)
+    shape = target_shape(datum, index)
+    if values.shape != shape or len(shape) != 1:
+        raise InvalidData(
+            f"{name!r} of datum {index} has shape {values.shape} and its target_tokens {shape}: both must be [N]"
+        )
+    return values
+
+
+def _prompts(teacher: Teacher, data: Sequence[Datum]) -> list[ModelInput]:
+    """Returns the tokens of each datum, of which all but the first are its targets."""
+    if not callable(getattr(teacher, "sample", None)):
+        raise InvalidData(f"teacher must be a sampling client, got {shown(teacher)}")
+    prompts: list[ModelInput] = []
+    for index, datum in enumerate(check_list("data", data, Datum)):
+        shape = target_shape(datum, index)
+        if shape != (datum.model_input.length,) or not shape[0]:
+            raise InvalidData(
+                f"target_tokens of datum {index} have shape {shape}, but its model_input has "
+                f"{datum.model_input.length} tokens: a teacher scores data with one target per position"
+            )
+        tokens, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()
+        if tokens[1:] != targets[:-1]:
+            raise InvalidData(f"target_tokens of datum {index} are not the tokens that follow in its model_input")
+        prompts.append(ModelInput.from_ints([*tokens, targets[-1]]))
+    return prompts
+
+
+def _scored_rows(rows: Sequence[Score | None] | None, prompt: ModelInput, index: int) -> list[Score]:
+    """Returns the scores of all tokens but the first."""
+    given = [] if rows is None else list(rows)
+    found = [row for row in given[1:] if row is not None]
+    if len(given) != prompt.length or len(found) != prompt.length - 1:
+        raise InvalidResponse(
+            f"the teacher scored {len(found)} of the {prompt.length - 1} positions of datum {index}: use a service "
+            "that scores whole prompts"
+        )
+    return found
+
+
+def _with_candidates(datum: Datum, rows: Sequence[_Row], k: int) -> Datum:
+    filled = [_filled(row[:k], k) for row in rows]
+    logprobs = np.array([[logprob for _, logprob in row] for row in filled], np.float32)
+    given = datum.loss_fn_inputs.get("weights")
+    weights = np.ones(len(rows), np.float32) if given is None else given.to_numpy()
+    return Datum(
+        model_input=datum.model_input,
+        loss_fn_inputs={
+            "target_tokens": TensorData.from_numpy(np.array([[token for token, _ in row] for row in filled], np.int64)),
+            TEACHER_LOGPROBS: TensorData.from_numpy(logprobs),
+            "weights": TensorData.from_numpy(weights[:, None] * np.exp(logprobs)),
+        },
+    )
+
+
+def _filled(row: _Row, k: int) -> _Row:
+    """Adds tokens that the teacher did not name, with probability 0, up to k."""
+    named = {token for token, _ in row}
+    others = (token for token in itertools.count() if token not in named)
+    return [*row, *((next(others), -np.inf) for _ in range(k - len(row)))]
+
+
+def _with_fields(datum: Datum, **fields: Array) -> Datum:
+    packed = {name: TensorData.from_numpy(values) for name, values in fields.items()}
+    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **packed})
+
+
+async def _each(scored: Callable[[int], Awaitable[Datum]], count: int) -> list[Datum]:
+    """Scores all datums at once; the first failure ends the others."""
+
+    async def one(index: int) -> Datum:
+        return await scored(index)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(index), name="tinkex.teacher") for index in range(count)]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
