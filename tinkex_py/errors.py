@@ -127,7 +127,13 @@ class ConnectionFailed(TransportError, ConnectionError):
 
 
 class TimeoutExceeded(TransportError, TimeoutError):
-    """The service did not respond in time."""
+    """The service did not respond in time.
+
+    Attributes:
+        response_began: whether the headers of a response had arrived.
+    """
+
+    response_began: bool = False
 
 
 class InvalidResponse(TransportError):

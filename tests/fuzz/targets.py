@@ -1,10 +1,13 @@
 """The fuzz targets: everything that reads untrusted bytes. A target accepts any bytes; an exception is a defect."""
 
+import asyncio
 import contextlib
+import gzip
 import io
 import json
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
 from tinkex_py.transport import wire
+from tinkex_py.transport.bodies import BodyTooLarge, DecodingError, body_of
 from tinkex_py.transport.decoding import (
     Result,
     decode_forward_backward,
@@ -76,6 +80,17 @@ def sample_result(body: bytes) -> None:
     """Reads the result of a sample in protobuf, as the client does."""
     with contextlib.suppress(InvalidResponse):
         decode_sample(body)
+
+
+def compressed_response(body: bytes) -> None:
+    """Decompresses a response, as the client does."""
+
+    async def decompress() -> None:
+        for encoding in ("gzip", "deflate", "zstd", "zstd, gzip"):
+            with contextlib.suppress(BodyTooLarge, DecodingError):
+                assert len(await body_of(deque([body]), encoding, LIMIT)) <= LIMIT
+
+    asyncio.run(decompress())
 
 
 def json_response(body: bytes) -> None:
@@ -135,6 +150,7 @@ TARGETS: Mapping[str, Target] = {
         zstd_body,
         pass_result,
         sample_result,
+        compressed_response,
         json_response,
         checkpoint_archive,
         checkpoint_file,
@@ -196,6 +212,7 @@ def seeds() -> dict[str, list[bytes]]:
         "zstd_body": [zstandard.ZstdCompressor().compress(bytes(5000)), zstandard.ZstdCompressor().compress(b"{}")],
         "pass_result": [output.SerializeToString()],
         "sample_result": [sample.SerializeToString()],
+        "compressed_response": [gzip.compress(b"{}"), zstandard.ZstdCompressor().compress(bytes(5000))],
         "json_response": [json.dumps(response_json).encode(), b'{"detail": [{"loc": ["a"], "msg": "b"}], "code": "c"}'],
         "checkpoint_archive": [_tar("w"), _tar("w:gz")],
         "checkpoint_file": [tensors],

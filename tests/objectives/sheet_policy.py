@@ -211,6 +211,15 @@ def _calls(total: float | None) -> float:
     return sum(evaluated(term, LENGTHS.part(at))[0].item() for at in range(2))
 
 
+def _mean_slope_in_logits(logits: list[float]) -> torch.Tensor:
+    """The slope of the entropy, as the mean over the tokens that the model samples."""
+    leaf = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    logprobs = leaf.log_softmax(0)
+    slopes = evaluated(SampledEntropy(), batch([logprobs.detach()]))[1]
+    (mean,) = torch.autograd.grad(logprobs, leaf, grad_outputs=logprobs.detach().exp() * slopes)
+    return -mean
+
+
 def _adapted() -> tuple[list[float], list[float]]:
     """The coefficients after the steps, and what the next steps apply."""
     controller = AdaptiveEntropy(target=0.5, delta=0.005)
@@ -333,6 +342,12 @@ VALUES = [
         "cov",
         lambda: covariances_of(ImportanceSampling().tokens(P.data, P.packed, with_sampler=True)),
         [0.407152, -0.103673, 0.691460, -0.387981],
+    ),
+    Value(
+        "G1",
+        "mean_of_right",
+        lambda: _mean_slope_in_logits([0.3, -1.0, 0.8, 0.1]),
+        [0.0219, 0.100699, -0.184312, 0.061713],
     ),
     Value(
         "G1",

@@ -1,6 +1,8 @@
 """Policy losses and their corrections where the sheet has no number: by name, at the limits, and wrong input."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ from tinkex_py.base_losses import (
 from tinkex_py.base_losses.named import named_losses
 from tinkex_py.errors import InvalidBaseLoss
 from tinkex_py.local.losses import find_loss
+from tinkex_py.losses import replay
 from tinkex_py.regularizers import SampledEntropy, SampledKL
 from tinkex_py.runs.config import LossSection, pipeline_of
 from tinkex_py.terms.ready_made import ReadyMadeTerm
@@ -169,6 +172,18 @@ def test_the_losses_of_the_service_are_the_same_here(name: str, settings: Any, t
         slopes += torch.autograd.grad(own, leaf)
     assert value.item() == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(gradient, torch.cat(slopes))
+
+
+OLD = (ImportanceSampling, PPO, CISPO, Corrected)
+NEW = [term for term in POLICIES if type(term) not in OLD]
+
+
+@pytest.mark.parametrize("term", [*NEW, Focal(), DFT(), Unlikelihood()], ids=lambda term: term.name)
+def test_new_losses_use_weights_as_their_mask_without_a_warning(term: ReadyMadeTerm) -> None:
+    values = {"logprobs": [[-1.0, -2.0, -1.5]], "advantages": [[1.0, 1.0, 1.0]], "weights": [[0.0, 1.0, 1.0]]}
+    _, gradient, _ = evaluated(term, batch([[-1.1, -2.1, -1.6]], **values))
+    assert gradient[0] == 0
+    assert gradient.any()
 
 
 # At the limits
@@ -365,9 +380,31 @@ def test_options_of_a_corrected_loss_reach_the_policy() -> None:
         term.with_options({"unknown": 1})
 
 
+def test_a_corrected_loss_is_plain_data() -> None:
+    term = Corrected(
+        policy=PPO(reduction="token-mean", mask="weights"),
+        corrections=[MaskedIS(high=3.0), Rejection(statistic="token", low=0.1)],
+        old_field="old",
+    )
+    settings = json.loads(json.dumps(term.settings()))
+    assert Corrected(**settings) == term
+    section = LossSection.model_validate({"base": {"term": "Corrected", "options": settings}})
+    assert pipeline_of(section).base_loss == term
+    by_name = Corrected(policy={"term": "dapo", "options": {"mask": None}})  # type: ignore[arg-type]
+    assert by_name.policy == PPO(clip_high_threshold=1.28, reduction="token-mean", mask=None)
+
+
+@pytest.mark.asyncio
+async def test_a_recorded_step_with_a_correction_replays(tmp_path: Path) -> None:
+    pipeline = Pipeline(Corrected(policy=Reinforce(reduction="token-mean"), corrections=[TruncatedIS()]))
+    output = await pipeline.compute(P.data, P.packed, record=tmp_path / "record")
+    assert await replay(tmp_path / "record") == output
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Corrected(policy={"term": "NLL"}), "policy must be a policy loss, .*, got {'term': 'NLL'}"),
         (lambda: TruncatedIS(cap=0.5, floor=1.0), "floor must not be above cap, got 1.0 and 0.5"),
         (lambda: TruncatedIS(cap=0), "cap must be greater than 0"),
         (lambda: MaskedIS(low=6.0), "low must not be above high, got 6.0 and 5.0"),

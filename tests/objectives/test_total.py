@@ -163,6 +163,15 @@ async def test_the_pipeline_of_a_step_has_the_totals_of_the_step() -> None:
     assert over_step(pipeline, [whole.data]) is pipeline
 
 
+def test_the_measured_entropy_does_not_depend_on_the_total() -> None:
+    whole = sixteen()
+    for reduction in MEANS[:3]:
+        term = regularizers.SampledEntropy(mask="own", reduction=reduction)
+        _, _, metrics = evaluated(term, whole)
+        _, _, known = evaluated(term.with_options({"total": 50.0}), whole)
+        assert known["entropy"].item() == pytest.approx(metrics["entropy"].item())
+
+
 def test_a_total_that_was_given_stays() -> None:
     pipeline = Pipeline(base_losses.NLL(reduction="mean", mask="own", total=99))
     assert over_step(pipeline, [sixteen().data] * 2) is pipeline

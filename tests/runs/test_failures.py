@@ -274,9 +274,7 @@ async def test_batches_that_raise_leave_a_failed_run_and_no_task(bench: Any, tmp
 
 
 @pytest.mark.parametrize("hook", ["evaluate", "model"])
-async def test_a_hook_that_suppresses_everything_does_not_hold_up_the_end(
-    bench: Any, tmp_path: Path, hook: str
-) -> None:
+async def test_a_hook_that_suppresses_everything_is_left(bench: Any, tmp_path: Path, hook: str) -> None:
     started = asyncio.Event()
 
     async def stubborn(*_: Any) -> Any:
@@ -325,3 +323,10 @@ async def test_a_hook_cleans_up_within_its_grace(bench: Any, tmp_path: Path) -> 
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(running, 30)
     assert cleaned.is_set()
+
+
+async def test_a_resumed_run_may_have_another_grace(bench: Any, tmp_path: Path) -> None:
+    """It changes no number, and runs of earlier versions have none in their run.json."""
+    await run_to(bench.service, tmp_path, steps=2, pipeline=Pipeline(NLL()))
+    run = await run_to(bench.service, tmp_path, steps=3, pipeline=Pipeline(NLL(), cancel_grace=1.0))
+    assert run.steps == 3

@@ -185,9 +185,11 @@ class Trouble:
         proxied: the client reaches it through a proxy.
         gone: nothing listens any more.
         timeout: of the client, in seconds.
+        poll: its answer to every poll.
     """
 
     every: Behaviour | None = None
+    poll: Behaviour | None = None
     token: Behaviour | None = None
     command: str | None = None
     leaves: str | None = None
@@ -209,6 +211,10 @@ TROUBLES = {
     "half a body": Trouble(half_a_body(b"x" * 1000)),
     "silent": Trouble(stall(), timeout=0.5),
     "closed": Trouble(gone=True),
+    "a failed result": Trouble(poll=computed(lambda request: answer(json={"error": str(dict(request.headers))}))),
+    "a refused poll": Trouble(poll=echoing(400)),
+    "a lost result": Trouble(poll=echoing(410)),
+    "an invalid result": Trouble(poll=computed(lambda request: answer(json={"model_id": dict(request.headers)}))),
     "cancelled": Trouble(stall(), leaves="cancelled"),
     "timeout": Trouble(stall(), leaves="timeout"),
     "no token": Trouble(echoing(401, **EXPIRED), token=echoing(200)),
@@ -241,6 +247,8 @@ class Setting:
             for path in PATHS:
                 self.server.script(f"/api/v1/{path}", trouble.every)
             self.server.script("/files/n.tar", trouble.every)
+        if trouble.poll is not None:
+            self.server.script("/api/v1/retrieve_future", trouble.poll)
         if trouble.token is not None:
             self.server.script("/api/v1/auth/token", trouble.token)
         if trouble.command is not None:
@@ -322,9 +330,11 @@ async def failure_of(setting: Setting, trouble: Trouble, call: str, folder: Path
     return caught.value
 
 
+ATTEMPTS = [(name, call) for name in TROUBLES for call in (CALLS if TROUBLES[name].poll is None else CALLS[:2])]
+
+
 @pytest.mark.asyncio
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", TROUBLES)
+@pytest.mark.parametrize(("name", "call"), ATTEMPTS, ids=[f"{name}-{call}" for name, call in ATTEMPTS])
 async def test_no_error_of_a_request_carries_a_secret(name, call, logged, environment, tmp_path):
     trouble, command = TROUBLES[name], tmp_path / "command.sh"
     async with working(trouble, environment, command) as setting:

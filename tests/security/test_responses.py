@@ -14,7 +14,7 @@ import httpx
 import pytest
 import zstandard
 
-from tests.support.scripted_server import Behaviour, Exchange, ScriptedServer, answer
+from tests.support.scripted_server import Behaviour, Exchange, ScriptedServer, answer, drip
 from tests.transport.keyed import KeyedClient
 from tinkex_py import (
     AsyncServiceClient,
@@ -22,6 +22,7 @@ from tinkex_py import (
     InvalidResponse,
     ModelInput,
     RetryPolicy,
+    TimeoutExceeded,
     TinkexConfig,
     TinkexError,
 )
@@ -346,6 +347,24 @@ async def test_a_service_cannot_choose_how_long_a_call_waits(kind: str, status: 
         async with asyncio.timeout(30):
             with pytest.raises(TinkexError, match=f"returned {status}"):
                 await step(service, drop_it)
+        await service.aclose()
+
+
+async def test_a_result_that_never_completes_ends_at_the_deadline():
+    """The service is alive, so a poll without any response would only be repeated."""
+    async with ScriptedServer() as server:
+        scripted(server)
+        server.script("/api/v1/healthz", answer(json={"status": "ok"}))
+        retry = RetryPolicy(deadline=0.5, initial_wait=0.0)
+        service = AsyncServiceClient(TinkexConfig(base_url=server.url, api_key="tml-k", retry=retry, poll_timeout=0.1))
+
+        def drop_it() -> None:
+            server.script("/api/v1/retrieve_future", drip(b"x" * 1000, first=10))
+
+        async with asyncio.timeout(30):
+            with pytest.raises(TimeoutExceeded, match="no complete response within") as caught:
+                await step(service, drop_it)
+        assert caught.value.response_began
         await service.aclose()
 
 

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from pydantic import InstanceOf
 
+from tinkex_py import base_losses
 from tinkex_py.arguments import shown
 from tinkex_py.base_losses.correction import Correction, Drift
+from tinkex_py.base_losses.named import named_losses
 from tinkex_py.base_losses.policy import PolicyLoss
 from tinkex_py.losses.spec import TermResult
 from tinkex_py.terms.fields import aligned_field
@@ -46,7 +48,8 @@ class Corrected(ReadyMadeTerm):
 
     Args:
         name: default name, for use as a regularizer.
-        policy: the loss, such as `PPO(mask="weights", reduction="token-mean")`.
+        policy: the loss, such as `PPO(mask="weights", reduction="token-mean")`. In a configuration file, it and each
+            correction are `{term: NAME, options: {...}}`.
         corrections: a list of `TruncatedIS`, `MaskedIS`, `Rejection`, `OffPolicyMask` and `ProbabilityMask`; an empty
             one gives the diagnostics alone.
         old_field: a `loss_fn_inputs` field of every datum, `[T]`: the trainer's logprobs at the start of the step.
@@ -60,11 +63,18 @@ class Corrected(ReadyMadeTerm):
     old_field: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(cast("object", self.policy), PolicyLoss):
-            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(self.policy)}")
-        if not _are_corrections(self.corrections):
-            raise self.invalid(f"corrections must be a list of them, as in [MaskedIS()], got {shown(self.corrections)}")
-        object.__setattr__(self, "corrections", tuple(self.corrections))
+        policy = _made(self.policy, PolicyLoss)
+        if not isinstance(policy, PolicyLoss):
+            raise self.invalid(f"policy must be a policy loss, such as PPO(), got {shown(policy)}")
+        given = cast("object", self.corrections)
+        parts = cast("Sequence[object]", given) if isinstance(given, list | tuple) else [given]
+        corrections = tuple(_made(one, Correction) for one in parts)
+        if parts is not given or not all(isinstance(one, Correction) for one in corrections):
+            raise self.invalid(
+                f"corrections must be a list of them, such as [MaskedIS()], got {shown(self.corrections)}"
+            )
+        object.__setattr__(self, "policy", policy)
+        object.__setattr__(self, "corrections", corrections)
         super().__post_init__()
 
     def check(self) -> None:
@@ -98,6 +108,11 @@ class Corrected(ReadyMadeTerm):
     def _total_of(self, data: Sequence[Datum]) -> float | None:
         return self.policy.total_of(data)
 
+    def settings(self) -> dict[str, Any]:
+        """Returns the keyword arguments that create an equal term, as plain values."""
+        corrections = [_described(one) for one in self.corrections]
+        return {**super().settings(), "policy": _described(self.policy), "corrections": corrections}
+
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """Returns the term with some settings replaced, its own or those of `policy`."""
         own = {name: value for name, value in options.items() if name in self._own or name == "name"}
@@ -124,14 +139,27 @@ class Corrected(ReadyMadeTerm):
         shares = {
             **losses.shares,
             "correction_mean": factors,
-            "correction_kept": (factors != 0).to(factors.dtype),
+            "correction_kept": factors != 0,
         }
         return loss, {**diagnostics(drift), **self.policy.measured(tokens, shares), **metrics}
 
 
-def _are_corrections(given: object) -> bool:
-    is_list = isinstance(given, list | tuple)
-    return is_list and all(isinstance(one, Correction) for one in cast("Sequence[object]", given))
+def _described(part: PolicyLoss | Correction) -> dict[str, Any]:
+    return {"term": type(part).__name__, "options": part.settings()}
+
+
+def _made(given: object, kind: type[object]) -> object:
+    """Creates a policy loss or a correction from `_described`; everything else is returned as it is."""
+    if not isinstance(given, Mapping):
+        return given
+    described = cast("Mapping[str, Any]", given)
+    name, options = str(described.get("term")), described.get("options", {})
+    if named := named_losses().get(name):
+        options = {**named.settings, **options}
+    cls: object = getattr(base_losses, name, None) if named is None else named.cls
+    if not (isinstance(cls, type) and issubclass(cls, kind) and described.keys() <= {"term", "options"}):
+        return described
+    return cls(**options)
 
 
 def diagnostics(drift: Drift) -> dict[str, torch.Tensor]:

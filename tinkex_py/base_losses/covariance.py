@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -43,6 +43,8 @@ class ClipCov(PPO):
         seed: of the draw.
     """
 
+    had_no_default_mask: ClassVar[bool] = False
+
     name: NonEmptyStr = "clip_cov"
     clip_share: Share = 2e-4
     cov_low: Number = 1.0
@@ -64,7 +66,7 @@ class ClipCov(PPO):
         """Implements `PolicyLoss.token_losses`."""
         losses = super().token_losses(tokens)
         covariances = covariances_of(tokens)
-        allowed = (covariances > self.cov_low) & (covariances < self.cov_high) & (losses.shares["clip_fraction"] == 0)
+        allowed = (covariances > self.cov_low) & (covariances < self.cov_high) & ~losses.shares["clip_fraction"]
         candidates = allowed.cpu().nonzero().reshape(-1)
         count = max(1, int(self.clip_share * covariances.numel()))
         order = torch.randperm(candidates.numel(), generator=self._generator(tokens), device="cpu")

@@ -80,6 +80,7 @@ class PolicyLoss(ReducedTerm):
     """True if the formula multiplies by the ratio of model and sampler, so that no other weight may."""
     by_datum: ClassVar[bool] = False
     """True if the formula needs sums over datums."""
+    had_no_default_mask: ClassVar[bool] = False
 
     logprobs_field: NonEmptyStr = "logprobs"
     advantages_field: NonEmptyStr = "advantages"
@@ -170,6 +171,8 @@ class ImportanceSampling(PolicyLoss):
     The settings are those of `PolicyLoss`.
     """
 
+    had_no_default_mask: ClassVar[bool] = True
+
     name: NonEmptyStr = "importance_sampling"
 
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
@@ -210,7 +213,7 @@ class ClippedPolicyLoss(PolicyLoss):
             "clip_fraction_low": stopped & (advantages < 0),
             "clip_fraction_high": stopped & (advantages > 0),
         }
-        return TokenLosses(-torch.minimum(free, limited), {name: of.to(ratio.dtype) for name, of in shares.items()})
+        return TokenLosses(-torch.minimum(free, limited), shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +244,8 @@ class PPO(ClippedPolicyLoss):
         dual_clip: largest ratio for `A < 0`, above `clip_high_threshold`; 3 is usual. None: no such limit.
     """
 
+    had_no_default_mask: ClassVar[bool] = True
+
     name: NonEmptyStr = "ppo"
     clip_low_threshold: NonNegative = 0.8
     clip_high_threshold: Positive = 1.2
@@ -258,7 +263,7 @@ class PPO(ClippedPolicyLoss):
         if self.dual_clip is None:
             return losses
         largest = torch.where(tokens.advantages < 0, -self.dual_clip * tokens.advantages, torch.inf)
-        stopped = {"dual_clip_fraction": (largest < losses.values).to(largest.dtype)}
+        stopped = {"dual_clip_fraction": largest < losses.values}
         return TokenLosses(torch.minimum(losses.values, largest), {**losses.shares, **stopped})
 
 
@@ -286,6 +291,8 @@ class CISPO(ClippedPolicyLoss):
         clip_high_threshold: largest ratio.
     """
 
+    had_no_default_mask: ClassVar[bool] = True
+
     name: NonEmptyStr = "cispo"
     clip_low_threshold: NonNegative = 0.0
     clip_high_threshold: Positive = 4.0
@@ -294,8 +301,7 @@ class CISPO(ClippedPolicyLoss):
         """Implements `PolicyLoss.token_losses`."""
         constant = tokens.ratio.detach()
         clipped = self.clipped(constant)
-        shares = {"clip_fraction": (clipped != constant).to(constant.dtype)}
-        return TokenLosses(-clipped * tokens.logprobs * tokens.advantages, shares)
+        return TokenLosses(-clipped * tokens.logprobs * tokens.advantages, {"clip_fraction": clipped != constant})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ class GMPO(ClippedPolicyLoss):
             free.clamp(max=math.log(self.clip_high_threshold)),
             free.clamp(min=math.log(self.clip_low_threshold)),
         )
-        stopped = (limited != free).to(free.dtype)
+        stopped = limited != free
         losses = -of_datum * safe_exp(positions.means(limited))
         return TokenLosses(positions.spread(losses).expand_as(free), {"clip_fraction": stopped})
 

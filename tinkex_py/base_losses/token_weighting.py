@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ _SMALLEST_REST = 1e-5
 @dataclass(frozen=True, kw_only=True)
 class TokenWeighting(ReducedTerm):
     """A loss of the probability of each target token; the settings are those of `ReducedTerm`."""
+
+    had_no_default_mask: ClassVar[bool] = False
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""

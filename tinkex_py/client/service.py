@@ -192,8 +192,8 @@ class AsyncServiceClient:
         except TimeoutExceeded as error:
             error.add_note(f"check the name {base_model!r}: some services do not respond for a model that they lack")
             raise
-        fields = await json_result(self._api, request_id, "CreateModel")
-        return self._training_client(text_of(fields, "model_id", "create_model"))
+        model_id = text_of(await json_result(self._api, request_id, "CreateModel"), "model_id", "create_model")
+        return self._training_client(model_id)
 
     async def create_training_client_from_state(
         self,

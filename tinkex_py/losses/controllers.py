@@ -9,7 +9,7 @@ from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.balancing import DWA as DWA, FAMO as FAMO, UncertaintyWeighting as UncertaintyWeighting
 from tinkex_py.losses.checks import checked_number, checked_numbers
-from tinkex_py.losses.output import TOTAL_METRIC, value_over_calls
+from tinkex_py.losses.output import value_over_calls
 from tinkex_py.losses.weights import WeightController
 
 if TYPE_CHECKING:
@@ -247,8 +247,6 @@ def _entropy(name: str, outputs: "Sequence[CustomLossOutput]") -> float:
             f"AdaptiveEntropy: the regularizer {name!r} must report the metrics 'entropy' and 'tokens', as "
             "SampledEntropy does"
         )
-    if all(TOTAL_METRIC in own for own in metrics):
-        return math.fsum(own["entropy"] for own in metrics)
     tokens = math.fsum(own["tokens"] for own in metrics)
     return math.fsum(own["entropy"] * own["tokens"] for own in metrics) / (tokens or 1.0)
 

@@ -67,7 +67,10 @@ class Entropy(ReducedTerm):
         if self.normalize:
             parts = parts / _largest_entropy(log_p, positions)
         entropy, metrics = positions.reduce(parts, self.reduction)
-        return (-entropy if self.mode == "maximize" else entropy), {"entropy": entropy.detach(), **metrics}
+        return (-entropy if self.mode == "maximize" else entropy), {
+            "entropy": positions.measured(entropy, metrics, self.reduction),
+            **metrics,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -135,7 +135,8 @@ class SampledEntropy(ReducedTerm):
         ratio = _ratio(positions, values, data, logprobs, self.sampler_field)
         surrogate = with_gradient_of(values, 0.5 * values.square()) if ratio is None else ratio * values
         negative, metrics = positions.reduce(surrogate, self.reduction)
-        return (negative if self.mode == "maximize" else -negative), {"entropy": -negative.detach(), **metrics}
+        entropy = -positions.measured(negative, metrics, self.reduction)
+        return (negative if self.mode == "maximize" else -negative), {"entropy": entropy, **metrics}
 
 
 def _ratio(

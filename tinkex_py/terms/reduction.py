@@ -185,6 +185,12 @@ class Positions:
         """Returns the sum of the weights; `values` is `[M]`."""
         return float(values.numel() if self.weights is None else self.weights.sum().item())
 
+    def measured(self, loss: torch.Tensor, metrics: Mapping[str, float], reduction: Reduction) -> torch.Tensor:
+        """Returns a reduced loss as a metric: its mean over these positions, whatever `total` is."""
+        if self.total is None:
+            return loss.detach()
+        return loss.detach() * self.total / (metrics["tokens" if reduction in _OVER_TOKENS else "sequences"] or 1.0)
+
     def reduce(self, values: torch.Tensor, reduction: Reduction) -> tuple[torch.Tensor, dict[str, float]]:
         """Reduces values to one loss, and returns its denominators as metrics.
 
@@ -242,6 +248,8 @@ class ReducedTerm(ReadyMadeTerm):
     """True if negative weights are factors too."""
     mask_is_optional: ClassVar[bool] = False
     """True if a mask that no datum has is no mask. These terms always used `weights` by default."""
+    had_no_default_mask: ClassVar[bool] = True
+    """True if earlier versions of the term counted every position by default."""
 
     reduction: Reduction = "sum"
     mask: Mask = DefaultMask.WEIGHTS
@@ -316,7 +324,8 @@ class ReducedTerm(ReadyMadeTerm):
             return None
         weights = self._checked_mask(data, name, logprobs, is_default=is_default)
         at_positions = _at_positions(weights, logprobs, by_row=by_row)
-        if is_default and not self.mask_is_optional and not bool((at_positions == 1).all()):
+        had_none = self.had_no_default_mask and not self.mask_is_optional
+        if is_default and had_none and not bool((at_positions == 1).all()):
             self._warn(
                 FutureWarning,
                 "no mask= is given, so 'weights' of the datums is the mask: 0 leaves a position out, other numbers "

@@ -17,6 +17,7 @@ from tinkex_py.errors import (
     RequestFailedCategory,
     ResultLost,
     TimeoutExceeded,
+    TinkexError,
     TransportError,
 )
 from tinkex_py.limits import Attempts, BillingPause, RetryPolicy, time_limit, with_retries
@@ -222,7 +223,11 @@ class ServiceApi:
         """
         with telemetry.lifecycle("tinkex.future", {"request_id": request_id, "request_type": request_type}):
             future = _Future(self, request_id, request_type, decode, on_pending)
-            return await self.billing.around(lambda: with_retries(self._retry, future.poll, _is_transient))
+            try:
+                return await self.billing.around(lambda: with_retries(self._retry, future.poll, _is_transient))
+            except TinkexError as error:
+                cut_off(error)
+                raise
 
     async def poll(self, fields: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
         """Asks once for the result of a future; the service may hold the request."""
@@ -310,8 +315,9 @@ class _Future(Generic[Decoded]):
             self._polls += 1
             try:
                 response = await self._api.poll(fields, headers)
-            except TimeoutExceeded:
-                if not await self._api.is_alive():  # else the service only holds polls for longer
+            except TimeoutExceeded as error:
+                # A poll without any response, of a service that is alive, is only held for longer.
+                if error.response_began or not await self._api.is_alive():
                     raise
                 attempts.progressed()
                 continue

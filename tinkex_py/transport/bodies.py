@@ -1,4 +1,4 @@
-"""Bodies of responses: decompressed in bounded steps up to a limit; large ones in a thread.
+"""Bodies of responses: their limits, and decompression in bounded steps, for large ones in a thread.
 
 A few kilobytes can decompress to any number of gigabytes, and one call of a decompressor to all of them.
 """
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
+from tinkex_py.errors import InvalidResponse
 from tinkex_py.threads import FileThread
 
 ACCEPTED_ENCODINGS = "gzip, deflate, zstd" if find_spec("zstandard") else "gzip, deflate"
@@ -20,6 +21,10 @@ ACCEPTED_ENCODINGS = "gzip, deflate, zstd" if find_spec("zstandard") else "gzip,
 SMALL_BODY = 1 << 20
 """Bytes; larger bodies are decompressed and joined in a thread."""
 
+FEW_JSON_VALUES = 1 << 18
+"""JSON may always have this many values, so that a body of fewer bytes need not be counted."""
+
+_SMALL_JSON = 16 << 20
 _MOST_ENCODINGS = 3
 _SMALL_RECEIVED = 1 << 16
 _INPUT_STEP = 1 << 16
@@ -48,6 +53,29 @@ class BodyTooLarge(Exception):
 
 class DecodingError(Exception):
     """A body cannot be decompressed."""
+
+
+def too_large(message: str) -> InvalidResponse:
+    """Returns the error for a response that exceeds a limit."""
+    error = InvalidResponse(
+        f"{message}. If you trust the service, increase max_response_bytes of TinkexConfig, which limits results of "
+        "passes and samples; other responses have at most 16 MiB"
+    )
+    error.is_too_large = True
+    return error
+
+
+def json_excess(body: bytes, limit: int) -> str:
+    """Returns in what a JSON body exceeds the limits that follow from the one of its bytes, or an empty string.
+
+    Parsed values need up to 250 bytes each, and text up to 4 bytes per character, twice.
+    """
+    longest, most = max(limit // 8, _SMALL_JSON), max(limit // 256, FEW_JSON_VALUES)
+    if len(body) > longest:
+        return f"{len(body)} bytes of JSON, more than {longest}"
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        return f"JSON of more than {most} values"
+    return ""
 
 
 async def body_of(parts: deque[bytes], encoding: str, limit: int) -> bytes:

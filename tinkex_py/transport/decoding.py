@@ -283,11 +283,13 @@ def text_of(fields: Mapping[str, Any], name: str, path: str) -> str:
         InvalidResponse: it is missing, or cannot be sent.
     """
     value = fields.get(name)
-    if not isinstance(value, str) or not value:
-        raise InvalidResponse(f"{path} returned no {name}")
-    if not value.isprintable() or REPLACED in value:
-        raise InvalidResponse(f"{path} returned a {name} with characters that cannot be sent")
-    return value
+    problem = f"no {name}"
+    if isinstance(value, str) and value:
+        if value.isprintable() and REPLACED not in value:
+            return value
+        problem = f"a {name} with characters that cannot be sent"
+    del fields, value  # as in `fields_of`
+    raise InvalidResponse(f"{path} returned {problem}")
 
 
 def request_id_of(response: Response) -> str:

@@ -22,9 +22,9 @@ from tinkex_py.errors import (
     TransportError,
     status_error_class,
 )
-from tinkex_py.transport.bodies import BodyTooLarge
+from tinkex_py.transport.bodies import BodyTooLarge, too_large
 from tinkex_py.transport.connections import HandshakeFailed
-from tinkex_py.transport.messages import Response, too_large
+from tinkex_py.transport.messages import Response
 from tinkex_py.transport.proxies import ProxyAddress
 
 LONGEST_RETRY_AFTER = 60.0

@@ -130,7 +130,14 @@ class HttpClient:
         """
         name, seconds = self._name_and_seconds(request)
         async with self._exchanging(request, attempt) as measurements:
-            raw, body = await self.bounded(self._whole(request, key, seconds), name, seconds)
+            began: list[httpx.Response] = []
+            try:
+                raw, body = await self.bounded(self._whole(request, key, seconds, began), name, seconds)
+            except TimeoutExceeded as error:
+                if began:
+                    error.response_began = True
+                    error.args = (str(error).replace("no response within", "no complete response within"),)
+                raise
             measurements |= {"status": raw.status_code, "bytes": len(body)}
             secret = key.with_others(self._secrets)
             headers = dict(raw.headers.items())
@@ -286,12 +293,18 @@ class HttpClient:
                 self._limits.discard(limit)
             raise failure
 
-    async def _whole(self, request: Request, key: Secret, seconds: float) -> tuple[httpx.Response, bytes]:
-        """Follows the redirects that the request may follow, and returns the last response and its body."""
+    async def _whole(
+        self, request: Request, key: Secret, seconds: float, began: list[httpx.Response]
+    ) -> tuple[httpx.Response, bytes]:
+        """Follows the redirects that the request may follow, and returns the last response and its body.
+
+        `began` receives every response as soon as its headers have arrived.
+        """
         url = f"{self._root}/{request.path.lstrip('/')}"
         redirects = 0
         while True:
             raw = await self._send(request, key, url, seconds)
+            began.append(raw)
             body = await self._read(raw)
             if not raw.is_redirect or redirects == _MOST_REDIRECTS:
                 return raw, body

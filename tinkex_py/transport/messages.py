@@ -10,6 +10,7 @@ from typing import Any, cast
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse
+from tinkex_py.transport.bodies import FEW_JSON_VALUES, json_excess, too_large
 from tinkex_py.transport.proxies import DEFAULT_PORTS
 from tinkex_py.unicode import with_whole_texts
 
@@ -21,8 +22,6 @@ Content = Bytes | Sequence[Bytes]
 """A body, or its parts in order."""
 
 JSON = "application/json"
-_SMALL_JSON = 16 << 20
-_FEW_VALUES = 1 << 18
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _PIECE_BYTES = 1 << 20
 
@@ -262,7 +261,7 @@ class Response:
         Raises:
             InvalidResponse: the body is not JSON, or would need too much memory.
         """
-        if len(self.body) > _FEW_VALUES and (excess := _json_excess(self)):
+        if len(self.body) > FEW_JSON_VALUES and (excess := json_excess(self.body, self.limit)):
             raise too_large(f"{self.request} returned {excess}. JSON needs a multiple of its size")
         with contextlib.suppress(ValueError, RecursionError):
             return _parsed(self.body)
@@ -275,7 +274,7 @@ class Response:
 
     def readable_body(self) -> object:
         """Returns the parsed JSON, else the text, without the secrets of the request."""
-        if len(self.body) > _FEW_VALUES and (excess := _json_excess(self)):
+        if len(self.body) > FEW_JSON_VALUES and (excess := json_excess(self.body, self.limit)):
             return f"a body of {excess}"
         try:
             return _redacted(_parsed(self.body), self.secret)
@@ -286,30 +285,9 @@ class Response:
         return f"Response(status={self.status}, media_type={self.media_type!r}, body=<{len(self.body)} bytes>)"
 
 
-def too_large(message: str) -> InvalidResponse:
-    """Returns the error for a response that exceeds a limit."""
-    error = InvalidResponse(
-        f"{message}. If you trust the service, increase max_response_bytes of TinkexConfig, which limits results of "
-        "passes and samples; other responses have at most 16 MiB"
-    )
-    error.is_too_large = True
-    return error
-
-
 def _parsed(body: bytes) -> Any:
     value: Any = json_module.loads(body)
     return with_whole_texts(value) if _MAY_HOLD_SURROGATES.search(body) else value
-
-
-def _json_excess(response: Response) -> str:
-    # Parsed values need up to 250 bytes each, and text up to 4 bytes per character, twice.
-    body = response.body
-    longest, most = max(response.limit // 8, _SMALL_JSON), max(response.limit // 256, _FEW_VALUES)
-    if len(body) > longest:
-        return f"{len(body)} bytes of JSON, more than {longest}"
-    if sum(map(body.count, (b",", b"[", b"{"))) > most:
-        return f"JSON of more than {most} values"
-    return ""
 
 
 def _redacted(value: Any, secret: Secret) -> Any:
