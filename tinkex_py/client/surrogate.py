@@ -225,7 +225,8 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str
         host: the service, for messages.
 
     Raises:
-        InvalidResponse: they do not have the shapes of the targets, or are not finite.
+        InvalidResponse: they do not have the shapes of the targets, or are NaN or infinitely large. Negative infinity
+            is a probability of 0, which a term may mask.
     """
     packed = forward.packed.get("logprobs")
     if packed is None or len(packed) != len(data):
@@ -239,16 +240,15 @@ def logprobs_of(forward: ForwardBackwardOutput, data: Sequence[Datum], host: str
         raise InvalidResponse(
             f"logprobs of datum {index} have shape {packed.shapes[index]}, its target_tokens {expected[index]}"
         )
-    if not np.isfinite(values).all():
-        raise _not_finite(packed, host)
+    if not np.isfinite(values).all() and (places := np.flatnonzero(np.isnan(values) | (values == np.inf))).size:
+        raise _not_a_logprob(packed, places, host)
     return packed
 
 
-def _not_finite(logprobs: PackedTensor, host: str) -> InvalidResponse:
-    places = np.flatnonzero(~np.isfinite(logprobs.values))
+def _not_a_logprob(logprobs: PackedTensor, places: Array, host: str) -> InvalidResponse:
     index = int((logprobs.offsets <= places[0]).sum()) - 1
     return InvalidResponse(
-        f"the service at {host} returned {places.size} logprobs that are NaN or infinite, the first one in datum "
+        f"the service at {host} returned {places.size} logprobs that are NaN or +inf, the first one in datum "
         f"{index}. No term evaluated them, and no backward pass was sent. If the weights diverged, create a new client "
         "from an earlier checkpoint and lower the learning rate"
     )
