@@ -325,8 +325,11 @@ async def test_candidates_in_parts_of_a_step(local_bench):
     np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("answers", "options"), [(answers_like_skyrl, {}), (answers_like_hatchery, {"sequences_per_step": 3})]
+)
 @pytest.mark.asyncio
-async def test_datums_with_different_numbers_of_candidates(local_bench):
+async def test_datums_with_different_numbers_of_candidates(local_bench, answers, options):
     data = [datum(4, 1), datum(3, 2, candidates=2), datum(5, 3, candidates=1)]
 
     @per_datum
@@ -335,11 +338,11 @@ async def test_datums_with_different_numbers_of_candidates(local_bench):
         return sum(bent(data, part) for part in logprobs)
 
     summing = local_bench()
-    async with summing.service, skyrl_bench() as normalizing:
+    async with summing.service, bench_that(answers) as normalizing:
         after: list[np.ndarray] = []
         for bench in (summing, normalizing):
             training = await bench.train()
-            await training.forward_backward_custom(data, base)
+            await training.forward_backward_custom(data, base, **options)
             await training.optim_step(LINEAR)
             after.append(await logprobs_of(training, DATA))
     np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)

@@ -147,7 +147,8 @@ class CustomStep:
         if surrogate is None and has_candidates(data):
             _, _, surrogate = await self._forward(turn, model, measuring_sample(data))
         if surrogate is not None and surrogate.loss_fn == "importance_sampling" and has_candidates(data):
-            check_splittable(data, surrogates.host, self.sequences_per_step)
+            sequences = self.sequences_per_step if surrogate.divides == "sequences" else None
+            check_splittable(data, surrogates.host, sequences)
             data = one_target_each(data)
         batch = await self._laid_out(model, data, measured=surrogate is None)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
