@@ -22,7 +22,7 @@ _UNUSABLE = (*REFUSED, InvalidResponse, PipelineError, UnsupportedFeature)
 
 
 @dataclass(frozen=True)
-class Choice:
+class MeasurementPlan:
     """What to measure; the fields are arguments of `certify_gradients`."""
 
     model: str | None
@@ -42,20 +42,20 @@ class Choice:
 
 
 async def certify(
-    service: Service, session: ClientSession, choice: Choice, on_cost: Callable[[Cost], object] | None
+    service: Service, session: ClientSession, plan: MeasurementPlan, on_cost: Callable[[Cost], object] | None
 ) -> Certificate:
     """Measures a service, stores the certificate, makes the session use it, and returns it."""
     if on_cost is not None:
         check_function("on_cost", on_cost)
-    base_model = await _only_model(session) if choice.model is None else choice.model
+    base_model = await _only_model(session) if plan.model is None else plan.model
     if on_cost is not None:
-        on_cost(cost_of(len(choice.surrogates), choice.max_models))
-    models = ThrowawayModels(service, base_model, choice.rank, choice.max_models, session.settings.close_timeout)
+        on_cost(cost_of(len(plan.surrogates), plan.max_models))
+    models = ThrowawayModels(service, base_model, plan.rank, plan.max_models, session.settings.close_timeout)
     measurements: list[SurrogateMeasurement] = []
     async with models:
         await models.start()
         answer = await _answer(models)
-        for surrogate in choice.surrogates:
+        for surrogate in plan.surrogates:
             measurements.append(await _measured(models, surrogate))
             if measurements[-1].verdict == "pass":
                 break
@@ -65,7 +65,7 @@ async def certify(
         version=await session.models.version(),
         model=base_model,
         wire=(await session.encoding.choose()).name,
-        rank=choice.rank,
+        rank=plan.rank,
         made_at=time.time(),
         made_with=__version__,
         answer=answer,
