@@ -1,0 +1,171 @@
+"""The loss linter: every planted mistake is found by its rule, and correct terms have no findings."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.lint import mistakes
+from tests.lint.support import answers, fields_of, pairs, texts
+from tests.objectives.entries import Batch, batch
+from tests.objectives.test_total import CASES, COUPLED, NEEDED, ON_CANDIDATES, made, sixteen, terms
+from tinkex_py import Pipeline, RegularizerSpec
+from tinkex_py.base_losses import KTO, NLL, Reinforce
+from tinkex_py.lint import Finding, assert_no_findings, lint
+from tinkex_py.regularizers import L2, SampledKL
+from tinkex_py.terms.pairs import PairTerm
+from tinkex_py.terms.ready_made import ReadyMadeTerm
+
+REFERENCE = {"reference_field": "reference_logprobs", "mask": "weights"}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A mistake: the term, the rule that is meant for it, and words that its finding must have."""
+
+    term: Any
+    rule: str
+    words: str
+    batch: Batch
+    is_base: bool = True
+    severity: str = "error"
+    base: Any = field(default_factory=lambda: NLL(mask="weights"))
+    accumulate: int | None = 1
+    given: bool = False
+
+    @property
+    def pipeline(self) -> Pipeline:
+        if self.is_base:
+            return Pipeline(self.term)
+        return Pipeline(self.base, [RegularizerSpec(fn=self.term, weight=0.1, name="planted")])
+
+    def __str__(self) -> str:
+        return f"{self.rule}-{getattr(self.term, '__name__', type(self.term).__name__)}"
+
+
+def without_zeros(given: Batch) -> Batch:
+    """Every position counts."""
+    fields = fields_of(given)
+    fields["weights"] = [np.ones_like(own) for own in fields["weights"]]
+    return batch(given.logprobs, **fields)
+
+
+def with_mismatched(given: Batch) -> Batch:
+    """The last datums are those of the reference point."""
+    fields = fields_of(given)
+    return batch(given.logprobs, **{**fields, "label": [*fields["label"][:12], *[[0.0]] * 4]})
+
+
+PLANTED = [
+    Planted(mistakes.likelihood, "sign", "makes the target tokens less likely", texts()),
+    Planted(mistakes.policy_with_plus, "sign", "a higher value in 'advantages'", answers()),
+    Planted(mistakes.away_from_reference, "sign", "away from the reference", texts(), is_base=False),
+    Planted(mistakes.entropy_of_samples, "sign", "falls without bound", texts(), is_base=False),
+    Planted(mistakes.own_backward, "sign", "raises this loss", texts()),
+    Planted(mistakes.ratio_detached, "gradient", "not the derivative", answers(), is_base=False, severity="warning"),
+    Planted(mistakes.detached, "detached", "although other logprobs change it", texts()),
+    Planted(mistakes.kept_as_number, "detached", "although other logprobs change it", texts(), is_base=False),
+    Planted(mistakes.k1, "estimator", "reads 'reference_logprobs'", texts(), is_base=False),
+    Planted(SampledKL(estimator="k1", **REFERENCE), "estimator", "no pull", texts(), is_base=False),
+    Planted(mistakes.nll_of_prompts, "mask", "the 6 positions where 'weights' is 0", texts()),
+    Planted(mistakes.policy_with_all_positions, "mask", "have a gradient", answers()),
+    Planted(mistakes.nll_of_prompts, "mask", "prompts", texts(), is_base=False, severity="warning"),
+    Planted(mistakes.mask_by_multiplying, "finite", "-inf where the mask is 0", texts()),
+    Planted(mistakes.mean_of_mask, "finite", "leaves no position", texts()),
+    Planted(mistakes.log_of_rest, "finite", "logprobs are 0", texts(), is_base=False),
+    Planted(mistakes.ratio_without_clamp, "overflow", "'logprobs' is far below", answers()),
+    Planted(mistakes.ratio_clamped_too_late, "overflow", "a ratio has no limit", answers()),
+    Planted(mistakes.k3_without_clamp, "overflow", "far below 'reference_logprobs'", texts(), is_base=False),
+    Planted(mistakes.reinforce, "off-policy", "ignores the sampler's", answers(), severity="warning"),
+    Planted(Reinforce(), "off-policy", "nats per token away", answers(sampler_gap=0.5), severity="warning", given=True),
+    Planted(mistakes.dpo_swapped, "pairs", "rejected answers likelier", pairs()),
+    Planted(mistakes.unpaired_swapped, "pairs", "rejected answers likelier", pairs(labels=True)),
+    Planted(mistakes.mean_over_call, "accumulation", "a mean over its call", texts(), accumulate=3),
+    Planted(mistakes.mean_over_call, "accumulation", "a mean", texts(), accumulate=None, severity="warning"),
+    Planted(mistakes.advantages_scaled_in_the_call, "accumulation", "on the other datums", answers(), accumulate=2),
+    Planted(KTO(**NEEDED["DPO"]), "accumulation", "the reference point", with_mismatched(sixteen()), accumulate=4),
+    Planted(
+        L2(mask="weights"),
+        "scale",
+        "weighs twice as much",
+        texts(),
+        is_base=False,
+        severity="warning",
+        base=NLL(mask="weights", reduction="token-mean"),
+        accumulate=4,
+    ),
+    Planted(mistakes.MEAN_OF_MEANS, "length", "favors short good answers", texts(), severity="warning"),
+    Planted(mistakes.with_dropout, "random", "two calls", texts(), severity="warning"),
+]
+
+
+async def findings_of(planted: Planted) -> list[Finding]:
+    logprobs = planted.batch.logprobs if planted.given else None
+    return await lint(planted.pipeline, planted.batch.data, logprobs, accumulate=planted.accumulate)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("planted", PLANTED, ids=str)
+async def test_planted_mistakes_are_found_by_the_rule_meant_for_them(planted: Planted) -> None:
+    findings = await findings_of(planted)
+    (found,) = [one for one in findings if one.rule == planted.rule]
+    assert found.term == ("base_loss" if planted.is_base else "planted")
+    assert found.severity == planted.severity
+    assert planted.words in found.problem
+    assert found.way_out
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("term", "given"),
+    [
+        (mistakes.nll, texts()),
+        (mistakes.policy, answers()),
+        (mistakes.k2, texts()),
+        (mistakes.dpo, pairs()),
+        (mistakes.dpo, pairs(labels=True)),
+        (mistakes.PER_ANSWER, texts()),
+    ],
+)
+async def test_correct_custom_terms_have_no_findings(term: Any, given: Batch) -> None:
+    await assert_no_findings(Pipeline(term), given.data)
+    await assert_no_findings(Pipeline(term), given.data, given.logprobs, accumulate=3)
+    spec = RegularizerSpec(fn=term, weight=0.1, name="own")
+    await assert_no_findings(Pipeline(NLL(mask="weights"), [spec]), given.data)
+
+
+def usual_data(cls: type[ReadyMadeTerm]) -> Batch:
+    candidates = 3 if cls.__name__ in ON_CANDIDATES else None
+    given = sixteen(candidates=candidates, with_empty=not issubclass(cls, PairTerm))
+    return with_mismatched(given) if cls is KTO else given
+
+
+def with_defaults(cls: type[ReadyMadeTerm]) -> ReadyMadeTerm:
+    mask = {} if cls.__name__ in ("Corrected", "GradientPenalty") else {"mask": "own"}
+    return cls(**{**NEEDED.get(cls.__name__, {}), **mask})
+
+
+def named(term: ReadyMadeTerm) -> str:
+    return f"{type(term).__name__}-{getattr(term, 'reduction', '')}"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("term", [*map(with_defaults, terms()), *COUPLED], ids=named)
+async def test_ready_made_terms_have_no_findings(term: ReadyMadeTerm) -> None:
+    given = usual_data(type(term))
+    await assert_no_findings(Pipeline(term), given.data)
+    spec = RegularizerSpec(fn=term, weight=0.1, name="own")
+    await assert_no_findings(Pipeline(NLL(mask="own"), [spec]), given.data, accumulate=1)
+
+
+MEANS = [term for cls, reduction in CASES if reduction != "constant" and (term := made(cls, reduction)) is not None]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("term", MEANS, ids=named)
+async def test_ready_made_means_can_be_accumulated(term: ReadyMadeTerm) -> None:
+    """With the logprobs of a model; those of the policy losses are far from the sampler's."""
+    given = usual_data(type(term))
+    logprobs = None if isinstance(term, Reinforce) else given.logprobs  # it is for the sampler itself
+    await assert_no_findings(Pipeline(term), given.data, logprobs, accumulate=4)
