@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.lint import mistakes
-from tests.lint.support import answers, fields_of, pairs, texts
+from tests.lint.support import answers, fields_of, pairs, texts, without
+from tests.losses.support import recorded
 from tests.objectives.entries import Batch, batch
 from tests.objectives.test_total import CASES, COUPLED, NEEDED, ON_CANDIDATES, made, sixteen, terms
-from tinkex_py import Pipeline, RegularizerSpec
-from tinkex_py.base_losses import KTO, NLL, Reinforce
+from tinkex_py import InvalidData, InvalidSpec, Pipeline, RegularizerError, RegularizerSpec
+from tinkex_py.base_losses import KTO, NLL, PPO, Reinforce
 from tinkex_py.lint import Finding, assert_no_findings, lint
 from tinkex_py.regularizers import L2, SampledKL
 from tinkex_py.terms.pairs import PairTerm
@@ -42,13 +44,6 @@ class Planted:
 
     def __str__(self) -> str:
         return f"{self.rule}-{getattr(self.term, '__name__', type(self.term).__name__)}"
-
-
-def without_zeros(given: Batch) -> Batch:
-    """Every position counts."""
-    fields = fields_of(given)
-    fields["weights"] = [np.ones_like(own) for own in fields["weights"]]
-    return batch(given.logprobs, **fields)
 
 
 def with_mismatched(given: Batch) -> Batch:
@@ -169,3 +164,73 @@ async def test_ready_made_means_can_be_accumulated(term: ReadyMadeTerm) -> None:
     given = usual_data(type(term))
     logprobs = None if isinstance(term, Reinforce) else given.logprobs  # it is for the sampler itself
     await assert_no_findings(Pipeline(term), given.data, logprobs, accumulate=4)
+
+
+@pytest.mark.asyncio
+async def test_findings_say_term_rule_and_way_out_in_the_failure_of_a_test() -> None:
+    pipeline = Pipeline(NLL(mask="weights"), [RegularizerSpec(fn=mistakes.k1, weight=0.1)])
+    with pytest.raises(AssertionError, match=r"(?s)findings:\nerror: k1: estimator: .*Use SampledKL"):
+        await assert_no_findings(pipeline, texts().data)
+    await assert_no_findings(pipeline, texts().data, ignore=["estimator", "sign"])
+
+
+@pytest.mark.asyncio
+async def test_terms_without_weight_and_disabled_terms_are_not_checked() -> None:
+    off = [
+        RegularizerSpec(fn=mistakes.k1, weight=0.0, name="metric"),
+        RegularizerSpec(fn=mistakes.k1, weight=1.0, name="off", enabled=False),
+    ]
+    assert await lint(Pipeline(NLL(mask="weights"), off), texts().data) == []
+
+
+@pytest.mark.asyncio
+async def test_a_term_says_what_is_intended() -> None:
+    def cispo(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        own, sampler, advantages = mistakes.selected(data, logprobs, "logprobs", "advantages")
+        return -((own - sampler).clamp(-20, 2).exp().detach() * advantages * own).sum()
+
+    (found,) = await lint(Pipeline(cispo), answers().data)
+    assert (found.rule, found.severity) == ("gradient", "warning")
+    cispo.surrogate = "the ratio is a constant"  # type: ignore[attr-defined]
+    await assert_no_findings(Pipeline(cispo), answers().data)
+
+
+@pytest.mark.asyncio
+async def test_async_terms_and_terms_in_float32_are_checked_too() -> None:
+    async def slow(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        return mistakes.likelihood(data, logprobs)
+
+    def single(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
+        weights = torch.cat([datum.loss_fn_inputs["weights"].to_torch() for datum in data])
+        return torch.dot(torch.where(weights != 0, logprobs, 0.0), weights.float())
+
+    for term in (slow, single):
+        assert "sign" in [found.rule for found in await lint(Pipeline(term), texts().data)]
+
+
+@pytest.mark.asyncio
+async def test_no_events_and_no_changed_data() -> None:
+    given = texts()
+    before = fields_of(given)
+    with recorded() as events:
+        await lint(Pipeline(mistakes.mean_of_mask), given.data)
+    assert events == []
+    for name, values in fields_of(given).items():
+        assert all(map(np.array_equal, values, before[name]))
+
+
+@pytest.mark.asyncio
+async def test_unusable_input_is_refused() -> None:
+    with pytest.raises(InvalidData, match="data is empty"):
+        await lint(Pipeline(NLL()), [])
+    with pytest.raises(InvalidData, match="accumulate"):
+        await lint(Pipeline(NLL()), texts().data, accumulate=0)
+    with pytest.raises(InvalidSpec, match="no rule is named 'masks'"):
+        await lint(Pipeline(NLL()), texts().data, ignore=["masks"])
+    with pytest.raises(RegularizerError, match="advantages"):
+        await lint(Pipeline(PPO(mask=None)), texts().data)
+    nothing = without(texts(), "weights")
+    with_infinity = [part.clone() for part in nothing.logprobs]
+    with_infinity[0][0] = -torch.inf
+    (found,) = await lint(Pipeline(NLL()), nothing.data, with_infinity)
+    assert (found.rule, found.severity) == ("finite", "error")

@@ -10,7 +10,7 @@ from tinkex_py.lint.subject import Measured, Subject
 from tinkex_py.losses.gradients import norm
 
 _EQUAL = 1e-3
-_HALF = (0.499, 0.501)
+_HALF = (0.4, 0.55)  # the repeated answer may begin with tokens that do not count
 
 
 async def accumulation_rule(subject: Subject) -> Finding | None:
@@ -89,7 +89,8 @@ async def length_rule(subject: Subject) -> Finding | None:
     length = len(pair.logprobs[1])
     short = _share(after.gradient[0], before.gradient[0])
     long = _share(after.gradient[1][:length], before.gradient[1])
-    if not short or long is None or not _HALF[0] < long / short < _HALF[1]:
+    # Another gradient of the short answer means that the two are coupled.
+    if short is None or long is None or abs(short - 1.0) > _EQUAL or not _HALF[0] < long < _HALF[1]:
         return None
     return Finding(
         subject.name,
