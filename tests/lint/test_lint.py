@@ -175,6 +175,17 @@ async def test_findings_say_term_rule_and_way_out_in_the_failure_of_a_test() -> 
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("count", [1, 2, 3])
+async def test_a_few_datums_are_enough(count: int) -> None:
+    given = pairs().part(*range(count))
+    await assert_no_findings(Pipeline(mistakes.nll), given.data)
+    assert "sign" in [found.rule for found in await lint(Pipeline(mistakes.likelihood), given.data)]
+    if count == 2:  # one pair, which cannot be cut
+        await assert_no_findings(Pipeline(mistakes.dpo), given.data)
+        assert "pairs" in [found.rule for found in await lint(Pipeline(mistakes.dpo_swapped), given.data)]
+
+
+@pytest.mark.asyncio
 async def test_terms_without_weight_and_disabled_terms_are_not_checked() -> None:
     off = [
         RegularizerSpec(fn=mistakes.k1, weight=0.0, name="metric"),

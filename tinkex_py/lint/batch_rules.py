@@ -112,7 +112,7 @@ async def _shares(subject: Subject, calls: int) -> list[float | None] | None:
     whole = await subject.measured(subject.case, alone=alone)
     pairs = count // 2
     calls = min(calls, pairs if pairs > 1 else count)
-    if whole is None or calls < 2:
+    if whole is None or calls < 2 or (pairs < 2 and subject.preference is not None):
         return None
     # Cut between pairs, whose answers belong together.
     unit = 2 if pairs > 1 else 1

@@ -56,7 +56,7 @@ async def gradient_rule(subject: Subject) -> Finding | None:
             subject.name,
             "sign",
             "error",
-            f"a step along the gradient raises this loss: the gradient is minus the derivative",
+            "a step along the gradient raises this loss: the gradient is minus the derivative",
             "Check the sign in backward() of an autograd function, or of a value whose gradient is replaced",
         )
     generator = torch.Generator().manual_seed(0)
