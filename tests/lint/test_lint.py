@@ -14,7 +14,7 @@ from tests.objectives.entries import Batch, batch
 from tests.objectives.test_total import CASES, COUPLED, NEEDED, ON_CANDIDATES, made, sixteen, terms
 from tinkex_py import InvalidData, InvalidSpec, Pipeline, RegularizerError, RegularizerSpec
 from tinkex_py.base_losses import KTO, NLL, PPO, Reinforce
-from tinkex_py.lint import Finding, assert_no_findings, lint
+from tinkex_py.lint import LossFinding, assert_no_findings, lint
 from tinkex_py.regularizers import L2, SampledKL
 from tinkex_py.terms.pairs import PairTerm
 from tinkex_py.terms.ready_made import ReadyMadeTerm
@@ -95,7 +95,7 @@ PLANTED = [
 ]
 
 
-async def findings_of(planted: Planted) -> list[Finding]:
+async def findings_of(planted: Planted) -> list[LossFinding]:
     logprobs = planted.batch.logprobs if planted.given else None
     return await lint(planted.pipeline, planted.batch.data, logprobs, accumulate=planted.accumulate)
 

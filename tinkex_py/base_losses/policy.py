@@ -100,7 +100,7 @@ class PolicyLoss(ReducedTerm):
         advantages = aligned_field(data, self.advantages_field, logprobs)
         sampler = aligned_field(data, self.logprobs_field, logprobs) if with_sampler else None
         positions = self.positions(data, logprobs, by_datum=by_datum or self.by_datum)
-        selected = positions.select_finite(logprobs, data, "the model's logprobs")
+        selected = positions.select_finite(logprobs, data, "the model's output")
         old = selected.detach()
         if sampler is not None:
             source = f"the field {self.logprobs_field!r}"

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import torch
 
-from tinkex_py.lint.findings import Finding
-from tinkex_py.lint.subject import Measured, Subject
+from tinkex_py.lint.findings import LossFinding
+from tinkex_py.lint.subject import Evaluated, Subject
 from tinkex_py.losses.gradients import norm
 
 _EQUAL = 1e-3
 _HALF = (0.4, 0.55)  # the repeated answer may begin with tokens that do not count
 
 
-async def accumulation_rule(subject: Subject) -> Finding | None:
+async def accumulation_rule(subject: Subject) -> LossFinding | None:
     """The gradients of the calls of an optimizer step add up to that of one call."""
     calls = subject.accumulate or 2
     if calls == 1 or not subject.at.norm:
@@ -23,7 +23,7 @@ async def accumulation_rule(subject: Subject) -> Finding | None:
     if coupling is not None:
         if subject.accumulate is None:
             return None
-        return Finding(
+        return LossFinding(
             subject.name,
             "accumulation",
             severity,
@@ -35,7 +35,7 @@ async def accumulation_rule(subject: Subject) -> Finding | None:
         return None
     cut = f"if the datums are sent in {len(shares)} calls before one optimizer step"
     if None in shares:
-        return Finding(
+        return LossFinding(
             subject.name,
             "accumulation",
             severity,
@@ -44,7 +44,7 @@ async def accumulation_rule(subject: Subject) -> Finding | None:
             "belong together on purpose, give the term the attribute coupling = 'why', and use accumulate=1",
         )
     factors = ", ".join(f"{share:.3g}" for share in shares)
-    return Finding(
+    return LossFinding(
         subject.name,
         "accumulation",
         severity,
@@ -55,7 +55,7 @@ async def accumulation_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def scale_rule(subject: Subject, base: Subject) -> Finding | None:
+async def scale_rule(subject: Subject, base: Subject) -> LossFinding | None:
     """Under accumulation, a regularizer and the base loss grow alike with the number of datums."""
     if (subject.accumulate or 1) == 1 or subject.is_base:
         return None
@@ -64,7 +64,7 @@ async def scale_rule(subject: Subject, base: Subject) -> Finding | None:
         return None
     grows = own > of_base
     first, second = ("sum", "mean") if grows else ("mean", "sum")
-    return Finding(
+    return LossFinding(
         subject.name,
         "scale",
         "warning",
@@ -74,7 +74,7 @@ async def scale_rule(subject: Subject, base: Subject) -> Finding | None:
     )
 
 
-async def length_rule(subject: Subject) -> Finding | None:
+async def length_rule(subject: Subject) -> LossFinding | None:
     """A token counts the same in a long and in a short answer."""
     # A term that has a reduction says itself how it weighs answers.
     if subject.ready_made is not None or hasattr(subject.term, "reduction") or subject.preference is not None:
@@ -92,7 +92,7 @@ async def length_rule(subject: Subject) -> Finding | None:
     # Another gradient of the short answer means that the two are coupled.
     if short is None or long is None or abs(short - 1.0) > _EQUAL or not _HALF[0] < long < _HALF[1]:
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "length",
         "warning",
@@ -122,7 +122,7 @@ async def _shares(subject: Subject, calls: int) -> list[float | None] | None:
         part = await subject.measured(subject.case.picked(range(start, end)), alone=alone)
         if part is None or not part.finite:
             return None
-        of_whole = Measured(0.0, whole.gradient[start:end], differentiable=True)
+        of_whole = Evaluated(0.0, whole.gradient[start:end], differentiable=True)
         if part.norm == 0 and of_whole.norm == 0:
             continue
         shares.append(_share(part.flat, of_whole.flat))

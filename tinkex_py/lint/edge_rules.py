@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tinkex_py.lint.cases import Case
-from tinkex_py.lint.findings import Finding
+from tinkex_py.lint.findings import LossFinding
 from tinkex_py.lint.subject import Subject
 
 _FAR = 120.0  # nats; exp(120) is no float32
@@ -14,7 +14,7 @@ _IMPOSSIBLE_CANDIDATE = -30.0
 _OFF_POLICY = 0.02  # mean distance from the sampler, in nats
 
 
-async def mask_rule(subject: Subject) -> Finding | None:
+async def mask_rule(subject: Subject) -> LossFinding | None:
     """Positions with weight 0 have no influence."""
     excluded = subject.case.excluded(subject.mask)
     if excluded is None:
@@ -26,7 +26,7 @@ async def mask_rule(subject: Subject) -> Finding | None:
     if not (pulled or moves):
         return None
     count = sum(int(out.sum()) for out in excluded)
-    return Finding(
+    return LossFinding(
         subject.name,
         "mask",
         "error" if subject.is_base else "warning",
@@ -36,7 +36,7 @@ async def mask_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def finite_rule(subject: Subject) -> Finding | None:
+async def finite_rule(subject: Subject) -> LossFinding | None:
     """The loss is finite at the edges: an impossible token outside of the mask, sure tokens, and an empty mask."""
     case, excluded = subject.case, subject.case.excluded(subject.mask)
     edges = list[tuple[str, str, Case]]()
@@ -64,11 +64,11 @@ async def finite_rule(subject: Subject) -> Finding | None:
         found = await subject.measured(edge)
         if found is not None and not found.finite:
             problem = f"the loss or its gradient is not finite if {what}"
-            return Finding(subject.name, "finite", "error", problem, way_out)
+            return LossFinding(subject.name, "finite", "error", problem, way_out)
     return None
 
 
-async def overflow_rule(subject: Subject) -> Finding | None:
+async def overflow_rule(subject: Subject) -> LossFinding | None:
     """The exponential of a difference of logprobs does not overflow."""
     for name, found in subject.influences.items():
         values = subject.case.values(name)
@@ -83,7 +83,7 @@ async def overflow_rule(subject: Subject) -> Finding | None:
         for what, case in sides.items():
             other = await subject.measured(case)
             if other is not None and not other.finite:
-                return Finding(
+                return LossFinding(
                     subject.name,
                     "overflow",
                     "error",
@@ -94,7 +94,7 @@ async def overflow_rule(subject: Subject) -> Finding | None:
     return None
 
 
-async def off_policy_rule(subject: Subject) -> Finding | None:
+async def off_policy_rule(subject: Subject) -> LossFinding | None:
     """A policy loss reads the logprobs of the sampler, if that is another model than the current one."""
     sampler = subject.influences.get("logprobs")
     if not subject.reads_advantages or sampler is None or sampler.gradient:
@@ -104,7 +104,7 @@ async def off_policy_rule(subject: Subject) -> Finding | None:
     distance = _distance(subject.case, "logprobs")
     if distance < _OFF_POLICY:
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "off-policy",
         "warning",

@@ -7,7 +7,7 @@ Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class LossFinding:
     """A likely mistake in a term.
 
     Attributes:

@@ -3,19 +3,19 @@
 import numpy as np
 import torch
 
-from tinkex_py.lint.findings import Finding
+from tinkex_py.lint.findings import LossFinding
 from tinkex_py.lint.subject import Subject
 
 _DIRECTIONS = 4
 _DISTANCES = (3.0, 30.0, 300.0)  # nats along a step, to see whether a loss falls without bound
 
 
-async def random_rule(subject: Subject) -> Finding | None:
+async def random_rule(subject: Subject) -> LossFinding | None:
     """The same call has the same result."""
     again = await subject.measured(subject.case)
     if again is None or again.equals(subject.at):
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "random",
         "warning",
@@ -25,7 +25,7 @@ async def random_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def detached_rule(subject: Subject) -> Finding | None:
+async def detached_rule(subject: Subject) -> LossFinding | None:
     """A loss that depends on the logprobs has a gradient."""
     if subject.at.norm > 0:
         return None
@@ -34,7 +34,7 @@ async def detached_rule(subject: Subject) -> Finding | None:
     depends = other is not None and other.finite and not other.same_value(subject.at)
     if not depends and (subject.at.differentiable or not subject.is_base):
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "detached",
         "error",
@@ -43,7 +43,7 @@ async def detached_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def gradient_rule(subject: Subject) -> Finding | None:
+async def gradient_rule(subject: Subject) -> LossFinding | None:
     """Finite differences agree with the gradient, and do not have the opposite sign."""
     if subject.surrogate is not None or not subject.at.norm:
         return None
@@ -52,7 +52,7 @@ async def gradient_rule(subject: Subject) -> Finding | None:
         return None
     # A surrogate may raise its own value, but not by exactly as much as a step against the derivative does.
     if all(abs(slope / subject.at.norm - 1.0) < 1e-2 for slope in slopes):
-        return Finding(
+        return LossFinding(
             subject.name,
             "sign",
             "error",
@@ -74,7 +74,7 @@ async def gradient_rule(subject: Subject) -> Finding | None:
             wrong.append((nearest, expected))
     if len(wrong) < _DIRECTIONS // 2:
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "gradient",
         "warning",
@@ -86,7 +86,7 @@ async def gradient_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def advantages_rule(subject: Subject) -> Finding | None:
+async def advantages_rule(subject: Subject) -> LossFinding | None:
     """A higher advantage makes a token likelier."""
     advantages = subject.case.values(subject.advantages)
     if not subject.reads_advantages or advantages is None:
@@ -100,7 +100,7 @@ async def advantages_rule(subject: Subject) -> Finding | None:
         pull += float((change * own.reshape(-1, *[1] * (change.ndim - 1)) if own.size == len(change) else change).sum())
     if pull <= 1e-3 * subject.at.norm:
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "sign",
         "error",
@@ -109,11 +109,11 @@ async def advantages_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def pairs_rule(subject: Subject) -> Finding | None:
+async def pairs_rule(subject: Subject) -> LossFinding | None:
     """The chosen answer of a pair becomes likelier, the rejected one less likely."""
     if subject.preference != -1:
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "pairs",
         "error",
@@ -123,7 +123,7 @@ async def pairs_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def falling_rule(subject: Subject) -> Finding | None:
+async def falling_rule(subject: Subject) -> LossFinding | None:
     """The loss does not fall without bound along its own step."""
     if subject.surrogate is not None or subject.reads_advantages or subject.preference is not None:
         return None
@@ -147,7 +147,7 @@ async def falling_rule(subject: Subject) -> Finding | None:
     if not falls:
         return None
     what = "makes the target tokens less likely" if lowers else "moves the model away from the reference"
-    return Finding(
+    return LossFinding(
         subject.name,
         "sign",
         "error",
@@ -157,7 +157,7 @@ async def falling_rule(subject: Subject) -> Finding | None:
     )
 
 
-async def estimator_rule(subject: Subject) -> Finding | None:
+async def estimator_rule(subject: Subject) -> LossFinding | None:
     """A reference that the loss reads has an influence on the gradient."""
     if subject.preference is not None or not subject.at.norm:
         return None
@@ -165,7 +165,7 @@ async def estimator_rule(subject: Subject) -> Finding | None:
     blind = [name for name in blind if name != subject.advantages]
     if not blind:
         return None
-    return Finding(
+    return LossFinding(
         subject.name,
         "estimator",
         "error",

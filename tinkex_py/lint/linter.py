@@ -9,15 +9,15 @@ from tinkex_py.arguments import check_count, check_kind, check_list
 from tinkex_py.errors import InvalidSpec, NonFiniteLoss, RegularizerError, did_you_mean
 from tinkex_py.lint import batch_rules, edge_rules, gradient_rules
 from tinkex_py.lint.cases import Case, case_of
-from tinkex_py.lint.findings import Finding
-from tinkex_py.lint.subject import Alone, Measured, Subject, alone_in, influences_of, measure, preference_of, term_of
+from tinkex_py.lint.findings import LossFinding
+from tinkex_py.lint.subject import Alone, Evaluated, Subject, alone_in, influences_of, measure, preference_of, term_of
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.pipeline import Pipeline
 from tinkex_py.losses.spec import RegularizerSpec
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.types import Datum
 
-Rule = Callable[[Subject], Awaitable[Finding | None]]
+Rule = Callable[[Subject], Awaitable[LossFinding | None]]
 
 RULES = (
     "accumulation",
@@ -60,7 +60,7 @@ async def lint(
     *,
     accumulate: int | None = None,
     ignore: Collection[str] = (),
-) -> list[Finding]:
+) -> list[LossFinding]:
     """Looks for mistakes in the terms of a pipeline, offline: it calls each term some fifty times on changed data.
 
     Every rule observes what a term computes, so it applies to custom terms too. Terms that are disabled or have the
@@ -94,11 +94,11 @@ async def lint(
     specs = [spec for spec in pipeline.regularizers if spec.enabled and spec.weight != 0]
     workers = WorkerPool(pipeline.max_threads)
     try:
-        findings: list[Finding] = []
+        findings: list[LossFinding] = []
         base: Subject | None = None
         for spec in (None, *specs):
             subject = await _subject(pipeline, spec, case, workers, accumulate=accumulate, given=logprobs is not None)
-            if isinstance(subject, Finding):
+            if isinstance(subject, LossFinding):
                 findings.append(subject)
                 continue
             findings += await _findings(subject)
@@ -137,20 +137,20 @@ async def _subject(
     *,
     accumulate: int | None,
     given: bool,
-) -> Subject | Finding:
+) -> Subject | LossFinding:
     """Returns a term with what it reads; a finding if its loss is not finite on the data themselves."""
     name = BASE_LOSS_NAME if spec is None else spec.name
     alone = alone_in(pipeline, spec, workers)
     try:
         own, at = await _first_measure(alone, case)
     except NonFiniteLoss as error:
-        return Finding(name, "finite", "error", str(error), "Leave the position out of the mask, or the datum out")
+        return LossFinding(name, "finite", "error", str(error), "Leave the position out of the mask, or the datum out")
     subject = Subject(name, term_of(pipeline, spec), alone, own, at, given, accumulate)
     subject = replace(subject, influences=await influences_of(subject))
     return replace(subject, preference=await preference_of(subject))
 
 
-async def _first_measure(alone: Alone, case: Case) -> tuple[Case, Measured]:
+async def _first_measure(alone: Alone, case: Case) -> tuple[Case, Evaluated]:
     """Evaluates a term in float64, which makes differences exact; in float32 if it does not accept that."""
     try:
         return case, await measure(alone, case)
@@ -161,7 +161,7 @@ async def _first_measure(alone: Alone, case: Case) -> tuple[Case, Measured]:
         return single, await measure(alone, single)
 
 
-async def _findings(subject: Subject) -> list[Finding]:
+async def _findings(subject: Subject) -> list[LossFinding]:
     for rule in _FIRST:
         found = await rule(subject)
         if found is not None:

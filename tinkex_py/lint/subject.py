@@ -26,7 +26,7 @@ _CUSTOM_MASKS = ("weights", "mask")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluated:
     """A term on a case.
 
     Attributes:
@@ -54,15 +54,15 @@ class Measured:
         """L2 norm of the gradient."""
         return norm(self.flat)
 
-    def equals(self, other: "Measured") -> bool:
+    def equals(self, other: "Evaluated") -> bool:
         """Whether value and gradient are the same, up to rounding."""
         return self.same_value(other) and self.same_gradient(other)
 
-    def same_value(self, other: "Measured") -> bool:
+    def same_value(self, other: "Evaluated") -> bool:
         """Whether the values are the same, up to rounding."""
         return abs(self.value - other.value) <= 1e-5 * max(abs(self.value), abs(other.value)) + 1e-12
 
-    def same_gradient(self, other: "Measured") -> bool:
+    def same_gradient(self, other: "Evaluated") -> bool:
         """Whether the gradients are the same, up to rounding."""
         return norm(self.flat - other.flat) <= 1e-5 * max(self.norm, other.norm) + 1e-12
 
@@ -109,7 +109,7 @@ class Subject:
     term: object
     alone: Alone
     case: Case
-    at: Measured
+    at: Evaluated
     given: bool = False
     accumulate: int | None = None
     influences: Mapping[str, Influence] = field(default_factory=dict[str, Influence])
@@ -156,17 +156,17 @@ class Subject:
         found = self.influences.get(self.advantages)
         return found is not None and found.gradient
 
-    async def measured(self, case: Case, *, alone: Alone | None = None) -> Measured | None:
+    async def measured(self, case: Case, *, alone: Alone | None = None) -> Evaluated | None:
         """Evaluates the term; None if it refuses the case."""
         try:
             return await measure(alone or self.alone, case)
         except NonFiniteLoss:
-            return Measured(float("nan"), [], differentiable=True)
+            return Evaluated(float("nan"), [], differentiable=True)
         except RegularizerError:
             return None
 
 
-async def measure(alone: Alone, case: Case) -> Measured:
+async def measure(alone: Alone, case: Case) -> Evaluated:
     """Evaluates one term.
 
     Raises:
@@ -182,7 +182,7 @@ async def measure(alone: Alone, case: Case) -> Measured:
     found = outcome.evaluation
     assert found is not None, "a failed term raises"
     gradient = torch.zeros_like(own.buffer) if found.gradient is None else found.gradient
-    return Measured(found.value, own.views(gradient, case.data), found.differentiable)
+    return Evaluated(found.value, own.views(gradient, case.data), found.differentiable)
 
 
 def alone_in(pipeline: Pipeline, spec: RegularizerSpec | None, workers: WorkerPool) -> Alone:
