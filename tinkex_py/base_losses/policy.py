@@ -297,6 +297,11 @@ class CISPO(ClippedPolicyLoss):
     clip_low_threshold: NonNegative = 0.0
     clip_high_threshold: Positive = 4.0
 
+    @property
+    def surrogate(self) -> str | None:
+        """The limited ratio is a constant."""
+        return "the limited ratio is a constant"
+
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         constant = tokens.ratio.detach()

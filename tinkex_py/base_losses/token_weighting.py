@@ -93,6 +93,11 @@ class DFT(TokenWeighting):
 
     name: NonEmptyStr = "dft"
 
+    @property
+    def surrogate(self) -> str | None:
+        """The probability that weighs a token is a constant."""
+        return "the probability that weighs a token is a constant"
+
     def token_losses(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Implements `TokenWeighting.token_losses`."""
         return -logprobs.detach().exp() * logprobs
