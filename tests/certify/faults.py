@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from tinkex_py.errors import InvalidData
 from tinkex_py.local.data import EncodedDatum, EnginePass, PassResult
 from tinkex_py.local.engine import Engine
 from tinkex_py.types import AdamParams
@@ -94,6 +95,29 @@ def dropout(engine: Engine) -> None:
         return run_pass(model_id, replace(request, keep_graph=False))
 
     engine.run_pass = changed
+
+
+def half_precision(engine: Engine) -> None:
+    """Logprobs that are rounded to half precision."""
+    run_pass = engine.run_pass
+
+    def rounded(model_id: str, request: EnginePass) -> PassResult:
+        result = run_pass(model_id, replace(request, keep_graph=False))
+        return replace(result, logprobs=[part.astype(np.float16).astype(np.float32) for part in result.logprobs])
+
+    engine.run_pass = rounded
+
+
+def limited_settings(engine: Engine) -> None:
+    """No eps above 1, as hatchery has it."""
+    optim_step = engine.optim_step
+
+    def limited_step(model_id: str, settings: AdamParams) -> Mapping[str, float]:
+        if settings.eps > 1:
+            raise InvalidData(f"eps must be at most 1, not {settings.eps}")
+        return optim_step(model_id, settings)
+
+    engine.optim_step = limited_step
 
 
 def not_accumulated(engine: Engine) -> None:

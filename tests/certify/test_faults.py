@@ -3,7 +3,8 @@
 import pytest
 
 from tests.certify.conftest import caught_of, engine_of
-from tests.certify.faults import FAULTS
+from tests.certify.faults import FAULTS, changing, half_precision, limited_settings
+from tests.client.data import datum, nll
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -48,3 +49,35 @@ async def test_a_service_without_faults_passes_with_errors_near_its_noise(embedd
     (cost,) = costs
     assert created <= cost.models
     assert cost.at_once == 2
+
+
+@pytest.mark.asyncio
+async def test_low_precision_is_neither_a_pass_nor_a_failure(embedded):
+    async with embedded(half_precision) as service:
+        certificate = await service.certify_gradients(rank=4, surrogates=["cross_entropy", "importance_sampling"])
+        assert "not measurable" in {one.verdict for one in certificate.measurements}
+        assert {one.verdict for one in certificate.measurements} <= {"not measurable", "fail"}
+        assert certificate.surrogate is None
+        assert not certificate.decides
+        training = await service.create_lora_training_client("tiny", rank=4)
+        await training.forward_backward_custom([datum(4)], nll)  # chosen as without the certificate
+        assert training.certificate is None
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_limits_eps_is_measured_as_far_as_it_allows(embedded):
+    def both(engine):
+        changing(lambda numbers: [part / max(sum(other.sum() for other in numbers), 1.0) for part in numbers])(engine)
+        limited_settings(engine)
+
+    async with embedded(limited_settings) as service:
+        certificate = await service.certify_gradients(rank=4, surrogates=["cross_entropy"])
+    checks = {check.name: check for check in certificate.measurements[0].checks}
+    assert {check.state for name, check in checks.items() if name != "clipping"} == {"pass"}
+    assert checks["clipping"].state == "not measurable"
+    assert "the service refused the eps" in checks["weights are weights"].detail
+    async with embedded(both) as service:
+        certificate = await service.certify_gradients(rank=4, surrogates=["cross_entropy"])
+    (*_, last) = certificate.measurements[0].checks
+    assert (last.name, last.state) == ("weights are weights", "fail")
+    assert "above 1 are scaled" in last.detail

@@ -66,6 +66,21 @@ async def test_the_differences_are_reported_and_large_ones_warn(differences, set
 
 
 @pytest.mark.asyncio
+async def test_tokens_of_probability_0_are_left_out():
+    def impossible(message: wire.ForwardBackwardOutput) -> None:
+        fields = message.loss_fn_outputs[0].fields
+        values = np.frombuffer(fields["logprobs"].data, "<f4").copy()
+        values[3] = -np.inf
+        fields["logprobs"].data = values.tobytes()
+
+    async with http_client() as (service, recorder):
+        training = await service.create_lora_training_client("tiny", rank=4, seed=1)
+        recorder.always["retrieve_future"] = rewriting(impossible)
+        output = await training.forward_backward_custom(DATA, lambda data, p: -p[p.isfinite()].sum())
+    assert (output.logprob_difference_mean, output.logprob_difference_largest) == (0.0, 0.0)
+
+
+@pytest.mark.asyncio
 async def test_a_backward_pass_without_logprobs_is_not_compared():
     async with http_client() as (service, recorder):
         training = await service.create_lora_training_client("tiny", rank=4, seed=1)

@@ -93,6 +93,7 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "differentiable",
         "clip_scale",
         "attempts",
+        "constraint",
     }
     assert plain["service_output"] is None
     assert plain["regularizers"]["l1_sparsity"]["value"] == pytest.approx(4.9, rel=1e-6)

@@ -25,18 +25,19 @@ from tinkex_py.client.certificates import SYSTEMATIC_NOISE, GradientCheck, State
 from tinkex_py.errors import UnsupportedFeature
 from tinkex_py.types.tensors import Array
 
-# Entries of a probe's gradient: the norm in the space of the weights is then far below 1.
-_SIZE = 1e-4
+# Entries of a probe's gradient, and the eps of its step. The norm in the space of the weights is then far below 1 and
+# eps. Some services accept no eps above 1, and no large learning rate.
+_SIZES_AND_EPS = ((1e-4, 1e4), (1e-3, 1.0))
+_LIMITED_EPS = 1.0
 # Entries of the large probe's gradient are up to three times this.
 _LARGE = 10.0
-# Some services accept no eps above 1.
-_EPS = (1e4, 1.0)
 _FIRST_RATE = 0.1
 _MOST_TRIES = 8
-# Largest change of a logprob by a probe, and how far above the noise of a forward pass it must be.
-_TARGET, _LARGEST_TARGET, _ABOVE_NOISE = 1e-2, 0.1, 100.0
-# Above this relative error of equal steps, nothing else can be measured.
-_MOST_NOISE = 0.05
+# Largest change of a logprob by a probe, and how far above the noise of a forward pass it must be. The larger ones are
+# for logprobs of low precision.
+_TARGETS, _ABOVE_NOISE = (0.01, 0.1, 0.3), 100.0
+# Above these relative differences of equal steps, and of steps of two sizes, nothing else can be measured.
+_MOST_NOISE, _LEAST_PRECISION = 0.02, 0.05
 # What curvature may do to one-sided responses, and precision to those of large gradients.
 _MOST_CURVED, _MOST_TURNED = 0.2, 0.1
 # Some services divide by the sum of the weights if it is above 1.
@@ -54,7 +55,7 @@ class Measured:
     Attributes:
         probes: makes the probes.
         batch: the datums of most probes.
-        gradient: the gradient of most probes.
+        size: the entries of gradients.
         step: the optimizer step; None until the response was found.
         whole: the one-sided response to `gradient`.
         odd: the odd response to it.
@@ -67,8 +68,8 @@ class Measured:
 
     probes: Probes
     batch: Batch = field(default_factory=small_batch)
-    gradient: Array = field(default_factory=lambda: _SIZE * pattern(sum(LENGTHS)))
-    step: Step = field(default_factory=lambda: Step(_FIRST_RATE, _EPS[0]))
+    size: float = _SIZES_AND_EPS[0][0]
+    step: Step = field(default_factory=lambda: Step(_FIRST_RATE, _SIZES_AND_EPS[0][1]))
     whole: ProbeResponse | None = None
     odd: ProbeResponse | None = None
     noise: float | None = None
@@ -76,6 +77,11 @@ class Measured:
     is_fixed: bool = False
     halves: tuple[ProbeResponse, ProbeResponse] | None = None
     large: float | None = None
+
+    @property
+    def gradient(self) -> Array:
+        """The gradient of most probes."""
+        return self.size * pattern(sum(LENGTHS))
 
     @property
     def bound(self) -> float:
@@ -111,34 +117,52 @@ Check = Callable[[Measured], Awaitable[GradientCheck]]
 
 
 async def response(measured: Measured) -> GradientCheck:
-    """Finds a step that moves the logprobs far above the noise, and little enough to be linear."""
-    name, call = "response", [Call(measured.batch.data, measured.gradient)]
-    models = measured.probes.models
+    """Finds a step that moves the logprobs far above their noise and precision, and little enough to be linear."""
+    name, models = "response", measured.probes.models
     again = await models.before(Batch("again", measured.batch.data))
     noise = float(np.abs(again - await models.before(measured.batch)).max())
-    target = max(_TARGET, _ABOVE_NOISE * noise)
-    if target > _LARGEST_TARGET:
-        detail = f"not measurable at this precision: equal forward passes differ by {noise:.2g}"
-        return GradientCheck(name=name, state="not measurable", detail=detail)
-    for eps in _EPS:
-        step = Step(_FIRST_RATE, eps)
+    error = 1.0
+    for measured.size, eps in _SIZES_AND_EPS:
+        measured.step = Step(_FIRST_RATE, eps)
         try:
-            for _ in range(_MOST_TRIES):
-                found = await measured.probes.one_sided(call, measured.batch, step)
-                if target / 3 <= found.size <= 3 * target:
-                    measured.step, measured.whole = step, found
-                    return GradientCheck(name=name, state="pass", detail=f"logprobs change by {found.size:.2g}")
-                factor = target / found.size if np.isfinite(found.size) and found.size > 0 else 0.0
-                step = step.times(float(np.clip(factor, 1e-3, 1e3)) if factor else _retry_factor(found))
-            break
+            for target in _TARGETS:
+                if target < _ABOVE_NOISE * noise:
+                    continue
+                if not await _step_found(measured, target):
+                    detail = "no step of the model changes its logprobs measurably"
+                    return GradientCheck(name=name, state="fail", detail=detail)
+                error = await _error_of_half(measured)
+                if error <= _MOST_TURNED:
+                    detail = f"logprobs change by {_known(measured.whole).size:.2g}"
+                    return GradientCheck(name=name, state="pass", detail=detail)
         except REFUSED:
-            if eps == _EPS[-1]:
+            if eps == _LIMITED_EPS:
                 raise
-    return GradientCheck(name=name, state="fail", detail="no step of the model changes its logprobs measurably")
+        else:
+            break
+    detail = f"not measurable at this precision: half the step moves the model by {error:.0%} more or less than half"
+    if noise * _ABOVE_NOISE > _TARGETS[-1]:
+        detail = f"not measurable at this precision: equal forward passes differ by {noise:.2g}"
+    return GradientCheck(name=name, state="not measurable", detail=detail)
 
 
-def _retry_factor(found: ProbeResponse) -> float:
-    return 1e3 if found.size == 0 else 1e-3
+async def _step_found(measured: Measured, target: float) -> bool:
+    call = [Call(measured.batch.data, measured.gradient)]
+    for _ in range(_MOST_TRIES):
+        found = await measured.probes.one_sided(call, measured.batch, measured.step)
+        if target / 3 <= found.size <= 3 * target:
+            measured.whole = found
+            return True
+        wanted = target / max(found.size, 1e-9) if np.isfinite(found.size) else 0.0
+        measured.step = measured.step.times(rate=float(np.clip(wanted, 1e-3, 1e3)))
+    return False
+
+
+async def _error_of_half(measured: Measured) -> float:
+    call, half = [Call(measured.batch.data, measured.gradient)], measured.step.times(rate=0.5)
+    return apart(
+        2 * (await measured.probes.one_sided(call, measured.batch, half)).change, _known(measured.whole).change
+    )
 
 
 async def noise(measured: Measured) -> GradientCheck:
@@ -154,17 +178,26 @@ async def noise(measured: Measured) -> GradientCheck:
 
 
 async def optimizer(measured: Measured) -> GradientCheck:
-    """Measures the optimizer: 10 x learning rate and eps changes nothing, 10 x eps alone gives a tenth."""
+    """Measures the optimizer: 10 x learning rate and eps changes nothing, 10 x eps alone gives a tenth.
+
+    Where the service limits eps, a tenth takes the place of 10 x.
+    """
     whole, call = _known(measured.whole), [Call(measured.batch.data, measured.gradient)]
-    both, eps_alone = await together(
-        measured.probes.one_sided(call, measured.batch, measured.step.times(eps=10.0)),
-        measured.probes.one_sided(call, measured.batch, measured.step.times(rate=0.1, eps=10.0)),
+    factor = 10.0 if measured.step.eps > _LIMITED_EPS else 0.1
+    smaller, larger = sorted([measured.step.eps, factor * measured.step.eps])
+    # A step with the learning rate of the smaller eps, and the larger eps, moves the model a tenth as far.
+    both, tenth = await together(
+        measured.probes.one_sided(call, measured.batch, measured.step.times(eps=factor)),
+        measured.probes.one_sided(call, measured.batch, Step(measured.step.rate * smaller / larger, larger)),
     )
-    error = max(apart(both.change, whole.change), apart(10 * eps_alone.change, whole.change))
-    measured.is_fixed = error > max(_MOST_NOISE, measured.bound)
+    curved = apart(both.change, whole.change)
+    error = max(curved, apart(10 * tenth.change, whole.change))
+    measured.is_fixed = error > max(_LEAST_PRECISION, measured.bound)
+    if not measured.is_fixed:  # a gradient that is not small against eps: 10 or 0.1 times as far from linear
+        measured.error = max(measured.error, curved / (0.9 if factor > 1 else 9))
     detail = "optimizer settings are fixed: the service ignores eps, beta1 or beta2" if measured.is_fixed else ""
     state: State = "note" if measured.is_fixed else "pass"
-    return GradientCheck(name="optimizer", state=state, error=error, bound=_MOST_NOISE, detail=detail)
+    return GradientCheck(name="optimizer", state=state, error=error, bound=_LEAST_PRECISION, detail=detail)
 
 
 async def scale_and_sign(measured: Measured) -> GradientCheck:
@@ -180,7 +213,7 @@ async def scale_and_sign(measured: Measured) -> GradientCheck:
     half = await measured.response(measured.gradient, measured.step.times(rate=0.5))
     measured.odd = odd
     measured.error = max(measured.error, apart(2 * half.change, odd.change))
-    if measured.error > _MOST_NOISE:
+    if measured.error > _LEAST_PRECISION:
         detail = f"not measurable at this precision: steps of two sizes differ by {measured.error:.2g}"
         return GradientCheck(name=name, state="not measurable", error=measured.error, detail=detail)
     factors = (2.0, 0.5)
@@ -205,8 +238,8 @@ async def weights_are_weights(measured: Measured) -> GradientCheck:
     name = "weights are weights"
     if measured.is_fixed:
         return GradientCheck(name=name, state="not measurable", detail=FIXED)
-    ramp = -_SIZE * np.resize([1.0, 2.0, 3.0], measured.gradient.size)
-    ones = np.full_like(ramp, -_SIZE)
+    ramp = -measured.size * np.resize([1.0, 2.0, 3.0], measured.gradient.size)
+    ones = np.full_like(ramp, -measured.size)
     small, flat, higher = await together(*(measured.response(one) for one in (ramp, ones, ramp + ones)))
     check = measured.judged(name, apart(small.change + flat.change, higher.change))
     if check.state == "fail":
@@ -250,7 +283,7 @@ async def _above_one(measured: Measured, ramp: Array, check: GradientCheck) -> G
 
 async def _large_response(measured: Measured, gradient: Array, small: ProbeResponse) -> tuple[float, float]:
     """Returns the response to a large gradient as a share of the expected one, and its cosine with that."""
-    times = _LARGE / _SIZE
+    times = _LARGE / measured.size
     step, share = measured.step.times(rate=1 / times, eps=times), 1.0
     change = small.change
     for _ in range(3):
@@ -301,7 +334,7 @@ async def every_position_counts(measured: Measured) -> GradientCheck:
     for stop, length in zip(itertools.accumulate(LENGTHS), LENGTHS, strict=True):
         places |= {stop - length, stop - 1, stop - 1 - int(random.integers(length))}
     chosen = sorted(places)
-    units = 3 * _SIZE * np.eye(measured.gradient.size)
+    units = 3 * measured.size * np.eye(measured.gradient.size)
     calls = [[Call(measured.batch.data, units[position])] for position in chosen]
     found = await together(*(measured.probes.one_sided(call, measured.batch, measured.step) for call in calls))
     own = {position: float(one.change[position]) for position, one in zip(chosen, found, strict=True)}
@@ -346,7 +379,7 @@ async def accumulation(measured: Measured) -> GradientCheck:
     """Compares 16 datums in one call with 4 and 12, which are the requests of a call that is cut into chunks."""
     batch, first = many_batch(), 4
     tokens = [datum.model_input.length for datum in batch.data]
-    gradient, cut = _SIZE * pattern(sum(tokens)), sum(tokens[:first])
+    gradient, cut = measured.size * pattern(sum(tokens)), sum(tokens[:first])
     calls = [Call(batch.data[:first], gradient[:cut]), Call(batch.data[first:], gradient[cut:])]
     step = measured.step.times(rate=len(LENGTHS) / len(tokens))  # as many more datums
     whole, parts = await together(
@@ -359,7 +392,7 @@ async def targets_with_candidates(measured: Measured) -> GradientCheck:
     """Compares a datum with targets `[T, K]` with one datum per column."""
     name = "[T, K]"
     datum, columns = candidates()
-    gradient = _SIZE * pattern(CANDIDATES * datum.model_input.length)
+    gradient = measured.size * pattern(CANDIDATES * datum.model_input.length)
     by_column = gradient.reshape(-1, CANDIDATES).T.reshape(-1)
     try:
         matrix, separate = await together(

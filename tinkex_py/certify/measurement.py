@@ -16,13 +16,13 @@ from tinkex_py.threads import in_own_thread
 from tinkex_py.version import __version__
 
 # Models of all checks of one surrogate; four of them make steps on the larger batch.
-_MODELS = 68
+_MODELS = 72
 _PASSES_OF_A_MODEL = 4
 _UNUSABLE = (*REFUSED, InvalidResponse, PipelineError, UnsupportedFeature)
 
 
 @dataclass(frozen=True)
-class Choice:
+class MeasurementPlan:
     """What to measure; the fields are arguments of `certify_gradients`."""
 
     model: str | None
@@ -42,20 +42,20 @@ class Choice:
 
 
 async def certify(
-    service: Service, session: ClientSession, choice: Choice, on_cost: Callable[[Cost], object] | None
+    service: Service, session: ClientSession, plan: MeasurementPlan, on_cost: Callable[[Cost], object] | None
 ) -> Certificate:
     """Measures a service, stores the certificate, makes the session use it, and returns it."""
     if on_cost is not None:
         check_function("on_cost", on_cost)
-    base_model = await _only_model(session) if choice.model is None else choice.model
+    base_model = await _only_model(session) if plan.model is None else plan.model
     if on_cost is not None:
-        on_cost(cost_of(len(choice.surrogates), choice.max_models))
-    models = ThrowawayModels(service, base_model, choice.rank, choice.max_models, session.settings.close_timeout)
+        on_cost(cost_of(len(plan.surrogates), plan.max_models))
+    models = ThrowawayModels(service, base_model, plan.rank, plan.max_models, session.settings.close_timeout)
     measurements: list[SurrogateMeasurement] = []
     async with models:
         await models.start()
         answer = await _answer(models)
-        for surrogate in choice.surrogates:
+        for surrogate in plan.surrogates:
             measurements.append(await _measured(models, surrogate))
             if measurements[-1].verdict == "pass":
                 break
@@ -65,7 +65,7 @@ async def certify(
         version=await session.models.version(),
         model=base_model,
         wire=(await session.encoding.choose()).name,
-        rank=choice.rank,
+        rank=plan.rank,
         made_at=time.time(),
         made_with=__version__,
         answer=answer,
@@ -76,7 +76,8 @@ async def certify(
     )
     folder = session.settings.certificates
     await in_own_thread("tinkex-certificate", lambda: write(certificate, folder))
-    session.surrogates.adopt(certificate, base_model)
+    if certificate.decides:
+        session.surrogates.adopt(certificate, base_model)
     return certificate
 
 

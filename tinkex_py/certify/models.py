@@ -200,10 +200,10 @@ class ThrowawayModels:
     async def _unload(self, model: AsyncTrainingClient) -> None:
         try:
             await model.unload()
-        except UnsupportedFeature as error:
-            note = f"throwaway models end with the session: {error}"
-            if note not in self.notes:
-                self.notes.append(note)
+        except (BadRequest, RequestFailed, Unprocessable, UnsupportedFeature) as error:
+            beginning = "throwaway models end with the session"
+            if not any(note.startswith(beginning) for note in self.notes):
+                self.notes.append(f"{beginning}: {' '.join(str(error).split())[:200]}")
         except NotFound:
             pass  # it was removed before
         self._alive.discard(model)

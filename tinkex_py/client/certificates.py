@@ -121,6 +121,11 @@ class Certificate(_Part):
     notes: tuple[str, ...] = ()
 
     @property
+    def decides(self) -> bool:
+        """Whether it says which surrogate to use, or that there is none; not so if one could not be measured."""
+        return self.surrogate is not None or all(one.verdict == "fail" for one in self.measurements)
+
+    @property
     def noise(self) -> float | None:
         """The measured noise of the surrogate that passed."""
         return next((one.noise for one in self.measurements if one.surrogate == self.surrogate), None)

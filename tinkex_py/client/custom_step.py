@@ -195,11 +195,17 @@ async def _stored_certificate(model: Model) -> Certificate | None:
 def _logprob_differences(
     settings: TinkexConfig, forward: PackedTensor, backward: ForwardBackwardOutput
 ) -> tuple[float, float] | None:
-    """Returns the mean and the largest difference of the logprobs of both passes, and warns if they are large."""
+    """Returns the mean and the largest difference of the logprobs of both passes, and warns if they are large.
+
+    Tokens of probability 0 in the forward pass, which terms have masked, are left out.
+    """
     repeated = backward.packed.get("logprobs")
     if repeated is None or repeated.values.shape != forward.values.shape:
         return None
-    differences = np.abs(repeated.values - forward.values)
+    counted = np.isfinite(forward.values)
+    if not counted.any():
+        return None
+    differences = np.abs(repeated.values[counted] - forward.values[counted])
     mean, largest = float(differences.mean()), float(differences.max())
     if not (mean <= settings.mean_logprob_difference and largest <= settings.largest_logprob_difference):
         limits = f"{settings.mean_logprob_difference:g} and {settings.largest_logprob_difference:g}"

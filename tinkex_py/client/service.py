@@ -320,10 +320,10 @@ class AsyncServiceClient:
             InvalidData: an argument is invalid, or the service has several models and none was named.
             ConfigError: the certificate cannot be stored.
         """
-        from tinkex_py.certify.measurement import Choice, certify
+        from tinkex_py.certify.measurement import MeasurementPlan, certify
 
-        choice = Choice(model, rank, surrogates, max_models)
-        return await certify(self, await self._connected(), choice, on_cost)
+        plan = MeasurementPlan(model, rank, surrogates, max_models)
+        return await certify(self, await self._connected(), plan, on_cost)
 
     async def get_tokenizer(self, name: str) -> Tokenizer:
         """Returns the tokenizer of a base model: that of the embedded service, else loaded with transformers.

@@ -199,7 +199,7 @@ class SurrogateChoice:
             UnsupportedFeature: the service normalizes in a way that no surrogate compensates, or nothing shows that it
                 does not.
         """
-        if certificate is not None and certificate.answer == AnswerForm.of(forward):
+        if certificate is not None and certificate.decides and certificate.answer == AnswerForm.of(forward):
             self.adopt(certificate, model)
             return self._certified(certificate)
         for service in KNOWN_SERVICES:
