@@ -137,6 +137,11 @@ def k2(data: Data, logprobs: torch.Tensor) -> torch.Tensor:
     return 0.5 * (own - reference).square().sum()
 
 
+def k1_to_base(data: Data, logprobs: torch.Tensor) -> torch.Tensor:
+    own, reference = selected(data, logprobs, "base")
+    return (own - reference).sum()
+
+
 def away_from_reference(data: Data, logprobs: torch.Tensor) -> torch.Tensor:
     return -k2(data, logprobs)
 
@@ -190,4 +195,10 @@ def per_answer(data: Data, parts: Parts) -> torch.Tensor:
     return torch.stack([-part[1:].sum() for part in parts]).sum()
 
 
+def rewards_by_place(data: Data, parts: Parts) -> torch.Tensor:
+    """Correct if the rewards are those of these datums; a loss on pairs has no such order."""
+    return torch.stack([-float(index) * part[1:].sum() for index, part in enumerate(parts)]).sum()
+
+
+rewards_by_place.coupling = "the rewards are by the place of a datum"  # type: ignore[attr-defined]
 MEAN_OF_MEANS, PER_ANSWER = per_datum(mean_of_means), per_datum(per_answer)

@@ -12,7 +12,7 @@ from tests.lint.support import answers, fields_of, pairs, texts, without
 from tests.losses.support import recorded
 from tests.objectives.entries import Batch, batch
 from tests.objectives.test_total import CASES, COUPLED, NEEDED, ON_CANDIDATES, made, sixteen, terms
-from tinkex_py import InvalidData, InvalidSpec, Pipeline, RegularizerError, RegularizerSpec
+from tinkex_py import InvalidData, InvalidSpec, Pipeline, RegularizerError, RegularizerSpec, per_datum
 from tinkex_py.base_losses import KTO, NLL, PPO, Reinforce
 from tinkex_py.lint import LossFinding, assert_no_findings, lint
 from tinkex_py.regularizers import L2, SampledKL
@@ -52,6 +52,12 @@ def with_mismatched(given: Batch) -> Batch:
     return batch(given.logprobs, **{**fields, "label": [*fields["label"][:12], *[[0.0]] * 4]})
 
 
+def renamed(given: Batch) -> Batch:
+    """The reference is a field without "logprob" in its name."""
+    fields = fields_of(given)
+    return batch(given.logprobs, weights=fields["weights"], base=fields["reference_logprobs"])
+
+
 PLANTED = [
     Planted(mistakes.likelihood, "sign", "makes the target tokens less likely", texts()),
     Planted(mistakes.policy_with_plus, "sign", "a higher value in 'advantages'", answers()),
@@ -62,6 +68,7 @@ PLANTED = [
     Planted(mistakes.detached, "detached", "although other logprobs change it", texts()),
     Planted(mistakes.kept_as_number, "detached", "although other logprobs change it", texts(), is_base=False),
     Planted(mistakes.k1, "estimator", "reads 'reference_logprobs'", texts(), is_base=False),
+    Planted(mistakes.k1_to_base, "estimator", "reads 'base'", renamed(texts()), is_base=False),
     Planted(SampledKL(estimator="k1", **REFERENCE), "estimator", "no pull", texts(), is_base=False),
     Planted(mistakes.nll_of_prompts, "mask", "the 6 positions where 'weights' is 0", texts()),
     Planted(mistakes.policy_with_all_positions, "mask", "have a gradient", answers()),
@@ -183,6 +190,11 @@ async def test_a_few_datums_are_enough(count: int) -> None:
     if count == 2:  # one pair, which cannot be cut
         await assert_no_findings(Pipeline(mistakes.dpo), given.data)
         assert "pairs" in [found.rule for found in await lint(Pipeline(mistakes.dpo_swapped), given.data)]
+
+
+@pytest.mark.asyncio
+async def test_a_loss_that_depends_on_places_is_no_loss_on_pairs() -> None:
+    await assert_no_findings(Pipeline(per_datum(mistakes.rewards_by_place)), texts().data)
 
 
 @pytest.mark.asyncio

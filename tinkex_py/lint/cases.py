@@ -14,6 +14,7 @@ from tinkex_py.types.tensors import Array
 
 _SAMPLER_NOISE = 0.1  # a policy that has moved a little from its sampler
 _REFERENCE_NOISE = 0.3
+_NO_LOGPROBS = ("target_tokens", "weights", "mask", "advantages")
 _LARGEST = -1e-3  # of a probed logprob
 _LEFT_MASS = 0.05  # logarithm of the probability that candidates leave to other tokens, at least
 
@@ -32,9 +33,14 @@ class Case:
         return [datum.loss_fn_inputs[name].to_numpy() for datum in self.data]
 
     def logprob_fields(self) -> list[str]:
-        """Returns the fields that hold logprobs, in the shape of the datum's, of all datums."""
-        names = [name for name in self.data[0].loss_fn_inputs if "logprob" in name]
-        return [name for name in names if self._is_aligned(name)]
+        """Returns the fields of all datums that hold logprobs: numbers in their shape, none of them above 0."""
+        names = [name for name in self.data[0].loss_fn_inputs if name not in _NO_LOGPROBS]
+        return [name for name in names if self._is_aligned(name) and ("logprob" in name or self._is_negative(name))]
+
+    def _is_negative(self, name: str) -> bool:
+        values = self.values(name)
+        assert values is not None, "checked before"
+        return all(bool((own <= 0).all()) for own in values) and any(bool((own < 0).any()) for own in values)
 
     def _is_aligned(self, name: str) -> bool:
         values = self.values(name)

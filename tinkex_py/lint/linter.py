@@ -1,11 +1,11 @@
 """Checks every term of a pipeline with every rule."""
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import torch
 
-from tinkex_py.arguments import check_count, check_kind, check_list
+from tinkex_py.arguments import check_count, check_kind, check_list, shown
 from tinkex_py.errors import InvalidSpec, NonFiniteLoss, RegularizerError, did_you_mean
 from tinkex_py.lint import batch_rules, edge_rules, gradient_rules
 from tinkex_py.lint.cases import Case, case_of
@@ -59,7 +59,7 @@ async def lint(
     logprobs: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
     accumulate: int | None = None,
-    ignore: Collection[str] = (),
+    ignore: Sequence[str] = (),
 ) -> list[LossFinding]:
     """Looks for mistakes in the terms of a pipeline, offline: it calls each term some fifty times on changed data.
 
@@ -88,9 +88,11 @@ async def lint(
     case = case_of(check_list("data", data, Datum), logprobs)
     if accumulate is not None:
         check_count("accumulate", accumulate, least=1)
-    for name in ignore:
+    for name in check_list("ignore", ignore, str, error=InvalidSpec):
         if name not in RULES:
-            raise InvalidSpec(f"ignore: no rule is named {name!r}{did_you_mean(name, RULES)}; use {', '.join(RULES)}")
+            raise InvalidSpec(
+                f"ignore: no rule is named {shown(name)}{did_you_mean(name, RULES)}; use {', '.join(RULES)}"
+            )
     specs = [spec for spec in pipeline.regularizers if spec.enabled and spec.weight != 0]
     workers = WorkerPool(pipeline.max_threads)
     try:
@@ -117,7 +119,7 @@ async def assert_no_findings(
     logprobs: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
     accumulate: int | None = None,
-    ignore: Collection[str] = (),
+    ignore: Sequence[str] = (),
 ) -> None:
     """Fails a test with the findings of `lint`, one a line; the arguments are the same.
 

@@ -240,13 +240,23 @@ async def preference_of(subject: Subject) -> int | None:
         name, numbers = labels
         negated = case.with_values(name, [np.array([-number]) for number in numbers])
         found = await _preference(subject, negated, here, numbers)
-    if found is None and len(case.data) % 2 == 0 and not subject.reads_advantages:
+    if found is None and len(case.data) % 2 == 0 and not subject.reads_advantages and await _is_same_for_pairs(subject):
         signs = [1.0 - 2.0 * (index % 2) for index in here]
         if labels is not None and all(one * two < 0 for one, two in zip(labels[1][::2], labels[1][1::2], strict=True)):
             signs = labels[1]
         partners = [index ^ 1 for index in here]
         found = await _preference(subject, case.picked(partners), partners, signs)
     return found
+
+
+async def _is_same_for_pairs(subject: Subject) -> bool:
+    """Returns whether the order of the pairs does not matter, as it would if a term depends on the place of a datum."""
+    order = [*range(2, len(subject.case.data)), 0, 1]
+    other = await subject.measured(subject.case.picked(order))
+    if other is None or not other.finite:
+        return False
+    here = Evaluated(subject.at.value, [subject.at.gradient[index] for index in order], differentiable=True)
+    return here.same_gradient(other)
 
 
 async def _preference(subject: Subject, swapped: Case, places: Sequence[int], signs: Sequence[float]) -> int | None:
