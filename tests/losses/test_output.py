@@ -78,6 +78,8 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "skipped",
         "abandoned_threads",
         "service_output",
+        "logprob_difference_mean",
+        "logprob_difference_largest",
     }
     assert set(plain["base_loss"]) == {"value", "metrics", "grad_norm"}
     assert set(plain["regularizers"]["l1_sparsity"]) == {

@@ -189,9 +189,18 @@ class CustomLoss:
     gradient: torch.Tensor
     differentiable: bool
 
-    def with_service(self, service_output: ForwardBackwardOutput) -> CustomLossOutput:
-        """Returns the output with the service's result of the backward pass."""
-        return self.output.model_copy(update={"service_output": service_output})
+    def with_service(
+        self, service_output: ForwardBackwardOutput, differences: tuple[float, float] | None = None
+    ) -> CustomLossOutput:
+        """Returns the output with the service's result of the backward pass.
+
+        Args:
+            service_output: the result.
+            differences: mean and largest difference of its logprobs from those of the forward pass.
+        """
+        mean, largest = differences or (None, None)
+        known = {"logprob_difference_mean": mean, "logprob_difference_largest": largest}
+        return self.output.model_copy(update={"service_output": service_output, **known})
 
     def check_differentiable(self) -> None:
         """Raises PipelineError if no term depends on the logprobs."""

@@ -166,6 +166,9 @@ class CustomLossOutput(LossReport):
         skipped: name -> class of the error, for failed terms with `on_error="skip"`.
         abandoned_threads: number of worker threads that still run after the timeout of their term.
         service_output: result of the backward pass on the service; None when computed offline.
+        logprob_difference_mean: mean difference of the logprobs of the backward pass from those of the forward pass;
+            None if the service returns none with a backward pass, or executed the whole step.
+        logprob_difference_largest: largest difference of a logprob.
     """
 
     loss_total: float
@@ -178,6 +181,8 @@ class CustomLossOutput(LossReport):
     skipped: dict[str, str] = Field(default_factory=dict)
     abandoned_threads: int = 0
     service_output: ForwardBackwardOutput | None = None
+    logprob_difference_mean: float | None = None
+    logprob_difference_largest: float | None = None
 
     def _repr_html_(self) -> str:
         return output_html(self)

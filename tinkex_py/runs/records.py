@@ -53,6 +53,7 @@ class RunInfo(Record):
         changes: what was changed on purpose.
         batches_ahead: fingerprints, by position, of batches read after the last checkpoint; a resumed run reads
             them again.
+        certificate: digest of the certificate by which the surrogate was chosen; None if none was needed.
     """
 
     name: str
@@ -68,6 +69,7 @@ class RunInfo(Record):
     fingerprints: dict[str, str | None] = Field(default_factory=dict)
     changes: tuple[Change, ...] = ()
     batches_ahead: dict[int, str] = Field(default_factory=dict[int, str])
+    certificate: str | None = None
 
     @property
     def outcome(self) -> str:
