@@ -8,7 +8,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance fuzz faults soak guards audit fresh lint types docs clean
+.PHONY: help install demo notebook test bench conformance fuzz attacks faults soak guards audit fresh lint types docs clean
 .SUFFIXES:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 10 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
+	@echo "make attacks  CPU time of everything that reads bytes of others, as their number grows"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
 	@echo "make guards replaces lines that keep promises, and shows that their tests then fail (about 10 minutes)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
@@ -66,6 +67,10 @@ conformance: $(DEV)
 # An input that breaks something is kept in the current folder, as crash-...
 fuzz: $(DEV)
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
+# Fails if a reader takes more than 8 times as long for 4 times as much. ARGS: a word, for rows whose name has it.
+attacks: $(DEV)
+	@$(BIN)/python -m tests.attacks $(ARGS)
 
 # Fails with the seed and the first difference; SEED=... repeats a run.
 soak: $(DEV)

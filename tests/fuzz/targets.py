@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from tinkex_py.client.archive import extract
 from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError, TinkexError, UnsupportedFeature
 from tinkex_py.local import schemas, wire_format
+from tinkex_py.local.bodies import decompressed, parse_json
 from tinkex_py.local.core import Refused
-from tinkex_py.local.middleware import check_structure, decompressed
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
 from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
@@ -40,26 +40,28 @@ Target = Callable[[bytes], None]
 LIMIT = 1 << 20
 
 
+def room() -> wire_format.DenseRoom:
+    return wire_format.DenseRoom(columns=300, bytes=LIMIT)
+
+
 def pass_request(body: bytes) -> None:
     """Reads a forward or backward pass in protobuf, as the service does."""
     with contextlib.suppress(DecodeError, InvalidData, UnsupportedFeature):
-        wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(body).data)
+        wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(body).data, room())
 
 
 def json_request(body: bytes) -> None:
     """Reads JSON as the service does: its structure, then as every kind of request."""
-    with contextlib.suppress(Refused, ValueError):
-        text = body.decode()
-        check_structure(text)
-        value = json.loads(text)
+    with contextlib.suppress(Refused):
+        value = parse_json(body)
         for model in (schemas.PassInput, schemas.SampleBody, schemas.SearchBody, schemas.SaveWeightsBody):
             with contextlib.suppress(ValidationError, InvalidData, UnsupportedFeature):
                 read: Any = model.model_validate(value)
                 if isinstance(read, schemas.PassInput):
-                    wire_format.datums_from_json(read.data)
+                    wire_format.datums_from_json(read.data, room())
                 if isinstance(read, schemas.SampleBody):
                     wire_format.tokens_from_json("prompt", read.prompt)
-                    wire_format.ids_from_json("targets", read.target_prompt_logprobs)
+                    wire_format.ids_from_json("targets", read.target_prompt_logprobs, room())
 
 
 def zstd_body(body: bytes) -> None:

@@ -55,6 +55,10 @@ SERVICE_ERRORS = (InvalidData, UnsupportedFeature)
 floats = st.floats(width=32, allow_nan=False)
 
 
+def room() -> wire_format.DenseRoom:
+    return wire_format.DenseRoom(columns=10**6, bytes=2**24)
+
+
 def dense(tensor: Any) -> np.ndarray:
     """Returns a client's tensor as the service must see it."""
     return np.asarray(tensor.to_numpy()).reshape(tensor.shape)
@@ -78,10 +82,10 @@ def check_same_datums(sent: list[Datum], got: list[Any]) -> None:
 def test_a_request_arrives_as_it_was_sent_in_both_forms(data):
     request = PassHeader("m", 1, "ppo", {"a": 0.5, "b": "x"}, forward_only=True)
     message = wire.ForwardBackwardRequest.FromString(b"".join(encode_request(encode_batch(data), request)))
-    check_same_datums(data, wire_format.datums_from_protobuf(message.data))
+    check_same_datums(data, wire_format.datums_from_protobuf(message.data, room()))
     assert (message.model_id, message.seq_id, message.loss_fn, message.forward_only) == ("m", 1, "ppo", True)
     text = json.dumps(request_as_json(encode_batch(data), request))
-    check_same_datums(data, wire_format.datums_from_json(json.loads(text)["forward_input"]["data"]))
+    check_same_datums(data, wire_format.datums_from_json(json.loads(text)["forward_input"]["data"], room()))
 
 
 TENSOR_FIELDS = st.fixed_dictionaries(
@@ -111,9 +115,9 @@ JSON_DATUMS = st.fixed_dictionaries(
 @given(st.lists(JSON_DATUMS, max_size=2), TENSOR_FIELDS | OBJECTS)
 def test_any_json_datum_is_read_or_a_typed_error_of_the_service(data, targets):
     with contextlib.suppress(*SERVICE_ERRORS):
-        wire_format.datums_from_json(data)
+        wire_format.datums_from_json(data, room())
     with contextlib.suppress(*SERVICE_ERRORS):
-        wire_format.ids_from_json("target_prompt_logprobs", targets)
+        wire_format.ids_from_json("target_prompt_logprobs", targets, room())
 
 
 SPARSE = st.fixed_dictionaries(
@@ -131,7 +135,7 @@ SPARSE = st.fixed_dictionaries(
 @given(SPARSE)
 def test_any_sparse_tensor_is_read_or_a_typed_error_of_the_service(fields):
     try:
-        read = wire_format.tensor_from_json("weights", fields)
+        read = wire_format.tensor_from_json("weights", fields, room())
     except InvalidData:
         return
     assert read.shape == tuple(fields["shape"])
@@ -150,7 +154,7 @@ def test_any_tensor_in_protobuf_is_read_or_a_typed_error_of_the_service(fields, 
         places = wire.SparseCsr(values=numbers, crow_indices=sparse[0], col_indices=sparse[1])
         tensor = wire.Tensor(sparse_csr=places, **fields)
     with contextlib.suppress(*SERVICE_ERRORS):
-        wire_format.datums_from_protobuf([wire.Datum(loss_fn_inputs={"weights": tensor})])
+        wire_format.datums_from_protobuf([wire.Datum(loss_fn_inputs={"weights": tensor})], room())
 
 
 @settings(max_examples=80)
@@ -161,7 +165,7 @@ def test_any_protobuf_datum_is_read_or_a_typed_error_of_the_service(datum, chang
         body[place % len(body)] = value
     damaged = bytes(body[: end % (len(body) + 1)] if end % 2 else body)
     with contextlib.suppress(DecodeError, *SERVICE_ERRORS):
-        wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(damaged).data)
+        wire_format.datums_from_protobuf(wire.ForwardBackwardRequest.FromString(damaged).data, room())
 
 
 # Results: written by the service, read by the client

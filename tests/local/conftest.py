@@ -1,5 +1,6 @@
 """Real parts for the tests of the embedded service: an engine alone, and a running service with a raw HTTP client."""
 
+import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -161,10 +162,19 @@ class RawClient:
         return wire.ForwardBackwardOutput.FromString(answer.content)
 
 
+async def all_threads_started(service: LocalService) -> None:
+    """Threads that start with the first work belong to the service, not to the test that needs them first."""
+    core, files, bodies = service.core, threading.Barrier(2), threading.Barrier(2)
+    assert core is not None
+    for_files = [core.stored(lambda store: files.wait()) for _ in range(2)]
+    await asyncio.gather(*for_files, *[core.aside(bodies.wait) for _ in range(2)])
+
+
 @asynccontextmanager
 async def running(options: LocalOptions) -> AsyncIterator[RawClient]:
     service = LocalService(options)
     await service.start()
+    await all_threads_started(service)
     try:
         transport = httpx.ASGITransport(app=service.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://local") as http:

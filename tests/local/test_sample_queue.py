@@ -163,7 +163,7 @@ def test_a_failure_reaches_its_batch_only(bench):
     assert isinstance(bad.exception(), InvalidData)
     assert len(good.result().sequences) == 1
     with pytest.raises(InvalidData, match="the prompt is empty"):
-        queue.add(BASE, request([]), identity)
+        bench.engine.check_sample(request([]))
     assert worker.work == []
 
 

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from tinkex_py.local import LocalOptions
-from tinkex_py.local.middleware import MAX_JSON_DEPTH, MAX_JSON_PARTS
+from tinkex_py.local.bodies import MAX_JSON_DEPTH, MAX_JSON_PARTS
 
 pytestmark = pytest.mark.asyncio
 LIMIT = 4096

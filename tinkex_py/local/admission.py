@@ -63,6 +63,11 @@ class Sequencer:
         self.receipts: dict[int, Receipt] = {}
         self._waiting: dict[int, Callable[[], None] | None] = {}
 
+    @property
+    def waiting(self) -> int:
+        """Number of requests and spent numbers that wait for earlier numbers."""
+        return len(self._waiting)
+
     def is_spent(self, number: int) -> bool:
         """Whether a request without a receipt used the number."""
         return number not in self.receipts and (number < self.next_number or number in self._waiting)

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,10 +19,9 @@ from tinkex_py.local import (
     routes_service,
     routes_training,
 )
-from tinkex_py.local.core import Core, Refused
+from tinkex_py.local.core import Refused, Startable
 from tinkex_py.local.http import API, Route, UnicodeJSONResponse, problems
 from tinkex_py.local.middleware import ErrorBoundary, ReadBody, RequireKey
-from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.routes_checkpoints import DOWNLOADS
 from tinkex_py.version import __version__
 
@@ -38,21 +37,6 @@ _ROUTERS = (
     routes_rest.router,
     routes_checkpoints.router,
 )
-
-
-class Startable(Protocol):
-    """The service behind an app; its core is None unless it runs."""
-
-    options: LocalOptions
-    core: Core | None
-
-    async def start(self) -> None:
-        """Loads the model."""
-        ...
-
-    async def stop(self) -> None:
-        """Stops the engine."""
-        ...
 
 
 class _App(FastAPI):
@@ -101,7 +85,7 @@ def build_app(service: Startable, api_key: str | None) -> ASGIApp:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = service
-    read = ReadBody(app, service.options.max_body_bytes)
+    read = ReadBody(app, service)
     return ErrorBoundary(read if api_key is None else RequireKey(read, api_key, OPEN_PATHS))
 
 
@@ -118,15 +102,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
     del request
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        detail = f"the body is not valid JSON: {first['ctx']['error']} (character {first['loc'][1]})"
-    elif first["loc"] == ("body",):
-        detail = "the body must be a JSON object"
-    else:
-        found = problems([{**item, "loc": item["loc"][1:]} for item in errors])
-        return UnicodeJSONResponse({"detail": found}, status_code=422)
-    return UnicodeJSONResponse({"detail": detail}, status_code=400)
+    if errors[0]["loc"] == ("body",) and errors[0]["type"] != "value_error":
+        return UnicodeJSONResponse({"detail": "the body must be a JSON object"}, status_code=400)
+    found = problems([{**item, "loc": item["loc"][1:]} for item in errors])
+    return UnicodeJSONResponse({"detail": found}, status_code=422)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -249,10 +249,14 @@ def _check_name(name: str) -> None:
 
 
 def _save(folder: Path, files: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     for name, tensors in files.items():
-        save_file(dict(tensors), str(folder / name), metadata={"format": "pt"})
+        try:
+            save_file(dict(tensors), str(folder / name), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tinkex_py.errors import ConfigError, InvalidData, UnsupportedFeature
 from tinkex_py.local.admission import Admission, Receipt, Sequencer
@@ -17,7 +17,7 @@ from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.records import CheckpointInfo, SessionEnd, SessionInfo
 from tinkex_py.local.results import Failure, PendingResult, ResultBook, Success
 from tinkex_py.local.sample_queue import SampleQueue
-from tinkex_py.local.worker import EngineClosing, EngineWorker, StateThreads
+from tinkex_py.local.worker import EngineClosing, EngineWorker, WorkThreads
 
 if TYPE_CHECKING:
     from tinkex_py.local.engine import Engine
@@ -26,8 +26,15 @@ T = TypeVar("T")
 
 INFLIGHT = "inflight"
 """Name of the unlisted checkpoint that all inflight samplers of a model share."""
+MAX_MESSAGE = 4000
+"""Characters of an error message, which may quote a request."""
 logger = logging.getLogger("tinkex_py.local")
 logger.addHandler(logging.NullHandler())
+
+
+def shortened(text: str) -> str:
+    """Returns an error message, cut if it quotes too much of a request."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
 
 class Refused(Exception):
@@ -42,7 +49,7 @@ class Refused(Exception):
     def __init__(self, status: int, detail: str, code: str | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail
+        self.detail = shortened(detail)
         self.code = code
 
 
@@ -78,10 +85,27 @@ class Loaded:
     run_ids: Iterable[str]
 
 
+class Startable(Protocol):
+    """The service behind an app; its core is None unless it runs."""
+
+    options: LocalOptions
+    core: "Core | None"
+
+    async def start(self) -> None:
+        """Loads the model."""
+        ...
+
+    async def stop(self) -> None:
+        """Stops the engine."""
+        ...
+
+
 class Core:
     """State and operations that the routes share; lives on one event loop."""
 
-    def __init__(self, options: LocalOptions, loaded: Loaded, worker: EngineWorker, state: StateThreads) -> None:
+    def __init__(
+        self, options: LocalOptions, loaded: Loaded, worker: EngineWorker, state: WorkThreads, bodies: WorkThreads
+    ) -> None:
         self.options = options
         self.engine = loaded.engine
         self.store = loaded.engine.store
@@ -108,17 +132,32 @@ class Core:
         self._gone = set(loaded.run_ids)
         self._worker = worker
         self._state = state
+        self._bodies = bodies
         self._receipts: dict[tuple[str, str, int], Receipt] = {}
         self._loop = asyncio.get_running_loop()
         self.store.on_expiry = lambda: self._on_loop(self.expiry_changed.set)
 
     async def stored(self, work: Callable[[CheckpointStore], T]) -> T:
-        """Accesses the store off the event loop; Refused: 404 if it is not there, 503 if the service is stopping."""
+        """Accesses the store off the event loop.
+
+        Raises:
+            Refused: 404, it is not there; 503, the service is stopping; 507, the state folder cannot be used.
+        """
         try:
             return await self._state.run(lambda: work(self.store))
         except InvalidData as error:
             raise Refused(404, str(error)) from error
         except (EngineClosing, sqlite3.ProgrammingError) as error:
+            raise Refused(503, "the service is stopping") from error
+        except (OSError, sqlite3.Error) as error:
+            log_failure("access to the state folder", error)
+            raise Refused(507, _storage_failure(error)) from error
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Runs work on large data off the event loop; Refused (503) if the service is stopping."""
+        try:
+            return await self._bodies.run(work)
+        except EngineClosing as error:
             raise Refused(503, "the service is stopping") from error
 
     # Sessions
@@ -157,8 +196,8 @@ class Core:
 
     async def remember(self, session: SessionInfo) -> None:
         """Adds or changes a session, in memory and on disk."""
-        self.sessions[session.session_id] = session
         await self.stored(lambda store: store.records.put_session(session))
+        self.sessions[session.session_id] = session
 
     async def finish_session(self, session: SessionInfo, end: SessionEnd) -> None:
         """Finishes a session, and frees its models, samplers and losses."""
@@ -191,11 +230,33 @@ class Core:
             )
         raise Refused(404, f"model {model_id!r} not found")
 
-    def check_models(self, model_id: str) -> None:
-        """Refuses (429) a new training model if there are too many."""
+    def submit_model(self, model_id: str, work: Callable[[], Success], size: int) -> "Future[Success]":
+        """Queues the creation of a training model, which later requests may follow at once.
+
+        Raises:
+            Refused: 429, too many training models are loaded, or too much waits.
+        """
         most = self.options.max_models
-        if model_id not in self.sequencers and len(self.sequencers) >= most:
+        if len(self.sequencers) >= most:
             raise Refused(429, f"{most} training models are loaded already: unload one, or finish a session")
+        future = self.submit(work, size)
+        sequencer = self.sequencers[model_id] = Sequencer()
+        future.add_done_callback(lambda done: self._on_loop(self._drop_failed_model, model_id, sequencer, done))
+        return future
+
+    def _drop_failed_model(self, model_id: str, sequencer: Sequencer, future: "Future[Success]") -> None:
+        """Gives back the place of a model that was not created, and fails the requests that wait for it."""
+        if not future.cancelled() and future.exception() is None:
+            return
+        if self.sequencers.get(model_id) is sequencer:
+            del self.sequencers[model_id]
+        sequencer.release()
+
+    def spend(self, model_id: str, number: int) -> None:
+        """Uses up the number of a refused request; of numbers that come too early, only as many as may wait."""
+        sequencer = self.sequencers.get(model_id)
+        if sequencer is not None and sequencer.waiting < self.options.max_waiting_requests:
+            sequencer.spend(number)
 
     def unload(self, model_id: str) -> str:
         """Frees a training model after its queued work; returns a request id."""
@@ -288,8 +349,8 @@ class Core:
         return pending.request_id
 
     def _queue(self, work: Callable[[], Success], size: int) -> "Future[Success]":
-        self._queued.enter(size)
         future = self._worker.submit(work)
+        self._queued.enter(size)
         future.add_done_callback(lambda _: self._on_loop(self._queued.leave, size))
         return future
 
@@ -307,12 +368,14 @@ class Core:
                 result.then()
             self.results.settle(pending, result)
         elif isinstance(error, InvalidData | ConfigError | UnsupportedFeature):
-            self.results.settle(pending, Failure(str(error), "user"))
+            self.results.settle(pending, Failure(shortened(str(error)), "user"))
         elif isinstance(error, EngineClosing):
             self.results.settle(pending, Failure(str(error), "server"))
         else:
             log_failure(f"request {pending.request_id}", error)
-            self.results.settle(pending, Failure(f"{type(error).__name__}: {error}", "server"))
+            stores = isinstance(error, OSError | sqlite3.Error)
+            message = _storage_failure(error) if stores else f"{type(error).__name__}: {error}"
+            self.results.settle(pending, Failure(shortened(message), "server"))
 
     def _on_loop(self, call: Callable[..., None], *arguments: object) -> None:
         try:
@@ -323,6 +386,12 @@ class Core:
 
 def _owner(owned: str) -> str:
     return owned.partition(":")[0]
+
+
+def _storage_failure(error: BaseException) -> str:
+    # The text of an OSError names files of this machine.
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"the service cannot use its state folder ({reason}): free space there or repair it, then repeat the call"
 
 
 def _check_room(admission: Admission, size: int) -> None:

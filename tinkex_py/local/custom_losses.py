@@ -23,6 +23,8 @@ LOSSES_PER_SESSION = 256
 MAX_NODES = 2000
 MAX_ITEMS = 256
 MAX_DEPTH = 6
+MAX_ARGUMENTS = 20_000
+"""Values in the arguments of all nodes."""
 MAX_TEXT = 64
 MAX_INPUTS = 16
 MAX_ELEMENTS = 2**26
@@ -204,6 +206,7 @@ class _GraphReader:
         self._device = device
         self._graph = torch.fx.Graph()
         self._known: dict[str, torch.fx.Node] = {}
+        self._arguments_left = MAX_ARGUMENTS
 
     def read(self, nodes: Sequence[_Node], inputs: Sequence[tuple[str, int]]) -> torch.fx.Graph:
         names = [name for name, _ in inputs]
@@ -274,6 +277,9 @@ class _GraphReader:
         """Decodes an argument, with nodes for references and the loss's own device for any device."""
         if depth > MAX_DEPTH:
             raise InvalidData(f"node {where!r}: its arguments are nested more than {MAX_DEPTH} deep")
+        self._arguments_left -= 1
+        if self._arguments_left < 0:
+            raise InvalidData(f"node {where!r}: the nodes have more than {MAX_ARGUMENTS} arguments together")
         match value:
             case int() if abs(value) > LARGEST_INTEGER:
                 raise InvalidData(f"node {where!r}: a whole number is beyond {LARGEST_INTEGER}")

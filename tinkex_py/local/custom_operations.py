@@ -138,7 +138,9 @@ def _split(tensor: Tensor, split_size: int | Sequence[int], dim: int = 0) -> int
 
 
 def _chunked(input: Tensor, chunks: int, dim: int = 0) -> int:  # noqa: A002  # torch's own name
-    return input.numel() + PER_TENSOR * min(max(1, chunks), input.shape[dim] + 1)
+    # A dimension of size 0 has as many chunks as the call asks for.
+    pieces = min(chunks, input.shape[dim]) if input.shape[dim] else chunks
+    return input.numel() + PER_TENSOR * max(1, pieces)
 
 
 def _nothing(*args: Any) -> int:

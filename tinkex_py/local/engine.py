@@ -5,7 +5,8 @@ Every operation activates its adapter before anything else.
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,17 @@ class Engine:
 
     # Models
 
+    def check_model(self, base_model: str, settings: LoraConfig) -> None:
+        """Raises InvalidData for another base model, or unusable settings; may be called from any thread."""
+        self._check_base(base_model)
+        self._bank.check(settings)
+
     def create_model(self, run: TrainingRunInfo, settings: LoraConfig, seed: int) -> None:
         """Creates a training model; InvalidData: another base model, or unusable settings."""
-        self._check_base(run.base_model)
-        self._add(run, self._bank.create(settings, seed))
+        self.check_model(run.base_model, settings)
+        adapter = self._bank.create(settings, seed)
+        with self._dropped_on_failure(adapter):
+            self._add(run, adapter)
 
     def create_from_checkpoint(self, run: TrainingRunInfo, source: CheckpointInfo, *, with_optimizer: bool) -> None:
         """Creates a training model from a checkpoint, with the checkpoint's LoRA settings.
@@ -91,12 +99,8 @@ class Engine:
         """
         self._check_base(run.base_model)
         adapter = self._bank.create(lora_settings(source.run), 0)
-        try:
-            optimizer = self._restored(adapter, source, with_optimizer=with_optimizer)
-        except BaseException:
-            self._bank.delete(adapter)
-            raise
-        self._add(run, adapter, optimizer)
+        with self._dropped_on_failure(adapter):
+            self._add(run, adapter, self._restored(adapter, source, with_optimizer=with_optimizer))
 
     def load_into(self, model_id: str, source: CheckpointInfo, *, with_optimizer: bool) -> None:
         """Loads a checkpoint into an unused model; InvalidData: it was used, or the checkpoint does not fit."""
@@ -296,6 +300,14 @@ class Engine:
     def _add(self, run: TrainingRunInfo, adapter: Adapter, optimizer: AdapterOptimizer | None = None) -> None:
         self.store.write_run(run)
         self._models[run.run_id] = TrainingModel(run, adapter, optimizer or AdapterOptimizer(adapter))
+
+    @contextmanager
+    def _dropped_on_failure(self, adapter: Adapter) -> Generator[None]:
+        try:
+            yield
+        except BaseException:
+            self._bank.delete(adapter)
+            raise
 
     def _restored(self, adapter: Adapter, source: CheckpointInfo, *, with_optimizer: bool) -> AdapterOptimizer:
         if with_optimizer and not source.has_optimizer:

@@ -4,8 +4,9 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,12 +15,17 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.routing import request_response
 
+from tinkex_py.local.bodies import SMALL_BODY
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.results import Success
 from tinkex_py.local.schemas import ErrorResponse, NumberedBody, SubmittedResponse
 
 API = "/api/v1"
+JSON_VALUE = "tinkex.json"
+"""Key of the decoded body in the scope of a request."""
 PROTOBUF = "application/x-protobuf"
+NAMED_PROBLEMS = 8
+_PIECE = 4096
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -30,6 +36,22 @@ class UnicodeJSONResponse(JSONResponse):
         """Returns the body."""
         text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8", "replace")
+
+
+def json_in_pieces(content: Any) -> bytes:
+    """Returns JSON like `UnicodeJSONResponse`; slower, but other threads run meanwhile."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    pieces = encoder.iterencode(content)
+    body = bytearray()
+    while text := "".join(islice(pieces, _PIECE)):
+        body += text.encode("utf-8", "replace")
+    return bytes(body)
+
+
+class _DecodedRequest(Request):
+    async def json(self) -> Any:
+        """Returns the value that the middleware decoded."""
+        return self.scope[JSON_VALUE]
 
 
 class Route(APIRoute):
@@ -45,6 +67,15 @@ class Route(APIRoute):
         taken = [parameter.annotation for parameter in signature.parameters.values()]
         if taken == [Request] and signature.return_annotation is Response:
             self.app = request_response(self.endpoint)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Returns a handler of requests whose body is decoded."""
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            return await handle(_DecodedRequest(request.scope, request.receive))
+
+        return handled
 
 
 def api_router(route_class: type[Route] = Route) -> APIRouter:
@@ -83,15 +114,9 @@ async def core_of(request: Request) -> Core:
 Running = Annotated[Core, Depends(core_of)]
 
 
-async def read_json(request: Request, model: type[Body]) -> Body:
+def read_json(request: Request, model: type[Body]) -> Body:
     """Returns the JSON body of a route that takes the request; raises what FastAPI raises for a declared body."""
-    try:
-        value = await request.json()
-    except json.JSONDecodeError as error:
-        problem = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "", "ctx": {"error": error.msg}}
-        raise RequestValidationError([problem]) from None
-    except ValueError:
-        raise Refused(400, "the body is not valid JSON: a number is too long") from None
+    value = request.scope[JSON_VALUE]
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -101,17 +126,50 @@ async def read_json(request: Request, model: type[Body]) -> Body:
 
 def problems(errors: Sequence[Any]) -> str:
     """Returns which fields of a body are invalid and why, without their values."""
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors)
+    named = [
+        ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in errors[:NAMED_PROBLEMS]
+    ]
+    return "; ".join([*named, *([f"and {len(errors) - len(named)} more"] if len(errors) > len(named) else [])])
 
 
-async def json_digest(request: Request) -> bytes:
+async def json_digest(request: Request, core: Core) -> bytes:
     """Returns the digest of a JSON request: equal for its repeats, different for other requests."""
-    return digest_of(request, json.dumps(await request.json(), sort_keys=True).encode())
+    pieces = _sorted_pieces(request.scope[JSON_VALUE])
+    if size_of(request) <= SMALL_BODY:
+        return digest_of(request, pieces)
+    return await core.aside(lambda: digest_of(request, pieces))
 
 
-def digest_of(request: Request, content: bytes) -> bytes:
+def digest_of(request: Request, content: Iterable[bytes]) -> bytes:
     """Returns the digest of a request with this content, which must be the same for every repeat."""
-    return hashlib.sha256(request.scope["path"].encode() + b"\0" + content).digest()
+    digest = hashlib.sha256(request.scope["path"].encode() + b"\0")
+    for piece in content:
+        digest.update(piece)
+    return digest.digest()
+
+
+def _sorted_pieces(value: Any) -> Iterator[bytes]:
+    """A JSON value with sorted keys. No piece takes long: encoding holds the interpreter until its end."""
+    if isinstance(value, dict):
+        fields = cast("dict[str, Any]", value)
+        yield b"{"
+        for key in sorted(fields):
+            yield json.dumps(key).encode()
+            yield from _sorted_pieces(fields[key])
+        yield b"}"
+    elif isinstance(value, list):
+        items = cast("list[Any]", value)
+        for start in range(0, len(items), _PIECE):
+            part = items[start : start + _PIECE]
+            if {list, dict}.isdisjoint(map(type, part)):
+                yield json.dumps(part).encode()
+            else:
+                for item in part:
+                    yield b","
+                    yield from _sorted_pieces(item)
+        yield b"]"
+    else:
+        yield json.dumps(value).encode()
 
 
 def size_of(request: Request) -> int:
@@ -121,7 +179,7 @@ def size_of(request: Request) -> int:
 
 async def in_order(request: Request, core: Core, body: NumberedBody, work: Callable[[], Success]) -> SubmittedResponse:
     """Submits the work of a JSON request to a training model; raises like `Core.in_order`."""
-    digest = await json_digest(request)
+    digest = await json_digest(request, core)
     request_id = core.in_order(body.model_id, body.seq_id, digest, size_of(request), work)
     return SubmittedResponse(request_id=request_id, model_id=body.model_id)
 

@@ -185,9 +185,14 @@ class AdapterBank:
             raise InvalidData(f"model {self._model.name!r} has no layers of the kinds {wanted}")
         return names
 
-    def _form(self, settings: LoraConfig) -> _Form:
+    def check(self, settings: LoraConfig) -> None:
+        """Raises InvalidData if the settings adapt no layer of this model, or the rank is too large."""
         if settings.rank > MAX_RANK:
             raise InvalidData(f"lora rank {settings.rank} is too large: at most {MAX_RANK}")
+        self.target_modules(settings)
+
+    def _form(self, settings: LoraConfig) -> _Form:
+        self.check(settings)
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets = self.target_modules(settings)

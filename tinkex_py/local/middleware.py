@@ -4,28 +4,22 @@ FastAPI reads a declared body before any dependency runs, so that limits cannot 
 """
 
 import hmac
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinkex_py.local.core import Refused, log_failure
-from tinkex_py.local.http import PROTOBUF, UnicodeJSONResponse
+from tinkex_py.local.bodies import MAX_JSON_BYTES, SMALL_BODY, check_size, decompressed, parse_json
+from tinkex_py.local.core import Refused, Startable, log_failure
+from tinkex_py.local.http import JSON_VALUE, PROTOBUF, UnicodeJSONResponse
 from tinkex_py.serving import is_loopback
 
-MAX_JSON_DEPTH = 64
-"""Nesting of lists and objects; the bodies of the protocol have fewer than 12 levels."""
-MAX_JSON_PARTS = 5_000_000
-"""Lists, objects and texts of one body: a few bytes of JSON become up to a hundred in memory."""
+T = TypeVar("T")
 _WITH_BODY = ("POST", "PUT", "PATCH")
 _PROTOBUF = PROTOBUF.encode()
 _BODY_HEADERS = (b"content-type", b"content-encoding", b"content-length")
-# A zstd stream can grow by at most 128 KiB for each byte of a step.
-_ZSTD_STEP = 1024
-_TEXT = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_NO_BRACKETS = re.compile(r"[^][{}]++")
 
 
 class RequireKey:
@@ -105,19 +99,20 @@ class ErrorBoundary:
 
 
 class ReadBody:
-    """Reads a body within limits of its size, also decompressed, and of its JSON structure.
+    """Reads a body within limits of its size, also decompressed, and of its JSON.
 
-    The app receives it whole and decompressed. A body that is not declared as protobuf is JSON; an empty body is an
-    empty object.
+    The app receives it whole and decompressed. A body that is not declared as protobuf is JSON, which `scope` contains
+    decoded; an empty body is an empty object.
 
     Args:
         app: the app.
-        max_bytes: maximum size of a body, also decompressed.
+        service: the service, whose threads read large bodies.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, service: Startable) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._service = service
+        self._max_bytes = service.options.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Returns 400, 413 or 415, or passes on."""
@@ -127,10 +122,10 @@ class ReadBody:
         headers = _headers(scope)
         is_protobuf = headers.get(b"content-type", b"").startswith(_PROTOBUF)
         try:
-            body = await self._read(headers, receive)
+            body = await self._read(headers, receive, is_protobuf=is_protobuf)
             if not is_protobuf:
                 body = body or b"{}"
-                _check_json(body)
+                scope[JSON_VALUE] = await self._aside(lambda: parse_json(body), len(body))
         except Refused as refused:
             await _refuse(refused, scope, receive, send)
             return
@@ -144,18 +139,25 @@ class ReadBody:
 
         await self._app(scope, read, send)
 
-    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-        body = await self._received(headers.get(b"content-length", b""), receive)
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, *, is_protobuf: bool) -> bytes:
+        limit = self._max_bytes if is_protobuf else min(self._max_bytes, MAX_JSON_BYTES)
+        pieces = await self._received(headers.get(b"content-length", b""), receive, limit)
+        body = await self._aside(lambda: b"".join(pieces), sum(map(len, pieces)))
         encoding = headers.get(b"content-encoding", b"").decode("latin-1").lower()
         if encoding == "zstd":
-            return decompressed(body, self._max_bytes)
+            # A small stream may grow large.
+            return await self._aside(lambda: decompressed(body, limit), limit)
         if encoding not in ("identity", ""):
             raise Refused(415, f"Content-Encoding {encoding!r} is not supported; send the body plain or with zstd")
         return body
 
-    async def _received(self, announced: bytes, receive: Receive) -> bytes:
+    async def _aside(self, work: Callable[[], T], size: int) -> T:
+        core = self._service.core
+        return work() if core is None or size <= SMALL_BODY else await core.aside(work)
+
+    async def _received(self, announced: bytes, receive: Receive, limit: int) -> list[bytes]:
         if announced.isdigit():
-            _check_size(int(announced[:20]), self._max_bytes)
+            check_size(int(announced[:20]), limit)
         # The header may be wrong or missing.
         pieces: list[bytes] = []
         received = 0
@@ -166,74 +168,10 @@ class ReadBody:
                 raise ClientDisconnect
             piece: bytes = message.get("body", b"")
             received += len(piece)
-            _check_size(received, self._max_bytes)
+            check_size(received, limit)
             pieces.append(piece)
             more = message.get("more_body", False)
-        return b"".join(pieces)
-
-
-def decompressed(body: bytes, limit: int) -> bytes:
-    """Returns the content of one whole zstd stream.
-
-    Raises:
-        Refused: 413, more than `limit` bytes; 400, not one whole stream; 415, zstandard is not installed.
-    """
-    try:
-        import zstandard
-    except ImportError:
-        raise Refused(415, "zstd is not installed here: send the body plain, or pip install zstandard") from None
-    stream = zstandard.ZstdDecompressor().decompressobj()
-    pieces: list[bytes] = []
-    size = taken = 0
-    try:
-        while taken < len(body) and not stream.eof:
-            piece = stream.decompress(body[taken : taken + _ZSTD_STEP])
-            taken += _ZSTD_STEP
-            size += len(piece)
-            _check_size(size, limit)
-            pieces.append(piece)
-    except zstandard.ZstdError:
-        raise Refused(400, "the body is not a valid zstd stream") from None
-    if not stream.eof or stream.unused_data or taken < len(body):
-        raise Refused(400, "the body is not a valid zstd stream: it is truncated, or followed by other bytes")
-    return b"".join(pieces)
-
-
-def _check_size(size: int, limit: int) -> None:
-    if size > limit:
-        raise Refused(413, f"the body is larger than {limit} bytes")
-
-
-def _check_json(body: bytes) -> None:
-    # With a NUL among the first bytes, the decoder would read UTF-16, in which brackets are other bytes.
-    if b"\0" in body:
-        raise Refused(400, "the body is not valid JSON: it contains a NUL byte")
-    try:
-        text = body.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise Refused(400, "the body is not valid JSON: it is not UTF-8") from None
-    check_structure(text)
-
-
-def check_structure(text: str) -> None:
-    """Refuses JSON that would cost its decoder, or its readers, more than its length implies.
-
-    Raises:
-        Refused: 413, too many parts; 400, nested too deeply.
-    """
-    containers = text.count("[") + text.count("{")
-    if containers + text.count('"') // 2 > MAX_JSON_PARTS:
-        raise Refused(413, f"the body has more than {MAX_JSON_PARTS} lists, objects and texts")
-    if containers <= MAX_JSON_DEPTH:
-        return
-    brackets = _NO_BRACKETS.sub("", _TEXT.sub("", text)).replace("{", "[").replace("}", "]")
-    # Each round removes the innermost level. Unpaired brackets stay, for the decoder to report.
-    levels = 0
-    while levels <= MAX_JSON_DEPTH and (outer := brackets.replace("[]", "")) != brackets:
-        brackets = outer
-        levels += 1
-    if levels + brackets.count("[") > MAX_JSON_DEPTH:
-        raise Refused(400, f"the body is nested too deeply: at most {MAX_JSON_DEPTH} lists and objects")
+        return pieces
 
 
 def _headers(scope: Scope) -> Mapping[bytes, bytes]:

@@ -46,7 +46,8 @@ class LocalOptions(_Options):
         max_waiting_requests: the same for all other work of the engine, and again for training requests that wait for
             an earlier number.
         max_waiting_bytes: maximum size of the request bodies that wait with them.
-        max_body_bytes: maximum size of a request body, also decompressed; a larger one returns 413.
+        max_body_bytes: maximum size of a request body, also decompressed, and of its sparse tensors in dense form; a
+            larger one returns 413.
         max_models: maximum number of loaded training models; more return 429.
         session_timeout: seconds without a request or heartbeat after which a session ends and its models are freed;
             None keeps sessions until clients finish them.

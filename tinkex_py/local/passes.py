@@ -66,8 +66,8 @@ def prepare(data: Sequence[EncodedDatum], loss: Loss, model: LoadedModel, *, fin
 def _example(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel, *, finite: bool) -> Example:
     targets = _checked_targets(where, datum, loss, model)
     return Example(
-        tokens=torch.as_tensor(np.array(datum.tokens, dtype=np.int64), device=model.device),
-        targets=torch.as_tensor(np.array(targets, dtype=np.int64).reshape(len(targets), -1), device=model.device),
+        tokens=torch.as_tensor(_writable(datum.tokens, np.int64), device=model.device),
+        targets=torch.as_tensor(_writable(targets, np.int64).reshape(len(targets), -1), device=model.device),
         shape=tuple(targets.shape),
         inputs={
             name: torch.as_tensor(value, device=model.device)
@@ -92,6 +92,11 @@ def _checked_targets(where: str, datum: EncodedDatum, loss: Loss, model: LoadedM
         raise InvalidData(f"{where}: loss_fn {loss.name!r} does not accept target_tokens of shape {targets.shape}")
     if targets.shape[0] != length or targets.size == 0:
         raise InvalidData(f"{where}: target_tokens has shape {targets.shape}, but model_input has {length} tokens")
+    if targets.ndim == 2 and targets.shape[1] > model.vocabulary_size:
+        raise InvalidData(
+            f"{where}: target_tokens has {targets.shape[1]} candidates per position, more than the vocabulary has "
+            f"tokens, {model.vocabulary_size}"
+        )
     check_tokens(f"{where}: model_input", datum.tokens, model)
     check_tokens(f"{where}: target_tokens", targets, model)
     return targets
@@ -120,14 +125,19 @@ def _fitted(where: str, value: Array, loss: Loss, name: str, shape: tuple[int, .
     if loss.ranks is None:
         if value.shape != shape:
             raise InvalidData(f"{where} has shape {value.shape}, but target_tokens has {shape}")
-        return np.array(value, dtype=np.float32)
+        return _writable(value, np.float32)
     rank = loss.ranks[name]
     if rank == 0 and value.size == 1:
         # The wire does not distinguish a scalar from a list of one number.
         return value.reshape(()).copy()
     if value.ndim != rank:
         raise InvalidData(f"{where} has shape {value.shape}, but the loss declares {rank} dimension(s) for it")
-    return value.copy()
+    return _writable(value, value.dtype.type)
+
+
+def _writable(array: Array, dtype: type[np.generic]) -> Any:
+    """Returns the array, or a copy if it belongs to the received bytes or has another dtype."""
+    return np.require(array, dtype, ["C", "W", "ALIGNED"])
 
 
 def check_tokens(where: str, tokens: Array, model: LoadedModel) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,13 @@ class Success:
     json: Callable[[], Mapping[str, Any]]
     protobuf: bytes | None = None
     then: Callable[[], None] | None = None
+
+
+def failed(error: BaseException) -> "Future[Success]":
+    """Returns the future of work that failed before it was queued."""
+    future: Future[Success] = Future()
+    future.set_exception(error)
+    return future
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,18 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from tinkex_py.local.bodies import SMALL_BODY
 from tinkex_py.local.core import Refused
-from tinkex_py.local.http import PROTOBUF, Running, UnicodeJSONResponse, api_router, body_schema, core_of, read_json
+from tinkex_py.local.http import (
+    PROTOBUF,
+    Running,
+    UnicodeJSONResponse,
+    api_router,
+    body_schema,
+    core_of,
+    json_in_pieces,
+    read_json,
+)
 from tinkex_py.local.results import Failure, PendingResult
 from tinkex_py.local.schemas import (
     Completion,
@@ -17,6 +27,12 @@ from tinkex_py.local.schemas import (
     TryAgainResponse,
 )
 
+MAX_JSON_RESULT = 16 * 1024**2
+"""Bytes of a result in protobuf beyond which it has no JSON form, which is about seven times as large."""
+_TOO_LARGE = (
+    f"the result has {{}} bytes, and JSON results at most {MAX_JSON_RESULT}: retrieve it with "
+    f"`Accept: {PROTOBUF}`, or send smaller requests"
+)
 router = api_router()
 _RESULT: dict[int | str, dict[str, Any]] = {
     200: {
@@ -41,7 +57,7 @@ async def healthz(request: Request) -> Response:
 async def retrieve_future(request: Request) -> Response:
     """Waits for a result; returns 408 if there is none within the hold time."""
     core = await core_of(request)
-    body = await read_json(request, RequestId)
+    body = read_json(request, RequestId)
     pending = core.results.find(body.request_id)
     if pending is None:
         known = core.results.was_given(body.request_id)
@@ -61,7 +77,11 @@ async def retrieve_future(request: Request) -> Response:
         return UnicodeJSONResponse({"error": outcome.message, "category": outcome.category})
     if outcome.protobuf is not None and PROTOBUF in request.headers.get("accept", ""):
         return Response(outcome.protobuf, media_type=PROTOBUF)
-    return UnicodeJSONResponse({key: value for key, value in outcome.json().items() if value is not None})
+    if pending.size <= SMALL_BODY:
+        return UnicodeJSONResponse({key: value for key, value in outcome.json().items() if value is not None})
+    if pending.size > MAX_JSON_RESULT:
+        return UnicodeJSONResponse({"error": _TOO_LARGE.format(pending.size), "category": "user"})
+    return Response(await core.aside(lambda: json_in_pieces(outcome.json())), media_type="application/json")
 
 
 @router.post("/retrieve_futures")

@@ -2,17 +2,17 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import Request
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.admission import Sequencer
 from tinkex_py.local.core import Core, Refused
 from tinkex_py.local.http import Running, api_router, in_order, json_digest, size_of
 from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
-from tinkex_py.local.results import Success
+from tinkex_py.local.results import Success, failed
 from tinkex_py.local.schemas import (
     CreateModelBody,
     LoadWeightsBody,
@@ -33,8 +33,11 @@ async def create_model(body: CreateModelBody, request: Request, core: Running) -
     settings = body.lora_config
     seed = settings.seed if settings.seed is not None else _default_seed(core.options.seed, body.model_seq_id)
 
-    def work() -> Success:
+    def check() -> None:
         _check_optimizer(body.optimizer_config)
+        core.engine.check_model(body.base_model, LoraConfig(**settings.model_dump()))
+
+    def work() -> Success:
         run = TrainingRunInfo(
             run_id=model_id,
             base_model=body.base_model,
@@ -45,7 +48,8 @@ async def create_model(body: CreateModelBody, request: Request, core: Running) -
         core.engine.create_model(run, LoraConfig(**settings.model_dump()), seed)
         return Success(lambda: {"model_id": model_id, "type": "create_model"})
 
-    return await _new_model(request, core, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
+    scope = "model_seq_id", body.session_id, body.model_seq_id
+    return await _new_model(request, core, scope, model_id, work, check)
 
 
 @router.post("/load_weights")
@@ -55,9 +59,11 @@ async def load_weights(body: LoadWeightsBody, request: Request, core: Running) -
         return await _load_into(request, core, body)
     model_id = _model_id(core, body.session_id, body.model_seq_id)
 
-    def work() -> Success:
+    def check() -> None:
         if not body.optimizer:
             _check_optimizer(body.optimizer_config)
+
+    def work() -> Success:
         source = core.store.find(body.path, "weights")
         if body.base_model is not None and body.base_model != source.run.base_model:
             raise InvalidData(
@@ -68,15 +74,28 @@ async def load_weights(body: LoadWeightsBody, request: Request, core: Running) -
         core.engine.create_from_checkpoint(run, source, with_optimizer=body.optimizer)
         return _loaded(model_id, source)
 
-    return await _new_model(request, core, ("model_seq_id", body.session_id, body.model_seq_id), model_id, work)
+    scope = "model_seq_id", body.session_id, body.model_seq_id
+    return await _new_model(request, core, scope, model_id, work, check)
 
 
 async def _new_model(
-    request: Request, core: Core, scope: tuple[str, str, int], model_id: str, work: Callable[[], Success]
+    request: Request,
+    core: Core,
+    scope: tuple[str, str, int],
+    model_id: str,
+    work: Callable[[], Success],
+    check: Callable[[], None],
 ) -> SubmittedResponse:
     size = size_of(request)
-    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
-    core.sequencers.setdefault(model_id, Sequencer())
+
+    def submit() -> "Future[Success]":
+        try:
+            check()
+        except InvalidData as error:
+            return failed(error)  # without taking a place among the models
+        return core.submit_model(model_id, work, size)
+
+    request_id = core.numbered(scope, await json_digest(request, core), submit)
     return SubmittedResponse(request_id=request_id, model_id=model_id)
 
 
@@ -119,9 +138,7 @@ async def unload_model(body: ModelId, core: Running) -> SubmittedResponse:
 
 def _model_id(core: Core, session_id: str, number: int) -> str:
     core.open_session(session_id)
-    model_id = f"{session_id}:train:{number}"
-    core.check_models(model_id)
-    return model_id
+    return f"{session_id}:train:{number}"
 
 
 def _check_optimizer(config: dict[str, Any]) -> None:

@@ -1,17 +1,19 @@
 """Routes of sampling."""
 
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from fastapi import Request
 
-from tinkex_py.errors import InvalidData, UnsupportedFeature
+from tinkex_py.errors import InvalidData, TinkexError, UnsupportedFeature
 from tinkex_py.local import wire_format
+from tinkex_py.local.bodies import SMALL_BODY
 from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import SampleRequest, SampleResult
-from tinkex_py.local.http import Running, api_router, json_digest
+from tinkex_py.local.http import Running, api_router, json_digest, size_of
 from tinkex_py.local.records import CheckpointInfo
-from tinkex_py.local.results import CLONE, Success
+from tinkex_py.local.results import CLONE, Success, failed
 from tinkex_py.local.sample_queue import Weights
 from tinkex_py.local.schemas import (
     JoinResponse,
@@ -53,11 +55,13 @@ async def asample(body: SampleBody, request: Request, core: Running) -> SampleSu
         sampler = core.sampling_session(body.sampling_session_id)
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
+    small = size_of(request) <= SMALL_BODY and body.target_prompt_logprobs is None
+    read = _reading(core, body)() if small else await core.aside(_reading(core, body))
     if body.seq_id is None or body.sampling_session_id is None:
-        request_id = core.follow(_submit(core, sampler, body))
+        request_id = core.follow(_submit(core, sampler, read))
     else:
         scope = "seq_id", sampler.sampler_id, body.seq_id
-        request_id = core.numbered(scope, await json_digest(request), lambda: _submit(core, sampler, body))
+        request_id = core.numbered(scope, await json_digest(request, core), lambda: _submit(core, sampler, read))
         core.results.announce(request_id, (sampler.sampler_id, body.seq_id // CLONE))
     ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
     return SampleSubmittedResponse(request_id=request_id, sample_sequence_ids=ids)
@@ -85,17 +89,28 @@ async def _sampler(core: Core, sampler_id: str, base_model: str | None, model_pa
     return SamplingSession(sampler_id, model_path=model_path)
 
 
-def _submit(core: Core, sampler: SamplingSession, body: SampleBody) -> "Future[Success]":
+def _reading(core: Core, body: SampleBody) -> Callable[[], SampleRequest | TinkexError]:
+    """Returns what checks a request; it returns the error of an invalid one, which fails its future."""
+
+    def read() -> SampleRequest | TinkexError:
+        try:
+            request = _sample_request(core, body)
+            core.engine.check_sample(request)
+        except (InvalidData, UnsupportedFeature) as error:
+            return error
+        return request
+
+    return read
+
+
+def _submit(core: Core, sampler: SamplingSession, read: SampleRequest | TinkexError) -> "Future[Success]":
     """Queues a request; an invalid one returns a failed future."""
     if core.samples.is_full:
         limit = core.options.max_waiting_samples
         raise Refused(429, f"{limit} sampling requests wait already: retry in a second")
-    try:
-        return core.samples.add(_weights(core, sampler), _sample_request(core, body), _success)
-    except (InvalidData, UnsupportedFeature) as error:
-        failed: Future[Success] = Future()
-        failed.set_exception(error)
-        return failed
+    if isinstance(read, SampleRequest):
+        return core.samples.add(_weights(core, sampler), read, _success)
+    return failed(read)
 
 
 def _success(result: SampleResult) -> Success:
@@ -133,6 +148,7 @@ def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
     if "" in stop_texts:
         raise InvalidData("stop contains an empty text: leave it out")
     targets = body.target_prompt_logprobs
+    room = wire_format.DenseRoom(core.engine.model.vocabulary_size, core.options.max_body_bytes)
     return SampleRequest(
         prompt=wire_format.tokens_from_json("prompt", body.prompt),
         num_samples=body.num_samples,
@@ -147,6 +163,6 @@ def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
         prompt_logprobs_last=body.prompt_logprobs_last_n,
         topk_prompt_logprobs=body.topk_prompt_logprobs,
         topk_sample_logprobs=body.topk_sample_logprobs,
-        target_logprobs=None if targets is None else wire_format.ids_from_json("target_prompt_logprobs", targets),
+        target_logprobs=None if targets is None else wire_format.ids_from_json("target_prompt_logprobs", targets, room),
         alt_tokens=body.prompt_alt_tokens_k,
     )

@@ -6,14 +6,15 @@ from typing import Any, cast
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from tinkex_py.errors import InvalidData, UnsupportedFeature
 from tinkex_py.local import wire_format
+from tinkex_py.local.bodies import SMALL_BODY, parse_pass
 from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
 from tinkex_py.local.data import EnginePass
 from tinkex_py.local.http import (
+    JSON_VALUE,
     PROTOBUF,
     Route,
     Running,
@@ -65,10 +66,9 @@ class NumberedRoute(Route):
 def _spend(request: Request, body: object) -> None:
     fields = cast("dict[str, object]", body) if isinstance(body, dict) else {}
     core: Core | None = request.app.state.service.core
-    sequencer = core.sequencers.get(str(fields.get("model_id"))) if core is not None else None
     number = fields.get("seq_id")
-    if sequencer is not None and isinstance(number, int):
-        sequencer.spend(number)
+    if core is not None and isinstance(number, int):
+        core.spend(str(fields.get("model_id")), number)
 
 
 router = api_router(route_class=NumberedRoute)
@@ -83,7 +83,7 @@ async def forward_backward(request: Request) -> Response:
     """Runs a forward or forward_backward pass, in protobuf or JSON."""
     core = await core_of(request)
     if request.headers.get("content-type") == PROTOBUF:
-        submitted = _protobuf_pass(request, core, await request.body())
+        submitted = await _protobuf_pass(request, core, await request.body())
     else:
         submitted = await _json_pass(request, core)
     return UnicodeJSONResponse(submitted.model_dump())
@@ -92,44 +92,44 @@ async def forward_backward(request: Request) -> Response:
 @router.post("/forward")
 async def forward(body: ForwardBody, request: Request, core: Running) -> SubmittedResponse:
     """Runs a forward pass in JSON."""
-    read = _json_reader(request, body.forward_input, forward_only=True)
+    read = _json_reader(request, core, body.forward_input, forward_only=True)
     return await in_order(request, core, body, _pass(core, body.model_id, read))
 
 
 async def _json_pass(request: Request, core: Core) -> SubmittedResponse:
     try:
-        body = await read_json(request, ForwardBackwardBody)
+        body = read_json(request, ForwardBackwardBody)
     except RequestValidationError as error:
         _spend(request, error.body)
         raise
-    read = _json_reader(request, body.forward_backward_input, forward_only=body.forward_only)
+    read = _json_reader(request, core, body.forward_backward_input, forward_only=body.forward_only)
     return await in_order(request, core, body, _pass(core, body.model_id, read))
 
 
-def _protobuf_pass(request: Request, core: Core, body: bytes) -> SubmittedResponse:
-    try:
-        message = wire.ForwardBackwardRequest.FromString(body)
-    except DecodeError:
-        raise Refused(400, "the body is not a ForwardBackwardRequest in protobuf") from None
+async def _protobuf_pass(request: Request, core: Core, body: bytes) -> SubmittedResponse:
+    def read_message() -> tuple[wire.ForwardBackwardRequest, bytes]:
+        message = parse_pass(body)
+        # Maps have no order on the wire: only the deterministic form is the same for every repeat.
+        return message, digest_of(request, [message.SerializeToString(deterministic=True)])
+
+    message, digest = await core.aside(read_message) if len(body) > SMALL_BODY else read_message()
     config: dict[str, float | str] = {
         key: value.text if value.WhichOneof("value") == "text" else value.number
         for key, value in message.loss_fn_config_v2.items()
     }
     read = EnginePass(
-        data=lambda: wire_format.datums_from_protobuf(message.data),
+        data=lambda: wire_format.datums_from_protobuf(message.data, _room(core)),
         loss_fn=message.loss_fn,
         config=config or dict(message.loss_fn_config),
         forward_only=message.forward_only,
         keep_graph=_keeps_graph(request),
     )
-    # Maps have no order on the wire: only the deterministic form is the same for every repeat.
-    digest = digest_of(request, message.SerializeToString(deterministic=True))
     work = _pass(core, message.model_id, lambda: read)
     request_id = core.in_order(message.model_id, message.seq_id, digest, size_of(request), work)
     return SubmittedResponse(request_id=request_id, model_id=message.model_id)
 
 
-def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callable[[], EnginePass]:
+def _json_reader(request: Request, core: Core, value: Any, *, forward_only: bool) -> Callable[[], EnginePass]:
     keep = _keeps_graph(request)
 
     def read() -> EnginePass:
@@ -138,7 +138,7 @@ def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callabl
         except ValidationError as error:
             raise InvalidData(problems(error.errors(include_input=False))) from None
         return EnginePass(
-            data=lambda: wire_format.datums_from_json(body.data),
+            data=lambda: wire_format.datums_from_json(body.data, _room(core)),
             loss_fn=body.loss_fn,
             config=body.loss_fn_config,
             forward_only=forward_only,
@@ -146,6 +146,10 @@ def _json_reader(request: Request, value: Any, *, forward_only: bool) -> Callabl
         )
 
     return read
+
+
+def _room(core: Core) -> wire_format.DenseRoom:
+    return wire_format.DenseRoom(core.engine.model.vocabulary_size, core.options.max_body_bytes)
 
 
 def _keeps_graph(request: Request) -> bool:
@@ -273,12 +277,12 @@ async def create_custom_loss(body: CustomLossBody, request: Request, core: Runni
             404, "this service accepts no uploaded losses: start it with custom_losses=True or --custom-losses"
         )
     core.open_session(body.session_id)
-    fields: dict[str, Any] = await request.json()
+    fields: dict[str, Any] = request.scope[JSON_VALUE]
 
     def work() -> Success:
         loss_id = core.engine.custom_losses.add(body.session_id, body.custom_loss_seq_id, fields)
         return Success(lambda: {"loss_id": loss_id, "type": "create_custom_loss"})
 
     scope, size = ("custom_loss_seq_id", body.session_id, body.custom_loss_seq_id), size_of(request)
-    request_id = core.numbered(scope, await json_digest(request), lambda: core.submit(work, size))
+    request_id = core.numbered(scope, await json_digest(request, core), lambda: core.submit(work, size))
     return SubmittedResponse(request_id=request_id)

@@ -90,14 +90,13 @@ class SampleQueue:
     def add(
         self, weights: Weights, request: SampleRequest, finish: Callable[[SampleResult], Success]
     ) -> "Future[Success]":
-        """Queues a request; its future can be cancelled while it waits. InvalidData: the request is invalid.
+        """Queues a request; its future can be cancelled while it waits.
 
         Args:
             weights: what to sample from.
-            request: what to sample.
+            request: what to sample, checked.
             finish: encodes the result, on the engine's thread.
         """
-        self._engine.check_sample(request)
         item = _QueuedSample(weights, request, finish)
         with self._lock:
             self._waiting.append(item)
@@ -172,7 +171,7 @@ class SampleQueue:
     def _draw(self, running: _Running) -> None:
         try:
             source = running.weights.find() if running.weights.live else running.source
-            if not self._engine.draw(source, running.batch, TOKENS_PER_TURN):
+            if not self._engine.draw(source, running.batch, _tokens_per_turn(running.items)):
                 self._running.append(running)
                 return
             results = zip(running.items, running.batch.results(), strict=True)
@@ -192,6 +191,12 @@ class SampleQueue:
             for item in reversed(items):
                 item.alone = True
                 self._waiting.appendleft(item)
+
+
+def _tokens_per_turn(items: list[_QueuedSample]) -> int:
+    """Fewer for a request with very many samples, whose turns would be as much longer."""
+    rows = sum(item.request.num_samples for item in items)
+    return max(1, TOKENS_PER_TURN * ROWS_PER_BATCH // max(rows, ROWS_PER_BATCH))
 
 
 def _fail(items: list[_QueuedSample], error: BaseException) -> None:

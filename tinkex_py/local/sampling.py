@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tinkex_py.errors import InvalidData
@@ -29,6 +30,8 @@ from tinkex_py.local.data import (
 from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.passes import check_tokens
 
+MAX_RESULT = 2**24
+"""Logprobs of the result of one request; with their token ids, these are 128 MiB."""
 _LOWEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
@@ -41,8 +44,8 @@ class _Draft:
     room: int
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
-    topk_ids: list[list[int]] = field(default_factory=list[list[int]])
-    topk_logprobs: list[list[float]] = field(default_factory=list[list[float]])
+    topk_ids: list[NDArray[np.int32]] = field(default_factory=list["NDArray[np.int32]"])
+    topk_logprobs: list[Floats] = field(default_factory=list[Floats])
     stopped: bool = False
 
     @property
@@ -80,7 +83,20 @@ def room_for(model: LoadedModel, request: SampleRequest) -> int:
         raise InvalidData(f"num_samples={request.num_samples} must be at least 1")
     _check_scores(request, model.vocabulary_size)
     left = model.context_length - length
-    return left if request.max_tokens is None else min(left, request.max_tokens)
+    room = left if request.max_tokens is None else min(left, request.max_tokens)
+    _check_result(request, room)
+    return room
+
+
+def _check_result(request: SampleRequest, room: int) -> None:
+    targets = 0 if request.target_logprobs is None else request.target_logprobs.shape[1]
+    for_prompt = len(request.prompt) * (1 + request.topk_prompt_logprobs + request.alt_tokens + targets)
+    for_samples = request.num_samples * room * (1 + request.topk_sample_logprobs)
+    if for_prompt + for_samples > MAX_RESULT:
+        raise InvalidData(
+            f"the result may have {for_prompt + for_samples} logprobs, more than {MAX_RESULT}: ask for fewer samples, "
+            "fewer tokens or smaller top-k tables"
+        )
 
 
 class SampleBatch:
@@ -202,9 +218,10 @@ def _choose(logits: Tensor, drafts: Sequence[_Draft]) -> None:
         own = logprobs[rows]
         if request.topk_sample_logprobs:
             values, ids = own.topk(request.topk_sample_logprobs)
+            ids = ids.to(torch.int32)
             for draft, row_ids, row_values in zip(drafts[rows], ids, values, strict=True):
-                draft.topk_ids.append([int(token) for token in row_ids])
-                draft.topk_logprobs.append([float(value) for value in row_values])
+                draft.topk_ids.append(row_ids.numpy())
+                draft.topk_logprobs.append(row_values.numpy())
         chosen = _sampled(logits[rows], request, drafts[rows])
         for row, draft, token in zip(own, drafts[rows], chosen, strict=True):
             draft.tokens.append(token)

@@ -3,43 +3,26 @@
 Requests are read leniently, as the protocol requires: unknown fields and explicit nulls are ignored.
 """
 
-import json
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from collections.abc import Sized
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tinkex_py.local.fields import (
+    AtMostStops,
+    Label,
+    Metadata,
+    Moment,
+    Number,
+    Seconds,
+    SignedNumber,
+    StopText,
+)
 from tinkex_py.local.records import EndReason
 from tinkex_py.types import GetInfoResponse, WeightsInfo
 
-# A hundred years in seconds; calendars end not much later.
-_LONGEST_TTL = 36_525 * 86_400
-
-
-def _storable(value: Any) -> Any:
-    """Refuses what cannot be stored as UTF-8 or JSON although Python's decoder reads it."""
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("contains half a character (a lone surrogate)") from None
-    except ValueError:
-        raise ValueError("contains a number that JSON cannot represent (NaN or an infinity)") from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    return value
-
-
-def _in_utc(moment: datetime) -> datetime:
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("is outside of the calendar") from None
-
-
-Label = Annotated[str, AfterValidator(_storable)]
-Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
-Number = Annotated[int, Field(ge=0)]
-Seconds = Annotated[int, Field(gt=0, le=_LONGEST_TTL)]
+MAX_ITEMS = 16_384
+"""Items of one list or object, and characters of one text. Every invalid item costs a kilobyte to report."""
 
 
 class _Body(BaseModel):
@@ -48,9 +31,14 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {key: value for key, value in values.items() if value is not None}  # pyright: ignore[reportUnknownVariableType]
-        return values
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in cast("dict[str, Any]", values).items() if value is not None}
+        for key in cls.model_fields.keys() & given.keys():
+            value = given[key]
+            if isinstance(value, str | list | dict) and len(cast("Sized", value)) > MAX_ITEMS:
+                raise ValueError(f"{key} has a length of {len(cast('Sized', value))}; at most {MAX_ITEMS}")
+        return given
 
 
 # Sessions
@@ -105,7 +93,7 @@ class OwnerQuery(_Body):
 class SearchCursor(_Body):
     """The last session of the page before."""
 
-    last_created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
+    last_created_at: Moment
     last_session_id: Label
 
 
@@ -128,8 +116,8 @@ class SearchBody(_Body):
 class LoraBody(_Body):
     """LoRA settings."""
 
-    rank: int = Field(default=32, ge=1)
-    seed: int | None = None
+    rank: Number = Field(default=32, ge=1)
+    seed: SignedNumber | None = None
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
@@ -167,7 +155,7 @@ class NumberedBody(_Body):
     """Requests of a training model, which run in the order of their numbers."""
 
     model_id: str
-    seq_id: int = 0
+    seq_id: SignedNumber = 0
 
 
 class LoadWeightsBody(_Body):
@@ -181,7 +169,7 @@ class LoadWeightsBody(_Body):
     user_metadata: Metadata | None = None
     optimizer_config: dict[str, Any] = {"type": "adamw"}
     model_id: str | None = None
-    seq_id: int = 0
+    seq_id: SignedNumber = 0
 
 
 class PassInput(_Body):
@@ -279,10 +267,10 @@ class SamplingParamsBody(_Body):
     """Sampling parameters. Without `stop`, sampling stops at the end of text; with `[]`, nowhere."""
 
     max_tokens: Number | None = None
-    seed: int | None = None
-    stop: str | list[int] | list[str] | None = None
+    seed: SignedNumber | None = None
+    stop: StopText | Annotated[list[int], AtMostStops] | Annotated[list[StopText], AtMostStops] | None = None
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    top_k: int = -1
+    top_k: SignedNumber = -1
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -293,7 +281,7 @@ class SampleBody(_Body):
     sampling_params: SamplingParamsBody = SamplingParamsBody()
     num_samples: int = Field(default=1, ge=1, le=1024)
     sampling_session_id: str | None = None
-    seq_id: int | None = None
+    seq_id: SignedNumber | None = None
     base_model: str | None = None
     model_path: str | None = None
     prompt_logprobs: bool = False

@@ -11,7 +11,7 @@ from tinkex_py.arguments import check_kind, check_text
 from tinkex_py.errors import ConfigError, MissingExtra
 from tinkex_py.limits import running_loop
 from tinkex_py.local.options import LocalOptions
-from tinkex_py.local.worker import EngineWorker, StateThreads
+from tinkex_py.local.worker import EngineWorker, WorkThreads
 from tinkex_py.serving import address_of, check_listening, is_loopback, listen, serve_app
 from tinkex_py.threads import import_before_threads
 
@@ -45,7 +45,7 @@ class LocalService:
         self._changing = asyncio.Lock()
         self._worker: EngineWorker | None = None
         self._loading: asyncio.Future[Loaded] | None = None
-        self._state: StateThreads | None = None
+        self._threads: tuple[WorkThreads, ...] = ()
         self._housekeeping: list[asyncio.Task[None]] = []
         self._folder: TemporaryDirectory[str] | None = None
 
@@ -104,8 +104,8 @@ class LocalService:
             from tinkex_py.local.core import Core
             from tinkex_py.local.housekeeping import delete_expired, end_inactive_sessions
 
-            self._state = StateThreads()
-            self.core = Core(self.options, self._loading.result(), self._worker, self._state)
+            state, bodies = self._threads = WorkThreads("tinkex-state"), WorkThreads("tinkex-bodies")
+            self.core = Core(self.options, self._loading.result(), self._worker, state, bodies)
             self._housekeeping = [asyncio.create_task(delete_expired(self.core), name="tinkex.local.expiry")]
             if self.options.session_timeout is not None:
                 ending = end_inactive_sessions(self.core, self.options.session_timeout)
@@ -137,9 +137,9 @@ class LocalService:
         if self._worker is not None:
             await self._worker.stop()
             self._worker = None
-        if self._state is not None:
-            await self._state.stop()
-            self._state = None
+        for threads in self._threads:
+            await threads.stop()
+        self._threads = ()
         if self._loading is not None:
             # A cancelled start leaves a load whose error nothing has read.
             await asyncio.wait([self._loading])

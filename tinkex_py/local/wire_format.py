@@ -22,8 +22,6 @@ from tinkex_py.local.data import (
 )
 from tinkex_py.transport import wire
 
-MAX_DENSE = 2**27
-"""Cells of a sparse tensor."""
 _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_FLOAT32: "<f4",
     wire.DTYPE_INT64: "<i8",
@@ -38,16 +36,45 @@ _CHUNK_FIELDS: Mapping[str, str] = {
     "dmel": "dmel",
 }
 
+
+class DenseRoom:
+    """Bounds the arrays of one request before they are built; sparse tensors are far larger than their bytes.
+
+    Args:
+        columns: maximum number of columns of a sparse tensor: the size of the vocabulary.
+        bytes: maximum size of the dense forms of all sparse tensors.
+    """
+
+    def __init__(self, columns: int, bytes: int) -> None:  # noqa: A002  (the unit)
+        self._columns = columns
+        self._bytes = bytes
+        self._left = bytes
+
+    def take(self, where: str, shape: Sequence[int], itemsize: int) -> None:
+        """Counts a sparse tensor of two dimensions; InvalidData: it is too wide, or there is no room."""
+        if shape[1] > self._columns:
+            raise InvalidData(
+                f"{where}: a sparse tensor of shape {list(shape)} has more columns than the vocabulary has tokens, "
+                f"{self._columns}"
+            )
+        self._left -= math.prod(shape) * itemsize
+        if self._left < 0:
+            raise InvalidData(
+                f"{where}: the sparse tensors of this request have more than {self._bytes} bytes in dense form: send "
+                "fewer datums in one request"
+            )
+
+
 # Requests. Functions raise InvalidData for malformed input, and UnsupportedFeature for chunks other than text.
 
 
-def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
+def datums_from_protobuf(messages: Iterable[wire.Datum], room: DenseRoom) -> list[EncodedDatum]:
     """Decodes the datums of a ForwardBackwardRequest."""
     return [
         EncodedDatum(
             tokens=_protobuf_tokens(f"data[{index}]", message),
             inputs={
-                name: _protobuf_tensor(f"data[{index}]: {name}", tensor)
+                name: _protobuf_tensor(f"data[{index}]: {name}", tensor, room)
                 for name, tensor in message.loss_fn_inputs.items()
             },
         )
@@ -55,14 +82,14 @@ def datums_from_protobuf(messages: Iterable[wire.Datum]) -> list[EncodedDatum]:
     ]
 
 
-def datums_from_json(values: Sequence[Mapping[str, Any]]) -> list[EncodedDatum]:
+def datums_from_json(values: Sequence[Mapping[str, Any]], room: DenseRoom) -> list[EncodedDatum]:
     """Decodes the datums of a pass in JSON."""
     return [
         EncodedDatum(
             tokens=tokens_from_json(f"data[{index}]: model_input", value.get("model_input")),
             inputs={
                 name: tensor_from_json(
-                    f"data[{index}]: {name}", tensor, "int64" if name == "target_tokens" else "float32"
+                    f"data[{index}]: {name}", tensor, room, "int64" if name == "target_tokens" else "float32"
                 )
                 for name, tensor in _object(f"data[{index}]: loss_fn_inputs", value.get("loss_fn_inputs") or {}).items()
                 if tensor is not None
@@ -81,14 +108,14 @@ def tokens_from_json(where: str, value: Any) -> Ints:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def ids_from_json(where: str, value: Any) -> Ints:
+def ids_from_json(where: str, value: Any, room: DenseRoom) -> Ints:
     """Decodes a tensor of token ids; cells that a sparse tensor does not list become -1."""
-    ids = tensor_from_json(where, value)
+    ids = tensor_from_json(where, value, room)
     if ids.dtype != np.int64:
         raise InvalidData(f"{where}: dtype must be int64")
     if value.get("sparse_crow_indices") is None:
         return cast("Ints", ids)
-    listed = tensor_from_json(where, {**value, "data": [1] * len(value.get("data") or [])})
+    listed = tensor_from_json(where, {**value, "data": [1] * len(value.get("data") or [])}, room)
     return np.where(listed == 1, ids, -1).astype(np.int64)
 
 
@@ -117,7 +144,7 @@ def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
 
 
-def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> Array:
+def tensor_from_json(where: str, value: Any, room: DenseRoom, default_dtype: str = "float32") -> Array:
     """Decodes a tensor, dense or CSR, to an array of its dense shape."""
     fields = _object(where, value)
     dtype = default_dtype if fields.get("dtype") is None else fields["dtype"]
@@ -128,11 +155,11 @@ def tensor_from_json(where: str, value: Any, default_dtype: str = "float32") -> 
     if fields.get("sparse_crow_indices") is not None:
         rows = _array(where, fields["sparse_crow_indices"], "<i8")
         columns = _array(where, fields.get("sparse_col_indices") or [], "<i8")
-        return _dense(where, data, rows, columns, shape or [])
+        return _dense(where, data, rows, columns, shape or [], room)
     return _shaped(where, data, [len(data)] if shape is None else shape)
 
 
-def _protobuf_tensor(where: str, tensor: wire.Tensor) -> Array:
+def _protobuf_tensor(where: str, tensor: wire.Tensor, room: DenseRoom) -> Array:
     dtype = _PROTOBUF_DTYPES.get(tensor.dtype)
     if dtype is None:
         raise InvalidData(f"{where}: dtype {tensor.dtype} is not one of float32, int64, int32")
@@ -140,7 +167,7 @@ def _protobuf_tensor(where: str, tensor: wire.Tensor) -> Array:
         sparse = tensor.sparse_csr
         rows = _buffer(where, sparse.crow_indices, "<i8")
         columns = _buffer(where, sparse.col_indices, "<i8")
-        return _dense(where, _buffer(where, sparse.values, dtype), rows, columns, list(tensor.shape))
+        return _dense(where, _buffer(where, sparse.values, dtype), rows, columns, list(tensor.shape), room)
     data = _buffer(where, tensor.dense, dtype)
     return _shaped(where, data, list(tensor.shape) or [len(data)])
 
@@ -153,14 +180,20 @@ def _buffer(where: str, data: bytes, dtype: str) -> Any:
 
 
 def _array(where: str, values: Any, dtype: str) -> Any:
-    try:
-        array: NDArray[Any] = np.asarray(values)
-    except ValueError as error:
-        raise InvalidData(f"{where}: data must be a flat list of numbers") from error
-    if array.ndim != 1:
-        raise InvalidData(f"{where}: data must be a flat list, not one of {array.ndim} dimensions")
-    if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
+    if not isinstance(values, list):
+        raise InvalidData(f"{where}: data must be a flat list of numbers")
+    # Before numpy: it gives every item the size of the largest, which may be a text.
+    items = cast("list[Any]", values)
+    kinds: set[type] = set(map(type, items))
+    if kinds & {list, dict}:
+        raise InvalidData(f"{where}: data must be a flat list of numbers")
+    if not kinds <= ({int} if dtype == "<i8" else {int, float}):
         raise InvalidData(f"{where} contains values that are not {'whole ' if dtype == '<i8' else ''}numbers")
+    array: NDArray[Any] = np.asarray(items)
+    if array.size and array.dtype.kind not in ("iu" if dtype == "<i8" else "iuf"):
+        raise InvalidData(
+            f"{where} contains a number that does not fit into {'int64' if dtype == '<i8' else 'float32'}"
+        )
     with np.errstate(over="ignore"):
         cast_array = array.astype(dtype)
     if array.dtype.kind == "f" and (np.isinf(cast_array) & np.isfinite(array)).any():
@@ -189,11 +222,9 @@ def _shaped(where: str, data: Any, shape: Sequence[int]) -> Array:
     return data.reshape(shape)
 
 
-def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int]) -> Array:
+def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int], room: DenseRoom) -> Array:
     if len(shape) != 2 or min(shape) < 0:
         raise InvalidData(f"{where}: a sparse tensor needs a shape of two dimensions, not {list(shape)}")
-    if math.prod(shape) > MAX_DENSE:
-        raise InvalidData(f"{where}: a sparse tensor of shape {list(shape)} has more than {MAX_DENSE} cells")
     counts = np.diff(rows)
     fits = (
         len(rows) == shape[0] + 1
@@ -205,6 +236,7 @@ def _dense(where: str, values: Any, rows: Any, columns: Any, shape: Sequence[int
     )
     if not fits:
         raise InvalidData(f"{where}: the sparse indices do not fit the shape {list(shape)}")
+    room.take(where, shape, values.itemsize)
     dense: Any = np.zeros(shape, dtype=values.dtype)
     dense[np.repeat(np.arange(shape[0]), counts), columns] = values
     return dense

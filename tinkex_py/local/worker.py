@@ -1,4 +1,4 @@
-"""The threads of the service: one for the engine, and two for files."""
+"""The threads of the service: one for the engine, and pairs for files and for large bodies."""
 
 import asyncio
 import threading
@@ -41,11 +41,15 @@ class EngineWorker:
         self._executor.shutdown(wait=True)
 
 
-class StateThreads:
-    """Runs file access on threads, so that the event loop never waits for a disk."""
+class WorkThreads:
+    """Runs work on two threads, so that the event loop never waits for a disk or a large body.
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tinkex-state")
+    Args:
+        name: prefix of the names of the threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix=name)
         self._unfinished: set[Future[Any]] = set()
 
     async def run(self, work: Callable[[], T]) -> T:

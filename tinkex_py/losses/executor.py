@@ -16,7 +16,7 @@ from tinkex_py.limits import RetryPolicy, time_limit, with_retries
 from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.options import DEFAULTS
-from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_with
+from tinkex_py.losses.outcomes import Outcome, PreparedTerm, constraint_measurements, described, failed_with
 from tinkex_py.losses.torch_modes import OwnModes, autograd_on, changed_since, defaults_before
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
 from tinkex_py.types import Datum
@@ -163,8 +163,10 @@ class TermRun:
                         raise TimeoutError
                 if term.weight is not None:
                     measurements["value"] = evaluation.value
-                    measurements["contribution"] = term.weight * evaluation.value
+                    measurements["contribution"] = term.contribution(evaluation.value)
                     measurements["grad_norm"] = evaluation.grad_norm
+                    if term.constraint is not None:
+                        measurements.update(constraint_measurements(term, evaluation))
                 return evaluation
         finally:
             if thread is not None and thread.abandoned:

@@ -96,3 +96,5 @@ def _parsed(text: str, where: str) -> object:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply") from None

@@ -233,7 +233,7 @@ class Datum(WireModel):
         given: Any = datum
         return cls(
             model_input=ModelInput(chunks=tuple(map(_text_chunk, given.model_input.chunks))),
-            loss_fn_inputs={name: _tensor_of(value) for name, value in given.loss_fn_inputs.items()},
+            loss_fn_inputs={name: own_tensor(value) for name, value in given.loss_fn_inputs.items()},
         )
 
     def with_inputs(self, **fields: TensorInput) -> "Datum":
@@ -266,7 +266,8 @@ def _text_chunk(chunk: Any) -> EncodedTextChunk:
     return EncodedTextChunk(tokens=chunk.tokens)
 
 
-def _tensor_of(tensor: Any) -> TensorData:
+def own_tensor(tensor: Any) -> TensorData:
+    """Returns a tensor of the official SDK, or anything that `TensorData.of` accepts, as one of this package."""
     if isinstance(tensor, TensorData) or not hasattr(tensor, "sparse_crow_indices"):
         return TensorData.of(tensor)
     if tensor.sparse_crow_indices is None:
