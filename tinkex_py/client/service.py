@@ -29,7 +29,7 @@ from tinkex_py.errors import APIStatusError, ClientClosed, ConfigError, TimeoutE
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.threads import import_before_threads, in_own_thread
-from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
+from tinkex_py.transport.adapters import InProcessTransport, client_transport
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
@@ -72,10 +72,7 @@ class AsyncServiceClient:
         api_key: str | Secret | None = None,
         http_client: object | None = None,
     ) -> None:
-        for needed in ("build_request", "send"):
-            if http_client is not None and not callable(getattr(http_client, needed, None)):
-                raise ConfigError(f"http_client has no {needed}(): pass a client with httpx's interface, or omit it")
-        transport = None if http_client is None else ClientTransport(http_client)
+        transport = client_transport(http_client)
         single = given(base_url=base_url, api_key=api_key)
         if config is not None and single:
             raise ConfigError(f"pass either config or {' and '.join(single)}: a config has both")
@@ -262,9 +259,8 @@ class AsyncServiceClient:
         user_metadata: Mapping[str, str] | None,
         optimizer_config: Mapping[str, Any] | None,
     ) -> AsyncTrainingClient:
-        asking = request(
-            "POST", "/api/v1/weights_info", json={"tinker_path": path, **given(weights_access_token=token)}
-        )
+        fields = {"tinker_path": path, **given(weights_access_token=token)}
+        asking = request("POST", "/api/v1/weights_info", json=fields)
         info = WeightsInfo.read(await self._api.send(asking, fields_of))
         return await self.create_lora_training_client(
             info.base_model,
@@ -276,9 +272,7 @@ class AsyncServiceClient:
     async def create_sampling_client(
         self, *, base_model: str | None = None, model_path: str | None = None
     ) -> AsyncSamplingClient:
-        """Creates a client that samples from a base model, or from a checkpoint saved for sampling.
-
-        Without either, it samples from the only model of the service.
+        """Creates a client that samples from a base model, by default the only one, or from a checkpoint for sampling.
 
         Raises:
             ConfigError: both were given, or neither, and the service does not have exactly one model.

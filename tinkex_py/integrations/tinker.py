@@ -213,10 +213,14 @@ def regularize_recipe(
     except ModuleNotFoundError as error:
         raise ConfigError("regularize_recipe needs the official SDK: pip install tinker") from error
     originals = {name: getattr(cls, name) for name in _PATCHED}
+    made: list[_Composition] = []
     compositions: weakref.WeakKeyDictionary[Any, _Composition] = weakref.WeakKeyDictionary()
 
     def composition_of(client: Any) -> _Composition:
-        return compositions.setdefault(client, _Composition(specs, base_loss, step, options))
+        if client not in compositions:
+            compositions[client] = _Composition(specs, base_loss, step, options)
+            made.append(compositions[client])
+        return compositions[client]
 
     @functools.wraps(originals["forward_backward"])
     def forward_backward(client: Any, data: Any, loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None) -> Any:
@@ -242,5 +246,5 @@ def regularize_recipe(
     finally:
         for name, original in originals.items():
             setattr(cls, name, original)
-        for composition in compositions.values():
+        for composition in made:  # those of collected clients too
             composition.settle()
