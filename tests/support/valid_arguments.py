@@ -227,6 +227,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "checkpoint": clients.checkpoint,
         "export_adapter.checkpoint": folder / "checkpoint",
         "training": clients.training,
+        "training_client": clients.training,
         "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
         "chosen": "y",
         "rejected": "z",

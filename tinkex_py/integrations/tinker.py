@@ -17,7 +17,7 @@ from tinkex_py.losses.options import PipelineOptions
 from tinkex_py.losses.spec import Term, checked_specs
 from tinkex_py.losses.tinker_loss import TinkerLoss
 
-__all__ = ["RegularizedTrainingClient", "regularize_recipe", "regularized"]
+__all__ = ["regularize_recipe", "regularized"]
 
 OfficialLoss = Callable[[Sequence[Any], Sequence[Any]], tuple[Any, dict[str, float]]]
 _PATCHED = ("forward_backward", "forward_backward_custom", "optim_step")
@@ -106,7 +106,7 @@ class _Composition:
         return evaluate
 
 
-class RegularizedTrainingClient:
+class _RegularizedTrainingClient:
     """A training client of the official SDK with regularizers; made by `regularized`.
 
     `forward_backward` and `forward_backward_custom` compose, `optim_step` ends a step, and everything else is that of
@@ -178,7 +178,7 @@ def regularized(
     specs, step = checked_specs(regularizers), check_count("step", step, least=0)
     if not specs and base_loss is None:
         return training_client
-    return RegularizedTrainingClient(training_client, _Composition(specs, base_loss, step, options))
+    return _RegularizedTrainingClient(training_client, _Composition(specs, base_loss, step, options))
 
 
 @contextmanager
