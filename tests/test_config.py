@@ -223,3 +223,30 @@ def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.timeout = 1.0
     assert config == TinkexConfig(base_url="http://x", api_key="tml-other")
+
+
+def test_a_client_needs_no_config_object():
+    client = AsyncServiceClient(base_url="http://x:1/", api_key=KEY)
+    assert (client.config.base_url, client.config.key) == ("http://x:1", KEY)
+    with pytest.raises(ConfigError, match="either config or base_url and api_key") as caught:
+        AsyncServiceClient(client.config, base_url="http://x:1", api_key=KEY)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "is_local"),
+    [
+        ({}, {}, True),
+        ({"TINKER_BASE_URL": ""}, {"timeout": 5.0}, True),
+        ({"TINKER_BASE_URL": "http://x", "TINKER_API_KEY": KEY}, {}, False),
+        ({"TINKER_API_KEY": KEY}, {}, False),
+        ({"TINKER_CREDENTIAL_CMD": "true"}, {}, False),
+        ({}, {"base_url": "http://x", "api_key": KEY}, False),
+    ],
+)
+def test_where_the_environment_names_no_service_it_is_embedded(monkeypatch, variables, settings, is_local):
+    for name in ("TINKER_BASE_URL", "TINKER_API_KEY", "TINKER_CREDENTIAL_CMD"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    client = AsyncServiceClient.from_env(local="tiny", **settings)
+    assert (client.config.base_url == "http://embedded") is is_local
+    assert client.config.timeout == settings.get("timeout", 60.0)

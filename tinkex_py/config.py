@@ -182,6 +182,19 @@ class TinkexConfig:
         return _restore, (kept,)
 
 
+def checked_config(config: TinkexConfig | None) -> TinkexConfig | None:
+    """Returns a config or None; raises ConfigError for anything else."""
+    if config is None:
+        return None
+    return check_kind("config", config, TinkexConfig, "pass TinkexConfig(base_url=...)", error=ConfigError)
+
+
+def names_service(settings: Mapping[str, Any]) -> bool:
+    """Returns whether the environment or settings have the address of a service, or a key."""
+    variables = (BASE_URL_VARIABLE, KEY_VARIABLE, COMMAND_VARIABLE)
+    return any(map(os.environ.get, variables)) or any(settings.get(name) for name in ("base_url", "api_key"))
+
+
 TinkexConfig.__init__ = hides_arguments(TinkexConfig.__init__)
 
 

@@ -34,7 +34,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return tokens if tokens[: len(start)] == start else [*start, *tokens]
 
 
-def encode_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+def encode_answer(tokenizer: Any, prompt: str, answer: str, *, append_end: bool = False) -> tuple[list[int], list[int]]:
     """Returns the tokens of a prompt, as `encode_prompt` gives them, and those of the answer that continues it.
 
     The answer's tokens are the rest of the whole text's tokens where these begin with the prompt's. Where a token
@@ -45,12 +45,20 @@ def encode_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], 
         tokenizer: as in `encode_prompt`; with `decode(tokens)`, the result is compared with the whole text.
         prompt: text before the answer; may be empty.
         answer: text that follows, without a separator.
+        append_end: add the EOS token to the answer.
 
     Raises:
-        InvalidData: the tokenizer cannot encode the two apart: the decoded tokens are not the text.
+        InvalidData: the tokenizer cannot encode the two apart: the decoded tokens are not the text. Or it has no EOS
+            token.
     """
     before, whole = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, prompt + answer)
-    return before, _continued(tokenizer, before, whole, answer)
+    learned = _continued(tokenizer, before, whole, answer)
+    if append_end:
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None:
+            raise InvalidData("the tokenizer has no EOS token: pass append_end=False")
+        learned = [*learned, int(end)]
+    return before, learned
 
 
 def encode_pieces(tokenizer: Any, pieces: Sequence[str]) -> list[list[int]]:

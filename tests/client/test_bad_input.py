@@ -204,7 +204,7 @@ async def test_lora_settings_are_given_once(bench):
 
 
 async def test_arguments_of_a_wrong_type_are_named(bench):
-    for model in (None, "", 5):
+    for model in ("", 5):
         with pytest.raises(InvalidData, match="base_model"):
             await bench.service.create_lora_training_client(model)
     with pytest.raises(ConfigError, match="lora_config"):
@@ -268,9 +268,7 @@ async def test_sampling_input(bench):
     for bad in ({"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}, {"top_k": -2}):
         with pytest.raises(InvalidData, match=next(iter(bad))):
             SamplingParams(**bad)
-    with pytest.raises(ConfigError, match="exactly one"):
-        await bench.service.create_sampling_client()
-    with pytest.raises(ConfigError, match="exactly one"):
+    with pytest.raises(ConfigError, match="base_model or model_path, not both"):
         await bench.service.create_sampling_client(base_model="tiny", model_path="x")
     assert bench.recorder.of("asample") == []
 

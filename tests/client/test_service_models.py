@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from tinker import types as official
 
 from tests.client.conftest import Bench
 from tests.client.data import datum
 from tests.client.recorder import Fault, answering
-from tinkex_py import AdamParams, UnsupportedFeature
+from tinkex_py import AdamParams, ConfigError, InvalidData, RegularizerSpec, UnsupportedFeature
 from tinkex_py.errors import RequestFailed
+from tinkex_py.regularizers import L2
 from tinkex_py.types import SupportedModel
 
 DATA = [datum(3, 1)]
@@ -111,3 +113,53 @@ async def test_a_model_that_is_only_sampled(bench, told):
 def test_what_a_model_can(told, trains, samples):
     model = SupportedModel.read({"model_name": "m", **told})
     assert (model.can("train"), model.can("sample")) == (trains, samples)
+
+
+@pytest.mark.asyncio
+async def test_the_only_model_needs_no_name(bench):
+    training = await bench.service.create_lora_training_client(rank=4)
+    await bench.service.create_sampling_client()
+    assert bench.recorder.of("create_model")[0].json["base_model"] == "tiny"
+    assert bench.recorder.of("create_sampling_session")[0].json["base_model"] == "tiny"
+    ours, theirs = await bench.service.get_tokenizer(), await training.get_tokenizer()
+    assert ours.encode("hé") == theirs.encode("hé")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (telling({"model_name": "one"}, {"model_name": "two"}), "embedded has 'one', 'two': pass the name of one"),
+        (telling({"model_name": "one", "trainable": False, "sampleable": False}), "lists no models for "),
+        (telling({"model_name": "one"}, {"model_id": "without a name"}), "embedded has 'one'"),
+        (answering(404), "lists no models for "),
+    ],
+)
+@pytest.mark.asyncio
+async def test_without_exactly_one_model_a_name_is_needed(bench, fault, reason):
+    says(bench, fault)
+    for create in (bench.service.create_lora_training_client, bench.service.create_sampling_client):
+        with pytest.raises(ConfigError, match=reason):
+            await create()
+    assert bench.recorder.of("create_model", "create_sampling_session") == []
+
+
+@pytest.mark.asyncio
+async def test_datums_of_the_official_sdk_are_sent_as_our_own(bench):
+    data = [datum(3, 1, weights=[0.5, 1.0, 2.0])]
+    given = [
+        official.Datum(
+            model_input=official.ModelInput.from_ints(own.model_input.to_ints()),
+            loss_fn_inputs={name: tensor.to_torch() for name, tensor in own.loss_fn_inputs.items()},
+        )
+        for own in data
+    ]
+    training = await bench.train()
+    for step in (training.forward_backward, training.forward):
+        assert (await step(given)).loss_fn_outputs == (await step(data)).loss_fn_outputs
+    l2 = [RegularizerSpec(fn=L2(mask=None), weight=0.1, name="l2")]
+    ours, theirs = [
+        await training.forward_backward_custom(batch, "cross_entropy", regularizers=l2) for batch in (data, given)
+    ]
+    assert (ours.loss_total, ours.regularizers) == (theirs.loss_total, theirs.regularizers)
+    with pytest.raises(InvalidData, match=r"data\[1\] must be a Datum, got a dict"):
+        await training.forward_backward([*given, {}])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tinker import types as official
 
 from tinkex_py import (
     AdamParams,
@@ -229,3 +230,79 @@ def test_tokens_from_tensors_of_any_kind():
 def test_a_models_name_is_no_tokenizer():
     with pytest.raises(InvalidData, match="tokenizer must be an object with encode"):
         ModelInput.from_text("some text", "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "inputs", "targets", "weights"),
+    [
+        ([1, 2], [3, 4], [1, 2, 3], [2, 3, 4], [0, 1, 1]),
+        ([1], [2], [1], [2], [1]),
+        ([], [7, 8, 9], [7, 8], [8, 9], [1, 1]),  # nothing predicts the first token
+        (np.array([5, 6]), torch.tensor([7]), [5, 6], [6, 7], [0, 1]),
+    ],
+)
+def test_a_datum_from_tokens(prompt, completion, inputs, targets, weights):
+    made = Datum.from_tokens(prompt, completion)
+    assert made.model_input.to_ints() == inputs
+    assert {name: tensor.tolist() for name, tensor in made.loss_fn_inputs.items()} == {
+        "target_tokens": targets,
+        "weights": weights,
+    }
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [([], []), ([1, 2], []), ([], [1])])
+def test_a_datum_without_a_prediction_to_learn_is_refused(prompt, completion):
+    with pytest.raises(InvalidData, match="nothing to learn"):
+        Datum.from_tokens(prompt, completion)
+
+
+def test_a_datum_from_text():
+    class Bytes:
+        eos_token_id = 0
+
+        def encode(self, text: str) -> list[int]:
+            return list(text.encode())
+
+    assert Datum.from_text(Bytes(), "ab", "c") == Datum.from_tokens([97, 98], [99, 0])
+    assert Datum.from_text(Bytes(), "ab", "c", append_end=False) == Datum.from_tokens([97, 98], [99])
+    with pytest.raises(InvalidData, match="EOS"):
+        Datum.from_text(type("Endless", (), {"encode": Bytes.encode})(), "a", "b")
+
+
+def test_a_datum_with_other_inputs_is_a_copy():
+    first = Datum.from_tokens([1], [2, 3])
+    second = first.with_inputs(weights=[0.5, 0.25], advantages=[1, 2])
+    assert set(first.loss_fn_inputs) == {"target_tokens", "weights"}
+    assert second.loss_fn_inputs["weights"].tolist() == [0.5, 0.25]
+    assert (second.loss_fn_inputs["advantages"].dtype, second.model_input) == ("float32", first.model_input)
+    with pytest.raises(InvalidData, match="label"):
+        first.with_inputs(label="x")
+
+
+def test_datums_of_the_official_sdk():
+    sparse = torch.zeros(2, 40, dtype=torch.int64)
+    sparse[0, 3], sparse[1, 39] = 5, 6
+    given = official.Datum(
+        model_input=official.ModelInput(
+            chunks=[official.EncodedTextChunk(tokens=[1]), official.EncodedTextChunk(tokens=[2])]
+        ),
+        loss_fn_inputs={"target_tokens": sparse, "weights": [[0.5] * 40] * 2},
+    )
+    made = Datum.of(given)
+    assert [chunk.tokens.tolist() for chunk in made.model_input.chunks] == [[1], [2]]
+    assert made.loss_fn_inputs["target_tokens"].is_sparse
+    assert np.array_equal(made.loss_fn_inputs["target_tokens"].to_numpy(), sparse.numpy())
+    assert made.loss_fn_inputs["weights"].tolist() == [[0.5] * 40] * 2
+    assert Datum.of(made) is made
+
+
+def test_what_is_no_text_of_the_official_sdk_is_named():
+    image = official.ImageChunk(data=b"private", format="png", expected_tokens=1)
+    given = official.Datum(
+        model_input=official.ModelInput(chunks=[image]), loss_fn_inputs={"target_tokens": [1], "weights": [1.0]}
+    )
+    with pytest.raises(InvalidData, match="'image'") as caught:
+        Datum.of(given)
+    assert "private" not in str(caught.value)
+    with pytest.raises(InvalidData, match="got a dict"):
+        Datum.of({})

@@ -10,6 +10,7 @@ from tinkex_py.errors import InvalidBaseLoss, InvalidSpec, did_you_mean
 from tinkex_py.terms.ready_made import ReadyMadeTerm
 
 _UNPUBLISHED = "stable_reinforce"
+_SERVICE_LOSSES = ("cispo", "cross_entropy", "dro", "gspo", "importance_sampling", "ppo")
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,23 @@ def base_loss_named(name: str) -> ReadyMadeTerm:
             f"base_loss: {name!r} has settings that the name does not tell: pass {found.cls.__name__}(...) of "
             f"tinkex_py.base_losses ({error})"
         ) from error
+
+
+def service_loss(name: str, settings: Mapping[str, Any]) -> ReadyMadeTerm:
+    """Creates the loss that a service computes under a name: a plain sum, in which only cross_entropy reads `weights`.
+
+    Args:
+        name: as in the protocol, such as "ppo".
+        settings: its `loss_fn_config`.
+
+    Raises:
+        InvalidBaseLoss: the loss cannot be computed here, or a setting is missing or unknown.
+    """
+    if name not in _SERVICE_LOSSES:
+        base_loss_named(name)  # says why, if it is known
+        raise InvalidBaseLoss(f"base_loss: {name!r} is not a loss of services: use one of {', '.join(_SERVICE_LOSSES)}")
+    mask = {} if name == "cross_entropy" else {"mask": None}
+    try:
+        return named_losses()[name].cls(**mask, **settings)
+    except (TypeError, InvalidSpec) as error:
+        raise InvalidBaseLoss(f"base_loss: the settings of {name!r} do not fit: {error}") from error

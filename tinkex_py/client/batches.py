@@ -20,7 +20,7 @@ from tinkex_py.transport.encoding import (
 )
 from tinkex_py.transport.server_config import ServerConfig
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
-from tinkex_py.types.datum import target_shape
+from tinkex_py.types.datum import own_datums, target_shape
 from tinkex_py.types.tensors import Array
 
 # The losses of the protocol and the fields that they need besides target_tokens. Other losses are not checked here.
@@ -109,17 +109,16 @@ def custom_batch(data: Sequence[Datum], limits: ServerConfig) -> CustomBatch:
 
 
 def check_data(data: Sequence[Datum]) -> Sequence[Datum]:
-    """Returns a copy of a non-empty list of datums; raises InvalidData for anything else."""
+    """Returns a non-empty list of datums, official ones converted; raises InvalidData for anything else."""
     if isinstance(data, Datum) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
     if not data:
         raise InvalidData("data is empty: pass at least one datum")
-    for index, datum in enumerate(data):
-        if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
+    datums = own_datums(data)
+    for index, datum in enumerate(datums):
         if datum.model_input.length == 0:
             raise InvalidData(f"model_input of datum {index} is empty: it needs at least one token")
-    return list(data)
+    return datums
 
 
 def check_targets(data: Sequence[Datum]) -> None:

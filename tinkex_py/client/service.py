@@ -1,35 +1,40 @@
 """The service client: opens and closes one session, and creates the other clients."""
 
 import asyncio
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import check_flag, check_kind, check_path, check_text
+from tinkex_py.arguments import check_path, check_text
 from tinkex_py.client.arguments import given
 from tinkex_py.client.certificates import Certificate
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
-from tinkex_py.client.service_models import lora_config_of, lora_settings, model_labels, tokenizer_by_name
-from tinkex_py.client.session import ClientSession
+from tinkex_py.client.service_models import (
+    load_fields,
+    lora_config_of,
+    lora_settings,
+    model_labels,
+    tokenizer_by_name,
+)
+from tinkex_py.client.session import ClientSession, warn_left_open
 from tinkex_py.client.submission import json_result
 from tinkex_py.client.surrogate import SUMMED, SURROGATES, SurrogateName
 from tinkex_py.client.training import AsyncTrainingClient
-from tinkex_py.config import TinkexConfig
+from tinkex_py.config import TinkexConfig, checked_config, names_service
 from tinkex_py.errors import APIStatusError, ClientClosed, ConfigError, TimeoutExceeded
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.threads import import_before_threads, in_own_thread
-from tinkex_py.transport.adapters import ClientTransport, InProcessTransport
+from tinkex_py.transport.adapters import InProcessTransport, client_transport
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.auth import Auth
 from tinkex_py.transport.decoding import fields_of, request_id_of, text_of
 from tinkex_py.transport.http import LONGEST_RESPONSE, HttpClient, Transport
-from tinkex_py.transport.messages import request
+from tinkex_py.transport.messages import Secret, request
 from tinkex_py.transport.secrecy import hides_arguments
 from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tokenizer, WeightsInfo
 
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from tinkex_py.local import LocalService
 
 EMBEDDED_ADDRESS = "http://embedded"
+_EMBEDDED: Mapping[str, Any] = {"base_url": EMBEDDED_ADDRESS, "api_key": "tml-embedded"}
 # Statuses of services that only load checkpoints into an existing model.
 _NO_CREATE_BY_LOADING = frozenset({400, 404, 405, 422})
 
@@ -49,18 +55,28 @@ class AsyncServiceClient:
 
     Args:
         config: settings; default `TinkexConfig()`, which reads the environment.
+        base_url: address of the service, without a config; as in `TinkexConfig`.
+        api_key: key, without a config; as in `TinkexConfig`.
         http_client: a client with httpx's interface that sends all requests; its owner closes it.
 
     Raises:
-        ConfigError: the key is missing, or a setting is invalid.
+        ConfigError: the key is missing, a setting is invalid, or an address or key was given beside a config.
     """
 
-    def __init__(self, config: TinkexConfig | None = None, *, http_client: object | None = None) -> None:
-        for needed in ("build_request", "send"):
-            if http_client is not None and not callable(getattr(http_client, needed, None)):
-                raise ConfigError(f"http_client has no {needed}(): pass a client with httpx's interface, or omit it")
-        transport = None if http_client is None else ClientTransport(http_client)
-        self._prepare(_checked_config(config) or TinkexConfig(), transport=transport, embedded=None)
+    @hides_arguments
+    def __init__(
+        self,
+        config: TinkexConfig | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | Secret | None = None,
+        http_client: object | None = None,
+    ) -> None:
+        transport = client_transport(http_client)
+        single = given(base_url=base_url, api_key=api_key)
+        if config is not None and single:
+            raise ConfigError(f"pass either config or {' and '.join(single)}: a config has both")
+        self._prepare(checked_config(config) or TinkexConfig(**single), transport=transport, embedded=None)
 
     def _prepare(self, settings: TinkexConfig, *, transport: Transport | None, embedded: "LocalService | None") -> None:
         self.config = settings
@@ -93,13 +109,18 @@ class AsyncServiceClient:
 
     @classmethod
     @hides_arguments
-    def from_env(cls, **settings: Any) -> "AsyncServiceClient":
+    def from_env(cls, *, local: str | None = None, **settings: Any) -> "AsyncServiceClient":
         """Creates a client for the service that the environment names.
 
         Args:
+            local: model of an embedded service, as in `AsyncServiceClient.local`, which is used if neither the
+                environment (`TINKER_BASE_URL`, `TINKER_API_KEY`, `TINKER_CREDENTIAL_CMD`) nor `settings` has an address
+                or a key. None: the hosted service then, with the key of `~/.tinker/credentials.json`.
             settings: further fields of TinkexConfig.
         """
-        return cls(TinkexConfig(**settings))
+        if local is None or names_service(settings):
+            return cls(TinkexConfig(**settings))
+        return cls.local(local, config=TinkexConfig(**{**settings, **_EMBEDDED}))
 
     @classmethod
     @hides_arguments
@@ -130,7 +151,7 @@ class AsyncServiceClient:
         folder = None if state_dir is None else check_path("state_dir", state_dir, error=ConfigError)
         embedded = LocalService(LocalOptions(model=model, state_dir=folder, device=device, **options))
         client = cls.__new__(cls)
-        settings = _checked_config(config) or TinkexConfig(base_url=EMBEDDED_ADDRESS, api_key="tml-embedded")
+        settings = checked_config(config) or TinkexConfig(**_EMBEDDED)
         client._prepare(settings, transport=InProcessTransport(embedded.app), embedded=embedded)
         return client
 
@@ -138,7 +159,7 @@ class AsyncServiceClient:
 
     async def create_lora_training_client(
         self,
-        base_model: str,
+        base_model: str | None = None,
         *,
         rank: int | None = None,
         seed: int | None = None,
@@ -152,7 +173,7 @@ class AsyncServiceClient:
         """Creates a model with new LoRA adapters. Settings that are None have the defaults of `LoraConfig`.
 
         Args:
-            base_model: name of the base model; `get_server_capabilities` lists them.
+            base_model: name of the base model; `get_server_capabilities` lists them. None: the only one.
             rank: inner dimension of the adapters; default 32.
             seed: seed of the initial weights; by default the service chooses.
             train_mlp: adapt the feed-forward layers; default True.
@@ -163,15 +184,17 @@ class AsyncServiceClient:
             optimizer_config: optimizer, such as `{"type": "dimuon", "version": 1}`; None means AdamW.
 
         Raises:
-            ConfigError: both `lora_config` and single settings were given.
+            ConfigError: both `lora_config` and single settings were given, or no model, and the service has several.
             UnsupportedFeature: the service lists only another model, or cannot train this one.
             RequestFailed, APIStatusError: the service does not have this model.
         """
         parts = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
         settings = lora_settings(lora_config, rank=rank, seed=seed, **parts)
-        check_text("base_model", base_model)
+        if base_model is not None:
+            check_text("base_model", base_model)
         labels = model_labels(user_metadata, optimizer_config)
         session = await self._connected()
+        base_model = base_model or await session.models.only("train")
         await session.models.check(base_model, "train")
         body: dict[str, Any] = {
             "session_id": session.session_id,
@@ -211,31 +234,17 @@ class AsyncServiceClient:
             ConfigError: both `optimizer_config` and `with_optimizer` were given.
             RequestFailed, APIStatusError: the checkpoint does not exist.
         """
-        check_text("path", path)
-        check_flag("with_optimizer", with_optimizer)
-        if weights_access_token is not None:
-            check_text("weights_access_token", weights_access_token)
-        if with_optimizer and optimizer_config is not None:
-            raise ConfigError("with_optimizer=True restores the checkpoint's optimizer: omit optimizer_config")
         labels = model_labels(user_metadata, optimizer_config)
+        loading = load_fields(path, with_optimizer, optimizer_config, weights_access_token)
         session = await self._connected()
         number = next(session.model_numbers)
-        token = given(weights_access_token=weights_access_token)
-        body: dict[str, Any] = {
-            "session_id": session.session_id,
-            "model_seq_id": number,
-            "path": path,
-            "optimizer": with_optimizer,
-            "type": "load_weights",
-            **token,
-            **labels,
-        }
+        body = {"session_id": session.session_id, "model_seq_id": number, **loading, **labels}
         try:
             request_id = await self._api.send(request("POST", "/api/v1/load_weights", json=body), request_id_of)
         except APIStatusError as error:
             if error.status not in _NO_CREATE_BY_LOADING:
                 raise
-            training = await self._create_for(path, token, user_metadata, optimizer_config)
+            training = await self._create_for(path, weights_access_token, user_metadata, optimizer_config)
             await training.load_state(path, with_optimizer=with_optimizer, weights_access_token=weights_access_token)
             return training
         fields = await json_result(self._api, request_id, "LoadWeights")
@@ -246,11 +255,12 @@ class AsyncServiceClient:
     async def _create_for(
         self,
         path: str,
-        token: Mapping[str, str],
+        token: str | None,
         user_metadata: Mapping[str, str] | None,
         optimizer_config: Mapping[str, Any] | None,
     ) -> AsyncTrainingClient:
-        asking = request("POST", "/api/v1/weights_info", json={"tinker_path": path, **token})
+        fields = {"tinker_path": path, **given(weights_access_token=token)}
+        asking = request("POST", "/api/v1/weights_info", json=fields)
         info = WeightsInfo.read(await self._api.send(asking, fields_of))
         return await self.create_lora_training_client(
             info.base_model,
@@ -262,18 +272,20 @@ class AsyncServiceClient:
     async def create_sampling_client(
         self, *, base_model: str | None = None, model_path: str | None = None
     ) -> AsyncSamplingClient:
-        """Creates a client that samples from a base model, or from a checkpoint saved for sampling.
+        """Creates a client that samples from a base model, by default the only one, or from a checkpoint for sampling.
 
         Raises:
-            ConfigError: neither or both were given.
+            ConfigError: both were given, or neither, and the service does not have exactly one model.
             UnsupportedFeature: the service cannot sample, or not from this model.
         """
-        if (base_model is None) == (model_path is None):
-            raise ConfigError("pass exactly one of base_model and model_path")
-        check_text(
-            "model_path" if base_model is None else "base_model", model_path if base_model is None else base_model
-        )
-        return await new_sampling_client(await self._connected(), base_model=base_model, model_path=model_path)
+        if base_model is not None and model_path is not None:
+            raise ConfigError("pass base_model or model_path, not both")
+        for name, value in given(base_model=base_model, model_path=model_path).items():
+            check_text(name, value)
+        session = await self._connected()
+        if base_model is None and model_path is None:
+            base_model = await session.models.only("sample")
+        return await new_sampling_client(session, base_model=base_model, model_path=model_path)
 
     def create_rest_client(self) -> AsyncRestClient:
         """Creates a client for training runs, checkpoints and sessions. It needs no session."""
@@ -325,17 +337,19 @@ class AsyncServiceClient:
         plan = MeasurementPlan(model, rank, surrogates, max_models)
         return await certify(self, await self._connected(), plan, on_cost)
 
-    async def get_tokenizer(self, name: str) -> Tokenizer:
+    async def get_tokenizer(self, name: str | None = None) -> Tokenizer:
         """Returns the tokenizer of a base model: that of the embedded service, else loaded with transformers.
 
         Args:
-            name: the model, a folder, or any other name that transformers accepts.
+            name: the model, a folder, or any other name that transformers accepts. None: the only model.
 
         Raises:
-            ConfigError: the embedded service does not have this model.
+            ConfigError: the embedded service does not have this model; or there is no name, and several models.
             MissingExtra: transformers is not installed.
             UnsupportedFeature: there is no tokenizer of this name.
         """
+        if name is None:
+            name = await (await self._connected()).models.only("train")
         check_text("name", name)
         if self._embedded is not None:
             await self._reachable()
@@ -380,7 +394,7 @@ class AsyncServiceClient:
 
     def _warn_if_left_open(self) -> None:
         if self._finalizer is None:
-            self._finalizer = weakref.finalize(self, _warn_left_open, self.config.base_url)
+            self._finalizer = weakref.finalize(self, warn_left_open, self.config.base_url)
             self._finalizer.atexit = False
 
     def _check_usable(self) -> None:
@@ -434,17 +448,3 @@ class AsyncServiceClient:
 
     def __repr__(self) -> str:
         return f"AsyncServiceClient(base_url={self.config.base_url!r}, closed={self._closed})"
-
-
-def _checked_config(config: TinkexConfig | None) -> TinkexConfig | None:
-    if config is None:
-        return None
-    return check_kind("config", config, TinkexConfig, "pass TinkexConfig(base_url=...)", error=ConfigError)
-
-
-def _warn_left_open(base_url: str) -> None:
-    warnings.warn(
-        f"an AsyncServiceClient for {base_url} was left open: use `async with`, or await client.aclose()",
-        ResourceWarning,
-        stacklevel=2,
-    )

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tinkex_py.arguments import check_kind, check_labels, check_mapping
+from tinkex_py.arguments import check_flag, check_kind, check_labels, check_mapping, check_text
 from tinkex_py.client.arguments import given
 from tinkex_py.errors import (
     APIStatusError,
@@ -62,6 +62,15 @@ class ServiceModels:
             raise UnsupportedFeature(
                 f"{self._api.host} does not support {_NOUNS[ability]} {base_model!r}. Its only model is {only!r}"
             )
+
+    async def only(self, ability: Ability) -> str:
+        """Returns the name of the only model whose ability is not ruled out; raises ConfigError for none or several."""
+        models = [model for model in await self._all() if model.can(ability) is not False]
+        names = [model.model_name for model in models if model.model_name]
+        if len(models) == len(names) == 1:
+            return names[0]
+        has = f"has {', '.join(map(repr, names))}" if names else f"lists no models for {_NOUNS[ability]}"
+        raise ConfigError(f"no model was named, and {self._api.host} {has}: pass the name of one")
 
     async def check_any(self, ability: Ability) -> None:
         """Raises UnsupportedFeature if the service excludes an ability for all its models."""
@@ -131,6 +140,25 @@ def model_labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapp
     labels = None if user_metadata is None else check_labels("user_metadata", user_metadata)
     optimizer = None if optimizer_config is None else check_mapping("optimizer_config", optimizer_config)
     return given(user_metadata=labels or None, optimizer_config=optimizer)
+
+
+def load_fields(
+    path: str, with_optimizer: bool, optimizer_config: object, weights_access_token: str | None
+) -> dict[str, Any]:
+    """Returns the fields of a request that loads a checkpoint as a new model.
+
+    Raises:
+        ConfigError: both `optimizer_config` and `with_optimizer` were given.
+        InvalidData: another argument is invalid.
+    """
+    check_text("path", path)
+    check_flag("with_optimizer", with_optimizer)
+    if weights_access_token is not None:
+        check_text("weights_access_token", weights_access_token)
+    if with_optimizer and optimizer_config is not None:
+        raise ConfigError("with_optimizer=True restores the checkpoint's optimizer: omit optimizer_config")
+    token = given(weights_access_token=weights_access_token)
+    return {"path": path, "optimizer": with_optimizer, "type": "load_weights", **token}
 
 
 def tokenizer_by_name(name: str) -> Any:

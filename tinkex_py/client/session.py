@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
@@ -225,3 +226,12 @@ async def send_heartbeats(
         if failures:
             report("tinkex.session.heartbeat_recovered", {})
         failures, last_success = 0, loop.time()
+
+
+def warn_left_open(base_url: str) -> None:
+    """Warns about a service client that was collected without being closed."""
+    warnings.warn(
+        f"an AsyncServiceClient for {base_url} was left open: use `async with`, or await client.aclose()",
+        ResourceWarning,
+        stacklevel=2,
+    )

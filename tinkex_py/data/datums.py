@@ -10,6 +10,7 @@ from tinkex_py.data.rows import conversation, plain_messages, plain_rows
 from tinkex_py.errors import InvalidData
 from tinkex_py.text import encode_answer, require_text
 from tinkex_py.types import Datum, ModelInput
+from tinkex_py.types.datum import is_official
 
 Row = TypeVar("Row")
 Answer = str | Sequence[Message]
@@ -73,12 +74,7 @@ def text_datum(
     require_text("text", text)
     require_text("prompt", prompt)
     check_flag("append_end", append_end)
-    before, learned = encode_answer(tokenizer, prompt, text)
-    if append_end:
-        end = getattr(tokenizer, "eos_token_id", None)
-        if end is None:
-            raise InvalidData("the tokenizer has no EOS token: pass append_end=False")
-        learned.append(end)
+    before, learned = encode_answer(tokenizer, prompt, text, append_end=append_end)
     return _datum([*before, *learned], [False] * len(before) + [True] * len(learned), max_length)
 
 
@@ -164,9 +160,9 @@ def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Da
             raise
         datums: Sequence[object] = made if isinstance(made, list | tuple) else [made]
         for datum in datums:
-            if not isinstance(datum, Datum):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(datum, Datum) and not is_official(datum):
                 raise InvalidData(f"row {number}: render must return one or more Datum, got a {type(datum).__name__}")
-            yield datum
+            yield Datum.of(datum)
 
 
 def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | None) -> Datum:

@@ -155,7 +155,8 @@ async def _run(
     terms: Sequence[PreparedTerm], data: Sequence[Datum], logprobs: TensorOrList, options: Mapping[str, Any]
 ) -> list[Outcome]:
     running_loop()
-    shared = Logprobs.from_tensors(logprobs, checked_data(data))
+    data = checked_data(data)
+    shared = Logprobs.from_tensors(logprobs, data)
     workers = WorkerPool(options["max_threads"])
     limits = options["max_concurrency"], options["track_grad_norms"]
     run = TermRun(data, shared, workers, *limits, timeout=options["timeout"], cancel_grace=options["cancel_grace"])

@@ -17,7 +17,7 @@ from tinkex_py.arguments import check_text
 from tinkex_py.errors import InPlaceMutation, InvalidData, PipelineError
 from tinkex_py.losses.torch_modes import autograd_on
 from tinkex_py.types import Datum, PackedTensor
-from tinkex_py.types.datum import field_of, target_shape
+from tinkex_py.types.datum import field_of, is_official, own_datums, target_shape
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOTHING = torch.zeros(0, dtype=torch.int64, device="cpu")
@@ -237,14 +237,14 @@ class Logprobs:
 
 
 def checked_data(data: Sequence[Datum]) -> Sequence[Datum]:
-    """Returns the datums if they are a sequence, which may be empty.
+    """Returns the datums if they are a sequence, which may be empty; datums of the official SDK are converted.
 
     Raises:
-        InvalidData: they are not a sequence.
+        InvalidData: they are not a sequence, or an official datum contains something other than text.
     """
     if isinstance(data, Datum | str) or not isinstance(data, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"data must be a list of Datum, got a {type(data).__name__}")
-    return data
+    return own_datums(data) if any(map(is_official, data)) else data
 
 
 def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
@@ -259,7 +259,8 @@ def split(data: Sequence[Datum], logprobs: torch.Tensor) -> list[torch.Tensor]:
     """
     if not isinstance(logprobs, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidData(f"split: logprobs must be a packed tensor, got a {type(logprobs).__name__}")
-    lengths = [target_shape(datum, index)[0] for index, datum in enumerate(checked_data(data))]
+    data = checked_data(data)
+    lengths = [target_shape(datum, index)[0] for index, datum in enumerate(data)]
     if not logprobs.ndim or sum(lengths) != logprobs.shape[0]:
         raise InvalidData(
             f"split: data has {len(data)} datums, whose target_tokens have {sum(lengths)} positions in total, but the "
@@ -279,7 +280,8 @@ def packed_field(data: Sequence[Datum], name: str) -> torch.Tensor:
         InvalidData: a datum lacks the field, or the trailing shapes differ.
     """
     check_text("name", name)
-    if not checked_data(data):
+    data = checked_data(data)
+    if not data:
         raise InvalidData(f"cannot read the field {name!r}, because data is empty: pass at least one datum")
     arrays: list[Any] = []
     for index, datum in enumerate(data):

@@ -172,7 +172,8 @@ class Pipeline:
             PipelineError: the logprobs are invalid, or the record cannot be written.
             InvalidData: `data` is not a list of datums.
         """
-        own = Logprobs.from_tensors(logprobs, checked_data(data))
+        data = checked_data(data)
+        own = Logprobs.from_tensors(logprobs, data)
         return (await self.evaluate(data, own, step=step, record=record)).output
 
     async def loss(
@@ -202,7 +203,8 @@ class Pipeline:
             PipelineError: the logprobs are invalid, no term depends on them, or the record cannot be written.
             InvalidData: `data` is not a list of datums.
         """
-        own = Logprobs.from_tensors(logprobs, checked_data(data))
+        data = checked_data(data)
+        own = Logprobs.from_tensors(logprobs, data)
         custom = await self.evaluate(data, own, step=step, record=record)
         custom.check_differentiable()
         if isinstance(logprobs, torch.Tensor):

@@ -11,7 +11,8 @@ from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.outcomes import CustomLoss
 from tinkex_py.losses.output import CustomLossOutput
-from tinkex_py.types import Datum, ModelInput, TensorData
+from tinkex_py.types import Datum, EncodedTextChunk, ModelInput
+from tinkex_py.types.datum import own_tensor
 
 Evaluate = Callable[[Sequence[Datum], Logprobs], Awaitable[CustomLoss]]
 
@@ -20,7 +21,7 @@ class TinkerLoss:
     """A loss function of the official SDK, made by `Pipeline.as_tinker_loss`.
 
     It can be called from any thread, including one that runs an event loop. Official datums are converted to this
-    package's `Datum` for the terms.
+    package's `Datum` for the terms; of an image only the length is left, and the official datum is sent untouched.
 
     Args:
         evaluate: evaluates the pipeline.
@@ -48,7 +49,7 @@ class TinkerLoss:
         Raises:
             RegularizerError: a term failed.
             PipelineError: the loss cannot be evaluated, or no term depends on the logprobs.
-            InvalidData: a datum contains something other than text tokens and tensors.
+            InvalidData: an element is not a datum.
         """
         datums = [_own_datum(datum, index) for index, datum in enumerate(data)]
         logprobs = Logprobs.from_tensors(logprobs_list, datums)
@@ -86,18 +87,15 @@ def _own_datum(datum: Any, index: int) -> Datum:
         return datum
     try:
         return Datum(
-            model_input=ModelInput.from_ints(datum.model_input.to_ints()),
-            loss_fn_inputs={name: _own_tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()},
+            model_input=ModelInput(chunks=tuple(map(_own_chunk, datum.model_input.chunks))),
+            loss_fn_inputs={name: own_tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()},
         )
     except (AttributeError, ValueError, TypeError) as error:
-        raise InvalidData(f"datum {index} must contain only text tokens and tensors: {error}") from error
+        raise InvalidData(f"datum {index} must contain only chunks and tensors: {error}") from error
 
 
-def _own_tensor(tensor: Any) -> TensorData:
-    return TensorData(
-        data=tensor.data,
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        sparse_crow_indices=tensor.sparse_crow_indices,
-        sparse_col_indices=tensor.sparse_col_indices,
-    )
+def _own_chunk(chunk: Any) -> EncodedTextChunk:
+    """The terms read no input: a chunk that is not text, such as an image, stands as zeros of its length."""
+    if hasattr(chunk, "tokens"):
+        return EncodedTextChunk(tokens=chunk.tokens)
+    return EncodedTextChunk(tokens=[0] * (getattr(chunk, "expected_tokens", None) or 0))

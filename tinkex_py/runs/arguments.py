@@ -13,7 +13,7 @@ from tinkex_py.arguments import as_number, plain
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import ConfigError, InvalidBaseLoss
-from tinkex_py.runs.batches import check_batch
+from tinkex_py.runs.batches import checked_batch
 from tinkex_py.runs.plan import Evaluation, Model, StepSettings
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.threads import FileThread
@@ -194,7 +194,7 @@ def _check_batches(batches: object) -> None:
         raise ConfigError(f"batches must be lists of datums, got {_kind(cast('object', batches))}")
     if isinstance(batches, list | tuple):
         for number, batch in enumerate(cast("Sequence[object]", batches)):
-            check_batch(batch, number)
+            checked_batch(batch, number)
     elif callable(batches) and not isinstance(batches, Iterable | AsyncIterable):
         _check_function(batches, "batches must be a function of the number of batches to skip", "batches(0)", 0)
 

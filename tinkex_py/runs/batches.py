@@ -8,6 +8,7 @@ from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.runs.fingerprints import batch_fingerprint
 from tinkex_py.threads import FileThread
 from tinkex_py.types import Datum
+from tinkex_py.types.datum import is_official, own_datums
 
 Batch = Sequence[Datum]
 BatchStream = Iterable[Batch] | AsyncIterable[Batch]
@@ -86,6 +87,7 @@ class BatchReader:
                 batch = await self._next()
             except StopAsyncIteration:
                 break
+            batch = checked_batch(batch, self.position)
             await self._compare(batch)
             taken.append(batch)
             self.position += 1
@@ -122,7 +124,6 @@ class BatchReader:
             return []
 
     async def _compare(self, batch: Batch) -> None:
-        check_batch(batch, self.position)
         now = await self._files.run(lambda: batch_fingerprint(batch))
         before = self.fingerprints.setdefault(self.position, now)
         if before == now:
@@ -155,13 +156,14 @@ class BatchReader:
             current.close()
 
 
-def check_batch(batch: object, position: int) -> None:
-    """Raises InvalidData unless a batch is a sequence of datums."""
+def checked_batch(batch: object, position: int) -> Batch:
+    """Returns a batch with the datums of the official SDK converted; raises InvalidData for anything but datums."""
     given = f"a {type(batch).__name__}"
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        wrong = [item for item in cast("Sequence[object]", batch) if not isinstance(item, Datum)]
+        items = cast("Sequence[object]", batch)
+        wrong = [item for item in items if not isinstance(item, Datum) and not is_official(item)]
         if not wrong:
-            return
+            return own_datums(items) if any(map(is_official, items)) else cast("Batch", batch)
         given += f" with a {type(wrong[0]).__name__}"
     raise InvalidData(f"batch {position} must be a sequence of Datum, got {given}: pass lists of datums")
 

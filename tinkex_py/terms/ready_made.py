@@ -130,7 +130,7 @@ class ReadyMadeTerm(CheckedSettings, ABC):
     def _compute(
         self, data: Sequence[Datum], logprobs: torch.Tensor, **settings: Any
     ) -> TermResult | Awaitable[TermResult]:
-        checked_data(data)
+        data = checked_data(data)
         check_kind("logprobs", logprobs, torch.Tensor)
         return self.with_options(settings).loss(data, logprobs)
 

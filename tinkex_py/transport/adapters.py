@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from tinkex_py.errors import ConnectionFailed
+from tinkex_py.errors import ConfigError, ConnectionFailed
 
 
 class ClientTransport(httpx.AsyncBaseTransport):
@@ -71,3 +71,13 @@ async def _in_fresh_context(transport: httpx.ASGITransport, request: httpx.Reque
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def client_transport(http_client: object | None) -> ClientTransport | None:
+    """Returns the transport of a given client; raises ConfigError if it does not have httpx's interface."""
+    if http_client is None:
+        return None
+    for needed in ("build_request", "send"):
+        if not callable(getattr(http_client, needed, None)):
+            raise ConfigError(f"http_client has no {needed}(): pass a client with httpx's interface, or omit it")
+    return ClientTransport(http_client)

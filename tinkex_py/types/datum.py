@@ -7,8 +7,9 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 from pydantic import field_serializer, field_validator
 
+from tinkex_py.arguments import check_flag
 from tinkex_py.errors import InvalidData
-from tinkex_py.text import encode_prompt
+from tinkex_py.text import encode_answer, encode_prompt, require_text
 from tinkex_py.types.base import WireModel
 from tinkex_py.types.tensors import Array, TensorData, TensorInput, without_torch
 
@@ -171,6 +172,130 @@ class Datum(WireModel):
             except InvalidData as error:
                 raise InvalidData(f"loss_fn_inputs[{name!r}]: {error}") from None
         return packed
+
+    @classmethod
+    def from_tokens(cls, prompt: Sequence[int] | Array, completion: Sequence[int] | Array) -> "Datum":
+        """Returns a datum that learns a completion: `weights` is 1 for the tokens of the completion, 0 for others.
+
+        The tokens are shifted: of `N + 1` tokens, the first `N` are the input and the last `N` the targets.
+
+        Args:
+            prompt: token ids that are not learned; may be empty.
+            completion: token ids that follow.
+
+        Raises:
+            InvalidData: no token is to be learned; the first token of all has no prediction.
+        """
+        before, learned = _tokens("prompt", prompt), _tokens("completion", completion)
+        if before.size + learned.size < 2 or not learned.size:
+            raise InvalidData(
+                f"there is nothing to learn in {before.size} tokens of the prompt and {learned.size} of the "
+                "completion: pass a completion, and a token before it"
+            )
+        tokens = np.concatenate([before, learned])
+        weights = (np.arange(1, tokens.size) >= before.size).astype(np.float32)
+        return cls(
+            model_input=ModelInput.from_ints(tokens[:-1]),
+            loss_fn_inputs={"target_tokens": tokens[1:].astype(np.int64), "weights": weights},
+        )
+
+    @classmethod
+    def from_text(cls, tokenizer: Encoder, prompt: str, completion: str, *, append_end: bool = True) -> "Datum":
+        """Returns a datum that learns a text behind another, without a template.
+
+        Args:
+            tokenizer: any object with `encode`, for example `await training.get_tokenizer()`.
+            prompt: text that is not learned, encoded as in `ModelInput.from_text`; may be empty.
+            completion: text that continues it.
+            append_end: also learn the EOS token.
+
+        Raises:
+            InvalidData: nothing is to be learned, the tokenizer has no EOS token, or cannot encode the two apart.
+        """
+        require_text("prompt", prompt)
+        require_text("completion", completion)
+        check_flag("append_end", append_end)
+        return cls.from_tokens(*encode_answer(tokenizer, prompt, completion, append_end=append_end))
+
+    @classmethod
+    def of(cls, datum: object) -> "Datum":
+        """Returns a datum of this package: the same one, or the copy of a datum of the official SDK.
+
+        The provenance of an official datum is not copied: the losses do not read it.
+
+        Raises:
+            InvalidData: it is not a datum, or its input contains something other than text, such as an image.
+        """
+        if isinstance(datum, cls):
+            return datum
+        if not is_official(datum):
+            raise InvalidData(f"datum must be a Datum, got a {type(datum).__name__}")
+        given: Any = datum
+        return cls(
+            model_input=ModelInput(chunks=tuple(map(_text_chunk, given.model_input.chunks))),
+            loss_fn_inputs={name: own_tensor(value) for name, value in given.loss_fn_inputs.items()},
+        )
+
+    def with_inputs(self, **fields: TensorInput) -> "Datum":
+        """Returns a datum with further `loss_fn_inputs`, or with other values of those that it has.
+
+        Raises:
+            InvalidData: a value is not a tensor.
+        """
+        return Datum(model_input=self.model_input, loss_fn_inputs={**self.loss_fn_inputs, **fields})
+
+
+def is_official(datum: object) -> bool:
+    """Returns whether a value is a datum of another SDK with the protocol's fields, such as the official one."""
+    chunks = getattr(getattr(datum, "model_input", None), "chunks", None)
+    has_fields = isinstance(chunks, Sequence) and isinstance(getattr(datum, "loss_fn_inputs", None), Mapping)
+    return has_fields and not isinstance(datum, Datum)
+
+
+def _tokens(name: str, tokens: Sequence[int] | Array) -> Array:
+    try:
+        return EncodedTextChunk(tokens=tokens).tokens
+    except InvalidData as error:
+        raise InvalidData(f"{name}: {error}") from None
+
+
+def _text_chunk(chunk: Any) -> EncodedTextChunk:
+    kind = getattr(chunk, "type", type(chunk).__name__)
+    if kind != "encoded_text":
+        raise InvalidData(f"the input of the datum contains a chunk {kind!r}: this package has chunks of text only")
+    return EncodedTextChunk(tokens=chunk.tokens)
+
+
+def own_tensor(tensor: Any) -> TensorData:
+    """Returns a tensor of the official SDK, or anything that `TensorData.of` accepts, as one of this package."""
+    if isinstance(tensor, TensorData) or not hasattr(tensor, "sparse_crow_indices"):
+        return TensorData.of(tensor)
+    if tensor.sparse_crow_indices is None:
+        return TensorData(data=tensor.to_numpy(), dtype=tensor.dtype)
+    return TensorData(
+        data=tensor.data,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        sparse_crow_indices=tensor.sparse_crow_indices,
+        sparse_col_indices=tensor.sparse_col_indices,
+    )
+
+
+def own_datums(data: Sequence[object]) -> list[Datum]:
+    """Returns the datums of a list, those of the official SDK converted.
+
+    Raises:
+        InvalidData: an element is not a datum; the message has its index.
+    """
+    datums: list[Datum] = []
+    for index, datum in enumerate(data):
+        if not isinstance(datum, Datum) and not is_official(datum):
+            raise InvalidData(f"data[{index}] must be a Datum, got a {type(datum).__name__}")
+        try:
+            datums.append(Datum.of(datum))
+        except InvalidData as error:
+            raise InvalidData(f"data[{index}]: {error}") from None
+    return datums
 
 
 def field_of(datum: Datum, index: int, name: str) -> TensorData:
