@@ -52,13 +52,15 @@ class SumOverDatums:
     def _summed(
         self, data: Sequence[Datum], logprobs: "Sequence[torch.Tensor]", options: Mapping[str, Any]
     ) -> TermResult:
+        from tinkex_py.losses.known_gradient import as_loss  # loads torch
+
         if not data:
             raise InvalidData("sum_over_datums calls the function once per datum, but data is empty: pass the datums")
         losses: list[torch.Tensor] = []
         metrics: dict[str, Any] = {}
         for index, (datum, own) in enumerate(zip(data, logprobs, strict=True)):
             fields = [field_of(datum, index, name).to_torch().to(own.device) for name in self.inputs]
-            result = self.fn(own, *fields, **options)
+            result: Any = as_loss(self.fn(own, *fields, **options), own, self.name or "sum_over_datums")
             named: Mapping[str, Metric] = result[1] if isinstance(result, tuple) else {}
             loss = result[0] if isinstance(result, tuple) else result
             losses.append(loss.sum())

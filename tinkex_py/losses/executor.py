@@ -14,6 +14,7 @@ from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
 from tinkex_py.limits import RetryPolicy, time_limit, with_retries
 from tinkex_py.losses.gradients import Evaluation, evaluate
+from tinkex_py.losses.known_gradient import Scored, as_loss
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.options import DEFAULTS
 from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_with
@@ -279,11 +280,15 @@ class TermRun:
             )
 
     def _called(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
-        given = self.logprobs.views(leaf, self.data) if term.per_datum else leaf
-        return term.function(self.data, given, **term.options)
+        return term.function(self.data, self._given(term, leaf), **term.options)
+
+    def _given(self, term: PreparedTerm, leaf: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        return self.logprobs.views(leaf, self.data) if term.per_datum else leaf
 
     def _arithmetic(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
         with autograd_on():
+            if isinstance(result, Scored):
+                result = as_loss(result, self._given(term, leaf), term.name)
             return evaluate(
                 result,
                 leaf,

@@ -1,7 +1,7 @@
 """Terms and regularizer specs.
 
-A term maps `(data, logprobs)` to a loss or to `(loss, metrics)`. A regularizer is a term with a weight and a name.
-Source: the regularizers guide, "Core Concepts".
+A term maps `(data, logprobs)` to a loss, to `(loss, metrics)` or to `Scored`. A regularizer is a term with a weight
+and a name. Source: the regularizers guide, "Core Concepts".
 """
 
 import functools
@@ -28,8 +28,10 @@ from tinkex_py.values import Number
 if TYPE_CHECKING:
     import torch
 
+    from tinkex_py.losses.known_gradient import Scored
+
 Metric = Union[bool, int, float, "torch.Tensor"]
-TermResult = Union["torch.Tensor", tuple["torch.Tensor", Mapping[str, Metric]]]
+TermResult = Union["torch.Tensor", tuple["torch.Tensor", Mapping[str, Metric]], "Scored"]
 TermFunction = Callable[..., TermResult | Awaitable[TermResult]]
 OnError = Literal["raise", "skip"]
 
@@ -46,7 +48,7 @@ class Regularizer(Protocol):
         """A method `compute(self, data, logprobs, **options)`, sync or async.
 
         `data` are the datums of the step. `logprobs` is packed, `[sum(T_i)]` or `[sum(T_i), K]`. The method returns
-        the loss or `(loss, metrics)`.
+        the loss, `(loss, metrics)` or `Scored`.
         """
         ...
 
