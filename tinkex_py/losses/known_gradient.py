@@ -55,11 +55,11 @@ def as_loss(result: object, logprobs: "torch.Tensor | Sequence[torch.Tensor]", n
     dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
     if result.gradient is None or not parts:
         return torch.tensor(value, dtype=dtype, device=device), result.metrics
-    given = [result.gradient] if is_packed else result.gradient
+    given = cast("object", [result.gradient] if is_packed else result.gradient)
     if not isinstance(given, Sequence) or len(cast("Sequence[object]", given)) != len(parts):
         raise InvalidTermResult(
             f"term {name!r}: under per_datum(...), the gradient of Scored must be a list with one gradient per datum "
-            f"({len(parts)}), got {_described_gradient(given)}",
+            f"({len(parts)}), got {_described_gradient(cast('object', given))}",
             name=name,
         )
     gradients = [
@@ -86,7 +86,7 @@ def _as_gradient(given: object, logprobs: torch.Tensor, name: str) -> torch.Tens
 def _described_gradient(given: object) -> str:
     if isinstance(given, torch.Tensor):
         return f"shape {tuple(given.shape)} of dtype {given.dtype}, layout {given.layout}"
-    return f"{len(given)} of them" if isinstance(given, list | tuple) else shown(given)
+    return f"{len(cast('Sequence[object]', given))} of them" if isinstance(given, list | tuple) else shown(given)
 
 
 def with_known_gradient(

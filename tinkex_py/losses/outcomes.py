@@ -36,6 +36,7 @@ class PreparedTerm:
         on_error: whether a failure fails the step.
         max_grad_norm: largest norm of the gradient; None means no limit.
         retry: policy for further calls after a failure; None means a single call.
+        crossing: key and pickle of function and options, for a worker process; None runs the term in this one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PreparedTerm:
     on_error: OnError = "raise"
     max_grad_norm: float | None = None
     retry: RetryPolicy | AsyncRetrying | None = None
+    crossing: tuple[bytes, bytes] | None = None
 
 
 def prepare_base_loss(base_loss: Term) -> PreparedTerm:
@@ -77,6 +79,7 @@ def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
         on_error=spec.on_error,
         max_grad_norm=spec.max_grad_norm,
         retry=retry,
+        crossing=spec.crossing,
     )
 
 
