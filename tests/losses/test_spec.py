@@ -48,6 +48,7 @@ def test_row_13_fields_and_defaults():
         "is_async",
         "retry",
         "max_grad_norm",
+        "runs_in",
     ]
     assert (made.timeout, made.options, made.on_error, made.enabled, made.is_async) == (None, {}, "raise", True, None)
 

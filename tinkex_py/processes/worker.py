@@ -44,7 +44,7 @@ def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before
-        os._exit(1)
+        sys.exit(1)
 
 
 def _serve(channel: Channel, evaluate: Callable[..., Any]) -> None:
