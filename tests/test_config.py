@@ -76,6 +76,8 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key, monkeypatc
         ("max_threads", 0),
         ("max_response_bytes", 65535),
         ("wire", "xml"),
+        ("mean_logprob_difference", -1.0),
+        ("largest_logprob_difference", float("nan")),
     ],
 )
 def test_values_out_of_range_are_named(field, value):
@@ -95,6 +97,8 @@ def test_values_out_of_range_are_named(field, value):
         ("api_key", 7),
         ("retry", 3),
         ("timeout", 10**400),
+        ("mean_logprob_difference", "small"),
+        ("certificates", 7),
     ],
 )
 def test_values_of_a_wrong_type_are_named_at_once(field, value):

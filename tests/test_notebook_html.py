@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.runs.made_up_runs import TERMS, base_loss, contribution, made_up_step, weight
+from tests.runs.made_up_runs import BOUND, TERMS, base_loss, contribution, made_up_step, weight
 from tests.runs.support import run_info
 from tinkex_py import Pipeline, RegularizerSpec, controllers, per_datum, schedules
 from tinkex_py.html_table import html_table
@@ -70,7 +70,8 @@ def test_an_output():
     total = base_loss(4) + sum(contribution(place, 4) for place in range(3))
     assert tables.rows["total"][column("weight x value")] == f"{total:.5g}"
     without = Tables(made_up_step(4, norms=False).losses[0]._repr_html_())
-    assert without.rows["term"] == ["value", "weight", "weight x value"]
+    assert without.rows["term"] == ["value", "weight", "weight x value", "bound", "violation", "feasible"]
+    assert without.rows["kl_to_base"][3] == f"<= {BOUND:g}"
 
 
 def test_a_spec_and_a_pipeline():

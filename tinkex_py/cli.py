@@ -13,6 +13,7 @@ from tinkex_py.commands.check import check
 from tinkex_py.commands.checkpoints import checkpoints
 from tinkex_py.commands.dashboard import dashboard
 from tinkex_py.commands.demo import demo
+from tinkex_py.commands.lint import lint
 from tinkex_py.commands.replay import replay
 from tinkex_py.commands.report import report
 from tinkex_py.commands.runs import runs
@@ -25,7 +26,7 @@ from tinkex_py.version import __version__
 __all__ = ["app"]
 
 app = typer.Typer(name="tinkex-py", no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (check, demo, serve, train, sample, runs, report, dashboard, replay, version):
+for command in (check, demo, serve, train, lint, sample, runs, report, dashboard, replay, version):
     app.command()(command)
 app.add_typer(checkpoints, name="checkpoints")
 

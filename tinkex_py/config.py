@@ -3,9 +3,21 @@
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, cast
 
-from tinkex_py.arguments import check_choice, check_count, check_function, check_kind, plain, shown
+import platformdirs
+
+from tinkex_py.arguments import (
+    as_number,
+    check_choice,
+    check_count,
+    check_function,
+    check_kind,
+    check_path,
+    plain,
+    shown,
+)
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.limits import RetryPolicy, is_seconds
 from tinkex_py.transport.auth import COMMAND_VARIABLE, credentials_file, key_from_file
@@ -59,6 +71,10 @@ class TinkexConfig:
         sampling_patience: seconds without progress after which samples that the service refuses (429) fail.
         on_queue_state: called with each new QueueState, on the event loop; it should be quick. If it raises, it is not
             called again.
+        certificates: folder of the certificates that `certify_gradients` writes and `surrogate="auto"` reads; None is
+            the user's data folder.
+        mean_logprob_difference: a custom step warns if its backward and its forward pass differ by more in the mean.
+        largest_logprob_difference: the same for a single logprob.
 
     Raises:
         ConfigError: there is no key, or a value is invalid.
@@ -84,6 +100,9 @@ class TinkexConfig:
     billing_pause: float | None = None
     sampling_patience: float = 7200.0
     on_queue_state: Callable[[QueueState], object] | None = None
+    certificates: Path = None  # type: ignore[assignment]  # None is the user's data folder; a Path afterwards
+    mean_logprob_difference: float = 1e-3
+    largest_logprob_difference: float = 0.1
     credential_command: Secret = field(default=Secret(""), init=False, repr=False, compare=False)
     access_headers: Mapping[str, str] = field(default_factory=dict[str, str], init=False, repr=False, compare=False)
 
@@ -119,6 +138,15 @@ class TinkexConfig:
                 object.__setattr__(self, name, check_count(name, count, least=1, error=ConfigError))
         longest = check_count("max_response_bytes", self.max_response_bytes, least=_LEAST_RESPONSE, error=ConfigError)
         object.__setattr__(self, "max_response_bytes", longest)
+        folder = platformdirs.user_data_path("tinkex-py", appauthor=False) / "certificates"
+        given = cast("object", self.certificates)
+        chosen = folder if given is None else check_path("certificates", given, error=ConfigError)
+        object.__setattr__(self, "certificates", chosen)
+        for name in ("mean_logprob_difference", "largest_logprob_difference"):
+            limit = as_number(getattr(self, name))
+            if limit is None or not limit >= 0:
+                raise ConfigError(f"{name} must be a number >= 0, got {shown(getattr(self, name))}")
+            object.__setattr__(self, name, limit)
         check_kind("retry", self.retry, RetryPolicy, error=ConfigError)
         check_choice("wire", self.wire, ("auto", "protobuf", "json"), error=ConfigError)
 

@@ -35,6 +35,7 @@ from tinkex_py import (
     UnsupportedFeature,
 )
 from tinkex_py.local import LocalOptions
+from tinkex_py.types import ServerCapabilities
 
 pytestmark = pytest.mark.asyncio
 DATA = [datum(3, 1)]
@@ -178,7 +179,7 @@ async def test_an_unknown_model_is_named(bench):
         with pytest.raises(UnsupportedFeature, match="'huge'. Its only model is 'tiny'"):
             await wanted
     # A service of several models judges the name itself.
-    bench.service._session.models._known = ()
+    bench.service._session.models._known = ServerCapabilities()
     with pytest.raises(RequestFailed, match="'huge'") as caught:
         await bench.service.create_lora_training_client("huge")
     assert "tiny" in str(caught.value)

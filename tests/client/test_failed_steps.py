@@ -288,7 +288,7 @@ async def test_errors_tell_what_is_accumulated_and_what_to_do(bench):
     assert "new client from the last checkpoint" in str(failed.value)
     for refused in (
         training.forward_backward_custom([], nll),
-        training.forward_backward_custom(DATA, "nll"),
+        training.forward_backward_custom(DATA, "no loss"),
         training.forward_backward([]),
         training.optim_step("fast"),
         training.load_state("tinker://run/weights/name"),

@@ -16,6 +16,7 @@ from tinkex_py import (
     CustomLossOutput,
     InvalidData,
     InvalidSpec,
+    OptimizerParams,
     Pipeline,
     PipelineError,
     PrecedingRequestFailed,
@@ -25,7 +26,7 @@ from tinkex_py import (
 )
 from tinkex_py.local.data import EnginePass
 from tinkex_py.local.engine import Engine
-from tinkex_py.losses.controllers import AdaptiveKL, TargetGradientRatio
+from tinkex_py.losses.controllers import AdaptiveKL, DualAscent, TargetGradientRatio
 from tinkex_py.losses.schedules import Linear
 from tinkex_py.losses.weights import WeightController
 
@@ -250,3 +251,24 @@ async def test_surgery_in_a_step(bench: Bench):
     assert output.diagnosis["opposing"].conflicts is True
     with pytest.raises(PipelineError, match="set combine on it"):
         await training.forward_backward_custom(DATA, Pipeline(nll), combine="pcgrad")
+
+
+async def test_a_multiplier_moves_once_per_optimizer_step(bench: Bench):
+    """One call of 4 positions and one of 12 give the mean over 16; a step that failed moves nothing."""
+    training = await bench.train()
+    constraint = DualAscent(at_most=1.0, rate=1.0, initial=0.5)
+
+    def tokens(data: Any, logprobs: torch.Tensor) -> Any:
+        return (logprobs * 0).sum() + len(logprobs), {"tokens": len(logprobs)}
+
+    specs = [RegularizerSpec(fn=tokens, weight=constraint, name="r")]
+    small, large = [datum(4, 1)], [datum(12, 2)]
+    calls = [training.forward_backward_custom(data, nll, regularizers=specs) for data in (small, large)]
+    outputs = await asyncio.gather(*calls)
+    assert [output.regularizers["r"].weight for output in outputs] == [0.5, 0.5]
+    with pytest.raises(RequestFailed):
+        await training.optim_step(OptimizerParams(type="dimuon", learning_rate=0.01))
+    assert constraint.weights == {"r": 0.5}
+    await training.optim_step(ADAM)  # of the same gradients
+    # The mean over 16 positions is (4 * 4 + 12 * 12) / 16 = 10.
+    assert constraint.weights == {"r": pytest.approx(0.5 + 9.0)}

@@ -98,7 +98,7 @@ async def test_a_term_may_mask_a_token_of_probability_0(bench):
     training = await bench.train()
     masked = [datum(3, 1, weights=[1.0, 0.0, 1.0]), datum(2, 2, weights=[1.0, 1.0])]
     rows = [floats(-1, -math.inf, -1), floats(-1, -2)]
-    bench.recorder.faults["retrieve_future"] = [result_of(*rows)]
+    bench.recorder.faults["retrieve_future"] = [result_of(*rows), result_of(*rows)]
     output = await training.forward_backward_custom(masked, NLL(), surrogate="cross_entropy")
     assert output.loss_total == 5.0
     bench.recorder.faults["retrieve_future"] = [result_of(*rows)]

@@ -32,6 +32,7 @@ from tinkex_py import (
     telemetry,
 )
 from tinkex_py.client.surrogate import PER_REQUEST, PER_SEQUENCE, advantages_of
+from tinkex_py.config import HOSTED_SERVICE
 from tinkex_py.transport import wire
 from tinkex_py.types import PackedTensor
 
@@ -324,8 +325,11 @@ async def test_candidates_in_parts_of_a_step(local_bench):
     np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("answers", "options"), [(answers_like_skyrl, {}), (answers_like_hatchery, {"sequences_per_step": 3})]
+)
 @pytest.mark.asyncio
-async def test_datums_with_different_numbers_of_candidates(local_bench):
+async def test_datums_with_different_numbers_of_candidates(local_bench, answers, options):
     data = [datum(4, 1), datum(3, 2, candidates=2), datum(5, 3, candidates=1)]
 
     @per_datum
@@ -334,11 +338,11 @@ async def test_datums_with_different_numbers_of_candidates(local_bench):
         return sum(bent(data, part) for part in logprobs)
 
     summing = local_bench()
-    async with summing.service, skyrl_bench() as normalizing:
+    async with summing.service, bench_that(answers) as normalizing:
         after: list[np.ndarray] = []
         for bench in (summing, normalizing):
             training = await bench.train()
-            await training.forward_backward_custom(data, base)
+            await training.forward_backward_custom(data, base, **options)
             await training.optim_step(LINEAR)
             after.append(await logprobs_of(training, DATA))
     np.testing.assert_allclose(after[1], after[0], rtol=1e-4, atol=1e-4)
@@ -501,12 +505,32 @@ def divide_by_datums(message: wire.ForwardBackwardOutput) -> None:
     message.metrics["loss:sum"] /= sum(record.num_datums for record in message.loss_fn_outputs)
 
 
+@pytest.mark.parametrize("metrics", [{}, {"loss:avg": 0.0}, {"loss:mean": 1.0}])
 @pytest.mark.asyncio
-async def test_without_a_reported_loss_the_protocol_is_assumed(http_bench, choices):
-    http_bench.recorder.always["retrieve_future"] = rewriting(lambda message: message.metrics.clear())
+async def test_without_a_reported_loss_nothing_is_sent_unless_the_service_is_trusted(http_bench, choices, metrics):
+    """A mean is no proof of a sum, whatever its value."""
+
+    def change(message: wire.ForwardBackwardOutput) -> None:
+        message.metrics.clear()
+        message.metrics.update(metrics)
+
+    http_bench.recorder.always["retrieve_future"] = rewriting(change)
     training = await http_bench.train()
+    for _ in range(2):
+        with pytest.raises(UnsupportedFeature, match="reports no loss:sum.*`tinkex-py check --gradients`"):
+            await training.forward_backward_custom(DATA, signed)
+    assert http_bench.kinds(training) == ["F"]
+    assert choices == []
+    http_bench.service._session.surrogates.refusal = None
+    http_bench.service._session.surrogates.trusted = True  # as the address of the hosted service makes it
     await training.forward_backward_custom(DATA, signed)
     assert choices == ["cross_entropy"]
+
+
+def test_the_hosted_service_is_trusted():
+    for address, trusted in ((HOSTED_SERVICE, True), ("https://elsewhere.example", False)):
+        service = AsyncServiceClient(quick_config(address))
+        assert service._session.surrogates.trusted is trusted
 
 
 # Scale and sign
@@ -538,7 +562,7 @@ async def test_scale_and_sign_arrive(http_bench):
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"surrogate": "ppo"}, "surrogate must be one of 'auto', 'cross_entropy', 'importance_sampling', got 'ppo'"),
+    ({"surrogate": "ppo"}, "surrogate must be one of 'auto', 'cross_entropy', 'importance_sampling', "),
     ({"sequences_per_step": 0}, "sequences_per_step must be an int >= 1, got 0"),
     ({"sequences_per_step": True}, "got True"),
     ({"sequences_per_step": 4.5}, "got 4.5"),

@@ -106,3 +106,29 @@ async def test_what_a_service_lacks(monkeypatch, scripts, expected):
     assert {name: result for name, result in found.items() if result[0] != "works"} == expected
     if "wire" in found:
         assert next(finding.detail for finding in report.findings if finding.name == "wire") == "json"
+
+
+def test_gradients_of_a_service_are_measured(command, address, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    result = command("check", "--gradients", "--rank", "4", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    measured = report["gradients"]
+    assert (measured["surrogate"], measured["model"], measured["rank"]) == ("cross_entropy", "tiny", 4)
+    assert measured["service"] == address
+    assert "at most 364 throwaway models" in result.stderr
+    (file,) = (tmp_path / "tinkex-py" / "certificates").iterdir()
+    assert json.loads(file.read_text()) == measured
+
+
+def test_a_service_whose_gradients_cannot_be_measured(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    result = command("check", "--gradients", "--model", "huge")
+    assert result.exit_code == 1
+    assert "Its only model is 'tiny'" in result.output
+    result = command("check", "--gradients", "--rank", "4")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["surrogate", "cross_entropy:", "pass"] in lines
+    assert ["pass", "descending"] in [line[:2] for line in lines]
+    assert "arrive as computed with surrogate='cross_entropy'" in result.stdout

@@ -60,6 +60,7 @@ COMMANDS = [
     ("dashboard .", "uvicorn", "dashboard"),
     ("demo", "matplotlib", "demo"),
     ("demo", "peft", "demo"),
+    ("lint local.yaml", "yaml", "cli"),
     ("replay step --pipeline nowhere:nothing", "safetensors", "replay"),
     ("report run", "jinja2", "report"),
     ("report run", "matplotlib", "report"),

@@ -250,6 +250,11 @@ BAD_FILES = [
         TINY + "loss: {regularizers: [{term: L2, weight: {controller: AdaptiveKL, initial: 0.1}}]}\n",
         "loss.regularizers.0.weight: AdaptiveKL: .*'target'",
     ),
+    (TINY + "loss: {regularizers: [{term: L2}]}\n", "loss.regularizers.0: .*weight=None, and there is no bound"),
+    (
+        TINY + "loss: {regularizers: [{term: L2, at_most: 1.0}]}\n",
+        "loss.regularizers.0: .*reduction='sum' grows with the batch",
+    ),
     (
         TINY + "optimizer: {learning_rate: {schedule: WarmUp, steps: 2, then: {schedule: Linear, start: 1}}}\n",
         "optimizer.learning_rate.then: Linear: .*'end' and 'steps'",

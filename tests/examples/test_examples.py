@@ -155,6 +155,17 @@ def test_kl_controlled_sft(run_example: Callable[[str], str]) -> None:
     assert float(target) / 3 < float(held) < 3 * float(target)
 
 
+def test_constrained_sft(run_example: Callable[[str], str]) -> None:
+    text = run_example("constrained_sft.py")
+    values = [float(value) for value in re.findall(r"^ *\d+  \S+  (\S+) .*(?:holds|violated)$", text, re.MULTILINE)]
+    ((last, bound, price),) = re.findall(r"^KL at the end: (\S+), bound (\S+), price (\S+)$", text, re.MULTILINE)
+    assert len(values) == 15
+    assert "violated" in text
+    assert 0.5 * float(bound) < float(last) < 1.1 * float(bound)
+    # The loss is linear and the KL quadratic in the logprobs: the price of 0.2 nats is 1 / sqrt(2 * 0.2).
+    assert float(price) == pytest.approx(1.58, rel=0.3)
+
+
 def test_dpo(run_example: Callable[[str], str]) -> None:
     text = run_example("dpo.py")
     ((first, last),) = re.findall(r"^DPO loss: (\S+) -> (\S+)$", text, re.MULTILINE)

@@ -31,6 +31,7 @@ STATUSES = {
     "DuplicateRegularizerNames": 422,
     "BadRequest": 400,
     "NotFound": 404,
+    "MissingEndpoint": 501,
     "Conflict": 409,
     "Unprocessable": 422,
     "PrecedingRequestFailed": 409,

@@ -78,6 +78,8 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "skipped",
         "abandoned_threads",
         "service_output",
+        "logprob_difference_mean",
+        "logprob_difference_largest",
     }
     assert set(plain["base_loss"]) == {"value", "metrics", "grad_norm"}
     assert set(plain["regularizers"]["l1_sparsity"]) == {
@@ -91,6 +93,7 @@ async def test_rows_106_to_113_the_files_of_the_guide(tmp_path: Path):
         "differentiable",
         "clip_scale",
         "attempts",
+        "constraint",
     }
     assert plain["service_output"] is None
     assert plain["regularizers"]["l1_sparsity"]["value"] == pytest.approx(4.9, rel=1e-6)

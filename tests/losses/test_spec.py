@@ -49,6 +49,8 @@ def test_row_13_fields_and_defaults():
         "retry",
         "max_grad_norm",
         "runs_in",
+        "at_most",
+        "at_least",
     ]
     assert (made.timeout, made.options, made.on_error, made.enabled, made.is_async) == (None, {}, "raise", True, None)
 
@@ -59,10 +61,12 @@ def test_row_13_frozen():
         made.weight = 2.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("fields", [{"weight": 1.0, "name": "n"}, {"fn": l1, "name": "n"}, {"name": "n"}])
+@pytest.mark.parametrize("fields", [{"weight": 1.0, "name": "n"}, {"name": "n"}])
 def test_row_13_missing_fn_or_weight(fields: dict[str, Any]):
     with pytest.raises(TypeError):
         RegularizerSpec(**fields)
+    with pytest.raises(InvalidSpec, match="'n': weight=None, and there is no bound"):
+        RegularizerSpec(fn=l1, name="n")
 
 
 def test_rows_19_and_20_a_mapping_and_unknown_fields():

@@ -243,6 +243,16 @@ def test_a_certain_token(term: ReadyMadeTerm, expected: float) -> None:
         assert gradient.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
+def test_an_impossible_token() -> None:
+    given = batch([[-1.0], [-1.0, -math.inf]])
+    value, gradient, _ = evaluated(Unlikelihood(), given)
+    assert math.isfinite(value.item())
+    assert gradient[2] == 0  # it is as unlikely as can be
+    for term in (Focal(), DFT()):
+        with pytest.raises(InvalidData, match="the model's output has -inf at position 1 of datum 1"):
+            evaluated(term, given)
+
+
 def test_unlikelihood_keeps_its_slope_at_the_floor() -> None:
     for p in (1 - 0.99e-5, 1 - 1.01e-5):  # just below and above the floor of 1 - p
         value, gradient, _ = evaluated(Unlikelihood(), batch([[math.log(p)]]))

@@ -97,9 +97,32 @@ CASES = [
 def test_four_and_twelve_datums_give_the_gradient_of_sixteen(cls: type[ReadyMadeTerm], reduction: str) -> None:
     term = made(cls, reduction)
     assert term is not None
-    assert term.coupling is None
     candidates = 3 if cls.__name__ in ON_CANDIDATES else None
-    whole = sixteen(candidates=candidates, with_empty=not issubclass(cls, PairTerm))
+    check_parts(term, sixteen(candidates=candidates, with_empty=not issubclass(cls, PairTerm)))
+
+
+OWN = {"mask": "own"}
+PAIR = {**OWN, "pair_field": "reference_logprobs"}
+OTHER_SETTINGS: list[tuple[ReadyMadeTerm, int | None]] = [
+    *((regularizers.L2(**OWN, reduction=reduction), 3) for reduction in MEANS[:3]),
+    (regularizers.L1(**OWN, target="probs", reduction="mean"), 3),
+    *((regularizers.Entropy(**OWN, over="tokens", reduction=reduction), None) for reduction in MEANS[:3]),
+    *((regularizers.Consistency(**PAIR, metric="cosine", reduction=reduction), 3) for reduction in MEANS[:3]),
+    *((regularizers.Consistency(**PAIR, metric="cosine", reduction=reduction), None) for reduction in MEANS[:3]),
+    (regularizers.Consistency(**PAIR, metric="kl"), 3),
+    (regularizers.Consistency(**PAIR, metric="kl", over="tokens"), None),
+    (regularizers.SampledKL(**OWN, **REFERENCE, sampler_field="logprobs", reduction="mean"), None),
+    (base_losses.NLL(**OWN, reduction="mean"), 3),
+]
+
+
+@pytest.mark.parametrize(("term", "candidates"), OTHER_SETTINGS, ids=lambda value: getattr(value, "name", None))
+def test_so_do_other_settings(term: ReadyMadeTerm, candidates: int | None) -> None:
+    check_parts(term, sixteen(candidates=candidates))
+
+
+def check_parts(term: ReadyMadeTerm, whole: Batch) -> None:
+    assert term.coupling is None
     value, gradient, _ = evaluated(term, whole)
     known = term.with_options({"total": term.total_of(whole.data)})
     parts = [whole.part(*range(4)), whole.part(*range(4, 16))]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from tests.runs.support import run_info
 from tinkex_py import BaseLossOutput, CustomLossOutput, GradientDiagnosis, RegularizerOutput
+from tinkex_py.losses.output import ConstraintOutput
 from tinkex_py.runs.records import RunInfo, StepRecord
 
 TERMS = ("l2", "kl_to_base", "rarity")
+BOUND = 0.5  # of the second term
 
 
 def base_loss(step: int) -> float:
@@ -25,6 +27,10 @@ def weight(place: int, step: int) -> float:
     return 0.1 * (place + 1) * (1.0 - math.exp(-step / 20.0))
 
 
+def constraint(value: float) -> ConstraintOutput:
+    return ConstraintOutput(at_most=BOUND, value=value, violation=value - BOUND, feasible=value <= BOUND)
+
+
 def made_up_step(step: int, terms: Sequence[str] = TERMS, *, norms: bool = True) -> StepRecord:
     regularizers = {
         name: RegularizerOutput(
@@ -34,6 +40,7 @@ def made_up_step(step: int, terms: Sequence[str] = TERMS, *, norms: bool = True)
             contribution=contribution(place, step),
             grad_norm=1.0 / step if norms else None,
             grad_norm_weighted=weight(place, step) / step if norms else None,
+            constraint=constraint(contribution(place, step) / weight(place, step)) if place == 1 else None,
         )
         for place, name in enumerate(terms)
     }

@@ -130,6 +130,18 @@ async def test_a_run_of_an_older_version_resumes_with_one_warning(tmp_path: Path
     assert len(caught) == 1
 
 
+async def test_an_accumulated_run_of_a_version_with_other_means_is_refused(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"pipeline": Pipeline(NLL(reduction="token-mean")), "accumulate": 2}
+    async with AsyncServiceClient.local(model="tiny") as service:
+        await run_to(service, tmp_path / "run", steps=2, **given)
+        path = tmp_path / "run" / RUN_FILE
+        content = json.loads(path.read_text())
+        assert content["config"].pop("means") == "of the whole step"
+        path.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match="means was not set and is 'of the whole step'"):
+            await run_to(service, tmp_path / "run", steps=3, **given)
+
+
 async def test_code_that_has_no_fingerprint_warns_and_resumes(tmp_path: Path) -> None:
     class Opaque:
         __slots__ = ()

@@ -16,7 +16,16 @@ import pytest
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from tests.runs.made_up_runs import TERMS, base_loss, contribution, made_up_run, made_up_step, write_run
+from tests.runs.made_up_runs import (
+    BOUND,
+    TERMS,
+    base_loss,
+    contribution,
+    made_up_run,
+    made_up_step,
+    weight,
+    write_run,
+)
 from tests.runs.support import run_info
 from tinkex_py.cli import app
 from tinkex_py.errors import ConfigError, MissingExtra
@@ -178,7 +187,10 @@ def test_one_run_on_a_page_that_loads_nothing(tmp_path: Path):
     assert ["optimizer.lr", "0.0005"] in page.rows
     assert ["seed", "7"] in page.rows
     assert any(row[0] == "my run" and f"{expected:.5g}" in row and "30 of 30" in row for row in page.rows)
-    assert {row[0]: row for row in page.rows}["l2"][3] == f"{contribution(0, 30):.5g}"
+    rows = {row[0]: row for row in page.rows}
+    assert rows["l2"][3:7] == ["-", "-", "-", f"{contribution(0, 30):.5g}"]
+    violation = contribution(1, 30) / weight(1, 30) - BOUND
+    assert rows["kl_to_base"][3:6] == [f"{BOUND:.5g}", f"{violation:.5g}", "yes" if violation <= 0 else "no"]
     assert page.tags <= HARMLESS_TAGS
     images = [reference for reference in page.references if not reference.startswith("#")]
     assert len(images) == 2 * len(CHARTS)  # for wide screens and for phones
@@ -223,7 +235,7 @@ def test_a_run_without_steps_or_norms(tmp_path: Path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
     assert "No run has data for this chart." in "".join(Page(report.page.read_text()).texts)
     without = write_report([empty, whole], tmp_path / "out")
-    assert list(without.charts) == ["losses", "contributions", "weights", "times"]
+    assert list(without.charts) == ["losses", "contributions", "weights", "violations", "times"]
     assert "track_grad_norms=True" in without.page.read_text()
 
 
@@ -272,7 +284,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert done.exit_code == 0, done.output
     last = base_loss(2) + sum(contribution(place, 2) for place in range(3))
     assert f"a: finished, 2 steps, loss 3.0089 -> {last:.4f}" in done.stdout
-    assert f"wrote {tmp_path / 'out' / 'index.html'} and 4 charts" in done.stdout
+    assert f"wrote {tmp_path / 'out' / 'index.html'} and 5 charts" in done.stdout
     assert "empty: finished, 0 steps\n" in done.stdout
     done = command.invoke(app, ["report", str(empty), "--json", "--out", str(tmp_path / "other")])
     written = json.loads(done.stdout)

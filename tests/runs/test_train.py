@@ -80,6 +80,12 @@ async def test_an_accumulated_step_is_that_of_one_batch(bench: Any, tmp_path: Pa
     assert numbers[0][0] != numbers[0][2]
 
 
+async def test_a_loss_by_name(bench: Any, tmp_path: Path) -> None:
+    await run_to(bench.service, tmp_path / "name", steps=2, pipeline="cross_entropy", checkpoint_every=None)
+    await run_to(bench.service, tmp_path / "class", steps=2, pipeline=NLL(), checkpoint_every=None)
+    assert losses(tmp_path / "name") == losses(tmp_path / "class")
+
+
 async def test_a_loss_that_couples_datums_is_not_accumulated(bench: Any, tmp_path: Path) -> None:
     coupled = Pipeline(NLL(), [RegularizerSpec(fn=L2(mask=None, center="mean"), weight=0.1)])
     with pytest.raises(ConfigError, match=r"the term 'l2_weight_decay' \(L2\) couples them: .*Use accumulate=1"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tinkex_py
-from tinkex_py.client import service as client_service
+from tinkex_py.client import service_models
 from tinkex_py.errors import ConfigError, InvalidData, PipelineError
 from tinkex_py.local.checkpoints import STATE_FILE
 from tinkex_py.local.models import load_model, quiet_loading
@@ -152,5 +152,5 @@ def test_a_tokenizer_that_a_service_names_brings_no_code(model_folder, tmp_path,
     path.write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.E", "evil.E"]}}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("input() was called"))
     with contextlib.suppress(tinkex_py.UnsupportedFeature):
-        client_service._tokenizer_by_name(str(model_folder))
+        service_models.tokenizer_by_name(str(model_folder))
     assert not mark.exists()

@@ -144,6 +144,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "FAMO.load_state_dict.state": controllers.FAMO().state_dict(),
         "UncertaintyWeighting.load_state_dict.state": controllers.UncertaintyWeighting().state_dict(),
         "Linear.end": 0.5,
+        "severity": "error",
         "status": "finished",
         "Problem.status": 422,
         "statuses": 422,

@@ -105,6 +105,11 @@ class Corrected(ReadyMadeTerm):
         found = [one.coupling for one in (self.policy, *self.corrections)]
         return next((reason for reason in found if reason is not None), None)
 
+    @property
+    def surrogate(self) -> str | None:
+        """That of `policy`, or the factors of the corrections."""
+        return self.policy.surrogate or ("the factors of the corrections are constants" if self.corrections else None)
+
     def _total_of(self, data: Sequence[Datum]) -> float | None:
         return self.policy.total_of(data)
 

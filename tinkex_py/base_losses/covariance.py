@@ -56,6 +56,11 @@ class ClipCov(PPO):
         """The covariances are those of all tokens."""
         return _COUPLING
 
+    @property
+    def surrogate(self) -> str | None:
+        """The tokens that are drawn depend on the logprobs."""
+        return "the tokens that are drawn depend on the logprobs"
+
     def check(self) -> None:
         """Raises InvalidSpec if the bounds are not in order."""
         super().check()

@@ -100,7 +100,7 @@ class PolicyLoss(ReducedTerm):
         advantages = aligned_field(data, self.advantages_field, logprobs)
         sampler = aligned_field(data, self.logprobs_field, logprobs) if with_sampler else None
         positions = self.positions(data, logprobs, by_datum=by_datum or self.by_datum)
-        selected = positions.select_finite(logprobs, data, "the model's logprobs")
+        selected = positions.select_finite(logprobs, data, "the model's output")
         old = selected.detach()
         if sampler is not None:
             source = f"the field {self.logprobs_field!r}"
@@ -296,6 +296,11 @@ class CISPO(ClippedPolicyLoss):
     name: NonEmptyStr = "cispo"
     clip_low_threshold: NonNegative = 0.0
     clip_high_threshold: Positive = 4.0
+
+    @property
+    def surrogate(self) -> str | None:
+        """The limited ratio is a constant."""
+        return "the limited ratio is a constant"
 
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""

@@ -48,6 +48,11 @@ class GSPO(ClippedPolicyLoss):
     name: NonEmptyStr = "gspo"
     ratio_mask: NonEmptyStr | None = None
 
+    @property
+    def surrogate(self) -> str | None:
+        """The ratio of the answer is a constant."""
+        return "the ratio of the answer is a constant"
+
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         ratio = tokens.positions.spread(safe_exp(self._mean_log_ratios(tokens))).expand_as(tokens.logprobs)
@@ -170,6 +175,11 @@ class VESPO(PolicyLoss):
     k_negative: NonNegative = 3.0
     lam_negative: NonNegative = 2.0
 
+    @property
+    def surrogate(self) -> str | None:
+        """The weight of the answer is a constant."""
+        return "the weight of the answer is a constant"
+
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""
         log_w = tokens.positions.spread(sequence_log_ratios(tokens)).expand_as(tokens.advantages)
@@ -206,6 +216,11 @@ class TOPR(PolicyLoss):
 
     name: NonEmptyStr = "topr"
     level: Literal["sequence", "token"] = "sequence"
+
+    @property
+    def surrogate(self) -> str | None:
+        """The limited ratio is a constant."""
+        return "the limited ratio is a constant"
 
     def token_losses(self, tokens: PolicyTokens) -> TokenLosses:
         """Implements `PolicyLoss.token_losses`."""

@@ -22,12 +22,18 @@ class TokenWeighting(ReducedTerm):
     """A loss of the probability of each target token; the settings are those of `ReducedTerm`."""
 
     had_no_default_mask: ClassVar[bool] = False
+    allows_impossible: ClassVar[bool] = False
+    """True if the loss of a token of probability 0 is finite."""
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         self.check_sampled(data, logprobs, "pass [T] targets")
         positions = self.positions(data, logprobs)
-        return positions.reduce(self.token_losses(positions.select(logprobs)), self.reduction)
+        if self.allows_impossible:
+            selected = positions.select(logprobs)
+        else:
+            selected = positions.select_finite(logprobs, data, "the model's output")
+        return positions.reduce(self.token_losses(selected), self.reduction)
 
     @abstractmethod
     def token_losses(self, logprobs: torch.Tensor) -> torch.Tensor:
@@ -87,6 +93,11 @@ class DFT(TokenWeighting):
 
     name: NonEmptyStr = "dft"
 
+    @property
+    def surrogate(self) -> str | None:
+        """The probability that weighs a token is a constant."""
+        return "the probability that weighs a token is a constant"
+
     def token_losses(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Implements `TokenWeighting.token_losses`."""
         return -logprobs.detach().exp() * logprobs
@@ -109,6 +120,8 @@ class Unlikelihood(TokenWeighting):
 
     The settings are those of `ReducedTerm`.
     """
+
+    allows_impossible: ClassVar[bool] = True
 
     name: NonEmptyStr = "unlikelihood"
 

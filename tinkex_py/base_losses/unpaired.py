@@ -91,6 +91,11 @@ class KTO(ReferenceTerm):
         """The mismatched datums decide the loss of all others."""
         return None if self.reference_point is not None else "the reference point is a mean over the mismatched datums"
 
+    @property
+    def surrogate(self) -> str | None:
+        """The reference point is a constant."""
+        return None if self.reference_point is not None else "the reference point is a constant"
+
     def _total_of(self, data: Sequence[Datum]) -> float | None:
         return None if self.reduction == "sum" else float(sum(map(bool, self._labels(data))))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
 from tinkex_py.errors import PipelineError, SurrogateMismatch
@@ -20,7 +20,7 @@ class GradientCall:
         datums: number of datums whose gradients the service holds or may hold.
         scaled_for: the number of datums that the gradient was scaled for; None if the scale does not depend on it.
         controllers: the weight controllers of a custom step.
-        output: the loss of a custom step, until its controllers have read it.
+        output: the loss of a custom step, which its controllers read.
     """
 
     datums: int
@@ -40,6 +40,8 @@ class Accumulation:
         self.steps = 0
         self._calls: list[GradientCall] = []
         self._controller_failure: PipelineError | None = None
+        self._last_step: Sequence[GradientCall] = ()
+        self._states_before: list[tuple[WeightController, dict[str, Any]]] = []
 
     @property
     def count(self) -> int:
@@ -61,8 +63,21 @@ class Accumulation:
         return taken
 
     def put_back(self, calls: Sequence[GradientCall]) -> None:
-        """Restores the calls of an optimizer step that was refused or failed."""
+        """Restores the calls of an optimizer step that was refused."""
         self._calls[:0] = calls
+
+    def undo_step(self, calls: Sequence[GradientCall]) -> None:
+        """Restores the calls of an accepted optimizer step that failed, and the weights before it.
+
+        If a later step has moved the weights, they stay, and the calls do not move them again.
+        """
+        if calls is self._last_step:
+            for controller, state in self._states_before:
+                controller.load_state_dict(state)
+        else:
+            for call in calls:
+                call.output = None
+        self.put_back(calls)
 
     def check_divisor(self) -> None:
         """Raises SurrogateMismatch if gradients were scaled for another number of datums than the service holds."""
@@ -91,10 +106,12 @@ class Accumulation:
             if call.output is not None and call.datums:
                 for controller in call.controllers:
                     outputs.setdefault(controller, []).append(call.output)
-            call.output = None
+        self._last_step, self._states_before = calls, []
         for controller, seen in outputs.items():
             try:
+                before = controller.state_dict()
                 controller.update(seen)
+                self._states_before.append((controller, before))
             except Exception as error:  # noqa: BLE001  # user code; the optimizer step was accepted and must not fail
                 self._controller_failure = self._failed(controller, error)
 

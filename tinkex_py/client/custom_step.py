@@ -1,17 +1,22 @@
 """Custom steps: forward pass, evaluation of the terms, and the backward pass that carries their gradient."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
+
 from tinkex_py.arguments import check_choice, check_count, check_flag, check_path, shown
 from tinkex_py.client.accumulation import GradientCall
 from tinkex_py.client.batches import CustomBatch, checked_data, custom_batch
 from tinkex_py.client.candidates import check_splittable, joined_logprobs, one_target_each, split_gradient
+from tinkex_py.client.certificates import Certificate
 from tinkex_py.client.ordering import Turn
 from tinkex_py.client.passes import GradientPass, Model, Pass, off_loop_if
+from tinkex_py.client.service_models import model_info
 from tinkex_py.client.surrogate import (
     Surrogate,
     SurrogateOption,
@@ -22,6 +27,7 @@ from tinkex_py.client.surrogate import (
     measuring_sample,
     measuring_weights,
 )
+from tinkex_py.config import TinkexConfig
 from tinkex_py.errors import InvalidData, PipelineError
 from tinkex_py.limits import is_seconds
 from tinkex_py.losses.options import DEFAULTS as PIPELINE_DEFAULTS, PipelineOptions
@@ -50,7 +56,11 @@ class CustomStepOptions(PipelineOptions, total=False):
             service executes the whole step in one round trip, with the same gradient; terms emit no events, and their
             timeouts do not apply. "auto": on the service if possible. Default "client".
         surrogate: the loss of the service that carries the gradient. "auto" selects the one that carries it unchanged,
-            from a table of known services or from the result of the forward pass. Default "auto".
+            from a certificate, a table of known services or the result of the forward pass. "importance_sampling" is
+            for a service that divides each datum by its length and by the datums of all calls up to the next
+            optim_step, "importance_sampling_per_request" by its length and by the datums of its request,
+            "importance_sampling_per_token" by the tokens of its request, and "importance_sampling_sum" for one that
+            divides nothing. Default "auto".
         sequences_per_step: number of datums of all calls up to the next optim_step; None means those of this call. The
             gradient is scaled by it on services that divide by it ("importance_sampling"). Default None.
         overlap: send the forward pass while the terms of the custom step before this one still run. The terms of this
@@ -122,7 +132,8 @@ class CustomStep:
             output=loss.output,
         )
         backward = GradientPass(model, carried.chunks, surrogate.loss_fn, call=call, on_hand_over=on_hand_over)
-        return loss.with_service(await turn.send(backward))
+        applied = await turn.send(backward)
+        return loss.with_service(applied, _logprob_differences(model.session.settings, logprobs, applied))
 
     async def _forward(
         self, turn: Turn, model: Model, data: Sequence[Datum]
@@ -132,17 +143,19 @@ class CustomStep:
         The batch has other datums if the service carries the gradient of one target per position only.
         """
         surrogates = model.session.surrogates
-        surrogate = surrogates.for_step(self.surrogate)
+        surrogate = surrogates.for_step(self.surrogate, model.key)
         if surrogate is None and has_candidates(data):
             _, _, surrogate = await self._forward(turn, model, measuring_sample(data))
         if surrogate is not None and surrogate.loss_fn == "importance_sampling" and has_candidates(data):
-            check_splittable(data, surrogates.host, self.sequences_per_step)
+            sequences = self.sequences_per_step if surrogate.divides == "sequences" else None
+            check_splittable(data, surrogates.host, sequences)
             data = one_target_each(data)
         batch = await self._laid_out(model, data, measured=surrogate is None)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
         if surrogate is None:
             logprobs = logprobs_of(forward, data, model.session.surrogates.host)
-            surrogate = surrogates.learn(forward, logprobs, measuring_weights(batch.size))
+            weights, certificate = measuring_weights(batch.size), await _stored_certificate(model)
+            surrogate = surrogates.learn(forward, logprobs, weights, model.key, certificate)
         return batch, forward, surrogate
 
     async def _laid_out(self, model: Model, data: Sequence[Datum], *, measured: bool) -> CustomBatch:
@@ -169,6 +182,42 @@ class CustomStep:
         )
         loss.check_differentiable()
         return loss
+
+
+async def _stored_certificate(model: Model) -> Certificate | None:
+    name = model.base_model
+    if name is None:
+        info = await model_info(model.session.api, model.model_id)
+        name = info.model_data.model_name or info.model_name
+    return None if name is None else await model.session.stored_certificate(name)
+
+
+def _logprob_differences(
+    settings: TinkexConfig, forward: PackedTensor, backward: ForwardBackwardOutput
+) -> tuple[float, float] | None:
+    """Returns the mean and the largest difference of the logprobs of both passes, and warns if they are large.
+
+    Tokens of probability 0 in the forward pass, which terms have masked, are left out.
+    """
+    repeated = backward.packed.get("logprobs")
+    if repeated is None or repeated.values.shape != forward.values.shape:
+        return None
+    counted = np.isfinite(forward.values)
+    if not counted.any():
+        return None
+    differences = np.abs(repeated.values[counted] - forward.values[counted])
+    mean, largest = float(differences.mean()), float(differences.max())
+    if not (mean <= settings.mean_logprob_difference and largest <= settings.largest_logprob_difference):
+        limits = f"{settings.mean_logprob_difference:g} and {settings.largest_logprob_difference:g}"
+        warnings.warn(
+            f"the logprobs of a custom step's backward pass differ from those of its forward pass by {mean:.2g} in the "
+            f"mean and {largest:.2g} at most (limits of TinkexConfig: {limits}). So the gradient belongs to other "
+            "numbers than the loss. Dropout, an outdated adapter or another precision cause this; `tinkex-py check "
+            "--gradients` measures its effect",
+            UserWarning,
+            stacklevel=2,
+        )
+    return mean, largest
 
 
 _STEP_DEFAULTS = {field.name: field.default for field in fields(CustomStep) if field.name != "pipeline"}

@@ -36,13 +36,20 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Model:
-    """The model of a training client, and the state that its requests share."""
+    """The model of a training client, and the state that its requests share.
+
+    Attributes:
+        base_model: name of the base model; None if it is unknown.
+        key: the name under which certificates of this model are in use.
+    """
 
     session: ClientSession
     model_id: str
     ordering: Ordering
     accumulation: Accumulation
     queue: QueueWatch
+    base_model: str | None
+    key: str
 
 
 class Effect(Enum):

@@ -1,33 +1,26 @@
 """The service client: opens and closes one session, and creates the other clients."""
 
 import asyncio
-import importlib
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
 from tinkex_py.arguments import check_flag, check_kind, check_path, check_text
 from tinkex_py.client.arguments import given
+from tinkex_py.client.certificates import Certificate
 from tinkex_py.client.rest import AsyncRestClient
 from tinkex_py.client.rest_requests import RestRequests
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
-from tinkex_py.client.service_models import lora_config_of, lora_settings, model_labels
+from tinkex_py.client.service_models import lora_config_of, lora_settings, model_labels, tokenizer_by_name
 from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import json_result
-from tinkex_py.client.surrogate import SUMMED
+from tinkex_py.client.surrogate import SUMMED, SURROGATES, SurrogateName
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.config import TinkexConfig
-from tinkex_py.errors import (
-    APIStatusError,
-    ClientClosed,
-    ConfigError,
-    MissingExtra,
-    TimeoutExceeded,
-    UnsupportedFeature,
-)
+from tinkex_py.errors import APIStatusError, ClientClosed, ConfigError, TimeoutExceeded
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.threads import import_before_threads, in_own_thread
@@ -43,6 +36,7 @@ from tinkex_py.types import LoraConfig, ServerCapabilities, ServiceFeatures, Tok
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tinkex_py.certify.models import Cost
     from tinkex_py.local import LocalService
 
 EMBEDDED_ADDRESS = "http://embedded"
@@ -193,7 +187,7 @@ class AsyncServiceClient:
             error.add_note(f"check the name {base_model!r}: some services do not respond for a model that they lack")
             raise
         model_id = text_of(await json_result(self._api, request_id, "CreateModel"), "model_id", "create_model")
-        return self._training_client(model_id)
+        return self._training_client(model_id, base_model)
 
     async def create_training_client_from_state(
         self,
@@ -301,6 +295,36 @@ class AsyncServiceClient:
         encoding = await session.encoding.choose()
         return ServiceFeatures(wire=encoding.name, uploaded_losses=session.config.custom_loss_server_side)
 
+    async def certify_gradients(
+        self,
+        model: str | None = None,
+        *,
+        rank: int = 8,
+        surrogates: Sequence[SurrogateName] = tuple(SURROGATES),
+        max_models: int = 2,
+        on_cost: "Callable[[Cost], object] | None" = None,
+    ) -> Certificate:
+        """Measures which surrogate carries the gradient of a custom loss unchanged; `surrogate="auto"` then uses it.
+
+        It trains throwaway models for one step each, and compares the changes of their logprobs. They are removed at
+        the end, also after a failure or a cancellation. The result is stored in `config.certificates`.
+
+        Args:
+            model: name of the base model; None means the only model of the service.
+            rank: rank of the throwaway models.
+            surrogates: the surrogates to measure, in order; the first that passes ends the measurement.
+            max_models: maximum number of throwaway models at a time.
+            on_cost: called with the largest possible cost before anything is created.
+
+        Raises:
+            InvalidData: an argument is invalid, or the service has several models and none was named.
+            ConfigError: the certificate cannot be stored.
+        """
+        from tinkex_py.certify.measurement import MeasurementPlan, certify
+
+        plan = MeasurementPlan(model, rank, surrogates, max_models)
+        return await certify(self, await self._connected(), plan, on_cost)
+
     async def get_tokenizer(self, name: str) -> Tokenizer:
         """Returns the tokenizer of a base model: that of the embedded service, else loaded with transformers.
 
@@ -319,14 +343,14 @@ class AsyncServiceClient:
         self._check_usable()
         return await self._load_tokenizer(name)
 
-    def _training_client(self, model_id: str) -> AsyncTrainingClient:
-        return AsyncTrainingClient(self._session, model_id, load_tokenizer=self._load_tokenizer)
+    def _training_client(self, model_id: str, base_model: str | None = None) -> AsyncTrainingClient:
+        return AsyncTrainingClient(self._session, model_id, load_tokenizer=self._load_tokenizer, base_model=base_model)
 
     async def _load_tokenizer(self, name: str) -> Tokenizer:
         if self._embedded is not None:
             return self._embedded.tokenizer
         import_before_threads("transformers")
-        return await in_own_thread("tinkex-tokenizer", lambda: _tokenizer_by_name(name))
+        return await in_own_thread("tinkex-tokenizer", lambda: tokenizer_by_name(name))
 
     # Opening and closing
 
@@ -424,16 +448,3 @@ def _warn_left_open(base_url: str) -> None:
         ResourceWarning,
         stacklevel=2,
     )
-
-
-def _tokenizer_by_name(name: str) -> Any:
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        raise MissingExtra("transformers", "local") from None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UnsupportedFeature(
-            f"no tokenizer {name!r} could be loaded ({type(error).__name__}); pass your own tokenizer"
-        ) from error

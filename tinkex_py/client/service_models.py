@@ -1,6 +1,7 @@
 """The models of a service: its list, checks against it, and the settings of a new model."""
 
 import asyncio
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tinkex_py.errors import (
     ConfigError,
     InvalidData,
     InvalidResponse,
+    MissingExtra,
     TransportError,
     UnsupportedFeature,
 )
@@ -18,7 +20,7 @@ from tinkex_py.limits import BillingPause, RetryPolicy
 from tinkex_py.transport.api import ServiceApi
 from tinkex_py.transport.decoding import fields_of
 from tinkex_py.transport.messages import request
-from tinkex_py.types import LoraConfig, ServerCapabilities, SupportedModel, WeightsInfo
+from tinkex_py.types import GetInfoResponse, LoraConfig, ServerCapabilities, SupportedModel, WeightsInfo
 from tinkex_py.types.outputs import Ability
 
 PATH = "/api/v1/get_server_capabilities"
@@ -27,12 +29,18 @@ _TIMEOUT = 10.0
 _NOUNS: Mapping[Ability, str] = {"train": "training", "sample": "sampling"}
 
 
+async def model_info(api: ServiceApi, model_id: str) -> GetInfoResponse:
+    """Returns what the service says about a training client's model."""
+    asking = request("POST", "/api/v1/get_info", json={"model_id": model_id, "type": "get_info"})
+    return GetInfoResponse.read(await api.send(asking, fields_of))
+
+
 class ServiceModels:
     """The models of one service, requested once."""
 
     def __init__(self, api: ServiceApi) -> None:
         self._api = api
-        self._known: Sequence[SupportedModel] | None = None
+        self._known: ServerCapabilities | None = None
         self._asking = asyncio.Lock()
 
     async def check(self, base_model: str, ability: Ability) -> None:
@@ -64,19 +72,30 @@ class ServiceModels:
                 f"{self._api.host} does not support {_NOUNS[ability]}. Its get_server_capabilities says so of {names}"
             )
 
+    async def names(self, ability: Ability) -> list[str]:
+        """Returns the names of the listed models whose ability is not ruled out."""
+        return [model.model_name for model in await self._all() if model.model_name and model.can(ability) is not False]
+
+    async def version(self) -> str | None:
+        """Returns the version of the service, if it reports one."""
+        return (await self._reported()).version
+
     async def _all(self) -> Sequence[SupportedModel]:
+        return (await self._reported()).supported_models
+
+    async def _reported(self) -> ServerCapabilities:
         async with self._asking:
             if self._known is None:
                 self._known = await self._ask()
         return self._known
 
-    async def _ask(self) -> Sequence[SupportedModel]:
+    async def _ask(self) -> ServerCapabilities:
         try:
             asking = request("GET", PATH, timeout=_TIMEOUT)
             fields = await self._api.send(asking, fields_of, retry=RetryPolicy.none(), billing=BillingPause(0.0))
-            return ServerCapabilities.read(fields).supported_models
+            return ServerCapabilities.read(fields)
         except (APIStatusError, TransportError):
-            return ()  # nothing is ruled out; the service refuses by itself what it cannot do
+            return ServerCapabilities()  # nothing is ruled out; the service refuses by itself what it cannot do
 
 
 def lora_settings(lora_config: LoraConfig | None, **single: object) -> LoraConfig:
@@ -112,3 +131,17 @@ def model_labels(user_metadata: Mapping[str, str] | None, optimizer_config: Mapp
     labels = None if user_metadata is None else check_labels("user_metadata", user_metadata)
     optimizer = None if optimizer_config is None else check_mapping("optimizer_config", optimizer_config)
     return given(user_metadata=labels or None, optimizer_config=optimizer)
+
+
+def tokenizer_by_name(name: str) -> Any:
+    """Returns a tokenizer of transformers; raises like `AsyncServiceClient.get_tokenizer`."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise MissingExtra("transformers", "local") from None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UnsupportedFeature(
+            f"no tokenizer {name!r} could be loaded ({type(error).__name__}); pass your own tokenizer"
+        ) from error

@@ -10,11 +10,13 @@ from typing import Any
 from urllib.parse import quote
 
 from tinkex_py import telemetry
+from tinkex_py.client import certificates
+from tinkex_py.client.certificates import Certificate
 from tinkex_py.client.ordering import Ordering
 from tinkex_py.client.service_models import ServiceModels
 from tinkex_py.client.surrogate import Surrogate, SurrogateChoice
 from tinkex_py.client.uploaded_losses import UploadedLosses
-from tinkex_py.config import TinkexConfig
+from tinkex_py.config import HOSTED_SERVICE, TinkexConfig
 from tinkex_py.errors import (
     APIStatusError,
     ClientClosed,
@@ -23,6 +25,7 @@ from tinkex_py.errors import (
 )
 from tinkex_py.limits import BillingPause, ByteBudget
 from tinkex_py.losses.worker_pool import WorkerPool
+from tinkex_py.threads import in_own_thread
 from tinkex_py.transport.api import ServiceApi, is_retryable_status
 from tinkex_py.transport.decoding import fields_of, text_of
 from tinkex_py.transport.failures import status_error
@@ -66,7 +69,7 @@ class ClientSession:
         self.settings = settings
         self.api = api
         self.workers = workers
-        self.surrogates = SurrogateChoice(api.host, surrogate)
+        self.surrogates = SurrogateChoice(api.host, surrogate, trusted=settings.base_url == HOSTED_SERVICE)
         self.models = ServiceModels(api)
         self.uploaded_losses = UploadedLosses()
         self.model_numbers = itertools.count()
@@ -115,6 +118,12 @@ class ClientSession:
             send_heartbeats(self.api.exchange, self._session_id, self.settings.heartbeat_interval, weakref.ref(owner)),
             "tinkex.heartbeat",
         )
+
+    async def stored_certificate(self, base_model: str) -> Certificate | None:
+        """Returns the stored certificate of the service for a base model, if there is one; ConfigError: unreadable."""
+        key = self.settings.base_url, await self.models.version(), base_model, (await self.encoding.choose()).name
+        folder = self.settings.certificates
+        return await in_own_thread("tinkex-certificate", lambda: certificates.find(folder, *key))
 
     def start_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Starts a task that `close` cancels."""

@@ -93,7 +93,7 @@ class OptimizerRequest(NumberedRequest):
         try:
             return await super().result(sent)
         except RequestFailed:
-            self._accumulation.put_back(self._taken)
+            self._accumulation.undo_step(self._taken)
             raise
 
 

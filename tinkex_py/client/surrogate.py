@@ -11,24 +11,34 @@ advantages are `-gradient * T * sequences`.
 
 hatchery-core divides the loss of each request by the sum of its weights, if that is above 1, and adds up the gradients
 of requests. There the advantages are `-gradient * tokens of the request`.
+
+A certificate says by measurement which surrogate a service needs; see `tinkex_py.certify`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import numpy as np
 
 from tinkex_py import telemetry
 from tinkex_py.arguments import check_choice
 from tinkex_py.client.batches import CustomBatch
+from tinkex_py.client.certificates import SYSTEMATIC_NOISE, AnswerForm, Certificate
 from tinkex_py.errors import InvalidData, InvalidResponse, PipelineError, UnsupportedFeature
 from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
 from tinkex_py.types.tensors import Array
 
-SurrogateOption = Literal["auto", "cross_entropy", "importance_sampling"]
-SURROGATES: tuple[SurrogateOption, ...] = ("auto", "cross_entropy", "importance_sampling")
+SurrogateName = Literal[
+    "cross_entropy",
+    "importance_sampling",
+    "importance_sampling_sum",
+    "importance_sampling_per_request",
+    "importance_sampling_per_token",
+]
+SurrogateOption = Literal["auto"] | SurrogateName
 
 # Services may sum in bfloat16; normalizing changes the loss of the measuring weights far more.
 _TOLERANCE = 0.01
@@ -43,11 +53,12 @@ class Surrogate:
     Attributes:
         loss_fn: name of the loss.
         divides: the service's divisor of the gradient: "nothing"; "sequences", each sequence's length times the number
-            of sequences since the last optimizer step; or "tokens", the number of tokens in the request.
+            of sequences since the last optimizer step; "request", each sequence's length times the number of sequences
+            in its request; or "tokens", the number of tokens in the request.
     """
 
     loss_fn: Literal["cross_entropy", "importance_sampling"]
-    divides: Literal["nothing", "sequences", "tokens"]
+    divides: Literal["nothing", "sequences", "request", "tokens"]
 
     def carry(self, gradient: Array, batch: CustomBatch, logprobs: PackedTensor, sequences: int) -> CustomBatch:
         """Returns the datums with the inputs that make the service compute a gradient.
@@ -70,15 +81,33 @@ class Surrogate:
     def divisors(self, requests: Sequence[Sequence[Datum]], sequences: int) -> Array:
         """Returns the service's divisor of each datum's importance_sampling gradient, float64 `[datums]`."""
         lengths = [np.array([datum.model_input.length for datum in data], dtype=np.float64) for data in requests]
-        if self.divides == "sequences":
-            return np.concatenate(lengths) * sequences
-        return np.concatenate([np.full(len(part), part.sum()) for part in lengths])
+        match self.divides:
+            case "nothing":
+                return np.ones(sum(map(len, lengths)))
+            case "sequences":
+                return np.concatenate(lengths) * sequences
+            case "request":
+                return np.concatenate([part * len(part) for part in lengths])
+            case "tokens":
+                return np.concatenate([np.full(len(part), part.sum()) for part in lengths])
 
 
 SUMMED = Surrogate("cross_entropy", "nothing")
 PER_SEQUENCE = Surrogate("importance_sampling", "sequences")
 PER_REQUEST = Surrogate("importance_sampling", "tokens")
-_CHOSEN: dict[SurrogateOption, Surrogate] = {"cross_entropy": SUMMED, "importance_sampling": PER_SEQUENCE}
+SURROGATES: Mapping[SurrogateName, Surrogate] = {
+    "cross_entropy": SUMMED,
+    "importance_sampling": PER_SEQUENCE,
+    "importance_sampling_sum": Surrogate("importance_sampling", "nothing"),
+    "importance_sampling_per_request": Surrogate("importance_sampling", "request"),
+    "importance_sampling_per_token": PER_REQUEST,
+}
+"""The surrogates by the names that the option `surrogate` takes."""
+_BY_HAND = f"surrogate={', '.join(map(repr, SURROGATES))}"
+_WAY_OUT = (
+    "Measure which surrogate it needs with `tinkex-py check --gradients`, which keeps the result for later clients, or "
+    f"choose one by hand: {_BY_HAND}"
+)
 
 
 @dataclass(frozen=True)
@@ -112,47 +141,76 @@ KNOWN_SERVICES = (
 
 @dataclass
 class SurrogateChoice:
-    """The surrogate of a session's service.
+    """The surrogates of a session's service.
 
     Attributes:
         host: the service, for messages.
-        known: the surrogate; None until a forward pass determines it.
+        trusted: whether the service is known to follow the protocol, also where its answers do not prove it.
+        known: the surrogate of all models; None until a forward pass determines it.
         refusal: why the service has none.
+        certified: the certificates in use, by the key of `passes.Model`.
     """
 
     host: str
     known: Surrogate | None = None
+    trusted: bool = False
     refusal: str | None = None
+    certified: dict[str, Certificate] = field(default_factory=dict[str, Certificate])
+    _warned: bool = False
 
-    def for_step(self, option: SurrogateOption) -> Surrogate | None:
+    def for_step(self, option: SurrogateOption, model: str) -> Surrogate | None:
         """Returns the surrogate of a step, or None if its forward pass has to determine it.
+
+        Args:
+            option: the option of the step.
+            model: key of the model.
 
         Raises:
             UnsupportedFeature: the service has none.
         """
-        if option == "auto" and self.refusal is not None:
-            raise UnsupportedFeature(self.refusal)
-        return self.known if option == "auto" else _CHOSEN[option]
+        return self._of_model(model) if option == "auto" else SURROGATES[option]
 
-    def learn(self, forward: ForwardBackwardOutput, logprobs: PackedTensor, weights: Array) -> Surrogate:
-        """Determines the surrogate from a forward pass.
+    def _of_model(self, model: str) -> Surrogate | None:
+        certificate = self.certified.get(model)
+        if certificate is not None:
+            return self._certified(certificate)
+        if self.refusal is not None:
+            raise UnsupportedFeature(self.refusal)
+        return self.known
+
+    def learn(
+        self,
+        forward: ForwardBackwardOutput,
+        logprobs: PackedTensor,
+        weights: Array,
+        model: str,
+        certificate: Certificate | None,
+    ) -> Surrogate:
+        """Determines the surrogate from a certificate or a forward pass.
 
         Args:
-            forward: its result.
+            forward: the result of the forward pass.
             logprobs: the logprobs in the result.
             weights: the weights that were sent, float32, concatenated over the datums.
+            model: key of the model.
+            certificate: the stored certificate of the service and this model.
 
         Raises:
-            UnsupportedFeature: the service normalizes in a way that no surrogate compensates.
+            UnsupportedFeature: the service normalizes in a way that no surrogate compensates, or nothing shows that it
+                does not.
         """
+        if certificate is not None and certificate.decides and certificate.answer == AnswerForm.of(forward):
+            self.adopt(certificate, model)
+            return self._certified(certificate)
         for service in KNOWN_SERVICES:
             if service.recognizes(forward):
                 return self._keep(service.surrogate, f"its forward output is that of {service.title}")
         reported = forward.metrics.get("loss:sum")
+        if reported is None and self.trusted:
+            return self._keep(SUMMED, "it is the hosted service, which follows the definition of the protocol")
         if reported is None:
-            return self._keep(
-                SUMMED, "its forward pass reports no loss:sum, so the definition of the protocol is assumed"
-            )
+            self.refusal = self._unproven()
+            raise UnsupportedFeature(self.refusal)
         with np.errstate(all="ignore"):
             expected = -float(np.dot(weights.astype(np.float64), logprobs.values.astype(np.float64)))
         if not math.isfinite(expected) or abs(expected) < _LEAST_LOSS:
@@ -161,9 +219,7 @@ class SurrogateChoice:
             self.refusal = (
                 f"{self.host} does not support the gradients of custom losses. Its cross_entropy is not "
                 f"-sum(weights * logprobs), which is {expected:.6g} where its forward pass reports loss:sum "
-                f"{reported:.6g}. The gradient would be scaled, so no backward pass was sent. To send it anyway, use "
-                "surrogate='cross_entropy', or 'importance_sampling' for a service that divides each sequence's loss "
-                "by its length and the gradient by the number of sequences"
+                f"{reported:.6g}. The gradient would be scaled, so no backward pass was sent. {_WAY_OUT}"
             )
             raise UnsupportedFeature(self.refusal)
         # With one datum or one token a division by the number of datums or tokens has no effect.
@@ -171,17 +227,61 @@ class SurrogateChoice:
             self._keep(SUMMED, "loss:sum of its forward pass is -sum(weights * logprobs)")
         return SUMMED
 
+    def adopt(self, certificate: Certificate, model: str) -> None:
+        """Uses a certificate for a model from now on, and warns once about systematic noise."""
+        self.certified[model] = certificate
+        if certificate.surrogate is not None:
+            explanation = f"the certificate {certificate.digest[:12]} found it by measurement"
+            self._report(self._certified(certificate), explanation)
+        if not self._warned and certificate.noise is not None and certificate.noise > SYSTEMATIC_NOISE:
+            self._warned = True
+            warnings.warn(
+                f"{self.host} adds noise to gradients: equal steps of {certificate.model!r} differ by "
+                f"{certificate.noise:.2g} (relative), as its certificate says. Dropout is a usual reason",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _certified(self, certificate: Certificate) -> Surrogate:
+        if certificate.surrogate is None:
+            raise UnsupportedFeature(self._nothing_passed(certificate))
+        return SURROGATES[cast("SurrogateName", certificate.surrogate)]
+
+    def _nothing_passed(self, certificate: Certificate) -> str:
+        found = "; ".join(
+            f"{one.surrogate}: {check.name}"
+            for one in certificate.measurements
+            for check in one.checks[-1:]
+            if one.verdict != "pass"
+        )
+        return (
+            f"{self.host} does not support the gradients of custom losses for {certificate.model!r}: no surrogate "
+            f"passed the checks of its certificate ({found}). No backward pass was sent. To send it anyway, choose a "
+            f"surrogate by hand: {_BY_HAND}"
+        )
+
+    def _unproven(self) -> str:
+        return (
+            f"{self.host} does not support the gradients of custom losses as far as its answers show. Its forward pass "
+            "reports no loss:sum, so nothing shows that its cross_entropy is -sum(weights * logprobs), and no backward "
+            f"pass was sent. {_WAY_OUT}"
+        )
+
     def _keep(self, surrogate: Surrogate, explanation: str) -> Surrogate:
         if self.known is None:
-            metadata = {"surrogate": surrogate.loss_fn, "explanation": explanation}
-            telemetry.emit("tinkex.custom_loss.surrogate", {}, metadata)
+            self._report(surrogate, explanation)
         self.known = surrogate
         return surrogate
+
+    @staticmethod
+    def _report(surrogate: Surrogate, explanation: str) -> None:
+        metadata = {"surrogate": surrogate.loss_fn, "explanation": explanation}
+        telemetry.emit("tinkex.custom_loss.surrogate", {}, metadata)
 
 
 def check_surrogate(surrogate: object, execution: str) -> None:
     """Raises InvalidData if the surrogate is unknown or has no effect."""
-    check_choice("surrogate", surrogate, SURROGATES)
+    check_choice("surrogate", surrogate, ("auto", *SURROGATES))
     if execution == "server" and surrogate != "auto":
         raise InvalidData(f"surrogate={surrogate!r} has no effect with execution='server': use surrogate='auto'")
 

@@ -7,14 +7,16 @@ from tinkex_py.arguments import check_count, check_flag, check_kind, check_label
 from tinkex_py.client.accumulation import Accumulation
 from tinkex_py.client.arguments import check_name, given
 from tinkex_py.client.batches import checked_chunks, loss_config
+from tinkex_py.client.certificates import Certificate
 from tinkex_py.client.custom_step import DEFAULTS as CUSTOM_STEP_DEFAULTS, CustomStepOptions, custom_step
 from tinkex_py.client.ordering import Kind, Ordering
 from tinkex_py.client.passes import GradientPass, Model, Pass
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.sampling import AsyncSamplingClient, new_sampling_client
 from tinkex_py.client.server_execution import run_on_service
+from tinkex_py.client.service_models import model_info
 from tinkex_py.client.session import ClientSession
-from tinkex_py.client.submission import NumberedRequest, OptimizerRequest
+from tinkex_py.client.submission import NumberedRequest, OptimizerRequest, json_result
 from tinkex_py.client.unsupported import reported_as_unsupported, was_not_counted
 from tinkex_py.errors import (
     ClientClosed,
@@ -26,7 +28,7 @@ from tinkex_py.errors import (
 )
 from tinkex_py.limits import time_limit
 from tinkex_py.losses.options import shows_options
-from tinkex_py.transport.decoding import fields_of
+from tinkex_py.transport.decoding import request_id_of
 from tinkex_py.transport.encoding import LossConfig
 from tinkex_py.transport.messages import request
 from tinkex_py.types import (
@@ -58,10 +60,16 @@ class AsyncTrainingClient:
         session: the session with the service.
         model_id: id of the model.
         load_tokenizer: returns the tokenizer of a model name.
+        base_model: name of the base model, if it is known.
     """
 
     def __init__(
-        self, session: ClientSession, model_id: str, *, load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]"
+        self,
+        session: ClientSession,
+        model_id: str,
+        *,
+        load_tokenizer: "Callable[[str], Awaitable[Tokenizer]]",
+        base_model: str | None = None,
     ) -> None:
         self.model_id = model_id
         self._session = session
@@ -69,7 +77,9 @@ class AsyncTrainingClient:
         self._accumulation = Accumulation()
         self._ordering = Ordering(model_id, self._accumulation)
         self._queue = QueueWatch(model_id, session.settings.on_queue_state, self._ordering.check_reason)
-        self._model = Model(session, model_id, self._ordering, self._accumulation, self._queue)
+        self._model = Model(
+            session, model_id, self._ordering, self._accumulation, self._queue, base_model, base_model or model_id
+        )
         self._info: GetInfoResponse | None = None
         session.orderings.add(self._ordering)
 
@@ -314,9 +324,13 @@ class AsyncTrainingClient:
         if isinstance(self._ordering.lost, ClientClosed):
             raise ClientClosed("this training client is closed: create a new one")
         if self._info is None:
-            asking = request("POST", "/api/v1/get_info", json={"model_id": self.model_id, "type": "get_info"})
-            self._info = GetInfoResponse.read(await self._session.api.send(asking, fields_of))
+            self._info = await model_info(self._session.api, self.model_id)
         return self._info
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The certificate by which `surrogate="auto"` chose; None if none was needed so far."""
+        return self._session.surrogates.certified.get(self._model.key)
 
     async def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer of the model: that of the embedded service, else loaded with transformers.
@@ -332,6 +346,20 @@ class AsyncTrainingClient:
         return await self._load_tokenizer(name.partition(":")[0])
 
     # Closing
+
+    async def unload(self) -> None:
+        """Closes the client as `aclose` does, and frees its model on the service. Unsaved weights are gone.
+
+        Raises:
+            UnsupportedFeature: the service frees models at the end of their session only.
+            NotFound: the model was freed before.
+        """
+        await self.aclose()
+        api = self._session.api
+        body = {"model_id": self.model_id, "type": "unload_model"}
+        with reported_as_unsupported(api.host, "unloading models"):
+            request_id = await api.send(request("POST", "/api/v1/unload_model", json=body), request_id_of)
+            await json_result(api, request_id, "UnloadModel")
 
     async def aclose(self) -> None:
         """Closes the client and waits up to `config.close_timeout` seconds for requests in flight. Idempotent.

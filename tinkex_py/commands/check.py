@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tinkex_py import errors
-from tinkex_py.commands.common.options import AsJson, BaseUrl
+from tinkex_py.commands.common.options import AsJson, BaseUrl, service_at
 from tinkex_py.commands.common.printing import echo, echo_json, show_table
 from tinkex_py.commands.common.running import FAILED, UNUSABLE, one_line, one_line_errors, run
 
 if TYPE_CHECKING:
+    from tinkex_py.certify.models import Cost
+    from tinkex_py.client.certificates import Certificate
     from tinkex_py.client.service import AsyncServiceClient
 
 LATENCY_SAMPLES = 3
@@ -71,20 +73,44 @@ class ServiceReport:
 def check(
     base_url: BaseUrl = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="timeout of each request, in seconds")] = 15.0,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="train throwaway models to measure whether gradients arrive as computed")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="base model of --gradients; default the only one")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="rank of the throwaway models of --gradients")] = 8,
     as_json: AsJson = False,
 ) -> None:
     """Connect to a service, check its features and models, and advise on failures.
 
-    The command trains and samples nothing, so it costs nothing.
+    Without --gradients, the command trains and samples nothing, so it costs nothing.
     """
     with one_line_errors("check", needs=("rich",)):
         report = run(checked_service(base_url, timeout))
+        certificate = run(_certified(base_url, model, rank)) if gradients and report.works else None
         if as_json:
-            echo_json({**asdict(report), "works": report.works})
+            measured = {} if certificate is None else {"gradients": certificate.model_dump(mode="json")}
+            echo_json({**asdict(report), "works": report.works, **measured})
         else:
             _show(report)
+            if certificate is not None:
+                _show_certificate(certificate)
         if not report.works:
             raise typer.Exit(UNUSABLE if report.base_url is None else FAILED)
+        if certificate is not None and certificate.surrogate is None:
+            raise typer.Exit(FAILED)
+
+
+async def _certified(base_url: str | None, model: str | None, rank: int) -> "Certificate":
+    async with service_at(base_url) as service:
+        return await service.certify_gradients(model, rank=rank, on_cost=_show_cost)
+
+
+def _show_cost(cost: "Cost") -> None:
+    echo(
+        f"this trains at most {cost.models} throwaway models for one step each, {cost.at_once} at a time: at most "
+        f"{cost.passes} passes and {cost.tokens} tokens",
+        err=True,
+    )
 
 
 async def checked_service(base_url: str | None, timeout: float) -> ServiceReport:
@@ -189,3 +215,24 @@ def _show(report: ServiceReport) -> None:
     for finding in report.findings:
         if finding.way_out is not None:
             echo(f"\n{finding.name}: {finding.way_out}")
+
+
+def _show_certificate(certificate: "Certificate") -> None:
+    for measurement in certificate.measurements:
+        echo(f"\nsurrogate {measurement.surrogate}: {measurement.verdict}")
+        rows = [
+            (check.state, check.name, _number(check.error), _number(check.bound), check.detail)
+            for check in measurement.checks
+        ]
+        show_table(("", "check", "error", "bound", ""), rows)
+    for note in certificate.notes:
+        echo(note)
+    echo()
+    if certificate.surrogate is None:
+        echo("no surrogate carries the gradient of a custom loss to this service as computed")
+    else:
+        echo(f"gradients of custom losses arrive as computed with surrogate={certificate.surrogate!r}")
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1e}"

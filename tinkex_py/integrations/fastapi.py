@@ -55,6 +55,7 @@ _PROBLEMS: Final[tuple[tuple[type[TinkexError], int, str | None], ...]] = (
     (errors.InvalidSpec, 422, None),
     (errors.DuplicateRegularizerNames, 422, None),
     (errors.BadRequest, 400, "The training service rejected the request."),
+    (errors.MissingEndpoint, 501, "The training service does not support this."),
     (errors.NotFound, 404, "The training service has no such resource."),
     (errors.Conflict, 409, "The request contradicts an earlier request to the training service."),
     (errors.Unprocessable, 422, "The training service cannot process the request."),

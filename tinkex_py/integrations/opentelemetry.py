@@ -42,9 +42,11 @@ _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
 # Exported attributes of spans, by the names of measurements and metadata of events. Nothing else is exported.
 _ATTRIBUTES: Final[Mapping[str, str]] = {
     "attempt": "tinkex.attempt",
+    "bound": "tinkex.term.bound",
     "bytes": "http.response.body.size",
     "contribution": "tinkex.term.contribution",
     "controller": "tinkex.controller",
+    "feasible": "tinkex.term.feasible",
     "grad_norm": "tinkex.term.grad_norm",
     "is_async": "tinkex.term.is_async",
     "loss_total": "tinkex.loss.total",
@@ -65,6 +67,7 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
     "surrogate": "tinkex.surrogate",
     "total_grad_norm": "tinkex.grad_norm.total",
     "value": "tinkex.term.value",
+    "violation": "tinkex.term.violation",
     "weight": "tinkex.term.weight",
 }
 
@@ -85,6 +88,7 @@ _GAUGES: Final[Mapping[str, Mapping[str, str]]] = {
         "value": "A regularizer's own loss",
         "contribution": "Weight times value",
         "grad_norm": "Unweighted gradient norm",
+        "violation": "How far the value is beyond its bound",
     },
 }
 _BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds

@@ -21,6 +21,7 @@ from tinkex_py.local.schemas import (
     TelemetryResponse,
 )
 from tinkex_py.types import ServerCapabilities, SupportedModel
+from tinkex_py.version import __version__
 
 router = api_router()
 
@@ -53,7 +54,7 @@ async def capabilities(core: Running) -> ServerCapabilities:
     served = SupportedModel(
         model_name=model.name, max_context_length=model.context_length, trainable=True, sampleable=True
     )
-    return ServerCapabilities(supported_models=(served,))
+    return ServerCapabilities(supported_models=(served,), version=f"tinkex_py {__version__}")
 
 
 @router.post("/create_session")

@@ -78,9 +78,12 @@ def mgda(gram: Matrix) -> Vector:
     for support in _supports(len(gram)):
         ones = np.ones(len(support))
         system = np.block([[gram[np.ix_(support, support)], ones[:, None]], [ones[None], np.zeros((1, 1))]])
-        candidates.append(_spread(_solved(system, np.append(0.0 * ones, 1.0))[:-1], support, len(gram)))
-    allowed = [one for one in candidates if (one >= -_ROUNDING).all() and abs(one.sum() - 1.0) < _ROUNDING**0.5]
-    return min(allowed, key=lambda one: float(one @ gram @ one)).clip(min=0.0)
+        found = _spread(_solved(system, np.append(0.0 * ones, 1.0))[:-1], support, len(gram))
+        if (found >= -_ROUNDING).all() and abs(found.sum() - 1.0) < _ROUNDING**0.5:
+            candidates.append(found.clip(min=0.0))
+            if (gram @ found >= found @ gram @ found - _ROUNDING * gram.max()).all():
+                return candidates[-1]
+    return min(candidates, key=lambda one: float(one @ gram @ one))
 
 
 def cagrad(gram: Matrix, radius: float) -> Vector:
@@ -215,14 +218,16 @@ def _solved(matrix: Matrix, right: Vector) -> Vector:
 
 
 def _smallest_above(gram: Matrix, least: Vector) -> Vector:
-    """Returns the v >= least with the smallest `v'Gv`."""
-    candidates = [least]
-    for free in _supports(len(gram)):
+    """Returns the v >= least with the smallest `v'Gv`, which no gradient opposes."""
+    candidates: list[Vector] = []
+    for free in itertools.chain([[]], _supports(len(gram))):
         held = [index for index in range(len(gram)) if index not in free]
         moved = least.copy()
         moved[free] = _solved(gram[np.ix_(free, free)], -gram[np.ix_(free, held)] @ least[held])
         if (moved >= least - _ROUNDING).all():
             candidates.append(np.maximum(moved, least))
+            if (gram @ candidates[-1] >= -_ROUNDING).all():
+                return candidates[-1]
     return min(candidates, key=lambda one: float(one @ gram @ one))
 
 

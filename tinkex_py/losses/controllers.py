@@ -1,4 +1,4 @@
-"""Weight controllers: hold a KL or an entropy at a target, hold a gradient ratio, balance gradient norms."""
+"""Weight controllers: hold a KL or an entropy at a target, hold a gradient ratio, balance, keep bounds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,12 @@ from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.balancing import DWA as DWA, FAMO as FAMO, UncertaintyWeighting as UncertaintyWeighting
 from tinkex_py.losses.checks import checked_number, checked_numbers
+from tinkex_py.losses.constraints import (
+    Constraint as Constraint,
+    DualAscent as DualAscent,
+    LogDualAscent as LogDualAscent,
+    PIDMultiplier as PIDMultiplier,
+)
 from tinkex_py.losses.output import value_over_calls
 from tinkex_py.losses.weights import WeightController
 

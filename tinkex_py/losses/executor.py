@@ -18,7 +18,7 @@ from tinkex_py.losses.gradients import Evaluation, evaluate
 from tinkex_py.losses.known_gradient import Scored, as_loss
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.options import DEFAULTS
-from tinkex_py.losses.outcomes import Outcome, PreparedTerm, described, failed_with
+from tinkex_py.losses.outcomes import Outcome, PreparedTerm, constraint_measurements, described, failed_with
 from tinkex_py.losses.process_terms import evaluated_in, ready_worker, write_step
 from tinkex_py.losses.torch_modes import OwnModes, autograd_on, changed_since, defaults_before
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
@@ -198,8 +198,10 @@ class TermRun:
                         raise TimeoutError
                 if term.weight is not None:
                     measurements["value"] = evaluation.value
-                    measurements["contribution"] = term.weight * evaluation.value
+                    measurements["contribution"] = term.contribution(evaluation.value)
                     measurements["grad_norm"] = evaluation.grad_norm
+                    if term.constraint is not None:
+                        measurements.update(constraint_measurements(term, evaluation))
                 return evaluation
         finally:
             if thread is not None and thread.abandoned:

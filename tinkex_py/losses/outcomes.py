@@ -12,9 +12,24 @@ from tinkex_py import telemetry
 from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import InPlaceMutation, NonFiniteLoss, PipelineError, RegularizerError
 from tinkex_py.limits import RetryPolicy
+from tinkex_py.losses.constraints import Constraint
 from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient
-from tinkex_py.losses.output import BASE_LOSS_NAME, BaseLossOutput, CustomLossOutput, RegularizerOutput
-from tinkex_py.losses.spec import OnError, PerDatum, RegularizerSpec, Term, is_async_term, term_function
+from tinkex_py.losses.output import (
+    BASE_LOSS_NAME,
+    BaseLossOutput,
+    ConstraintOutput,
+    CustomLossOutput,
+    RegularizerOutput,
+)
+from tinkex_py.losses.spec import (
+    OnError,
+    PerDatum,
+    RegularizerSpec,
+    Term,
+    is_async_term,
+    reduction_of,
+    term_function,
+)
 from tinkex_py.losses.weights import weight_at
 from tinkex_py.types import ForwardBackwardOutput
 from tinkex_py.unicode import plain_text
@@ -37,6 +52,8 @@ class PreparedTerm:
         max_grad_norm: largest norm of the gradient; None means no limit.
         retry: policy for further calls after a failure; None means a single call.
         crossing: key and pickle of function and options, for a worker process; None runs the term in this one.
+        constraint: the controller of the weight if it keeps a bound.
+        reduction: setting of a term with a constraint; None if it has none.
     """
 
     name: str
@@ -50,6 +67,19 @@ class PreparedTerm:
     max_grad_norm: float | None = None
     retry: RetryPolicy | AsyncRetrying | None = None
     crossing: tuple[bytes, bytes] | None = None
+    constraint: Constraint | None = None
+    reduction: object = None
+
+    def contribution(self, value: float) -> float:
+        """Returns what a value of this regularizer adds to the total."""
+        assert self.weight is not None, "the base loss has no weight"
+        return self.weight * value if self.constraint is None else self.constraint.sign * self.weight * value
+
+    def constrained(self, evaluation: Evaluation) -> ConstraintOutput | None:
+        """Returns how the value stands to its bound; None without a bound."""
+        if self.constraint is None:
+            return None
+        return self.constraint.measured(evaluation.value, evaluation.metrics, self.reduction)
 
 
 def prepare_base_loss(base_loss: Term) -> PreparedTerm:
@@ -65,7 +95,7 @@ def prepare_base_loss(base_loss: Term) -> PreparedTerm:
 
 def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
     """Prepares a regularizer. The weight is 0 until `with_weight_at` if it is a schedule or controller."""
-    retry = spec.retry
+    retry, constraint = spec.retry, spec.weight if isinstance(spec.weight, Constraint) else None
     if isinstance(retry, int):
         retry = RetryPolicy(deadline=math.inf, max_attempts=retry, initial_wait=0.1, max_wait=5.0)
     return PreparedTerm(
@@ -80,6 +110,8 @@ def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
         max_grad_norm=spec.max_grad_norm,
         retry=retry,
         crossing=spec.crossing,
+        constraint=constraint,
+        reduction=None if constraint is None else reduction_of(spec),
     )
 
 
@@ -160,9 +192,18 @@ class CustomLoss:
     gradient: torch.Tensor
     differentiable: bool
 
-    def with_service(self, service_output: ForwardBackwardOutput) -> CustomLossOutput:
-        """Returns the output with the service's result of the backward pass."""
-        return self.output.model_copy(update={"service_output": service_output})
+    def with_service(
+        self, service_output: ForwardBackwardOutput, differences: tuple[float, float] | None = None
+    ) -> CustomLossOutput:
+        """Returns the output with the service's result of the backward pass.
+
+        Args:
+            service_output: the result.
+            differences: mean and largest difference of its logprobs from those of the forward pass.
+        """
+        mean, largest = differences or (None, None)
+        known = {"logprob_difference_mean": mean, "logprob_difference_largest": largest}
+        return self.output.model_copy(update={"service_output": service_output, **known})
 
     def check_differentiable(self) -> None:
         """Raises PipelineError if no term depends on the logprobs."""
@@ -179,12 +220,18 @@ def weighted_gradients(outcomes: Sequence[Outcome]) -> list[WeightedGradient]:
         WeightedGradient(
             outcome.term.name,
             (1.0 if outcome.term.weight is None else outcome.term.weight) * clip_scale(outcome.term, evaluation),
-            evaluation.gradient,
+            _directed(outcome.term, evaluation.gradient),
             evaluation.grad_norm,
         )
         for outcome in outcomes
         if (evaluation := outcome.evaluation) is not None
     ]
+
+
+def _directed(term: PreparedTerm, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the gradient of what is minimized: that of a value with a lower bound is reversed."""
+    is_reversed = term.constraint is not None and term.constraint.sign < 0
+    return -gradient if is_reversed and gradient is not None else gradient
 
 
 def custom_loss(
@@ -233,14 +280,21 @@ def report(term: PreparedTerm, evaluation: Evaluation) -> RegularizerOutput:
         name=term.name,
         value=evaluation.value,
         weight=weight,
-        contribution=weight * evaluation.value,
+        contribution=term.contribution(evaluation.value),
         custom_metrics=evaluation.metrics,
         grad_norm=evaluation.grad_norm,
         grad_norm_weighted=None if evaluation.grad_norm is None else weight * evaluation.grad_norm,
         differentiable=evaluation.differentiable,
         clip_scale=clip_scale(term, evaluation),
         attempts=evaluation.attempts,
+        constraint=term.constrained(evaluation),
     )
+
+
+def constraint_measurements(term: PreparedTerm, evaluation: Evaluation) -> dict[str, float | None]:
+    """Returns how the value stands to its bound, for the stop event; empty without a bound."""
+    own = term.constrained(evaluation)
+    return {} if own is None else {"bound": own.bound, "violation": own.violation, "feasible": own.feasible}
 
 
 def diagnosis_measurements(output: CustomLossOutput) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """Outputs of a custom loss. Every output round-trips through JSON."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +17,11 @@ TOTAL_METRIC = "total_of_step"
 
 MetricValue = bool | int | float
 
+# Metrics that are the denominators of means; the first that a term reports counts.
+_DENOMINATORS = ("pairs", "tokens", "sequences")
+
 _COLUMNS = ("value", "weight", "weight x value", "gradient norm", "x weight", "share", "cosine with base")
+_BOUND_COLUMNS = ("bound", "violation", "feasible")
 
 
 class LossReport(BaseModel):
@@ -40,6 +44,36 @@ class BaseLossOutput(LossReport):
     grad_norm: float | None = None
 
 
+class ConstraintOutput(LossReport):
+    """How a regularizer with a bound stands to it. Its multiplier is `RegularizerOutput.weight`.
+
+    At the end of a training, the multiplier is the price of the bound: how much the base loss would fall if the bound
+    were looser by 1.
+
+    Attributes:
+        at_most: the bound; None if it is a lower one.
+        at_least: the bound; None if it is an upper one.
+        value: mean of the term over this call, also if its loss divides by the total of several calls.
+        denominator: the tokens, sequences or pairs of that mean; None if the term does not report them.
+        violation: `value - at_most`, or `at_least - value`.
+        feasible: whether the bound holds in this call: `violation <= 0`.
+    """
+
+    at_most: float | None = None
+    at_least: float | None = None
+    value: float
+    denominator: float | None = None
+    violation: float
+    feasible: bool
+
+    @property
+    def bound(self) -> float:
+        """The bound."""
+        bound = self.at_least if self.at_most is None else self.at_most
+        assert bound is not None, "one of the two is set"
+        return bound
+
+
 class RegularizerOutput(LossReport):
     """Output of one regularizer.
 
@@ -47,13 +81,14 @@ class RegularizerOutput(LossReport):
         name: unique within the pipeline.
         value: the raw loss.
         weight: the weight in this step.
-        contribution: `weight * value`, which is added to the total; signed.
+        contribution: `weight * value`, which is added to the total; signed. With `at_least`, `-weight * value`.
         custom_metrics: metrics that the term returned.
         grad_norm: L2 norm of d(term)/d(logprobs), unweighted and before clipping; None unless norms are tracked.
         grad_norm_weighted: `weight * grad_norm`.
         differentiable: False if the loss does not depend on the logprobs: its gradient is zero.
         clip_scale: factor that limits the gradient to `RegularizerSpec.max_grad_norm`; 1.0 means not clipped.
         attempts: number of calls; more than one only with `RegularizerSpec.retry`.
+        constraint: how the value stands to its bound; None without a bound.
     """
 
     name: str
@@ -66,6 +101,7 @@ class RegularizerOutput(LossReport):
     differentiable: bool = True
     clip_scale: float = 1.0
     attempts: int = 1
+    constraint: ConstraintOutput | None = None
 
 
 class GradientDiagnosis(LossReport):
@@ -95,6 +131,26 @@ def value_over_calls(outputs: "Sequence[BaseLossOutput | RegularizerOutput]") ->
     return math.fsum(values) if all(TOTAL_METRIC in own for own in metrics) else fmean(values)
 
 
+def denominator_of(metrics: Mapping[str, MetricValue], reduction: object) -> float | None:
+    """Returns what the mean of a term divides by in one call, from its metrics; None if it does not report it."""
+    over_datums = isinstance(reduction, str) and (reduction == "constant" or reduction.startswith("seq-"))
+    found = [metrics[name] for name in (("sequences",) if over_datums else _DENOMINATORS) if name in metrics]
+    return float(found[0]) if found else None
+
+
+def mean_violation(calls: Sequence[ConstraintOutput]) -> float | None:
+    """Returns the violation over the calls of one optimizer step: the mean weighted with their denominators.
+
+    None if there is nothing to average. If a call has no denominator, all calls count the same.
+    """
+    known = [call.denominator for call in calls if call.denominator is not None]
+    counts = known if len(known) == len(calls) else [1.0] * len(calls)
+    total = math.fsum(counts)
+    if total <= 0:
+        return None
+    return math.fsum(count * call.violation for count, call in zip(counts, calls, strict=True)) / total
+
+
 class CustomLossOutput(LossReport):
     """Output of a composed loss: `loss_total = base_loss + sum(weight_i * regularizer_i)`.
 
@@ -110,6 +166,9 @@ class CustomLossOutput(LossReport):
         skipped: name -> class of the error, for failed terms with `on_error="skip"`.
         abandoned_threads: number of worker threads that still run after the timeout of their term.
         service_output: result of the backward pass on the service; None when computed offline.
+        logprob_difference_mean: mean difference of the logprobs of the backward pass from those of the forward pass;
+            None if the service returns none with a backward pass, or executed the whole step.
+        logprob_difference_largest: largest difference of a logprob.
     """
 
     loss_total: float
@@ -122,6 +181,8 @@ class CustomLossOutput(LossReport):
     skipped: dict[str, str] = Field(default_factory=dict)
     abandoned_threads: int = 0
     service_output: ForwardBackwardOutput | None = None
+    logprob_difference_mean: float | None = None
+    logprob_difference_largest: float | None = None
 
     def _repr_html_(self) -> str:
         return output_html(self)
@@ -131,8 +192,10 @@ def output_html(output: CustomLossOutput) -> str:
     """Returns an HTML table for notebooks: a row per term, then the total."""
     base, unknown = output.base_loss, GradientDiagnosis()
     own = output.diagnosis.get(BASE_LOSS_NAME, unknown)
+    is_bounded = any(term.constraint is not None for term in output.regularizers.values())
+    blank = (None,) * len(_BOUND_COLUMNS) if is_bounded else ()
     rows: list[Sequence[object]] = [
-        ("base loss", base.value, None, base.value, base.grad_norm, base.grad_norm, own.share_of_total, None)
+        ("base loss", base.value, None, base.value, base.grad_norm, base.grad_norm, own.share_of_total, None, *blank)
     ]
     for name, term in output.regularizers.items():
         diagnosis = output.diagnosis.get(name, unknown)
@@ -146,8 +209,15 @@ def output_html(output: CustomLossOutput) -> str:
                 term.grad_norm_weighted,
                 diagnosis.share_of_total,
                 diagnosis.cosine_with_base,
+                *(blank if term.constraint is None else _bound_cells(term.constraint)),
             )
         )
-    rows.append(("total", None, None, output.loss_total, None, output.total_grad_norm, None, None))
+    rows.append(("total", None, None, output.loss_total, None, output.total_grad_norm, None, None, *blank))
     skipped = ", ".join(f"{name} ({reason})" for name, reason in output.skipped.items())
-    return html_table("Composed loss", ("term", *_COLUMNS), rows, below=f"skipped: {skipped}" if skipped else "")
+    columns = ("term", *_COLUMNS, *(_BOUND_COLUMNS if is_bounded else ()))
+    return html_table("Composed loss", columns, rows, below=f"skipped: {skipped}" if skipped else "")
+
+
+def _bound_cells(constraint: ConstraintOutput) -> Sequence[object]:
+    side = ">=" if constraint.at_most is None else "<="
+    return f"{side} {constraint.bound:.5g}", constraint.violation, "yes" if constraint.feasible else "no"

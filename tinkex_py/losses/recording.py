@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from tinkex_py.arguments import check_path
 from tinkex_py.errors import MissingExtra, PipelineError
+from tinkex_py.losses.constraints import Constraint
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.outcomes import described
 from tinkex_py.losses.output import CustomLossOutput
@@ -76,7 +77,7 @@ class RecordedTerm(RecordPart):
 
 
 class RecordedRegularizer(RecordedTerm):
-    """One regularizer with its weight in this step."""
+    """One regularizer with its weight in this step, and the bound of its controller."""
 
     weight: float
     options: dict[str, Any] = {}
@@ -84,6 +85,8 @@ class RecordedRegularizer(RecordedTerm):
     on_error: Literal["raise", "skip"] = "raise"
     is_async: bool | None = None
     max_grad_norm: float | None = None
+    at_most: float | None = None
+    at_least: float | None = None
 
 
 class RecordedFailure(RecordPart):
@@ -219,6 +222,8 @@ def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
 
 def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:
     term = term_fields(spec.fn)
+    if isinstance(spec.weight, Constraint):
+        term |= {"at_most": spec.weight.at_most, "at_least": spec.weight.at_least}
     if not is_plain(dict(spec.options)):
         term["ready_made"] = None  # the options replace settings, and some are not in the record
     return RecordedRegularizer(

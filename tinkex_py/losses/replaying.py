@@ -10,12 +10,14 @@ import torch
 
 from tinkex_py.arguments import check_kind
 from tinkex_py.errors import PipelineError
+from tinkex_py.losses.constraints import Constraint, DualAscent
 from tinkex_py.losses.options import DEFAULTS, PipelineOptions
 from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.pipeline import Pipeline
 from tinkex_py.losses.recording import (
     JSON_NAME,
     TENSORS_NAME,
+    RecordedRegularizer,
     RecordedStep,
     RecordedTerm,
     RecordPath,
@@ -23,6 +25,7 @@ from tinkex_py.losses.recording import (
     read_record,
 )
 from tinkex_py.losses.spec import ConfiguredTerm, RegularizerSpec, Term, per_datum
+from tinkex_py.losses.weights import Weight
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 
@@ -67,7 +70,10 @@ def with_recorded_weights(pipeline: Pipeline, record: RecordedStep) -> Pipeline:
             f"the record contains the regularizers {list(weights)}, but the pipeline has "
             f"{[spec.name for spec in specs]}: pass a pipeline with the same names in the same order"
         )
-    weighted = [dataclasses.replace(spec, weight=weights[spec.name]) for spec in specs]
+    weighted = [
+        dataclasses.replace(spec, weight=_recorded_weight(spec.weight, weights[spec.name]), at_most=None, at_least=None)
+        for spec in specs
+    ]
     return Pipeline(pipeline.base_loss, weighted, **cast("PipelineOptions", pipeline.options))
 
 
@@ -77,14 +83,25 @@ def rebuilt_pipeline(record: RecordedStep) -> Pipeline:
     Raises:
         PipelineError: a term is not a ready-made term of this package.
     """
-    specs = [
-        RegularizerSpec(
-            fn=_rebuilt_term(recorded), **recorded.model_dump(exclude=set(RecordedTerm.model_fields) - {"name"})
-        )
-        for recorded in record.regularizers
-    ]
+    specs = [_rebuilt_spec(recorded) for recorded in record.regularizers]
     options = {name: value for name, value in record.options.items() if name in DEFAULTS}
     return Pipeline(_rebuilt_term(record.base_loss), specs, **cast("PipelineOptions", options))
+
+
+def _rebuilt_spec(recorded: RecordedRegularizer) -> RegularizerSpec:
+    fields = recorded.model_dump(exclude={*RecordedTerm.model_fields, "weight", "at_most", "at_least"})
+    weight = recorded.weight
+    if recorded.at_most is not None or recorded.at_least is not None:
+        bounds = {"at_most": recorded.at_most, "at_least": recorded.at_least}
+        weight = DualAscent(**bounds, initial=weight, maximum=math.inf)
+    return RegularizerSpec(fn=_rebuilt_term(recorded), name=recorded.name, weight=weight, **fields)
+
+
+def _recorded_weight(weight: Weight, recorded: float) -> Weight:
+    """Returns the weight of a record: with a bound, as the multiplier of the same bound."""
+    if not isinstance(weight, Constraint):
+        return recorded
+    return DualAscent(at_most=weight.at_most, at_least=weight.at_least, initial=recorded, maximum=math.inf)
 
 
 def _rebuilt_term(recorded: RecordedTerm) -> Term:

@@ -22,6 +22,7 @@ from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec, MissingExtra
 from tinkex_py.html_table import html_facts
 from tinkex_py.losses.checks import first_problem
+from tinkex_py.losses.constraints import Constraint, DualAscent
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.processes.crossing import pickled_by_value, unpickled
@@ -114,17 +115,21 @@ class _PlainFields(BaseModel):
     is_async: bool | None
     max_grad_norm: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None
     runs_in: Place | None
+    at_most: Annotated[Number, Field(allow_inf_nan=False)] | None
+    at_least: Annotated[Number, Field(allow_inf_nan=False)] | None
 
 
 @dataclass(frozen=True)
 class RegularizerSpec:
-    """A regularizer with its weight, name, timeout and options.
+    """A regularizer with its weight or bound, name, timeout and options.
 
     Args:
         fn: a function, coroutine function, partial, callable object, object or module with `compute`, or one
             of these under `per_datum`. Called as `fn(data, logprobs, **options)`.
         weight: multiplies the value and the gradient; finite and >= 0. Or a schedule, which is any callable
             `step -> weight` (see `tinkex_py.losses.schedules`), or a controller (see `tinkex_py.losses.controllers`).
+            Exactly one of `weight`, `at_most` and `at_least` is required; with a bound, `weight` becomes the controller
+            of its multiplier, so that one spec belongs to one run.
         name: unique within a pipeline. Default is `fn.name`, or the `__name__` of a function, also inside of
             `functools.partial` or `per_datum`. Lambdas and other objects need a name.
         timeout: seconds for this term; None uses the timeout of the pipeline, `math.inf` means no limit.
@@ -139,6 +144,9 @@ class RegularizerSpec:
         runs_in: "loop" calls an async `fn` on the event loop, "thread" runs a sync one in a worker thread, "process" in
             a worker process, which a timeout or cancellation kills. `fn` and its options cross to the process as they
             are when the spec is made. None is "loop" or "thread".
+        at_most: upper bound of the value, which must be a mean: minimizes the base loss subject to `value <= at_most`,
+            with `controllers.DualAscent(at_most=...)`. Pass a controller as `weight` for other settings.
+        at_least: lower bound of the value, likewise.
 
     Raises:
         InvalidSpec: a value is invalid, or `fn` cannot cross to another process.
@@ -146,7 +154,7 @@ class RegularizerSpec:
     """
 
     fn: Term
-    weight: Weight
+    weight: Weight = None  # type: ignore[assignment]  # None is replaced by the controller of a bound
     name: str = None  # type: ignore[assignment]  # None is replaced by the name of fn
     timeout: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
@@ -156,6 +164,8 @@ class RegularizerSpec:
     retry: int | AsyncRetrying | None = None
     max_grad_norm: float | None = None
     runs_in: Place | None = None
+    at_most: float | None = None
+    at_least: float | None = None
 
     def __post_init__(self) -> None:
         name = cast("object", self.name) if cast("object", self.name) is not None else term_name(self.fn)
@@ -175,7 +185,7 @@ class RegularizerSpec:
         for field_name, value in checked:
             object.__setattr__(self, field_name, value)
         name = self.name
-        object.__setattr__(self, "weight", checked_weight(self.weight, name))
+        object.__setattr__(self, "weight", self._weight_or_bound())
         problem = why_not_a_term(self.fn, self.options)
         if problem is not None:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
@@ -183,9 +193,39 @@ class RegularizerSpec:
             self.fn.check_options(self.options)
         if self.runs_in is not None:
             _check_place(self)
+        if isinstance(self.weight, Constraint) and reduction_of(self) == "sum":
+            raise InvalidSpec(
+                f"regularizer {name!r}: a bound is for a mean, and reduction='sum' grows with the batch: pass "
+                f"options={{'reduction': 'token-mean'}} or another mean; a term that only has a sum needs a weight"
+            )
         if self.retry is not None:
             retry = _checked_retry(self.retry, name, can_await=is_async_term(self.fn) or self.is_async is True)
             object.__setattr__(self, "retry", retry)
+
+    def _weight_or_bound(self) -> Weight:
+        weight = cast("Weight | None", self.weight)
+        if self.at_most is None and self.at_least is None:
+            if weight is None:
+                raise InvalidSpec(
+                    f"regularizer {self.name!r}: weight=None, and there is no bound: pass weight=..., or one of "
+                    "at_most=... and at_least=..."
+                )
+            return checked_weight(weight, self.name)
+        if weight is None:
+            if self.at_most is not None and self.at_least is not None:
+                raise InvalidSpec(
+                    f"regularizer {self.name!r}: at_most={self.at_most!r} and at_least={self.at_least!r} exclude each "
+                    "other: for a range, use two regularizers with different names"
+                )
+            return DualAscent(at_most=self.at_most, at_least=self.at_least)
+        # A copy by dataclasses.replace has both.
+        if isinstance(weight, Constraint) and (weight.at_most, weight.at_least) == (self.at_most, self.at_least):
+            return weight
+        raise InvalidSpec(
+            f"regularizer {self.name!r}: weight and a bound exclude each other, got weight={shown(weight)}, "
+            f"at_most={self.at_most!r} and at_least={self.at_least!r}: pass one of them; for other settings of the "
+            "multiplier pass only weight=controllers.DualAscent(at_most=..., ...)"
+        )
 
     @functools.cached_property
     def awaits(self) -> bool | None:
@@ -222,7 +262,8 @@ class RegularizerSpec:
     def _described_weight(self) -> object:
         weight = self.weight
         if isinstance(weight, WeightController):
-            return f"{type(weight).__name__}, now {weight.weights.get(self.name, weight.initial):.5g}"
+            now = f"now {weight.weights.get(self.name, weight.initial):.5g}"
+            return f"{weight if isinstance(weight, Constraint) else type(weight).__name__}, {now}"
         return float(weight) if isinstance(weight, int | float) else described_term(weight)
 
     def _repr_html_(self) -> str:
@@ -270,6 +311,11 @@ def term_name(term: object) -> str | None:
     if isinstance(term, functools.partial):
         return term_name(term.func)
     return term.__name__ if inspect.isfunction(term) and term.__name__ != "<lambda>" else None
+
+
+def reduction_of(spec: RegularizerSpec) -> object:
+    """Returns the setting `reduction` of a term; None if it has none, such as a plain function."""
+    return spec.options.get("reduction", getattr(spec.fn, "reduction", None))
 
 
 def term_function(term: Any) -> Callable[..., Any]:

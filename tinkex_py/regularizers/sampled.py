@@ -76,6 +76,11 @@ class SampledKL(ReferenceTerm):
                 f"'{self.estimator}+', 'k1' or 'k3' with sampler_field"
             )
 
+    @property
+    def surrogate(self) -> str | None:
+        """The gradient is that of k2."""
+        return "the gradient is that of k2" if self.estimator.endswith("+") else None
+
     def loss_against(self, reference: torch.Tensor, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the denominators."""
         self.check_sampled(data, logprobs, "use KLDivergence")
@@ -126,6 +131,11 @@ class SampledEntropy(ReducedTerm):
     name: NonEmptyStr = "sampled_entropy"
     mode: Mode = "maximize"
     sampler_field: NonEmptyStr | None = field(default=None, metadata=ADDED)
+
+    @property
+    def surrogate(self) -> str | None:
+        """The derivative of the value is 0 on average."""
+        return None if self.sampler_field is not None else "the derivative of the value is 0 on average"
 
     def loss(self, data: Sequence[Datum], logprobs: torch.Tensor) -> TermResult:
         """Computes the loss; its metrics are the estimated entropy and the denominators."""

@@ -25,6 +25,12 @@ def check_can_accumulate(pipeline: "Pipeline") -> None:
             )
 
 
+def has_means(pipeline: "Pipeline") -> bool:
+    """Returns whether `over_step` changes a term."""
+    terms = [term for _, term in _ready_made(pipeline)]
+    return any(getattr(term, "reduction", "sum") != "sum" and getattr(term, "total", None) is None for term in terms)
+
+
 def over_step(pipeline: "Pipeline", batches: Sequence[Batch]) -> "Pipeline":
     """Returns the pipeline for the calls of one optimizer step.
 

@@ -34,6 +34,9 @@ _CONTROLLERS = (
     "DWA",
     "UncertaintyWeighting",
     "FAMO",
+    "DualAscent",
+    "LogDualAscent",
+    "PIDMultiplier",
 )
 
 
@@ -88,12 +91,13 @@ class TermSection(Section):
 class RegularizerSection(TermSection):
     """A regularizer; further keys are fields of `RegularizerSpec`, such as `name` and `timeout`.
 
-    The weight is a number, `{schedule: Linear, ...}` or `{controller: AdaptiveKL, ...}` with its settings.
+    The weight is a number, `{schedule: Linear, ...}` or `{controller: AdaptiveKL, ...}` with its settings. Instead of
+    it, `at_most` or `at_least` is a bound.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    weight: NumberOrMapping
+    weight: NumberOrMapping | None = None
 
 
 class LossSection(Section):
@@ -245,7 +249,7 @@ def optimizer_of(section: OptimizerSection) -> "Optimizer":
     return ScheduledAdam(_made(AdamParams, settings, "optimizer"), _schedule(rate, "optimizer.learning_rate"))
 
 
-def _weight(given: float | dict[str, Any], where: str) -> "Weight":
+def _weight(given: float | dict[str, Any] | None, where: str) -> "Weight | None":
     from tinkex_py.losses import controllers
 
     if not isinstance(given, dict):

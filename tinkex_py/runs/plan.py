@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
+from tinkex_py.runs.accumulation import has_means
 from tinkex_py.runs.fingerprints import are_comparable, fingerprint
 from tinkex_py.runs.records import RunInfo, flattened
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
@@ -53,6 +54,9 @@ class Plan:
             "optimizer": _code_name(optimizer) if callable(optimizer) else optimizer.on_the_wire(),
             "pipeline": _pipeline_description(self.pipeline),
         }
+        if self.settings.accumulate > 1 and has_means(self.pipeline):
+            # Earlier versions added up the means of the calls: the gradients were larger.
+            fields["means"] = "of the whole step"
         return json.loads(json.dumps(fields))
 
     def fingerprints(self) -> dict[str, str | None]:

@@ -53,6 +53,7 @@ class RunInfo(Record):
         changes: what was changed on purpose.
         batches_ahead: fingerprints, by position, of batches read after the last checkpoint; a resumed run reads
             them again.
+        certificate: digest of the certificate by which the surrogate was chosen; None if none was needed.
     """
 
     name: str
@@ -68,6 +69,7 @@ class RunInfo(Record):
     fingerprints: dict[str, str | None] = Field(default_factory=dict)
     changes: tuple[Change, ...] = ()
     batches_ahead: dict[int, str] = Field(default_factory=dict[int, str])
+    certificate: str | None = None
 
     @property
     def outcome(self) -> str:
@@ -174,6 +176,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
 
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
+    `term/NAME/{bound,violation,feasible}` of terms with a bound, whose weight is the multiplier,
     `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. Unmeasured values are omitted.
     """
     check_kind("record", record, StepRecord)
@@ -205,6 +208,8 @@ def _of_output(output: CustomLossOutput) -> Iterator[tuple[str, float | None]]:
     for name, term in output.regularizers.items():
         for measure in ("value", "weight", "contribution", "grad_norm", "grad_norm_weighted"):
             yield f"term/{name}/{measure}", getattr(term, measure)
+        for measure in ("bound", "violation", "feasible") if term.constraint is not None else ():
+            yield f"term/{name}/{measure}", float(getattr(term.constraint, measure))
     for name, diagnosis in output.diagnosis.items():
         for measure in ("cosine_with_base", "cosine_with_total", "share_of_total"):
             yield f"term/{name}/{measure}", getattr(diagnosis, measure)

@@ -107,6 +107,7 @@ class Chart:
 
 _TRACKED = "Needs track_grad_norms=True."
 _AGAINST = f"Below 0 a term acts against {{}}. {_TRACKED}"
+_BOUND = "Above 0 the bound does not hold; the weight is its multiplier. Needs a term with at_most or at_least."
 CHARTS = {
     "losses": Chart("Losses", "The total is the base loss plus all contributions.", "loss", "loss/(total|base)"),
     "evaluation": Chart("Evaluation", "Results of evaluate=...", "value", "evaluation/.+", separate=True),
@@ -126,6 +127,7 @@ CHARTS = {
         "Cosines with the total", _AGAINST.format("the total"), "cosine", "term/.+/cosine_with_total"
     ),
     "weights": Chart("Weights", "Schedules and controllers change them.", "weight", "term/.+/weight"),
+    "violations": Chart("Violations of bounds", _BOUND, "violation", "term/.+/violation", separate=True),
     "times": Chart("Step time", "The time in the service's queue is part of the step.", "s", "time/.+"),
 }
 _LABELS = {

@@ -355,7 +355,10 @@ class Run:
             )
 
     async def _write_status(self, status: RunStatus, reason: str | None) -> None:
-        self.info = self.info.model_copy(update={"status": status, "reason": reason, "updated_at": time.time()})
+        used = self.training.certificate
+        digest = self.info.certificate if used is None else used.digest
+        changed = {"status": status, "reason": reason, "updated_at": time.time(), "certificate": digest}
+        self.info = self.info.model_copy(update=changed)
         await self._files.run(lambda: self._folder.write_run(self.info))
 
     def _show_waiting(self, reason: str | None) -> None:

@@ -5,15 +5,20 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tinkex_py.losses.output import BASE_LOSS_NAME, TOTAL_METRIC, BaseLossOutput, RegularizerOutput
+from tinkex_py.losses.output import (
+    BASE_LOSS_NAME,
+    TOTAL_METRIC,
+    BaseLossOutput,
+    RegularizerOutput,
+    denominator_of,
+    mean_violation,
+)
+from tinkex_py.losses.spec import reduction_of
 from tinkex_py.runs.step import MicroBatch
 from tinkex_py.types import Datum
 
 if TYPE_CHECKING:
     from tinkex_py.losses.pipeline import Pipeline
-
-# Metrics of ready-made terms that are the denominators of their means; the first that a term reports counts.
-_DENOMINATORS = ("pairs", "tokens", "sequences")
 
 TermOutput = BaseLossOutput | RegularizerOutput
 Combine = Callable[[Sequence[float]], float]
@@ -48,15 +53,24 @@ def step_loss(pipeline: "Pipeline", parts: Sequence[MicroBatch]) -> dict[str, fl
         combine = _combination(terms, [tokens[at] for at in found], reductions[name])
         named[f"term/{name}/value"] = combine([term.value for term in terms])
         named[f"term/{name}/contribution"] = combine([term.contribution for term in terms])
+        named |= _constraint(name, terms)
         named["loss/regularizers"] += named[f"term/{name}/contribution"]
     named["loss/total"] = named["loss/base"] + named["loss/regularizers"]
     return named
 
 
+def _constraint(name: str, terms: Sequence[RegularizerOutput]) -> dict[str, float]:
+    """Returns how the mean of a term stands to its bound; nothing without a bound."""
+    violation = mean_violation([term.constraint for term in terms if term.constraint is not None])
+    if violation is None:
+        return {}
+    return {f"term/{name}/violation": violation, f"term/{name}/feasible": float(violation <= 0)}
+
+
 def _reductions(pipeline: "Pipeline") -> Mapping[str, object]:
     reductions: dict[str, object] = {BASE_LOSS_NAME: getattr(pipeline.base_loss, "reduction", None)}
     for spec in pipeline.regularizers:
-        reductions[spec.name] = spec.options.get("reduction", getattr(spec.fn, "reduction", None))
+        reductions[spec.name] = reduction_of(spec)
     return reductions
 
 
@@ -72,11 +86,9 @@ def _combination(terms: Sequence[TermOutput], tokens: Sequence[float], reduction
 
 
 def _denominators(terms: Sequence[TermOutput], reduction: str) -> list[float] | None:
-    metrics = [_metrics(term) for term in terms]
-    for name in ("sequences",) if reduction == "constant" or reduction.startswith("seq-") else _DENOMINATORS:
-        if all(name in own for own in metrics):
-            return [float(own[name]) for own in metrics]
-    return None
+    found = [denominator_of(_metrics(term), reduction) for term in terms]
+    known = [one for one in found if one is not None]
+    return known if len(known) == len(found) else None
 
 
 def _metrics(term: TermOutput) -> Mapping[str, float]:

@@ -42,11 +42,11 @@ def distributions(
     if over == "tokens":
         return term.positions(data, logprobs, by_datum=by_datum)
     if is_one_number_per_position(data, logprobs):
+        literally = "; or pass over='tokens' to treat all numbers of a datum as one distribution, which they are not"
         raise InvalidData(
             f"{type(term).__name__} is a formula over distributions, but the logprobs have shape "
             f"{tuple(logprobs.shape)}: one number per position, that of the target token. Pass [T, K] targets; or use "
-            "SampledKL or SampledEntropy for sampled tokens; or pass over='tokens' to treat all numbers of a datum as "
-            "one distribution, which they are not"
+            f"SampledKL or SampledEntropy for sampled tokens{literally if hasattr(term, 'over') else ''}"
         )
     if not logprobs.ndim:
         raise InvalidData(f"{type(term).__name__} needs at least one axis of outcomes, got a 0-d tensor")

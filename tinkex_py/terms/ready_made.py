@@ -83,6 +83,11 @@ class ReadyMadeTerm(CheckedSettings, ABC):
         """
         return None
 
+    @property
+    def surrogate(self) -> str | None:
+        """Why the gradient is not the derivative of the value; None if it is."""
+        return None
+
     def total_of(self, data: Sequence[Datum]) -> float | None:
         """Returns what a mean over all of these datums divides by, for the setting `total`; None for a sum.
 

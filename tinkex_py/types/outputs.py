@@ -238,9 +238,15 @@ class SupportedModel(ResponseModel):
 
 
 class ServerCapabilities(ResponseModel):
-    """The models of a service."""
+    """The models of a service, and its version if it reports one."""
 
     supported_models: tuple[SupportedModel, ...] = ()
+    version: str | None = None
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _leave_out_no_text(cls, value: object) -> object:
+        return value if isinstance(value, str) else None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ export const CHARTS = [
   chart("cosines_with_base", "Cosines with the base loss", "cosine", term("cosine_with_base")),
   chart("cosines_with_total", "Cosines with the total", "cosine", term("cosine_with_total")),
   chart("weights", "Weights", "weight", term("weight")),
+  chart("violations", "Violations of bounds", "violation", term("violation"), { separate: true }),
   chart("optimizer", "Optimizer", "value", /^optimizer\//, { separate: true }),
   chart("times", "Step time", "seconds", /^time\//),
 ];
