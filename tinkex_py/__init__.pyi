@@ -63,6 +63,7 @@ from .losses import (
     Regularizer as Regularizer,
     RegularizerOutput as RegularizerOutput,
     RegularizerSpec as RegularizerSpec,
+    Scored as Scored,
     Term as Term,
     TermResult as TermResult,
     WeightController as WeightController,

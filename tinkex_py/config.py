@@ -53,6 +53,8 @@ class TinkexConfig:
         max_connections: maximum concurrent HTTP connections for requests other than polls.
         max_polls: maximum concurrent HTTP connections for polls.
         max_threads: worker threads for sync terms, shared by all training clients; None is the usable CPU count.
+        max_processes: worker processes for terms with `runs_in="process"`, shared like the threads; None is the usable
+            CPU count.
         max_response_bytes: maximum bytes of the result of a pass or sample, after decompression; at least 64 KiB. Other
             responses have at most 16 MiB of it. A JSON result may have an eighth of it, and one value per 256 bytes.
         close_timeout: seconds that closing waits for requests in flight.
@@ -86,6 +88,7 @@ class TinkexConfig:
     max_connections: int = 16
     max_polls: int = 128
     max_threads: int | None = None
+    max_processes: int | None = None
     max_response_bytes: int = 1 << 30
     close_timeout: float = 10.0
     heartbeat_interval: float = 10.0
@@ -129,9 +132,9 @@ class TinkexConfig:
             self._check_seconds("billing_pause", positive=False)
         if self.on_queue_state is not None:
             check_function("on_queue_state", self.on_queue_state, error=ConfigError)
-        for name in ("max_connections", "max_polls", "max_threads"):
+        for name in ("max_connections", "max_polls", "max_threads", "max_processes"):
             count: object = getattr(self, name)
-            if name != "max_threads" or count is not None:
+            if name not in ("max_threads", "max_processes") or count is not None:
                 object.__setattr__(self, name, check_count(name, count, least=1, error=ConfigError))
         longest = check_count("max_response_bytes", self.max_response_bytes, least=_LEAST_RESPONSE, error=ConfigError)
         object.__setattr__(self, "max_response_bytes", longest)

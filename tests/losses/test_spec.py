@@ -48,6 +48,7 @@ def test_row_13_fields_and_defaults():
         "is_async",
         "retry",
         "max_grad_norm",
+        "runs_in",
         "at_most",
         "at_least",
     ]

@@ -97,7 +97,7 @@ class AsyncServiceClient:
         )
         auth = Auth(settings.secret_key, settings.credential_command)
         self._api = ServiceApi(self._http, self._polls, auth, retry=settings.retry, poll_timeout=settings.poll_timeout)
-        self._workers = WorkerPool(settings.max_threads)
+        self._workers = WorkerPool(settings.max_threads, settings.max_processes)
         # The embedded service follows the protocol; other services are measured.
         surrogate = None if embedded is None else SUMMED
         self._session = ClientSession(settings, self._api, self._workers, surrogate=surrogate)

@@ -12,6 +12,9 @@ from .direct import (
     GradientTracker as GradientTracker,
     execute as execute,
 )
+from .known_gradient import (
+    Scored as Scored,
+)
 from .logprobs import (
     packed_field as packed_field,
     split as split,

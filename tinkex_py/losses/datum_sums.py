@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidData, InvalidSpec
@@ -52,15 +52,17 @@ class SumOverDatums:
     def _summed(
         self, data: Sequence[Datum], logprobs: "Sequence[torch.Tensor]", options: Mapping[str, Any]
     ) -> TermResult:
+        from tinkex_py.losses.known_gradient import as_loss  # loads torch
+
         if not data:
             raise InvalidData("sum_over_datums calls the function once per datum, but data is empty: pass the datums")
         losses: list[torch.Tensor] = []
         metrics: dict[str, Any] = {}
         for index, (datum, own) in enumerate(zip(data, logprobs, strict=True)):
             fields = [field_of(datum, index, name).to_torch().to(own.device) for name in self.inputs]
-            result = self.fn(own, *fields, **options)
-            named: Mapping[str, Metric] = result[1] if isinstance(result, tuple) else {}
-            loss = result[0] if isinstance(result, tuple) else result
+            result: Any = as_loss(self.fn(own, *fields, **options), own, self.name or "sum_over_datums")
+            parts: tuple[Any, ...] = cast("tuple[Any, ...]", result) if isinstance(result, tuple) else (result, {})
+            loss, named = parts[0], cast("Mapping[str, Metric]", parts[1])
             losses.append(loss.sum())
             for name, value in named.items():
                 metrics[name] = metrics.get(name, 0.0) + value

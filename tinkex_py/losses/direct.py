@@ -12,6 +12,7 @@ from tinkex_py.errors import InvalidSpec
 from tinkex_py.limits import running_loop
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.gradients import loss_and_metrics
+from tinkex_py.losses.known_gradient import as_loss
 from tinkex_py.losses.logprobs import Logprobs, checked_data
 from tinkex_py.losses.options import DEFAULTS, TERM_DEFAULTS, PipelineOptions, checked_options, shows_options
 from tinkex_py.losses.outcomes import (
@@ -57,7 +58,8 @@ async def execute(
         options: keyword arguments for the term.
 
     Returns:
-        The loss with its graph and shape, and the metrics unchanged (`{}` if the term returned only a loss).
+        The loss with its graph and shape, and the metrics unchanged (`{}` if the term returned only a loss). Of a
+            `Scored`, a loss with its gradient.
 
     Raises:
         InvalidSpec: `term` is not a term, or does not accept the options.
@@ -79,7 +81,7 @@ async def execute(
     if inspect.isawaitable(result):
         awaitable = cast("Awaitable[TermResult]", result)
         result = await in_own_task(awaitable, grace=DEFAULTS["cancel_grace"], name=name, running=OwnModes())
-    return loss_and_metrics(result, name)
+    return loss_and_metrics(as_loss(result, logprobs, name), name)
 
 
 class Executor:

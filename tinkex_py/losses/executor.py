@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,14 @@ from tinkex_py import telemetry
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult, RegularizerError, RegularizerTimeout
 from tinkex_py.limits import RetryPolicy, time_limit, with_retries
 from tinkex_py.losses.gradients import Evaluation, evaluate
+from tinkex_py.losses.known_gradient import Scored, as_loss
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.options import DEFAULTS
 from tinkex_py.losses.outcomes import Outcome, PreparedTerm, constraint_measurements, described, failed_with
+from tinkex_py.losses.process_terms import evaluated_in, ready_worker, write_step
 from tinkex_py.losses.torch_modes import OwnModes, autograd_on, changed_since, defaults_before
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
+from tinkex_py.processes.pool import Worker
 from tinkex_py.types import Datum
 from tinkex_py.user_coroutines import UserCoroutine
 
@@ -58,6 +62,7 @@ class TermRun:
     _stopping: bool = field(init=False, default=False)
     _caller: "asyncio.Task[Any] | None" = field(init=False, default=None)
     _cancelled_before: int = field(init=False, default=0)
+    _file: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._permits = Limiter(self.max_concurrency)
@@ -76,6 +81,8 @@ class TermRun:
         assert self._caller is not None, "a coroutine runs in a task"
         self._cancelled_before = self._caller.cancelling()
         try:
+            if any(term.crossing is not None for term in terms):
+                self._file = await self._written()
             async with asyncio.TaskGroup() as group:
                 for term in terms:
                     task = group.create_task(self._run(term), name=f"tinkex.regularizer.{term.name}")
@@ -95,10 +102,32 @@ class TermRun:
                 cancelled.add_note(described(failure.exception))
             raise
         finally:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
             # An abandoned thread references this run. It must not keep the results of other terms alive.
             self._caller = None
             self._tasks.clear()
             self._failures.clear()
+
+    async def _written(self) -> int:
+        """Writes the data of the step for the worker processes; see `write_step`."""
+        files: list[int] = []
+        is_awaited = True
+
+        def write() -> None:
+            files.append(write_step(self.data, self.logprobs))
+            if not is_awaited:
+                os.close(files.pop())
+
+        try:
+            await self.workers.compute("data", write)
+        except BaseException:
+            is_awaited = False
+            while files:
+                os.close(files.pop())
+            raise
+        return files[0]
 
     def _must_stop(self) -> bool:
         """Whether a cancellation of a term comes from this run: another term failed, or the caller is cancelled."""
@@ -153,12 +182,18 @@ class TermRun:
         permit: Permit | None = None
         left: list[str] = []
         try:
-            if term.is_async is not True:
+            if term.crossing is not None:
+                thread = await self._permit(self.workers.process_limiter, term, self.max_concurrency, timeout)
+            elif term.is_async is not True:
                 thread = await self._permit(self.workers.limiter, term, self._most_threads, timeout)
             permit = await self._permit(self._permits, term, self.max_concurrency, timeout)
             with _events(term) as measurements:
+                worker = None if term.crossing is None else await ready_worker(self.workers, term)
                 async with time_limit(timeout, lambda: _timed_out(term, timeout, left)) as limit:
-                    evaluation = await self._evaluated(term, thread, permit, limit, left)
+                    if worker is None:
+                        evaluation = await self._evaluated(term, thread, permit, limit, left)
+                    else:
+                        evaluation = await self._evaluated_in(worker, term)
                     if limit.expired():  # the term suppressed the cancellation
                         raise TimeoutError
                 if term.weight is not None:
@@ -190,6 +225,14 @@ class TermRun:
                     timeout=patience,
                 ) from None
 
+    async def _evaluated_in(self, worker: Worker, term: PreparedTerm) -> Evaluation:
+        assert self._file is not None, "it is written before the terms run"
+        try:
+            track = self.track_grad_norms
+            return await evaluated_in(worker, self.workers, term, self._file, track_grad_norms=track)
+        finally:
+            self.workers.processes.give_back(worker)
+
     async def _evaluated(
         self, term: PreparedTerm, thread: Permit | None, permit: Permit, limit: asyncio.Timeout, left: list[str]
     ) -> Evaluation:
@@ -212,7 +255,7 @@ class TermRun:
         if thread is None:
             result, attempts = await awaited(self._attempts(term, leaf))
         else:
-            returned = await self.workers.call_term(term.name, lambda: self._in_thread(term, leaf), thread, permit)
+            returned = await self.workers.call_term(term.name, lambda: self.evaluate_here(term, leaf), thread, permit)
             if isinstance(returned, Evaluation):
                 return returned
             thread.release()
@@ -258,7 +301,12 @@ class TermRun:
             )
         return await result
 
-    def _in_thread(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | Awaitable[object]:
+    def evaluate_here(self, term: PreparedTerm, leaf: torch.Tensor) -> Evaluation | Awaitable[object]:
+        """Calls the function of a sync term in this thread. Returns its evaluation, or an awaitable that it returned.
+
+        Raises:
+            InvalidTermResult: it returned something else, or changed torch's defaults.
+        """
         with autograd_on():
             changed: str | None = None
             before = defaults_before()
@@ -281,11 +329,15 @@ class TermRun:
             )
 
     def _called(self, term: PreparedTerm, leaf: torch.Tensor) -> object:
-        given = self.logprobs.views(leaf, self.data) if term.per_datum else leaf
-        return term.function(self.data, given, **term.options)
+        return term.function(self.data, self._given(term, leaf), **term.options)
+
+    def _given(self, term: PreparedTerm, leaf: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        return self.logprobs.views(leaf, self.data) if term.per_datum else leaf
 
     def _arithmetic(self, term: PreparedTerm, result: object, leaf: torch.Tensor) -> Evaluation:
         with autograd_on():
+            if isinstance(result, Scored):
+                result = as_loss(result, self._given(term, leaf), term.name)
             return evaluate(
                 result,
                 leaf,

@@ -133,7 +133,8 @@ def loss_and_metrics(result: object, name: str) -> tuple[torch.Tensor, dict[str,
         parts = cast("tuple[object, ...]", result)
         if len(parts) != 2:
             raise InvalidTermResult(
-                f"term {name!r} must return loss or (loss, metrics), got a tuple of length {len(parts)}", name=name
+                f"term {name!r} must return loss, (loss, metrics) or Scored, got a tuple of length {len(parts)}",
+                name=name,
             )
         loss, metrics = parts
     if not isinstance(loss, torch.Tensor):

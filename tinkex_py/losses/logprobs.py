@@ -105,7 +105,7 @@ class Logprobs:
         self.shapes = shapes
         self.packable = packable
         self._unchanged = unchanged
-        self._guarded = guarded
+        self.guarded = guarded
         self._leaves: list[_Leaf] = []
         self._nothing = _NOTHING.to(buffer.device)
 
@@ -186,7 +186,7 @@ class Logprobs:
         with autograd_on():
             # Other operations release the GIL, and the event loop would then wait for other threads.
             leaf = self.buffer.data
-            if self._guarded:
+            if self.guarded:
                 leaf = leaf.as_subclass(PackedLogprobs)
             # Taking no elements saves the current version of the leaf for the backward pass.
             probe = leaf.requires_grad_().take(self._nothing)
@@ -322,17 +322,17 @@ def _copied(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if tensors[0].device.type != "cpu":
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-    array = np.concatenate([_bits(tensor).numpy() for tensor in tensors])
+    array = np.concatenate([bits_of(tensor).numpy() for tensor in tensors])
     return torch.from_numpy(array).view(tensors[0].dtype)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _comparison(own: torch.Tensor) -> Callable[[], bool]:
     original = _copied([own])  # the caller may modify its own tensor
     if own.device.type != "cpu":
-        return lambda: torch.equal(_bits(own), _bits(original))
-    return lambda: np.array_equal(_bits(own).numpy(), _bits(original).numpy())  # much faster on the CPU
+        return lambda: torch.equal(bits_of(own), bits_of(original))
+    return lambda: np.array_equal(bits_of(own).numpy(), bits_of(original).numpy())  # much faster on the CPU
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the elements as integers, flat, so that NaN compares equal to itself."""
     return tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])

@@ -51,6 +51,7 @@ class PreparedTerm:
         on_error: whether a failure fails the step.
         max_grad_norm: largest norm of the gradient; None means no limit.
         retry: policy for further calls after a failure; None means a single call.
+        crossing: key and pickle of function and options, for a worker process; None runs the term in this one.
         constraint: the controller of the weight if it keeps a bound.
         reduction: setting of a term with a constraint; None if it has none.
     """
@@ -65,6 +66,7 @@ class PreparedTerm:
     on_error: OnError = "raise"
     max_grad_norm: float | None = None
     retry: RetryPolicy | AsyncRetrying | None = None
+    crossing: tuple[bytes, bytes] | None = None
     constraint: Constraint | None = None
     reduction: object = None
 
@@ -107,6 +109,7 @@ def prepare_regularizer(spec: RegularizerSpec) -> PreparedTerm:
         on_error=spec.on_error,
         max_grad_norm=spec.max_grad_norm,
         retry=retry,
+        crossing=spec.crossing,
         constraint=constraint,
         reduction=None if constraint is None else reduction_of(spec),
     )

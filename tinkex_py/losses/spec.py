@@ -1,12 +1,14 @@
 """Terms and regularizer specs.
 
-A term maps `(data, logprobs)` to a loss or to `(loss, metrics)`. A regularizer is a term with a weight and a name.
-Source: the regularizers guide, "Core Concepts".
+A term maps `(data, logprobs)` to a loss, to `(loss, metrics)` or to `Scored`. A regularizer is a term with a weight
+and a name. Source: the regularizers guide, "Core Concepts".
 """
 
 import functools
+import hashlib
 import inspect
 import math
+import sys
 import textwrap
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -17,22 +19,26 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tenacity import AsyncRetrying
 
 from tinkex_py.arguments import as_integer, shown
-from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec
+from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec, MissingExtra
 from tinkex_py.html_table import html_facts
 from tinkex_py.losses.checks import first_problem
 from tinkex_py.losses.constraints import Constraint, DualAscent
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
+from tinkex_py.processes.crossing import pickled_by_value, unpickled
 from tinkex_py.types import Datum
 from tinkex_py.values import Number
 
 if TYPE_CHECKING:
     import torch
 
+    from tinkex_py.losses.known_gradient import Scored
+
 Metric = Union[bool, int, float, "torch.Tensor"]
-TermResult = Union["torch.Tensor", tuple["torch.Tensor", Mapping[str, Metric]]]
+TermResult = Union["torch.Tensor", tuple["torch.Tensor", Mapping[str, Metric]], "Scored"]
 TermFunction = Callable[..., TermResult | Awaitable[TermResult]]
 OnError = Literal["raise", "skip"]
+Place = Literal["thread", "loop", "process"]
 
 
 @runtime_checkable
@@ -47,7 +53,7 @@ class Regularizer(Protocol):
         """A method `compute(self, data, logprobs, **options)`, sync or async.
 
         `data` are the datums of the step. `logprobs` is packed, `[sum(T_i)]` or `[sum(T_i), K]`. The method returns
-        the loss or `(loss, metrics)`.
+        the loss, `(loss, metrics)` or `Scored`.
         """
         ...
 
@@ -108,6 +114,7 @@ class _PlainFields(BaseModel):
     enabled: bool
     is_async: bool | None
     max_grad_norm: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None
+    runs_in: Place | None
     at_most: Annotated[Number, Field(allow_inf_nan=False)] | None
     at_least: Annotated[Number, Field(allow_inf_nan=False)] | None
 
@@ -134,12 +141,16 @@ class RegularizerSpec:
             attempts.
         max_grad_norm: largest L2 norm of the term's gradient, before the weight; a larger gradient is scaled down.
             None means no limit.
+        runs_in: "loop" calls an async `fn` on the event loop, "thread" runs a sync one in a worker thread, "process" in
+            a worker process, which a timeout or cancellation kills. `fn` and its options cross to the process as they
+            are when the spec is made. None is "loop" or "thread".
         at_most: upper bound of the value, which must be a mean: minimizes the base loss subject to `value <= at_most`,
             with `controllers.DualAscent(at_most=...)`. Pass a controller as `weight` for other settings.
         at_least: lower bound of the value, likewise.
 
     Raises:
-        InvalidSpec: a value is invalid.
+        InvalidSpec: a value is invalid, or `fn` cannot cross to another process.
+        MissingExtra: `runs_in="process"` without the extra `processes`.
     """
 
     fn: Term
@@ -152,6 +163,7 @@ class RegularizerSpec:
     is_async: bool | None = None
     retry: int | AsyncRetrying | None = None
     max_grad_norm: float | None = None
+    runs_in: Place | None = None
     at_most: float | None = None
     at_least: float | None = None
 
@@ -179,6 +191,8 @@ class RegularizerSpec:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
         if isinstance(self.fn, ConfiguredTerm):
             self.fn.check_options(self.options)
+        if self.runs_in is not None:
+            _check_place(self)
         if isinstance(self.weight, Constraint) and reduction_of(self) == "sum":
             raise InvalidSpec(
                 f"regularizer {name!r}: a bound is for a mean, and reduction='sum' grows with the batch: pass "
@@ -218,7 +232,17 @@ class RegularizerSpec:
         """Whether `fn` is async: `is_async` if it is set, else detected; None if only a call shows it."""
         if self.is_async is not None:
             return self.is_async
+        if self.runs_in is not None:
+            return self.runs_in == "loop"
         return True if is_async_term(self.fn) else None
+
+    @functools.cached_property
+    def crossing(self) -> tuple[bytes, bytes] | None:
+        """Key and pickle of function and options, if they run in a process."""
+        if self.runs_in != "process":
+            return None
+        pickled = pickled_by_value((term_function(self.fn), dict(self.options)))
+        return hashlib.sha256(pickled).digest(), pickled
 
     def facts(self) -> dict[str, object]:
         """Returns the settings in short form for tables; None stands for a default."""
@@ -228,6 +252,7 @@ class RegularizerSpec:
             "weight": self._described_weight(),
             "timeout": None if timeout is None else "no limit" if math.isinf(timeout) else f"{timeout:g} s",
             "options": dict(self.options) or None,
+            "runs in": self.runs_in,
             "on error": None if self.on_error == "raise" else self.on_error,
             "enabled": None if self.enabled else False,
             "max_grad_norm": self.max_grad_norm,
@@ -337,6 +362,30 @@ def _why_not_callable(term: object) -> str | None:
     if not callable(term_function(inner)):
         return f"fn must be callable or have a compute method, got {shown(inner)} of type {type(inner).__name__}"
     return None
+
+
+def _check_place(spec: RegularizerSpec) -> None:
+    """Raises InvalidSpec if a term cannot run where its spec says."""
+    name, place = spec.name, spec.runs_in
+    is_async = is_async_term(spec.fn) if spec.is_async is None else spec.is_async
+    if is_async != (place == "loop"):
+        kind, advice = ("async", "use runs_in='loop'") if is_async else ("sync", "pass is_async=True if it is not")
+        raise InvalidSpec(f"regularizer {name!r}: runs_in={place!r} does not fit fn, which is {kind}: {advice}")
+    if place != "process":
+        return
+    if sys.platform == "win32":
+        raise InvalidSpec(f"regularizer {name!r}: runs_in='process' needs Linux or macOS: use runs_in='thread'")
+    try:
+        crossing = spec.crossing
+        assert crossing is not None, "it runs in a process"
+        unpickled(crossing[1])
+    except MissingExtra:
+        raise
+    except Exception as error:  # objects of the user
+        raise InvalidSpec(
+            f"regularizer {name!r}: fn or its options cannot cross to another process ({type(error).__name__}: "
+            f"{error}): open files, locks and connections inside of fn, or use runs_in='thread'"
+        ) from error
 
 
 def _checked_retry(given: object, name: str, *, can_await: bool) -> int | AsyncRetrying:

@@ -1,4 +1,4 @@
-"""Worker threads: a bounded pool for terms, and one for the arithmetic of this package.
+"""Workers: bounded pools of threads and processes for terms, and threads for the arithmetic of this package.
 
 Python cannot stop a thread. A term that exceeds its timeout is abandoned: its caller continues, its result is
 dropped, and it keeps its permit until its function returns. Therefore the number of live term threads never exceeds
@@ -7,6 +7,7 @@ the number of permits. The process waits for abandoned threads at exit.
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import os
 import threading
@@ -17,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 from tinkex_py.errors import ClientClosed
 from tinkex_py.limits import time_limit
+from tinkex_py.processes.pool import ProcessPool
 
 
 @dataclass(eq=False)
@@ -206,22 +208,37 @@ class WorkerPool:
 
     Args:
         max_threads: maximum number of live term threads; None means the number of usable CPUs.
+        max_processes: maximum number of worker processes; None means the number of usable CPUs.
 
     Attributes:
         limiter: limiter of the term threads.
+        process_limiter: limiter of the terms in processes.
     """
 
-    def __init__(self, max_threads: int | None = None) -> None:
+    def __init__(self, max_threads: int | None = None, max_processes: int | None = None) -> None:
         limit = max_threads or usable_cpu_count()
         self.limiter = Limiter(limit)
+        self.process_limiter = Limiter(max_processes or usable_cpu_count())
+        self._computes_alone = limit > 1
         self._unfinished: set[Future[Any]] = set()
         self._left: dict[Future[Any], str] = {}  # unbounded calls whose callers left
         # Separate executors prevent deadlocks: a coroutine that holds a permit must not wait for a thread whose term
         # waits for a permit, and arithmetic must not wait for a backward pass that hangs in user code.
-        alone = compute_alone if limit > 1 else None
+        alone = compute_alone if self._computes_alone else None
         self._terms = ThreadPoolExecutor(limit, "tinkex-term", alone)
         self._unbounded = ThreadPoolExecutor(limit, "tinkex-unbounded", alone)
         self._arithmetic = ThreadPoolExecutor(max(limit, _LEAST_ARITHMETIC), "tinkex-arithmetic", compute_alone)
+
+    @functools.cached_property
+    def processes(self) -> ProcessPool:
+        """The worker processes; none starts before it is needed."""
+        return ProcessPool(self.process_limiter.limit, "tinkex_py.losses.in_worker:evaluate_job")
+
+    def torch_threads(self) -> int:
+        """Returns the number of torch threads for a term, in a thread or a process."""
+        import torch
+
+        return 1 if self._computes_alone else torch.get_num_threads()
 
     async def call_term(self, name: str, work: Callable[[], Result], thread: Permit, permit: Permit) -> Result:
         """Runs the function of a term.
@@ -270,7 +287,9 @@ class WorkerPool:
         return [*self.limiter.abandoned(), *self._left.values()]
 
     def close(self) -> None:
-        """Stops the threads. Busy threads end after their work, without blocking this call."""
+        """Stops the threads and processes. Busy threads end after their work, without blocking this call."""
+        if "processes" in vars(self):
+            self.processes.close()
         for executor in (self._terms, self._unbounded, self._arithmetic):
             executor.shutdown(wait=not self._unfinished)
 

@@ -1,0 +1,60 @@
+"""Terms for worker processes, which import this module by its name."""
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tinkex_py import Datum, Scored
+
+
+def entropy(data: Sequence[Datum], logprobs: torch.Tensor, scale: float = 1.0) -> Any:
+    loss = (logprobs.exp() * logprobs).sum() * scale
+    return loss, {"pid": os.getpid(), "threads": torch.get_num_threads(), "main": "tinkex_py" in _main_file()}
+
+
+def _main_file() -> str:
+    import __main__
+
+    return str(__main__.__file__)
+
+
+def parts(data: Sequence[Datum], logprobs: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([part.square().mean() * datum.model_input.length for part, datum in zip(logprobs, data)]).sum()  # noqa: B905
+
+
+def scored(data: Sequence[Datum], logprobs: torch.Tensor) -> Scored:
+    return Scored(1.5, 3 * logprobs.detach(), {"count": len(data)})
+
+
+def writes(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    logprobs.data.add_(1.0)
+    return logprobs.sum()
+
+
+def fails(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    raise ValueError("the topology is odd")
+
+
+def exits(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    os._exit(7)
+
+
+def crashes(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    ctypes.string_at(0)
+    return logprobs.sum()
+
+
+def hangs(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    """Holds Python's lock for ever."""
+    re.match(r"(a+)+$", "a" * 64 + "b")
+    return logprobs.sum()
+
+
+def naps(data: Sequence[Datum], logprobs: torch.Tensor, seconds: float = 0.0) -> torch.Tensor:
+    time.sleep(seconds)
+    return logprobs.square().sum()
