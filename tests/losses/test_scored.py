@@ -47,7 +47,9 @@ def one_datum(logprobs: torch.Tensor) -> Scored:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    "fn", [scored_l2, async_scored, listed, per_datum(scored_parts), sum_over_datums(one_datum)], ids=str
+    "fn",
+    [scored_l2, async_scored, listed, per_datum(scored_parts), sum_over_datums(one_datum)],
+    ids=["sync", "async", "listed", "per_datum", "sum_over_datums"],
 )
 @pytest.mark.parametrize("combine", ["sum", "pcgrad"])
 async def test_equals_the_term_that_autograd_differentiates(fn: Any, combine: Any):

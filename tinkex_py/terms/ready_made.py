@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from tinkex_py.arguments import check_kind, shown
 from tinkex_py.errors import InvalidSpec
+from tinkex_py.losses.known_gradient import Scored
 from tinkex_py.losses.logprobs import checked_data
 from tinkex_py.losses.spec import TermFunction, TermResult
 from tinkex_py.types import Datum
@@ -137,7 +138,8 @@ class ReadyMadeTerm(CheckedSettings, ABC):
 
 @cache
 def _settings_model(cls: type[CheckedSettings]) -> type[BaseModel]:
-    hints = get_type_hints(cls, include_extras=True)
+    # A field may be a function of terms, whose type names `Scored` without importing torch.
+    hints = get_type_hints(cls, localns={"Scored": Scored}, include_extras=True)
     fields: dict[str, Any] = {one.name: (hints[one.name], ...) for one in dataclasses.fields(cls) if one.repr}
     return create_model(cls.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
 
