@@ -117,7 +117,7 @@ INTERNAL = (
     r"\.(loss|loss_against|positions|selected|select_reference|target_tensor|check_sampled|invalid)$",  # of `compute`
     r"\.(counted|tokens|token_losses|measured|clipped|clipped_losses|factors)$",  # of `compute` too
     r"\.(with_options|check_options)$",  # settings, which the constructors and specs check too
-    r"\.next_weights$",  # part of `update` of a controller
+    r"\.next_(weights|multiplier)$",  # part of `update` of a controller
     r"\.Pipeline\.evaluate$",  # part of `compute` of a pipeline
     r"\.EventStream\.__call__$",  # an ASGI application
     r"\.PackedTensor",  # made of decoded responses

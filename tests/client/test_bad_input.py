@@ -154,7 +154,7 @@ async def test_a_bad_deadline_is_named_and_sends_nothing(bench):
     assert bench.kinds(training) == []
 
 
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "1", True, None])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "1", True])
 async def test_bad_weights(weight):
     with pytest.raises(InvalidSpec, match="weight must be a finite number >= 0") as caught:
         spec("kl", weight=weight)

@@ -36,6 +36,7 @@ from tinkex_py.demo import DemoOptions
 from tinkex_py.integrations import trackers
 from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.losses import controllers, schedules
+from tinkex_py.losses.constraints import Constraint
 from tinkex_py.runs import RunFolder, RunInfo, StepRecord, TrainedRun, TrainSettings
 from tinkex_py.runs.records import RunState, SavedCheckpoint
 from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel
@@ -143,6 +144,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
         "Pipeline.load_state_dict.state": {"controllers": {}},
         "WeightController.load_state_dict.state": {"weights": {}},
+        "PIDMultiplier.load_state_dict.state": {"weights": {}, "sums": {}, "before": {}},
         "AdaptiveEntropy.load_state_dict.state": {"weights": {}, "coefficients": {}},
         "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},
         "DWA.load_state_dict.state": controllers.DWA().state_dict(),
@@ -166,6 +168,8 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "values": {0: 1.0},
         "value": [1.0],
         "Constant.value": 1.0,
+        "Constraint.at_most": 0.5,
+        "Constraint.at_least": None,
         "BaseLossOutput.value": 1.0,
         "RegularizerOutput.value": 1.0,
         "metrics": {"loss/total": 1.0},
@@ -260,6 +264,10 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "train": {"settings": TrainSettings(steps=1, checkpoint_every=None)},
     "preference_datums": {"prompt": "x"},
     "export_adapter": {"overwrite": True},
+    "spec.RegularizerSpec": {"weight": 1.0},
+    "constraints.DualAscent": {"at_most": 0.5},
+    "constraints.LogDualAscent": {"at_most": 0.5},
+    "constraints.PIDMultiplier": {"at_most": 0.5},
     "replay": {"pipeline": Pipeline(nll)},
     "preference.DPO": _REFERENCE_FIELD,
     "preference.DPOP": _REFERENCE_FIELD,
@@ -306,6 +314,7 @@ def instances(clients: Clients, folder: Path) -> dict[type, Callable[[], Any]]:
         LocalService: lambda: clients.embedded,
         Pipeline: lambda: Pipeline(nll),
         controllers.GradNormBalance: controllers.GradNormBalance,
+        Constraint: lambda: controllers.DualAscent(at_most=0.5),
         controllers.AdaptiveEntropy: lambda: controllers.AdaptiveEntropy(target=1.0),
         WeightController: controller_with_weight,
         schedules.Constant: lambda: schedules.Constant(1.0),
