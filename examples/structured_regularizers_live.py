@@ -7,6 +7,7 @@ Runs on TINKER_BASE_URL with TINKER_API_KEY, or on the embedded service:
 """
 
 import asyncio
+import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec
 
@@ -56,7 +57,7 @@ def show(step, output):
 async def main():
     async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
-        print(f"Training {model} on {service.config.base_url}")
+        print(f"Training {model} on {os.environ.get('TINKER_BASE_URL', 'the embedded service')}")
         training = await service.create_lora_training_client(model, rank=16)
         tokenizer = await training.get_tokenizer()
         data = [make_datum(text, tokenizer) for text in TEXTS]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinkex_py.losses.checks import checked_number, checked_steps
+from tinkex_py.losses.checks import checked_number, checked_steps, saved_steps
 from tinkex_py.losses.output import BASE_LOSS_NAME, value_over_calls
 from tinkex_py.losses.weights import WeightController
 
@@ -95,7 +95,7 @@ class DWA(WeightController):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        steps = checked_steps("DWA", "state: steps", state.get("steps"), at_least=0)
+        steps = saved_steps("DWA", state, "steps")
         super().load_state_dict(state)
         self._steps = steps
 
@@ -226,7 +226,7 @@ class FAMO(WeightController):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        moves = checked_steps("FAMO", "state: moves", state.get("moves"), at_least=0)
+        moves = saved_steps("FAMO", state, "moves")
         super().load_state_dict(state)
         self._moves = moves
 
