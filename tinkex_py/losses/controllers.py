@@ -220,7 +220,7 @@ class GradNormBalance(WeightController):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        if "first_base_value" not in state:
+        if not isinstance(state, Mapping) or "first_base_value" not in state:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidSpec(f"GradNormBalance: the saved state must contain 'first_base_value', got {shown(state)}")
         first = state["first_base_value"]
         checked = None if first is None else checked_number("GradNormBalance", "first_base_value", first)
