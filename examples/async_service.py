@@ -5,7 +5,6 @@ service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
-import os
 from dataclasses import dataclass, field
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, TinkexError
@@ -114,14 +113,13 @@ async def cancel_after(trainer, job, steps):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
     jobs = [
         Job("greetings", ["Hello, how are you?", "Good morning to you."], steps=6),
         Job("numbers", ["one two three four five", "six seven eight nine ten"], steps=6),
         Job("endless", ["This job is cancelled after two steps."], steps=1_000_000),
     ]
     async with (
-        AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service,
+        AsyncServiceClient.from_env(local="tiny") as service,
         TrainingService(service) as trainer,
         asyncio.TaskGroup() as watchers,
     ):

@@ -5,7 +5,6 @@ Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY. The dow
 """
 
 import asyncio
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, UnsupportedFeature
 
@@ -30,8 +29,7 @@ def show_progress(progress):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=8)
         early, late = await train(training)

@@ -7,7 +7,6 @@ embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 
 import asyncio
 import math
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, ModelInput
 from tinkex_py.base_losses import Choice
@@ -36,8 +35,7 @@ def bell(mark):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16, seed=0)
         tokenizer = await training.get_tokenizer()

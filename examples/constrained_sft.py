@@ -6,7 +6,6 @@ TINKER_API_KEY.
 """
 
 import asyncio
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, Pipeline, RegularizerSpec
 from tinkex_py.base_losses import NLL
@@ -18,8 +17,7 @@ BOUND = 0.2  # nats per answer token
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=4, seed=0)
         datum = text_datum(await training.get_tokenizer(), " Ahoy!\n", prompt="Q: Hello?\nA:", append_end=False)

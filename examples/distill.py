@@ -6,7 +6,6 @@ TINKER_API_KEY.
 """
 
 import asyncio
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient
 from tinkex_py.base_losses import NLL, Distillation
@@ -18,8 +17,7 @@ PAIRS = [("Hello?", "Ahoy friend!"), ("Who are you?", "A sailor, friend!"), ("Wh
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=8, seed=0)
         tokenizer = await training.get_tokenizer()

@@ -6,7 +6,6 @@ TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
-import os
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -45,8 +44,7 @@ def make_datum(tokenizer, prompt, answer, **inputs):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16, seed=0)
         tokenizer = await training.get_tokenizer()

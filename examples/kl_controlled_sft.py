@@ -5,7 +5,6 @@ the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, RegularizerSpec
 from tinkex_py.base_losses import NLL
@@ -56,8 +55,7 @@ async def train(service, model, weight):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         fixed = await train(service, model, 0.01)
         held = await train(service, model, AdaptiveKL(initial=0.5, target=TARGET, horizon=1.0))

@@ -4,7 +4,6 @@ Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, ModelInput, RegularizerSpec, SamplingParams, packed_field
 from tinkex_py.data import text_datum
@@ -44,8 +43,7 @@ REGULARIZERS = [
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16)
         tokenizer = await training.get_tokenizer()

@@ -6,7 +6,6 @@ controllers. Runs on the embedded service, or on TINKER_BASE_URL with TINKER_API
 
 import asyncio
 import json
-import os
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, Pipeline, RegularizerSpec
 from tinkex_py.base_losses import NLL
@@ -44,8 +43,7 @@ async def train(training, pipeline, data, steps):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=8, seed=0)
         data = [make_datum(text, await training.get_tokenizer()) for text in TEXTS]

@@ -6,7 +6,6 @@ TINKER_API_KEY.
 """
 
 import asyncio
-import os
 import statistics
 
 from tinkex_py import AdamParams, AsyncServiceClient, Datum, ModelInput, RegularizerSpec, SamplingParams
@@ -69,8 +68,7 @@ async def with_reference(initial, data):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16, seed=0)
         initial = await service.create_lora_training_client(model, rank=1, seed=0)  # a new adapter changes no output

@@ -5,7 +5,6 @@ Runs on the embedded service, whose tiny model has random weights, or on TINKER_
 
 import asyncio
 import math
-import os
 
 from tinkex_py import AsyncServiceClient, ModelInput, SamplingParams
 
@@ -51,8 +50,7 @@ async def score(sampler, tokenizer):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=8)
         tokenizer = await training.get_tokenizer()

@@ -55,10 +55,9 @@ def show(step, output):
 
 
 async def main():
-    remote = os.environ.get("TINKER_BASE_URL")
-    async with AsyncServiceClient.from_env() if remote else AsyncServiceClient.local(model="tiny") as service:
+    async with AsyncServiceClient.from_env(local="tiny") as service:
         model = (await service.get_server_capabilities()).supported_models[0].model_name
-        print(f"Training {model} on {remote or 'the embedded service'}")
+        print(f"Training {model} on {os.environ.get('TINKER_BASE_URL', 'the embedded service')}")
         training = await service.create_lora_training_client(model, rank=16)
         tokenizer = await training.get_tokenizer()
         data = [make_datum(text, tokenizer) for text in TEXTS]

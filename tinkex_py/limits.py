@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 
 # Seconds. A shorter `retry-after` is ignored, because it would repeat the request at network speed.
 _LEAST_ASKED_FOR = 0.01
+# At most a tenth of the deadline.
+_SHORTEST_ATTEMPT = 0.25
 # Seconds (protocol: "Billing (402)").
 BILLING_PAUSE = 5.0
 _LEAST_BILLING_PAUSE = 0.02
@@ -144,7 +146,8 @@ class Attempts:
         """Returns the seconds to wait after a failed attempt; None if there is no further attempt.
 
         The wait is the service's `retry-after`, else random below a bound that doubles with each failure (full jitter).
-        A wait that would end after the deadline does not start.
+        An attempt that would begin at the deadline or shortly before it does not start: its timeout would only hide the
+        error of the attempt before.
         """
         self.number += 1
         self._failures += 1
@@ -156,7 +159,8 @@ class Attempts:
             bound = min(policy.initial_wait * 2.0 ** min(self._failures - 1, 16), policy.max_wait)
             pause = random.uniform(0.0, bound)  # noqa: S311  (spreads load, hides nothing)
         is_last = policy.max_attempts is not None and self._failures >= policy.max_attempts
-        return None if is_last or pause > self.seconds_left else pause
+        shortest = min(_SHORTEST_ATTEMPT, policy.deadline / 10)
+        return None if is_last or pause + shortest > self.seconds_left else pause
 
 
 async def with_retries(

@@ -30,12 +30,12 @@ def without_halves(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Returns the text with everything replaced that steers a terminal; tabs and line feeds stay."""
+    """Returns the text with terminal controls and direction overrides replaced; tabs and line feeds stay."""
     return text if text.isprintable() else _STEERING.sub(REPLACED, text)
 
 
 def plain_line(text: str) -> str:
-    """Returns the text as one line, with everything replaced that steers a terminal."""
+    """Returns the text as one line, with terminal controls and direction overrides replaced."""
     return text if text.isprintable() else _STEERING_A_LINE.sub(REPLACED, text)
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from tests.fuzz.targets import json_response, pass_result, sample_result
 from tinkex_py.client.archive import extract
-from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError, TinkexError
+from tinkex_py.errors import ConfigError, InvalidData, InvalidResponse, PipelineError
 from tinkex_py.local import bodies, schemas, wire_format
 from tinkex_py.local.core import Refused
 from tinkex_py.losses.recording import JSON_NAME, TENSORS_NAME, read_record
@@ -27,15 +28,6 @@ from tinkex_py.runs import read_run, read_steps
 from tinkex_py.runs.folder import RUN_FILE, STEPS_FILE
 from tinkex_py.runs.yaml_file import read_yaml
 from tinkex_py.transport import wire
-from tinkex_py.transport.decoding import (
-    Result,
-    decode_forward_backward,
-    decode_sample,
-    read_forward_backward,
-    read_sample,
-)
-from tinkex_py.transport.failures import status_error
-from tinkex_py.transport.messages import Response
 
 MIB = 1024**2
 
@@ -156,30 +148,6 @@ def file_of_tensors(n: int) -> bytes:
 
 
 # The client: results, responses, archives
-
-
-def pass_result(body: bytes) -> None:
-    with contextlib.suppress(InvalidResponse):
-        for row in decode_forward_backward(body).loss_fn_outputs:
-            for tensor in row.values():
-                tensor.to_numpy()
-
-
-def sample_result(body: bytes) -> None:
-    with contextlib.suppress(InvalidResponse):
-        decode_sample(body)
-
-
-def json_response(body: bytes) -> None:
-    for status in (200, 400):
-        response = Response(status, {"content-type": "application/json"}, body)
-        with contextlib.suppress(TinkexError):
-            if not response.is_success:
-                raise status_error(response)
-            value = response.json()
-            for read in (read_forward_backward, read_sample):
-                with contextlib.suppress(InvalidResponse):
-                    read(Result(b"", value if isinstance(value, dict) else {}))
 
 
 def archive(body: bytes) -> None:

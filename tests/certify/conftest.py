@@ -1,13 +1,13 @@
 """Measurements on the embedded service, and a table of the faults that were injected into it."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.torch_threads import one_torch_thread  # noqa: F401
 from tinkex_py import AsyncServiceClient, TinkexConfig
 from tinkex_py.local.engine import Engine
 
@@ -38,15 +38,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def caught_of(config: pytest.Config) -> list[Caught]:
     return config.stash.setdefault(CAUGHT, [])
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The matrices of the tiny model are too small for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Embedded = Callable[..., AbstractAsyncContextManager[AsyncServiceClient]]

@@ -1,24 +1,15 @@
 """A real service in process and behind a socket, both with a recorder in front; datums of the tiny model."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
-import torch
 
 from tests.client.recorder import Recorder, http_client, quick_config
+from tests.support.torch_threads import one_torch_thread  # noqa: F401
 from tinkex_py import AsyncServiceClient, AsyncTrainingClient
 from tinkex_py.local import LocalService
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The tiny model's matrices are so small that a second thread only waits: 6 times faster with one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Bench:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
-import torch
 
 from tests.faults.catalogue import IN_CHUNKS
 from tests.faults.proxy import FaultProxy
 from tests.faults.runs import config, long_run, new_client, resumed_run, saved_run, short_run, weights
 from tests.faults.tally import Tally, tally_of
 from tests.support.served import serving
+from tests.support.torch_threads import one_torch_thread  # noqa: F401
 from tinkex_py import AsyncServiceClient, AsyncTrainingClient
 
 
@@ -49,15 +49,6 @@ class Served:
 
     url: str
     state: Path
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The matrices of the tiny model are too small for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "session_id": clients.session_id,
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
         "Pipeline.load_state_dict.state": {"controllers": {}},
-        "WeightController.load_state_dict.state": {"weights": {}},
+        "WeightController.load_state_dict.state": {"weights": {}, "first_values": {}},
         "PIDMultiplier.load_state_dict.state": {"weights": {}, "sums": {}, "before": {}},
         "AdaptiveEntropy.load_state_dict.state": {"weights": {}, "coefficients": {}},
         "GradNormBalance.load_state_dict.state": {"weights": {}, "first_values": {}, "first_base_value": None},

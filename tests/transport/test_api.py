@@ -158,12 +158,13 @@ async def test_the_deadline_ends_the_retries_with_the_last_error():
 
 
 @pytest.mark.asyncio
-async def test_a_wait_that_would_end_after_the_deadline_does_not_start():
-    send = Script(status(503, retry_after="50"))
+@pytest.mark.parametrize("wait", ["50", "19.9"])
+async def test_a_wait_that_would_end_at_the_deadline_or_after_it_does_not_start(wait: str):
+    send = Script(status(503, retry_after=wait))
     async with asyncio.timeout(10):
         with pytest.raises(errors.ServerError) as caught:
             await send_with_retry(RetryPolicy(deadline=20.0), send)
-    assert caught.value.retry_after == 50.0
+    assert caught.value.retry_after == float(wait)
     assert send.attempts == [1]
 
 

@@ -42,7 +42,7 @@ class TokenWeighting(ReducedTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class Focal(TokenWeighting):
-    """Focal loss: tokens that the model knows already count less.
+    """Focal loss: tokens with a high probability count less.
 
     With x the logprobs, `p = exp(x)`, g the `gamma` and w the mask:
 

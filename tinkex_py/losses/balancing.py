@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinkex_py.losses.checks import checked_number, checked_numbers, checked_steps
+from tinkex_py.losses.checks import checked_number, checked_steps, saved_steps
 from tinkex_py.losses.output import BASE_LOSS_NAME, value_over_calls
 from tinkex_py.losses.weights import WeightController
 
@@ -39,6 +39,8 @@ class DWA(WeightController):
         minimum: lower bound of the weight.
         maximum: upper bound of the weight.
     """
+
+    saved_numbers = ("sums", "counts", "latest", "before")
 
     def __init__(
         self,
@@ -85,8 +87,7 @@ class DWA(WeightController):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the controller, as plain JSON values."""
-        own = {"sums": self._sums, "counts": self._counts, "latest": self._latest, "before": self._before}
-        return {**super().state_dict(), **{name: dict(values) for name, values in own.items()}, "steps": self._steps}
+        return {**super().state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that `state_dict` returned.
@@ -94,12 +95,9 @@ class DWA(WeightController):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        sums, counts, latest, before = (
-            checked_numbers("DWA", state, name) for name in ("sums", "counts", "latest", "before")
-        )
-        steps = checked_steps("DWA", "state: steps", state.get("steps"), at_least=0)
+        steps = saved_steps("DWA", state, "steps")
         super().load_state_dict(state)
-        self._sums, self._counts, self._latest, self._before, self._steps = sums, counts, latest, before, steps
+        self._steps = steps
 
 
 class UncertaintyWeighting(WeightController):
@@ -123,6 +121,8 @@ class UncertaintyWeighting(WeightController):
         maximum: upper bound of the weight.
     """
 
+    saved_numbers = ("log_variances",)
+
     def __init__(
         self, *, rate: float = 0.05, initial: float = 1.0, minimum: float = 0.0, maximum: float = math.inf
     ) -> None:
@@ -139,20 +139,6 @@ class UncertaintyWeighting(WeightController):
                 self._log_variances[name] = own - self.rate * max(log_variance_slope(value, own), -1.0)
         base = self._log_variances[BASE_LOSS_NAME]
         return {name: self.initial * math.exp(base - self._log_variances[name]) for name in weights}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the controller, as plain JSON values."""
-        return {**super().state_dict(), "log_variances": dict(self._log_variances)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state that `state_dict` returned.
-
-        Raises:
-            InvalidSpec: the state belongs to another class of controller.
-        """
-        log_variances = checked_numbers("UncertaintyWeighting", state, "log_variances")
-        super().load_state_dict(state)
-        self._log_variances = log_variances
 
 
 class FAMO(WeightController):
@@ -177,6 +163,8 @@ class FAMO(WeightController):
         minimum: lower bound of the weight.
         maximum: upper bound of the weight.
     """
+
+    saved_numbers = ("logits", "gaps", "first", "second")
 
     def __init__(
         self,
@@ -230,8 +218,7 @@ class FAMO(WeightController):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the controller, as plain JSON values."""
-        own = {"logits": self._logits, "gaps": self._gaps, "first": self._first, "second": self._second}
-        return {**super().state_dict(), **{name: dict(values) for name, values in own.items()}, "moves": self._moves}
+        return {**super().state_dict(), "moves": self._moves}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that `state_dict` returned.
@@ -239,12 +226,9 @@ class FAMO(WeightController):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        logits, gaps, first, second = (
-            checked_numbers("FAMO", state, name) for name in ("logits", "gaps", "first", "second")
-        )
-        moves = checked_steps("FAMO", "state: moves", state.get("moves"), at_least=0)
+        moves = saved_steps("FAMO", state, "moves")
         super().load_state_dict(state)
-        self._logits, self._gaps, self._first, self._second, self._moves = logits, gaps, first, second, moves
+        self._moves = moves
 
 
 def log_variance_slope(value: float, log_variance: float) -> float:

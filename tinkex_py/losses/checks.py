@@ -72,6 +72,16 @@ def checked_numbers(owner: str, state: object, key: str) -> dict[str, float]:
     return {name: checked_number(owner, f"state: {key}[{name!r}]", number) for name, number in named.items()}
 
 
+def saved_steps(owner: str, state: object, key: str) -> int:
+    """Returns the number of steps that a saved state has under a key.
+
+    Raises:
+        InvalidSpec: the state has no such number.
+    """
+    value = cast("Mapping[str, object]", state).get(key) if isinstance(state, Mapping) else None
+    return checked_steps(owner, f"state: {key}", value, at_least=0)
+
+
 def number_or_nan(value: object) -> float:
     """Returns the value as a float, or NaN if it is not a number. Strings and bools are not numbers."""
     number = as_number(value)

@@ -8,11 +8,11 @@ or `-weight * value` under `at_least`.
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
-from tinkex_py.losses.checks import checked_number, checked_numbers
+from tinkex_py.losses.checks import checked_number
 from tinkex_py.losses.output import TOTAL_METRIC, ConstraintOutput, MetricValue, denominator_of, mean_violation
 from tinkex_py.losses.weights import WeightController
 
@@ -206,6 +206,8 @@ class PIDMultiplier(Constraint):
         maximum: largest multiplier.
     """
 
+    saved_numbers = ("sums", "before")
+
     def __init__(
         self,
         *,
@@ -231,17 +233,3 @@ class PIDMultiplier(Constraint):
         rise = max(0.0, violation - self._before.get(name, violation))
         self._sums[name], self._before[name] = total, violation
         return max(0.0, self.p * violation + self.i * total + self.d * rise)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the controller, as plain JSON values."""
-        return {**super().state_dict(), "sums": dict(self._sums), "before": dict(self._before)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state that `state_dict` returned.
-
-        Raises:
-            InvalidSpec: the state belongs to another class of controller.
-        """
-        sums, before = (checked_numbers("PIDMultiplier", state, name) for name in ("sums", "before"))
-        super().load_state_dict(state)
-        self._sums, self._before = sums, before

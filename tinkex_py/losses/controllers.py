@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tinkex_py.arguments import shown
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.losses.balancing import DWA as DWA, FAMO as FAMO, UncertaintyWeighting as UncertaintyWeighting
-from tinkex_py.losses.checks import checked_number, checked_numbers
+from tinkex_py.losses.checks import checked_number
 from tinkex_py.losses.constraints import (
     Constraint as Constraint,
     DualAscent as DualAscent,
@@ -79,6 +79,8 @@ class AdaptiveEntropy(WeightController):
         maximum: largest coefficient.
     """
 
+    saved_numbers = ("coefficients",)
+
     def __init__(self, *, target: float, delta: float = 0.005, initial: float = 0.0, maximum: float = 1.0) -> None:
         super().__init__(initial=initial, maximum=maximum)
         self.target = checked_number("AdaptiveEntropy", "target", target, above=0.0)
@@ -95,20 +97,6 @@ class AdaptiveEntropy(WeightController):
             self._coefficients[name] = after
             moved[name] = after if is_low else 0.0
         return moved
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the controller, as plain JSON values."""
-        return {**super().state_dict(), "coefficients": dict(self._coefficients)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state that `state_dict` returned.
-
-        Raises:
-            InvalidSpec: the state belongs to another class of controller.
-        """
-        coefficients = checked_numbers("AdaptiveEntropy", state, "coefficients")
-        super().load_state_dict(state)
-        self._coefficients = coefficients
 
 
 class TargetGradientRatio(WeightController):
@@ -180,6 +168,7 @@ class GradNormBalance(WeightController):
     """
 
     needs_grad_norms = True
+    saved_numbers = ("first_values",)
 
     def __init__(
         self,
@@ -223,8 +212,7 @@ class GradNormBalance(WeightController):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the controller, as plain JSON values."""
-        first = {"first_values": dict(self._first_values), "first_base_value": self._first_base_value}
-        return {**super().state_dict(), **first}
+        return {**super().state_dict(), "first_base_value": self._first_base_value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that `state_dict` returned.
@@ -232,13 +220,12 @@ class GradNormBalance(WeightController):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        first_values = checked_numbers("GradNormBalance", state, "first_values")
-        if "first_base_value" not in state:
+        if not isinstance(state, Mapping) or "first_base_value" not in state:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidSpec(f"GradNormBalance: the saved state must contain 'first_base_value', got {shown(state)}")
         first = state["first_base_value"]
+        checked = None if first is None else checked_number("GradNormBalance", "first_base_value", first)
         super().load_state_dict(state)
-        self._first_values = first_values
-        self._first_base_value = None if first is None else checked_number("GradNormBalance", "first_base_value", first)
+        self._first_base_value = checked
 
 
 def _mean_value(name: str, outputs: "Sequence[CustomLossOutput]") -> float:

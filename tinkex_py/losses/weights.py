@@ -35,6 +35,9 @@ class WeightController(ABC):
     needs_grad_norms = False
     """Whether `next_weights` reads gradient norms. If True, they are tracked regardless of `track_grad_norms`."""
 
+    saved_numbers: tuple[str, ...] = ()
+    """State of a subclass that is saved with the weights: attribute `_NAME`, numbers by name, for each NAME."""
+
     def __init__(self, *, initial: float, minimum: float = 0.0, maximum: float = math.inf) -> None:
         title = type(self).__name__
         self.initial = checked_number(title, "initial", initial, at_least=0.0)
@@ -89,7 +92,7 @@ class WeightController(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the controller, as plain JSON values."""
-        return {"weights": dict(self._weights)}
+        return {name: dict(getattr(self, f"_{name}")) for name in ("weights", *self.saved_numbers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that `state_dict` returned.
@@ -97,7 +100,10 @@ class WeightController(ABC):
         Raises:
             InvalidSpec: the state belongs to another class of controller.
         """
-        self._weights = checked_numbers(type(self).__name__, state, "weights")
+        names = ("weights", *self.saved_numbers)
+        loaded = {name: checked_numbers(type(self).__name__, state, name) for name in names}
+        for name, numbers in loaded.items():
+            setattr(self, f"_{name}", numbers)
 
 
 Schedule = Callable[[int], float]

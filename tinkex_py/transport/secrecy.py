@@ -32,7 +32,7 @@ _SECRET_PARTS = re.compile(r"(return_value=|auth=|exception=\w+).*|(\?)[^\s\"']+
 def cut_off(error: BaseException) -> None:
     """Removes the frames that an error has passed, and its causes, but for errors of this package without theirs.
 
-    The error of somebody else's code gets a note that says where it was raised.
+    An error of other code, such as a user's HTTP client, gets a note with the place where it was raised.
     """
     if isinstance(error, Exception) and not isinstance(error, TinkexError) and error.__traceback__ is not None:
         (last,) = traceback.extract_tb(error.__traceback__, limit=-1)

@@ -1,6 +1,6 @@
 """All that commands print: text, JSON, tables and listings.
 
-Text may come from a service, a recorded step or a run of somebody else; it cannot control the terminal.
+Text from a service, a recorded step or a run cannot control the terminal.
 """
 
 import json
