@@ -60,7 +60,7 @@ faults: $(DEV)
 bench: $(DEV)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-# ARGS names pairs, such as skyrl-0.4.0; without it all are run.
+# ARGS names pairs, such as skyrl-0.4.0, or their beginnings, such as cookbook; without it all are run.
 conformance: $(DEV)
 	@$(BIN)/python -m tests.peers $(ARGS)
 

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,18 @@ def test_official_sdk(tmp_path: Path) -> None:
     assert runs["pipeline"] == pytest.approx(runs["plain function"], abs=1e-4)
     assert runs["pipeline"][-1] < 0.1
     assert runs["with regularizers"][-1] < runs["with regularizers"][0]
+
+
+def test_cookbook_with_regularizers(tmp_path: Path) -> None:
+    if find_spec("tinker_cookbook") is None:
+        with pytest.raises(AssertionError, match="pip install tinker-cookbook"):
+            run_script("cookbook_with_regularizers.py", tmp_path, strict=False)
+        pytest.skip("the tinker-cookbook is not installed; `make conformance ARGS=cookbook` runs its recipes")
+    lines = run_script("cookbook_with_regularizers.py", tmp_path, strict=False).splitlines()
+    plain, measured, penalized = ([float(number) for number in re.findall(r"\d+\.\d{4}", line)] for line in lines)
+    assert plain[1] < 0.5 * plain[0]
+    assert measured[:2] == pytest.approx(plain, abs=1e-3)
+    assert penalized[3] < 0.5 * measured[3]
 
 
 def test_sampling(run_example: Callable[[str], str]) -> None:

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.peers import results
-from tests.peers.flows import FLOWS
 from tests.peers.installs import ROOT, peers_folder
-from tests.peers.pairs import PAIRS, Pair, program_output
+from tests.peers.pairs import COOKBOOK_PAIRS, PAIRS, Pair, program_output
 from tests.peers.process import PeerError
 
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -28,7 +27,8 @@ def run(pair: Pair) -> results.Column:
     with tempfile.TemporaryDirectory(prefix="tinkex-peer-") as name, pair.serve(Path(name)) as peer:
         errors = peers_folder() / "results" / f"{pair.name}.stderr"
         errors.parent.mkdir(parents=True, exist_ok=True)
-        cells = results.cells_from(program_output(pair, peer, errors, PROGRAM_SECONDS).splitlines())
+        output = program_output(pair, peer, errors, PROGRAM_SECONDS)
+        cells = results.cells_from(output.splitlines(), pair.rows)
     cells = results.with_defects(cells, pair.defects)
     return results.Column(pair.head, pair.client, peer.version, f"{datetime.now(UTC):%Y-%m-%d}", cells)
 
@@ -38,25 +38,57 @@ def result_file(pair: Pair) -> Path:
 
 
 def print_table(columns: Sequence[results.Column], console: Console) -> None:
-    table = Table("flow", *(column.head for column in columns))
-    for flow in FLOWS:
-        outcomes = [column.cells[flow].outcome for column in columns]
-        table.add_row(flow, *(f"[{STYLES[outcome]}]{results.WORDS[outcome]}" for outcome in outcomes))
+    table = Table("", *(column.head for column in columns))
+    for row in columns[0].cells:
+        outcomes = [column.cells[row].outcome for column in columns]
+        table.add_row(row, *(f"[{STYLES[outcome]}]{results.WORDS[outcome]}" for outcome in outcomes))
     console.print(table)
 
 
+def chosen(words: Sequence[str]) -> list[Pair]:
+    """Returns the pairs whose names are, or begin with, one of the words; without words all.
+
+    Raises:
+        ValueError: the words that no name begins with.
+    """
+    pairs = [*PAIRS, *COOKBOOK_PAIRS]
+    unknown = [word for word in words if not any(_is_named(pair, word) for pair in pairs)]
+    if unknown:
+        raise ValueError(", ".join(unknown))
+    return [pair for pair in pairs if not words or any(_is_named(pair, word) for word in words)]
+
+
+def _is_named(pair: Pair, word: str) -> bool:
+    return pair.name == word or pair.name.startswith(f"{word}-")
+
+
+def write_tables(console: Console) -> bool:
+    """Writes the tables into the page; returns whether a cell is a failure."""
+    page, has_failed = PAGE.read_text(), False
+    for table, pairs in ((results.TABLE, PAIRS), (results.COOKBOOK_TABLE, COOKBOOK_PAIRS)):
+        columns = [results.load(result_file(pair)) for pair in pairs if result_file(pair).exists()]
+        if columns:
+            print_table(columns, console)
+            page = results.with_block(page, results.markdown(columns, pairs[0].rows), table)
+        has_failed |= any(column.has_failed for column in columns)
+    PAGE.write_text(page)
+    return has_failed
+
+
 def main(arguments: Sequence[str]) -> int:
-    names = [pair.name for pair in PAIRS]
+    names = ", ".join(pair.name for pair in (*PAIRS, *COOKBOOK_PAIRS))
     parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__)
-    parser.add_argument("pairs", nargs="*", metavar="PAIR", help=f"{', '.join(names)}; default: all")
+    parser.add_argument(
+        "pairs", nargs="*", metavar="PAIR", help=f"{names}, or the beginning of some, such as cookbook; default: all"
+    )
     wanted = parser.parse_args(arguments).pairs
-    if unknown := sorted(set(wanted) - set(names)):
-        parser.error(f"unknown pair {', '.join(unknown)}; choose from {', '.join(names)}")
+    try:
+        pairs = chosen(wanted)
+    except ValueError as error:
+        parser.error(f"unknown pair {error}; choose from {names}")
     console = Console(width=260)
     broken = False
-    for pair in PAIRS:
-        if wanted and pair.name not in wanted:
-            continue
+    for pair in pairs:
         console.print(f"{pair.head} ...")
         try:
             column = run(pair)
@@ -65,13 +97,10 @@ def main(arguments: Sequence[str]) -> int:
             broken = True
             continue
         results.save(column, result_file(pair))
-        for flow, cell in column.cells.items():
+        for row, cell in column.cells.items():
             if cell.outcome == "fail":
-                console.print(f"  {flow}: {cell.detail}", markup=False)
-    columns = [results.load(result_file(pair)) for pair in PAIRS if result_file(pair).exists()]
-    print_table(columns, console)
-    PAGE.write_text(results.with_block(PAGE.read_text(), results.markdown(columns)))
-    return int(broken or any(column.has_failed for column in columns))
+                console.print(f"  {row}: {cell.detail}", markup=False)
+    return int(write_tables(console) or broken)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,17 @@ def official(version: str) -> Install:
     )
 
 
+COOKBOOK = Install(
+    "venv-cookbook",
+    "tinker-cookbook",
+    "0.5.8",
+    (
+        (TORCH,),
+        # What this package needs there, for `regularize_recipe`.
+        ("filelock", "httpcore>=1.0.5,<2", "httpx", "lazy-loader", "platformdirs", "structlog", "tenacity"),
+        ("tinker==0.38.0", "tinker-cookbook[math-rl]==0.5.8"),
+    ),
+)
 SKYRL_040 = Install(
     "venv-skyrl",
     "skyrl",

@@ -4,15 +4,17 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from tests.peers.installs import ROOT, SKYRL_030, SKYRL_040, official
+from tests.peers.flows import FLOWS
+from tests.peers.installs import COOKBOOK, ROOT, SKYRL_030, SKYRL_040, official
+from tests.peers.recipes import RECIPES
 from tests.peers.results import Defect
-from tests.peers.servers import Peer, embedded, hatchery, skyrl, tuft
+from tests.peers.servers import Peer, embedded, embedded_for_cookbook, hatchery, skyrl, tuft
 from tinkex_py.version import __version__
 
 Serve = Callable[[Path], AbstractContextManager[Peer]]
@@ -30,6 +32,7 @@ class Pair:
         serve: starts the server in a folder.
         options: further arguments of the program.
         defects: known failures inside the server.
+        rows: of its table, with the methods of the program.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Pair:
     serve: Serve
     options: tuple[str, ...] = ()
     defects: tuple[Defect, ...] = ()
+    rows: Mapping[str, str] = field(default_factory=lambda: FLOWS)
 
 
 def _official_command(version: str) -> list[str]:
@@ -49,6 +53,10 @@ def _official_command(version: str) -> list[str]:
 
 def _own_command() -> list[str]:
     return [sys.executable, "-m", "tests.peers.own_program"]
+
+
+def _cookbook_command() -> list[str]:
+    return [str(COOKBOOK.ensure().python), str(Path(__file__).with_name("cookbook_program.py"))]
 
 
 def _from_official(version: str) -> Pair:
@@ -83,13 +91,29 @@ PAIRS = (
 )
 
 
+_COOKBOOK = Pair(
+    "cookbook-plain",
+    "as it is",
+    "tinker-cookbook 0.5.8, tinker 0.38.0",
+    _cookbook_command,
+    embedded_for_cookbook,
+    rows=RECIPES,
+)
+COOKBOOK_PAIRS = (
+    _COOKBOOK,
+    replace(_COOKBOOK, name="cookbook-regularized", head="under regularize_recipe", options=("--regularized",)),
+)
+
+
 def program_output(pair: Pair, peer: Peer, errors: Path, patience: float) -> str:
     """Runs the pair's program and returns its output; a program that hangs is killed after `patience` seconds."""
     command = [*pair.command(), peer.base_url, peer.api_key, peer.base_model, peer.gradient_view, *pair.options]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TINKER_", "TINKEX_", "PYTHON"))}
-    environment = {**clean, "TINKER_TELEMETRY": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**clean, "TINKER_TELEMETRY": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with errors.open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=peer.folder, env=environment
+        )
         try:
             return process.communicate(timeout=patience)[0]
         except subprocess.TimeoutExpired:

@@ -6,13 +6,14 @@ run on the CPU with a tiny random model; the shims below work around what they e
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.peers.installs import HATCHERY, TUFT, Install
+from tests.peers.installs import COOKBOOK, HATCHERY, ROOT, TUFT, Install
 from tests.peers.process import free_port, responds, running
 from tests.peers.tiny_model import ensure_tiny_model
 from tests.support.served import serving
@@ -31,6 +32,7 @@ class Peer:
         base_model: the model that it serves.
         version: name and version of the server.
         gradient_view: how a gradient can be measured there; see `tests/peers/gradients.py`.
+        folder: where the client runs.
     """
 
     base_url: str
@@ -38,6 +40,7 @@ class Peer:
     base_model: str
     version: str
     gradient_view: str = "step"
+    folder: Path = ROOT
 
 
 @contextmanager
@@ -45,6 +48,23 @@ def embedded(folder: Path) -> Iterator[Peer]:
     """The embedded service of this package, over HTTP."""
     with serving("--state-dir", str(folder / "state")) as (_, address):
         yield Peer(address, "tml-local", "tiny", f"tinkex_py {__version__}", "metric:grad_norm")
+
+
+# The name by which the cookbook knows renderer and settings. As a relative path it is also a folder, from which both
+# the service and the cookbook load the tiny model and its tokenizer.
+COOKBOOK_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
+
+
+@contextmanager
+def embedded_for_cookbook(folder: Path) -> Iterator[Peer]:
+    """The embedded service of this package, over HTTP, with a model that the cookbook knows."""
+    ensure_tiny_model(COOKBOOK.ensure().python, folder / COOKBOOK_MODEL)
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "tinkex_py", "serve", "--model", COOKBOOK_MODEL, "--port", str(port)]
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with running(command, folder, environment, lambda: responds(f"{address}/api/v1/healthz")):
+        yield Peer(address, "tml-local", COOKBOOK_MODEL, f"tinkex_py {__version__}", folder=folder)
 
 
 def prepare(install: Install, folder: Path, shim: str = "") -> Mapping[str, str]:

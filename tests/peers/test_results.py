@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 from tests.peers import results
-from tests.peers.__main__ import PAGE, main, result_file
+from tests.peers.__main__ import PAGE, chosen, main, result_file
 from tests.peers.flows import FLOWS
-from tests.peers.pairs import PAIRS
+from tests.peers.pairs import COOKBOOK_PAIRS, PAIRS
+from tests.peers.recipes import RECIPES
 
 FOLDER = Path(__file__).parent
+TABLES = [(results.TABLE, PAIRS, FLOWS), (results.COOKBOOK_TABLE, COOKBOOK_PAIRS, RECIPES)]
 
 
 def test_an_unreached_flow_is_a_failure():
     output = ['{"flow": "forward", "outcome": "pass", "detail": ""}', "noise of a library", ""]
-    cells = results.cells_from(output)
+    cells = results.cells_from(output, FLOWS)
     assert list(cells) == list(FLOWS)
     assert cells.pop("forward") == results.Cell("pass")
     assert {cell.outcome for cell in cells.values()} == {"fail"}
@@ -46,43 +48,55 @@ def test_a_saved_column_is_loaded_unchanged(tmp_path):
     column = results.Column("ours -> other", "a 1", "b 2", "2026-01-02", cells)
     results.save(column, tmp_path / "results" / "one.json")
     assert results.load(tmp_path / "results" / "one.json") == column
-    block = results.markdown([column])
+    block = results.markdown([column], FLOWS)
     assert "| sample | unsupported |" in block
     assert "| ours -> other | a 1 | b 2 | 2026-01-02 |" in block
     assert "- sample: `no 'sampler'`" in block
 
 
 def test_only_the_text_between_the_markers_is_replaced():
-    page = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
-    once = results.with_block(page, "new\n")
+    begin, end = results.markers("one")
+    page = f"before\n{begin}\nold\n{end}\nafter\n"
+    once = results.with_block(page, "new\n", "one")
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert "old" not in once
-    assert results.with_block(once, "new\n") == once
+    assert results.with_block(once, "new\n", "one") == once
     with pytest.raises(ValueError, match="not found"):
-        results.with_block("no markers", "new")
+        results.with_block(page, "new", "another")
 
 
-def test_the_page_lists_every_pair_and_flow_without_failures():
+@pytest.mark.parametrize(("name", "pairs", "expected"), TABLES)
+def test_the_page_lists_every_pair_and_row_without_failures(name: str, pairs, expected):
     page = PAGE.read_text()
-    table = page[page.index(results.BEGIN) : page.index(results.END)]
+    begin, end = results.markers(name)
+    table = page[page.index(begin) : page.index(end)]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
-    assert rows[0][1:] == [pair.head for pair in PAIRS]
-    assert [row[0] for row in rows[2 : 2 + len(FLOWS)]] == list(FLOWS)
-    words = {word for row in rows[2 : 2 + len(FLOWS)] for word in row[1:]}
-    assert words == {"pass", "unsupported", "not by this server", "not in this SDK"}
+    assert rows[0][1:] == [pair.head for pair in pairs]
+    assert [row[0] for row in rows[2 : 2 + len(expected)]] == list(expected)
+    words = {word for row in rows[2 : 2 + len(expected)] for word in row[1:]}
+    assert words <= {"pass", "unsupported", "not by this server", "not in this SDK"}
 
 
 def test_the_page_is_made_of_the_columns_in_the_repository():
-    columns = [results.load(result_file(pair)) for pair in PAIRS]
     page = PAGE.read_text()
-    assert results.with_block(page, results.markdown(columns)) == page
+    for name, pairs, rows in TABLES:
+        columns = [results.load(result_file(pair)) for pair in pairs]
+        assert results.with_block(page, results.markdown(columns, rows), name) == page
 
 
-def test_every_flow_is_a_method_of_both_programs():
-    for program in ("official_program.py", "own_program.py"):
-        methods = set(re.findall(r"^    (?:async )?def (\w+)\(self\)", (FOLDER / program).read_text(), re.MULTILINE))
-        assert set(FLOWS.values()) <= methods, program
+@pytest.mark.parametrize(
+    ("program", "rows"),
+    [("official_program.py", FLOWS), ("own_program.py", FLOWS), ("cookbook_program.py", RECIPES)],
+)
+def test_every_row_is_a_method_of_its_programs(program: str, rows):
+    methods = set(re.findall(r"^    (?:async )?def (\w+)\(self\)", (FOLDER / program).read_text(), re.MULTILINE))
+    assert set(rows.values()) <= methods
+
+
+def test_the_beginning_of_names_chooses_several_pairs():
+    assert chosen(["cookbook"]) == list(COOKBOOK_PAIRS)
+    assert [pair.name for pair in chosen(["ours", "tuft"])] == ["ours", "tuft-hf", "tuft-dummy"]
 
 
 @pytest.mark.parametrize(("argument", "code", "shown"), [("--help", 0, "skyrl-0.4.0"), ("nobody", 2, "unknown pair")])

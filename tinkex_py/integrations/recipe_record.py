@@ -20,7 +20,7 @@ from tinkex_py.runs.recovery import reason_of
 from tinkex_py.runs.step import MicroBatch
 from tinkex_py.runs.step_loss import step_loss
 
-__all__ = ["RecipeRecord", "recorded"]
+__all__ = ["EndedStep", "RecipeRecord", "recorded"]
 
 _LAST_STEP_SECONDS = 10.0
 
