@@ -33,7 +33,7 @@ Part = SampledSequence | Sequence[int] | Array
 _NO_PARAMS = SamplingParams()
 
 
-class Sampler(Protocol):
+class PromptSampler(Protocol):
     """A model that continues prompts, such as a sampling client."""
 
     async def sample(
@@ -44,7 +44,7 @@ class Sampler(Protocol):
 
 
 async def sample_groups(
-    sampler: Sampler, prompts: Sequence[Tokens], n: int, *, sampling_params: SamplingParams | None = None
+    sampler: PromptSampler, prompts: Sequence[Tokens], n: int, *, sampling_params: SamplingParams | None = None
 ) -> list[list[SampledSequence]]:
     """Samples `n` answers to each prompt, all at once. Returns one list of answers per prompt, in order.
 
