@@ -155,10 +155,11 @@ def _prompts(teacher: Teacher, data: Sequence[Datum]) -> list[ModelInput]:
                 f"target_tokens of datum {index} have shape {shape}, but its model_input has "
                 f"{datum.model_input.length} tokens: a teacher scores data with one target per position"
             )
-        tokens, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()
-        if tokens[1:] != targets[:-1]:
+        tokens = np.array(datum.model_input.to_ints(other=0))
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        if (tokens[1:] != targets[:-1])[datum.model_input.text_mask()[1:]].any():
             raise InvalidData(f"target_tokens of datum {index} are not the tokens that follow in its model_input")
-        prompts.append(ModelInput.from_ints([*tokens, targets[-1]]))
+        prompts.append(datum.model_input.append_int(int(targets[-1])))
     return prompts
 
 
@@ -198,7 +199,7 @@ def _filled(row: _Row, k: int) -> _Row:
 
 def _with_fields(datum: Datum, **fields: Array) -> Datum:
     packed = {name: TensorData.from_numpy(values) for name, values in fields.items()}
-    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **packed})
+    return datum.with_inputs(**packed)
 
 
 async def _each(scored: Callable[[int], Awaitable[Datum]], count: int) -> list[Datum]:
