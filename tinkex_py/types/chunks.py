@@ -255,14 +255,13 @@ def own_chunk(chunk: Any) -> "EncodedTextChunk | ImageChunk | ImageAssetPointerC
 
 def _format_of(data: object) -> ImageFormat:
     if not isinstance(data, bytes) or not data:
-        raise InvalidData(
-            f"data must be the bytes of an image file, got {'none' if data == b'' else f'a {type(data).__name__}'}"
-        )
+        got = "none" if isinstance(data, bytes) else f"a {type(data).__name__}"
+        raise InvalidData(f"data must be the bytes of an image file, got {got}")
     for beginning, name in _BEGINNINGS.items():
         if data.startswith(beginning):
             return name
     raise InvalidData(
-        f"the image, {len(data)} bytes, is neither a PNG nor a JPEG file: convert it, for example with PIL's save()"
+        f"data, {len(data)} bytes, is neither a PNG nor a JPEG file: convert it, for example with PIL's save()"
     )
 
 

@@ -195,13 +195,13 @@ class Datum(WireModel):
 
     def _check_spans(self) -> None:
         if self.model_input_spans is None or self.loss_fn_input_spans is None:
-            raise InvalidData("provenance needs the spans of both model_input and loss_fn_inputs: see with_provenance")
+            raise InvalidData("pass both model_input_spans and loss_fn_input_spans, or neither: see with_provenance")
         length = self.model_input.size.length
         if length is not None:
             check_tiling("model_input", self.model_input_spans, length)
         targets = self.loss_fn_inputs.get("target_tokens")
         if targets is not None and len(targets.shape) == 1:
-            check_tiling("target_tokens", self.loss_fn_input_spans, targets.shape[0])
+            check_tiling("loss_fn_inputs['target_tokens']", self.loss_fn_input_spans, targets.shape[0])
 
     @field_validator("loss_fn_inputs", mode="before")
     @classmethod
@@ -277,8 +277,7 @@ class Datum(WireModel):
         return cls(
             model_input=ModelInput(chunks=tuple(map(own_chunk, given.model_input.chunks))),
             loss_fn_inputs={name: own_tensor(value) for name, value in given.loss_fn_inputs.items()},
-            model_input_spans=own_spans(getattr(given, "model_input_spans", None)),
-            loss_fn_input_spans=own_spans(getattr(given, "loss_fn_input_spans", None)),
+            **_spans_of(given),
         )
 
     def with_inputs(self, **fields: TensorInput) -> "Datum":
@@ -307,8 +306,8 @@ class Datum(WireModel):
         return Datum(
             model_input=self.model_input,
             loss_fn_inputs=self.loss_fn_inputs,
-            model_input_spans=model_input,
-            loss_fn_input_spans=loss_fn_inputs,
+            model_input_spans=own_spans("model_input", model_input),
+            loss_fn_input_spans=own_spans("loss_fn_inputs", loss_fn_inputs),
         )
 
     @property
@@ -330,6 +329,11 @@ def _tokens(name: str, tokens: Sequence[int] | Array) -> Array:
         return EncodedTextChunk(tokens=tokens).tokens
     except InvalidData as error:
         raise InvalidData(f"{name}: {error}") from None
+
+
+def _spans_of(datum: Any) -> dict[str, tuple[Span, ...]]:
+    names = ("model_input_spans", "loss_fn_input_spans")
+    return {name: own_spans(name, spans) for name in names if (spans := getattr(datum, name, None)) is not None}
 
 
 def own_tensor(tensor: Any) -> TensorData:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tinkex_py.arguments import check_list
 from tinkex_py.errors import InvalidData
 from tinkex_py.types.base import WireModel
 from tinkex_py.values import Integer
@@ -48,21 +49,21 @@ def check_tiling(name: str, spans: Sequence[Span], length: int) -> None:
         raise InvalidData(f"the spans of {name} have {covered} positions, but it has {length}: they must cover it")
 
 
-def own_spans(spans: Sequence[object] | None) -> tuple[Span, ...] | None:
-    """Returns spans of the official SDK as those of this package.
+def own_spans(name: str, spans: Sequence[object]) -> tuple[Span, ...]:
+    """Returns spans of this package or of the official SDK as those of this package.
 
     Raises:
-        InvalidData: an element is not a span.
+        InvalidData: it is not a list of spans.
     """
-    return None if spans is None else tuple(map(_own_span, spans))
+    return tuple(_own_span(name, span) for span in check_list(name, spans, object))
 
 
-def _own_span(span: object) -> Span:
+def _own_span(name: str, span: object) -> Span:
     if isinstance(span, Span):
         return span
     kinds = {kind.__name__: kind for kind in (PromptProvenanceSpan, SampledProvenanceSpan)}
     kind = kinds.get(type(span).__name__)
     if kind is None:
-        raise InvalidData(f"a span must be one of {', '.join(kinds)}, got a {type(span).__name__}")
+        raise InvalidData(f"{name} must be a list of {' and '.join(kinds)}, got a {type(span).__name__} in it")
     fields: dict[str, Any] = {name: getattr(span, name) for name in ("sequence_id", "offset", "length")}
     return kind(**fields)
