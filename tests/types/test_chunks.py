@@ -1,10 +1,12 @@
 """Chunks of images and audio, and where tokens come from."""
 
 import importlib
+import io
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tinkex_py import (
     Datum,
@@ -131,3 +133,60 @@ def test_provenance_covers_both_fields_and_stays():
         datum.with_provenance([prompt, sampled], [prompt])
     with pytest.raises(InvalidData, match="both"):
         Datum(model_input=datum.model_input, loss_fn_inputs=datum.loss_fn_inputs, model_input_spans=[prompt, sampled])
+
+
+class Words:
+    """One token per letter; 99 begins every text, as a BOS token."""
+
+    bos_token_id, eos_token_id = 99, 98
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [99] * add_special_tokens + [ord(letter) - ord("a") for letter in text]
+
+
+def test_an_input_from_its_parts():
+    picture = Image.new("RGB", (2, 1), (1, 2, 3))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    words = Words()
+    made = ModelInput.from_parts("ab", file.getvalue(), "c", [7, 8], picture, tokenizer=words, image_tokens=len)
+    text, first, *rest, last = made.chunks
+    assert text == EncodedTextChunk(tokens=[99, 0, 1])
+    assert rest == [EncodedTextChunk(tokens=[2]), EncodedTextChunk(tokens=[7, 8])]
+    assert first == ImageChunk(data=file.getvalue(), expected_tokens=len(file.getvalue()))
+    assert isinstance(last, ImageChunk)
+    with Image.open(io.BytesIO(last.data)) as again:
+        assert again.tobytes() == picture.tobytes()
+    begins = ModelInput.from_parts({"bytes": PNG}, "a", tokenizer=words, image_tokens=2)
+    assert begins.chunks == (
+        EncodedTextChunk(tokens=[99]),
+        ImageChunk(data=PNG, expected_tokens=2),
+        EncodedTextChunk(tokens=[0]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "match"),
+    [
+        (([1], "a"), {}, r"parts\[1\]: a text needs tokenizer="),
+        ((b"private",), {}, r"parts\[0\]: data, 7 bytes"),
+        ((3,), {}, r"parts\[0\]: .*got a int"),
+        (({"path": "private"},), {}, r"parts\[0\]: .*got a NoneType"),
+        ((PNG,), {"image_tokens": 0}, "image_tokens"),
+        ((PNG,), {"image_tokens": "3"}, "image_tokens must be a number or a function"),
+    ],
+)
+def test_what_is_no_part_of_an_input_is_named(parts, options, match):
+    with pytest.raises(InvalidData, match=match) as caught:
+        ModelInput.from_parts(*parts, **options)
+    assert "private" not in str(caught.value)
+
+
+def test_a_completion_behind_images_is_learned_and_the_images_are_not():
+    """Of 7 tokens: 1 of text, 3 of an image, 1 of text, 2 of the completion."""
+    prompt = ModelInput(chunks=(EncodedTextChunk(tokens=[5]), PICTURE, EncodedTextChunk(tokens=[6])))
+    datum = Datum.from_tokens(prompt, [7, 8])
+    assert datum.model_input.chunks == (EncodedTextChunk(tokens=[5]), PICTURE, EncodedTextChunk(tokens=[6, 7]))
+    assert datum.loss_fn_inputs["target_tokens"].tolist() == [0, 0, 0, 6, 7, 8]
+    assert datum.loss_fn_inputs["weights"].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert Datum.from_tokens(ModelInput(chunks=(PICTURE,)), [7]).model_input.chunks == (PICTURE,)

@@ -2,7 +2,7 @@
 
 from tinkex_py.types.checkpoint_path import CheckpointPath
 from tinkex_py.types.chunks import DmelChunk, EncodedTextChunk, ImageAssetPointerChunk, ImageChunk
-from tinkex_py.types.datum import Datum, Encoder, ModelInput, Tokenizer
+from tinkex_py.types.datum import Datum, ModelInput
 from tinkex_py.types.outputs import (
     ForwardBackwardOutput,
     GetInfoResponse,
@@ -17,6 +17,7 @@ from tinkex_py.types.outputs import (
     WeightsInfo,
 )
 from tinkex_py.types.parameters import AdamParams, LoraConfig, OptimizerParams, SamplingParams
+from tinkex_py.types.parts import Encoder, Tokenizer
 from tinkex_py.types.provenance import PromptProvenanceSpan, SampledProvenanceSpan
 from tinkex_py.types.queue_state import QueueState
 from tinkex_py.types.rest import (

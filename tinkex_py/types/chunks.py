@@ -1,6 +1,7 @@
 """Chunks of a model input: text as token ids, images, and audio."""
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
@@ -125,6 +126,26 @@ class ImageChunk(_Picture):
         found = _format_of(given) if format is None else format
         fields: dict[str, Any] = {"data": given, "format": found, "expected_tokens": expected_tokens, "type": type}
         super().__init__(**fields)
+
+    @classmethod
+    def of(cls, image: object, *, expected_tokens: int | None = None) -> "ImageChunk":
+        """Returns the chunk of an image.
+
+        Args:
+            image: the bytes of a PNG or JPEG file; a PIL image, which becomes a PNG file; or `{"bytes": ...}`, as
+                `datasets` has images that are not decoded.
+            expected_tokens: number of tokens that the model makes of it; None: unknown.
+
+        Raises:
+            InvalidData: it is none of these.
+        """
+        if isinstance(image, Mapping):
+            image = cast("Mapping[str, object]", image).get("bytes")
+        elif callable(getattr(image, "save", None)):
+            buffer = io.BytesIO()
+            cast("Any", image).save(buffer, "PNG")
+            image = buffer.getvalue()
+        return cls(data=cast("bytes", image), expected_tokens=expected_tokens)
 
     @field_serializer("data")
     def _serialize_data(self, data: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from pydantic import field_validator
@@ -12,33 +12,9 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.text import encode_answer, encode_prompt, require_text
 from tinkex_py.types.base import WireModel
 from tinkex_py.types.chunks import Chunk, EncodedTextChunk, known_length, own_chunk
+from tinkex_py.types.parts import Encoder, ImageTokens, chunks_of_parts
 from tinkex_py.types.provenance import Span, check_tiling, own_spans
 from tinkex_py.types.tensors import Array, TensorData, TensorInput
-
-
-class Encoder(Protocol):
-    """An object that encodes text as token ids, such as a Hugging Face tokenizer."""
-
-    def encode(self, text: str, /) -> Sequence[int]:
-        """Returns the token ids of a text."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """A tokenizer, as returned by `get_tokenizer`: encodes text as token ids and decodes them."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Id of the token that ends a text."""
-        ...
-
-    def encode(self, text: str, /) -> list[int]:
-        """Returns the token ids of a text."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], /) -> str:
-        """Returns the text of token ids."""
-        ...
 
 
 class InputSize(NamedTuple):
@@ -85,6 +61,27 @@ class ModelInput(WireModel):
             InvalidData: the tokenizer cannot encode, or the text contains half a character.
         """
         return cls.from_ints(encode_prompt(tokenizer, text))
+
+    @classmethod
+    def from_parts(
+        cls, *parts: object, tokenizer: Encoder | None = None, image_tokens: ImageTokens | None = None
+    ) -> "ModelInput":
+        """Returns an input of texts and images in order.
+
+        The tokens that the tokenizer itself puts before a text come first, once. What the model wants around an image,
+        such as `<|vision_start|>`, is text.
+
+        Args:
+            parts: a text; token ids; an image as the bytes of a PNG or JPEG file, as a PIL image or as
+                `{"bytes": ...}`; or a chunk.
+            tokenizer: encodes the texts; needed if there are any.
+            image_tokens: number of tokens that the model makes of an image, or a function that returns it for the bytes
+                of a file, such as `data.image_tokens(processor)`. None: unknown, which the protocol allows in prompts.
+
+        Raises:
+            InvalidData: a part is none of these, there is no tokenizer, or it cannot encode a text.
+        """
+        return cls(chunks=chunks_of_parts(parts, tokenizer, image_tokens))
 
     def append(self, chunk: Chunk) -> "ModelInput":
         """Returns a new input with one more chunk at the end."""
@@ -155,6 +152,14 @@ class ModelInput(WireModel):
                 ids += [other] * chunk.length
         return ids
 
+    def with_tokens(self, tokens: Array) -> "ModelInput":
+        """Returns a new input with tokens at the end, in the last chunk if it is text."""
+        last = self.chunks[-1] if self.chunks else None
+        if isinstance(last, EncodedTextChunk):
+            joined = EncodedTextChunk(tokens=np.concatenate([last.tokens, tokens]))
+            return ModelInput(chunks=(*self.chunks[:-1], joined))
+        return self.append(EncodedTextChunk(tokens=tokens))
+
 
 class Datum(WireModel):
     """One training example: the input of the model and the inputs of the loss.
@@ -219,30 +224,29 @@ class Datum(WireModel):
         return packed
 
     @classmethod
-    def from_tokens(cls, prompt: Sequence[int] | Array, completion: Sequence[int] | Array) -> "Datum":
+    def from_tokens(cls, prompt: ModelInput | Sequence[int] | Array, completion: Sequence[int] | Array) -> "Datum":
         """Returns a datum that learns a completion: `weights` is 1 for the tokens of the completion, 0 for others.
 
-        The tokens are shifted: of `N + 1` tokens, the first `N` are the input and the last `N` the targets.
+        The tokens are shifted: of `N + 1` tokens, the first `N` are the input and the last `N` the targets. Where the
+        target is part of an image, it is 0.
 
         Args:
-            prompt: token ids that are not learned; may be empty.
+            prompt: what is not learned, as token ids or as a model input, which may have images; may be empty.
             completion: token ids that follow.
 
         Raises:
-            InvalidData: no token is to be learned; the first token of all has no prediction.
+            InvalidData: no token is to be learned; the first token of all has no prediction. Or the length of an image
+                is unknown.
         """
-        before, learned = _tokens("prompt", prompt), _tokens("completion", completion)
-        if before.size + learned.size < 2 or not learned.size:
+        before = prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(_tokens("prompt", prompt))
+        learned = _tokens("completion", completion)
+        if before.length + learned.size < 2 or not learned.size:
             raise InvalidData(
-                f"there is nothing to learn in {before.size} tokens of the prompt and {learned.size} of the "
+                f"there is nothing to learn in {before.length} tokens of the prompt and {learned.size} of the "
                 "completion: pass a completion, and a token before it"
             )
-        tokens = np.concatenate([before, learned])
-        weights = (np.arange(1, tokens.size) >= before.size).astype(np.float32)
-        return cls(
-            model_input=ModelInput.from_ints(tokens[:-1]),
-            loss_fn_inputs={"target_tokens": tokens[1:].astype(np.int64), "weights": weights},
-        )
+        whole = before.with_tokens(learned)
+        return shifted(whole, np.arange(whole.length) >= before.length)
 
     @classmethod
     def from_text(cls, tokenizer: Encoder, prompt: str, completion: str, *, append_end: bool = True) -> "Datum":
@@ -315,6 +319,26 @@ class Datum(WireModel):
         """Number of positions: of the targets, or of the input if there are none."""
         targets = self.loss_fn_inputs.get("target_tokens")
         return targets.shape[0] if targets is not None and targets.shape else self.model_input.length
+
+
+def shifted(whole: ModelInput, learned: Array) -> Datum:
+    """Returns the datum in which position `i` predicts token `i + 1`.
+
+    Args:
+        whole: `N + 1` tokens, the last of which are text; an image counts with its length.
+        learned: whether each token is learned, `[N + 1]`; those of images are not.
+    """
+    *before, last = whole.chunks
+    assert isinstance(last, EncodedTextChunk), "the input ends with text"
+    rest = [EncodedTextChunk(tokens=last.tokens[:-1])] if last.length > 1 else []
+    weights = learned & whole.text_mask()
+    return Datum(
+        model_input=ModelInput(chunks=(*before, *rest)),
+        loss_fn_inputs={
+            "target_tokens": np.array(whole.to_ints(other=0)[1:], np.int64),
+            "weights": weights[1:].astype(np.float32),
+        },
+    )
 
 
 def is_official(datum: object) -> bool:
