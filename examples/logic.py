@@ -4,8 +4,8 @@ The data has every question with both answers, so a model that learns them gives
 goes on with the same data and the term, which reads facts and answer of each datum from its text, and asks Z3 whether
 they can be true together.
 
-Needs `pip install -e '.[local,processes]'` and `pip install z3-solver`. Runs on the embedded service, or on TINKER_BASE_URL with
-TINKER_API_KEY.
+Needs `pip install -e '.[local,processes]'` and `pip install z3-solver`. Runs on the embedded
+service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
@@ -67,7 +67,11 @@ async def main():
         seen = []
         for weight in [0.0] * STEPS + [5.0] * STEPS:
             logic = RegularizerSpec(
-                per_datum(contradiction), weight, options={"tokenizer": tokenizer}, runs_in="process", timeout=20.0
+                fn=per_datum(contradiction),
+                weight=weight,
+                options={"tokenizer": tokenizer},
+                runs_in="process",
+                timeout=20.0,
             )
             output, _ = await asyncio.gather(
                 training.forward_backward_custom(data, nll, regularizers=[logic]),

@@ -5,8 +5,8 @@ under it: at each local minimum a component is born, and at a local maximum two 
 dies. The total persistence is the sum of `death - birth`, so it counts every dip by its depth. Trains twice with the
 same initial weights: without the penalty, and with it.
 
-Needs `pip install -e '.[local,processes]'` and `pip install gudhi`. Runs on the embedded service, or on TINKER_BASE_URL with
-TINKER_API_KEY.
+Needs `pip install -e '.[local,processes]'` and `pip install gudhi`. Runs on the embedded
+service, or on TINKER_BASE_URL with TINKER_API_KEY.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ async def train(service, model, weight):
     training = await service.create_lora_training_client(model, rank=16, seed=0)
     tokenizer = await training.get_tokenizer()
     data = [text_datum(tokenizer, answer, append_end=False) for answer in ANSWERS]
-    smooth = RegularizerSpec(per_datum(total_persistence), weight, runs_in="process", timeout=20.0)
+    smooth = RegularizerSpec(fn=per_datum(total_persistence), weight=weight, runs_in="process", timeout=20.0)
 
     steps = []
     for _ in range(STEPS):
