@@ -78,15 +78,19 @@ def run_recipe(name, model):
     return [json.loads(row)["train_mean_nll"] for row in rows]
 
 
+def use_tokenizer_of_service(model):
+    """Tells the cookbook, which knows the tokenizers of models on the Hub, the tokenizer of this one."""
+    tokenizer = tinker.ServiceClient().create_lora_training_client(base_model=model).result().get_tokenizer()
+    register_tokenizer(model, lambda: tokenizer)
+
+
 def main():
     write_conversations()
     with some_service() as (address, key):
         os.environ |= {"TINKER_BASE_URL": address, "TINKER_API_KEY": key}  # where the recipe finds the service
         rest = tinker.RestClient(base_url=address, api_key=key)
         model = rest.get_server_capabilities().result().supported_models[0].model_name
-        tokenizer = tinker.ServiceClient().create_lora_training_client(base_model=model).result().get_tokenizer()
-        register_tokenizer(model, lambda: tokenizer)
-
+        use_tokenizer_of_service(model)
         losses = run_recipe("as-it-is", model)
         print(f"as it is: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
         for weight in (0.0, 10.0):
