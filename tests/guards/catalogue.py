@@ -310,6 +310,13 @@ GUARDS = (
         "return weighted.sum() / (tokens or 1.0), metrics",
         "objectives/test_total.py::test_the_pipeline_of_a_step_has_the_totals_of_the_step",
     ),
+    guard(
+        "Weights that are saved for age recipients are not stored in the clear",
+        "local/encryption.py",
+        "            file.unlink()",
+        "            del file",
+        "local/test_rest.py::test_external_weights_are_encrypted_to_every_recipient",
+    ),
     # Recipes of the official SDK
     guard(
         "A folder that cannot be written does not hide at the end of a recipe",

@@ -37,6 +37,7 @@ from cookbook_support import (
     check_record,
     check_rewarded,
     l2,
+    largest_difference,
     logs,
     run,
 )
@@ -163,7 +164,9 @@ class Recipes:
         check_equal(plain, again, 1e-6)
         if REGULARIZED:
             with regularize_recipe(l2()):
-                check_equal(trained_weights("penalized", state), asyncio.run(own_weights(state)), 1e-5)
+                penalized = trained_weights("penalized", state)
+            check(largest_difference(plain, penalized) > 1e-3, "the L2 term changes nothing")
+            check_equal(penalized, asyncio.run(own_weights(state)), 1e-5)
 
     def chat_sl(self) -> None:
         config = chat_sl.CLIConfig(

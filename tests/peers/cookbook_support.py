@@ -89,9 +89,13 @@ def adapter(path: str) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def check_equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray], tolerance: float) -> None:
+def largest_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
     check(first.keys() == second.keys(), f"other tensors: {first.keys() ^ second.keys()}")
-    far = max(float(np.abs(first[name] - second[name]).max()) for name in first)
+    return max(float(np.abs(first[name] - second[name]).max()) for name in first)
+
+
+def check_equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray], tolerance: float) -> None:
+    far = largest_difference(first, second)
     print(f"largest difference of the weights: {far}")
     check(far <= tolerance, f"the weights differ by {far}")
 
