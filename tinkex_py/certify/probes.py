@@ -1,7 +1,7 @@
 """Probes: a step of a throwaway model along a known gradient, and the change of the logprobs that follows."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -131,7 +131,7 @@ class Probes:
             await model.forward_backward_custom(call.data, loss, surrogate=self.surrogate, sequences_per_step=datums)
         done = await model.optim_step(step.params())
         after = logprobs_of(await model.forward(watched.data))
-        return ProbeResponse(after - before, _reported_norm(done.metrics or {}))
+        return ProbeResponse(after - before, done.grad_norm)
 
 
 async def together(*work: Awaitable[Value]) -> list[Value]:
@@ -185,8 +185,3 @@ def _with_gradient(gradient: Array) -> Callable[[Sequence[Datum], torch.Tensor],
         return (logprobs * numbers.view_as(logprobs)).sum()
 
     return loss
-
-
-def _reported_norm(metrics: Mapping[str, float]) -> float | None:
-    names = (name for name in metrics if name.rpartition("/")[2].partition(":")[0] == "grad_norm")
-    return next((float(metrics[name]) for name in names), None)

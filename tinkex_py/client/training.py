@@ -18,6 +18,7 @@ from tinkex_py.client.service_models import model_info
 from tinkex_py.client.session import ClientSession
 from tinkex_py.client.submission import NumberedRequest, OptimizerRequest, json_result
 from tinkex_py.client.unsupported import reported_as_unsupported, was_not_counted
+from tinkex_py.client.weight_space import diagnose_in_weight_space
 from tinkex_py.errors import (
     ClientClosed,
     InvalidData,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from tinkex_py.losses.output import CustomLossOutput
     from tinkex_py.losses.pipeline import Pipeline
     from tinkex_py.losses.spec import RegularizerSpec, Term
+
+_CLIPS_NOTHING = 1e12
+"""A bound of the gradient's norm that is set for its report only."""
 
 
 class AsyncTrainingClient:
@@ -189,13 +193,44 @@ class AsyncTrainingClient:
                         return served
                 return await step.run(turn, self._model, data, on_hand_over)
 
+    async def weight_space_diagnosis(
+        self, data: Sequence[Datum], pipeline: "Pipeline | Term | str"
+    ) -> "CustomLossOutput":
+        """Returns the output of a custom step with norms and diagnosis in the space of the weights; trains nothing.
+
+        The diagnosis of a step compares the gradients of the terms with respect to the logprobs. This one compares
+        those with respect to the weights of the LoRA adapter, which are what an optimizer step changes. The
+        accumulated gradient and all later numbers stay as they are.
+
+        Args:
+            data: the datums, each with `target_tokens` of `[T]` or `[T, K]`.
+            pipeline: the loss; or a term or the name of a base loss, which becomes `Pipeline(term)`.
+
+        Returns:
+            Values and weights as in a step. `grad_norm`, `grad_norm_weighted`, `total_grad_norm` and `diagnosis` belong
+            to the gradients of the weights. `clip_scale` and `coefficients` are those of a step.
+
+        Raises:
+            UnsupportedFeature: only the embedded service computes this; nothing was sent.
+            RegularizerError: a term failed.
+            PipelineError: the loss cannot be composed, or no term depends on the logprobs.
+            InvalidData: the datums are invalid, or there are more than 64 terms.
+        """
+        async with self._ordering.enter(Kind.READ, "weight_space_diagnosis") as turn:
+            step = custom_step(pipeline, (), {})
+            return await diagnose_in_weight_space(turn, self._model, data, step.pipeline)
+
     # Changes of the model
 
-    async def optim_step(self, params: AdamParams | OptimizerParams | None = None) -> OptimStepResponse:
+    async def optim_step(
+        self, params: AdamParams | OptimizerParams | None = None, *, grad_norm: bool = False
+    ) -> OptimStepResponse:
         """Applies the accumulated gradient and clears it.
 
         Args:
             params: parameters of AdamW, or of the optimizer that the model was created with; default `AdamParams()`.
+            grad_norm: ask for `OptimStepResponse.grad_norm`, which some services report to those who clip only. If
+                `params` sets no `grad_clip_norm`, 1e12 is sent, which clips nothing.
 
         Raises:
             SurrogateMismatch: gradients were scaled for another number of datums than the service holds; not sent.
@@ -206,7 +241,10 @@ class AsyncTrainingClient:
             name = "optimizer_params" if isinstance(params, OptimizerParams) else "adam_params"
             if params is not None and not isinstance(params, OptimizerParams):
                 check_kind("params", params, AdamParams, "or OptimizerParams")
-            body = {name: (AdamParams() if params is None else params).on_the_wire()}
+            fields = (AdamParams() if params is None else params).on_the_wire()
+            if check_flag("grad_norm", grad_norm) and not fields.get("grad_clip_norm"):
+                fields["grad_clip_norm"] = _CLIPS_NOTHING
+            body = {name: fields}
             step = OptimizerRequest(self._session.api, self.model_id, body, self._queue, self._accumulation)
             return OptimStepResponse.read(await turn.send(step))
 

@@ -5,7 +5,7 @@ Every operation activates its adapter before anything else.
 
 import json
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,13 @@ from tinkex_py.local.data import EnginePass, PassResult, SampleRequest, SampleRe
 from tinkex_py.local.encryption import encryption_to
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank, AdapterOptimizer
-from tinkex_py.local.losses import DatumLoss, Loss, find_loss
+from tinkex_py.local.losses import GRADIENT_PRODUCTS, DatumLoss, Loss, find_loss, gradient_products
 from tinkex_py.local.models import LoadedModel
 from tinkex_py.local.options import LocalOptions
 from tinkex_py.local.passes import (
     Example,
     Microbatch,
+    dot_products,
     forward,
     gradients,
     in_order,
@@ -33,6 +34,7 @@ from tinkex_py.local.passes import (
     microbatch_losses,
     prepare,
     split,
+    vector_jacobian_products,
 )
 from tinkex_py.local.records import CheckpointInfo, TrainingRunInfo
 from tinkex_py.local.sampling import SampleBatch, can_pad, room_for
@@ -154,9 +156,12 @@ class Engine:
         """
         model = self._model(model_id)
         loss = self._loss(model, request)
-        examples = prepare(request.data(), loss, self.model, finite=not request.forward_only)
+        needs_gradients = not request.forward_only or loss.name == GRADIENT_PRODUCTS
+        examples = prepare(request.data(), loss, self.model, finite=needs_gradients)
         self._bank.activate(model.adapter)
         model.touched = True
+        if loss.name == GRADIENT_PRODUCTS:
+            return self._gradient_products(model_id, model, examples, loss)
         if request.forward_only:
             microbatches = self._forward_only(model_id, examples, keep=request.keep_graph)
             losses = [microbatch_losses(part, examples, loss) for part in microbatches]
@@ -178,6 +183,10 @@ class Engine:
     def _loss(self, model: TrainingModel, request: EnginePass) -> Loss:
         if request.loss_fn == CUSTOM_LOSS:
             return self.custom_losses.find(model.run.session_id, request.config)
+        if request.loss_fn == GRADIENT_PRODUCTS:
+            if not request.forward_only:
+                raise InvalidData(f"loss_fn {GRADIENT_PRODUCTS!r} adds no gradient: send it as a forward pass")
+            return gradient_products(request.config)
         return find_loss(request.loss_fn, request.config)
 
     def _forward_only(self, model_id: str, examples: Sequence[Example], *, keep: bool) -> list[Microbatch]:
@@ -201,29 +210,44 @@ class Engine:
     def _forward_backward(
         self, model_id: str, model: TrainingModel, examples: Sequence[Example], loss: Loss
     ) -> tuple[list[Microbatch], list[list[DatumLoss]]]:
-        kept = self.graphs.take(model_id, fingerprint(examples)) if len(self.graphs) else None
-        makers: list[Callable[[], Microbatch]]
-        if kept is not None:
-            makers = [lambda part=part: part for part in kept.microbatches]
-            kept = None
-        else:
-            groups = split(examples, self._options.max_tokens_per_microbatch)
-            makers = [lambda group=group: self._forward(examples, group) for group in groups]
         summed: dict[str, torch.Tensor] = {}
         finished: list[Microbatch] = []
         losses: list[list[DatumLoss]] = []
-        for make in makers:
+        for make in self._with_graphs(model_id, examples):
             with torch.enable_grad():
                 part = make()
                 given = microbatch_losses(part, examples, loss)
                 total = torch.stack([datum_loss.value for datum_loss in given]).sum()
-            for key, gradient in gradients(total, model.adapter):
-                held = summed.get(key)
-                summed[key] = gradient if held is None else held.add_(gradient)
+            _add(summed, gradients(total, model.adapter))
             finished.append(part.without_graph())
             losses.append([replace(datum_loss, value=datum_loss.value.detach()) for datum_loss in given])
         model.adapter.add_gradients(summed)
         return finished, losses
+
+    def _gradient_products(
+        self, model_id: str, model: TrainingModel, examples: Sequence[Example], loss: Loss
+    ) -> PassResult:
+        """Returns the dot products of the gradients of the weights; the accumulated gradients do not change."""
+        summed: list[dict[str, torch.Tensor]] = [{} for _ in loss.required]
+        finished: list[Microbatch] = []
+        for make in self._with_graphs(model_id, examples):
+            with torch.enable_grad():
+                part = make()
+            products = vector_jacobian_products(part, examples, loss.required, model.adapter)
+            for own, product in zip(summed, products, strict=True):
+                _add(own, product.items())
+            finished.append(part.without_graph())
+        losses = [microbatch_losses(part, examples, loss) for part in finished]
+        result = _pass_result(finished, losses, len(examples))
+        return replace(result, metrics={**result.metrics, **dot_products(summed)})
+
+    def _with_graphs(self, model_id: str, examples: Sequence[Example]) -> list[Callable[[], Microbatch]]:
+        """Returns functions that return the microbatches with their graphs: kept ones, or new ones."""
+        kept = self.graphs.take(model_id, fingerprint(examples)) if len(self.graphs) else None
+        if kept is not None:
+            return [lambda part=part: part for part in kept.microbatches]
+        groups = split(examples, self._options.max_tokens_per_microbatch)
+        return [lambda group=group: self._forward(examples, group) for group in groups]
 
     def _forward(self, examples: Sequence[Example], group: tuple[int, ...]) -> Microbatch:
         self._check()
@@ -374,6 +398,12 @@ def lora_settings(run: TrainingRunInfo) -> LoraConfig:
     return LoraConfig(
         rank=run.rank, train_unembed=run.train_unembed, train_mlp=run.train_mlp, train_attn=run.train_attn
     )
+
+
+def _add(sums: dict[str, torch.Tensor], gradients: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for key, gradient in gradients:
+        held = sums.get(key)
+        sums[key] = gradient if held is None else held.add_(gradient)
 
 
 def _pass_result(microbatches: Sequence[Microbatch], losses: Sequence[Sequence[DatumLoss]], count: int) -> PassResult:

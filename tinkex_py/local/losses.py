@@ -137,6 +137,10 @@ FORMULAS: Mapping[str, Formula] = {
 }
 UNPUBLISHED = ("stable_reinforce",)
 
+GRADIENT_PRODUCTS = "gradient_products"
+"""A forward pass that takes gradients of the logprobs, and returns the dot products of the gradients of the weights."""
+MAX_GRADIENTS = 64
+
 
 def find_loss(name: str, config: Mapping[str, float | str]) -> Loss:
     """Returns a built-in loss with its settings, or their defaults.
@@ -170,4 +174,28 @@ def find_loss(name: str, config: Mapping[str, float | str]) -> Loss:
         optional=formula.optional,
         refused=tuple(key for key in settings if key.startswith("clip_")),
         matrix_targets=formula.matrix_targets,
+    )
+
+
+def gradient_products(config: Mapping[str, float | str]) -> Loss:
+    """Returns the loss that is linear in the logprobs with the sum of `gradient_0`, `gradient_1`, ... as gradient.
+
+    Args:
+        config: `gradients`, the number of these inputs.
+
+    Raises:
+        InvalidData: the number is out of range, or there are other options.
+    """
+    count = config.get("gradients")
+    if len(config) != 1 or not isinstance(count, int | float) or count not in range(1, MAX_GRADIENTS + 1):
+        raise InvalidData(
+            f"loss_fn {GRADIENT_PRODUCTS!r} takes exactly one option, gradients, from 1 to {MAX_GRADIENTS}; got "
+            f"{dict(config)}"
+        )
+    names = tuple(f"gradient_{index}" for index in range(int(count)))
+    return Loss(
+        name=GRADIENT_PRODUCTS,
+        compute=lambda p, inputs: DatumLoss(torch.stack([(p * inputs[name]).sum() for name in names]).sum()),
+        required=names,
+        matrix_targets=True,
     )

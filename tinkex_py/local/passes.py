@@ -255,3 +255,27 @@ def gradients(total: Tensor, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """Returns d(total)/d(parameter) for every parameter of the adapter, and frees the graph."""
     values = torch.autograd.grad(total, list(adapter.parameters.values()))
     return zip(adapter.parameters.keys(), values, strict=True)
+
+
+def vector_jacobian_products(
+    part: Microbatch, examples: Sequence[Example], names: Sequence[str], adapter: Adapter
+) -> list[dict[str, Tensor]]:
+    """Returns, for each of these inputs, its product with d(logprobs)/d(parameter), and frees the graph."""
+    parameters = list(adapter.parameters.values())
+    products: list[dict[str, Tensor]] = []
+    for place, name in enumerate(names, start=1):
+        vectors = [examples[index].inputs[name] for index in part.indices]
+        values = torch.autograd.grad(part.logprobs, parameters, vectors, retain_graph=place < len(names))
+        products.append(dict(zip(adapter.parameters, values, strict=True)))
+    return products
+
+
+def dot_products(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Returns the dot product of each pair, as the metric `product/ROW/COLUMN` with `COLUMN <= ROW`."""
+    return {
+        f"product/{row}/{column}": math.fsum(
+            float((own * other[key]).sum(dtype=torch.float64).item()) for key, own in gradients[row].items()
+        )
+        for row in range(len(gradients))
+        for column, other in enumerate(gradients[: row + 1])
+    }

@@ -344,6 +344,7 @@ class ClientConfigResponse(BaseModel):
     use_pyqwest_transport: bool = False
     proto_write_fwdbwd: bool = True
     fwd_via_fwdbwd: bool = True
+    gradient_products: bool = True
     sample_use_retrieve_futures: bool = True
     custom_loss_server_side: bool | None = None
 

@@ -45,6 +45,7 @@ class TermRun:
         max_threads: maximum number of live term threads of the group; None leaves it to `workers`.
         group: runs of the same group share the limits on live term threads.
         cancel_grace: seconds for which a coroutine may go on after its cancellation.
+        keep_gradients: whether the gradient of every term is part of the result.
     """
 
     data: Sequence[Datum]
@@ -56,6 +57,7 @@ class TermRun:
     max_threads: int | None = None
     group: object = None
     cancel_grace: float = DEFAULTS["cancel_grace"]
+    keep_gradients: bool = False
     _permits: Limiter = field(init=False)
     _tasks: list[asyncio.Task[Outcome]] = field(init=False, default_factory=list[asyncio.Task[Outcome]])
     _failures: list[Outcome] = field(init=False, default_factory=list[Outcome])

@@ -189,12 +189,15 @@ class Combined:
         diagnosis: alignment of each term's gradient, by name; empty unless requested.
         norm: L2 norm of `gradient`; None unless the diagnosis was requested.
         coefficients: factor of each term's unweighted gradient in `gradient`, by name; empty for a weighted sum.
+        factors: row i has the factors of all unweighted gradients in the part of term i; None for a weighted sum, where
+            they are the scales.
     """
 
     gradient: torch.Tensor
     diagnosis: dict[str, GradientDiagnosis]
     norm: float | None
     coefficients: dict[str, float] = field(default_factory=dict[str, float])
+    factors: Matrix | None = None
 
 
 def summed(parts: Sequence[WeightedGradient], like: torch.Tensor, *, diagnose: bool) -> Combined:
@@ -281,24 +284,36 @@ def _combined(parts: Sequence[WeightedGradient], like: torch.Tensor, products: M
         products: dot products of the unweighted gradients.
         left: what each term contributes: row i has the factors of all weighted gradients in the part of term i.
     """
-    scales = np.array([part.scale for part in parts])
-    weighted = products * np.outer(scales, scales)
-    combined = left.sum(0)
-    scaled = [replace(part, scale=float(factor) * part.scale) for factor, part in zip(combined, parts, strict=True)]
+    factors = left * np.array([part.scale for part in parts])
+    scaled = [replace(part, scale=float(factor)) for factor, part in zip(factors.sum(0), parts, strict=True)]
     total = summed(scaled, like, diagnose=False).gradient
-    square = float(combined @ weighted @ combined)
-    shares = left @ weighted @ combined
-    with_total = products @ (scales * combined)
+    diagnosis, _ = aligned([part.name for part in parts], products, factors)
+    return Combined(total, diagnosis, norm(total), {part.name: part.scale for part in scaled}, factors)
+
+
+def aligned(names: Sequence[str], products: Matrix, factors: Matrix) -> tuple[dict[str, GradientDiagnosis], float]:
+    """Returns the alignment of the terms, and the norm of the total, from dot products alone.
+
+    Args:
+        names: of the terms, the base loss first.
+        products: dot products of their unweighted gradients, in any space.
+        factors: row i has the factors of all unweighted gradients in the part of term i.
+    """
+    combined = factors.sum(0)
+    with_total = products @ combined
+    square = float(combined @ with_total)
+    shares = factors @ with_total
     norms = np.sqrt(np.diag(products))
+    size = square**0.5 if square > 0 else 0.0
     diagnosis = {
-        part.name: _diagnosis(
+        name: _diagnosis(
             _cosine(products[index, 0], norms[index], norms[0]),
-            _cosine(with_total[index], norms[index], square**0.5 if square > 0 else 0.0),
+            _cosine(with_total[index], norms[index], size),
             float(shares[index]) / square if square > 0 else None,
         )
-        for index, part in enumerate(parts)
+        for index, name in enumerate(names)
     }
-    return Combined(total, diagnosis, norm(total), {part.name: part.scale for part in scaled})
+    return diagnosis, size
 
 
 def _products(parts: Sequence[WeightedGradient]) -> Matrix:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from tenacity import AsyncRetrying
 
@@ -12,8 +13,9 @@ from tinkex_py import telemetry
 from tinkex_py.arguments import as_integer, shown
 from tinkex_py.errors import InPlaceMutation, NonFiniteLoss, PipelineError, RegularizerError
 from tinkex_py.limits import RetryPolicy
+from tinkex_py.losses.combiners import Matrix
 from tinkex_py.losses.constraints import Constraint
-from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient
+from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient, aligned
 from tinkex_py.losses.output import (
     BASE_LOSS_NAME,
     BaseLossOutput,
@@ -179,6 +181,28 @@ def described(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
+class TermGradients:
+    """The gradients of the terms, and how they add up to the total.
+
+    Attributes:
+        names: of the terms that took part, the base loss first.
+        gradients: d(term)/d(logprobs), unweighted; None where it is zero.
+        factors: row i has the factors of all gradients in the part of term i.
+    """
+
+    names: Sequence[str]
+    gradients: Sequence[torch.Tensor | None]
+    factors: Matrix
+
+    @classmethod
+    def of(cls, parts: Sequence[WeightedGradient], combined: Combined) -> "TermGradients":
+        """Returns the gradients that were combined."""
+        scales = np.diag([part.scale for part in parts])
+        factors = scales if combined.factors is None else combined.factors
+        return cls([part.name for part in parts], [part.gradient for part in parts], factors)
+
+
+@dataclass(frozen=True)
 class CustomLoss:
     """A composed loss with its gradient.
 
@@ -186,11 +210,13 @@ class CustomLoss:
         output: the output for the user.
         gradient: d(loss_total)/d(logprobs), with the device and shape of the buffer of the logprobs.
         differentiable: False if no term depends on the logprobs.
+        terms: the gradients of the terms; None unless they were requested.
     """
 
     output: CustomLossOutput
     gradient: torch.Tensor
     differentiable: bool
+    terms: TermGradients | None = None
 
     def with_service(
         self, service_output: ForwardBackwardOutput, differences: tuple[float, float] | None = None
@@ -204,6 +230,21 @@ class CustomLoss:
         mean, largest = differences or (None, None)
         known = {"logprob_difference_mean": mean, "logprob_difference_largest": largest}
         return self.output.model_copy(update={"service_output": service_output, **known})
+
+    def in_another_space(self, products: Matrix) -> CustomLossOutput:
+        """Returns the output with norms and diagnosis from other dot products of the gradients of `terms`."""
+        assert self.terms is not None, "requested"
+        diagnosis, size = aligned(self.terms.names, products, self.terms.factors)
+        norms = dict(zip(self.terms.names, np.sqrt(np.diag(products)).tolist(), strict=True))
+        base, regularizers = self.output.base_loss, self.output.regularizers
+        changed = {
+            "base_loss": base.model_copy(update={"grad_norm": norms[BASE_LOSS_NAME]}),
+            "regularizers": {
+                name: own.model_copy(update={"grad_norm": norms[name], "grad_norm_weighted": own.weight * norms[name]})
+                for name, own in regularizers.items()
+            },
+        }
+        return self.output.model_copy(update={**changed, "total_grad_norm": size, "diagnosis": diagnosis})
 
     def check_differentiable(self) -> None:
         """Raises PipelineError if no term depends on the logprobs."""
@@ -235,7 +276,12 @@ def _directed(term: PreparedTerm, gradient: torch.Tensor | None) -> torch.Tensor
 
 
 def custom_loss(
-    outcomes: Sequence[Outcome], combined: Combined, *, track_grad_norms: bool, abandoned_threads: int
+    outcomes: Sequence[Outcome],
+    combined: Combined,
+    *,
+    track_grad_norms: bool,
+    abandoned_threads: int,
+    terms: TermGradients | None = None,
 ) -> CustomLoss:
     """Composes the result of a step from the outcomes, the base loss first, and the total gradient.
 
@@ -262,7 +308,7 @@ def custom_loss(
         abandoned_threads=abandoned_threads,
     )
     differentiable = base.differentiable or any(output.differentiable for output in regularizers.values())
-    return CustomLoss(output, combined.gradient, differentiable)
+    return CustomLoss(output, combined.gradient, differentiable, terms)
 
 
 def clip_scale(term: PreparedTerm, evaluation: Evaluation) -> float:

@@ -24,6 +24,7 @@ from tinkex_py.losses.outcomes import (
     CustomLoss,
     Outcome,
     PreparedTerm,
+    TermGradients,
     checked_step,
     custom_loss,
     diagnosis_measurements,
@@ -270,10 +271,12 @@ class Pipeline:
         workers: WorkerPool | None = None,
         group: object = None,
         record: RecordPath | None = None,
+        keep_gradients: bool = False,
     ) -> CustomLoss:
         """Returns the loss and its gradient for the training client; see `compute`.
 
-        Calls of the same `group` share the limits on live term threads; default is the pipeline.
+        Calls of the same `group` share the limits on live term threads; default is the pipeline. With `keep_gradients`,
+        the result has the gradient of every term.
         """
         running_loop()
         run = TermRun(
@@ -281,11 +284,14 @@ class Pipeline:
             logprobs,
             self._workers() if workers is None else workers,
             self.max_concurrency,
-            self.track_grad_norms or any(controller.needs_grad_norms for _, controller in self._named_controllers),
+            keep_gradients
+            or self.track_grad_norms
+            or any(controller.needs_grad_norms for _, controller in self._named_controllers),
             timeout=self.timeout,
             max_threads=self.max_threads,
             group=self if group is None else group,
             cancel_grace=self.cancel_grace,
+            keep_gradients=keep_gradients,
         )
         try:
             return await with_grad_on_while_suspended(self._observed(run, checked_step(step), record))
@@ -339,12 +345,14 @@ class Pipeline:
     async def _evaluated(self, run: TermRun, terms: Sequence[PreparedTerm], step: int) -> CustomLoss:
         outcomes = await run.all(terms, parallel=self.parallel)
         self._warn_not_differentiable(outcomes)
-        combined = await self._combined(run, weighted_gradients(outcomes), step)
+        parts = weighted_gradients(outcomes)
+        combined = await self._combined(run, parts, step)
         return custom_loss(
             outcomes,
             combined,
             track_grad_norms=run.track_grad_norms,
             abandoned_threads=len(run.workers.abandoned()),
+            terms=TermGradients.of(parts, combined) if run.keep_gradients else None,
         )
 
     async def _combined(self, run: TermRun, parts: Sequence[WeightedGradient], step: int) -> Combined:

@@ -99,7 +99,8 @@ class StepRecord(Record):
         losses: the composed loss of each micro-batch, without the service's own output.
         loss: of several micro-batches, the loss of the step under the names of `scalars`: as one call with all of them
             would report it. Empty if there is one micro-batch, and in records of earlier versions.
-        metrics: what the service reported about the optimizer step.
+        metrics: what the service reported about the optimizer step; with `TrainSettings(grad_norm=True)`, the norm of
+            the gradient is always `grad_norm`.
         evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
         samples: texts that the evaluation hook returned after this step, by name or prompt.
         batches: fingerprint of each micro-batch; empty in runs of older versions.

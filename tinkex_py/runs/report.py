@@ -107,6 +107,7 @@ class Chart:
 
 _TRACKED = "Needs track_grad_norms=True."
 _AGAINST = f"Below 0 a term acts against {{}}. {_TRACKED}"
+_REPORTED = "As the service reports it. Some need TrainSettings(grad_norm=True)."
 _BOUND = "Above 0 the bound does not hold; the weight is its multiplier. Needs a term with at_most or at_least."
 CHARTS = {
     "losses": Chart("Losses", "The total is the base loss plus all contributions.", "loss", "loss/(total|base)"),
@@ -119,6 +120,7 @@ CHARTS = {
         "grad_norm/.+|term/.+/grad_norm_weighted",
         log=True,
     ),
+    "update_norms": Chart("Gradient norm of the weights", _REPORTED, "L2 norm (log)", "optimizer/grad_norm", log=True),
     "shares": Chart("Shares of the total gradient", f"They add up to 1. {_TRACKED}", "share", "term/.+/share_of_total"),
     "cosines_with_base": Chart(
         "Cosines with the base loss", _AGAINST.format("the base loss"), "cosine", "term/.+/cosine_with_base"

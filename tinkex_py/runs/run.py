@@ -239,7 +239,7 @@ class Run:
         self._view.doing(f"step {number}")
         pipeline = over_step(self._plan.pipeline, batches)
         params, fingerprints = self._plan.optimizer_params(number - 1), self._reader.last(len(batches))
-        step = OptimizerStep(number, batches, params, pipeline, fingerprints)
+        step = OptimizerStep(number, batches, params, pipeline, fingerprints, grad_norm=self._settings.grad_norm)
         return self._send(start, step, before)
 
     def _send(self, start: Start, step: OptimizerStep, before: Flight | None) -> Flight:
@@ -368,6 +368,9 @@ class Run:
 
 def _record(step: OptimizerStep, plan: Plan, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
     outputs = [part.output for part in step.parts if part.output is not None]
+    metrics = {} if step.response is None else dict(step.response.metrics or {})
+    if step.grad_norm and step.response is not None and step.response.grad_norm is not None:
+        metrics["grad_norm"] = step.response.grad_norm
     return StepRecord(
         step=step.number,
         finished_at=time.time(),
@@ -379,7 +382,7 @@ def _record(step: OptimizerStep, plan: Plan, evaluated: Mapping[str, float | str
         # The service's own output repeats the logprobs.
         losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),
         loss=step_loss(plan.pipeline, step.parts),
-        metrics={} if step.response is None else dict(step.response.metrics or {}),
+        metrics=metrics,
         evaluation={name: float(value) for name, value in evaluated.items() if not isinstance(value, str)},
         samples={name: value for name, value in evaluated.items() if isinstance(value, str)},
         batches=tuple(step.fingerprints),

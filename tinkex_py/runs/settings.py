@@ -114,6 +114,8 @@ class TrainSettings(Settings):
         restarts: how often a run restarts from its last checkpoint before it fails.
         early_stop: ends the run early; None disables it.
         execution: where the terms run, as for `forward_backward_custom`.
+        grad_norm: ask for the norm of each step's gradient, as `optim_step(..., grad_norm=True)` does, and record it
+            as the metric `grad_norm`.
     """
 
     steps: Count | None = None
@@ -126,6 +128,7 @@ class TrainSettings(Settings):
     restarts: Times = 2
     early_stop: Annotated[EarlyStop | None, BeforeValidator(_with_names)] = None
     execution: Literal["client", "auto", "server"] = "client"
+    grad_norm: bool = False
 
 
 def optimizer_settings(given: object, name: str) -> AdamParams | OptimizerParams:

@@ -34,6 +34,7 @@ class OptimizerStep:
     Attributes:
         pipeline: its loss.
         fingerprints: of the batches.
+        grad_norm: whether the update asks for the norm of the gradient.
         parts: the batches and their results.
         response: the service's response to the update; None before.
         update_error: why the update failed.
@@ -48,9 +49,12 @@ class OptimizerStep:
         params: AdamParams | OptimizerParams,
         pipeline: "Pipeline",
         fingerprints: Sequence[str] = (),
+        *,
+        grad_norm: bool = False,
     ) -> None:
         self.number = number
         self.fingerprints = fingerprints
+        self.grad_norm = grad_norm
         self.params = params
         self.pipeline = pipeline
         self.parts = [MicroBatch(batch) for batch in batches]
@@ -93,7 +97,7 @@ class OptimizerStep:
             self.update_error = None
             try:
                 _check(after)
-                self.response = await training.optim_step(self.params)
+                self.response = await training.optim_step(self.params, grad_norm=self.grad_norm)
             except Exception as error:  # noqa: BLE001  # recovery decides about it
                 self.update_error = error
 

@@ -24,6 +24,7 @@ class ServerConfig:
         sample_no_retries: do not request a sample again if its result was lost.
         billing_exception_max_pause_duration_sec: seconds that responses 402 may pause the client, at most the default.
         custom_loss_server_side: the service accepts uploaded losses.
+        gradient_products: the service computes dot products of gradients in the space of the weights.
     """
 
     pjwt_auth_enabled: bool = False
@@ -40,6 +41,7 @@ class ServerConfig:
     sample_no_retries: bool = False
     billing_exception_max_pause_duration_sec: int = 3600
     custom_loss_server_side: bool = False
+    gradient_products: bool = False
 
     @classmethod
     def read(cls, response: Mapping[str, Any]) -> Self:

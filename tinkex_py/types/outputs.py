@@ -196,6 +196,17 @@ class OptimStepResponse(ResponseModel):
 
     metrics: dict[str, float] | None = None
 
+    @property
+    def grad_norm(self) -> float | None:
+        """L2 norm of the accumulated gradient in the space of the weights, before clipping; None if it is unreported.
+
+        Services that compute it for clipping only report it with `optim_step(..., grad_norm=True)`.
+        """
+        reported = self.metrics or {}
+        # Such as "grad_norm", "skyrl.ai/grad_norm" and "grad_norm:mean".
+        names = (name for name in reported if name.rpartition("/")[2].partition(":")[0] == "grad_norm")
+        return next((reported[name] for name in names), None)
+
 
 class SaveWeightsResponse(ResponseModel):
     """Path of a saved checkpoint, as `tinker://run/kind/name`."""
