@@ -8,7 +8,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance fuzz attacks faults soak guards audit fresh lint types docs clean
+.PHONY: help install demo notebook test bench conformance compare fuzz attacks faults soak guards audit fresh lint types docs clean
 .SUFFIXES:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make faults   what production does to requests, and a table of what was injected and checked"
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 10 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
+	@echo "make compare   losses against the functions of TRL and verl, in environments of their own (large installs)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make attacks  CPU time of everything that reads bytes of others, as their number grows"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
@@ -63,6 +64,10 @@ bench: $(DEV)
 # ARGS names pairs, such as skyrl-0.4.0, or their beginnings, such as cookbook; without it all are run.
 conformance: $(DEV)
 	@$(BIN)/python -m tests.peers $(ARGS)
+
+# Needs the network the first time. Writes tests/objectives/compare/numbers.json.
+compare: $(DEV)
+	@$(BIN)/python -m tests.objectives.compare
 
 # An input that breaks something is kept in the current folder, as crash-...
 fuzz: $(DEV)

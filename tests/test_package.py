@@ -58,7 +58,7 @@ print("torch" in sys.modules)
 READY_MADE = {
     "regularizers": "Consistency ElasticNet Entropy GradientPenalty JensenShannon KLDivergence L1 L2 Orthogonality "
     "SampledEntropy SampledKL",
-    "base_losses": "CISPO CPO Choice ClipCov Corrected DFT DPO DPOP DRO Distillation Focal GMPO GSPO Hinge IPO "
+    "base_losses": "CISPO CPO Choice ClipCov Corrected DFT DPO DPOP DRO Distillation EAFT Focal GMPO GSPO Hinge IPO "
     "ImportanceSampling KLCov KTO MaskedIS NLL ORPO OffPolicyMask PPO ProbabilityMask Reinforce Rejection "
     "SAPO SLiC SimPO TOPR TruncatedIS Unlikelihood VESPO group_advantages in_varied_groups "
     "overlong_penalty",

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -19,7 +19,12 @@ import tinkex_py.base_losses
 import tinkex_py.regularizers
 from tinkex_py import errors, telemetry
 from tinkex_py.local import LocalOptions
+from tinkex_py.losses import controllers
+from tinkex_py.losses.options import Combine
+from tinkex_py.terms.reduction import Reduction
 
+# In the modules of objectives, but no objective itself: base classes and errors.
+NO_OBJECTIVE = {"Any", "Constraint", "InvalidSpec", "Mapping", "Sequence", "WeightController"}
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
@@ -50,6 +55,15 @@ def names_in(cell: str) -> set[str]:
 def event_rows(page: Path) -> dict[str, tuple[set[str], set[str]]]:
     rows = EVENT_ROW.findall(page.read_text())
     return {name: (names_in(measurements), names_in(metadata)) for name, measurements, metadata in rows}
+
+
+def test_the_catalogue_of_objectives_has_every_ready_made_part() -> None:
+    owners = (tinkex_py.base_losses, tinkex_py.regularizers, controllers)
+    classes = {name for owner in owners for name in dir(owner) if inspect.isclass(getattr(owner, name))}
+    settings = {name for kind in (Reduction, Combine) for name in get_args(kind)} - {"mean"}
+    page = (DOCS / "guides" / "objectives.md").read_text()
+    mentioned = set(re.findall(r"[\w-]+", "".join(re.findall(r"^\|.*\|$", page, re.MULTILINE))))
+    assert (classes - NO_OBJECTIVE) | settings <= mentioned
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

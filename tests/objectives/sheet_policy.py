@@ -11,6 +11,7 @@ from tinkex_py.base_losses import (
     CISPO,
     DFT,
     DRO,
+    EAFT,
     GMPO,
     GSPO,
     NLL,
@@ -54,6 +55,7 @@ NARROW = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}
 MEAN_OF_MEANS = {"reduction": "seq-mean-token-mean"}
 LENGTHS = batch([[-4.0], [-1.0, -2.0, -3.0]])  # of section C
 PROBABILITIES = batch([_logarithms(0.5, 0.9)])  # of section F
+CANDIDATES = batch([[_logarithms(0.5, 0.2, 0.1)]], weights=[[[1.0, 0.0, 0.0]]])  # of F4
 KL = batch([[-1.0, -2.0]], logprobs=[[-1.2, -1.5]], reference_logprobs=[[-0.5, -2.5]])  # of B6
 REFERENCE = {"reference_field": "reference_logprobs"}
 
@@ -184,6 +186,25 @@ ROWS += [
     Row("F1", Focal(), PROBABILITIES, 0.174340, [-0.596574, -0.028965]),
     Row("F2", DFT(), PROBABILITIES, 0.441398, [-0.5, -0.9], smooth=False),
     Row("F3", Unlikelihood(), PROBABILITIES, 2.995732, [1, 9]),
+    Row(
+        "F4",
+        EAFT(),
+        CANDIDATES,
+        0.567998,
+        [-0.819448, 0, 0],
+        {"entropy": 0.900256, "token_weight": 0.819448},
+        smooth=False,
+        masked=False,  # its mask is the field of the targets
+    ),
+    Row(
+        "F4",
+        EAFT(entropy_field="entropies", candidates=3),
+        batch([_logarithms(0.5)], entropies=[[0.900256]]),
+        0.567998,
+        [-0.819448],
+        smooth=False,
+        what="field",
+    ),
 ]
 
 

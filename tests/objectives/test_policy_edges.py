@@ -15,6 +15,7 @@ from tinkex_py.base_losses import (
     CISPO,
     DFT,
     DRO,
+    EAFT,
     GMPO,
     GSPO,
     NLL,
@@ -221,6 +222,34 @@ def test_a_number_that_is_not_finite_is_named(term: ReadyMadeTerm, field: str) -
 def test_candidates_are_refused(term: ReadyMadeTerm) -> None:
     given = batch([[[-1.0, -2.0]]], logprobs=[[[-1.0, -2.0]]], advantages=[[[1.0, 1.0]]])
     with pytest.raises(InvalidData, match=r"needs sampled tokens, .*: pass \[T\] targets"):
+        evaluated(term, given)
+
+
+def test_certain_tokens_do_not_count_for_eaft() -> None:
+    """By hand: no entropy, no gradient; evenly spread, that of NLL. Excluded candidates have no part in either."""
+    rows = [[0.0, -torch.inf, -torch.inf], [math.log(0.25)] * 3, [math.log(0.3), math.log(0.3), -torch.inf]]
+    given = batch([rows], weights=[[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]])
+    _, gradient, metrics = evaluated(EAFT(), given)
+    share = math.log(2) / math.log(3)
+    expected = [0, 0, 0, 0, -1, 0, 0, -share, 0]
+    assert gradient.reshape(-1).tolist() == pytest.approx(expected, abs=1e-12)
+    assert metrics["entropy"].item() == pytest.approx((math.log(3) + math.log(2)) / 3)
+    alpha = evaluated(EAFT(alpha=0.0), batch([rows[1:]], weights=[[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]))[1]
+    assert alpha.reshape(-1).tolist() == [-1, 0, 0, 0, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("term", "given", "message"),
+    [
+        (EAFT(), batch([[-1.0]]), r"the entropy of at least 2 candidates, but the logprobs have shape \(1,\)"),
+        (EAFT(), batch([[[-1.0]]], weights=[[[1.0]]]), "at least 2 candidates"),
+        (EAFT(entropy_field="h"), batch([[[-1.0, -2.0]]], h=[[[1.0, 1.0]]]), "EAFT needs sampled tokens"),
+        (EAFT(entropy_field="h"), batch([[-1.0]], h=[[-0.5]]), "'h' has -0.5, but entropies are at least 0"),
+        (EAFT(entropy_field="h"), batch([[-torch.inf]], h=[[0.5]]), "the model's output has -inf"),
+    ],
+)
+def test_data_that_have_no_entropy_are_refused(term: EAFT, given: Batch, message: str) -> None:
+    with pytest.raises(InvalidData, match=message):
         evaluated(term, given)
 
 

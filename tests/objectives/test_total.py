@@ -24,10 +24,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "GradientPenalty": {"fn": regularizers.L2(mask=None), "target_norm": 0.3},
     "KTO": {**REFERENCE, "reference_point": 0.1},
     "Choice": {"targets_field": "targets"},
+    "EAFT": {"targets_field": "targets"},
     **dict.fromkeys(("DPO", "DPOP", "Hinge", "IPO", "Distillation"), REFERENCE),
     **dict.fromkeys(("KLDivergence", "JensenShannon", "SampledKL"), REFERENCE),
 }
-ON_CANDIDATES = ("Choice", "Distillation", "Entropy", "KLDivergence", "JensenShannon", "Orthogonality")
+ON_CANDIDATES = ("Choice", "Distillation", "EAFT", "Entropy", "KLDivergence", "JensenShannon", "Orthogonality")
 COUPLED: list[ReadyMadeTerm] = [
     regularizers.Orthogonality(),
     regularizers.L2(center="mean", reduction="mean"),

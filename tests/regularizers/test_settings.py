@@ -15,6 +15,7 @@ from tinkex_py.base_losses import (
     DPO,
     DPOP,
     DRO,
+    EAFT,
     GMPO,
     GSPO,
     IPO,
@@ -95,6 +96,7 @@ CLASSES: dict[type[ReadyMadeTerm], tuple[str, dict[str, object]]] = {
     Corrected: ("corrected", {"policy": PPO()}),
     Focal: ("focal", {}),
     DFT: ("dft", {}),
+    EAFT: ("eaft", {}),
     Unlikelihood: ("unlikelihood", {}),
 }
 
@@ -167,6 +169,8 @@ BAD = [
     (DPO, {"label_smoothing": 0.6, **REFERENCE}, "label_smoothing must be .*, got 0.6"),
     (DPO, {"reduction": "token-mean", **REFERENCE}, "reduction must be 'mean' or 'sum', got 'token-mean'"),
     (DPO, {}, "DPO: pass exactly one of"),
+    (EAFT, {"alpha": -1}, "alpha must be greater than or equal to 0, got -1"),
+    (EAFT, {"candidates": 1}, "candidates must be greater than or equal to 2, got 1"),
     (PPO, {"clip_low_threshold": -0.1}, "clip_low_threshold must be greater than or equal to 0, got -0.1"),
     (PPO, {"clip_high_threshold": 0.5}, "clip_low_threshold must not be above clip_high_threshold, got 0.8 and 0.5"),
 ]

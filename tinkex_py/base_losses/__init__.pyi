@@ -54,6 +54,7 @@ from .sequence_policy import (
 )
 from .token_weighting import (
     DFT as DFT,
+    EAFT as EAFT,
     Focal as Focal,
     Unlikelihood as Unlikelihood,
 )
