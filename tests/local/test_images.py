@@ -40,7 +40,7 @@ from tinkex_py.local.engine import Engine
 from tinkex_py.local.graphs import fingerprint
 from tinkex_py.local.images import ImageReader
 from tinkex_py.local.losses import find_loss
-from tinkex_py.local.models import LoadedModel, load_model
+from tinkex_py.local.models import LoadedModel, load_model, quiet_loading
 from tinkex_py.local.passes import prepare
 from tinkex_py.local.records import TrainingRunInfo
 from tinkex_py.losses.logprobs import Logprobs
@@ -99,8 +99,10 @@ class Plain:
     """The same model in transformers alone: its processor makes the inputs of whole texts."""
 
     def __init__(self, folder: Path) -> None:
-        self.processor = library.AutoProcessor.from_pretrained(str(folder))
-        self.network = library.AutoModelForImageTextToText.from_pretrained(str(folder), dtype=torch.float32).eval()
+        with quiet_loading():
+            self.processor = library.AutoProcessor.from_pretrained(str(folder))
+            network = library.AutoModelForImageTextToText.from_pretrained(str(folder), dtype=torch.float32)
+        self.network = network.eval()
 
     def inputs(self, index: int) -> Any:
         texts, images = TEXTS[index], PICTURES[index]
