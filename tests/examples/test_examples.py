@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import re
 import runpy
@@ -180,6 +181,13 @@ def test_choice(run_example: Callable[[str], str]) -> None:
     assert float(last) >= 0.8
     divergences = [float(value) for value in re.findall(r"KL (\S+)", text)]
     assert divergences[-1] < 0.3 * divergences[0]
+
+
+def test_vision(tmp_path: Path) -> None:
+    text = run_script("vision.py", tmp_path)
+    ((first, last),) = re.findall(r"^loss: (\S+) -> (\S+)$", text, re.MULTILINE)
+    assert float(first) > math.log(4)  # it knows none of the four colours
+    assert float(last) < 0.3 * float(first)
 
 
 def test_distill(run_example: Callable[[str], str]) -> None:

@@ -47,24 +47,28 @@ def _randomized(network: Any) -> Any:
     return network.eval()
 
 
-def save_llava(folder: Path, chat_template: str | None = None) -> None:
-    """Writes a folder that transformers loads."""
-    words = tokenizer()
-    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = library.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **sight},
-        text_config={"model_type": "llama", "vocab_size": len(words), **_TEXT},
-        image_token_id=258,
-        tie_word_embeddings=False,
-    )
+def llava_processor(chat_template: str | None = None) -> Any:
+    """The processor of the tiny LLaVA."""
     pixels = library.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    processor = library.LlavaProcessor(
+    return library.LlavaProcessor(
         image_processor=pixels,
-        tokenizer=words,
+        tokenizer=tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=chat_template,
+    )
+
+
+def save_llava(folder: Path) -> None:
+    """Writes a folder that transformers loads."""
+    processor = llava_processor()
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = library.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **sight},
+        text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **_TEXT},
+        image_token_id=258,
+        tie_word_embeddings=False,
     )
     with quiet_loading():
         _randomized(library.LlavaForConditionalGeneration(config)).save_pretrained(folder)

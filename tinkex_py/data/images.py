@@ -2,9 +2,12 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from tinkex_py.arguments import check_list
+from tinkex_py.data.messages import Message
 from tinkex_py.errors import InvalidData, MissingExtra
+from tinkex_py.types import ImageChunk, ModelInput
 
 MAX_PIXELS = 2**25
 """Pixels of one image; decoded, these are 100 MB."""
@@ -22,6 +25,69 @@ def image_tokens(processor: Any) -> Callable[[bytes], int]:
     """
     placeholder_of(processor)
     return lambda data: len(processed(processor, [data])["input_ids"][0])
+
+
+def is_processor(tokenizer: Any) -> bool:
+    """Whether an object is a processor of images and text, and not a tokenizer."""
+    return hasattr(tokenizer, "image_processor") and hasattr(tokenizer, "tokenizer")
+
+
+def images_of(messages: Sequence[Message], images: Sequence[object] | None) -> list[object]:
+    """Returns the images of a conversation in order.
+
+    Args:
+        messages: the messages; an item `{"type": "image"}` of a content has its image under "image", or takes the next.
+        images: the images of the items that have none.
+
+    Raises:
+        InvalidData: an item has no image, or images are left.
+    """
+    waiting = [] if images is None else list(check_list("images", images, object))
+    found: list[object] = []
+    for index, message in enumerate(messages):
+        content = message.get("content", "")
+        items = [] if isinstance(content, str) else [item for item in content if isinstance(item, Mapping)]
+        for item in cast("list[Mapping[str, object]]", items):
+            if item.get("type") != "image":
+                continue
+            own = item.get("image")
+            if own is None and not waiting:
+                raise InvalidData(f"message {index} has an item of type 'image' without an image: pass images=")
+            found.append(waiting.pop(0) if own is None else own)
+    if waiting:
+        raise InvalidData(f"images has {len(waiting)} more than the messages have items {{'type': 'image'}}")
+    return found
+
+
+def with_images(
+    processor: Any, tokens: Sequence[int], learned: Sequence[bool], images: Sequence[object]
+) -> tuple[ModelInput, list[bool]]:
+    """Puts images in the places of a rendered text that stand for them; none of their tokens is learned.
+
+    Raises:
+        InvalidData: the text has another number of places than there are images, or an image cannot be read.
+    """
+    mark = int(processor.tokenizer.convert_tokens_to_ids(placeholder_of(processor)))
+    places = [index for index, token in enumerate(tokens) if token == mark]
+    if len(places) != len(images):
+        raise InvalidData(
+            f"the rendered conversation has {len(places)} places for images ({placeholder_of(processor)}), but the "
+            f"messages have {len(images)} images: write each as an item {{'type': 'image'}} of a content"
+        )
+    count = image_tokens(processor)
+    parts: list[object] = []
+    marks: list[bool] = []
+    start = 0
+    for place, image in zip([*places, len(tokens)], [*images, None], strict=True):
+        parts += [list(tokens[start:place])] if place > start else []
+        marks += learned[start:place]
+        if place < len(tokens):
+            data = ImageChunk.of(image).data
+            chunk = ImageChunk(data=data, expected_tokens=count(data))
+            parts.append(chunk)
+            marks += [False] * chunk.length
+        start = place + 1
+    return ModelInput.from_parts(*parts), marks
 
 
 def placeholder_of(processor: Any) -> str:
