@@ -27,10 +27,12 @@ class TinkerLoss:
 
     Attributes:
         output: output of the last call; None before the first.
+        data: datums of the last call, as the terms received them.
     """
 
     def __init__(self, evaluate: Evaluate) -> None:
         self.output: CustomLossOutput | None = None
+        self.data: Sequence[Datum] = ()
         self._evaluate = evaluate
 
     def __call__(
@@ -59,7 +61,7 @@ class TinkerLoss:
         with start_blocking_portal("asyncio") as portal:
             custom = portal.call(evaluate)
         custom.check_differentiable()
-        self.output = custom.output
+        self.output, self.data = custom.output, datums
         gradients = logprobs.views(custom.gradient, datums)
         loss = with_known_gradient(custom.output.loss_total, torch.float64, logprobs_list, gradients)
         return loss, flat_metrics(custom.output)
