@@ -44,9 +44,9 @@ def save_tiny_model(folder):
         vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **sizes},
         text_config={"model_type": "llama", "vocab_size": len(WORDS), "max_position_embeddings": 64, **sizes}
         | {"initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0},
-        image_token_id=WORDS.index("<image>"),
         tie_word_embeddings=False,
     )
+    config.image_token_id = WORDS.index("<image>")
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),

@@ -46,11 +46,11 @@ def images_of(messages: Sequence[Message], images: Sequence[object] | None) -> l
     found: list[object] = []
     for index, message in enumerate(messages):
         content = message.get("content", "")
-        items = [] if isinstance(content, str) else [item for item in content if isinstance(item, Mapping)]
-        for item in cast("list[Mapping[str, object]]", items):
-            if item.get("type") != "image":
+        for item in cast("Sequence[object]", [] if isinstance(content, str) else content):
+            fields = cast("Mapping[str, object]", item if isinstance(item, Mapping) else {})
+            if fields.get("type") != "image":
                 continue
-            own = item.get("image")
+            own = fields.get("image")
             if own is None and not waiting:
                 raise InvalidData(f"message {index} has an item of type 'image' without an image: pass images=")
             found.append(waiting.pop(0) if own is None else own)
