@@ -11,6 +11,8 @@ from tests.client.data import datum
 from tinkex_py import (
     AsyncServiceClient,
     Datum,
+    EncodedTextChunk,
+    ImageChunk,
     InvalidData,
     ModelInput,
     SampledSequence,
@@ -171,3 +173,16 @@ def test_batches_cover_every_item_once_an_epoch_and_begin_anywhere():
     for wrong in ([], "abc", 3):
         with pytest.raises(InvalidData, match="data (is empty|must be a list)"):
             batches(wrong, 2)
+
+
+def test_an_answer_behind_an_image():
+    """Of 5 tokens: 1 of text, 2 of an image, 2 of the answer."""
+    image = ImageChunk(data=b"x", format="png", expected_tokens=2)
+    prompt = ModelInput(chunks=(EncodedTextChunk(tokens=[5]), image))
+    answer = SampledSequence(tokens=[7, 8], logprobs=[-1.0, -2.0], stop_reason="stop")
+    datum = datum_from_sample(prompt, answer, 0.5)
+    assert datum.model_input == prompt.append_int(7)
+    assert datum.loss_fn_inputs["target_tokens"].tolist() == [0, 0, 7, 8]
+    assert datum.loss_fn_inputs["advantages"].tolist() == [0.0, 0.0, 0.5, 0.5]
+    single = SampledSequence(tokens=[7], logprobs=[-1.0], stop_reason="stop")
+    assert datum_from_sample(prompt, single, 0.5).model_input == prompt

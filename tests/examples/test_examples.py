@@ -189,6 +189,13 @@ def test_choice(run_example: Callable[[str], str]) -> None:
     assert divergences[-1] < 0.3 * divergences[0]
 
 
+def test_vision(tmp_path: Path) -> None:
+    text = run_script("vision.py", tmp_path)
+    ((first, last),) = re.findall(r"^loss: (\S+) -> (\S+)$", text, re.MULTILINE)
+    assert float(first) > math.log(4)  # it knows none of the four colours
+    assert float(last) < 0.3 * float(first)
+
+
 def test_distill(run_example: Callable[[str], str]) -> None:
     text = run_example("distill.py")
     ((first, last),) = re.findall(r"^KL from the teacher: (\S+) -> (\S+)$", text, re.MULTILINE)

@@ -60,7 +60,7 @@ def json_request(body: bytes) -> None:
                 if isinstance(read, schemas.PassInput):
                     wire_format.datums_from_json(read.data, room())
                 if isinstance(read, schemas.SampleBody):
-                    wire_format.tokens_from_json("prompt", read.prompt)
+                    wire_format.input_from_json("prompt", read.prompt)
                     wire_format.ids_from_json("targets", read.target_prompt_logprobs, room())
 
 

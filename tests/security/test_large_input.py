@@ -225,7 +225,7 @@ def test_dense_forms_are_bounded_for_the_whole_request(read, datum, rows, column
 def test_a_text_among_numbers_is_refused_before_numpy_gives_every_number_its_size():
     values = ["x" * MIB, *range(1000)]
     with pytest.raises(InvalidData, match="not whole numbers"), allocating_at_most(MIB):
-        wire_format.tokens_from_json("prompt", {"chunks": [{"tokens": values}]})
+        wire_format.input_from_json("prompt", {"chunks": [{"tokens": values}]})
 
 
 @pytest.mark.asyncio

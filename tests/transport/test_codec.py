@@ -61,13 +61,13 @@ def tensors(draw: Any, shape: tuple[int, ...], dtype: str) -> TensorData:
 
 
 @st.composite
-def datums(draw: Any, *, custom: bool = False) -> Datum:
+def datums(draw: Any, *, custom: bool = False, text: bool = False) -> Datum:
     length = draw(st.integers(1, 4))
     shape = (length,) if draw(st.booleans()) else (length, draw(st.integers(1, 3)))
     pieces = draw(st.lists(st.integers(0, 2**31 - 1), min_size=length, max_size=length))
     cut = draw(st.integers(0, length))
     chunks: list[Any] = [EncodedTextChunk(tokens=part) for part in (pieces[:cut], pieces[cut:]) if part]
-    if draw(st.booleans()):
+    if not text:
         chunks += draw(st.lists(st.one_of(pictures, sounds), max_size=2))
     spans = draw(st.none() | st.just((SPANS, SPANS)))
     inputs = {"target_tokens": draw(tensors(shape, "int64")), "weights": draw(tensors(shape, "float32"))}

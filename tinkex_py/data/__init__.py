@@ -5,6 +5,7 @@ from tinkex_py.data.chat import ChatRenderer
 from tinkex_py.data.datums import chat_datum, datums_from, preference_datums, text_datum
 from tinkex_py.data.distillation import teacher_datums, with_reference, with_teacher_advantages, with_teacher_logprobs
 from tinkex_py.data.epochs import batches
+from tinkex_py.data.images import image_tokens
 from tinkex_py.data.pairs import with_role_masks
 from tinkex_py.data.samples import answer_texts, datum_from_sample, rewards_of, sample_groups
 
@@ -16,6 +17,7 @@ __all__ = [
     "chat_datum",
     "datum_from_sample",
     "datums_from",
+    "image_tokens",
     "preference_datums",
     "rewards_of",
     "sample_groups",

@@ -3,14 +3,18 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args
 
+import numpy as np
+
 from tinkex_py.arguments import check_choice, check_count, check_flag
 from tinkex_py.data.chat import ChatRenderer, Turns
+from tinkex_py.data.images import images_of, is_processor, with_images
 from tinkex_py.data.messages import Message, checked_messages
 from tinkex_py.data.rows import conversation, plain_messages, plain_rows
 from tinkex_py.errors import InvalidData
 from tinkex_py.text import encode_answer, require_text
-from tinkex_py.types import Datum, ModelInput
-from tinkex_py.types.datum import is_official
+from tinkex_py.types import Datum, EncodedTextChunk, ModelInput
+from tinkex_py.types.chunks import Chunk
+from tinkex_py.types.datum import is_official, shifted
 
 Row = TypeVar("Row")
 Answer = str | Sequence[Message]
@@ -25,6 +29,7 @@ def chat_datum(
     tools: Sequence[Any] | None = None,
     chat_template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
+    images: Sequence[object] | None = None,
 ) -> Datum:
     """Converts a conversation to a datum of `N` tokens, with the chat template of the tokenizer.
 
@@ -33,7 +38,8 @@ def chat_datum(
     learned may be missing in the template, which warns; any other part of a message must count.
 
     Args:
-        tokenizer: a Hugging Face tokenizer, or that of `await training.get_tokenizer()` if it has templates.
+        tokenizer: a Hugging Face tokenizer, or that of `await training.get_tokenizer()` if it has templates. With
+            images: the processor of the model, `AutoProcessor.from_pretrained(model)`.
         messages: `{"role": ..., "content": ...}` in order, as the template expects them; fields that are None are
             removed, at any depth.
         turns: "all" learns every turn of the assistant, "last" only the last one.
@@ -41,16 +47,26 @@ def chat_datum(
         tools: schemas or functions that the template describes to the model.
         chat_template: replaces that of the tokenizer.
         template_options: variables of the template, such as `{"enable_thinking": False}`.
+        images: the images of the items `{"type": "image"}` in contents, in order, such as `row["images"]`; items that
+            have their own under "image" take none. Each is a PIL image, the bytes of a file, or `{"bytes": ...}`.
 
     Raises:
         InvalidData: the conversation has no turn of the assistant, the template fails or drops a part of a message, the
-            tokens of a turn cannot be determined, or no token within `max_length` is left to learn.
+            tokens of a turn cannot be determined, or no token within `max_length` is left to learn. Or an image is
+            missing or cannot be read.
         MissingExtra: jinja2 is not installed.
     """
     check_choice("turns", turns, get_args(Turns))
-    renderer = ChatRenderer(tokenizer, chat_template=chat_template, tools=tools, template_options=template_options)
-    rendered = renderer.render(messages, turns)
-    return _datum(rendered.tokens, rendered.learned, max_length)
+    settings: dict[str, Any] = {"tools": tools, "template_options": template_options}
+    if not is_processor(tokenizer):
+        if images is not None:
+            raise InvalidData("images need the processor of the model: pass AutoProcessor.from_pretrained(model)")
+        rendered = ChatRenderer(tokenizer, chat_template=chat_template, **settings).render(messages, turns)
+        return _datum(ModelInput.from_ints(rendered.tokens), rendered.learned, max_length)
+    template = chat_template or getattr(tokenizer, "chat_template", None)
+    rendered = ChatRenderer(tokenizer.tokenizer, chat_template=template, **settings).render(messages, turns)
+    shown = images_of(checked_messages(messages), images)
+    return _datum(*with_images(tokenizer, rendered.tokens, rendered.learned, shown), max_length)
 
 
 def text_datum(
@@ -75,7 +91,8 @@ def text_datum(
     require_text("prompt", prompt)
     check_flag("append_end", append_end)
     before, learned = encode_answer(tokenizer, prompt, text, append_end=append_end)
-    return _datum([*before, *learned], [False] * len(before) + [True] * len(learned), max_length)
+    whole = ModelInput.from_ints([*before, *learned])
+    return _datum(whole, [False] * len(before) + [True] * len(learned), max_length)
 
 
 def preference_datums(
@@ -165,22 +182,32 @@ def datums_from(rows: Iterable[Row], render: Callable[[Row], Datum | Sequence[Da
             yield Datum.of(datum)
 
 
-def _datum(tokens: Sequence[int], learned: Sequence[bool], max_length: int | None) -> Datum:
-    """Shifts the tokens: position `i` predicts token `i + 1`."""
+def _datum(whole: ModelInput, learned: Sequence[bool], max_length: int | None) -> Datum:
+    """Shifts the tokens: position `i` predicts token `i + 1`. What does not fit is cut off, of images the whole."""
     if max_length is not None:
         max_length = check_count("max_length", max_length, least=1)
     if not any(learned[1:]):
         raise InvalidData("there is nothing to learn: the first token has no prediction, and no other is to be learned")
-    inputs, targets, weights = tokens[:-1][:max_length], tokens[1:][:max_length], learned[1:][:max_length]
-    if not any(weights):
+    kept = _head(whole, whole.length if max_length is None else max_length + 1)
+    if not any(learned[1 : kept.length]):
         raise InvalidData(
             f"max_length={max_length} cuts off everything that is to be learned, which begins at token "
-            f"{learned.index(True)} of {len(tokens)}: raise max_length, or shorten what precedes"
+            f"{learned.index(True)} of {whole.length}: raise max_length, or shorten what precedes"
         )
-    return Datum(
-        model_input=ModelInput.from_ints(inputs),
-        loss_fn_inputs={"target_tokens": targets, "weights": [float(weight) for weight in weights]},
-    )
+    return shifted(kept, np.array(learned[: kept.length]))
+
+
+def _head(whole: ModelInput, count: int) -> ModelInput:
+    """Returns the first `count` tokens, up to the last that are text; images are not divided."""
+    chunks: list[Chunk] = []
+    for chunk in whole.chunks:
+        if count == 0 or (chunk.length > count and not isinstance(chunk, EncodedTextChunk)):
+            break
+        chunks.append(EncodedTextChunk(tokens=chunk.tokens[:count]) if isinstance(chunk, EncodedTextChunk) else chunk)
+        count -= chunks[-1].length
+    while chunks and not isinstance(chunks[-1], EncodedTextChunk):
+        chunks.pop()
+    return ModelInput(chunks=tuple(chunks))
 
 
 def _as_messages(name: str, role: str, given: object) -> list[Message]:

@@ -62,7 +62,7 @@ async def sample_groups(
     if not callable(getattr(sampler, "sample", None)):
         raise InvalidData(f"sampler must be a sampling client, got {shown(sampler)}")
     given = check_items("prompts", prompts)
-    inputs = [ModelInput.from_ints(_tokens(prompt, f"prompts[{index}]")) for index, prompt in enumerate(given)]
+    inputs = [_input(prompt, f"prompts[{index}]") for index, prompt in enumerate(given)]
     count = check_count("n", n, least=1)
     params = _NO_PARAMS if sampling_params is None else check_kind("sampling_params", sampling_params, SamplingParams)
 
@@ -82,7 +82,7 @@ def datum_from_sample(prompt: Tokens, sequence: SampledSequence | Sequence[Part]
     are 0.
 
     Args:
-        prompt: at least one token.
+        prompt: at least one token; a model input may have images, whose targets are 0.
         sequence: the sampled answer; or the parts of a conversation in order, of which sampled sequences are learned,
             and lists of token ids, such as the responses of tools, are not.
         advantage: of the answer.
@@ -94,7 +94,8 @@ def datum_from_sample(prompt: Tokens, sequence: SampledSequence | Sequence[Part]
     number = as_number(advantage)
     if number is None or not math.isfinite(number):
         raise InvalidData(f"advantage must be a finite number, got {shown(advantage)}")
-    before = _tokens(prompt, "prompt")
+    start = _input(prompt, "prompt")
+    before = np.array(start.to_ints(other=0), np.int32)
     if not before.size:
         raise InvalidData("prompt is empty: the first token of an answer needs a token before it")
     given = [sequence] if isinstance(sequence, SampledSequence) else check_items("sequence", sequence)
@@ -103,7 +104,7 @@ def datum_from_sample(prompt: Tokens, sequence: SampledSequence | Sequence[Part]
     if not weights.any():
         raise InvalidData("sequence contains no sampled token: leave the answer out")
     return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
+        model_input=start.with_tokens(tokens[before.size : -1]),
         loss_fn_inputs={
             "target_tokens": tokens[1:].astype(np.int64),
             "weights": weights[1:],
@@ -189,9 +190,11 @@ async def each(work: Callable[[Item], Awaitable[Result]], items: Sequence[Item])
     return [task.result() for task in tasks]
 
 
-def _tokens(tokens: Tokens, name: str) -> Array:
-    if isinstance(tokens, ModelInput):
-        return np.array(tokens.to_ints(), np.int32)
+def _input(tokens: Tokens, name: str) -> ModelInput:
+    return tokens if isinstance(tokens, ModelInput) else ModelInput.from_ints(_tokens(tokens, name))
+
+
+def _tokens(tokens: Sequence[int] | Array, name: str) -> Array:
     try:
         return EncodedTextChunk(tokens=tokens).tokens
     except InvalidData as error:

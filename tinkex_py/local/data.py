@@ -14,16 +14,35 @@ UNUSED_LOGPROB = -99999.0
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """The file of an image, and the place of the tokens that stand for it."""
+
+    data: bytes
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class EncodedInput:
+    """A model input: tokens, [T], of which some stand for images."""
+
+    tokens: Ints
+    images: tuple[EncodedImage, ...] = ()
+
+
+@dataclass(frozen=True)
 class EncodedDatum:
     """One datum.
 
     Args:
         tokens: the model input, [T].
         inputs: the loss inputs, each [T] or [T, K].
+        images: the images of the input, in order.
     """
 
     tokens: Ints
     inputs: Mapping[str, Array]
+    images: tuple[EncodedImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class SampleRequest:
 
     Args:
         prompt: token ids, [P].
+        images: the images of the prompt, in order.
         stop_tokens: token ids that end a sequence, end-of-text tokens included.
         stop_texts: texts that end a sequence.
         target_logprobs: token ids to score at prompt positions from 1, [P - 1, K]; -1 is skipped.
@@ -73,6 +93,7 @@ class SampleRequest:
     """
 
     prompt: Ints
+    images: tuple[EncodedImage, ...] = ()
     num_samples: int = 1
     max_tokens: int | None = None
     seed: int | None = None

@@ -60,12 +60,14 @@ def weight_storages(network: Any) -> frozenset[int]:
 
 
 def fingerprint(examples: Sequence[Example]) -> bytes:
-    """Returns a digest of tokens and targets, which passes must have in common to share a graph."""
+    """Returns a digest of tokens, images and targets, which passes must have in common to share a graph."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((tuple(example.tokens.shape), example.shape)).encode())
         digest.update(example.tokens.cpu().numpy().tobytes())
         digest.update(example.targets.cpu().numpy().tobytes())
+        for image in example.images:
+            digest.update(hashlib.sha256(image.data).digest())
     return digest.digest()
 
 

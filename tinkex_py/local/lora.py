@@ -240,12 +240,16 @@ class AdapterBank:
 
 
 def _adaptable_layers(network: Any) -> dict[str, str]:
-    """Returns the full name of every linear layer, and its kind: "attn", "mlp" or "unembed"."""
+    """Returns the full name of every linear layer that reads tokens, and its kind: "attn", "mlp" or "unembed"."""
     head = network.get_output_embeddings()
+    # Of a vision-language model, the encoder of images stays as it is.
+    decoder = frozenset(network.get_decoder().modules())
     kinds: dict[str, str] = {}
     for name, module in network.named_modules():
         if module is head:
             kinds[name] = "unembed"
+        elif module not in decoder:
+            continue
         elif isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             if _FEED_FORWARD.search(name):
                 kinds[name] = "mlp"

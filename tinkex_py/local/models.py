@@ -3,7 +3,7 @@
 import os
 import tempfile
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +15,8 @@ import torch
 
 from tinkex_py.arguments import check_path
 from tinkex_py.errors import ConfigError, MissingExtra
+from tinkex_py.local.data import Ints
+from tinkex_py.local.images import ImageReader
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.losses.torch_modes import changes_of_libraries
 from tinkex_py.types import Tokenizer
@@ -30,7 +32,7 @@ _LOADING = threading.Lock()
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen causal language model in float32."""
+    """A frozen causal language model in float32; `images` reads images, if it is a vision-language model."""
 
     name: str
     network: Any
@@ -41,6 +43,12 @@ class LoadedModel:
     architecture: str
     eos_token_ids: frozenset[int]
     device: torch.device
+    images: ImageReader | None = None
+
+    @property
+    def read_image(self) -> Callable[[bytes], Ints] | None:
+        """Returns the tokens that stand for an image; None: the model reads text only."""
+        return None if self.images is None else self.images.tokens
 
 
 def choose_device(wanted: str | None) -> torch.device:
@@ -178,26 +186,43 @@ def _smollm2_file() -> Path:
 
 def _load_folder(name: str, path: Path, device: torch.device) -> LoadedModel:
     library: Any = import_module("transformers")
+    processor: Any = None
     try:
         with quiet_loading():
-            inner: Any = library.AutoTokenizer.from_pretrained(str(path), **_FROM_HERE)
+            if _reads_images(library, path):
+                processor = library.AutoProcessor.from_pretrained(str(path), **_FROM_HERE)
+                inner, kind = processor.tokenizer, library.AutoModelForImageTextToText
+            else:
+                inner = library.AutoTokenizer.from_pretrained(str(path), **_FROM_HERE)
+                kind = library.AutoModelForCausalLM
             # Other weights are pickles, which can run code.
-            network: Any = library.AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=torch.float32, use_safetensors=True, **_FROM_HERE
-            )
-    except (OSError, ValueError, import_module("safetensors").SafetensorError) as error:
+            network: Any = kind.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **_FROM_HERE)
+    except (OSError, ValueError, ImportError, import_module("safetensors").SafetensorError) as error:
         raise ConfigError(
             f"model={name!r} cannot be loaded: {str(error).splitlines()[0]} (Its weights must be safetensors files, "
             "and its code must be part of transformers: neither pickles nor code from the folder are run)"
         ) from error
-    return _finish(name, network, inner, str(path), device)
+    return _finish(name, network, inner, str(path), device, processor)
+
+
+def _reads_images(library: Any, path: Path) -> bool:
+    """Whether a folder has a vision-language model, and the processor of its images."""
+    config = library.AutoConfig.from_pretrained(str(path), **_FROM_HERE)
+    return type(config) in library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and any(
+        (path / file).is_file() for file in ("processor_config.json", "preprocessor_config.json")
+    )
 
 
 def _finish(
-    name: str, network: Any, tokenizer: Tokenizer, tokenizer_id: str | None, device: torch.device
+    name: str,
+    network: Any,
+    tokenizer: Tokenizer,
+    tokenizer_id: str | None,
+    device: torch.device,
+    processor: Any = None,
 ) -> LoadedModel:
     network.to(device).eval().requires_grad_(False)
-    config = network.config
+    config = network.config.get_text_config()
     declared: Any = getattr(getattr(network, "generation_config", None), "eos_token_id", None) or config.eos_token_id
     several = isinstance(declared, list | tuple)
     ends: list[int | None] = [tokenizer.eos_token_id, *(declared if several else [declared])]
@@ -208,9 +233,10 @@ def _finish(
         tokenizer_id=tokenizer_id,
         context_length=int(config.max_position_embeddings),
         vocabulary_size=int(network.get_output_embeddings().weight.shape[0]),
-        architecture=str(config.model_type),
+        architecture=str(network.config.model_type),
         eos_token_ids=frozenset(int(token) for token in ends if token is not None),
         device=device,
+        images=None if processor is None else ImageReader(processor, network),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinkex_py.errors import InvalidData
-from tinkex_py.local.data import Array, EncodedDatum
+from tinkex_py.local.data import Array, EncodedDatum, EncodedImage
 from tinkex_py.local.lora import Adapter
 from tinkex_py.local.losses import DatumLoss, Loss
 from tinkex_py.local.models import LoadedModel
@@ -26,12 +26,13 @@ _ROWS = 32
 
 @dataclass(frozen=True)
 class Example:
-    """A checked datum on the device: tokens [T], targets [T, K], `shape` of target_tokens, and loss inputs."""
+    """A checked datum on the device: tokens [T], targets [T, K], `shape` of target_tokens, loss inputs, and images."""
 
     tokens: Tensor
     targets: Tensor
     shape: tuple[int, ...]
     inputs: Mapping[str, Tensor]
+    images: tuple[EncodedImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def _example(where: str, datum: EncodedDatum, loss: Loss, model: LoadedModel, *,
             name: torch.as_tensor(value, device=model.device)
             for name, value in _checked_inputs(where, datum, loss, targets.shape, finite=finite).items()
         },
+        images=datum.images,
     )
 
 
@@ -111,6 +113,8 @@ def _checked_inputs(
     inputs: dict[str, Array] = {}
     for name in (*loss.required, *loss.optional):
         value = datum.inputs.get(name)
+        if value is None and name == "weights" and datum.images:
+            value = _weights_of_text(datum, shape)
         if value is None and name in loss.optional:
             continue
         if value is None:
@@ -119,6 +123,14 @@ def _checked_inputs(
             raise InvalidData(f"{where}: {name} has a value that is not finite")
         inputs[name] = _fitted(f"{where}: {name}", value, loss, name, shape)
     return inputs
+
+
+def _weights_of_text(datum: EncodedDatum, shape: tuple[int, ...]) -> Array:
+    """Returns 1 for each position, and 0 where the next one is part of an image, which no model predicts."""
+    weights = np.ones(shape, np.float32)
+    for image in datum.images:
+        weights[max(image.start - 1, 0) : image.start + image.length - 1] = 0
+    return weights
 
 
 def _fitted(where: str, value: Array, loss: Loss, name: str, shape: tuple[int, ...]) -> Array:
@@ -148,28 +160,48 @@ def check_tokens(where: str, tokens: Array, model: LoadedModel) -> None:
 
 
 def split(examples: Sequence[Example], max_tokens: int) -> list[tuple[int, ...]]:
-    """Returns the indices of each microbatch: similar lengths, at most `max_tokens` with padding."""
+    """Returns the indices of each microbatch: similar lengths, at most `max_tokens` with padding; images alone."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     groups: list[list[int]] = []
+    alone: list[tuple[int, ...]] = []
     for index in order:
         length = len(examples[index].tokens)
-        if groups and (len(groups[-1]) + 1) * length <= max_tokens:
+        if examples[index].images:
+            alone.append((index,))
+        elif groups and (len(groups[-1]) + 1) * length <= max_tokens:
             groups[-1].append(index)
         else:
             groups.append([index])
-    return [tuple(group) for group in groups]
+    return [*map(tuple, groups), *alone]
 
 
 def forward(model: LoadedModel, examples: Sequence[Example], indices: tuple[int, ...]) -> Microbatch:
     """Computes the target logprobs of one microbatch, each shaped like its target_tokens."""
     chosen = [examples[index] for index in indices]
     padded = torch.nn.utils.rnn.pad_sequence([example.tokens for example in chosen], batch_first=True)
-    wanted = target_logprobs(model.network(input_ids=padded, use_cache=False).logits, _padded_targets(chosen))
+    seen = inputs_of_images(f"data[{indices[0]}]", model, padded, chosen[0].images)
+    wanted = target_logprobs(model.network(input_ids=padded, use_cache=False, **seen).logits, _padded_targets(chosen))
     logprobs = tuple(
         wanted[row, : len(example.tokens), : example.targets.shape[1]].reshape(example.shape)
         for row, example in enumerate(chosen)
     )
     return Microbatch(indices=indices, logprobs=logprobs)
+
+
+def inputs_of_images(
+    where: str, model: LoadedModel, tokens: Tensor, images: Sequence[EncodedImage]
+) -> dict[str, Tensor]:
+    """Returns the inputs of the network for the images of the only sequence of a batch, [1, T].
+
+    Raises:
+        InvalidData: the text contains a token that stands for an image, or the images do not go together.
+    """
+    if not images or model.images is None:
+        return {}
+    try:
+        return model.images.inputs(tokens, images)
+    except InvalidData as error:
+        raise InvalidData(f"{where}: {error}") from error
 
 
 def _padded_targets(examples: Sequence[Example]) -> Tensor:

@@ -55,7 +55,8 @@ async def asample(body: SampleBody, request: Request, core: Running) -> SampleSu
         sampler = core.sampling_session(body.sampling_session_id)
     else:
         sampler = await _sampler(core, f"direct:{uuid.uuid4().hex}", body.base_model, body.model_path)
-    small = size_of(request) <= SMALL_BODY and body.target_prompt_logprobs is None
+    # A small image can be much to read.
+    small = size_of(request) <= SMALL_BODY and body.target_prompt_logprobs is None and not core.engine.model.images
     read = _reading(core, body)() if small else await core.aside(_reading(core, body))
     if body.seq_id is None or body.sampling_session_id is None:
         request_id = core.follow(_submit(core, sampler, read))
@@ -149,8 +150,10 @@ def _sample_request(core: Core, body: SampleBody) -> SampleRequest:
         raise InvalidData("stop contains an empty text: leave it out")
     targets = body.target_prompt_logprobs
     room = wire_format.DenseRoom(core.engine.model.vocabulary_size, core.options.max_body_bytes)
+    prompt = wire_format.input_from_json("prompt", body.prompt, core.engine.model.read_image)
     return SampleRequest(
-        prompt=wire_format.tokens_from_json("prompt", body.prompt),
+        prompt=prompt.tokens,
+        images=prompt.images,
         num_samples=body.num_samples,
         max_tokens=settings.max_tokens,
         seed=settings.seed,

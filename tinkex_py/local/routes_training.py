@@ -149,7 +149,9 @@ def _json_reader(request: Request, core: Core, value: Any, *, forward_only: bool
 
 
 def _room(core: Core) -> wire_format.DenseRoom:
-    return wire_format.DenseRoom(core.engine.model.vocabulary_size, core.options.max_body_bytes)
+    return wire_format.DenseRoom(
+        core.engine.model.vocabulary_size, core.options.max_body_bytes, core.engine.model.read_image
+    )
 
 
 def _keeps_graph(request: Request) -> bool:

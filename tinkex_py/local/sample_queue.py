@@ -97,7 +97,7 @@ class SampleQueue:
             request: what to sample, checked.
             finish: encodes the result, on the engine's thread.
         """
-        item = _QueuedSample(weights, request, finish)
+        item = _QueuedSample(weights, request, finish, alone=bool(request.images))
         with self._lock:
             self._waiting.append(item)
         self._ask_for_turn()

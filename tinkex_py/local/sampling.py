@@ -27,8 +27,9 @@ from tinkex_py.local.data import (
     SampleResult,
     TokenTable,
 )
+from tinkex_py.local.images import position_shift
 from tinkex_py.local.models import LoadedModel
-from tinkex_py.local.passes import check_tokens
+from tinkex_py.local.passes import check_tokens, inputs_of_images
 
 MAX_RESULT = 2**24
 """Logprobs of the result of one request; with their token ids, these are 128 MiB."""
@@ -104,7 +105,7 @@ class SampleBatch:
 
     Args:
         model: the network.
-        requests: valid requests; of equal prompt lengths unless the model `can_pad`.
+        requests: valid requests; of equal prompt lengths unless the model `can_pad`; one with images is alone.
         check: called before every pass through the network; raises to end early.
     """
 
@@ -117,6 +118,7 @@ class SampleBatch:
         self._scores: list[PromptScores] = []
         self._cache: Any = None
         self._mask: Tensor | None = None
+        self._shift = 0
         self._logits = torch.empty(0, dtype=torch.float32)
 
     def advance(self, tokens: int) -> bool:
@@ -151,8 +153,11 @@ class SampleBatch:
             self._mask = torch.arange(width, device=device) >= width - torch.tensor(lengths, device=device)[:, None]
             self._mask = self._mask.long()
             options |= {"attention_mask": self._mask, "position_ids": _positions(self._mask)}
+        images = self._requests[0].images
+        options |= inputs_of_images("prompt", self._model, tokens, images)
         start = self._model.network(input_ids=tokens, **options)
         self._cache = start.past_key_values
+        self._shift = position_shift(self._model.network) if images else 0
         for row, request in enumerate(self._requests):
             logits = start.logits[row, -lengths[row] :].float()
             self._scores.append(_scores(request, logits) if _wants_scores(request) else PromptScores())
@@ -180,6 +185,10 @@ class SampleBatch:
         if self._mask is not None:
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
             options = {"attention_mask": self._mask, "position_ids": _positions(self._mask)[:, -1:]}
+        elif self._model.images is not None:
+            # The network may remember the positions of other images, which it read in another batch.
+            position = self._cache.get_seq_length() + self._shift
+            options = {"position_ids": torch.full_like(following, position)}
         result = self._model.network(input_ids=following, past_key_values=self._cache, use_cache=True, **options)
         self._logits = result.logits[:, -1].float().cpu()
 

@@ -1,7 +1,9 @@
 """Converts between the engine's arrays and the protocol's protobuf and JSON."""
 
+import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
 
@@ -13,6 +15,8 @@ from tinkex_py.local.data import (
     UNUSED_LOGPROB,
     Array,
     EncodedDatum,
+    EncodedImage,
+    EncodedInput,
     Floats,
     Ints,
     PassResult,
@@ -21,6 +25,7 @@ from tinkex_py.local.data import (
     TokenTable,
 )
 from tinkex_py.transport import wire
+from tinkex_py.types.chunks import CHUNK_FIELDS
 
 _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_FLOAT32: "<f4",
@@ -28,13 +33,10 @@ _PROTOBUF_DTYPES: Mapping[int, str] = {
     wire.DTYPE_INT32: "<i4",
 }
 _JSON_DTYPES: Mapping[str, str] = {"float32": "<f4", "int64": "<i8"}
-# The field that identifies a chunk without a type.
-_CHUNK_FIELDS: Mapping[str, str] = {
-    "tokens": "encoded_text",
-    "data": "image",
-    "location": "image_asset_pointer",
-    "dmel": "dmel",
-}
+
+
+ReadImage = Callable[[bytes], Ints]
+"""Returns the tokens that stand for an image."""
 
 
 class DenseRoom:
@@ -43,9 +45,11 @@ class DenseRoom:
     Args:
         columns: maximum number of columns of a sparse tensor: the size of the vocabulary.
         bytes: maximum size of the dense forms of all sparse tensors.
+        read_image: None: the model reads text only.
     """
 
-    def __init__(self, columns: int, bytes: int) -> None:  # noqa: A002  (the unit)
+    def __init__(self, columns: int, bytes: int, read_image: ReadImage | None = None) -> None:  # noqa: A002  (the unit)
+        self.read_image = read_image
         self._columns = columns
         self._bytes = bytes
         self._left = bytes
@@ -71,9 +75,9 @@ class DenseRoom:
 def datums_from_protobuf(messages: Iterable[wire.Datum], room: DenseRoom) -> list[EncodedDatum]:
     """Decodes the datums of a ForwardBackwardRequest."""
     return [
-        EncodedDatum(
-            tokens=_protobuf_tokens(f"data[{index}]", message),
-            inputs={
+        _datum(
+            _protobuf_input(f"data[{index}]", message, room.read_image),
+            {
                 name: _protobuf_tensor(f"data[{index}]: {name}", tensor, room)
                 for name, tensor in message.loss_fn_inputs.items()
             },
@@ -85,9 +89,9 @@ def datums_from_protobuf(messages: Iterable[wire.Datum], room: DenseRoom) -> lis
 def datums_from_json(values: Sequence[Mapping[str, Any]], room: DenseRoom) -> list[EncodedDatum]:
     """Decodes the datums of a pass in JSON."""
     return [
-        EncodedDatum(
-            tokens=tokens_from_json(f"data[{index}]: model_input", value.get("model_input")),
-            inputs={
+        _datum(
+            input_from_json(f"data[{index}]: model_input", value.get("model_input"), room.read_image),
+            {
                 name: tensor_from_json(
                     f"data[{index}]: {name}", tensor, room, "int64" if name == "target_tokens" else "float32"
                 )
@@ -99,13 +103,16 @@ def datums_from_json(values: Sequence[Mapping[str, Any]], room: DenseRoom) -> li
     ]
 
 
-def tokens_from_json(where: str, value: Any) -> Ints:
-    """Decodes the token ids of a model input; `where` names it in errors."""
+def _datum(model_input: EncodedInput, inputs: Mapping[str, Array]) -> EncodedDatum:
+    return EncodedDatum(model_input.tokens, inputs, model_input.images)
+
+
+def input_from_json(where: str, value: Any, read_image: ReadImage | None = None) -> EncodedInput:
+    """Decodes a model input; `where` names it in errors."""
     chunks: object = _object(where, value).get("chunks") or []
     if not isinstance(chunks, list):
         raise InvalidData(f"{where}: chunks must be a list")
-    parts = [_chunk_tokens(where, chunk) for chunk in cast("list[Any]", chunks)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return _joined(where, [_json_chunk(where, chunk) for chunk in cast("list[Any]", chunks)], read_image)
 
 
 def ids_from_json(where: str, value: Any, room: DenseRoom) -> Ints:
@@ -119,29 +126,82 @@ def ids_from_json(where: str, value: Any, room: DenseRoom) -> Ints:
     return np.where(listed == 1, ids, -1).astype(np.int64)
 
 
-def _chunk_tokens(where: str, chunk: Any) -> Ints:
+@dataclass(frozen=True)
+class _Image:
+    data: bytes
+    expected_tokens: int | None
+
+
+def _joined(where: str, parts: Iterable[Ints | _Image | str], read_image: ReadImage | None) -> EncodedInput:
+    """Joins tokens and images; a text is the name of another kind of chunk."""
+    tokens: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    images: list[EncodedImage] = []
+    length = 0
+    for part in parts:
+        if isinstance(part, str) or (isinstance(part, _Image) and read_image is None):
+            raise _not_read(where, part if isinstance(part, str) else "image", reads_images=read_image is not None)
+        if isinstance(part, _Image):
+            own = _image_tokens(where, part, cast("ReadImage", read_image))
+            images.append(EncodedImage(part.data, length, len(own)))
+        else:
+            own = part
+        tokens.append(own)
+        length += len(own)
+    return EncodedInput(np.concatenate(tokens).astype(np.int64), tuple(images))
+
+
+def _image_tokens(where: str, image: _Image, read_image: ReadImage) -> Ints:
+    try:
+        tokens = read_image(image.data)
+    except InvalidData as error:
+        raise InvalidData(f"{where}: {error}") from error
+    if image.expected_tokens is not None and image.expected_tokens != len(tokens):
+        raise InvalidData(
+            f"{where}: expected_tokens={image.expected_tokens}, but the model makes {len(tokens)} tokens of the image"
+        )
+    return tokens
+
+
+def _json_chunk(where: str, chunk: Any) -> "Ints | _Image | str":
     if not isinstance(chunk, dict):
         raise InvalidData(f"{where}: a chunk is not an object")
     given = {key: value for key, value in cast("dict[str, Any]", chunk).items() if value is not None}
-    kind = given.get("type") or next((kind for key, kind in _CHUNK_FIELDS.items() if key in given), None)
+    kind = given.get("type") or next((kind for key, kind in CHUNK_FIELDS.items() if key in given), None)
     if kind is None:
-        raise InvalidData(f"{where}: a chunk has none of the fields {', '.join(_CHUNK_FIELDS)}")
-    if kind != "encoded_text":
-        raise _text_only(where, kind)
-    return _array(where, given.get("tokens", []), "<i8")
+        raise InvalidData(f"{where}: a chunk has none of the fields {', '.join(CHUNK_FIELDS)}")
+    if kind == "image":
+        expected: object = given.get("expected_tokens")
+        if expected is not None and (not isinstance(expected, int) or isinstance(expected, bool)):
+            raise InvalidData(f"{where}: expected_tokens of an image must be a whole number")
+        return _Image(_base64(where, given.get("data")), expected)
+    return _array(where, given.get("tokens", []), "<i8") if kind == "encoded_text" else str(kind)
 
 
-def _text_only(where: str, kind: object) -> UnsupportedFeature:
-    return UnsupportedFeature(f"{where}: this model reads text only, not {kind!r} chunks")
+def _base64(where: str, text: object) -> bytes:
+    try:
+        return base64.b64decode(text if isinstance(text, str) else "*", validate=True)
+    except ValueError:
+        raise InvalidData(f"{where}: data of an image must be text in base64") from None
 
 
-def _protobuf_tokens(where: str, message: wire.Datum) -> Ints:
-    parts: list[NDArray[np.int32]] = []
-    for chunk in message.model_input:
-        if not chunk.HasField("encoded_text"):
-            raise _text_only(where, chunk.WhichOneof("chunk"))
-        parts.append(_buffer(where, chunk.encoded_text.tokens, "<i4"))
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+def _not_read(where: str, kind: str, *, reads_images: bool) -> UnsupportedFeature:
+    read = "text and images" if reads_images else "text"
+    return UnsupportedFeature(f"{where}: this model reads {read} only, not {kind!r} chunks")
+
+
+def _protobuf_input(where: str, message: wire.Datum, read_image: ReadImage | None) -> EncodedInput:
+    return _joined(where, [_protobuf_chunk(where, chunk) for chunk in message.model_input], read_image)
+
+
+def _protobuf_chunk(where: str, chunk: wire.Chunk) -> "Ints | _Image | str":
+    match chunk.WhichOneof("chunk"):
+        case "encoded_text":
+            return _buffer(where, chunk.encoded_text.tokens, "<i4")
+        case "image":
+            image = chunk.image
+            return _Image(image.data, image.expected_tokens if image.HasField("expected_tokens") else None)
+        case kind:
+            return str(kind)
 
 
 def tensor_from_json(where: str, value: Any, room: DenseRoom, default_dtype: str = "float32") -> Array:

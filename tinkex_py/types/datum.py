@@ -154,6 +154,8 @@ class ModelInput(WireModel):
 
     def with_tokens(self, tokens: Array) -> "ModelInput":
         """Returns a new input with tokens at the end, in the last chunk if it is text."""
+        if not len(tokens):
+            return self
         last = self.chunks[-1] if self.chunks else None
         if isinstance(last, EncodedTextChunk):
             joined = EncodedTextChunk(tokens=np.concatenate([last.tokens, tokens]))
