@@ -15,6 +15,8 @@ _HALF = (0.4, 0.55)  # the repeated answer may begin with tokens that do not cou
 
 async def accumulation_rule(subject: Subject) -> LossFinding | None:
     """The gradients of the calls of an optimizer step add up to that of one call."""
+    if subject.shards > 1:
+        return await _shard_finding(subject)
     calls = subject.accumulate or 2
     if calls == 1 or not subject.at.norm:
         return None
@@ -52,6 +54,21 @@ async def accumulation_rule(subject: Subject) -> LossFinding | None:
         "one mean",
         "Divide by a number that is known for the whole step, such as total= of the ready-made terms, or pass "
         "accumulate=1 if every step is one call",
+    )
+
+
+async def _shard_finding(subject: Subject) -> LossFinding | None:
+    """The gradients of the shards of a step add up to that of the whole."""
+    shares = await _shares(subject, subject.shards)
+    if shares is None or all(share is not None and abs(share - 1.0) < _EQUAL for share in shares):
+        return None
+    return LossFinding(
+        subject.name,
+        "accumulation",
+        "error",
+        f"the datums are sharded over {subject.shards} replicas, and the gradients of the shards do not add up to that "
+        "of the whole, because the term is no sum over datums",
+        "Sum over the datums and divide by a number that is known for the whole step, or leave shard out",
     )
 
 
