@@ -1,6 +1,7 @@
 """Rules about the batch: what changes if it is cut into calls, grows, or has long answers?"""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,7 +34,7 @@ async def accumulation_rule(subject: Subject) -> LossFinding | None:
             "Use accumulate=1 with larger batches, or a term without coupling",
         )
     shares = await _shares(subject, calls)
-    if shares is None or all(share is not None and abs(share - 1.0) < _EQUAL for share in shares):
+    if shares is None or _add_up(shares):
         return None
     cut = f"if the datums are sent in {len(shares)} calls before one optimizer step"
     if None in shares:
@@ -60,7 +61,7 @@ async def accumulation_rule(subject: Subject) -> LossFinding | None:
 async def _shard_finding(subject: Subject) -> LossFinding | None:
     """The gradients of the shards of a step add up to that of the whole."""
     shares = await _shares(subject, subject.shards)
-    if shares is None or all(share is not None and abs(share - 1.0) < _EQUAL for share in shares):
+    if shares is None or _add_up(shares):
         return None
     return LossFinding(
         subject.name,
@@ -118,6 +119,11 @@ async def length_rule(subject: Subject) -> LossFinding | None:
         "Sum over tokens, or divide by all tokens of the batch: reduction='token-mean'. If it is intended, give the "
         "term the attribute reduction = 'seq-mean-token-mean'",
     )
+
+
+def _add_up(shares: Sequence[float | None]) -> bool:
+    """Returns whether the gradients of the parts are those of the whole."""
+    return all(share is not None and abs(share - 1.0) < _EQUAL for share in shares)
 
 
 async def _shares(subject: Subject, calls: int) -> list[float | None] | None:
