@@ -313,6 +313,7 @@ async def test_what_ends_a_term_ends_its_work(nodes: Nodes, as_actor: bool, ends
 
 @needs_ray
 @pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray 2.50 keeps logs of nodes open
 @pytest.mark.parametrize("as_actor", [False, True])
 @pytest.mark.parametrize("max_retries", [0, 2])
 async def test_a_node_is_lost_in_the_middle_of_a_step(nodes: Nodes, as_actor: bool, max_retries: int, tmp_path: Path):
