@@ -43,7 +43,9 @@ async def terms(place: str, count: int, loops: int, tokens: int) -> AsyncGenerat
     """Terms in threads, as Ray tasks or on actors. Each run returns the longest gap of the event loop, in seconds."""
     ray = None if place == "thread" else importlib.import_module("ray")
     if ray is not None:
-        ray.init(num_cpus=max(count, usable_cores()), include_dashboard=False, log_to_driver=False)
+        ray.init(
+            num_cpus=max(count, usable_cores()), include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     specs = [
         RegularizerSpec(fn=_term(place), weight=0.01, name=f"term{number}", options={"loops": loops}, timeout=120.0)
         for number in range(count)

@@ -210,8 +210,7 @@ class RayTerm:
     def _check(self) -> None:
         if isinstance(self.fn, type):
             made: Any = self.fn
-            own = {name: value for base in reversed(made.__mro__) for name, value in vars(base).items()}
-            function = own.get("compute", own.get("__call__"))
+            function = _function_of(self.fn)
             if not callable(function) or inspect.iscoroutinefunction(function):
                 raise InvalidSpec(f"RayTerm: fn is the class {made.__name__}, which needs a sync compute or __call__")
             try:
@@ -340,6 +339,14 @@ class RayTerm:
             if connection == _connection(ray):
                 return actor
         return None
+
+
+def _function_of(cls: type) -> object:
+    """Returns `compute` or `__call__` of a class; `getattr` would find the one that makes its objects."""
+    own: dict[str, object] = {}
+    for base in reversed(cls.__mro__):
+        own.update(vars(base))
+    return own.get("compute", own.get("__call__"))
 
 
 def _amount(name: str, value: object) -> float:
