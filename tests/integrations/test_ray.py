@@ -1,6 +1,7 @@
 """Terms on Ray: a local Ray of two nodes, of which one is killed. `make ray` runs these; without Ray most skip."""
 
 import asyncio
+import gc
 import importlib.util
 import os
 import re
@@ -30,6 +31,7 @@ from tinkex_py import (
     per_datum,
     sum_over_datums,
 )
+from tinkex_py.integrations import ray as integration
 from tinkex_py.integrations.ray import RayTerm
 from tinkex_py.lint import lint
 
@@ -38,6 +40,8 @@ needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: make r
 ROOT = Path(__file__).parents[2]
 DATA = [datum(2), datum(3), datum(4), datum(1)]
 LOGPROBS = torch.tensor([-0.5, -1.2, -0.8, -2.1, -0.3, -0.7, -1.9, -0.1, -0.4, -3.0])
+PATIENCE = 120.0  # seconds; a new Ray worker imports torch first
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 # Shorter than a lost node needs by default, which is 20 s.
 HEALTH = {
     "health_check_initial_delay_ms": 500,
@@ -86,8 +90,8 @@ def ray_spec(fn: Any, name: str = "own", **settings: Any) -> RegularizerSpec:
     return RegularizerSpec(fn=fn, weight=0.5, name=name, **settings)
 
 
-async def output_of(*specs: RegularizerSpec, **options: Any) -> Any:
-    pipeline = Pipeline(nll, specs, track_grad_norms=True, **options)
+async def output_of(*specs: RegularizerSpec) -> Any:
+    pipeline = Pipeline(nll, specs, track_grad_norms=True, timeout=PATIENCE)
     logprobs = LOGPROBS.clone().requires_grad_()
     (await pipeline.loss(DATA, logprobs)).backward()
     return await pipeline.compute(DATA, LOGPROBS), logprobs.grad
@@ -103,8 +107,8 @@ def is_gone(pid: int) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits longer than other tests: a Ray worker imports torch first."""
-    async with asyncio.timeout(60):
+    """Waits for what another process does."""
+    async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110  # other processes set no asyncio.Event
             await asyncio.sleep(0.02)
 
@@ -251,10 +255,12 @@ async def test_a_step_is_stored_once(nodes: Nodes, monkeypatch: pytest.MonkeyPat
         RayTerm(terms.squares, shard="datums", replicas=2),
     ]
     specs = [ray_spec(term, f"term {number}") for number, term in enumerate(kinds)]
-    pipeline = Pipeline(nll, specs, parallel=parallel)
+    pipeline = Pipeline(nll, specs, parallel=parallel, timeout=PATIENCE)
     for step in range(1, 4):
         await pipeline.compute(DATA, LOGPROBS * step)
         assert len(stored) == step
+    gc.collect()
+    assert list(integration._STEPS._stored.values()) == []  # the objects went with their steps
 
 
 @needs_ray
@@ -283,7 +289,7 @@ async def test_what_ends_a_term_ends_its_work(nodes: Nodes, as_actor: bool, ends
     term, options = RayTerm(terms.naps), {"folder": str(napping)}
     if as_actor:
         term, options = RayTerm(terms.Model, init={"folder": str(tmp_path / "loads")}), {"nap_in": str(napping)}
-    own = ray_spec(term, options=options, timeout=8.0 if ends == "timeout" else 60.0)
+    own = ray_spec(term, options=options, timeout=8.0 if ends == "timeout" else PATIENCE)
     failed = asyncio.Event()
 
     async def fails(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
@@ -307,7 +313,7 @@ async def test_what_ends_a_term_ends_its_work(nodes: Nodes, as_actor: bool, ends
             await step
     await until(lambda: is_gone(pid))
     assert noted(napping) == [pid]  # it was not repeated
-    output, _ = await output_of(ray_spec(term, options=options, timeout=60.0))
+    output, _ = await output_of(ray_spec(term, options=options, timeout=PATIENCE))
     assert output.regularizers["own"].value == pytest.approx(float(LOGPROBS.square().sum()), rel=1e-6)
 
 
@@ -323,7 +329,7 @@ async def test_a_node_is_lost_in_the_middle_of_a_step(nodes: Nodes, as_actor: bo
     if as_actor:
         term = RayTerm(terms.Model, init={"folder": str(tmp_path / "loads")}, max_retries=max_retries)
         options = {"nap_in": str(napping)}
-    own = ray_spec(term, options=options, timeout=60.0)
+    own = ray_spec(term, options=options, timeout=PATIENCE)
     expected = pytest.approx(float(LOGPROBS.square().sum()), rel=1e-6)
     async with AsyncServiceClient.local(model="tiny", device="cpu") as service:
         training = await service.create_lora_training_client("tiny", rank=1)
@@ -346,7 +352,7 @@ async def test_a_node_is_lost_in_the_middle_of_a_step(nodes: Nodes, as_actor: bo
 async def test_the_linter_finds_what_cannot_be_sharded(nodes: Nodes):
     sharded = {"shard": "datums", "replicas": 4}
     specs = [ray_spec(RayTerm(terms.mean, **sharded)), ray_spec(RayTerm(doubled, **sharded), "ok")]
-    findings = await lint(Pipeline(nll, specs), DATA, accumulate=1)
+    findings = await lint(Pipeline(nll, specs, timeout=PATIENCE), DATA, accumulate=1)
     assert [(found.term, found.rule, found.severity) for found in findings] == [("own", "accumulation", "error")]
     assert re.search("sharded over 4 replicas", str(findings[0]))
 
