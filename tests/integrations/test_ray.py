@@ -151,6 +151,7 @@ async def awaits(data: Any, logprobs: torch.Tensor) -> torch.Tensor:
         (terms.squares, {"replicas": 0}, "replicas must be an int >= 1, got 0"),
         (terms.squares, {"max_retries": -1}, "max_retries must be an int >= 0, got -1"),
         (terms.squares, {"num_gpus": -0.5}, "num_gpus must be a number >= 0, got -0.5"),
+        (terms.squares, {"num_gpus": 1.5}, "num_gpus must be at most 1 or a whole number, got 1.5"),
         (terms.squares, {"shard": "tokens"}, "shard must be one of 'datums', got 'tokens'"),
     ],
 )

@@ -353,6 +353,8 @@ def _amount(name: str, value: object) -> float:
     number = as_number(value)
     if number is None or not 0 <= number < math.inf:
         raise InvalidSpec(f"RayTerm: {name} must be a number >= 0, got {shown(value)}")
+    if name == "num_gpus" and number > 1 and not number.is_integer():
+        raise InvalidSpec(f"RayTerm: num_gpus must be at most 1 or a whole number, got {shown(value)}")
     return number
 
 
