@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from tests.docs.test_docs_run import blocks_of, run_block
+from tests.docs.test_docs_run import ON_RAY, blocks_of, run_block
 from tests.integrations import ray_terms as terms
 from tests.losses.support import datum, nll
 from tinkex_py import (
@@ -362,7 +362,7 @@ async def test_the_linter_finds_what_cannot_be_sharded(nodes: Nodes):
 @pytest.mark.asyncio
 async def test_the_page_runs(nodes: Nodes):
     page = ROOT / "docs" / "guides" / "beyond_one_process.md"
-    (block,) = [block for block in blocks_of(page) if block.info.startswith("py ")]
+    (block,) = [block for block in blocks_of(page) if block.info == ON_RAY]
     namespace: dict[str, Any] = {"__name__": "__main__"}
     await run_block(page, block, namespace)
     regularizers = namespace["output"].regularizers
