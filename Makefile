@@ -8,7 +8,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance compare fuzz attacks faults soak guards audit fresh lint types docs clean
+.PHONY: help install demo notebook test bench conformance compare ray fuzz attacks faults soak guards audit fresh lint types docs clean
 .SUFFIXES:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make bench  side by side with the official SDK and plain torch, against targets (about 10 minutes)"
 	@echo "make conformance   other SDKs and servers, into docs/compatibility.md (large installs)"
 	@echo "make compare   losses against the functions of TRL and verl, in environments of their own (large installs)"
+	@echo "make ray    terms on a local Ray of two nodes, of which one is killed (installs Ray into .ray)"
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make attacks  CPU time of everything that reads bytes of others, as their number grows"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
@@ -69,6 +70,17 @@ conformance: $(DEV)
 compare: $(DEV)
 	@$(BIN)/python -m tests.objectives.compare
 
+# Ray is installed beside the packages of .venv, not among them, so that it does not move their versions.
+ray: .ray/bin/ray
+	@.ray/bin/python -m pytest -q tests/integrations/test_ray.py $(ARGS)
+
+.ray/bin/ray: $(DEV)
+	@$(BIN)/python -m venv .ray
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > .ray/venv.pth
+	@mv .ray/venv.pth .ray/lib/python3*/site-packages/
+	@.ray/bin/python -m pip --disable-pip-version-check install --quiet -e '.[ray]'
+	@touch $@
+
 # An input that breaks something is kept in the current folder, as crash-...
 fuzz: $(DEV)
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
@@ -107,5 +119,5 @@ docs: $(DEV)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "site/index.html is ready"
 
 clean:
-	@rm -rf $(VENV) .audit site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	@rm -rf $(VENV) .audit .ray site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -121,6 +121,7 @@ INTERNAL = (
     r"\.Pipeline\.evaluate$",  # part of `compute` of a pipeline
     r"\.EventStream\.__call__$",  # an ASGI application
     r"\.PackedTensor",  # made of decoded responses
+    r"\.RayTerm\.(compute|ready)$",  # need a Ray: tests/integrations/test_ray.py
     r"\.EventStream|\.training_events$",  # need a server and a run: tests/integrations/test_fastapi_streams.py
 )
 
@@ -146,8 +147,8 @@ async def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     """Clients of an embedded service. Relative paths of the grid are in the folder of the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TINKER_API_KEY", "tml-x")
-    for tracker in ("wandb", "mlflow", "trackio"):  # they start processes and need services
-        monkeypatch.setitem(sys.modules, tracker, MagicMock(__spec__=ModuleSpec(tracker, None)))
+    for module in ("wandb", "mlflow", "trackio", "ray"):  # they start processes and need services
+        monkeypatch.setitem(sys.modules, module, MagicMock(__spec__=ModuleSpec(module, None)))
     async with AsyncServiceClient.local(model="tiny", device="cpu") as service:
         training = await service.create_lora_training_client("tiny", rank=1)
         rest = service.create_rest_client()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)(```+)(.*)$")
 PRINTS = 'text title="prints"'
+ON_RAY = 'py title="needs a Ray cluster"'  # run by `make ray`
 # Pages whose blocks are pasted into a prompt, and the arguments of Python that start it: see test_first_steps.
 PROMPTS = {ROOT / "README.md": ("-i", "-q"), ROOT / "docs" / "tutorial.md": ("-m", "asyncio")}
 
@@ -116,7 +117,7 @@ async def test_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyte
 def test_every_block_has_a_known_language(page: Path) -> None:
     blocks = blocks_of(page)
     for index, block in enumerate(blocks):
-        assert block.info in ("python", "text", "bash", "html", "json", "yaml", PRINTS), (
+        assert block.info in ("python", "text", "bash", "html", "json", "yaml", PRINTS, ON_RAY), (
             f"line {block.line}: {block.info!r}"
         )
         if block.info == PRINTS:

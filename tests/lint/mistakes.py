@@ -202,3 +202,16 @@ def rewards_by_place(data: Data, parts: Parts) -> torch.Tensor:
 
 rewards_by_place.coupling = "the rewards are by the place of a datum"  # type: ignore[attr-defined]
 MEAN_OF_MEANS, PER_ANSWER = per_datum(mean_of_means), per_datum(per_answer)
+
+
+class Sharded:
+    """A term that runs on shards of one datum each, which add up, as `RayTerm` does with many replicas."""
+
+    shards = 4
+
+    def __init__(self, unsharded: Any) -> None:
+        self.unsharded = unsharded
+
+    def compute(self, data: Data, logprobs: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(logprobs, [datum.model_input.length for datum in data])
+        return torch.stack([self.unsharded([datum], own) for datum, own in zip(data, parts, strict=True)]).sum()

@@ -86,6 +86,7 @@ PLANTED = [
     Planted(mistakes.mean_over_call, "accumulation", "a mean over its call", texts(), accumulate=3),
     Planted(mistakes.mean_over_call, "accumulation", "a mean", texts(), accumulate=None, severity="warning"),
     Planted(mistakes.advantages_scaled_in_the_call, "accumulation", "on the other datums", answers(), accumulate=2),
+    Planted(mistakes.Sharded(mistakes.mean_over_call), "accumulation", "sharded over 4 replicas", texts()),
     Planted(KTO(**NEEDED["DPO"]), "accumulation", "the reference point", with_mismatched(sixteen()), accumulate=4),
     Planted(
         L2(mask="weights"),
@@ -123,6 +124,7 @@ async def test_planted_mistakes_are_found_by_the_rule_meant_for_them(planted: Pl
     ("term", "given"),
     [
         (mistakes.nll, texts()),
+        (mistakes.Sharded(mistakes.nll), texts()),
         (mistakes.policy, answers()),
         (mistakes.k2, texts()),
         (mistakes.dpo, pairs()),

@@ -1,6 +1,7 @@
 """Rules about the batch: what changes if it is cut into calls, grows, or has long answers?"""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +16,8 @@ _HALF = (0.4, 0.55)  # the repeated answer may begin with tokens that do not cou
 
 async def accumulation_rule(subject: Subject) -> LossFinding | None:
     """The gradients of the calls of an optimizer step add up to that of one call."""
+    if subject.shards > 1:
+        return await _shard_finding(subject)
     calls = subject.accumulate or 2
     if calls == 1 or not subject.at.norm:
         return None
@@ -31,7 +34,7 @@ async def accumulation_rule(subject: Subject) -> LossFinding | None:
             "Use accumulate=1 with larger batches, or a term without coupling",
         )
     shares = await _shares(subject, calls)
-    if shares is None or all(share is not None and abs(share - 1.0) < _EQUAL for share in shares):
+    if shares is None or _add_up(shares):
         return None
     cut = f"if the datums are sent in {len(shares)} calls before one optimizer step"
     if None in shares:
@@ -52,6 +55,21 @@ async def accumulation_rule(subject: Subject) -> LossFinding | None:
         "one mean",
         "Divide by a number that is known for the whole step, such as total= of the ready-made terms, or pass "
         "accumulate=1 if every step is one call",
+    )
+
+
+async def _shard_finding(subject: Subject) -> LossFinding | None:
+    """The gradients of the shards of a step add up to that of the whole."""
+    shares = await _shares(subject, subject.shards)
+    if shares is None or _add_up(shares):
+        return None
+    return LossFinding(
+        subject.name,
+        "accumulation",
+        "error",
+        f"the datums are sharded over {subject.shards} replicas, and the gradients of the shards do not add up to that "
+        "of the whole, because the term is no sum over datums",
+        "Sum over the datums and divide by a number that is known for the whole step, or leave shard out",
     )
 
 
@@ -101,6 +119,11 @@ async def length_rule(subject: Subject) -> LossFinding | None:
         "Sum over tokens, or divide by all tokens of the batch: reduction='token-mean'. If it is intended, give the "
         "term the attribute reduction = 'seq-mean-token-mean'",
     )
+
+
+def _add_up(shares: Sequence[float | None]) -> bool:
+    """Returns whether the gradients of the parts are those of the whole."""
+    return all(share is not None and abs(share - 1.0) < _EQUAL for share in shares)
 
 
 async def _shares(subject: Subject, calls: int) -> list[float | None] | None:

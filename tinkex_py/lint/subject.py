@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.outcomes import PreparedTerm, prepare_base_loss, prepare_regularizer
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.pipeline import Pipeline
-from tinkex_py.losses.spec import PerDatum, RegularizerSpec
+from tinkex_py.losses.spec import PerDatum, RegularizerSpec, per_datum
 from tinkex_py.losses.torch_modes import with_grad_on_while_suspended
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.terms.ready_made import ReadyMadeTerm
@@ -136,6 +137,11 @@ class Subject:
         return getattr(self.term, "coupling", None)
 
     @property
+    def shards(self) -> int:
+        """The number of shards into which the term cuts its datums."""
+        return getattr(self.term, "shards", 1)
+
+    @property
     def mask(self) -> str | None:
         """The field that is the mask."""
         term = getattr(self.term, "policy", self.term)
@@ -188,11 +194,19 @@ async def measure(alone: Alone, case: Case) -> Evaluated:
 def alone_in(pipeline: Pipeline, spec: RegularizerSpec | None, workers: WorkerPool) -> Alone:
     """Returns the base loss, or the regularizer of a spec, without its weight."""
     if spec is None:
-        prepared = prepare_base_loss(pipeline.base_loss)
+        prepared = prepare_base_loss(_unsharded(pipeline.base_loss))
     else:
         # Without a weight, it emits no events.
-        prepared = replace(prepare_regularizer(spec), weight=None, on_error="raise", max_grad_norm=None)
+        whole = prepare_regularizer(replace(spec, fn=_unsharded(spec.fn)))
+        prepared = replace(whole, weight=None, on_error="raise", max_grad_norm=None)
     return Alone(prepared, workers, pipeline.timeout, pipeline.cancel_grace)
+
+
+def _unsharded(term: Any) -> Any:
+    """Returns a term that cuts its datums into shards without them: the rules compare parts with the whole."""
+    if isinstance(term, PerDatum):
+        return per_datum(_unsharded(term.fn))
+    return getattr(term, "unsharded", term)
 
 
 def term_of(pipeline: Pipeline, spec: RegularizerSpec | None) -> object:

@@ -1,7 +1,7 @@
 """Terms in worker processes, seen from the worker: evaluates one as a worker thread of the program would."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from tinkex_py.losses.outcomes import PreparedTerm
 from tinkex_py.losses.process_terms import CrossedTensor, Job, StepData
 from tinkex_py.losses.worker_pool import WorkerPool
 from tinkex_py.processes.crossing import read_file
+from tinkex_py.types import Datum
 
 _WORKERS = WorkerPool(1)
 
@@ -47,10 +48,24 @@ def evaluate_job(
     term = PreparedTerm(
         job.name, function, options, False, job.per_datum, weight=job.weight, max_grad_norm=job.max_grad_norm
     )
-    run = TermRun(step.data, logprobs, _WORKERS, 1, job.track_grad_norms)
+    return evaluated_alone(term, step.data, logprobs, track_grad_norms=job.track_grad_norms)
+
+
+def evaluated_alone(
+    term: PreparedTerm, data: Sequence[Datum], logprobs: Logprobs, *, track_grad_norms: bool = False
+) -> tuple[Evaluation, CrossedTensor | None]:
+    """Evaluates a sync term in this thread, which nothing else uses. The gradient is apart, as it crosses.
+
+    Raises:
+        InvalidTermResult: it returned no loss.
+        InPlaceMutation: it wrote into the logprobs.
+    """
+    run = TermRun(data, logprobs, _WORKERS, 1, track_grad_norms)
     evaluation = run.evaluate_here(term, logprobs.leaf(term.name, packed=not term.per_datum))
     if inspect.isawaitable(evaluation):
-        raise InvalidTermResult(f"term {term.name!r} returned an awaitable: use runs_in='loop'", name=term.name)
+        raise InvalidTermResult(
+            f"term {term.name!r} returned an awaitable, and only sync functions run here: make fn sync", name=term.name
+        )
     try:
         logprobs.check_unchanged()
     except InPlaceMutation:
