@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult
+from tinkex_py.losses.crossed_datums import CrossedDatums
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.gradients import Evaluation
 from tinkex_py.losses.logprobs import Logprobs
@@ -33,7 +34,8 @@ def evaluate_job(
     if torch.get_num_threads() != job.torch_threads:
         torch.set_num_threads(job.torch_threads)
     torch.set_default_dtype(job.default_dtype)
-    step = cast("StepData", read_file(file))
+    read, column = read_file(file)
+    step = cast("StepData", read)
     own = step.buffer.bits
     original = own.copy()
     logprobs = Logprobs(
@@ -47,7 +49,7 @@ def evaluate_job(
     term = PreparedTerm(
         job.name, function, options, False, job.per_datum, weight=job.weight, max_grad_norm=job.max_grad_norm
     )
-    run = TermRun(step.data, logprobs, _WORKERS, 1, job.track_grad_norms)
+    run = TermRun(CrossedDatums(step.layouts, column), logprobs, _WORKERS, 1, job.track_grad_norms)
     evaluation = run.evaluate_here(term, logprobs.leaf(term.name, packed=not term.per_datum))
     if inspect.isawaitable(evaluation):
         raise InvalidTermResult(f"term {term.name!r} returned an awaitable: use runs_in='loop'", name=term.name)

@@ -1,0 +1,120 @@
+"""Datums in the data of a step for worker processes: the layout of each, and all their arrays in one column.
+
+To pickle every value would take several times as long as to copy the numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast, overload
+
+import numpy as np
+
+from tinkex_py.processes.crossing import Column
+from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
+from tinkex_py.types.base import WireModel
+
+Model = TypeVar("Model", bound=WireModel)
+# Place and length of the tokens of each chunk; name, dtype, shape and place of each tensor.
+Layout = tuple[list[tuple[int, int]], list[tuple[str, str, tuple[int, ...], int]]]
+
+_TOKENS = "int32"
+_FORMATS = {dtype: np.zeros(0, dtype).data.format for dtype in ("int64", "float32", _TOKENS)}
+
+
+def packed(data: Sequence[object]) -> tuple[list[object], Column]:
+    """Returns the layout of every datum, and the column of their arrays. What has no layout stays as it is."""
+    column = Column()
+    return [_layout(datum, column) if type(datum) is Datum else datum for datum in data], column
+
+
+def _layout(datum: Datum, column: Column) -> object:
+    chunks, inputs = datum.model_input.chunks, datum.loss_fn_inputs
+    arrays: list[memoryview] = []
+    for chunk in chunks:
+        if type(chunk) is not EncodedTextChunk or not _is_usual(chunk.tokens.data, _TOKENS, arrays):
+            return datum
+    for tensor in inputs.values():
+        is_dense = type(tensor) is TensorData and tensor.sparse_col_indices is None
+        if not is_dense or not _is_usual(tensor.data.data, tensor.dtype, arrays):
+            return datum
+    places = [column.add(array) for array in arrays]
+    count = len(chunks)
+    return (
+        [(place, array.shape[0]) for place, array in zip(places[:count], arrays, strict=False)],
+        [
+            (name, tensor.dtype, tensor.shape, place)
+            for (name, tensor), place in zip(inputs.items(), places[count:], strict=True)
+        ],
+    )
+
+
+def _is_usual(array: memoryview, dtype: str, arrays: list[memoryview]) -> bool:
+    """Appends an array if it is as validation makes it."""
+    arrays.append(array)
+    return array.format == _FORMATS[dtype] and array.readonly and array.c_contiguous
+
+
+class CrossedDatums(Sequence[Any]):
+    """The datums of `packed`, with arrays over the column. Each is made when it is read, because many terms read none.
+
+    Args:
+        layouts: of all datums.
+        column: their arrays.
+    """
+
+    def __init__(self, layouts: Sequence[object], column: memoryview) -> None:
+        self._datums = list(layouts)
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._datums)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        datum = self._datums[index]
+        if type(datum) is tuple:
+            datum = self._datums[index] = self._datum(cast("Layout", datum))
+        return datum
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are lists."""
+        return list, (list(self),)
+
+    def _datum(self, layout: Layout) -> Datum:
+        chunks = [
+            _model(EncodedTextChunk, {"type": "encoded_text", "tokens": self._array(_TOKENS, size, place)})
+            for place, size in layout[0]
+        ]
+        inputs = {
+            name: _model(
+                TensorData,
+                {
+                    "data": self._array(dtype, math.prod(shape), place),
+                    "dtype": dtype,
+                    "shape": shape,
+                    "sparse_crow_indices": None,
+                    "sparse_col_indices": None,
+                },
+            )
+            for name, dtype, shape, place in layout[1]
+        }
+        text = _model(ModelInput, {"chunks": tuple(chunks)})
+        return _model(Datum, {"model_input": text, "loss_fn_inputs": inputs})
+
+    def _array(self, dtype: str, count: int, place: int) -> "np.ndarray[Any, Any]":
+        return np.frombuffer(self._column, dtype, count, place)
+
+
+def _model(kind: type[Model], fields: dict[str, Any]) -> Model:
+    """Returns a value of checked fields, as pickle restores it: to check each again takes too long."""
+    model = kind.__new__(kind)
+    object.__setattr__(model, "__dict__", fields)
+    object.__setattr__(model, "__pydantic_fields_set__", set(fields))
+    object.__setattr__(model, "__pydantic_extra__", None)
+    object.__setattr__(model, "__pydantic_private__", None)
+    return model
