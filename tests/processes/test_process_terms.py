@@ -21,9 +21,11 @@ from tinkex_py import (
     InvalidSpec,
     ModelInput,
     Pipeline,
+    PromptProvenanceSpan,
     RegularizerError,
     RegularizerSpec,
     RegularizerTimeout,
+    SampledProvenanceSpan,
     TensorData,
     per_datum,
 )
@@ -108,6 +110,12 @@ def any_datums(first: int) -> list[Datum]:
         Datum(model_input=ModelInput.from_ints([1]), loss_fn_inputs={"target_tokens": sparse}),
         Datum(model_input=ModelInput.from_ints([2]), loss_fn_inputs={"target_tokens": writeable}),
         Datum(model_input=ModelInput.from_ints(ids), loss_fn_inputs={}),
+        Datum(
+            model_input=ModelInput.from_ints(ids),
+            loss_fn_inputs={"target_tokens": ids},
+            model_input_spans=[PromptProvenanceSpan(sequence_id="s", length=19)],
+            loss_fn_input_spans=[SampledProvenanceSpan(sequence_id="s", length=19)],
+        ),
     ]
 
 

@@ -21,6 +21,17 @@ _TOKENS = "int32"
 _FORMATS = {dtype: np.zeros(0, dtype).data.format for dtype in ("int64", "float32", _TOKENS)}
 
 
+def _defaults(kind: type[WireModel], *given: str) -> dict[str, Any]:
+    return {name: info.default for name, info in kind.model_fields.items() if name not in given}
+
+
+# The other fields of values, which have a layout only with these values.
+_OF_CHUNKS = _defaults(EncodedTextChunk, "tokens")
+_OF_TENSORS = _defaults(TensorData, "data", "dtype", "shape")
+_OF_INPUTS = _defaults(ModelInput, "chunks")
+_OF_DATUMS = _defaults(Datum, "model_input", "loss_fn_inputs")
+
+
 def packed(data: Sequence[object]) -> tuple[list[object], Column]:
     """Returns the layout of every datum, and the column of their arrays. What has no layout stays as it is."""
     column = Column()
@@ -30,11 +41,14 @@ def packed(data: Sequence[object]) -> tuple[list[object], Column]:
 def _layout(datum: Datum, column: Column) -> object:
     chunks, inputs = datum.model_input.chunks, datum.loss_fn_inputs
     arrays: list[memoryview] = []
+    if not (_has(datum, _OF_DATUMS) and _has(datum.model_input, _OF_INPUTS)):
+        return datum
     for chunk in chunks:
-        if type(chunk) is not EncodedTextChunk or not _is_usual(chunk.tokens.data, _TOKENS, arrays):
+        is_text = type(chunk) is EncodedTextChunk and _has(chunk, _OF_CHUNKS)
+        if not is_text or not _is_usual(chunk.tokens.data, _TOKENS, arrays):
             return datum
     for tensor in inputs.values():
-        is_dense = type(tensor) is TensorData and tensor.sparse_col_indices is None
+        is_dense = type(tensor) is TensorData and _has(tensor, _OF_TENSORS)
         if not is_dense or not _is_usual(tensor.data.data, tensor.dtype, arrays):
             return datum
     places = [column.add(array) for array in arrays]
@@ -46,6 +60,14 @@ def _layout(datum: Datum, column: Column) -> object:
             for (name, tensor), place in zip(inputs.items(), places[count:], strict=True)
         ],
     )
+
+
+def _has(model: WireModel, others: dict[str, Any]) -> bool:
+    fields = vars(model)
+    for name, value in others.items():  # noqa: SIM110  # much faster for every value of a step
+        if fields.get(name) is not value:
+            return False
+    return True
 
 
 def _is_usual(array: memoryview, dtype: str, arrays: list[memoryview]) -> bool:
@@ -86,35 +108,30 @@ class CrossedDatums(Sequence[Any]):
         return list, (list(self),)
 
     def _datum(self, layout: Layout) -> Datum:
-        chunks = [
-            _model(EncodedTextChunk, {"type": "encoded_text", "tokens": self._array(_TOKENS, size, place)})
-            for place, size in layout[0]
-        ]
-        inputs = {
-            name: _model(
-                TensorData,
-                {
-                    "data": self._array(dtype, math.prod(shape), place),
-                    "dtype": dtype,
-                    "shape": shape,
-                    "sparse_crow_indices": None,
-                    "sparse_col_indices": None,
-                },
-            )
-            for name, dtype, shape, place in layout[1]
-        }
-        text = _model(ModelInput, {"chunks": tuple(chunks)})
-        return _model(Datum, {"model_input": text, "loss_fn_inputs": inputs})
+        chunks = tuple([self._chunk(place, size) for place, size in layout[0]])
+        inputs = {name: self._tensor(dtype, shape, place) for name, dtype, shape, place in layout[1]}
+        text = _model(ModelInput, {"chunks": chunks, **_OF_INPUTS}, {"chunks"})
+        given = {"model_input": text, "loss_fn_inputs": inputs}
+        return _model(Datum, {**given, **_OF_DATUMS}, set(given))
+
+    def _chunk(self, place: int, size: int) -> EncodedTextChunk:
+        fields = {**_OF_CHUNKS, "tokens": self._array(_TOKENS, size, place)}
+        return _model(EncodedTextChunk, fields, set(fields))
+
+    def _tensor(self, dtype: str, shape: tuple[int, ...], place: int) -> TensorData:
+        data = self._array(dtype, math.prod(shape), place)
+        fields = {"data": data, "dtype": dtype, "shape": shape, **_OF_TENSORS}
+        return _model(TensorData, fields, set(fields))
 
     def _array(self, dtype: str, count: int, place: int) -> "np.ndarray[Any, Any]":
         return np.frombuffer(self._column, dtype, count, place)
 
 
-def _model(kind: type[Model], fields: dict[str, Any]) -> Model:
-    """Returns a value of checked fields, as pickle restores it: to check each again takes too long."""
+def _model(kind: type[Model], fields: dict[str, Any], given: set[str]) -> Model:
+    """Returns a value of checked fields, as pickle restores it; to check each again takes too long."""
     model = kind.__new__(kind)
     object.__setattr__(model, "__dict__", fields)
-    object.__setattr__(model, "__pydantic_fields_set__", set(fields))
+    object.__setattr__(model, "__pydantic_fields_set__", given)
     object.__setattr__(model, "__pydantic_extra__", None)
     object.__setattr__(model, "__pydantic_private__", None)
     return model
