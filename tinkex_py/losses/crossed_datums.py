@@ -44,17 +44,19 @@ def _layout(datum: Datum, column: Column) -> object:
     if not (_has(datum, _OF_DATUMS) and _has(datum.model_input, _OF_INPUTS)):
         return datum
     for chunk in chunks:
-        is_text = type(chunk) is EncodedTextChunk and _has(chunk, _OF_CHUNKS)
-        if not is_text or not _is_usual(chunk.tokens.data, _TOKENS, arrays):
+        if type(chunk) is not EncodedTextChunk or not _has(chunk, _OF_CHUNKS):
+            return datum
+        if not _is_usual(chunk.tokens.data, _TOKENS, arrays):
             return datum
     for tensor in inputs.values():
-        is_dense = type(tensor) is TensorData and _has(tensor, _OF_TENSORS)
-        if not is_dense or not _is_usual(tensor.data.data, tensor.dtype, arrays):
+        if type(tensor) is not TensorData or not _has(tensor, _OF_TENSORS):
+            return datum
+        if not _is_usual(tensor.data.data, tensor.dtype, arrays):
             return datum
     places = [column.add(array) for array in arrays]
     count = len(chunks)
     return (
-        [(place, array.shape[0]) for place, array in zip(places[:count], arrays, strict=False)],
+        [(place, len(array)) for place, array in zip(places[:count], arrays, strict=False)],
         [
             (name, tensor.dtype, tensor.shape, place)
             for (name, tensor), place in zip(inputs.items(), places[count:], strict=True)
