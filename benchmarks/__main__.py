@@ -23,6 +23,7 @@ from benchmarks import (
     many_clients,
     overlap,
     pipeline_alone,
+    processes,
     sampling_at_scale,
     terms_at_once,
     with_regularizers,
@@ -49,6 +50,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     embedded.BENCHMARK,
     sampling_at_scale.BENCHMARK,
     dashboard_page.BENCHMARK,
+    processes.BENCHMARK,
 )
 
 

@@ -50,7 +50,8 @@ def http_term(
     """
     parts = checked_base_url(check_text("url", url, error=ConfigError))
     check_text("name", name, error=ConfigError)
-    for header, value in check_kind("headers", headers, Mapping, error=ConfigError).items():
+    check_kind("headers", headers, Mapping, error=ConfigError)
+    for header, value in cast("Mapping[object, object]", headers).items():
         check_text("headers", header, error=ConfigError)
         if not isinstance(value, str):
             raise ConfigError(f"headers[{header!r}] must be a string, got a {type(value).__name__}")
