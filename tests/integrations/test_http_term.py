@@ -227,7 +227,7 @@ async def test_failures_before_an_answer_are_typed(data: Any, last: float, kind:
 @pytest.mark.parametrize(
     ("url", "options", "message"),
     [
-        ("ftp://host/x", {}, "base_url"),
+        ("ftp://host/x", {}, "^url 'ftp://host/x' is not"),
         ("http://host/x?key=secret", {}, "query"),
         ("http://host", {"timeout": 0}, "timeout must be a number of seconds > 0, got 0"),
         ("http://host", {"headers": {"x": 1}}, r"headers\['x'\] must be a string, got a int"),

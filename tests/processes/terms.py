@@ -74,6 +74,11 @@ def exits(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
     os._exit(7)
 
 
+def spoils(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    logprobs.data.fill_(7.0)
+    os._exit(0)
+
+
 def crashes(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
     ctypes.string_at(0)
     return logprobs.sum()

@@ -132,6 +132,16 @@ async def test_the_data_are_those_of_a_thread_and_a_later_step_does_not_change_t
 
 
 @pytest.mark.asyncio
+async def test_a_worker_that_writes_and_dies_leaves_the_step_to_the_others():
+    spoils = RegularizerSpec(terms.spoils, 1.0, runs_in="process", on_error="skip")
+    pipeline = Pipeline(nll, [spoils, process_spec(terms.lengths)], parallel=False)
+    output = await pipeline.compute(DATA, guide_logprobs())
+    assert output.skipped == {"spoils": "WorkerDied"}
+    assert output.regularizers["own"].value == pytest.approx(float(guide_logprobs().sum()) + 5)
+    pipeline._workers().close()
+
+
+@pytest.mark.asyncio
 async def test_a_file_that_no_worker_can_read_is_written_over(warm: ProcessPool):
     pipeline = with_workers(Pipeline(nll, [process_spec(terms.lengths)]), warm)
     for size in (100, 10_000, 10):

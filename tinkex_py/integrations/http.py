@@ -48,7 +48,10 @@ def http_term(
     Raises:
         ConfigError: an argument is invalid.
     """
-    parts = checked_base_url(check_text("url", url, error=ConfigError))
+    try:
+        parts = checked_base_url(check_text("url", url, error=ConfigError))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("base_url", "url")) from None
     check_text("name", name, error=ConfigError)
     check_kind("headers", headers, Mapping, error=ConfigError)
     for header, value in cast("Mapping[object, object]", headers).items():
