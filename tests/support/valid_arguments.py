@@ -153,6 +153,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "sampler_id": clients.sampling.sampling_session_id,
         "session_id": clients.session_id,
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
+        "Pipeline.from_json.text": Pipeline("ppo").to_json(),
         "Pipeline.load_state_dict.state": {"controllers": {}},
         "WeightController.load_state_dict.state": {"weights": {}, "first_values": {}},
         "PIDMultiplier.load_state_dict.state": {"weights": {}, "sums": {}, "before": {}},

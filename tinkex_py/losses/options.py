@@ -50,7 +50,7 @@ class PipelineOptions(TypedDict, total=False):
     base_runs_in: Place | None
 
 
-class _Values(BaseModel):
+class OptionValues(BaseModel):
     """The values of `PipelineOptions`, checked."""
 
     model_config = ConfigDict(strict=True)
@@ -65,7 +65,7 @@ class _Values(BaseModel):
     base_runs_in: Place | None = None
 
 
-DEFAULTS: Mapping[str, Any] = MappingProxyType(_Values().model_dump())
+DEFAULTS: Mapping[str, Any] = MappingProxyType(OptionValues().model_dump())
 """Default values of all options."""
 
 TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -90,7 +90,7 @@ def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str,
         if name not in defaults:
             raise TypeError(f"{of} got an unexpected keyword argument {name!r}")
     try:
-        return _Values(**given).model_dump()
+        return OptionValues(**given).model_dump()
     except ValidationError as error:
         raise PipelineError(f"option {first_problem(error)}") from None
 

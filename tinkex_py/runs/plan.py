@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
+from tinkex_py.errors import InvalidSpec
 from tinkex_py.runs.accumulation import has_means
 from tinkex_py.runs.fingerprints import are_comparable, fingerprint
 from tinkex_py.runs.records import RunInfo, flattened
@@ -73,6 +74,13 @@ class Plan:
         if callable(self.optimizer):
             parts["the optimizer"] = self.optimizer
         return {name: fingerprint(part) for name, part in parts.items()}
+
+    def objective(self) -> str | None:
+        """Returns the fingerprint of the loss; None if a part of it is code."""
+        try:
+            return self.pipeline.fingerprint
+        except InvalidSpec:
+            return None
 
     def optimizer_params(self, made: int) -> AdamParams | OptimizerParams:
         """Returns the optimizer's settings after `made` steps.

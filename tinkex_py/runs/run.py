@@ -116,6 +116,7 @@ class Run:
             versions=versions(),
             seed=seed if isinstance(seed, int) else None,
             fingerprints=fingerprints,
+            objective=self._plan.objective(),
             changes=() if before is None else before.changes,
         )
         if state is not None:
