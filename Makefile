@@ -8,7 +8,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test bench conformance compare ray fuzz attacks faults soak guards audit fresh lint types docs clean
+.PHONY: help install demo notebook test bench conformance compare ray fuzz attacks faults soak storm guards audit fresh lint types docs clean
 .SUFFIXES:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make attacks  CPU time of everything that reads bytes of others, as their number grows"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
+	@echo "make storm  1,000 terms in worker processes, some killed, some too slow, some cancelled (about 10 minutes)"
 	@echo "make guards replaces lines that keep promises, and shows that their tests then fail (about 10 minutes)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make fresh  demo and test on bare Debians, as root with debootstrap: ARGS=bookworm or ARGS=trixie for one"
@@ -92,6 +93,10 @@ attacks: $(DEV)
 # Fails with the seed and the first difference; SEED=... repeats a run.
 soak: $(DEV)
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# TERMS: how many.
+storm: $(DEV)
+	@TINKEX_TEST_PROCESS_TERMS=$(or $(TERMS),1000) $(BIN)/python -m pytest -q -s tests/processes/test_storm.py $(ARGS)
 
 # Works on a copy. ARGS: -k WORD for some of them.
 guards: $(DEV)

@@ -23,6 +23,7 @@ from benchmarks import (
     many_clients,
     overlap,
     pipeline_alone,
+    processes,
     ray_terms,
     sampling_at_scale,
     terms_at_once,
@@ -50,6 +51,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     embedded.BENCHMARK,
     sampling_at_scale.BENCHMARK,
     dashboard_page.BENCHMARK,
+    processes.BENCHMARK,
     ray_terms.BENCHMARK,
 )
 

@@ -1,4 +1,4 @@
-"""(k) The dashboard in headless Chromium: 20 runs of 20,000 steps in the same charts."""
+"""(l) The dashboard in headless Chromium: 20 runs of 20,000 steps in the same charts."""
 
 import asyncio
 import json
@@ -76,7 +76,7 @@ async def measured(address: str, rounds: int, runs: int, steps: int) -> list[Res
     what = f"{runs} runs x {steps:,} steps"
 
     def result(name: str, milliseconds: float, bound: float | None = None) -> Result:
-        return Result(benchmark="k", what=f"{what}: {name}", measured=milliseconds, unit="ms", bound=bound, facts=facts)
+        return Result(benchmark="l", what=f"{what}: {name}", measured=milliseconds, unit="ms", bound=bound, facts=facts)
 
     return [
         result("opening the page until the charts are drawn", median(drawn), 2000.0),
@@ -168,4 +168,4 @@ def step_record(step: int, factor: float) -> StepRecord:
     )
 
 
-BENCHMARK = Benchmark("k", "the dashboard in a browser", run)
+BENCHMARK = Benchmark("l", "the dashboard in a browser", run)

@@ -1,4 +1,4 @@
-"""(l) Terms on a local Ray against threads. Without Ray there are no rows; `make ray` installs it into .ray."""
+"""(k) Terms on a local Ray against threads. Without Ray there are no rows; `make ray` installs it into .ray."""
 
 import importlib
 from collections.abc import AsyncGenerator
@@ -110,7 +110,7 @@ def measured(settings: Settings, *, places: tuple[str, ...], **arguments: Any) -
 def result(what: str, number: float, each: dict[str, Measured], unit: Unit = "ms") -> Result:
     """Returns one row of the table."""
     facts = {f"{place}_{fact}": value for place, one in each.items() for fact, value in one.facts().items()}
-    return Result(benchmark="l", what=what, measured=number, unit=unit, facts=facts)
+    return Result(benchmark="k", what=what, measured=number, unit=unit, facts=facts)
 
 
-BENCHMARK = Benchmark("l", "terms on Ray against threads", run)
+BENCHMARK = Benchmark("k", "terms on Ray against threads", run)

@@ -140,6 +140,13 @@ def test_async_service(run_example: Callable[[str], str]) -> None:
         assert float(last) < float(first)
 
 
+def test_scoring_service(run_example: Callable[[str], str]) -> None:
+    text = run_example("scoring_service.py")
+    (first, *_, last) = [float(value) for value in re.findall(r"confidence (0\S+)$", text, re.MULTILINE)]
+    assert first < 0.01
+    assert last == pytest.approx(0.5, abs=0.1)  # where -log(p) + 2 p is least
+
+
 def test_checkpoints(run_example: Callable[[str], str], tmp_path: Path) -> None:
     lines = run_example("checkpoints.py").splitlines()
     listed = [re.fullmatch(r"(weights/\w+): \d+ bytes, expires: 2\d{3}-.*", line) for line in lines[:2]]

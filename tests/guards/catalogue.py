@@ -347,6 +347,35 @@ GUARDS = (
         "                    del error",
         "integrations/test_tinker.py::test_an_official_program_with_regularizers",
     ),
+    # Terms in processes and services
+    guard(
+        "A worker process dies with its program, also while it holds Python's lock",
+        "processes/worker.py",
+        "prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)",
+        "prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)",
+        "processes/test_programs.py::test_a_worker_that_holds_the_lock_dies_with_its_parent",
+    ),
+    guard(
+        "A worker that writes into the data of a step leaves them to the others",
+        "processes/crossing.py",
+        "access=mmap.ACCESS_COPY",
+        "access=mmap.ACCESS_WRITE",
+        "processes/test_process_terms.py::test_a_worker_that_writes_and_dies_leaves_the_step_to_the_others",
+    ),
+    guard(
+        "No later step changes data that a worker keeps",
+        "processes/worker.py",
+        'reply = ("done", keeps_mappings())',
+        'reply = ("done", False)',
+        "processes/test_process_terms.py::test_the_data_are_those_of_a_thread_and_a_later_step_does_not_change_them",
+    ),
+    guard(
+        "A gradient from a service has the shape of the logprobs",
+        "integrations/http.py",
+        'if array.dtype.kind not in "iuf" or array.shape != tuple(logprobs.shape):',
+        'if array.dtype.kind not in "iuf":',
+        "integrations/test_http_term.py::test_a_wrong_answer_is_typed",
+    ),
     # Objectives
     guard(
         "A multiplier moves on the mean over all calls of an optimizer step",

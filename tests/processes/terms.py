@@ -1,6 +1,8 @@
 """Terms for worker processes, which import this module by its name."""
 
+import copy
 import ctypes
+import hashlib
 import os
 import re
 import time
@@ -17,6 +19,30 @@ def entropy(data: Sequence[Datum], logprobs: torch.Tensor, scale: float = 1.0) -
     return loss, {"pid": os.getpid(), "threads": torch.get_num_threads(), "main": "tinkex_py" in _main_file()}
 
 
+KEPT: list[Sequence[Datum]] = []
+
+
+def digest(data: Sequence[Datum], logprobs: torch.Tensor, keep: bool) -> Any:
+    """Has everything that a term can see of its data in its metrics, and that of the data that it kept."""
+    KEPT.append(data)
+    metrics = {"all": _digest(data), "last two": _digest(data[-2:]), "kept": _digest(KEPT[0])}
+    if not keep:
+        KEPT.clear()
+    return logprobs.sum(), metrics
+
+
+def _digest(data: Sequence[Datum]) -> int:
+    text: list[str] = []
+    for datum, dumped in zip(data, copy.deepcopy(data), strict=True):
+        arrays = [chunk.tokens for chunk in datum.model_input.chunks]
+        for name, tensor in datum.loss_fn_inputs.items():
+            text.append(f"{name} {tensor.dtype} {tensor.shape} {sorted(tensor.model_fields_set)}")
+            arrays += [tensor.data, tensor.to_numpy()]
+        text += [f"{array.dtype} {array.tolist()} {array.flags.writeable}" for array in arrays]
+        text.append(f"{datum.model_dump_json()} {datum == dumped} {datum.model_copy() == datum} {type(datum)}")
+    return int(hashlib.sha256("".join(text).encode()).hexdigest()[:12], 16)
+
+
 def _main_file() -> str:
     import __main__
 
@@ -25,6 +51,10 @@ def _main_file() -> str:
 
 def parts(data: Sequence[Datum], logprobs: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([part.square().mean() * datum.model_input.length for part, datum in zip(logprobs, data)]).sum()  # noqa: B905
+
+
+def lengths(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    return logprobs.sum() + sum(datum.loss_fn_inputs["target_tokens"].shape[0] for datum in data)
 
 
 def scored(data: Sequence[Datum], logprobs: torch.Tensor) -> Scored:
@@ -42,6 +72,11 @@ def fails(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
 
 def exits(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
     os._exit(7)
+
+
+def spoils(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:
+    logprobs.data.fill_(7.0)
+    os._exit(0)
 
 
 def crashes(data: Sequence[Datum], logprobs: torch.Tensor) -> torch.Tensor:

@@ -194,6 +194,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "sessions": (),
         "training_runs": (),
         "sequences": (),
+        "url": "http://127.0.0.1:1/term",
         "urls": {},
         "last_created_at": 1,
         "created_at": 1,

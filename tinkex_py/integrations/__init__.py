@@ -1,9 +1,18 @@
-"""Integrations with other packages. Each needs the extra of its name."""
+"""Integrations with other packages, each of which needs the extra of its name; and terms over HTTP, which need none."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinkex_py.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from tinkex_py.integrations.http import http_term as http_term
+
+
+def __getattr__(name: str) -> Any:
+    if name == "http_term":  # which imports torch
+        return import_module("tinkex_py.integrations.http").http_term
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def imported(module: str, extra: str) -> Any:

@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from tinkex_py.losses.known_gradient import Scored, as_loss
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.options import DEFAULTS
 from tinkex_py.losses.outcomes import Outcome, PreparedTerm, constraint_measurements, described, failed_with
-from tinkex_py.losses.process_terms import evaluated_in, ready_worker, write_step
+from tinkex_py.losses.process_terms import StepFile, evaluated_in, ready_worker
 from tinkex_py.losses.torch_modes import OwnModes, autograd_on, changed_since, defaults_before
 from tinkex_py.losses.worker_pool import Limiter, Permit, WorkerPool
 from tinkex_py.processes.pool import Worker
@@ -64,7 +63,7 @@ class TermRun:
     _stopping: bool = field(init=False, default=False)
     _caller: "asyncio.Task[Any] | None" = field(init=False, default=None)
     _cancelled_before: int = field(init=False, default=0)
-    _file: int | None = field(init=False, default=None)
+    _file: StepFile | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._permits = Limiter(self.max_concurrency)
@@ -84,7 +83,7 @@ class TermRun:
         self._cancelled_before = self._caller.cancelling()
         try:
             if any(term.crossing is not None for term in terms):
-                self._file = await self._written()
+                self._file = StepFile(self.data, self.logprobs, self.workers)
             async with asyncio.TaskGroup() as group:
                 for term in terms:
                     task = group.create_task(self._run(term), name=f"tinkex.regularizer.{term.name}")
@@ -105,31 +104,12 @@ class TermRun:
             raise
         finally:
             if self._file is not None:
-                os.close(self._file)
+                self._file.close()
                 self._file = None
             # An abandoned thread references this run. It must not keep the results of other terms alive.
             self._caller = None
             self._tasks.clear()
             self._failures.clear()
-
-    async def _written(self) -> int:
-        """Writes the data of the step for the worker processes; see `write_step`."""
-        files: list[int] = []
-        is_awaited = True
-
-        def write() -> None:
-            files.append(write_step(self.data, self.logprobs))
-            if not is_awaited:
-                os.close(files.pop())
-
-        try:
-            await self.workers.compute("data", write)
-        except BaseException:
-            is_awaited = False
-            while files:
-                os.close(files.pop())
-            raise
-        return files[0]
 
     def _must_stop(self) -> bool:
         """Whether a cancellation of a term comes from this run: another term failed, or the caller is cancelled."""
@@ -190,7 +170,10 @@ class TermRun:
                 thread = await self._permit(self.workers.limiter, term, self._most_threads, timeout)
             permit = await self._permit(self._permits, term, self.max_concurrency, timeout)
             with _events(term) as measurements:
-                worker = None if term.crossing is None else await ready_worker(self.workers, term)
+                worker = None
+                if self._file is not None and term.crossing is not None:
+                    await self._file.written()
+                    worker = await ready_worker(self.workers, term)
                 async with time_limit(timeout, lambda: _timed_out(term, timeout, left)) as limit:
                     if worker is None:
                         evaluation = await self._evaluated(term, thread, permit, limit, left)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tinkex_py.errors import InPlaceMutation, InvalidTermResult
+from tinkex_py.losses.crossed_datums import CrossedDatums
 from tinkex_py.losses.executor import TermRun
 from tinkex_py.losses.gradients import Evaluation
 from tinkex_py.losses.logprobs import Logprobs
@@ -34,7 +35,8 @@ def evaluate_job(
     if torch.get_num_threads() != job.torch_threads:
         torch.set_num_threads(job.torch_threads)
     torch.set_default_dtype(job.default_dtype)
-    step = cast("StepData", read_file(file))
+    read, column = read_file(file)
+    step = cast("StepData", read)
     own = step.buffer.bits
     original = own.copy()
     logprobs = Logprobs(
@@ -48,7 +50,7 @@ def evaluate_job(
     term = PreparedTerm(
         job.name, function, options, False, job.per_datum, weight=job.weight, max_grad_norm=job.max_grad_norm
     )
-    return evaluated_alone(term, step.data, logprobs, track_grad_norms=job.track_grad_norms)
+    return evaluated_alone(term, CrossedDatums(step.layouts, column), logprobs, track_grad_norms=job.track_grad_norms)
 
 
 def evaluated_alone(

@@ -12,6 +12,7 @@ from tinkex_py.losses.checks import first_problem
 from tinkex_py.values import Integer, Number
 
 Combine = Literal["sum", "pcgrad", "upgrad", "mgda", "cagrad", "nash_mtl", "aligned_mtl"]
+Place = Literal["thread", "loop", "process"]
 Count = Annotated[Integer, Field(ge=1)]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,6 +36,8 @@ class PipelineOptions(TypedDict, total=False):
             gradient the components that conflict with those of other terms (Yu et al. 2020). "upgrad", "mgda",
             "cagrad", "nash_mtl" and "aligned_mtl" balance the gradients of up to 8 terms. The result of all but "sum"
             is not the gradient of a single loss. Default "sum".
+        base_runs_in: where the base loss runs, as `runs_in` of `RegularizerSpec` says it for a term. Default None:
+            an async base loss on the event loop, any other in a thread.
     """
 
     track_grad_norms: bool
@@ -44,6 +47,7 @@ class PipelineOptions(TypedDict, total=False):
     max_concurrency: int
     max_threads: int | None
     combine: Combine
+    base_runs_in: Place | None
 
 
 class OptionValues(BaseModel):
@@ -58,13 +62,16 @@ class OptionValues(BaseModel):
     max_concurrency: Count = 32
     max_threads: Count | None = None
     combine: Combine = "sum"
+    base_runs_in: Place | None = None
 
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(OptionValues().model_dump())
 """Default values of all options."""
 
-TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: DEFAULTS[name] for name in DEFAULTS if name != "combine"})
-"""Default values of the options that apply without a total gradient."""
+TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {name: DEFAULTS[name] for name in DEFAULTS if name not in ("combine", "base_runs_in")}
+)
+"""Default values of the options that apply without a base loss."""
 
 
 def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str, Any] = DEFAULTS) -> Mapping[str, Any]:

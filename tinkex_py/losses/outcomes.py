@@ -16,6 +16,7 @@ from tinkex_py.limits import RetryPolicy
 from tinkex_py.losses.combiners import Matrix
 from tinkex_py.losses.constraints import Constraint
 from tinkex_py.losses.gradients import Combined, Evaluation, WeightedGradient, aligned
+from tinkex_py.losses.options import Place
 from tinkex_py.losses.output import (
     BASE_LOSS_NAME,
     BaseLossOutput,
@@ -28,6 +29,7 @@ from tinkex_py.losses.spec import (
     PerDatum,
     RegularizerSpec,
     Term,
+    crossing_to,
     is_async_term,
     reduction_of,
     term_function,
@@ -84,14 +86,21 @@ class PreparedTerm:
         return self.constraint.measured(evaluation.value, evaluation.metrics, self.reduction)
 
 
-def prepare_base_loss(base_loss: Term) -> PreparedTerm:
-    """Prepares the base loss."""
+def prepare_base_loss(base_loss: Term, place: Place | None = None) -> PreparedTerm:
+    """Prepares the base loss, which runs in a place; None detects it.
+
+    Raises:
+        InvalidSpec: it cannot run there.
+    """
+    is_async = is_async_term(base_loss)
+    crossing = None if place is None else crossing_to(place, base_loss, {}, is_async, f"base_runs_in={place!r}")
     return PreparedTerm(
         name=BASE_LOSS_NAME,
         function=term_function(base_loss),
         options={},
-        is_async=True if is_async_term(base_loss) else None,
+        is_async=is_async if is_async or place is not None else None,
         per_datum=isinstance(base_loss, PerDatum),
+        crossing=crossing,
     )
 
 

@@ -19,7 +19,7 @@ from tinkex_py.losses.executor import SMALL_LOGPROBS, TermRun
 from tinkex_py.losses.gradients import Combined, WeightedGradient, balanced, summed, without_conflicts
 from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs, checked_data
-from tinkex_py.losses.options import DEFAULTS, Combine, PipelineOptions, checked_options, shows_options
+from tinkex_py.losses.options import DEFAULTS, Combine, PipelineOptions, Place, checked_options, shows_options
 from tinkex_py.losses.outcomes import (
     CustomLoss,
     Outcome,
@@ -56,7 +56,8 @@ class Pipeline:
 
     Raises:
         InvalidBaseLoss: the base loss cannot be called, or has an unknown name.
-        InvalidSpec: an element of `regularizers` is not a RegularizerSpec.
+        InvalidSpec: an element of `regularizers` is not a RegularizerSpec, or the base loss cannot run where
+            `base_runs_in` says.
         DuplicateRegularizerNames: two enabled or disabled specs have the same name.
         PipelineError: an option is out of range.
         TypeError: an option does not exist.
@@ -81,6 +82,9 @@ class Pipeline:
         self.max_concurrency: int = checked["max_concurrency"]
         self.max_threads: int | None = checked["max_threads"]
         self.combine: Combine = checked["combine"]
+        self._base_runs_in: Place | None = checked["base_runs_in"]
+        if self._base_runs_in is not None:
+            _ = self._prepared_base  # refused here, not in a step
         if self.combine not in ("sum", "pcgrad"):
             check_terms(self.combine, 1 + sum(spec.enabled for spec in self._regularizers))
         self._own_workers: WorkerPool | None = None
@@ -95,6 +99,11 @@ class Pipeline:
     def regularizers(self) -> tuple[RegularizerSpec, ...]:
         """The regularizers, including disabled ones."""
         return self._regularizers
+
+    @property
+    def base_runs_in(self) -> Place | None:
+        """Where the base loss runs; fixed, because it crosses to a process when the pipeline is made."""
+        return self._base_runs_in
 
     @property
     def options(self) -> dict[str, Any]:
@@ -314,8 +323,12 @@ class Pipeline:
             return loss
 
     @functools.cached_property
+    def _prepared_base(self) -> PreparedTerm:
+        return prepare_base_loss(self._base_loss, self._base_runs_in)
+
+    @functools.cached_property
     def _prepared(self) -> list[PreparedTerm]:
-        return [prepare_base_loss(self._base_loss), *(prepare_regularizer(spec) for spec in self._regularizers)]
+        return [self._prepared_base, *(prepare_regularizer(spec) for spec in self._regularizers)]
 
     async def _recorded(
         self,

@@ -1,5 +1,8 @@
 """Terms in worker processes, seen from the program: the data of a step, the call of a term, and its evaluation."""
 
+import asyncio
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -8,6 +11,7 @@ import torch
 
 from tinkex_py.errors import PipelineError, RegularizerTimeout
 from tinkex_py.limits import time_limit
+from tinkex_py.losses.crossed_datums import packed
 from tinkex_py.losses.gradients import Evaluation
 from tinkex_py.losses.logprobs import Logprobs, bits_of
 from tinkex_py.losses.outcomes import PreparedTerm
@@ -40,9 +44,9 @@ class CrossedTensor:
 
 @dataclass(frozen=True)
 class StepData:
-    """What the terms of a step receive; see `Logprobs`."""
+    """What the terms of a step receive; see `Logprobs`, and `crossed_datums` for the layouts."""
 
-    data: Sequence[Datum]
+    layouts: Sequence[object]
     buffer: CrossedTensor
     shapes: Sequence[tuple[int, ...]] | None
     packable: bool
@@ -62,19 +66,77 @@ class Job:
     default_dtype: torch.dtype
 
 
-def write_step(data: Sequence[Datum], logprobs: Logprobs) -> int:
-    """Writes what the terms of a step receive into a file without a name, once per step. Returns its descriptor.
+class StepFile:
+    """What the terms of a step receive, in a file that is written once for all terms in worker processes.
+
+    Args:
+        data: the datums.
+        logprobs: the logprobs.
+        workers: threads and processes.
 
     Raises:
         PipelineError: the logprobs are not on the CPU.
     """
-    if logprobs.buffer.device.type != "cpu":
-        raise PipelineError(
-            f"terms with runs_in='process' need logprobs on the CPU, got device {logprobs.buffer.device}: move them "
-            "there, or use runs_in='thread'"
-        )
-    buffer = CrossedTensor.of(logprobs.buffer)
-    return write_file(StepData(list(data), buffer, logprobs.shapes, logprobs.packable, logprobs.guarded))
+
+    def __init__(self, data: Sequence[Datum], logprobs: Logprobs, workers: WorkerPool) -> None:
+        if logprobs.buffer.device.type != "cpu":
+            raise PipelineError(
+                f"terms with runs_in='process' need logprobs on the CPU, got device {logprobs.buffer.device}: move "
+                "them there, or use runs_in='thread'"
+            )
+        self._data = data
+        self._logprobs = logprobs
+        self._workers = workers
+        self._writing = asyncio.Lock()
+        self._lock = threading.Lock()
+        self._is_open = True
+        self._spare = workers.processes.spare_file()
+        self._file: int | None = None
+        self._readers = 0
+
+    async def written(self) -> None:
+        """Waits until the file is written; the first caller has it written, in a thread."""
+        async with self._writing:
+            if self._file is None:
+                await self._workers.compute("data", self._write)
+
+    def _write(self) -> None:
+        layouts, column = packed(self._data)
+        logprobs = self._logprobs
+        buffer = CrossedTensor.of(logprobs.buffer)
+        step = StepData(layouts, buffer, logprobs.shapes, logprobs.packable, logprobs.guarded)
+        with self._lock:
+            if not self._is_open:
+                return
+            spare, self._spare = self._spare, None
+        file = write_file(step, column, over=spare)
+        with self._lock:
+            if self._is_open and self._file is None:
+                self._file = file
+                return
+        os.close(file)
+
+    def close(self) -> None:
+        """Closes the file, unless no worker can read it any more: then a later step writes over it."""
+        with self._lock:
+            self._is_open = False
+            files, self._spare, self._file = (self._spare, self._file), None, None
+        spare, file = files
+        if file is not None and self._readers:
+            os.close(file)
+            file = None
+        for unread in (spare, file):
+            if unread is not None:
+                self._workers.processes.keep_file(unread)
+
+    async def read_by(self, worker: Worker, key: bytes, job: Job) -> object:
+        """Returns the answer of a worker that reads the file."""
+        assert self._file is not None, "it was written"
+        self._readers += 1
+        answer, may_read = await self._workers.processes.call(worker, key, job, self._file)
+        if not may_read:
+            self._readers -= 1
+        return answer
 
 
 async def ready_worker(workers: WorkerPool, term: PreparedTerm) -> Worker:
@@ -98,7 +160,7 @@ async def ready_worker(workers: WorkerPool, term: PreparedTerm) -> Worker:
 
 
 async def evaluated_in(
-    worker: Worker, workers: WorkerPool, term: PreparedTerm, file: int, *, track_grad_norms: bool
+    worker: Worker, workers: WorkerPool, term: PreparedTerm, file: StepFile, *, track_grad_norms: bool
 ) -> Evaluation:
     """Returns the evaluation of a term in a worker. A cancelled caller kills the worker."""
     assert term.crossing is not None, "it runs in a process"
@@ -111,6 +173,6 @@ async def evaluated_in(
         workers.torch_threads(),
         torch.get_default_dtype(),
     )
-    answer: object = await workers.processes.call(worker, term.crossing[0], job, file)
+    answer = await file.read_by(worker, term.crossing[0], job)
     evaluation, gradient = cast("tuple[Evaluation, CrossedTensor | None]", answer)
     return evaluation if gradient is None else replace(evaluation, gradient=gradient.tensor())

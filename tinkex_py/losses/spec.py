@@ -23,6 +23,7 @@ from tinkex_py.errors import DuplicateRegularizerNames, InvalidSpec, MissingExtr
 from tinkex_py.html_table import html_facts
 from tinkex_py.losses.checks import first_problem
 from tinkex_py.losses.constraints import Constraint, DualAscent
+from tinkex_py.losses.options import Place
 from tinkex_py.losses.output import BASE_LOSS_NAME
 from tinkex_py.losses.weights import Weight, WeightController, checked_weight
 from tinkex_py.processes.crossing import pickled_by_value, unpickled
@@ -38,7 +39,7 @@ Metric = Union[bool, int, float, "torch.Tensor"]
 TermResult = Union["torch.Tensor", tuple["torch.Tensor", Mapping[str, Metric]], "Scored"]
 TermFunction = Callable[..., TermResult | Awaitable[TermResult]]
 OnError = Literal["raise", "skip"]
-Place = Literal["thread", "loop", "process"]
+Crossing = tuple[bytes, bytes]
 
 
 @runtime_checkable
@@ -191,8 +192,7 @@ class RegularizerSpec:
             raise InvalidSpec(f"regularizer {name!r}: {problem}")
         if isinstance(self.fn, ConfiguredTerm):
             self.fn.check_options(self.options)
-        if self.runs_in is not None:
-            _check_place(self)
+        _ = self.crossing  # refused here, not in a step
         if isinstance(self.weight, Constraint) and reduction_of(self) == "sum":
             raise InvalidSpec(
                 f"regularizer {name!r}: a bound is for a mean, and reduction='sum' grows with the batch: pass "
@@ -237,12 +237,13 @@ class RegularizerSpec:
         return True if is_async_term(self.fn) else None
 
     @functools.cached_property
-    def crossing(self) -> tuple[bytes, bytes] | None:
+    def crossing(self) -> Crossing | None:
         """Key and pickle of function and options, if they run in a process."""
-        if self.runs_in != "process":
+        if self.runs_in is None:
             return None
-        pickled = pickled_by_value((term_function(self.fn), dict(self.options)))
-        return hashlib.sha256(pickled).digest(), pickled
+        is_async = is_async_term(self.fn) if self.is_async is None else self.is_async
+        place = f"runs_in={self.runs_in!r}"
+        return crossing_to(self.runs_in, self.fn, self.options, is_async, f"regularizer {self.name!r}: {place}")
 
     def facts(self) -> dict[str, object]:
         """Returns the settings in short form for tables; None stands for a default."""
@@ -364,28 +365,44 @@ def _why_not_callable(term: object) -> str | None:
     return None
 
 
-def _check_place(spec: RegularizerSpec) -> None:
-    """Raises InvalidSpec if a term cannot run where its spec says."""
-    name, place = spec.name, spec.runs_in
-    is_async = is_async_term(spec.fn) if spec.is_async is None else spec.is_async
+def crossing_to(
+    place: Place,
+    fn: Term,
+    options: Mapping[str, Any],
+    is_async: bool,
+    whose: str,
+) -> Crossing | None:
+    """Returns what a term needs to run in a place: key and pickle for a process, None elsewhere.
+
+    Args:
+        place: where it is to run.
+        fn: the term.
+        options: its keyword arguments.
+        is_async: whether it is async.
+        whose: start of messages: the term, and the argument that says where it runs.
+
+    Raises:
+        InvalidSpec: it cannot run there.
+        MissingExtra: it cannot run in processes without the extra `processes`.
+    """
     if is_async != (place == "loop"):
-        kind, advice = ("async", "use runs_in='loop'") if is_async else ("sync", "pass is_async=True if it is not")
-        raise InvalidSpec(f"regularizer {name!r}: runs_in={place!r} does not fit fn, which is {kind}: {advice}")
+        kind = "async: it can run in the 'loop'" if is_async else "sync: it can run in a 'thread' or 'process'"
+        raise InvalidSpec(f"{whose} does not fit the function, which is {kind}")
     if place != "process":
-        return
+        return None
     if sys.platform == "win32":
-        raise InvalidSpec(f"regularizer {name!r}: runs_in='process' needs Linux or macOS: use runs_in='thread'")
+        raise InvalidSpec(f"{whose} needs Linux or macOS: use 'thread'")
     try:
-        crossing = spec.crossing
-        assert crossing is not None, "it runs in a process"
-        unpickled(crossing[1])
+        pickled = pickled_by_value((term_function(fn), dict(options)))
+        unpickled(pickled)
     except MissingExtra:
         raise
     except Exception as error:  # objects of the user
         raise InvalidSpec(
-            f"regularizer {name!r}: fn or its options cannot cross to another process ({type(error).__name__}: "
-            f"{error}): open files, locks and connections inside of fn, or use runs_in='thread'"
+            f"{whose}, but the function or its options cannot cross to another process ({type(error).__name__}: "
+            f"{error}): open files, locks and connections inside of the function, or use 'thread'"
         ) from error
+    return hashlib.sha256(pickled).digest(), pickled
 
 
 def _checked_retry(given: object, name: str, *, can_await: bool) -> int | AsyncRetrying:

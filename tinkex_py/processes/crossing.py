@@ -9,13 +9,20 @@ import pickle
 import socket
 import struct
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from tinkex_py.errors import require_modules
 
 _ALIGNMENT = 64
-_INDEX = struct.Struct("<QQ")
+_PADDING = memoryview(bytes(_ALIGNMENT))
+_MOST_PARTS = os.sysconf("SC_IOV_MAX")  # of one write
+_mappings: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+_forked = threading.Event()
+os.register_at_fork(after_in_parent=_forked.set)
+_INDEX = struct.Struct("<Q")
 _HEADER = struct.Struct("<QI")
 
 
@@ -37,42 +44,82 @@ def unpickled(pickled: bytes) -> Any:
     return pickle.loads(pickled)  # noqa: S301
 
 
-def write_file(value: object) -> int:
-    """Writes an object into a new file without a name, with its arrays side by side, and returns the descriptor."""
-    buffers: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    raw = [buffer.raw() for buffer in buffers]
-    index = pickle.dumps((pickled, [(part.nbytes, part.readonly) for part in raw]))
-    descriptor = _new_file()
+class Column:
+    """Many arrays that are written side by side, without the cost of a pickle for each.
+
+    Attributes:
+        parts: the arrays, each with its padding.
+        size: bytes of all parts.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[memoryview] = []
+        self.size = 0
+
+    def add(self, array: memoryview) -> int:
+        """Appends an array, and returns its place in the column, in bytes."""
+        place = self.size
+        self.parts.append(array)
+        self.size += array.nbytes
+        if self.size % _ALIGNMENT:
+            self.parts.append(_PADDING[self.size % _ALIGNMENT :])
+            self.size += self.parts[-1].nbytes
+        return place
+
+
+def write_file(value: object, column: Column | None = None, *, over: int | None = None) -> int:
+    """Writes an object into a file without a name, with its arrays side by side, and returns the descriptor.
+
+    Args:
+        value: the object.
+        column: further arrays; see `read_file`.
+        over: descriptor of a file to write over, which saves the time for new memory, and is closed if this fails. None
+            makes a file.
+    """
+    descriptor = _new_file() if over is None else over
     try:
-        _write_all(descriptor, [_INDEX.pack(len(index), 0), index])
-        offset = _INDEX.size + len(index)
-        for part in raw:
-            padding = -offset % _ALIGNMENT
-            _write_all(descriptor, [bytes(padding), part])
-            offset += padding + part.nbytes
+        buffers: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        raw = [buffer.raw() for buffer in buffers]
+        index = pickle.dumps((pickled, [(part.nbytes, part.readonly) for part in raw], column.size if column else 0))
+        start = Column()
+        for part in (memoryview(_INDEX.pack(len(index)) + index), *raw):
+            start.add(part)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        _write_all(descriptor, [*start.parts, *(column.parts if column else ())])
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def read_file(descriptor: int) -> Any:
+def read_file(descriptor: int) -> tuple[Any, memoryview]:
     """Returns the object in a file, with arrays over a private mapping of it: writing into them keeps the file.
 
     The descriptor can be closed afterwards.
+
+    Returns:
+        The object, and the column, read-only.
     """
-    view = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
-    length, _ = _INDEX.unpack_from(view)
+    mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    _mappings.add(mapping)
+    view = memoryview(mapping)
+    (length,) = _INDEX.unpack_from(view)
     offset = _INDEX.size + length
-    pickled, sizes = cast("tuple[bytes, list[tuple[int, bool]]]", pickle.loads(view[_INDEX.size : offset]))  # noqa: S301
-    buffers: list[memoryview] = []
-    for size, readonly in sizes:
+    index = pickle.loads(view[_INDEX.size : offset])  # noqa: S301
+    pickled, sizes, column_size = cast("tuple[bytes, list[tuple[int, bool]], int]", index)
+    parts: list[memoryview] = []
+    for size, readonly in [*sizes, (column_size, True)]:
         offset += -offset % _ALIGNMENT
         part = view[offset : offset + size]
-        buffers.append(part.toreadonly() if readonly else part)
+        parts.append(part.toreadonly() if readonly else part)
         offset += size
-    return pickle.loads(pickled, buffers=buffers)  # noqa: S301
+    return pickle.loads(pickled, buffers=parts[:-1]), parts[-1]  # noqa: S301
+
+
+def keeps_mappings() -> bool:
+    """Returns whether this process, or a fork of it, may still read files of `read_file`."""
+    return _forked.is_set() or bool(_mappings)
 
 
 def _new_file() -> int:
@@ -82,10 +129,19 @@ def _new_file() -> int:
         return os.dup(file.fileno())
 
 
-def _write_all(descriptor: int, parts: Sequence[bytes | memoryview]) -> None:
+def _write_all(descriptor: int, parts: Sequence[memoryview]) -> None:
+    for start in range(0, len(parts), _MOST_PARTS):
+        some = parts[start : start + _MOST_PARTS]
+        written = os.writev(descriptor, some)
+        if written < sum([part.nbytes for part in some]):  # a system call writes at most 2 GiB
+            _write_rest(descriptor, some, written)
+
+
+def _write_rest(descriptor: int, parts: Sequence[memoryview], written: int) -> None:
     for part in parts:
-        rest = memoryview(part)
-        while rest.nbytes:
+        rest = part.cast("B")[written:]
+        written = max(written - part.nbytes, 0)
+        while rest:
             rest = rest[os.write(descriptor, rest) :]
 
 

@@ -105,8 +105,8 @@ class Worker:
         self._answer(("load", key, pickled))
         self.loaded.add(key)
 
-    def call(self, key: bytes, argument: object, file: int) -> Any:
-        """Returns `function(loaded, argument, file)` of the process.
+    def call(self, key: bytes, argument: object, file: int) -> tuple[Any, bool]:
+        """Returns `function(loaded, argument, file)` of the process, and whether it may still read a file.
 
         Raises:
             WorkerDied: the process ended.
@@ -114,7 +114,7 @@ class Worker:
         """
         return self._answer(("call", key, argument), file)
 
-    def _answer(self, request: object, file: int | None = None) -> Any:
+    def _answer(self, request: object, file: int | None = None) -> tuple[Any, bool]:
         assert self._channel is not None, "the worker was started"
         try:
             if request is not None:
@@ -124,12 +124,12 @@ class Worker:
             raise WorkerDied(self.end()) from None
         if answer is not None:
             try:
-                return read_file(answer)
+                return read_file(answer)[0], detail
             finally:
                 os.close(answer)
         if kind == "failed":
             raise _raised_there(*detail)
-        return None
+        return None, detail
 
     def kill(self) -> None:
         """Kills the process and its children, from any thread; a call that waits for it ends with WorkerDied."""
@@ -188,7 +188,8 @@ class ProcessPool:
         self._closed = False
         # The kernel kills a worker when the thread that started it ends; these threads end with the pool.
         self._threads = ThreadPoolExecutor(limit, "tinkex-process")
-        self._at_end = weakref.finalize(self, _end_all, self._all)
+        self._spare: list[int] = []
+        self._at_end = weakref.finalize(self, _end_all, self._all, self._spare)
 
     async def worker_with(self, key: bytes, pickled: bytes) -> Worker:
         """Returns an idle worker that has loaded a function, or starts one. Give it back with `give_back`.
@@ -222,8 +223,19 @@ class ProcessPool:
             raise
         return worker
 
-    async def call(self, worker: Worker, key: bytes, argument: object, file: int) -> Any:
-        """Returns what a worker answers to a call. A cancelled caller kills the worker.
+    def spare_file(self) -> int | None:
+        """Returns the descriptor of a file that no process reads, if there is one. The caller owns it."""
+        return self._spare.pop() if self._spare else None
+
+    def keep_file(self, file: int) -> None:
+        """Keeps a file that no process reads for `spare_file`, or closes it."""
+        if self._spare or self._closed:
+            os.close(file)
+        else:
+            self._spare.append(file)
+
+    async def call(self, worker: Worker, key: bytes, argument: object, file: int) -> tuple[Any, bool]:
+        """Returns what a worker answers to a call, see `Worker.call`. A cancelled caller kills the worker.
 
         Raises:
             ClientClosed: the pool is closed.
@@ -296,6 +308,8 @@ def _outcome(work: Callable[[], Result]) -> tuple[Result | None, BaseException |
         return None, error
 
 
-def _end_all(workers: set[Worker]) -> None:
+def _end_all(workers: set[Worker], files: list[int]) -> None:
     for worker in list(workers):
         worker.end()
+    while files:
+        os.close(files.pop())

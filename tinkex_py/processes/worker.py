@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from tinkex_py.processes.crossing import Channel, pickled_by_value, unpickled, write_file
+from tinkex_py.processes.crossing import Channel, keeps_mappings, pickled_by_value, unpickled, write_file
 
 _PR_SET_PDEATHSIG = 1
 # Most functions that a worker keeps; with one more it forgets all.
@@ -60,7 +60,7 @@ def _serve(channel: Channel, evaluate: Callable[..., Any]) -> None:
             else:
                 assert file is not None, "a call comes with its data"
                 answer = write_file(evaluate(loaded[key], payload, file))
-            reply = ("done", None)
+            reply = ("done", keeps_mappings())
         except BaseException as error:  # noqa: BLE001  # code of a user; raised again where the call is awaited
             reply = ("failed", _crossing(error))
         finally:
