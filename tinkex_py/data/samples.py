@@ -9,7 +9,16 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from tinkex_py.arguments import as_number, check_count, check_function, check_items, check_kind, check_list, shown
+from tinkex_py.arguments import (
+    as_integer,
+    as_number,
+    check_count,
+    check_function,
+    check_items,
+    check_kind,
+    check_list,
+    shown,
+)
 from tinkex_py.errors import InvalidData
 from tinkex_py.limits import RetryPolicy, with_retries
 from tinkex_py.text import decode
@@ -171,8 +180,18 @@ async def rewards_of(
 
 
 def derived_seed(*place: int | str) -> int:
-    """Returns a seed of 31 bits for a place, such as `(run seed, step, prompt)`; other places have other seeds."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4], "little") >> 1
+    """Returns a seed of 31 bits for a place, such as `(run seed, batch, prompt)`; other places have other seeds.
+
+    Raises:
+        InvalidData: a part of the place is neither an int nor a text.
+    """
+    parts: list[str] = []
+    for part in place:
+        number = None if isinstance(part, str) else as_integer(part)
+        if number is None and not isinstance(part, str):
+            raise InvalidData(f"place must consist of ints and texts, got {shown(part)}")
+        parts.append(repr(part) if number is None else hex(number))
+    return int.from_bytes(hashlib.sha256(" ".join(parts).encode()).digest()[:4], "little") >> 1
 
 
 async def each(work: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> list[Result]:

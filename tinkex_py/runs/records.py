@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from tinkex_py.arguments import check_kind
 from tinkex_py.losses.output import CustomLossOutput
+from tinkex_py.types import Datum
 
 RunStatus = Literal["running", "finished", "stopped", "failed"]
 
@@ -101,6 +102,7 @@ class StepRecord(Record):
         evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
         samples: texts that the evaluation hook returned after this step, by name or prompt.
         batches: fingerprint of each micro-batch; empty in runs of older versions.
+        rollout: metrics of the function that sampled the batches; empty if none did.
     """
 
     step: int
@@ -116,6 +118,21 @@ class StepRecord(Record):
     evaluation: dict[str, float] = Field(default_factory=dict)
     samples: dict[str, str] = Field(default_factory=dict)
     batches: tuple[str, ...] = ()
+    rollout: dict[str, float] = Field(default_factory=dict)
+
+
+class SampledBatch(Record):
+    """One file of `rollouts`: a batch that the model sampled, which a resumed run trains on again.
+
+    Attributes:
+        datums: the batch.
+        metrics: numbers about it.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    datums: tuple[Datum, ...]
+    metrics: dict[str, float] = Field(default_factory=dict[str, float])
 
 
 class SavedCheckpoint(Record):
@@ -177,7 +194,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
     `term/NAME/{bound,violation,feasible}` of terms with a bound, whose weight is the multiplier,
-    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. Unmeasured values are omitted.
+    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`, `rollout/...`. Unmeasured values are
+    omitted.
     """
     check_kind("record", record, StepRecord)
     gathered: dict[str, list[float]] = {}
@@ -196,6 +214,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     if record.learning_rate is not None:
         named["optimizer/learning_rate"] = record.learning_rate
     named |= {f"optimizer/{name}": value for name, value in record.metrics.items()}
+    named |= {f"rollout/{name}": value for name, value in record.rollout.items()}
     return named | {f"evaluation/{name}": value for name, value in record.evaluation.items()}
 
 
