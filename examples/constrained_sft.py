@@ -37,7 +37,7 @@ async def main():
                 training.optim_step(AdamParams(learning_rate=5e-3)),
             )
             term = output.regularizers["kl"]
-            holds = "holds" if term.constraint.feasible else "violated"
+            holds = "holds" if term.constraint and term.constraint.feasible else "violated"
             if step % 4 == 3:
                 print(f"{step + 1:4}  {output.base_loss.value:.3f}  {term.value:.4f}  {term.weight:10.3f}  {holds}")
     print(f"KL at the end: {term.value:.4f}, bound {BOUND}, price {term.weight:.3f}")

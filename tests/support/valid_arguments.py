@@ -27,6 +27,7 @@ from tinkex_py import (
     InvalidData,
     ModelInput,
     Pipeline,
+    PromptProvenanceSpan,
     RegularizerSpec,
     SamplingParams,
     WeightController,
@@ -57,6 +58,7 @@ SCORED = Datum(
     loss_fn_inputs={"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "teacher_logprobs": [-1.0, -2.0]},
 )
 PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
+SPAN = PromptProvenanceSpan(sequence_id="x", length=2)
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -100,6 +102,15 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "fn": nll,
         "sum_over_datums.fn": lambda logprobs, weights: (logprobs * weights).sum(),
         "Datum.of.datum": DATUM,
+        "DmelChunk.dmel": bytes([0, 1, 1]),
+        "ImageChunk.data": b"\xff\xd8\xff",
+        "location": "x",
+        "format": "png",
+        "with_provenance.model_input": [SPAN],
+        "with_provenance.loss_fn_inputs": [SPAN],
+        "sequence_id": "x",
+        "PromptProvenanceSpan.length": 1,
+        "SampledProvenanceSpan.length": 1,
         "from_tokens.prompt": [1],
         "from_tokens.completion": [2],
         "from_text.prompt": "a",
@@ -142,6 +153,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "sampler_id": clients.sampling.sampling_session_id,
         "session_id": clients.session_id,
         "spec": RegularizerSpec(fn=nll, weight=1.0, name="one"),
+        "Pipeline.from_json.text": Pipeline("ppo").to_json(),
         "Pipeline.load_state_dict.state": {"controllers": {}},
         "WeightController.load_state_dict.state": {"weights": {}, "first_values": {}},
         "PIDMultiplier.load_state_dict.state": {"weights": {}, "sums": {}, "before": {}},

@@ -203,10 +203,11 @@ def _prompts(teacher: Teacher, data: Sequence[Datum]) -> list[ModelInput]:
                 f"target_tokens of datum {index} have shape {shape}, but its model_input has "
                 f"{datum.model_input.length} tokens: a teacher scores data with one target per position"
             )
-        tokens, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()
-        if tokens[1:] != targets[:-1]:
+        tokens = np.array(datum.model_input.to_ints(other=0))
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        if (tokens[1:] != targets[:-1])[datum.model_input.text_mask()[1:]].any():
             raise InvalidData(f"target_tokens of datum {index} are not the tokens that follow in its model_input")
-        prompts.append(ModelInput.from_ints([*tokens, targets[-1]]))
+        prompts.append(datum.model_input.append_int(int(targets[-1])))
     return prompts
 
 
