@@ -43,9 +43,9 @@ async def main():
             return await with_reference(initial, data)
 
         make_model = partial(service.create_lora_training_client, model, rank=16, seed=0)
-        over = {"mask": "weights", "reduction": "token-mean"}
-        kl = SampledKL(reference_field="reference_logprobs", estimator="k3+", **over)
-        loss = Pipeline(ImportanceSampling(**over), [RegularizerSpec(fn=kl, weight=0.01, name="kl")])
+        policy = ImportanceSampling(mask="weights", reduction="token-mean")
+        kl = SampledKL(reference_field="reference_logprobs", estimator="k3+", mask="weights", reduction="token-mean")
+        loss = Pipeline(policy, [RegularizerSpec(fn=kl, weight=0.01, name="kl")])
         folder = f"runs/rl-{time.strftime('%Y%m%d-%H%M%S')}"
         run = await train(service, make_model, answers, loss, folder=folder, optimizer=1e-2, settings={"steps": 15})
         for step in read_steps(run.folder):

@@ -19,6 +19,7 @@ from tinkex_py import (
 )
 from tinkex_py.data import answer_texts, batches, datum_from_sample, rewards_of, sample_groups, with_reference
 from tinkex_py.local.tokenizers import ByteTokenizer
+from tinkex_py.types.chunks import EncodedTextChunk, ImageChunk
 
 
 def sampled(*tokens: int, logprobs: list[float] | None = None) -> SampledSequence:
@@ -82,6 +83,14 @@ def test_a_datum_of_an_answer(
         "logprobs": logprobs,
         "advantages": [-1.5 * weight for weight in weights],
     }
+
+
+def test_an_answer_to_an_image():
+    image = ImageChunk(data=b"\xff\xd8\xff", expected_tokens=2)
+    made = datum_from_sample(ModelInput(chunks=(image,)), sampled(5, 6), 1.0)
+    assert made.model_input.chunks == (image, EncodedTextChunk(tokens=[5]))
+    assert made.loss_fn_inputs["target_tokens"].tolist() == [0, 5, 6]
+    assert made.loss_fn_inputs["weights"].tolist() == [0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.runs.support import Snapshots, run_to
@@ -24,9 +25,11 @@ from tinkex_py import (
 from tinkex_py.base_losses import ImportanceSampling, group_advantages
 from tinkex_py.data import datum_from_sample, sample_groups
 from tinkex_py.regularizers import L2
-from tinkex_py.runs import Rollout, read_run, read_steps
+from tinkex_py.runs import Rollout, RunFolder, read_run, read_steps
 from tinkex_py.runs.folder import SAMPLED_FOLDER
 from tinkex_py.runs.progress import NoProgress
+from tinkex_py.runs.records import SampledBatch
+from tinkex_py.types.chunks import EncodedTextChunk, ImageChunk
 
 pytestmark = pytest.mark.asyncio
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -217,6 +220,23 @@ async def test_an_error_of_the_function_ends_the_run_which_goes_on_later(bench: 
     mended.set()
     await run_policy(bench.service, tmp_path / "run", 3, batches=judged)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "calm")
+
+
+async def test_a_sampled_batch_is_read_as_it_was_written(tmp_path: Path) -> None:
+    picture = ModelInput(chunks=(ImageChunk(data=b"\xff\xd8\xff", expected_tokens=2), EncodedTextChunk(tokens=[5])))
+    datums = (
+        Datum.from_tokens([1], [2, 3]).with_inputs(logprobs=np.array([-0.1, -np.inf], np.float32)),
+        Datum(model_input=picture, loss_fn_inputs={"target_tokens": [[1, 2**40]] * 3}),
+    )
+    with RunFolder(tmp_path) as folder:
+        folder.write_sampled(7, SampledBatch(datums=datums, metrics={"reward": 0.1}))
+        assert folder.sampled_batches() == {7}
+        read = folder.read_sampled(7)
+        assert (read.datums, read.metrics) == (datums, {"reward": 0.1})
+        for damaged in ("", "{}", '{"datums": [3]}', '{"datums": [{"model_input": {"chunks": [{"data": "="}]}}]}'):
+            (tmp_path / SAMPLED_FOLDER / "000007.json").write_text(damaged)
+            with pytest.raises(ConfigError, match="000007.json is not a valid SampledBatch"):
+                folder.read_sampled(7)
 
 
 async def test_seeds_depend_on_the_run_the_batch_and_the_place() -> None:

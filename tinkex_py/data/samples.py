@@ -31,7 +31,7 @@ from tinkex_py.types import (
     SamplingParams,
     Tokenizer,
 )
-from tinkex_py.types.datum import field_of, target_shape
+from tinkex_py.types.datum import field_of, shifted, target_shape
 from tinkex_py.types.tensors import Array
 
 Item = TypeVar("Item")
@@ -71,7 +71,7 @@ async def sample_groups(
     if not callable(getattr(sampler, "sample", None)):
         raise InvalidData(f"sampler must be a sampling client, got {shown(sampler)}")
     given = check_items("prompts", prompts)
-    inputs = [ModelInput.from_ints(_tokens(prompt, f"prompts[{index}]")) for index, prompt in enumerate(given)]
+    inputs = [_input(prompt, f"prompts[{index}]") for index, prompt in enumerate(given)]
     count = check_count("n", n, least=1)
     params = _NO_PARAMS if sampling_params is None else check_kind("sampling_params", sampling_params, SamplingParams)
 
@@ -103,22 +103,19 @@ def datum_from_sample(prompt: Tokens, sequence: SampledSequence | Sequence[Part]
     number = as_number(advantage)
     if number is None or not math.isfinite(number):
         raise InvalidData(f"advantage must be a finite number, got {shown(advantage)}")
-    before = _tokens(prompt, "prompt")
-    if not before.size:
+    before = _input(prompt, "prompt")
+    if not before.length:
         raise InvalidData("prompt is empty: the first token of an answer needs a token before it")
     given = [sequence] if isinstance(sequence, SampledSequence) else check_items("sequence", sequence)
-    parts = [_unlearned(before), *(_part(part, index) for index, part in enumerate(given))]
-    tokens, weights, logprobs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if not weights.any():
+    parts = [_part(part, index) for index, part in enumerate(given)]
+    if not any(sampled.any() for _, sampled, _ in parts):
         raise InvalidData("sequence contains no sampled token: leave the answer out")
-    return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": tokens[1:].astype(np.int64),
-            "weights": weights[1:],
-            "logprobs": logprobs[1:],
-            "advantages": np.float32(number) * weights[1:],
-        },
+    tokens, sampled, logprobs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    unlearned = np.zeros(before.length, np.float32)
+    datum = shifted(before.with_tokens(tokens), np.concatenate([unlearned, sampled]) != 0)
+    return datum.with_inputs(
+        logprobs=np.concatenate([unlearned, logprobs])[1:],
+        advantages=np.float32(number) * datum.loss_fn_inputs["weights"].to_numpy(),
     )
 
 
@@ -208,23 +205,22 @@ async def each(work: Callable[[Item], Awaitable[Result]], items: Sequence[Item])
     return [task.result() for task in tasks]
 
 
-def _tokens(tokens: Tokens, name: str) -> Array:
-    if isinstance(tokens, ModelInput):
-        return np.array(tokens.to_ints(), np.int32)
+def _input(prompt: Tokens, name: str) -> ModelInput:
+    return prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(_tokens(prompt, name))
+
+
+def _tokens(tokens: Sequence[int] | Array, name: str) -> Array:
     try:
         return EncodedTextChunk(tokens=tokens).tokens
     except InvalidData as error:
         raise InvalidData(f"{name}: {error}") from None
 
 
-def _unlearned(tokens: Array) -> tuple[Array, Array, Array]:
-    return tokens, np.zeros(tokens.size, np.float32), np.zeros(tokens.size, np.float32)
-
-
 def _part(part: Part, index: int) -> tuple[Array, Array, Array]:
-    """Returns the tokens of a part, with the weight and the logprob of each."""
+    """Returns the tokens of a part; 1 for those that were sampled, else 0; and their logprobs."""
     if not isinstance(part, SampledSequence):
-        return _unlearned(_tokens(part, f"part {index} of sequence"))
+        tokens = _tokens(part, f"part {index} of sequence")
+        return tokens, np.zeros(tokens.size, np.float32), np.zeros(tokens.size, np.float32)
     tokens = _tokens(part.tokens, f"part {index} of sequence")
     logprobs = np.array(part.logprobs or [], np.float32)
     if logprobs.size != tokens.size or not np.isfinite(logprobs).all():

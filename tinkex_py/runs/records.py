@@ -1,10 +1,11 @@
 """The contents of a run's files: `run.json`, `steps.jsonl` (a line per optimizer step), `state.json`."""
 
+import base64
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from tinkex_py.arguments import check_kind
 from tinkex_py.losses.output import CustomLossOutput
@@ -136,6 +137,11 @@ class SampledBatch(Record):
     datums: tuple[Datum, ...]
     metrics: dict[str, float] = Field(default_factory=dict[str, float])
 
+    @field_validator("datums", mode="before")
+    @classmethod
+    def _read(cls, datums: Any) -> Any:
+        return [_datum_of(datum) for datum in cast("list[Any]", datums)] if isinstance(datums, list) else datums
+
 
 class SavedCheckpoint(Record):
     """A checkpoint that the service keeps for the run.
@@ -170,6 +176,16 @@ class RunState(Record):
     def step(self) -> int:
         """The optimizer steps that were made."""
         return self.checkpoints[-1].step
+
+
+def _datum_of(fields: Any) -> Datum:
+    """Returns a datum from its JSON, in which images and audio are base64."""
+    try:
+        for chunk in fields["model_input"]["chunks"]:
+            chunk |= {name: base64.b64decode(chunk[name]) for name in ("data", "dmel") if name in chunk}
+        return Datum(**fields)
+    except (KeyError, TypeError):
+        raise ValueError("not the fields of a datum") from None
 
 
 def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
