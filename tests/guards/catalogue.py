@@ -316,7 +316,7 @@ GUARDS = (
         "runs/rollouts.py",
         "steps = range(made, made + self._settings.lag if made else 0)",
         "steps = range(0)",
-        "runs/test_rollouts.py::test_from_every_moment_the_same_rewards_and_losses[1-1]",
+        "runs/test_rollouts.py::test_a_checkpoint_waits_for_the_batches_of_older_weights",
     ),
     # Recipes of the official SDK
     guard(

@@ -119,6 +119,28 @@ async def test_with_a_lag_the_next_batch_is_sampled_while_a_step_trains(bench: A
         await run_policy(bench.service, tmp_path / "run", 2, batches=waits_for_the_first_step, lag=1, progress=Made())
 
 
+async def test_a_checkpoint_waits_for_the_batches_of_older_weights(bench: Any, tmp_path: Path) -> None:
+    made, kept = asyncio.Event(), []
+
+    class AtTheCheckpoint(NoProgress):
+        def step(self, record: Any) -> None:
+            if record.step == 2:
+                made.set()
+
+        def doing(self, text: str) -> None:
+            if text == "saving a checkpoint after step 2":
+                kept.extend(path.name for path in (tmp_path / "run" / SAMPLED_FOLDER).iterdir())
+
+    async def slow(run: Rollout) -> list[Datum]:
+        if run.batch == 2:
+            await made.wait()
+        return await sampled(run)
+
+    async with asyncio.timeout(60):
+        await run_policy(bench.service, tmp_path / "run", 3, batches=slow, lag=1, progress=AtTheCheckpoint())
+    assert "000002.json" in kept
+
+
 async def test_a_service_that_fails_while_it_samples_costs_a_restart(bench: Any, tmp_path: Path) -> None:
     failed: list[int] = []
 
