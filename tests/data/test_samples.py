@@ -86,6 +86,14 @@ def test_a_datum_of_an_answer(
     }
 
 
+def test_an_answer_to_an_image():
+    image = ImageChunk(data=b"\xff\xd8\xff", expected_tokens=2)
+    made = datum_from_sample(ModelInput(chunks=(image,)), sampled(5, 6), 1.0)
+    assert made.model_input.chunks == (image, EncodedTextChunk(tokens=[5]))
+    assert made.loss_fn_inputs["target_tokens"].tolist() == [0, 5, 6]
+    assert made.loss_fn_inputs["weights"].tolist() == [0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -307,7 +307,7 @@ def test_sampling(run_example: Callable[[str], str]) -> None:
 
 def test_rl_loop(run_example: Callable[[str], str]) -> None:
     text = run_example("rl_loop.py")
-    rewards = [float(reward) for reward in re.findall(r"^round \d+  reward (\S+)", text, re.MULTILINE)]
+    rewards = [float(reward) for reward in re.findall(r"^step \d+  reward (\S+)", text, re.MULTILINE)]
     assert len(rewards) >= 10
     # By chance about 52 of 258 tokens are letters. The rise is far above the noise of a round (0.03).
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15

@@ -339,6 +339,14 @@ GUARDS = (
         "            del file",
         "local/test_rest.py::test_external_weights_are_encrypted_to_every_recipient",
     ),
+    # Runs
+    guard(
+        "A checkpoint waits for the batches that older weights sample, which cannot be sampled after it",
+        "runs/rollouts.py",
+        "steps = range(made, made + self._settings.lag if made else 0)",
+        "steps = range(0)",
+        "runs/test_rollouts.py::test_a_checkpoint_waits_for_the_batches_of_older_weights",
+    ),
     # Recipes of the official SDK
     guard(
         "A folder that cannot be written does not hide at the end of a recipe",

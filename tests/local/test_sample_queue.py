@@ -91,11 +91,26 @@ def test_requests_of_the_same_weights_share_their_passes(bench, monkeypatch):
 
     monkeypatch.setattr(bench.model.network, "forward", counting)
     queue, worker = queue_of(bench)
-    futures = [queue.add(BASE, request(prompt, seed=1), identity) for prompt in PROMPTS]
+    futures = [queue.add(BASE, request(prompt, stop_tokens=frozenset()), identity) for prompt in PROMPTS]
     worker.run()
     assert all(future.done() for future in futures)
     # One pass reads all prompts, and each further token of all of them takes one.
     assert len(calls) == 20
+
+
+def test_a_request_with_a_seed_gets_the_same_bits_whatever_else_is_sampled(bench):
+    prompts = [list(range(5, 5 + length)) for length in (3, 20, 33)]
+    seeded = [request(prompt, seed=number, num_samples=8) for number, prompt in enumerate(prompts)]
+
+    def drawn(*requests):
+        queue, worker = queue_of(bench)
+        futures = [queue.add(BASE, one, identity) for one in requests]
+        worker.run()
+        results = [[(one.tokens.tolist(), one.logprobs.tolist()) for one in f.result().sequences] for f in futures]
+        return results[-len(seeded) :]
+
+    other = request(PROMPTS[1], num_samples=5)
+    assert drawn(other, *seeded) == [result for one in seeded for result in drawn(one)]
 
 
 def test_long_draws_take_turns_with_other_work_and_other_weights(bench):

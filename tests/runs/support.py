@@ -1,5 +1,6 @@
 """Runs of the tiny model, and records of runs that never were."""
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from tinkex_py import (
 from tinkex_py.base_losses import NLL
 from tinkex_py.regularizers import L2, Entropy
 from tinkex_py.runs import RunInfo, StepRecord, TrainedRun, TrainSettings, read_steps, train
+from tinkex_py.runs.progress import NoProgress
 
 
 def run_info(**fields) -> RunInfo:
@@ -109,6 +111,32 @@ async def run_to(
 def losses(folder: Path) -> list[list[float]]:
     """Total loss of every micro-batch, by step."""
     return [[output.loss_total for output in step.losses] for step in read_steps(folder)]
+
+
+class Snapshots(NoProgress):
+    """Copies the files at every call of the progress view: what a process that is killed there leaves behind."""
+
+    def __init__(self, original: Path, copies: Path) -> None:
+        self._original = original
+        self._copies = copies
+        self.taken: list[tuple[str, Path]] = []
+
+    def start(self, run: RunInfo, made: int) -> None:
+        self._copy("start")
+
+    def doing(self, text: str) -> None:
+        self._copy(text)
+
+    def step(self, record: StepRecord) -> None:
+        self._copy(f"made {record.step}")
+
+    def finish(self, run: RunInfo) -> None:
+        self._copy("finish")
+
+    def _copy(self, moment: str) -> None:
+        target = self._copies / str(len(self.taken))
+        shutil.copytree(self._original, target, ignore=shutil.ignore_patterns("*.draft"))
+        self.taken.append((moment, target))
 
 
 _CALM: dict[int, list[list[float]]] = {}

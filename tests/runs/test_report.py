@@ -235,7 +235,7 @@ def test_a_run_without_steps_or_norms(tmp_path: Path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
     assert "No run has data for this chart." in "".join(Page(report.page.read_text()).texts)
     without = write_report([empty, whole], tmp_path / "out")
-    assert list(without.charts) == ["losses", "contributions", "weights", "violations", "times"]
+    assert list(without.charts) == ["losses", "rollouts", "contributions", "weights", "violations", "times"]
     assert "track_grad_norms=True" in without.page.read_text()
 
 
@@ -284,7 +284,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert done.exit_code == 0, done.output
     last = base_loss(2) + sum(contribution(place, 2) for place in range(3))
     assert f"a: finished, 2 steps, loss 3.0089 -> {last:.4f}" in done.stdout
-    assert f"wrote {tmp_path / 'out' / 'index.html'} and 5 charts" in done.stdout
+    assert f"wrote {tmp_path / 'out' / 'index.html'} and 6 charts" in done.stdout
     assert "empty: finished, 0 steps\n" in done.stdout
     done = command.invoke(app, ["report", str(empty), "--json", "--out", str(tmp_path / "other")])
     written = json.loads(done.stdout)

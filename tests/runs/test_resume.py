@@ -6,16 +6,15 @@ A process that is really killed is in tests/commands/test_train.py.
 import asyncio
 import os
 import random
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs.support import Calls, batches, calm, losses, pipeline, run_to
+from tests.runs.support import Calls, Snapshots, batches, calm, losses, pipeline, run_to
 from tinkex_py import AdamParams, AsyncServiceClient, ConfigError, InvalidSpec, NotFound, RequestFailed
-from tinkex_py.runs import RunInfo, StepRecord, read_run, read_steps
+from tinkex_py.runs import StepRecord, read_run, read_steps
 from tinkex_py.runs.folder import STATE_FILE, STEPS_FILE
 from tinkex_py.runs.progress import NoProgress
 
@@ -24,32 +23,6 @@ pytestmark = pytest.mark.asyncio
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class Snapshots(NoProgress):
-    """Copies the files at every call of the progress view: what a process that is killed there leaves behind."""
-
-    def __init__(self, original: Path, copies: Path) -> None:
-        self._original = original
-        self._copies = copies
-        self.taken: list[tuple[str, Path]] = []
-
-    def start(self, run: RunInfo, made: int) -> None:
-        self._copy("start")
-
-    def doing(self, text: str) -> None:
-        self._copy(text)
-
-    def step(self, record: StepRecord) -> None:
-        self._copy(f"made {record.step}")
-
-    def finish(self, run: RunInfo) -> None:
-        self._copy("finish")
-
-    def _copy(self, moment: str) -> None:
-        target = self._copies / str(len(self.taken))
-        shutil.copytree(self._original, target)
-        self.taken.append((moment, target))
 
 
 async def test_from_every_moment_the_same_numbers_come_out(tmp_path: Path) -> None:

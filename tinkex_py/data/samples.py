@@ -9,7 +9,16 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from tinkex_py.arguments import as_number, check_count, check_function, check_items, check_kind, check_list, shown
+from tinkex_py.arguments import (
+    as_integer,
+    as_number,
+    check_count,
+    check_function,
+    check_items,
+    check_kind,
+    check_list,
+    shown,
+)
 from tinkex_py.errors import InvalidData
 from tinkex_py.limits import RetryPolicy, with_retries
 from tinkex_py.text import decode
@@ -22,7 +31,7 @@ from tinkex_py.types import (
     SamplingParams,
     Tokenizer,
 )
-from tinkex_py.types.datum import field_of, target_shape
+from tinkex_py.types.datum import field_of, shifted, target_shape
 from tinkex_py.types.tensors import Array
 
 Item = TypeVar("Item")
@@ -94,23 +103,19 @@ def datum_from_sample(prompt: Tokens, sequence: SampledSequence | Sequence[Part]
     number = as_number(advantage)
     if number is None or not math.isfinite(number):
         raise InvalidData(f"advantage must be a finite number, got {shown(advantage)}")
-    start = _input(prompt, "prompt")
-    before = np.array(start.to_ints(other=0), np.int32)
-    if not before.size:
+    before = _input(prompt, "prompt")
+    if not before.length:
         raise InvalidData("prompt is empty: the first token of an answer needs a token before it")
     given = [sequence] if isinstance(sequence, SampledSequence) else check_items("sequence", sequence)
-    parts = [_unlearned(before), *(_part(part, index) for index, part in enumerate(given))]
-    tokens, weights, logprobs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if not weights.any():
+    parts = [_part(part, index) for index, part in enumerate(given)]
+    if not any(sampled.any() for _, sampled, _ in parts):
         raise InvalidData("sequence contains no sampled token: leave the answer out")
-    return Datum(
-        model_input=start.with_tokens(tokens[before.size : -1]),
-        loss_fn_inputs={
-            "target_tokens": tokens[1:].astype(np.int64),
-            "weights": weights[1:],
-            "logprobs": logprobs[1:],
-            "advantages": np.float32(number) * weights[1:],
-        },
+    tokens, sampled, logprobs = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    unlearned = np.zeros(before.length, np.float32)
+    datum = shifted(before.with_tokens(tokens), np.concatenate([unlearned, sampled]) != 0)
+    return datum.with_inputs(
+        logprobs=np.concatenate([unlearned, logprobs])[1:],
+        advantages=np.float32(number) * datum.loss_fn_inputs["weights"].to_numpy(),
     )
 
 
@@ -172,8 +177,18 @@ async def rewards_of(
 
 
 def derived_seed(*place: int | str) -> int:
-    """Returns a seed of 31 bits for a place, such as `(run seed, step, prompt)`; other places have other seeds."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4], "little") >> 1
+    """Returns a seed of 31 bits for a place, such as `(run seed, batch, prompt)`; other places have other seeds.
+
+    Raises:
+        InvalidData: a part of the place is neither an int nor a text.
+    """
+    parts: list[str] = []
+    for part in place:
+        number = None if isinstance(part, str) else as_integer(part)
+        if number is None and not isinstance(part, str):
+            raise InvalidData(f"place must consist of ints and texts, got {shown(part)}")
+        parts.append(repr(part) if number is None else hex(number))
+    return int.from_bytes(hashlib.sha256(" ".join(parts).encode()).digest()[:4], "little") >> 1
 
 
 async def each(work: Callable[[Item], Awaitable[Result]], items: Sequence[Item]) -> list[Result]:
@@ -190,8 +205,8 @@ async def each(work: Callable[[Item], Awaitable[Result]], items: Sequence[Item])
     return [task.result() for task in tasks]
 
 
-def _input(tokens: Tokens, name: str) -> ModelInput:
-    return tokens if isinstance(tokens, ModelInput) else ModelInput.from_ints(_tokens(tokens, name))
+def _input(prompt: Tokens, name: str) -> ModelInput:
+    return prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(_tokens(prompt, name))
 
 
 def _tokens(tokens: Sequence[int] | Array, name: str) -> Array:
@@ -201,14 +216,11 @@ def _tokens(tokens: Sequence[int] | Array, name: str) -> Array:
         raise InvalidData(f"{name}: {error}") from None
 
 
-def _unlearned(tokens: Array) -> tuple[Array, Array, Array]:
-    return tokens, np.zeros(tokens.size, np.float32), np.zeros(tokens.size, np.float32)
-
-
 def _part(part: Part, index: int) -> tuple[Array, Array, Array]:
-    """Returns the tokens of a part, with the weight and the logprob of each."""
+    """Returns the tokens of a part; 1 for those that were sampled, else 0; and their logprobs."""
     if not isinstance(part, SampledSequence):
-        return _unlearned(_tokens(part, f"part {index} of sequence"))
+        tokens = _tokens(part, f"part {index} of sequence")
+        return tokens, np.zeros(tokens.size, np.float32), np.zeros(tokens.size, np.float32)
     tokens = _tokens(part.tokens, f"part {index} of sequence")
     logprobs = np.array(part.logprobs or [], np.float32)
     if logprobs.size != tokens.size or not np.isfinite(logprobs).all():

@@ -1,5 +1,6 @@
 """The sampling requests of all clients, in order of arrival, batched if they share weights.
 
+A request with a seed has a batch of its own: the last bits of logprobs depend on the batch, and must be the same again.
 The engine's thread samples a few tokens of one batch at a time and then queues behind other work, so that long samples
 delay neither training nor other clients.
 """
@@ -97,7 +98,7 @@ class SampleQueue:
             request: what to sample, checked.
             finish: encodes the result, on the engine's thread.
         """
-        item = _QueuedSample(weights, request, finish, alone=bool(request.images))
+        item = _QueuedSample(weights, request, finish, alone=request.seed is not None or bool(request.images))
         with self._lock:
             self._waiting.append(item)
         self._ask_for_turn()

@@ -17,6 +17,9 @@ from .records import (
     StepRecord as StepRecord,
     scalars as scalars,
 )
+from .rollouts import (
+    Rollout as Rollout,
+)
 from .settings import (
     EarlyStop as EarlyStop,
     TrainSettings as TrainSettings,

@@ -126,7 +126,7 @@ def checked_evaluate(
     hook = cast("Callable[[AsyncTrainingClient, int], object]", given)
 
     async def evaluate(training: AsyncTrainingClient, step: int) -> Evaluation:
-        if _is_async(hook):
+        if is_async(hook):
             result = hook(training, step)
         else:
             async with FileThread("tinkex-evaluate") as thread:
@@ -189,17 +189,26 @@ def _check_function(given: object, wanted: str, call: str, *arguments: object) -
         return
 
 
+def check_lag(lag: int, batches: object) -> None:
+    """Raises ConfigError if batches that the model does not sample shall be sampled ahead."""
+    if lag and not is_async(batches):
+        raise ConfigError(f"settings.lag={lag} needs an async function batches, which samples with the model")
+
+
 def _check_batches(batches: object) -> None:
     if isinstance(batches, str | bytes | Mapping):
         raise ConfigError(f"batches must be lists of datums, got {_kind(cast('object', batches))}")
     if isinstance(batches, list | tuple):
         for number, batch in enumerate(cast("Sequence[object]", batches)):
             checked_batch(batch, number)
+    elif is_async(batches):
+        _check_function(batches, "batches must be an async function of a Rollout", "batches(run)", None)
     elif callable(batches) and not isinstance(batches, Iterable | AsyncIterable):
         _check_function(batches, "batches must be a function of the number of batches to skip", "batches(0)", 0)
 
 
-def _is_async(hook: object) -> bool:
+def is_async(hook: object) -> bool:
+    """Returns whether calling it gives a coroutine."""
     while isinstance(hook, functools.partial):
         hook = cast("object", hook.func)
     return inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(getattr(hook, "__call__", None))  # noqa: B004

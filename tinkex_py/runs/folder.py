@@ -13,7 +13,7 @@ from pydantic_core import PydanticSerializationError
 
 from tinkex_py.arguments import check_count, check_kind, check_path, shown
 from tinkex_py.errors import ConfigError
-from tinkex_py.runs.records import Record, RunInfo, RunState, StepRecord
+from tinkex_py.runs.records import Record, RunInfo, RunState, SampledBatch, StepRecord
 from tinkex_py.unicode import plain_json, with_whole_texts
 from tinkex_py.values import reason_of
 
@@ -21,6 +21,7 @@ RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 STATE_FILE = "state.json"
 LOCK_FILE = "lock"
+SAMPLED_FOLDER = "rollouts"
 
 _RESERVED_FILE = ".reserved"
 _RESERVED_BYTES = 1 << 16
@@ -168,20 +169,47 @@ class RunFolder:
                 _flush(steps)
         self._replace(STATE_FILE, [line])
 
+    def write_sampled(self, number: int, batch: SampledBatch) -> None:
+        """Writes the batch with a number, from 0, that the model sampled."""
+        with self._writing():
+            (self.path / SAMPLED_FOLDER).mkdir(exist_ok=True)
+        self._replace(_sampled_name(number), [_line(batch)])
+
+    def read_sampled(self, number: int) -> SampledBatch:
+        """Reads a batch that the model sampled.
+
+        Raises:
+            ConfigError: it does not exist or cannot be read.
+        """
+        path = self.path / _sampled_name(number)
+        return _parsed(SampledBatch, _bytes_of(path), str(path))
+
+    def sampled_batches(self) -> set[int]:
+        """Returns the numbers of the sampled batches that are kept."""
+        return {int(path.stem) for path in (self.path / SAMPLED_FOLDER).glob("[0-9]*.json") if path.stem.isdecimal()}
+
+    def keep_sampled(self, first: int, last: int | None) -> None:
+        """Deletes the sampled batches before `first`, and from `last` on if it is given."""
+        with self._writing():
+            for number in self.sampled_batches():
+                if number < first or (last is not None and number >= last):
+                    (self.path / _sampled_name(number)).unlink()
+
     def _replace(self, name: str, lines: Iterable[bytes]) -> None:
-        draft = self.path / f".{name}.draft"
+        target = self.path / name
+        draft = target.with_name(f".{target.name}.draft")
         with self._writing():
             try:
                 with draft.open("wb") as file:
                     file.writelines(lines)
                     file.flush()
                     os.fsync(file.fileno())
-                draft.replace(self.path / name)
+                draft.replace(target)
             except BaseException:
                 draft.unlink(missing_ok=True)
                 raise
             if os.name == "posix":
-                _flush(self.path)
+                _flush(target.parent)
 
     def _free(self) -> None:
         with contextlib.suppress(OSError):
@@ -196,6 +224,10 @@ class RunFolder:
                 f"the run's folder {self.path} cannot be written: {error.strerror or error}; make room, or allow "
                 "writing, and call train again with the same folder: the run resumes from its last checkpoint"
             ) from error
+
+
+def _sampled_name(number: int) -> str:
+    return f"{SAMPLED_FOLDER}/{number:06d}.json"
 
 
 def _line(record: Record, indent: int | None = None) -> bytes:

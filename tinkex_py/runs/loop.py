@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue
 
@@ -14,17 +14,20 @@ from tinkex_py.limits import running_loop
 from tinkex_py.runs.accumulation import check_can_accumulate
 from tinkex_py.runs.arguments import (
     check_arguments,
+    check_lag,
     checked_config,
     checked_evaluate,
     checked_optimizer,
     checked_pipeline,
     checked_settings,
+    is_async,
 )
 from tinkex_py.runs.batches import Batches, BatchReader
 from tinkex_py.runs.folder import RunFolder
 from tinkex_py.runs.plan import Evaluate, Model, Optimizer, Plan
 from tinkex_py.runs.progress import ProgressView, chosen_view
 from tinkex_py.runs.records import RunInfo, StepRecord
+from tinkex_py.runs.rollouts import RolloutFunction, Rollouts, Source
 from tinkex_py.runs.run import Run
 from tinkex_py.runs.settings import TrainSettings
 from tinkex_py.runs.sinks import MetricSink, Sinks
@@ -70,7 +73,7 @@ class TrainedRun:
 async def train(
     service: AsyncServiceClient,
     model: Model,
-    batches: Batches,
+    batches: Source,
     pipeline: "Pipeline | Term | str",
     *,
     folder: Path | str,
@@ -94,7 +97,9 @@ async def train(
         model: the training client of a new run, or a function that creates it, `async () -> AsyncTrainingClient`,
             which is not called where a run is resumed.
         batches: lists of datums, sync or async; or a function that is called with the number of batches to skip. With
-            a plain iterator, the run cannot restart from its last checkpoint within the process.
+            a plain iterator, the run cannot restart from its last checkpoint within the process. Or an async function
+            that samples one batch with the model, `async (run: Rollout) -> list[Datum]`; then `settings.steps` ends the
+            run, and the folder holds the datums that were sampled since the last checkpoint.
         pipeline: the loss; or a term or the name of a base loss, which becomes `Pipeline(term)`. Its weight controllers
             become those of the run.
         folder: the run's files.
@@ -125,9 +130,9 @@ async def train(
     running_loop()
     check_arguments(service, model, batches, stop)
     files = FileThread("tinkex-run")
-    reader = BatchReader(batches, files, allow_changes=allow_changes)
+    function = cast("RolloutFunction", batches) if is_async(batches) else None
     receivers, view = Sinks(sinks), chosen_view(progress)
-    loss = checked_pipeline(pipeline)
+    loss, own = checked_pipeline(pipeline), RunFolder(folder)
     plan = Plan(
         service,
         model,
@@ -137,15 +142,24 @@ async def train(
         checked_config(config),
         checked_evaluate(evaluate, grace=loss.cancel_grace),
         allow_changes,
+        function,
     )
+    check_lag(plan.settings.lag, batches)
+    rollouts = None
+    if function is not None:
+        rollouts = Rollouts(function, plan.seed, plan.settings, own, files, loss.cancel_grace)
+    source = cast("Batches", batches) if rollouts is None else rollouts.stream
+    reader = BatchReader(source, files, allow_changes=allow_changes)
     if plan.settings.accumulate > 1:
         check_can_accumulate(plan.pipeline)
-    with RunFolder(folder) as own:
+    with own:
         async with files, receivers:
-            run = Run(plan, own, files, reader, receivers, view, stop or asyncio.Event())
+            run = Run(plan, own, files, reader, rollouts, receivers, view, stop or asyncio.Event())
             try:
                 await run.execute()
             finally:
                 await reader.aclose()
+                if rollouts is not None:
+                    await rollouts.cancel()
     assert run.state is not None
     return TrainedRun(run.info, own.path, run.last, run.state.checkpoints[-1].path, run.training)

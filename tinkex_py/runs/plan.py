@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue
 
+from tinkex_py.arguments import as_integer
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import InvalidSpec
 from tinkex_py.runs.accumulation import has_means
 from tinkex_py.runs.fingerprints import are_comparable, fingerprint
 from tinkex_py.runs.records import RunInfo, flattened
+from tinkex_py.runs.rollouts import RolloutFunction
 from tinkex_py.runs.settings import TrainSettings, optimizer_settings
 from tinkex_py.types import AdamParams, OptimizerParams
 from tinkex_py.version import __version__
@@ -30,7 +32,7 @@ Evaluation = Mapping[str, float | str]
 Evaluate = Callable[[AsyncTrainingClient, int], Awaitable[Evaluation] | Evaluation]
 
 # The settings that decide the numbers of a run.
-_DECISIVE = ("accumulate", "execution")
+_DECISIVE = ("accumulate", "execution", "lag")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Plan:
     config: Mapping[str, JsonValue]
     evaluate: Callable[[AsyncTrainingClient, int], Awaitable[Evaluation]] | None
     allow_changes: bool = False
+    rollout: RolloutFunction | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of what the run samples."""
+        return as_integer(self.config.get("seed")) or 0
 
     def described(self) -> dict[str, JsonValue]:
         """Returns the `config` of `run.json`, as plain JSON."""
@@ -73,6 +81,8 @@ class Plan:
                 parts[f"the weight of {spec.name!r}"] = weight
         if callable(self.optimizer):
             parts["the optimizer"] = self.optimizer
+        if self.rollout is not None:
+            parts["batches"] = self.rollout
         return {name: fingerprint(part) for name, part in parts.items()}
 
     def objective(self) -> str | None:
@@ -145,7 +155,9 @@ def _warn(message: str) -> None:
 
 def _decisive(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     settings = config.get("settings")
-    kept = {name: settings.get(name) for name in _DECISIVE} if isinstance(settings, dict) else {}
+    # Runs of earlier versions lack newer settings.
+    defaults = {name: TrainSettings.model_fields[name].default for name in _DECISIVE}
+    kept = {name: settings.get(name, defaults[name]) for name in _DECISIVE} if isinstance(settings, dict) else {}
     return {**config, "settings": kept}
 
 

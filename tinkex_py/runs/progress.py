@@ -109,13 +109,13 @@ def chosen_view(progress: bool | ProgressView) -> ProgressView:
 
 
 def summary(record: StepRecord) -> str:
-    """Returns the losses, the value and weight of each term, and the evaluation of a step in one line."""
+    """Returns a step in one line: losses, value and weight of each term, metrics of rollouts, and evaluation."""
     numbers = scalars(record)
     shown = [f"loss {numbers['loss/total']:.4f}", f"base {numbers['loss/base']:.4f}"]
     for name in term_names(record):
         value, weight = numbers[f"term/{name}/value"], numbers[f"term/{name}/weight"]
         shown.append(f"{name} {value:.4f} (weight {weight:.4g})")
-    shown += [f"{name} {value:.4f}" for name, value in record.evaluation.items()]
+    shown += [f"{name} {value:.4f}" for name, value in (record.rollout | record.evaluation).items()]
     return "  ".join(shown)
 
 

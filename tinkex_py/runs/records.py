@@ -1,13 +1,15 @@
 """The contents of a run's files: `run.json`, `steps.jsonl` (a line per optimizer step), `state.json`."""
 
+import base64
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from tinkex_py.arguments import check_kind
 from tinkex_py.losses.output import CustomLossOutput
+from tinkex_py.types import Datum
 
 RunStatus = Literal["running", "finished", "stopped", "failed"]
 
@@ -104,6 +106,7 @@ class StepRecord(Record):
         evaluation: numbers that the evaluation hook returned after this step; empty if it did not run.
         samples: texts that the evaluation hook returned after this step, by name or prompt.
         batches: fingerprint of each micro-batch; empty in runs of older versions.
+        rollout: metrics of the function that sampled the batches; empty if none did.
     """
 
     step: int
@@ -119,6 +122,26 @@ class StepRecord(Record):
     evaluation: dict[str, float] = Field(default_factory=dict)
     samples: dict[str, str] = Field(default_factory=dict)
     batches: tuple[str, ...] = ()
+    rollout: dict[str, float] = Field(default_factory=dict)
+
+
+class SampledBatch(Record):
+    """One file of `rollouts`: a batch that the model sampled, which a resumed run trains on again.
+
+    Attributes:
+        datums: the batch.
+        metrics: numbers about it.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    datums: tuple[Datum, ...]
+    metrics: dict[str, float] = Field(default_factory=dict[str, float])
+
+    @field_validator("datums", mode="before")
+    @classmethod
+    def _read(cls, datums: Any) -> Any:
+        return [_datum_of(datum) for datum in cast("list[Any]", datums)] if isinstance(datums, list) else datums
 
 
 class SavedCheckpoint(Record):
@@ -156,6 +179,16 @@ class RunState(Record):
         return self.checkpoints[-1].step
 
 
+def _datum_of(fields: Any) -> Datum:
+    """Returns a datum from its JSON, in which images and audio are base64."""
+    try:
+        for chunk in fields["model_input"]["chunks"]:
+            chunk |= {name: base64.b64decode(chunk[name]) for name in ("data", "dmel") if name in chunk}
+        return Datum(**fields)
+    except (KeyError, TypeError):
+        raise ValueError("not the fields of a datum") from None
+
+
 def flattened(config: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Returns nested settings under dotted names; lists are kept whole."""
     flat: dict[str, JsonValue] = {}
@@ -180,7 +213,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
     Names: `loss/total`, `loss/base`, `loss/regularizers`, `grad_norm/total`, `grad_norm/base_loss`,
     `term/NAME/{value,weight,contribution,grad_norm,grad_norm_weighted,cosine_with_base,cosine_with_total,share_of_total}`,
     `term/NAME/{bound,violation,feasible}` of terms with a bound, whose weight is the multiplier,
-    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`. Unmeasured values are omitted.
+    `time/{step,queue}`, `data/{datums,tokens}`, `optimizer/...`, `evaluation/...`, `rollout/...`. Unmeasured values are
+    omitted.
     """
     check_kind("record", record, StepRecord)
     gathered: dict[str, list[float]] = {}
@@ -199,6 +233,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     if record.learning_rate is not None:
         named["optimizer/learning_rate"] = record.learning_rate
     named |= {f"optimizer/{name}": value for name, value in record.metrics.items()}
+    named |= {f"rollout/{name}": value for name, value in record.rollout.items()}
     return named | {f"evaluation/{name}": value for name, value in record.evaluation.items()}
 
 

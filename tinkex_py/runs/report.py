@@ -111,6 +111,7 @@ _REPORTED = "As the service reports it. Some need TrainSettings(grad_norm=True).
 _BOUND = "Above 0 the bound does not hold; the weight is its multiplier. Needs a term with at_most or at_least."
 CHARTS = {
     "losses": Chart("Losses", "The total is the base loss plus all contributions.", "loss", "loss/(total|base)"),
+    "rollouts": Chart("Rollouts", "Metrics of batches that the model sampled.", "value", "rollout/.+", separate=True),
     "evaluation": Chart("Evaluation", "Results of evaluate=...", "value", "evaluation/.+", separate=True),
     "contributions": Chart("Contributions", "Weight x value of each term.", "contribution", "term/.+/contribution"),
     "gradient_norms": Chart(
@@ -325,7 +326,8 @@ def _looks(place: int) -> dict[str, Any]:
 
 def _term_looks(name: str, names: Sequence[str]) -> dict[str, Any]:
     """The total is black and the base loss grey; a term has the same colour in all charts."""
-    coloured = [other for other in names if other.startswith(("term/", "evaluation/")) and label_of(other) not in _GREY]
+    own = ("term/", "evaluation/", "rollout/")
+    coloured = [other for other in names if other.startswith(own) and label_of(other) not in _GREY]
     if name in coloured:
         return _looks(coloured.index(name))
     return _GREY.get(label_of(name), {"color": "#000000"})

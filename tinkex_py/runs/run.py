@@ -23,6 +23,7 @@ from tinkex_py.runs.recovery import (
     reason_of,
     save_checkpoint,
 )
+from tinkex_py.runs.rollouts import Rollouts
 from tinkex_py.runs.settings import Patience
 from tinkex_py.runs.sinks import Sinks
 from tinkex_py.runs.step import Flight, OptimizerStep, Start, owned_tasks
@@ -49,6 +50,7 @@ class Run:
         folder: RunFolder,
         files: FileThread,
         reader: BatchReader,
+        rollouts: Rollouts | None,
         sinks: Sinks,
         view: ProgressView,
         stop: asyncio.Event,
@@ -60,6 +62,7 @@ class Run:
         self._folder = folder
         self._files = files
         self._reader = reader
+        self._rollouts = rollouts
         self._sinks = sinks
         self._view = view
         self._stop = stop
@@ -120,6 +123,8 @@ class Run:
             changes=() if before is None else before.changes,
         )
         if state is not None:
+            if self._rollouts is not None:
+                await self._rollouts.forget(state.step, changed=bool(changed))
             self._reader.fingerprints = await self._files.run(lambda: self._batches_before(before))
         await (self._reader.go_to(0) if state is None else self._resume(state))
         self._note_changes(changed)
@@ -189,6 +194,8 @@ class Run:
             raise cause
         self._restarts_left -= 1
         self._view.doing(f"restarting from the checkpoint of step {state.step}")
+        if self._rollouts is not None:
+            await self._rollouts.cancel()
         metadata = {"step": self._made + 1, "checkpoint_step": state.step, "reason": type(cause).__name__}
         telemetry.emit("tinkex.run.restarted", {}, metadata, cause)
         if self.training is not self._plan.model:
@@ -232,6 +239,9 @@ class Run:
         steps = self._settings.steps
         if self._stop.is_set() or self._is_out_of_patience() or (steps is not None and number > steps):
             return None
+        if self._rollouts is not None:
+            self._view.doing(f"sampling for step {number}")
+            await self._rollouts.refresh(self.training, number - 1)
         batches = await self._reader.take_unless(self._stop, self._settings.accumulate)
         if not batches:
             return None
@@ -269,7 +279,7 @@ class Run:
         if self._plan.evaluates_after(step.number):
             self._view.doing(f"evaluation after step {step.number}")
             evaluated = await self._evaluate(step.number)
-        record = _record(step, self._plan, evaluated, self._queue.seconds() - flight.queued_before)
+        record = self._record(step, evaluated, self._queue.seconds() - flight.queued_before)
         await self._files.run(lambda: self._folder.append_step(record))
         self.last = record
         self._patience = self._patience_with(record)
@@ -286,6 +296,8 @@ class Run:
 
     async def _save(self) -> None:
         """Saves a checkpoint and the state that belongs to it, and deletes old checkpoints."""
+        if self._rollouts is not None:
+            await self._rollouts.settle(self._made)
         self._view.doing(f"saving a checkpoint after step {self._made}")
         saved = await save_checkpoint(self.training, self._made, self._settings)
         before: tuple[SavedCheckpoint, ...] = () if self.state is None else self.state.checkpoints
@@ -297,6 +309,8 @@ class Run:
             patience=self._patience.model_dump(),
         )
         await self._files.run(lambda: self._folder.write_state(state))
+        if self._rollouts is not None:
+            await self._rollouts.forget(self._made)
         rest = self._plan.service.create_rest_client()
         left = await delete_old_checkpoints(rest, state.checkpoints, self._settings.keep_checkpoints)
         self.state = state.model_copy(update={"checkpoints": left})
@@ -308,6 +322,8 @@ class Run:
     def _pauses_after(self, step: OptimizerStep) -> bool:
         """Whether the next step must wait until this one is finished."""
         number = step.number
+        if self._rollouts is not None:  # the weights after this step sample a batch
+            return True
         return self._plan.evaluates_after(number) or self._plan.saves_after(number) or self._ends_after(step)
 
     def _ends_after(self, step: OptimizerStep) -> bool:
@@ -315,7 +331,7 @@ class Run:
         rule = self._settings.early_stop
         if rule is None or rule.metric.startswith("evaluation/"):
             return False
-        return self._patience_with(_record(step, self._plan, {}, 0.0)).is_over(rule)
+        return self._patience_with(self._record(step, {}, 0.0)).is_over(rule)
 
     def _patience_with(self, record: StepRecord) -> Patience:
         rule = self._settings.early_stop
@@ -365,25 +381,25 @@ class Run:
     def _show_waiting(self, reason: str | None) -> None:
         self._view.doing(f"step {self._made + 1}" if reason is None else f"waiting: {reason}")
 
-
-def _record(step: OptimizerStep, plan: Plan, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
-    outputs = [part.output for part in step.parts if part.output is not None]
-    metrics = {} if step.response is None else dict(step.response.metrics or {})
-    if step.grad_norm and step.response is not None and step.response.grad_norm is not None:
-        metrics["grad_norm"] = step.response.grad_norm
-    return StepRecord(
-        step=step.number,
-        finished_at=time.time(),
-        seconds=time.monotonic() - step.started_at,
-        queue_seconds=queue_seconds,
-        datums=sum(len(part.batch) for part in step.parts),
-        tokens=sum(datum.positions for part in step.parts for datum in part.batch),
-        learning_rate=step.params.learning_rate,
-        # The service's own output repeats the logprobs.
-        losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),
-        loss=step_loss(plan.pipeline, step.parts),
-        metrics=metrics,
-        evaluation={name: float(value) for name, value in evaluated.items() if not isinstance(value, str)},
-        samples={name: value for name, value in evaluated.items() if isinstance(value, str)},
-        batches=tuple(step.fingerprints),
-    )
+    def _record(self, step: OptimizerStep, evaluated: Mapping[str, float | str], queue_seconds: float) -> StepRecord:
+        outputs = [part.output for part in step.parts if part.output is not None]
+        metrics = {} if step.response is None else dict(step.response.metrics or {})
+        if step.grad_norm and step.response is not None and step.response.grad_norm is not None:
+            metrics["grad_norm"] = step.response.grad_norm
+        return StepRecord(
+            step=step.number,
+            finished_at=time.time(),
+            seconds=time.monotonic() - step.started_at,
+            queue_seconds=queue_seconds,
+            datums=sum(len(part.batch) for part in step.parts),
+            tokens=sum(datum.positions for part in step.parts for datum in part.batch),
+            learning_rate=step.params.learning_rate,
+            # The service's own output repeats the logprobs.
+            losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),
+            loss=step_loss(self._plan.pipeline, step.parts),
+            metrics=metrics,
+            evaluation={name: float(value) for name, value in evaluated.items() if not isinstance(value, str)},
+            samples={name: value for name, value in evaluated.items() if isinstance(value, str)},
+            batches=tuple(step.fingerprints),
+            rollout={} if self._rollouts is None else self._rollouts.metrics_of(step.number),
+        )

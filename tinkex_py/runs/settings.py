@@ -15,7 +15,7 @@ Count = Annotated[Integer, Field(ge=1)]
 Times = Annotated[Integer, Field(ge=0)]
 
 # Numbers that are known before the next step is sent.
-_MONITORED = ("loss/", "grad_norm/", "term/", "evaluation/")
+_MONITORED = ("loss/", "grad_norm/", "term/", "evaluation/", "rollout/")
 
 
 def _with_names(value: object) -> object:
@@ -43,7 +43,8 @@ class EarlyStop(Settings):
     """Ends a run whose metric no longer improves.
 
     Args:
-        metric: a name of `tinkex_py.runs.scalars` that begins with `loss/`, `grad_norm/`, `term/` or `evaluation/`.
+        metric: a name of `tinkex_py.runs.scalars` that begins with `loss/`, `grad_norm/`, `term/`, `evaluation/` or
+            `rollout/`.
         patience: number of measurements without improvement after which the run ends, >= 1.
         better: whether lower or higher is better.
         min_change: smallest change that counts as an improvement, >= 0.
@@ -101,7 +102,7 @@ class Patience(BaseModel):
 
 
 class TrainSettings(Settings):
-    """Settings of a run. All but `accumulate` and `execution` may be changed when a run is resumed.
+    """Settings of a run. All but `accumulate`, `execution` and `lag` may be changed when a run is resumed.
 
     Args:
         steps: optimizer steps; None trains until the batches end.
@@ -116,6 +117,8 @@ class TrainSettings(Settings):
         execution: where the terms run, as for `forward_backward_custom`.
         grad_norm: ask for the norm of each step's gradient, as `optim_step(..., grad_norm=True)` does, and record it
             as the metric `grad_norm`.
+        lag: where `batches` is an async function, the optimizer steps by which the weights that sample a batch are
+            older than those that are trained on it. From 1 on, sampling and training overlap.
     """
 
     steps: Count | None = None
@@ -129,6 +132,7 @@ class TrainSettings(Settings):
     early_stop: Annotated[EarlyStop | None, BeforeValidator(_with_names)] = None
     execution: Literal["client", "auto", "server"] = "client"
     grad_norm: bool = False
+    lag: Times = 0
 
 
 def optimizer_settings(given: object, name: str) -> AdamParams | OptimizerParams:

@@ -20,6 +20,7 @@ const NORMS = /^grad_norm\/|^term\/[^]+\/grad_norm_weighted$/;
 // `names` are those of tinkex_py.runs.scalars; the curves of a `separate` chart have different units.
 export const CHARTS = [
   chart("losses", "Losses", "loss", /^loss\/(total|base)$/),
+  chart("rollouts", "Rollouts", "value", /^rollout\//, { separate: true }),
   chart("evaluation", "Evaluation", "value", /^evaluation\//, { separate: true }),
   chart("contributions", "Contributions", "weight x value", term("contribution")),
   chart("gradient_norms", "Gradient norms", "L2 norm", NORMS, { log: true }),
