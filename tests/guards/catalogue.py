@@ -317,4 +317,48 @@ GUARDS = (
         "return weighted.sum() / (tokens or 1.0), metrics",
         "objectives/test_total.py::test_the_pipeline_of_a_step_has_the_totals_of_the_step",
     ),
+    # Recipes of the official SDK
+    guard(
+        "A folder that cannot be written does not hide at the end of a recipe",
+        "integrations/recipe_record.py",
+        "                    self._error = error",
+        "                    del error",
+        "integrations/test_tinker.py::test_an_official_program_with_regularizers",
+    ),
+    # Objectives
+    guard(
+        "A multiplier moves on the mean over all calls of an optimizer step",
+        "losses/output.py",
+        "math.fsum(count * call.violation for count, call in zip(counts, calls, strict=True)) / total",
+        "math.fsum(call.violation for call in calls) / len(calls)",
+        "losses/test_constraints.py::test_four_and_twelve_datums_move_a_multiplier_like_sixteen",
+    ),
+    guard(
+        "The linter notices that cutting a batch changes the gradient",
+        "lint/batch_rules.py",
+        "share is not None and abs(share - 1.0) < _EQUAL for share in shares",
+        "share is not None for share in shares",
+        "lint/test_lint.py::test_planted_mistakes_are_found_by_the_rule_meant_for_them",
+    ),
+    guard(
+        "The linter knows a surrogate from a wrong gradient",
+        "lint/gradient_rules.py",
+        "if subject.surrogate is not None or not subject.at.norm:",
+        "if not subject.at.norm:",
+        "lint/test_lint.py::test_ready_made_terms_have_no_findings",
+    ),
+    guard(
+        "The text of a pipeline imports nothing but ready-made terms",
+        "portable.py",
+        "        if own_term is None:\n",
+        "        own_term = own_term or (lambda name, where: __import__(name.partition(':')[0]))\n        if False:\n",
+        "test_portable.py::test_text_of_others_is_refused",
+    ),
+    guard(
+        "The fingerprint of an objective depends on nothing but the objective",
+        "portable.py",
+        "for name, value in spec.items() if name not in _LIMITS}",
+        "for name, value in spec.items()}",
+        "test_portable.py::test_what_the_fingerprint_ignores",
+    ),
 )

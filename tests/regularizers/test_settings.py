@@ -216,3 +216,17 @@ def test_terms_are_values():
     assert len({L1(), L1(), L2()}) == 2
     with pytest.raises(AttributeError):
         L1().reduction = "mean"  # type: ignore[misc]
+
+
+def test_every_setting_counts_in_the_equality_of_terms():
+    own, other = torch.zeros(2), torch.zeros(2)
+    different = [
+        *(DPO(reference_field=field, beta=beta) for field in ("a", "b") for beta in (0.1, 0.2)),
+        *(KTO(reference_field="a", desirable_weight=weight) for weight in (1.0, 2.0)),
+        *(KLDivergence(reference=tensor) for tensor in (own, other)),
+        *(GradientPenalty(fn=fn, target_norm=norm) for fn in (L2(), L1()) for norm in (0.5, 1.0)),
+    ]
+    assert len(set(different)) == len(different)
+    assert DPO(reference_field="a") == DPO(reference_field="a")
+    assert KLDivergence(reference=own) == KLDivergence(reference=own)
+    assert GradientPenalty(fn=L2()) == GradientPenalty(fn=L2())

@@ -112,6 +112,7 @@ async def test_the_same_run_resumes_and_has_fingerprints(tmp_path: Path) -> None
     info = read_run(tmp_path / "cut")
     assert set(info.fingerprints) == {"the base loss", "regularizer 'own'", "the optimizer"}
     assert None not in info.fingerprints.values()
+    assert info.objective is None  # one of its terms is a function
     assert info.changes == ()
     assert len({step.batches for step in read_steps(tmp_path / "cut")}) == 4
 

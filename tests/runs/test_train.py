@@ -57,6 +57,7 @@ async def test_the_numbers_are_those_of_a_plain_loop(bench: Any, tmp_path: Path,
     assert all((step.datums, step.tokens) == (2 * accumulate, 10 * accumulate) for step in steps)
     assert all(step.seconds > 0 and step.queue_seconds == 0 for step in steps)
     assert run.last == steps[-1]
+    assert run.info.objective == pipeline().fingerprint
     assert all(output.service_output is None for output in run.last.losses)
     assert run.info == read_run(tmp_path)
     assert (run.info.status, run.info.reason, run.info.model) == ("finished", None, "tiny")

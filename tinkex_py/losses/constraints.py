@@ -139,13 +139,18 @@ class DualAscent(Constraint):
         maximum: float = 100.0,
     ) -> None:
         super().__init__(at_most=at_most, at_least=at_least, initial=initial, maximum=maximum)
-        chosen = 0.1 / (abs(self.bound) or 1.0) if rate is None else rate
+        chosen = default_rate(self.bound) if rate is None else rate
         self.rate = checked_number("DualAscent", "rate", chosen, above=0.0)
 
     def next_multiplier(self, name: str, multiplier: float, violation: float) -> float:
         """Implements `Constraint.next_multiplier`."""
         del name
         return max(0.0, multiplier + self.rate * violation)
+
+
+def default_rate(bound: float) -> float:
+    """Returns the step size of `DualAscent` for a bound."""
+    return 0.1 / (abs(bound) or 1.0)
 
 
 class LogDualAscent(Constraint):

@@ -46,7 +46,7 @@ class PipelineOptions(TypedDict, total=False):
     combine: Combine
 
 
-class _Values(BaseModel):
+class OptionValues(BaseModel):
     """The values of `PipelineOptions`, checked."""
 
     model_config = ConfigDict(strict=True)
@@ -60,7 +60,7 @@ class _Values(BaseModel):
     combine: Combine = "sum"
 
 
-DEFAULTS: Mapping[str, Any] = MappingProxyType(_Values().model_dump())
+DEFAULTS: Mapping[str, Any] = MappingProxyType(OptionValues().model_dump())
 """Default values of all options."""
 
 TERM_DEFAULTS: Mapping[str, Any] = MappingProxyType({name: DEFAULTS[name] for name in DEFAULTS if name != "combine"})
@@ -83,7 +83,7 @@ def checked_options(given: Mapping[str, Any], *, of: str, defaults: Mapping[str,
         if name not in defaults:
             raise TypeError(f"{of} got an unexpected keyword argument {name!r}")
     try:
-        return _Values(**given).model_dump()
+        return OptionValues(**given).model_dump()
     except ValidationError as error:
         raise PipelineError(f"option {first_problem(error)}") from None
 

@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import json
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
@@ -98,6 +100,38 @@ class Pipeline:
     def options(self) -> dict[str, Any]:
         """The current options by name."""
         return {name: getattr(self, name) for name in DEFAULTS}
+
+    def to_json(self) -> str:
+        """Returns the pipeline as text, which `from_json` reads: terms, weights, bounds, controllers and options.
+
+        The form is that of the section `loss` of a configuration file. Settings that have their default are left out,
+        and so is the state of controllers, which `state_dict` returns.
+
+        Raises:
+            InvalidSpec: a part is not data, such as a function, a term of your own or a tensor.
+        """
+        return json.dumps(_portable().form_of(self), indent=2, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Pipeline":
+        """Creates the pipeline that `to_json` wrote. Only ready-made terms can be named: nothing else is imported.
+
+        Raises:
+            InvalidSpec: the text is no JSON, or a name or a setting in it is invalid.
+            PipelineError: an option is out of range.
+        """
+        return _portable().pipeline_from_json(text)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that identify the objective: equal for equal terms, weights, bounds and combiner.
+
+        Neither options that only limit the evaluation, such as timeouts, nor the state of controllers take part.
+
+        Raises:
+            InvalidSpec: as for `to_json`.
+        """
+        return _portable().fingerprint_of(self)
 
     def _repr_html_(self) -> str:
         facts: list[tuple[str, Mapping[str, object]]] = [("base loss", {"fn": described_term(self._base_loss)})]
@@ -351,3 +385,8 @@ class Pipeline:
 def _named(name: str) -> Term:
     """Returns a ready-made base loss; they are in a package above this one, which is loaded only for a name."""
     return importlib.import_module("tinkex_py.base_losses.named").base_loss_named(name)
+
+
+def _portable() -> ModuleType:
+    """Returns the module that reads and writes pipelines; it is above this package, like the ready-made terms."""
+    return importlib.import_module("tinkex_py.portable")

@@ -18,7 +18,7 @@ from tinkex_py.types import Datum
 from tinkex_py.values import Integer
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class GradientPenalty(ReadyMadeTerm):
     """Pulls the norm of another term's gradient to a target: `(||g|| - target_norm)**2` for each datum.
 

@@ -2,60 +2,27 @@
 
 import hashlib
 import importlib
-import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, JsonValue, ValidationError
 
-from tinkex_py.arguments import as_number, check_path
-from tinkex_py.errors import ConfigError, did_you_mean
-from tinkex_py.losses.options import Combine
+from tinkex_py import portable
+from tinkex_py.arguments import check_path
+from tinkex_py.errors import ConfigError, InvalidSpec
+from tinkex_py.portable import LossSection, NumberOrMapping, Section, made, schedule_of
 from tinkex_py.runs.settings import Count, Times, TrainSettings
 from tinkex_py.runs.yaml_file import read_yaml, with_overrides
 from tinkex_py.types import AdamParams
 from tinkex_py.values import Integer, UserPath, problems_of
 
 if TYPE_CHECKING:
-    from tinkex_py.losses import Pipeline, RegularizerSpec
-    from tinkex_py.losses.weights import Schedule, Weight
+    from tinkex_py.losses import Pipeline
+    from tinkex_py.losses.weights import Schedule
     from tinkex_py.runs.plan import Optimizer
-
-_SCHEDULES = ("Constant", "Linear", "Cosine", "WarmUp", "Piecewise")
-_CONTROLLERS = (
-    "AdaptiveKL",
-    "AdaptiveEntropy",
-    "TargetGradientRatio",
-    "GradNormBalance",
-    "DWA",
-    "UncertaintyWeighting",
-    "FAMO",
-    "DualAscent",
-    "LogDualAscent",
-    "PIDMultiplier",
-)
-
-
-def _number_or_mapping(value: object) -> object:
-    if isinstance(value, dict):
-        return cast("object", value)
-    number = as_number(value)
-    if number is None:
-        raise PydanticCustomError("weight", "must be a number, or settings such as {schedule: Linear, ...}")
-    return number
-
-
-NumberOrMapping = Annotated[float | dict[str, Any], BeforeValidator(_number_or_mapping)]
-
-
-class Section(BaseModel):
-    """A part of the file; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSection(Section):
@@ -75,38 +42,6 @@ class DataSection(Section):
     reference_logprobs: bool = False
     held_out: UserPath | None = None
     samples: Times = 0
-
-
-class TermSection(Section):
-    """A term and its settings.
-
-    The term is the class of a ready-made one, such as `NLL`, the name of a base loss, such as `ppo`, or `module:name`
-    of a custom one.
-    """
-
-    term: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-class RegularizerSection(TermSection):
-    """A regularizer; further keys are fields of `RegularizerSpec`, such as `name` and `timeout`.
-
-    The weight is a number, `{schedule: Linear, ...}` or `{controller: AdaptiveKL, ...}` with its settings. Instead of
-    it, `at_most` or `at_least` is a bound.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    weight: NumberOrMapping | None = None
-
-
-class LossSection(Section):
-    """The arguments of `Pipeline`."""
-
-    base: TermSection = TermSection(term="NLL", options={"reduction": "token-mean"})
-    regularizers: tuple[RegularizerSection, ...] = ()
-    track_grad_norms: bool = False
-    combine: Combine = "sum"
 
 
 class OptimizerSection(Section):
@@ -190,51 +125,10 @@ def pipeline_of(loss: LossSection) -> "Pipeline":
     Raises:
         ConfigError: naming the invalid part.
     """
-    from tinkex_py.losses import Pipeline
-
-    base, options = _term(loss.base, "loss.base")
-    if options:
-        raise ConfigError(f"loss.base: {loss.base.term} is a function, which takes no options here: remove options")
-    specs = [_regularizer(section, f"loss.regularizers.{at}") for at, section in enumerate(loss.regularizers)]
-    return Pipeline(base, specs, track_grad_norms=loss.track_grad_norms, combine=loss.combine)
-
-
-def _regularizer(section: RegularizerSection, where: str) -> "RegularizerSpec":
-    from tinkex_py.losses import RegularizerSpec
-
-    fn, options = _term(section, where)
-    weight = _weight(section.weight, f"{where}.weight")
-    fields = {"fn": fn, "weight": weight, "options": options, **(section.model_extra or {})}
-    return _made(RegularizerSpec, fields, where)
-
-
-def _term(section: TermSection, where: str) -> tuple[Any, dict[str, Any]]:
-    """Returns the term, and the options that its constructor did not take."""
-    if ":" in section.term:
-        found = named_object(section.term, f"{where}.term")
-        if not isinstance(found, type):
-            return found, section.options
-        return _made(found, section.options, where), {}
-    known = _ready_made()
-    if section.term not in known:
-        hint = did_you_mean(section.term, reversed(list(known)))  # of two spellings that of the class
-        raise ConfigError(
-            f"{where}.term: no term is named {section.term!r}{hint}; use one of {', '.join(known)}, or module:name"
-        )
-    cls, settings = known[section.term]
-    return _made(cls, {**settings, **section.options}, where), {}
-
-
-def _ready_made() -> dict[str, tuple[type[Any], Mapping[str, Any]]]:
-    """Returns the ready-made terms by class and the base losses by name, with the settings of the name."""
-    from tinkex_py import base_losses, regularizers
-    from tinkex_py.base_losses.named import named_losses
-    from tinkex_py.terms.ready_made import ReadyMadeTerm
-
-    found: list[object] = [getattr(module, name) for module in (base_losses, regularizers) for name in dir(module)]
-    terms = [cls for cls in found if isinstance(cls, type) and issubclass(cls, ReadyMadeTerm)]
-    named = {name: (loss.cls, loss.settings) for name, loss in named_losses().items()}
-    return {**{cls.__name__: (cls, dict[str, Any]()) for cls in terms}, **named}
+    try:
+        return portable.pipeline_of(loss, lambda reference, where: named_object(reference, f"loss.{where}"))
+    except InvalidSpec as error:
+        raise ConfigError(f"loss.{error}") from error
 
 
 def optimizer_of(section: OptimizerSection) -> "Optimizer":
@@ -244,54 +138,12 @@ def optimizer_of(section: OptimizerSection) -> "Optimizer":
         ConfigError: naming the invalid setting.
     """
     rate, settings = section.learning_rate, section.model_extra or {}
-    if not isinstance(rate, dict):
-        return _made(AdamParams, {"learning_rate": rate, **settings}, "optimizer")
-    return ScheduledAdam(_made(AdamParams, settings, "optimizer"), _schedule(rate, "optimizer.learning_rate"))
-
-
-def _weight(given: float | dict[str, Any] | None, where: str) -> "Weight | None":
-    from tinkex_py.losses import controllers
-
-    if not isinstance(given, dict):
-        return given
-    if "controller" in given:
-        return _chosen(given, "controller", controllers, _CONTROLLERS, where)
-    return _schedule(given, where)
-
-
-def _schedule(given: Mapping[str, Any], where: str) -> "Schedule":
-    from tinkex_py.losses import schedules
-
-    settings = dict(given)
-    if isinstance(settings.get("then"), dict):  # the schedule after a warm-up
-        settings["then"] = _schedule(settings["then"], f"{where}.then")
-    return _chosen(settings, "schedule", schedules, _SCHEDULES, where)
-
-
-def _chosen(given: Mapping[str, Any], key: str, module: object, names: tuple[str, ...], where: str) -> Any:
-    name = given.get(key)
-    if name not in names:
-        raise ConfigError(f"{where}: {key} must be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}")
-    settings = {setting: value for setting, value in given.items() if setting != key}
-    return _made(getattr(module, str(name)), settings, where)
-
-
-def _made(kind: type[Any], settings: Mapping[str, Any], where: str) -> Any:
     try:
-        return kind(**settings)
-    except (TypeError, ValueError) as error:
-        hint = _hint(kind, settings)
-        reason = str(error).removeprefix(f"{kind.__name__}: ")
-        raise ConfigError(f"{where}: {kind.__name__}: {reason}{hint}") from error
-
-
-def _hint(kind: type[Any], settings: Mapping[str, Any]) -> str:
-    try:
-        known = inspect.signature(kind).parameters
-    except ValueError:  # some classes of C have none
-        return ""
-    unknown = [name for name in settings if name not in known]
-    return did_you_mean(unknown[0], known) if unknown else ""
+        if not isinstance(rate, dict):
+            return made(AdamParams, {"learning_rate": rate, **settings}, "optimizer")
+        return ScheduledAdam(made(AdamParams, settings, "optimizer"), schedule_of(rate, "optimizer.learning_rate"))
+    except InvalidSpec as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import JsonValue
 
 from tinkex_py.client.service import AsyncServiceClient
 from tinkex_py.client.training import AsyncTrainingClient
+from tinkex_py.errors import InvalidSpec
 from tinkex_py.runs.accumulation import has_means
 from tinkex_py.runs.fingerprints import are_comparable, fingerprint
 from tinkex_py.runs.records import RunInfo, flattened
@@ -52,7 +53,7 @@ class Plan:
             "config": dict(self.config),
             "settings": self.settings.model_dump(),
             "optimizer": _code_name(optimizer) if callable(optimizer) else optimizer.on_the_wire(),
-            "pipeline": _pipeline_description(self.pipeline),
+            "pipeline": described_pipeline(self.pipeline),
         }
         if self.settings.accumulate > 1 and has_means(self.pipeline):
             # Earlier versions added up the means of the calls: the gradients were larger.
@@ -73,6 +74,13 @@ class Plan:
         if callable(self.optimizer):
             parts["the optimizer"] = self.optimizer
         return {name: fingerprint(part) for name, part in parts.items()}
+
+    def objective(self) -> str | None:
+        """Returns the fingerprint of the loss; None if a part of it is code."""
+        try:
+            return self.pipeline.fingerprint
+        except InvalidSpec:
+            return None
 
     def optimizer_params(self, made: int) -> AdamParams | OptimizerParams:
         """Returns the optimizer's settings after `made` steps.
@@ -145,7 +153,8 @@ def _shown(values: Mapping[str, JsonValue], name: str) -> str:
     return repr(values[name]) if name in values else "not set"
 
 
-def _pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
+def described_pipeline(pipeline: "Pipeline") -> dict[str, JsonValue]:
+    """Returns the terms and options of a pipeline as JSON."""
     from tinkex_py.losses.recording import term_fields
 
     regularizers: dict[str, JsonValue] = {

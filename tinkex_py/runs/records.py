@@ -50,6 +50,7 @@ class RunInfo(Record):
         seed: `seed` of the `config=` that `train` was called with; None without one.
         fingerprints: of the code and captured values of the loss and the optimizer, by their names; None where there is
             no fingerprint. Empty in runs of older versions.
+        objective: `Pipeline.fingerprint` of the loss; None if a part of it is code.
         changes: what was changed on purpose.
         batches_ahead: fingerprints, by position, of batches read after the last checkpoint; a resumed run reads
             them again.
@@ -67,6 +68,7 @@ class RunInfo(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int | None = None
     fingerprints: dict[str, str | None] = Field(default_factory=dict)
+    objective: str | None = None
     changes: tuple[Change, ...] = ()
     batches_ahead: dict[int, str] = Field(default_factory=dict[int, str])
     certificate: str | None = None

@@ -3,7 +3,7 @@
 import inspect
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self, cast
 
 import torch
@@ -37,6 +37,18 @@ class ReferenceTerm(ReducedTerm):
 
     reference: Reference | None = field(default=None, repr=False)
     reference_field: NonEmptyStr | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Compares all settings. A reference that is a tensor equals only itself."""
+        return isinstance(other, ReferenceTerm) and type(self) is type(other) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        """Hash that is consistent with equality."""
+        return hash(self._compared())
+
+    def _compared(self) -> tuple[object, ...]:
+        reference = id(self.reference) if isinstance(self.reference, torch.Tensor) else self.reference
+        return reference, *(getattr(self, one.name) for one in fields(self) if one.name != "reference")
 
     def check(self) -> None:
         """Raises InvalidSpec unless exactly one usable reference is given."""
