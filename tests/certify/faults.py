@@ -238,6 +238,12 @@ FAULTS: Mapping[str, Fault] = {
         changing(lambda numbers: [part * (np.arange(len(part)) < len(part) - 1) for part in numbers]),
         "every position counts",
     ),
+    "candidates after the first dropped": Fault(
+        changing(
+            lambda numbers: [part * (np.arange(part.shape[-1]) < 1) if part.ndim == 2 else part for part in numbers]
+        ),
+        "[T, K]",
+    ),
     "gradients not accumulated": Fault(not_accumulated, "accumulation"),
     "eps ignored": Fault(with_settings(eps=1e-12), "optimizer", state="note"),
     "norm of gradients clipped": Fault(with_settings(grad_clip_norm=1.0), "clipping", state="note"),

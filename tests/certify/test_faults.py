@@ -5,6 +5,7 @@ import pytest
 from tests.certify.conftest import caught_of, engine_of
 from tests.certify.faults import FAULTS, changing, half_precision, limited_settings
 from tests.client.data import datum, nll
+from tinkex_py.local import wire_format
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -49,6 +50,23 @@ async def test_a_service_without_faults_passes_with_errors_near_its_noise(embedd
     (cost,) = costs
     assert created <= cost.models
     assert cost.at_once == 2
+
+
+@pytest.mark.asyncio
+async def test_sparse_targets_are_compared_too(embedded, monkeypatch):
+    """A service that reads the columns of sparse targets in reverse."""
+    dense = wire_format._dense
+
+    def reversed_columns(where, values, rows, columns, shape, room):
+        return dense(where, values, rows, columns, shape, room)[:, ::-1].copy()
+
+    monkeypatch.setattr(wire_format, "_dense", reversed_columns)
+    async with embedded() as service:
+        certificate = await service.certify_gradients(rank=4, surrogates=["cross_entropy"])
+    found = certificate.measurements[0].checks[-1]
+    assert (found.name, found.state) == ("[T, K]", "fail")
+    dense_error, sparse_error = (float(part.split()[1]) for part in found.detail.split(", "))
+    assert dense_error < found.bound < sparse_error == pytest.approx(found.error, rel=0.1)
 
 
 @pytest.mark.asyncio

@@ -1,6 +1,7 @@
 """A custom step compares the logprobs of its backward pass with those of its forward pass."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests.client.data import datum, nll
 from tests.client.normalizing import LINEAR, rewriting
 from tests.client.recorder import Recorder, http_client
 from tests.support.layers import innermost
+from tinkex_py import InvalidResponse
 from tinkex_py.transport import wire
 
 DATA = [datum(length, 5) for length in (3, 5)]
@@ -63,6 +65,38 @@ async def test_the_differences_are_reported_and_large_ones_warn(differences, set
     assert [warning.category for warning in caught] == [UserWarning] * warns
     if warns:
         assert str(caught[0].message).startswith("the logprobs of a custom step's backward pass differ")
+
+
+def padded(lengths: Sequence[int]) -> Any:
+    """Pads the logprobs of `DATA`, whose lengths are 3 and 5, to other lengths."""
+
+    def change(message: wire.ForwardBackwardOutput) -> None:
+        field = message.loss_fn_outputs[0].fields["logprobs"]
+        rows = np.split(np.frombuffer(field.data, "<f4"), [3])
+        long = [
+            np.pad(row, (0, length - len(row)), constant_values=-7.0) for row, length in zip(rows, lengths, strict=True)
+        ]
+        field.data = np.concatenate(long).tobytes()
+        field.offsets = np.cumsum([0, *(4 * length for length in lengths)]).tobytes()
+
+    return change
+
+
+@pytest.mark.asyncio
+async def test_padding_to_the_longest_datum_is_cut():
+    async with http_client() as (service, recorder):
+        outputs = []
+        for change in (None, padded([5, 5])):
+            if change is not None:
+                recorder.always["retrieve_future"] = rewriting(change)
+            training = await service.create_lora_training_client("tiny", rank=4, seed=1)
+            outputs.append(await training.forward_backward_custom(DATA, nll))
+        assert outputs[1].loss_total == outputs[0].loss_total
+        assert outputs[1].logprob_difference_largest == 0.0
+        recorder.always["retrieve_future"] = rewriting(padded([6, 6]))
+        training = await service.create_lora_training_client("tiny", rank=4, seed=1)
+        with pytest.raises(InvalidResponse, match=r"datum 0 have shape \(6,\), its target_tokens \(3,\)"):
+            await training.forward_backward_custom(DATA, nll)
 
 
 @pytest.mark.asyncio

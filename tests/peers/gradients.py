@@ -92,9 +92,10 @@ class Gradients:
             await training.forward_backward_custom(data, loss, sequences_per_step=count)
         kind, _, where = self.view.partition(":")
         stored = norm_in_files(Path(where), training.model_id) if kind == "folder" else 0.0
-        step = await training.optim_step(LINEAR if kind == "step" else SMALL)
+        params = LINEAR if kind == "step" else SMALL
+        step = await training.optim_step(params, grad_norm=kind == "metric")
         change = await loss_of(training, everything) - before
-        sizes = {"metric": (step.metrics or {}).get(where, 0.0), "folder": stored, "step": -change}
+        sizes = {"metric": step.grad_norm or 0.0, "folder": stored, "step": -change}
         return Measured(sizes[kind], change)
 
     async def problems(self) -> list[str]:

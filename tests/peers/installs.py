@@ -138,3 +138,18 @@ HATCHERY = Install(
         ("--no-deps", "--ignore-requires-python", "hatchery-core==0.3.0"),
     ),
 )
+TWINKLE = Install(
+    "venv-twinkle",
+    "twinkle-kit",
+    "0.5.1",
+    (
+        (TORCH,),
+        # What it declares, and what the modules of its server import: Ray, and the types of the official SDK.
+        (
+            *("numpy>=2.0.0,<2.3.0", "datasets==4.8.4", "omegaconf==2.4.0", "fastapi", "uvicorn", "safetensors"),
+            *("modelscope[framework]==1.40.2", "peft==0.19.0", "transformers==5.24.0", "typer>=0.9.0", "pyzmq"),
+            *("accelerate==1.15.0", "ray[serve]==2.60.0", "tinker==0.16.1"),
+        ),
+        ("--no-deps", "twinkle-kit==0.5.1"),
+    ),
+)

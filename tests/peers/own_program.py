@@ -46,12 +46,13 @@ FEATURES = {
     "compute_logprobs": "sampling",
     "topk_prompt_logprobs": "(topk_prompt_logprobs|sampling[.])",
     "concurrent samplers": "sampling",
-    "save_weights_for_sampler, sample by path": "sampling",
+    "save_weights_for_sampler, sample by path": "(sampling|save_weights_for_sampler)",
     "sample from the base model": "sampling",
     "list training runs": "listing training runs",
+    "list checkpoints of a run": "listing checkpoints",
     "list all checkpoints": "listing the checkpoints of all runs",
     "list sessions": "listing sessions",
-    "checkpoint archive URL": "checkpoints as archives",
+    "checkpoint archive URL": "(checkpoints as archives|save_weights_for_sampler)",
 }
 
 

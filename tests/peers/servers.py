@@ -1,4 +1,4 @@
-"""The servers of the conformance runs: this package's embedded service, SkyRL, TuFT and hatchery-core.
+"""The servers of the conformance runs: this package's embedded service, SkyRL, TuFT, hatchery-core, Twinkle, open-rl.
 
 Each function is a context manager that starts one server in a folder and yields a `Peer`. The other projects' servers
 run on the CPU with a tiny random model; the shims below work around what they expect of a GPU or of a newer Python.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.peers.installs import COOKBOOK, HATCHERY, ROOT, TUFT, Install
+from tests.peers.installs import COOKBOOK, HATCHERY, ROOT, TUFT, TWINKLE, Install
 from tests.peers.process import free_port, responds, running
 from tests.peers.tiny_model import ensure_tiny_model
 from tests.support.served import serving
@@ -236,3 +236,33 @@ def hatchery(folder: Path) -> Iterator[Peer]:
         yield Peer(
             address, "tml-dummy", str(folder / MODEL), f"hatchery-core {HATCHERY.version}", f"folder:{folder / 'state'}"
         )
+
+
+# Twinkle's model class, and open-rl's way of its passes, behind routes of ours
+
+
+@contextmanager
+def twinkle(folder: Path) -> Iterator[Peer]:
+    environment = {**prepare(TWINKLE, folder), "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
+    with _thin(TWINKLE.python, folder, environment, "twinkle") as address:
+        yield Peer(address, "tml-any", MODEL, f"twinkle-kit {TWINKLE.version}, its model class", "metric:grad_norm")
+
+
+@contextmanager
+def open_rl(folder: Path) -> Iterator[Peer]:
+    python = Path(sys.executable)
+    ensure_tiny_model(python, folder / MODEL)
+    with _thin(python, folder, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, "open-rl") as address:
+        yield Peer(
+            address, "tml-any", MODEL, "open-rl's way of its passes (2026-11), torch and peft", "metric:grad_norm"
+        )
+
+
+@contextmanager
+def _thin(python: Path, folder: Path, environment: Mapping[str, str], kind: str) -> Iterator[str]:
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    program = str(Path(__file__).with_name("thin_server.py"))
+    command = [str(python), program, str(port), str(folder), kind]
+    with running(command, folder, environment, lambda: responds(f"{address}/api/v1/healthz")):
+        yield address

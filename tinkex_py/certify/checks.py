@@ -15,6 +15,7 @@ from tinkex_py.certify.probes import (
     ProbeResponse,
     Probes,
     Step,
+    apart,
     candidates,
     many_batch,
     pattern,
@@ -389,19 +390,26 @@ async def accumulation(measured: Measured) -> GradientCheck:
 
 
 async def targets_with_candidates(measured: Measured) -> GradientCheck:
-    """Compares a datum with targets `[T, K]` with one datum per column."""
+    """Compares a datum with targets `[T, K]`, dense and sparse, with one datum per column."""
     name = "[T, K]"
-    datum, columns = candidates()
-    gradient = measured.size * pattern(CANDIDATES * datum.model_input.length)
+    forms, columns = candidates()
+    gradient = measured.size * pattern(CANDIDATES * LENGTHS[-1])
     by_column = gradient.reshape(-1, CANDIDATES).T.reshape(-1)
-    try:
-        matrix, separate = await together(
-            measured.probes.odd([Call([datum], gradient)], columns, measured.step),
-            measured.probes.odd([Call(columns.data, by_column)], columns, measured.step),
-        )
-    except (*REFUSED, UnsupportedFeature):
+    separate = await measured.probes.odd([Call(columns.data, by_column)], columns, measured.step)
+    checks: dict[str, GradientCheck] = {}
+    for form, datum in forms.items():
+        try:
+            matrix = await measured.probes.odd([Call([datum], gradient)], columns, measured.step)
+        except (*REFUSED, UnsupportedFeature):
+            continue
+        checks[form] = measured.compared(name, matrix, separate)
+    if not checks:
         return GradientCheck(name=name, state="not measurable", detail="targets of [T, K] are not supported")
-    return measured.compared(name, matrix, separate)
+    detail = ", ".join(
+        f"{form} {checks[form].error or 0.0:.1e}" if form in checks else f"{form} not supported" for form in forms
+    )
+    worst = max(checks.values(), key=lambda check: check.error or 0.0)
+    return worst.model_copy(update={"detail": detail})
 
 
 CHECKS: Sequence[Check] = (
@@ -434,14 +442,6 @@ async def checked(measured: Measured) -> list[GradientCheck]:
         if state == "fail" or (state == "not measurable" and check in _FOUNDATIONS and not measured.is_fixed):
             break
     return done
-
-
-def apart(found: Array, expected: Array) -> float:
-    """Returns the distance of two responses, relative to the larger one; 1 if it is not a number."""
-    size = max(float(np.linalg.norm(found)), float(np.linalg.norm(expected)))
-    distance = float(np.linalg.norm(found - expected))
-    relative = distance / size if size else 0.0
-    return relative if np.isfinite(relative) else 1.0
 
 
 def _known(response: ProbeResponse | None) -> ProbeResponse:

@@ -16,7 +16,7 @@ from tinkex_py.threads import in_own_thread
 from tinkex_py.version import __version__
 
 # Models of all checks of one surrogate; four of them make steps on the larger batch.
-_MODELS = 72
+_MODELS = 74
 _PASSES_OF_A_MODEL = 4
 _UNUSABLE = (*REFUSED, InvalidResponse, PipelineError, UnsupportedFeature)
 

@@ -12,7 +12,7 @@ from tinkex_py.certify.models import Batch, ThrowawayModels, logprobs_of
 from tinkex_py.client.surrogate import SurrogateName
 from tinkex_py.client.training import AsyncTrainingClient
 from tinkex_py.errors import BadRequest, RequestFailed, Unprocessable
-from tinkex_py.types import AdamParams, Datum, ModelInput
+from tinkex_py.types import AdamParams, Datum, ModelInput, TensorData
 from tinkex_py.types.tensors import Array
 
 Value = TypeVar("Value")
@@ -143,6 +143,14 @@ async def together(*work: Awaitable[Value]) -> list[Value]:
     return [result for result in results if not isinstance(result, BaseException)]
 
 
+def apart(found: Array, expected: Array) -> float:
+    """Returns the distance of two responses, relative to the larger one; 1 if it is not a number."""
+    size = max(float(np.linalg.norm(found)), float(np.linalg.norm(expected)))
+    distance = float(np.linalg.norm(found - expected))
+    relative = distance / size if size else 0.0
+    return relative if np.isfinite(relative) else 1.0
+
+
 def small_batch() -> Batch:
     """Returns four datums of unequal lengths; two are the beginnings of the others, so that they move each other."""
     return Batch("small", tuple(_datum(length, index // 2) for index, length in enumerate(LENGTHS)))
@@ -153,13 +161,22 @@ def many_batch() -> Batch:
     return Batch("many", tuple(_datum(length, 100 + seed) for seed, length in enumerate(MANY_LENGTHS)))
 
 
-def candidates() -> tuple[Datum, Batch]:
-    """Returns a datum with targets `[T, 2]`, and the two datums with one of its columns each."""
+def candidates() -> tuple[dict[str, Datum], Batch]:
+    """Returns a datum with targets `[T, 2]`, dense and sparse, and the two datums with one of its columns each."""
     plain = _datum(LENGTHS[-1], 200)
     targets = np.stack([plain.loss_fn_inputs["target_tokens"].to_numpy(), _tokens(LENGTHS[-1], 201)], axis=1)
     columns = [Datum(model_input=plain.model_input, loss_fn_inputs={"target_tokens": column}) for column in targets.T]
-    matrix = Datum(model_input=plain.model_input, loss_fn_inputs={"target_tokens": targets})
-    return matrix, Batch("columns", tuple(columns))
+    sparse = TensorData(
+        data=targets.reshape(-1),
+        shape=targets.shape,
+        sparse_crow_indices=np.arange(0, targets.size + 1, CANDIDATES),
+        sparse_col_indices=np.tile(np.arange(CANDIDATES), LENGTHS[-1]),
+    )
+    forms = {
+        name: Datum(model_input=plain.model_input, loss_fn_inputs={"target_tokens": form})
+        for name, form in {"dense": targets, "sparse": sparse}.items()
+    }
+    return forms, Batch("columns", tuple(columns))
 
 
 def pattern(size: int) -> Array:

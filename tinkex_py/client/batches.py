@@ -283,6 +283,26 @@ def _bytes_stored(tensor: TensorData) -> int:
     return tensor.data.nbytes + (0 if crow is None or col is None else crow.nbytes + col.nbytes)
 
 
+def without_padding(output: ForwardBackwardOutput, data: Sequence[Datum]) -> ForwardBackwardOutput:
+    """Cuts logprobs that the service has padded to the length of a longer datum of the request.
+
+    Args:
+        output: the result of the request; returned as it is where anything else is wrong with its shapes.
+        data: the datums of the request.
+    """
+    logprobs = output.packed.get("logprobs")
+    if logprobs is None or len(logprobs) != len(data):
+        return output
+    found, expected = logprobs.shapes, [(datum.model_input.length,) for datum in data]
+    if found == expected or len(set(found)) != 1 or found[0] != max(expected):
+        return output
+    targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data]
+    if any(own is None or own.shape != shape for own, shape in zip(targets, expected, strict=True)):
+        return output
+    rows = [logprobs.datum(index)[:length] for index, (length,) in enumerate(expected)]
+    return output.model_copy(update={"packed": {**output.packed, "logprobs": PackedTensor.from_arrays(rows)}})
+
+
 def merge_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
     """Merges the results of the chunks of one call, in chunk order."""
     if len(outputs) == 1:

@@ -150,7 +150,9 @@ class CustomStep:
             sequences = self.sequences_per_step if surrogate.divides == "sequences" else None
             check_splittable(data, surrogates.host, sequences)
             data = one_target_each(data)
-        batch = await self._laid_out(model, data, measured=surrogate is None)
+        # Services that need another loss may read weights as a mask, and return no logprob where one is 0.
+        weighted = surrogate is None or surrogate.loss_fn != "cross_entropy"
+        batch = await self._laid_out(model, data, weighted=weighted)
         forward = await turn.send(Pass(model, batch.chunks, keep_graph=True), last=False, early=self.overlap)
         if surrogate is None:
             logprobs = logprobs_of(forward, data, model.session.surrogates.host)
@@ -158,10 +160,10 @@ class CustomStep:
             surrogate = surrogates.learn(forward, logprobs, weights, model.key, certificate)
         return batch, forward, surrogate
 
-    async def _laid_out(self, model: Model, data: Sequence[Datum], *, measured: bool) -> CustomBatch:
+    async def _laid_out(self, model: Model, data: Sequence[Datum], *, weighted: bool) -> CustomBatch:
         def lay_out() -> CustomBatch:
             batch = custom_batch(data, model.session.config)
-            if measured:
+            if weighted:
                 batch.write_weights(measuring_weights(batch.size))
             return batch
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from tinkex_py.client.accumulation import Accumulation, GradientCall
-from tinkex_py.client.batches import check_encodable, check_finite, merge_outputs
+from tinkex_py.client.batches import check_encodable, check_finite, merge_outputs, without_padding
 from tinkex_py.client.ordering import Ordering, Submission
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.session import ClientSession
@@ -236,11 +236,11 @@ class Pass(Submission[ForwardBackwardOutput]):
         start = 0
         for one, chunk in zip(sent, self.chunks, strict=True):
             stop = start + len(chunk.data)
-            results.append(await self._result_of(one, start, stop))
+            results.append(await self._result_of(one, chunk, start, stop))
             start = stop
         return PassOutcome(results)
 
-    async def _result_of(self, sent: Sent, start: int, stop: int) -> ChunkResult:
+    async def _result_of(self, sent: Sent, chunk: Chunk, start: int, stop: int) -> ChunkResult:
         if sent.refusal is not None:
             return ChunkResult(start, stop, Effect.MISSING, error=sent.refusal)
         request_type = "Forward" if self.forward_only else "ForwardBackward"
@@ -258,6 +258,14 @@ class Pass(Submission[ForwardBackwardOutput]):
             raise InvalidResponse(
                 f"the result of {request_type} has {output.num_datums} datums, but {stop - start} were sent"
             )
+        logprobs = output.packed.get("logprobs")
+        # Only logprobs of one length can be padded ones.
+        if (
+            logprobs is not None
+            and len(logprobs.offsets) > 2
+            and logprobs.offsets[-1] == ((len(logprobs.offsets) - 1) * logprobs.offsets[1])
+        ):
+            output = without_padding(output, chunk.data)
         return ChunkResult(start, stop, Effect.APPLIED, output)
 
 

@@ -37,10 +37,10 @@ def means_no_endpoint(error: APIStatusError, *, names_nothing: bool) -> bool:
         error: the refusal.
         names_nothing: the path names no run, checkpoint or session, so that 404 can only mean the endpoint.
     """
-    return isinstance(error, MissingEndpoint) or (error.status == 404 and names_nothing) or _has_no_endpoint(error)
+    return (error.status == 404 and names_nothing) or _has_no_endpoint(error)
 
 
 def _has_no_endpoint(error: RequestFailed | APIStatusError) -> bool:
     return isinstance(error, APIStatusError) and (
-        error.status in _NO_SUCH_METHOD or error.code == "unsupported_feature"
+        isinstance(error, MissingEndpoint) or error.status in _NO_SUCH_METHOD or error.code == "unsupported_feature"
     )
