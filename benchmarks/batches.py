@@ -25,8 +25,8 @@ class Batch:
 
     @property
     def name(self) -> str:
-        candidates = f" x K={self.shape[1]}" if len(self.shape) > 1 else ""
-        return f"{self.datums:,} x {self.shape[0]:,}{candidates}"
+        tokens, *candidates = self.shape
+        return f"{self.datums:,} x {tokens:,}" + "".join(f" x K={count}" for count in candidates)
 
     @property
     def logprobs(self) -> int:

@@ -229,7 +229,7 @@ def handler_of(service: ReplayService) -> type[http.server.BaseHTTPRequestHandle
         def do_POST(self) -> None:
             self._reply()
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *_: object) -> None:  # noqa: A002
             pass
 
     return Handler

@@ -7,9 +7,9 @@ TINKER_API_KEY.
 
 import asyncio
 
-from tinkex_py import AdamParams, AsyncServiceClient, Datum, Pipeline, RegularizerSpec
+from tinkex_py import AdamParams, AsyncServiceClient, Pipeline, RegularizerSpec
 from tinkex_py.base_losses import NLL
-from tinkex_py.data import text_datum
+from tinkex_py.data import text_datum, with_reference
 from tinkex_py.regularizers import SampledKL
 
 STEPS = 60
@@ -22,10 +22,8 @@ async def main():
         training = await service.create_lora_training_client(model, rank=4, seed=0)
         datum = text_datum(await training.get_tokenizer(), " Ahoy!\n", prompt="Q: Hello?\nA:", append_end=False)
 
-        # A new adapter does not change the output, so this forward pass is the reference.
-        (before,) = (await training.forward([datum])).loss_fn_outputs
-        fields = {**datum.loss_fn_inputs, "reference_logprobs": before["logprobs"]}
-        data = [Datum(model_input=datum.model_input, loss_fn_inputs=fields)]
+        # A new adapter does not change the output, so the reference is the base model.
+        data = await with_reference(training, [datum])
 
         # These are the data's tokens, not the model's own samples, so the value is a distance on them.
         kl = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
@@ -39,7 +37,7 @@ async def main():
                 training.optim_step(AdamParams(learning_rate=5e-3)),
             )
             term = output.regularizers["kl"]
-            holds = "holds" if term.constraint.feasible else "violated"
+            holds = "holds" if term.constraint and term.constraint.feasible else "violated"
             if step % 4 == 3:
                 print(f"{step + 1:4}  {output.base_loss.value:.3f}  {term.value:.4f}  {term.weight:10.3f}  {holds}")
     print(f"KL at the end: {term.value:.4f}, bound {BOUND}, price {term.weight:.3f}")

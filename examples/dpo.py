@@ -10,8 +10,8 @@ import asyncio
 import torch
 from torch.nn.functional import logsigmoid
 
-from tinkex_py import AdamParams, AsyncServiceClient, Datum, RegularizerSpec, per_datum
-from tinkex_py.data import text_datum
+from tinkex_py import AdamParams, AsyncServiceClient, RegularizerSpec, per_datum
+from tinkex_py.data import text_datum, with_reference
 from tinkex_py.regularizers import SampledKL
 
 STEPS = 12
@@ -38,9 +38,8 @@ def texts():
     return [(prompt, answer) for prompt, *answers in PREFERENCES for answer in answers]
 
 
-def make_datum(tokenizer, prompt, answer, **inputs):
-    datum = text_datum(tokenizer, answer, prompt=f"{prompt}\n", append_end=False)
-    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **inputs})
+def make_datum(tokenizer, prompt, answer):
+    return text_datum(tokenizer, answer, prompt=f"{prompt}\n", append_end=False)
 
 
 async def main():
@@ -48,11 +47,7 @@ async def main():
         model = (await service.get_server_capabilities()).supported_models[0].model_name
         training = await service.create_lora_training_client(model, rank=16, seed=0)
         tokenizer = await training.get_tokenizer()
-        reference = await training.forward([make_datum(tokenizer, *text) for text in texts()])
-        data = [
-            make_datum(tokenizer, *text, reference_logprobs=output["logprobs"])
-            for text, output in zip(texts(), reference.loss_fn_outputs, strict=True)
-        ]
+        data = await with_reference(training, [make_datum(tokenizer, *text) for text in texts()])
         drift = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
         regularizers = [RegularizerSpec(fn=drift, weight=0.01, name="drift")]
         losses = []

@@ -6,9 +6,9 @@ the embedded service, or on TINKER_BASE_URL with TINKER_API_KEY.
 
 import asyncio
 
-from tinkex_py import AdamParams, AsyncServiceClient, Datum, RegularizerSpec
+from tinkex_py import AdamParams, AsyncServiceClient, RegularizerSpec
 from tinkex_py.base_losses import NLL
-from tinkex_py.data import text_datum
+from tinkex_py.data import text_datum, with_reference
 from tinkex_py.losses.controllers import AdaptiveKL
 from tinkex_py.regularizers import SampledKL
 
@@ -21,23 +21,16 @@ PAIRS = [
 ]
 
 
-def make_datum(tokenizer, prompt, answer, **inputs):
-    datum = text_datum(tokenizer, f" {answer}\n", prompt=f"Q: {prompt}\nA:", append_end=False)
-    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **inputs})
+def make_datum(tokenizer, prompt, answer):
+    return text_datum(tokenizer, f" {answer}\n", prompt=f"Q: {prompt}\nA:", append_end=False)
 
 
 async def train(service, model, weight):
     """Trains with this weight of the KL term. Returns (loss, KL, weight) of each step."""
     training = await service.create_lora_training_client(model, rank=16, seed=0)
     tokenizer = await training.get_tokenizer()
-    data = [make_datum(tokenizer, *pair) for pair in PAIRS]
-
-    # A new adapter does not change the output, so this forward pass is the reference.
-    reference = await training.forward(data)
-    data = [
-        make_datum(tokenizer, *pair, reference_logprobs=output["logprobs"])
-        for pair, output in zip(PAIRS, reference.loss_fn_outputs, strict=True)
-    ]
+    # A new adapter does not change the output, so the reference is the base model.
+    data = await with_reference(training, [make_datum(tokenizer, *pair) for pair in PAIRS])
     # These are the data's tokens, not the model's own samples, so the value is a distance on them, not the true KL.
     kl = SampledKL(reference_field="reference_logprobs", estimator="k2", mask="weights", reduction="token-mean")
     regularizers = [RegularizerSpec(fn=kl, weight=weight, name="kl")]

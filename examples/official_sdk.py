@@ -29,6 +29,7 @@ def some_service():
     command = [sys.executable, "-m", "tinkex_py", "serve", "--model", "tiny", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
+            assert server.stdout is not None
             yield server.stdout.readline().removeprefix("Listening on ").strip(), "tml-local"
         finally:
             server.terminate()
@@ -36,10 +37,10 @@ def some_service():
 
 def official_datum(tokenizer, prompt, answer, **inputs):
     datum = make_datum(tokenizer, prompt, answer)
-    own = {name: tensor.tolist() for name, tensor in datum.loss_fn_inputs.items()}
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(datum.model_input.to_ints()), loss_fn_inputs={**own, **inputs}
-    )
+    fields = {name: tensor.tolist() for name, tensor in datum.loss_fn_inputs.items()} | inputs
+    model_input = types.ModelInput.from_ints(datum.model_input.to_ints())
+    # The official types convert lists, which their annotations do not say.
+    return types.Datum(model_input=model_input, loss_fn_inputs=fields)  # pyright: ignore[reportArgumentType]
 
 
 def train(service, model, loss_of_step):

@@ -17,6 +17,7 @@ from tinkex_py.errors import InvalidData, TinkexError
 from tinkex_py.unicode import half_at
 
 Kind = TypeVar("Kind")
+Item = TypeVar("Item")
 
 _LONGEST = 200
 # Services store integers in 64 bits.
@@ -112,6 +113,14 @@ def check_list(name: str, value: object, kind: type[Kind], *, error: type[Tinkex
     for index, item in enumerate(cast("Sequence[object]", value)):
         check_kind(f"{name}[{index}]", item, kind, error=error)
     return cast("Sequence[Kind]", value)
+
+
+def check_items(name: str, value: Sequence[Item], *, error: type[TinkexError] = InvalidData) -> Sequence[Item]:
+    """Returns a sequence of anything, which may be empty; raises an error for anything else, such as a text."""
+    given = cast("object", value)
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise error(f"{name} must be a list, got a {type(given).__name__}")
+    return value
 
 
 def check_function(name: str, value: object, *, error: type[TinkexError] = InvalidData) -> None:

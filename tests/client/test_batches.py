@@ -6,8 +6,27 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from tinkex_py.client.batches import merge_metrics, merge_outputs, plan_chunks
-from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput, PackedTensor
+from tinkex_py import InvalidData
+from tinkex_py.client.batches import (
+    bytes_of,
+    check_encodable,
+    checked_data,
+    merge_metrics,
+    merge_outputs,
+    plan_chunks,
+)
+from tinkex_py.types import (
+    Datum,
+    DmelChunk,
+    EncodedTextChunk,
+    ForwardBackwardOutput,
+    ImageAssetPointerChunk,
+    ImageChunk,
+    ModelInput,
+    PackedTensor,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
+)
 
 
 def sized(length: int) -> Datum:
@@ -143,3 +162,62 @@ def test_hash2_wraps_at_64_bits():
 def test_metrics_that_are_not_finite_do_not_break_the_merge(value):
     merged = merge_metrics([{"h:hash2": value, "a:sum": value}, {"h:hash2": 1.0, "a:sum": 1.0}], [1, 1])
     assert not math.isfinite(merged["a:sum"])
+
+
+PICTURE = ImageChunk(data=b"\xff\xd8\xff" + bytes(97), expected_tokens=2)
+SHOWN = ModelInput(chunks=(EncodedTextChunk(tokens=[1]), PICTURE, EncodedTextChunk(tokens=[2])))
+
+
+@pytest.mark.parametrize(
+    ("chunk", "size"),
+    [
+        (PICTURE, 100),
+        (ImageAssetPointerChunk(location="s3://a/b.png", format="png", expected_tokens=2), 12),
+        (DmelChunk(dmel=bytes([0, 1, 2]) + bytes(50)), 53),
+    ],
+)
+def test_images_and_audio_count_by_their_bytes(chunk, size):
+    """The protocol's section 5.3; two targets of 8 bytes."""
+    datum = Datum(model_input=ModelInput(chunks=(chunk,)), loss_fn_inputs={"target_tokens": [0, 0]})
+    assert bytes_of(datum) == size + 16
+
+
+@pytest.mark.parametrize("field", ["weights", "advantages"])
+def test_what_learns_an_image_is_refused(field):
+    def datum(learned: list[float]) -> Datum:
+        inputs = {"target_tokens": [0, 0, 2, 3], "logprobs": np.zeros(4, np.float32)}
+        return Datum(model_input=SHOWN, loss_fn_inputs={**inputs, field: np.array(learned, np.float32)})
+
+    assert checked_data([datum([0, 0, 1, 1])])
+    with pytest.raises(InvalidData, match=f"{field} of datum 1 are not 0 at position 1, .* at 1 positions"):
+        checked_data([datum([0, 0, 1, 1]), datum([0, 0.5, 0, 0])])
+
+
+def test_images_of_unknown_length_are_the_services_business():
+    unknown = ModelInput(chunks=(ImageChunk(data=PICTURE.data),))
+    assert checked_data([Datum(model_input=unknown, loss_fn_inputs={"target_tokens": [0] * 9, "weights": [1.0] * 9})])
+
+
+def test_stable_reinforce_needs_the_sequences_that_were_sampled():
+    datum = Datum(model_input=ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3]})
+    prompt, sampled = (kind(sequence_id="a", length=1) for kind in (PromptProvenanceSpan, SampledProvenanceSpan))
+    assert checked_data([datum.with_provenance([prompt, sampled], [prompt, sampled])], "stable_reinforce")
+    for bad in (datum, datum.with_provenance([prompt, prompt], [prompt, prompt])):
+        with pytest.raises(InvalidData, match="datum 0 names no sampled sequence.*record_stability_info"):
+            checked_data([bad], "stable_reinforce")
+
+
+@pytest.mark.parametrize("encoding", ["json", "protobuf"])
+def test_each_encoding_says_what_it_cannot_hold(encoding):
+    pointer = ImageAssetPointerChunk(location="x", format="png", expected_tokens=1)
+    pointing = Datum(model_input=ModelInput(chunks=(pointer,)), loss_fn_inputs={"target_tokens": [1]})
+    plain = Datum(model_input=ModelInput.from_ints([1]), loss_fn_inputs={"target_tokens": [1]})
+    span = [PromptProvenanceSpan(sequence_id="a", length=1)]
+    held, refused = (
+        (pointing, plain.with_provenance(span, span))
+        if encoding == "json"
+        else (plain.with_provenance(span, span), pointing)
+    )
+    check_encodable([held], encoding)
+    with pytest.raises(InvalidData, match=f"datum 1 .* {'JSON' if encoding == 'json' else 'protobuf'} cannot"):
+        check_encodable([plain, refused], encoding)

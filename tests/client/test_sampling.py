@@ -1,6 +1,7 @@
 """Sampling over the wire: every field, and many samples at once."""
 
 import asyncio
+import importlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,12 @@ from tests.client.data import datum
 from tests.client.recorder import Arrival, answering, quick_config
 from tests.support.scripted_server import ScriptedServer, answer, computed
 from tinkex_py import (
+    APIStatusError,
     AsyncServiceClient,
+    DmelChunk,
+    EncodedTextChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
     InvalidData,
     ModelInput,
     RateLimited,
@@ -455,3 +461,29 @@ async def test_training_goes_on_after_a_refusal_whose_number_was_not_counted(ben
     assert (await training.forward([datum(3, 1)])).metrics["loss:sum"] > 0
     await training.forward_backward([datum(3, 1)])
     await training.optim_step()
+
+
+async def test_a_prompt_with_an_image_is_that_of_the_official_sdk():
+    """In JSON; and a client that records stability information says so in each request."""
+    types: Any = importlib.import_module("tinker.types")
+    png = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+    chunks = (
+        EncodedTextChunk(tokens=[1, 2]),
+        ImageChunk(data=png, expected_tokens=3),
+        ImageChunk(data=png),
+        ImageAssetPointerChunk(location="x", format="jpeg"),
+        DmelChunk(dmel=bytes([0, 1, 1])),
+    )
+    same = [
+        getattr(types, type(chunk).__name__)(**{name: list(v) if name == "tokens" else v for name, v in chunk})
+        for chunk in chunks
+    ]
+    theirs = types.ModelInput(chunks=same).model_dump(mode="json", exclude_none=True)
+    refused = answer(400, json={"detail": "no"})
+    async with ScriptedServer() as server, sampling_server(server, refused, refused) as service:
+        sampler = await service.create_sampling_client(base_model="tiny", record_stability_info=True)
+        with pytest.raises(APIStatusError):
+            await sampler.sample(ModelInput(chunks=chunks))
+        sent = server.requests_to("/api/v1/asample")[0].json()
+    assert sent["prompt"] == theirs
+    assert sent["record_stability_info"] is True

@@ -13,15 +13,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tinkex_py import ForwardBackwardOutput, packed_field
+from tinkex_py import packed_field
 from tinkex_py.cli import app
 from tinkex_py.demo.files import default_file, new_run_folder
 from tinkex_py.demo.losses import kl_to_base, l2, masked_nll, rarity_server
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.local.tokenizers import ByteTokenizer
 from tinkex_py.runs import read_run, read_steps
-from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, shuffled_batches, with_reference
-from tinkex_py.types import PackedTensor
+from tinkex_py.runs.pairs import Pair, make_datum, read_pairs
 
 TERMS = ("l2", "kl_to_base", "rarity")
 
@@ -130,24 +129,12 @@ def test_only_the_answer_has_weight():
     assert datum.model_input.length == len(targets)
 
 
-def test_batches_cover_every_datum_once_an_epoch():
-    data = [make_datum(ByteTokenizer(), Pair(prompt=str(i), answer=str(i))) for i in range(6)]
-    stream = shuffled_batches(data, 2, seed=1)
-    taken = [next(stream) for _ in range(5)]
-    epoch = [datum for batch in taken[:3] for datum in batch]
-    assert sorted(id(datum) for datum in epoch) == sorted(id(datum) for datum in data)
-    later = shuffled_batches(data, 2, seed=1, start=3)
-    assert [next(later), next(later)] == taken[3:]
-
-
 @pytest.mark.asyncio
 async def test_the_terms_are_what_their_formulas_say():
     tokenizer = ByteTokenizer()
     data = [make_datum(tokenizer, Pair(prompt="a", answer="bb")), make_datum(tokenizer, Pair(prompt="a", answer="c"))]
     lengths = [datum.model_input.length for datum in data]
-    reference = [torch.full((length,), -1.0).numpy() for length in lengths]
-    answer = ForwardBackwardOutput(num_datums=2, packed={"logprobs": PackedTensor.from_arrays(reference)})
-    data = with_reference(data, answer)
+    data = [datum.with_inputs(reference_logprobs=[-1.0] * length) for datum, length in zip(data, lengths, strict=True)]
     logprobs = torch.linspace(-2.0, -0.1, sum(lengths))
     mask = packed_field(data, "weights").bool()
     answers = logprobs[mask].double()

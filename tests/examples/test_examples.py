@@ -1,22 +1,28 @@
 """Every example runs unchanged, in an empty folder and without a service."""
 
 import asyncio
+import importlib.util
 import json
+import math
 import os
 import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.client.recorder import KEY, http_recorder
 from tinkex_py import CustomLossOutput
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
+needs_gudhi = pytest.mark.skipif(importlib.util.find_spec("gudhi") is None, reason="gudhi is not installed")
+needs_z3 = pytest.mark.skipif(importlib.util.find_spec("z3") is None, reason="z3-solver is not installed")
 
 
 @pytest.fixture
@@ -187,6 +193,67 @@ def test_distill(run_example: Callable[[str], str]) -> None:
     ((first, last),) = re.findall(r"^KL from the teacher: (\S+) -> (\S+)$", text, re.MULTILINE)
     assert float(first) > 3.0  # the teacher has learned the sentences, the student has not
     assert float(last) < 0.1 * float(first)
+
+
+def module_of(name: str) -> dict[str, Any]:
+    """The names of an example that is imported, not run."""
+    return runpy.run_path(str(EXAMPLES / name), run_name=name)
+
+
+def total_persistence_by_hand(curve: Sequence[float]) -> float:
+    """Every local maximum between two positions ends a component, every local minimum but the lowest begins one."""
+    padded = [math.inf, *curve, math.inf]
+    triples = list(zip(padded, padded[1:], padded[2:], strict=False))
+    deaths = [here for left, here, right in triples if left < here > right]
+    births = [here for left, here, right in triples if left > here < right]
+    return math.fsum(deaths) - math.fsum(births) + min(curve)
+
+
+@needs_gudhi
+@pytest.mark.parametrize("lengths", [(7,), (1, 2, 12), (5, 40)], ids=str)
+def test_the_gradient_of_total_persistence(lengths: tuple[int, ...]) -> None:
+    compute = module_of("topology.py")["total_persistence"]
+    generator = torch.Generator().manual_seed(sum(lengths))
+    curves = [torch.rand(length, dtype=torch.float64, generator=generator).neg().requires_grad_() for length in lengths]
+    value, _ = compute([], curves)
+    by_hand = sum(total_persistence_by_hand(curve.tolist()) for curve in curves) / len(curves)
+    assert value.item() == pytest.approx(by_hand, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda *own: compute([], own)[0], curves, eps=1e-7)
+
+
+@needs_gudhi
+def test_topology(run_example: Callable[[str], str]) -> None:
+    text = run_example("topology.py")
+    (without,) = re.findall(r"^total persistence without penalty: (\S+),", text, re.MULTILINE)
+    ((first, last),) = re.findall(r"^total persistence with penalty: (\S+) -> (\S+),", text, re.MULTILINE)
+    assert float(last) < 0.5 * float(first)
+    assert float(last) < 0.5 * float(without)
+
+
+@needs_z3
+@pytest.mark.parametrize(
+    ("facts", "answer", "expected"),
+    [
+        ("A is older than B. B is older than C.", "A", False),
+        ("A is older than B. B is older than C.", "C", True),
+        ("B is older than C. D is older than A. A is older than B.", "C", True),
+        ("A is older than B. C is older than B.", "C", False),  # both answers are possible
+        ("A is older than B. C is older than B.", "A", False),
+    ],
+)
+def test_what_contradicts_stated_facts(facts: str, answer: str, expected: bool) -> None:
+    assert module_of("logic.py")["contradicts"](f"{facts} Who is older, A or C? {answer}") is expected
+
+
+@needs_z3
+def test_logic(run_example: Callable[[str], str]) -> None:
+    text = run_example("logic.py")
+    assert "Z3 finds 3 contradictions in 6 answers" in text
+    pattern = r"^probability of (?:answers that contradict the facts|the others): (\S+) -> (\S+)$"
+    (wrong, right) = [[float(part) for part in pair] for pair in re.findall(pattern, text, re.MULTILINE)]
+    assert wrong[0] > 0.3  # the model learned both answers to each question
+    assert wrong[1] < 0.1
+    assert right[1] > right[0]
 
 
 def test_official_sdk(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ import asyncio
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import tinker
 import torch
 from tinker import types
 
-from tinkex_py import AdamParams, AsyncServiceClient, InvalidBaseLoss, RegularizerSpec, controllers
+from tinkex_py import AdamParams, AsyncServiceClient, ConfigError, InvalidBaseLoss, RegularizerSpec, controllers
 from tinkex_py.integrations.tinker import regularize_recipe, regularized
 from tinkex_py.regularizers import L2
+from tinkex_py.runs import read_run, read_steps, scalars
 
 STEPS, RATE = 3, 1e-2
 TEXTS = ([256, *b"hello world"], [256, *b"tea"])
@@ -70,10 +72,82 @@ def far(first, second):
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-def main(address):
+def recorded(address, folder, plain):
+    """What a run folder says about recipes that end, fail, are cancelled, are continued, and have two clients."""
+    seen = {}
+    with regularize_recipe(l2(lambda step: 0.1 * step), record=folder / "whole"):
+        _, metrics = recipe(address, "cross_entropy")
+    steps = [scalars(step) for step in read_steps(folder / "whole")]
+    for own, official in (
+        ("loss/total", "loss:sum"),
+        ("loss/base", "base_loss.value"),
+        ("term/l2/weight", "l2.weight"),
+    ):
+        seen[own] = [[step[own] for step in steps], [step[official] for step in metrics]]
+    seen["learning rates"] = [step["optimizer/learning_rate"] for step in steps]
+    seen["sizes"] = [[step["data/datums"], step["data/tokens"]] for step in steps]
+    seen["norms"] = min(step["optimizer/grad_norm"] for step in steps)
+    seen["times"] = min(step["time/step"] for step in steps)
+    with regularize_recipe([], record=folder / "plain"):
+        seen["same weights"] = far(plain, recipe(address, "cross_entropy")[0])
+
+    class BugInRecipe(Exception):
+        pass
+
+    def interrupted(name, error):
+        try:
+            with regularize_recipe(l2(0.1), record=folder / name):
+                recipe(address, "cross_entropy")
+                raise error
+        except type(error):
+            pass
+
+    async def cancelled():
+        with regularize_recipe(l2(0.1), record=folder / "cancelled"):
+            await asyncio.to_thread(recipe, address, "cross_entropy")
+            reached.set()
+            await asyncio.Event().wait()
+
+    async def cancel():
+        task = asyncio.create_task(cancelled())
+        await reached.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    interrupted("failed", BugInRecipe("text of a prompt"))
+    seen["outcome"] = read_run(folder / "failed").outcome
+    reached = asyncio.Event()
+    asyncio.run(cancel())
+    with regularize_recipe(l2(0.1), step=2, record=folder / "failed"):
+        recipe(address, "cross_entropy")
+        recipe(address, "cross_entropy")
+    seen["status"] = {
+        path.name: [read_run(path).outcome, read_run(path).model, [step.step for step in read_steps(path)]]
+        for path in sorted(folder.iterdir())
+    }
+    ended = False
+    try:
+        with regularize_recipe(l2(0.1), record=folder / "unwritable"):
+            (folder / "unwritable" / "steps.jsonl").mkdir()
+            recipe(address, "cross_entropy")
+            ended = True
+    except ConfigError as error:
+        seen["not written"] = [ended, read_run(folder / "unwritable").outcome, "cannot be written" in str(error)]
+    seen["refused"] = []
+    for step, name in ((0, "whole"), (4, "whole"), (0, "whole/run.json")):
+        try:
+            with regularize_recipe([], step=step, record=folder / name):
+                seen["refused"].append("entered")
+        except ConfigError as error:
+            seen["refused"].append(str(error).replace(str(folder), "FOLDER"))
+    return seen
+
+
+def main(address, folder):
     seen = {}
     before = {name: getattr(tinker.TrainingClient, name) for name in ("forward_backward", "optim_step")}
     plain, _ = recipe(address, "cross_entropy")
+    seen["record"] = recorded(address, Path(folder), plain)
     with regularize_recipe([]):
         assert tinker.TrainingClient.forward_backward is before["forward_backward"]
         seen["nothing"] = far(plain, recipe(address, "cross_entropy")[0])
@@ -111,4 +185,4 @@ def main(address):
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    sys.stdout.write(json.dumps(main(sys.argv[1])) + "\n")
+    sys.stdout.write(json.dumps(main(*sys.argv[1:])) + "\n")

@@ -308,16 +308,12 @@ async def test_unloading_fails_what_still_waits_for_a_missing_number(client, kit
 
 async def test_what_the_embedded_service_does_not_offer_is_said(client):
     model_id = await client.model()
-    external = await client.done(
-        "save_weights_external", {"model_id": model_id, "seq_id": 1, "path": "x", "age_encryption_recipients": ["age1"]}
-    )
-    assert "does not encrypt" in external["error"]
     muon = {"type": "dimuon", "learning_rate": 0.1}
-    step = await client.done("optim_step", {"model_id": model_id, "seq_id": 2, "optimizer_params": muon})
+    step = await client.done("optim_step", {"model_id": model_id, "seq_id": 1, "optimizer_params": muon})
     assert "'dimuon' is not supported" in step["error"]
-    nameless = await client.done("save_weights", {"model_id": model_id, "seq_id": 3})
+    nameless = await client.done("save_weights", {"model_id": model_id, "seq_id": 2})
     assert "needs a name" in nameless["error"]
-    neither = await client.done("save_weights_for_sampler", {"model_id": model_id, "seq_id": 4})
+    neither = await client.done("save_weights_for_sampler", {"model_id": model_id, "seq_id": 3})
     assert "needs a name in `path`, or sampling_session_seq_id" in neither["error"]
     assert (await client.post("load_weights", {"path": "x"})).status_code == 422
 

@@ -2,12 +2,16 @@
 
 import asyncio
 import io
+import sys
 import tarfile
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyrage
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given, settings, strategies as st
 
 from tinkex_py.local import LocalOptions
@@ -274,6 +278,43 @@ async def test_external_weights_are_downloaded_file_by_file(client):
     assert (await client.post("create_sampling_session", sampling)).status_code == 404
     load = {"session_id": client.session_id, "model_seq_id": 1, "path": answer["path"]}
     assert "needed here: weights" in (await client.done("load_weights", load))["error"]
+
+
+@pytest.mark.asyncio
+async def test_external_weights_are_encrypted_to_every_recipient(client):
+    first, second = pyrage.x25519.Identity.generate(), Ed25519PrivateKey.generate()
+    recipients = [str(first.to_public()), second.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)]
+    model_id = await client.model()
+
+    async def contents(seq_id: int, **fields):
+        answer = await client.done("save_weights_external", {"model_id": model_id, "seq_id": seq_id, **fields})
+        urls = (await client.http.get(f"{rest_path(answer['path'])}/external_weights_urls")).json()["urls"]
+        return {name: (await client.http.get(url)).content for name, url in urls.items()}
+
+    plain = await contents(1, path="plain")
+    sealed = await contents(2, path="sealed", age_encryption_recipients=[recipients[0], recipients[1].decode()])
+    private = second.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    for identity in (first, pyrage.ssh.Identity.from_buffer(private)):
+        opened = {name: pyrage.decrypt(content, [identity]) for name, content in sealed.items()}
+        assert opened == {f"{name}.age": content for name, content in plain.items()}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("recipients", "reason"),
+    [
+        (["age1"], "[0] is not a public key"),
+        (["ssh-ed25519 x"], "[0] is not a public key"),
+        (["age1"] * 11, "has 11 keys"),
+        (["no pyrage"], "pip install 'tinkex-py[age]'"),
+    ],
+)
+async def test_weights_that_cannot_be_encrypted_are_not_saved(client, monkeypatch, recipients, reason):
+    if recipients == ["no pyrage"]:
+        monkeypatch.setitem(sys.modules, "pyrage", None)
+    body = {"model_id": await client.model(), "seq_id": 1, "path": "out", "age_encryption_recipients": recipients}
+    assert reason in (await client.done("save_weights_external", body))["error"]
+    assert (await client.http.get("/api/v1/checkpoints")).json()["checkpoints"] == []
 
 
 @pytest.mark.asyncio

@@ -128,7 +128,7 @@ def test_failures_come_out_as_they_are():
 
 @pytest.mark.parametrize("datum", [None, 3, object(), {"model_input": 1}])
 def test_what_is_no_datum_is_named(datum: Any):
-    with pytest.raises(InvalidData, match="datum 1 must contain only chunks"):
+    with pytest.raises(InvalidData, match=r"data\[1\] must be a Datum"):
         pipeline().as_tinker_loss()([own_data()[0], datum], leaves())
 
 

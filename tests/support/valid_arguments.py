@@ -27,6 +27,7 @@ from tinkex_py import (
     InvalidData,
     ModelInput,
     Pipeline,
+    PromptProvenanceSpan,
     RegularizerSpec,
     SamplingParams,
     WeightController,
@@ -57,6 +58,7 @@ SCORED = Datum(
     loss_fn_inputs={"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "teacher_logprobs": [-1.0, -2.0]},
 )
 PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
+SPAN = PromptProvenanceSpan(sequence_id="x", length=2)
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
 _SIMPLE: Mapping[Any, Any] = {str: "x", int: 1, float: 1.0, bool: True, Path: Path("x")}
 
@@ -100,6 +102,15 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "fn": nll,
         "sum_over_datums.fn": lambda logprobs, weights: (logprobs * weights).sum(),
         "Datum.of.datum": DATUM,
+        "DmelChunk.dmel": bytes([0, 1, 1]),
+        "ImageChunk.data": b"\xff\xd8\xff",
+        "location": "x",
+        "format": "png",
+        "with_provenance.model_input": [SPAN],
+        "with_provenance.loss_fn_inputs": [SPAN],
+        "sequence_id": "x",
+        "PromptProvenanceSpan.length": 1,
+        "SampledProvenanceSpan.length": 1,
         "from_tokens.prompt": [1],
         "from_tokens.completion": [2],
         "from_text.prompt": "a",
@@ -218,6 +229,15 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "with_teacher_logprobs.data": [SAMPLED],
         "with_teacher_advantages.data": [SCORED],
         "with_role_masks.data": [DATUM, DATUM],
+        "with_reference.model": clients.training,
+        "batches.size": 1,
+        "sampler": clients.sampling,
+        "prompts": [[1, 2]],
+        "n": 1,
+        "sequence": SampledSequence(tokens=[1], logprobs=[-1.0], stop_reason="stop"),
+        "advantage": 1.0,
+        "reward": one_point,
+        "answers": ["x"],
         "batches": lambda start: [[DATUM]] * 2,
         "write_run.run": RUN,
         "StepRecord.tokens": 3,
@@ -270,6 +290,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "constraints.LogDualAscent": {"at_most": 0.5},
     "constraints.PIDMultiplier": {"at_most": 0.5},
     "replay": {"pipeline": Pipeline(nll)},
+    "sample_groups": {"sampling_params": SamplingParams(max_tokens=1)},
     "preference.DPO": _REFERENCE_FIELD,
     "preference.DPOP": _REFERENCE_FIELD,
     "preference.Hinge": _REFERENCE_FIELD,
@@ -285,6 +306,11 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "AsyncServiceClient.create_sampling_client": {"base_model": "tiny"},
 }
 """Further arguments of a valid call."""
+
+
+async def one_point(_answer: str) -> float:
+    """A reward that every answer gets."""
+    return 1.0
 
 
 async def no_items() -> AsyncGenerator[int, None]:

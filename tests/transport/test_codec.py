@@ -1,5 +1,6 @@
 """Encoded requests and results equal those of the official SDK."""
 
+import base64
 import contextlib
 import importlib
 from typing import Any
@@ -14,7 +15,16 @@ from tinkex_py.errors import InvalidResponse
 from tinkex_py.transport import wire
 from tinkex_py.transport.decoding import Result, decode_forward_backward, decode_sample, read_forward_backward
 from tinkex_py.transport.encoding import PassHeader, encode_batch, encode_custom_batch, encode_request, request_as_json
-from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
+from tinkex_py.types import (
+    Datum,
+    DmelChunk,
+    EncodedTextChunk,
+    ImageChunk,
+    ModelInput,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
+    TensorData,
+)
 
 tinker_types = importlib.import_module("tinker.types")
 official_pb = importlib.import_module("tinker.proto.tinker_public_pb2")
@@ -24,6 +34,16 @@ FB_REQUEST = importlib.import_module("tinker.types.forward_backward_request").Fo
 FB_INPUT = importlib.import_module("tinker.types.forward_backward_input").ForwardBackwardInput
 
 floats = st.floats(width=32, allow_nan=False)
+lengths = st.none() | st.integers(1, 2**20)
+pictures = st.builds(
+    ImageChunk, data=st.binary(min_size=1), format=st.sampled_from(["png", "jpeg"]), expected_tokens=lengths
+)
+sounds = st.builds(DmelChunk, dmel=st.binary(min_size=1))
+SPAN_FIELDS = ("model_input_spans", "loss_fn_input_spans")
+SPANS = (
+    PromptProvenanceSpan(sequence_id="a", length=3),
+    SampledProvenanceSpan(sequence_id="ü", offset=2**40, length=0),
+)
 finite = st.floats(-1e6, 1e6, width=32)
 
 
@@ -46,13 +66,31 @@ def datums(draw: Any, *, custom: bool = False) -> Datum:
     shape = (length,) if draw(st.booleans()) else (length, draw(st.integers(1, 3)))
     pieces = draw(st.lists(st.integers(0, 2**31 - 1), min_size=length, max_size=length))
     cut = draw(st.integers(0, length))
-    chunks = [EncodedTextChunk(tokens=part) for part in (pieces[:cut], pieces[cut:]) if part]
+    chunks: list[Any] = [EncodedTextChunk(tokens=part) for part in (pieces[:cut], pieces[cut:]) if part]
+    if draw(st.booleans()):
+        chunks += draw(st.lists(st.one_of(pictures, sounds), max_size=2))
+    spans = draw(st.none() | st.just((SPANS, SPANS)))
     inputs = {"target_tokens": draw(tensors(shape, "int64")), "weights": draw(tensors(shape, "float32"))}
     if custom and draw(st.booleans()):
         del inputs["weights"]
     for name in draw(st.lists(st.sampled_from(["advantages", "logprobs", "mask", "ünï"]), unique=True)):
         inputs[name] = draw(tensors(shape, "float32"))
-    return Datum(model_input=ModelInput(chunks=tuple(chunks)), loss_fn_inputs=inputs)
+    datum = Datum(model_input=ModelInput(chunks=tuple(chunks)), loss_fn_inputs=inputs)
+    return datum if spans is None else datum.model_copy(update=dict(zip(SPAN_FIELDS, spans, strict=True)))
+
+
+def official_chunk(chunk: Any) -> Any:
+    kind = getattr(tinker_types, type(chunk).__name__)
+    return kind(**{name: value.tolist() if name == "tokens" else value for name, value in chunk})
+
+
+def official_spans(spans: Any) -> Any:
+    if spans is None:
+        return None
+    return [
+        getattr(tinker_types, type(span).__name__)(sequence_id=span.sequence_id, offset=span.offset, length=span.length)
+        for span in spans
+    ]
 
 
 def official_tensor(tensor: TensorData) -> Any:
@@ -67,12 +105,9 @@ def official_request(data: list[Datum], config: Any = None, **fields: Any) -> An
     """What the official SDK makes of the same call."""
     items = [
         tinker_types.Datum(
-            model_input=tinker_types.ModelInput(
-                chunks=[
-                    tinker_types.EncodedTextChunk(tokens=chunk.tokens.tolist()) for chunk in item.model_input.chunks
-                ]
-            ),
+            model_input=tinker_types.ModelInput(chunks=list(map(official_chunk, item.model_input.chunks))),
             loss_fn_inputs={name: official_tensor(tensor) for name, tensor in item.loss_fn_inputs.items()},
+            **{name: official_spans(getattr(item, name)) for name in SPAN_FIELDS},
         )
         for item in data
     ]
@@ -109,9 +144,13 @@ def test_a_custom_request_equals_the_official_one_with_those_weights(data, drawn
 
     def expected(weights: list[np.ndarray]) -> bytes:
         replaced = [
-            Datum(
-                model_input=item.model_input,
-                loss_fn_inputs={"target_tokens": item.loss_fn_inputs["target_tokens"], "weights": values},
+            item.model_copy(
+                update={
+                    "loss_fn_inputs": {
+                        "target_tokens": item.loss_fn_inputs["target_tokens"],
+                        "weights": TensorData.of(values),
+                    }
+                }
             )
             for item, values in zip(data, weights, strict=True)
         ]
@@ -142,6 +181,11 @@ def test_lengths_at_which_varints_grow(length):
     assert all(data.loss_fn_inputs["weights"].shape == [length] for data in message.data)
 
 
+def from_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """A chunk of the JSON form, with its bytes decoded as the protocol says."""
+    return {name: base64.b64decode(value) if name in ("data", "dmel") else value for name, value in fields.items()}
+
+
 @settings(max_examples=25)
 @given(st.lists(datums(), min_size=1, max_size=3))
 def test_the_json_form_says_the_same(data):
@@ -153,8 +197,7 @@ def test_the_json_form_says_the_same(data):
     assert inner["loss_fn"] == "ppo"
     assert inner["loss_fn_config"] == config
     for item, given_item in zip(data, inner["data"], strict=True):
-        tokens = [token for chunk in given_item["model_input"]["chunks"] for token in chunk["tokens"]]
-        assert tokens == item.model_input.to_ints()
+        assert ModelInput(chunks=tuple(map(from_json, given_item["model_input"]["chunks"]))) == item.model_input
         parsed = {name: TensorData.of(tensor) for name, tensor in given_item["loss_fn_inputs"].items()}
         assert parsed == dict(item.loss_fn_inputs)
     forward = request_as_json(batch, PassHeader("m", 3, "ppo", {}, forward_only=True))

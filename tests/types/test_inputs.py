@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -296,12 +297,10 @@ def test_datums_of_the_official_sdk():
     assert Datum.of(made) is made
 
 
-def test_what_is_no_text_of_the_official_sdk_is_named():
-    image = official.ImageChunk(data=b"private", format="png", expected_tokens=1)
-    given = official.Datum(
-        model_input=official.ModelInput(chunks=[image]), loss_fn_inputs={"target_tokens": [1], "weights": [1.0]}
-    )
-    with pytest.raises(InvalidData, match="'image'") as caught:
+def test_a_chunk_of_a_later_official_sdk_is_named():
+    chunk = SimpleNamespace(type="video", data=b"private")
+    given = SimpleNamespace(model_input=SimpleNamespace(chunks=[chunk]), loss_fn_inputs={"target_tokens": [1]})
+    with pytest.raises(InvalidData, match="'video'") as caught:
         Datum.of(given)
     assert "private" not in str(caught.value)
     with pytest.raises(InvalidData, match="got a dict"):

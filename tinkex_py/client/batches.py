@@ -12,6 +12,7 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.transport.encoding import (
     NO_DATUMS,
     EncodedBatch,
+    EncodingName,
     LossConfig,
     PassHeader,
     PlannedBatch,
@@ -19,7 +20,14 @@ from tinkex_py.transport.encoding import (
     encode_request,
 )
 from tinkex_py.transport.server_config import ServerConfig
-from tinkex_py.types import Datum, ForwardBackwardOutput, PackedTensor, TensorData
+from tinkex_py.types import (
+    Datum,
+    ForwardBackwardOutput,
+    ImageAssetPointerChunk,
+    PackedTensor,
+    SampledProvenanceSpan,
+    TensorData,
+)
 from tinkex_py.types.datum import own_datums, target_shape
 from tinkex_py.types.tensors import Array
 
@@ -32,7 +40,12 @@ _NEEDED: Mapping[str, Sequence[str]] = {
     "cispo": _SAMPLED,
     "dro": _SAMPLED,
     "gspo": (*_SAMPLED, "sequence_ratio_mask"),
+    "stable_reinforce": (),
 }
+# Fields that say what is learned.
+_LEARNED = ("weights", "advantages")
+# The service looks up what it recorded of the sampled sequences that the spans name.
+_NEEDS_PROVENANCE = "stable_reinforce"
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ def check_data(data: Sequence[Datum]) -> Sequence[Datum]:
         raise InvalidData("data is empty: pass at least one datum")
     datums = own_datums(data)
     for index, datum in enumerate(datums):
-        if datum.model_input.length == 0:
+        if datum.model_input.size.length == 0:
             raise InvalidData(f"model_input of datum {index} is empty: it needs at least one token")
     return datums
 
@@ -128,15 +141,34 @@ def check_targets(data: Sequence[Datum]) -> None:
         targets = datum.loss_fn_inputs["target_tokens"]
         if targets.dtype != "int64":
             raise InvalidData(f"target_tokens of datum {index} must be integers, got {targets.dtype}")
-        if shape[0] != datum.model_input.length:
+        length = datum.model_input.size.length
+        if length is not None and shape[0] != length:
             raise InvalidData(
                 f"target_tokens of datum {index} have shape {shape}, but its model_input has "
-                f"{datum.model_input.length} tokens: one target per input position is needed (targets are pre-shifted)"
+                f"{length} tokens: one target per input position is needed (targets are pre-shifted)"
             )
         weights = datum.loss_fn_inputs.get("weights")
         if weights is not None and weights.shape != shape:
             raise InvalidData(
                 f"weights of datum {index} have shape {weights.shape}, its target_tokens {shape}; they must be equal"
+            )
+        if length is not None and not datum.model_input.size.is_text:
+            _check_learns_text(datum, index)
+
+
+def _check_learns_text(datum: Datum, index: int) -> None:
+    """Raises InvalidData if a position whose target is an image or audio is learned."""
+    text = datum.model_input.text_mask()[1:]
+    for name in _LEARNED:
+        if name not in datum.loss_fn_inputs:
+            continue
+        rows = datum.loss_fn_inputs[name].to_numpy()
+        learned = (rows != 0).reshape(len(rows), -1).any(axis=1)[: text.size]
+        wrong = np.flatnonzero(learned & ~text[: learned.size])
+        if wrong.size:
+            raise InvalidData(
+                f"{name} of datum {index} are not 0 at position {wrong[0]}, whose target is part of an image or of "
+                f"audio, which the model does not predict: set them to 0 at {wrong.size} positions"
             )
 
 
@@ -153,6 +185,25 @@ def check_inputs(data: Sequence[Datum], loss_fn: str) -> None:
                 f"datum {index} has no {', '.join(map(repr, missing))} in loss_fn_inputs, which loss_fn {loss_fn!r} "
                 f"needs (it has {sorted(datum.loss_fn_inputs)})"
             )
+    for index, datum in enumerate(data if loss_fn == _NEEDS_PROVENANCE else ()):
+        if not any(isinstance(span, SampledProvenanceSpan) for span in datum.loss_fn_input_spans or ()):
+            raise InvalidData(
+                f"datum {index} names no sampled sequence, which loss_fn {loss_fn!r} needs: sample with "
+                "record_stability_info=True, and use datum.with_provenance"
+            )
+
+
+def check_encodable(data: Sequence[Datum], encoding: EncodingName) -> None:
+    """Raises InvalidData for what the encoding has no form for: images that only the service has, and provenance."""
+    for index, datum in enumerate(data):
+        if encoding == "json" and datum.model_input_spans is not None:
+            raise InvalidData(f"datum {index} has provenance, which JSON cannot represent: use wire='protobuf'")
+        for chunk in datum.model_input.chunks:
+            if encoding == "protobuf" and isinstance(chunk, ImageAssetPointerChunk):
+                raise InvalidData(
+                    f"datum {index} contains an ImageAssetPointerChunk, which protobuf cannot represent: pass the "
+                    "image itself, as an ImageChunk, or use wire='json'"
+                )
 
 
 def check_loss(loss_fn: str, config: Mapping[str, float | str]) -> None:
@@ -218,13 +269,13 @@ def plan_chunks(
 
 
 def bytes_of(datum: Datum) -> int:
-    """Returns the estimated bytes of a datum: 4 per token, plus the stored bytes of every loss input."""
-    return 4 * datum.model_input.length + sum(_bytes_stored(tensor) for tensor in datum.loss_fn_inputs.values())
+    """Returns the estimated bytes of a datum: the stored bytes of every chunk and of every loss input."""
+    return datum.model_input.size.stored_bytes + sum(_bytes_stored(tensor) for tensor in datum.loss_fn_inputs.values())
 
 
 def _bytes_of_custom(datum: Datum) -> int:
     targets = datum.loss_fn_inputs["target_tokens"]
-    return 4 * datum.model_input.length + _bytes_stored(targets) + 4 * math.prod(targets.shape)
+    return datum.model_input.size.stored_bytes + _bytes_stored(targets) + 4 * math.prod(targets.shape)
 
 
 def _bytes_stored(tensor: TensorData) -> int:

@@ -165,7 +165,7 @@ class CustomStep:
                 batch.write_weights(measuring_weights(batch.size))
             return batch
 
-        tokens = sum(datum.model_input.length for datum in data)
+        tokens = sum(datum.loss_fn_inputs["target_tokens"].shape[0] for datum in data)
         return await off_loop_if(tokens > _SMALL_TOKENS, model.session, lay_out)
 
     async def _evaluate(self, model: Model, data: Sequence[Datum], logprobs: PackedTensor) -> "CustomLoss":

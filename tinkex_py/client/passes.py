@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from tinkex_py.client.accumulation import Accumulation, GradientCall
-from tinkex_py.client.batches import check_finite, merge_outputs
+from tinkex_py.client.batches import check_encodable, check_finite, merge_outputs
 from tinkex_py.client.ordering import Ordering, Submission
 from tinkex_py.client.queue_state import QueueWatch
 from tinkex_py.client.session import ClientSession
@@ -155,13 +155,14 @@ class Pass(Submission[ForwardBackwardOutput]):
         """Gets the encoding and the key; needs one number per chunk.
 
         Raises:
-            InvalidData: the encoding cannot represent a number of the datums.
+            InvalidData: the encoding cannot represent a number or a chunk of the datums.
         """
         encoding = self._session.encoding
         self._encoding = encoding.chosen or await encoding.choose()
+        data = [datum for chunk in self.chunks for datum in chunk.data]
         if not self._encoding.holds_any_number:
-            data = [datum for chunk in self.chunks for datum in chunk.data]
             check_finite(data, self._config, fields=self.chunks[0].checked_fields)
+        check_encodable(data, self._encoding.name)
         await self._session.api.auth.current()
         return len(self.chunks)
 

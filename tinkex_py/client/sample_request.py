@@ -11,7 +11,7 @@ from tinkex_py.types import ModelInput, SampleResponse, SamplingParams, TensorDa
 def check_prompt(prompt: ModelInput) -> None:
     """Raises InvalidData unless the prompt is a ModelInput with at least one token."""
     check_kind("prompt", prompt, ModelInput, "see ModelInput.from_text")
-    if prompt.length == 0:
+    if prompt.size.length == 0:
         raise InvalidData("the prompt is empty; it needs at least one token")
 
 
@@ -72,10 +72,10 @@ def asked_parts(body: Mapping[str, Any]) -> list[str]:
     return [name for name in _PARTS if body.get(name)]
 
 
-def with_the_first_score(response: SampleResponse, length: int) -> SampleResponse:
+def with_the_first_score(response: SampleResponse, length: int | None) -> SampleResponse:
     """Adds None for the first prompt token, which SkyRL's JAX backend omits because it has no score."""
     scores = response.prompt_logprobs
-    if scores is None or len(scores) != length - 1:
+    if scores is None or length is None or len(scores) != length - 1:
         return response
     return response.model_copy(update={"prompt_logprobs": [None, *scores]})
 

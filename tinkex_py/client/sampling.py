@@ -25,7 +25,7 @@ from tinkex_py.transport.api import is_retryable_status
 from tinkex_py.transport.decoding import fields_of, read_sample, request_id_of, text_of
 from tinkex_py.transport.messages import Response, encoded_json, request
 from tinkex_py.transport.sample_gate import SampleGate
-from tinkex_py.types import ModelInput, QueueState, SampleResponse, SamplingParams, TensorInput
+from tinkex_py.types import EncodedTextChunk, ModelInput, QueueState, SampleResponse, SamplingParams, TensorInput
 
 # Estimated bytes of a prompt token in a request (protocol: 5.3).
 _BYTES_PER_TOKEN = 10
@@ -43,11 +43,15 @@ class AsyncSamplingClient:
     Args:
         session: the session with the service.
         sampling_session_id: id of the sampling session.
+        record_stability_info: every sample asks the service to record what `stable_reinforce` needs.
     """
 
-    def __init__(self, session: ClientSession, sampling_session_id: str) -> None:
+    def __init__(
+        self, session: ClientSession, sampling_session_id: str, *, record_stability_info: bool = False
+    ) -> None:
         self.sampling_session_id = sampling_session_id
         self._session = session
+        self._always: dict[str, Any] = given(record_stability_info=record_stability_info or None)
         self._numbers = itertools.count()
         self._queue = QueueWatch(sampling_session_id, session.settings.on_queue_state)
         self._gate = SampleGate(
@@ -108,10 +112,11 @@ class AsyncSamplingClient:
         numbers = check_counts(prompt, num_samples, counts, prompt_logprobs_last_n, scored=include_prompt_logprobs)
         body: dict[str, Any] = {
             "sampling_session_id": self.sampling_session_id,
-            "prompt": prompt.model_dump(),
+            "prompt": prompt.model_dump(exclude_none=True),
             "sampling_params": params_as_json(sampling_params),
             "prompt_logprobs": include_prompt_logprobs,
             "type": "sample",
+            **self._always,
             **numbers,
         }
         if target_prompt_logprobs is not None:
@@ -119,11 +124,11 @@ class AsyncSamplingClient:
         encoded_json(body, _PATH)  # before a number is taken
         host = self._session.api.host
         with reported_as_unsupported(host, " with ".join(["sampling", *asked_parts(body)])):
-            response = await self._draw(body, cost=_BYTES_PER_TOKEN * prompt.length)
+            response = await self._draw(body, cost=_cost(prompt))
         missing = missing_parts(response, body)
         if missing:
             raise UnsupportedFeature(f"{host} does not support all of this request: it omitted {', '.join(missing)}")
-        return with_the_first_score(response, prompt.length)
+        return with_the_first_score(response, prompt.size.length)
 
     async def compute_logprobs(self, prompt: ModelInput) -> list[float | None]:
         """Returns the logprob of every prompt token given those before it, `[N]`; the first is None.
@@ -179,12 +184,22 @@ class AsyncSamplingClient:
 
 
 async def new_sampling_client(
-    session: ClientSession, *, base_model: str | None = None, model_path: str | None = None
+    session: ClientSession,
+    base_model: str | None = None,
+    model_path: str | None = None,
+    *,
+    record_stability_info: bool = False,
 ) -> AsyncSamplingClient:
-    """Opens a sampling session; raises UnsupportedFeature if the service cannot sample."""
-    if base_model is None:
+    """Opens a sampling session on a checkpoint, or a base model, by default the only one.
+
+    Raises:
+        UnsupportedFeature: the service cannot sample.
+        ConfigError: neither is given, and the service does not have exactly one model.
+    """
+    if model_path is not None:
         await session.models.check_any("sample")
     else:
+        base_model = base_model or await session.models.only("sample")
         await session.models.check(base_model, "sample")
     body: dict[str, Any] = {
         "session_id": session.session_id,
@@ -197,7 +212,16 @@ async def new_sampling_client(
         fields: Mapping[str, Any] = await session.api.send(request("POST", path, json=body), fields_of)
         if "sampling_session_id" not in fields and "request_id" in fields:  # hatchery returns a future
             fields = await json_result(session.api, str(fields["request_id"]), "CreateSamplingSession")
-    return AsyncSamplingClient(session, text_of(fields, "sampling_session_id", path))
+    sampling_session_id = text_of(fields, "sampling_session_id", path)
+    return AsyncSamplingClient(session, sampling_session_id, record_stability_info=record_stability_info)
+
+
+def _cost(prompt: ModelInput) -> int:
+    """Returns the estimated bytes of a prompt."""
+    return sum(
+        _BYTES_PER_TOKEN * chunk.length if isinstance(chunk, EncodedTextChunk) else chunk.stored_bytes
+        for chunk in prompt.chunks
+    )
 
 
 def _is_retryable_sample(status: int) -> bool:

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from tinkex_py import telemetry
-from tinkex_py.arguments import check_path, check_text
+from tinkex_py.arguments import check_flag, check_path, check_text
 from tinkex_py.client.arguments import given
 from tinkex_py.client.certificates import Certificate
 from tinkex_py.client.rest import AsyncRestClient
@@ -260,8 +260,7 @@ class AsyncServiceClient:
         optimizer_config: Mapping[str, Any] | None,
     ) -> AsyncTrainingClient:
         fields = {"tinker_path": path, **given(weights_access_token=token)}
-        asking = request("POST", "/api/v1/weights_info", json=fields)
-        info = WeightsInfo.read(await self._api.send(asking, fields_of))
+        info = WeightsInfo.read(await self._api.send(request("POST", "/api/v1/weights_info", json=fields), fields_of))
         return await self.create_lora_training_client(
             info.base_model,
             lora_config=lora_config_of(info),
@@ -270,9 +269,11 @@ class AsyncServiceClient:
         )
 
     async def create_sampling_client(
-        self, *, base_model: str | None = None, model_path: str | None = None
+        self, *, base_model: str | None = None, model_path: str | None = None, record_stability_info: bool = False
     ) -> AsyncSamplingClient:
         """Creates a client that samples from a base model, by default the only one, or from a checkpoint for sampling.
+
+        With `record_stability_info`, the service records what `stable_reinforce` needs of every sample.
 
         Raises:
             ConfigError: both were given, or neither, and the service does not have exactly one model.
@@ -282,10 +283,9 @@ class AsyncServiceClient:
             raise ConfigError("pass base_model or model_path, not both")
         for name, value in given(base_model=base_model, model_path=model_path).items():
             check_text(name, value)
+        recording = check_flag("record_stability_info", record_stability_info)
         session = await self._connected()
-        if base_model is None and model_path is None:
-            base_model = await session.models.only("sample")
-        return await new_sampling_client(session, base_model=base_model, model_path=model_path)
+        return await new_sampling_client(session, base_model, model_path, record_stability_info=recording)
 
     def create_rest_client(self) -> AsyncRestClient:
         """Creates a client for training runs, checkpoints and sessions. It needs no session."""

@@ -80,7 +80,7 @@ class Surrogate:
 
     def divisors(self, requests: Sequence[Sequence[Datum]], sequences: int) -> Array:
         """Returns the service's divisor of each datum's importance_sampling gradient, float64 `[datums]`."""
-        lengths = [np.array([datum.model_input.length for datum in data], dtype=np.float64) for data in requests]
+        lengths = [np.array([datum.positions for datum in data], dtype=np.float64) for data in requests]
         match self.divides:
             case "nothing":
                 return np.ones(sum(map(len, lengths)))
@@ -305,8 +305,8 @@ def has_candidates(data: Sequence[Datum]) -> bool:
 
 def measuring_sample(data: Sequence[Datum]) -> list[Datum]:
     """Returns two datums with targets of `[T]`, to measure a service with before data of other shapes is sent."""
-    first = max(data, key=lambda datum: datum.model_input.length)
-    targets = first.loss_fn_inputs["target_tokens"].to_numpy().reshape(first.model_input.length, -1)[:, 0]
+    first = max(data, key=lambda datum: datum.positions)
+    targets = first.loss_fn_inputs["target_tokens"].to_numpy().reshape(first.positions, -1)[:, 0]
     sample = Datum(model_input=first.model_input, loss_fn_inputs={"target_tokens": TensorData.from_numpy(targets)})
     return [sample, sample]
 

@@ -290,23 +290,26 @@ class AsyncTrainingClient:
                     raise
 
     async def save_weights_and_get_sampling_client(
-        self, name: str | None = None, *, inflight: bool = False
+        self, name: str | None = None, *, inflight: bool = False, record_stability_info: bool = False
     ) -> AsyncSamplingClient:
         """Creates a sampling client for the weights as they are after all earlier requests.
 
         Args:
             name: also keep the weights as a checkpoint of this name; None keeps them for the sampling client only.
             inflight: the sampling client follows later saves with `inflight=True`.
+            record_stability_info: the service records what `stable_reinforce` needs of every sample.
 
         Raises:
             InvalidData: both a name and `inflight` were given.
             UnsupportedFeature: the service cannot sample.
         """
+        recording = check_flag("record_stability_info", record_stability_info)
         if name is not None:
             if check_flag("inflight", inflight):
                 raise InvalidData("inflight weights have no name: omit name or inflight")
             saved = await self._save_for_sampler(lambda: _checkpoint_fields(name, None, None), to_sample=True)
-            return await new_sampling_client(self._session, model_path=SaveWeightsResponse.read(saved).path)
+            path = SaveWeightsResponse.read(saved).path
+            return await new_sampling_client(self._session, model_path=path, record_stability_info=recording)
         kind = given(kind="inflight" if check_flag("inflight", inflight) else None)
         saved = await self._save_for_sampler(
             lambda: {"sampling_session_seq_id": next(self._session.sampler_numbers), **kind}, to_sample=True
@@ -314,7 +317,7 @@ class AsyncTrainingClient:
         sampling_session_id = SaveWeightsForSamplerResponse.read(saved).sampling_session_id
         if sampling_session_id is None:
             raise InvalidResponse("save_weights_for_sampler returned no sampling_session_id")
-        return AsyncSamplingClient(self._session, sampling_session_id)
+        return AsyncSamplingClient(self._session, sampling_session_id, record_stability_info=recording)
 
     # About the model
 

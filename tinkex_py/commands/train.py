@@ -83,8 +83,9 @@ async def train_from_config(
 ) -> "TrainedRun":
     """Trains, or resumes the run that the folder contains; the other arguments and errors are those of `runs.train`."""
     from tinkex_py import runs
+    from tinkex_py.data import batches
     from tinkex_py.runs.config import optimizer_of, pipeline_of
-    from tinkex_py.runs.pairs import read_pairs, shuffled_batches
+    from tinkex_py.runs.pairs import read_pairs
 
     pipeline, optimizer = pipeline_of(config.loss), optimizer_of(config.optimizer)
     pairs, decisive = read_pairs(config.data.path), config.decisive()
@@ -96,7 +97,7 @@ async def train_from_config(
         return await runs.train(
             service,
             partial(_new_model, service, config),
-            partial(shuffled_batches, data, config.data.batch_size, config.seed or 0),
+            batches(data, config.data.batch_size, config.seed or 0),
             pipeline,
             folder=folder,
             optimizer=optimizer,
@@ -130,14 +131,15 @@ async def _prepared(
     service: "AsyncServiceClient", config: "TrainConfig", pairs: "Sequence[Pair]", held_out: "Sequence[Pair]"
 ) -> "tuple[list[Datum], Evaluate | None]":
     """The training data, and the evaluation hook if there is held-out data."""
-    from tinkex_py.runs.pairs import make_datum, sample_answers, with_reference
+    from tinkex_py.data import with_reference
+    from tinkex_py.runs.pairs import make_datum, sample_answers
 
     # A new adapter does not change the output, so this is the base model, also when the run is resumed.
     async with await _new_model(service, config) as base:
         tokenizer = await base.get_tokenizer()
         data = [make_datum(tokenizer, pair) for pair in pairs]
         if config.data.reference_logprobs:
-            data = with_reference(data, await base.forward(data))
+            data = await with_reference(base, data)
     held_out_data = [make_datum(tokenizer, pair) for pair in held_out]
     prompts = [pair.prompt for pair in held_out[: config.data.samples]]
 

@@ -1,19 +1,20 @@
-"""What a teacher says about given tokens, as data: its likeliest tokens, its logprobs, and advantages from them."""
+"""What another model says about given tokens, as data: its logprobs, its likeliest tokens, and advantages from them."""
 
-import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from tinkex_py.arguments import as_number, check_count, check_list, shown
+from tinkex_py.arguments import as_number, check_count, check_list, check_text, shown
+from tinkex_py.data.samples import each
 from tinkex_py.errors import InvalidData, InvalidResponse
-from tinkex_py.types import Datum, ModelInput, SampleResponse, SamplingParams, TensorData
+from tinkex_py.types import Datum, ForwardBackwardOutput, ModelInput, SampleResponse, SamplingParams, TensorData
 from tinkex_py.types.datum import field_of, target_shape
 from tinkex_py.types.tensors import Array
 
 TEACHER_LOGPROBS = "teacher_logprobs"
+REFERENCE_LOGPROBS = "reference_logprobs"
 
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 _Row = list[tuple[int, float]]
@@ -32,6 +33,15 @@ class Teacher(Protocol):
         topk_prompt_logprobs: int = 0,
     ) -> SampleResponse:
         """Samples, and returns the scores of the prompt."""
+        ...
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """A model with a forward pass, such as a training client."""
+
+    async def forward(self, data: Sequence[Datum], /) -> ForwardBackwardOutput:
+        """Returns the logprobs of the target tokens."""
         ...
 
 
@@ -60,7 +70,7 @@ async def teacher_datums(teacher: Teacher, data: Sequence[Datum], *, k: int = 20
         response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, topk_prompt_logprobs=count)
         return _with_candidates(data[index], _scored_rows(response.topk_prompt_logprobs, prompts[index], index), count)
 
-    return await _each(scored, len(prompts))
+    return await each(scored, range(len(prompts)))
 
 
 async def with_teacher_logprobs(teacher: Teacher, data: Sequence[Datum]) -> list[Datum]:
@@ -75,14 +85,34 @@ async def with_teacher_logprobs(teacher: Teacher, data: Sequence[Datum]) -> list
         InvalidResponse: the teacher did not score a position.
         UnsupportedFeature: the service of the teacher has no logprobs of prompts.
     """
-    prompts = _prompts(teacher, data)
+    return await _with_own_scores(teacher, data, TEACHER_LOGPROBS)
 
-    async def scored(index: int) -> Datum:
-        response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, include_prompt_logprobs=True)
-        logprobs = _scored_rows(response.prompt_logprobs, prompts[index], index)
-        return _with_fields(data[index], **{TEACHER_LOGPROBS: np.array(logprobs, np.float32)})
 
-    return await _each(scored, len(prompts))
+async def with_reference(
+    model: Teacher | Reference, data: Sequence[Datum], field: str = REFERENCE_LOGPROBS
+) -> list[Datum]:
+    """Returns the datums with the logprobs of a model, usually the one before the training, in a field.
+
+    Args:
+        model: a training client, whose forward pass scores targets of `[N]` or `[N, K]`; a new adapter changes no
+            logprob, so it scores as the base model does. Or a sampling client, which scores targets of `[N]`.
+        data: the datums.
+        field: name of the new field, of the shape of the targets.
+
+    Raises:
+        InvalidData: the model is neither, or the datums are invalid.
+        InvalidResponse: a sampling client did not score a position.
+    """
+    if not check_text("field", field).isprintable():
+        raise InvalidData(f"field must be a printable name, got {shown(field)}")
+    if not isinstance(model, Reference):
+        if not callable(getattr(model, "sample", None)):
+            raise InvalidData(f"model must be a training or sampling client, got {shown(model)}")
+        return await _with_own_scores(model, data, field)
+    datums = check_list("data", data, Datum)
+    scored = [datum.model_copy(update={"loss_fn_inputs": _scored_fields(datum, i)}) for i, datum in enumerate(datums)]
+    outputs = (await model.forward(scored)).loss_fn_outputs
+    return [datum.with_inputs(**{field: own["logprobs"]}) for datum, own in zip(datums, outputs, strict=True)]
 
 
 def with_teacher_advantages(data: Sequence[Datum], *, coefficient: float = 1.0, discount: float = 0.0) -> list[Datum]:
@@ -130,7 +160,7 @@ def _with_advantages(datum: Datum, index: int, coefficient: float, discount: flo
     for position in reversed(range(len(pulls))) if discount else ():
         if counted[position]:
             later = pulls[position] = pulls[position] + discount * later
-    return _with_fields(datum, advantages=(own + coefficient * pulls).astype(np.float32))
+    return datum.with_inputs(advantages=(own + coefficient * pulls).astype(np.float32))
 
 
 def _numbers(datum: Datum, index: int, name: str) -> Array:
@@ -141,6 +171,24 @@ def _numbers(datum: Datum, index: int, name: str) -> Array:
             f"{name!r} of datum {index} has shape {values.shape} and its target_tokens {shape}: both must be [N]"
         )
     return values
+
+
+def _scored_fields(datum: Datum, index: int) -> dict[str, TensorData]:
+    """Returns what a forward pass reads: other fields may be unknown to the service."""
+    weights = datum.loss_fn_inputs.get("weights")
+    own = {} if weights is None else {"weights": weights}
+    return {"target_tokens": field_of(datum, index, "target_tokens"), **own}
+
+
+async def _with_own_scores(teacher: Teacher, data: Sequence[Datum], field: str) -> list[Datum]:
+    prompts = _prompts(teacher, data)
+
+    async def scored(index: int) -> Datum:
+        response = await teacher.sample(prompts[index], sampling_params=_ONE_TOKEN, include_prompt_logprobs=True)
+        logprobs = _scored_rows(response.prompt_logprobs, prompts[index], index)
+        return data[index].with_inputs(**{field: np.array(logprobs, np.float32)})
+
+    return await each(scored, range(len(prompts)))
 
 
 def _prompts(teacher: Teacher, data: Sequence[Datum]) -> list[ModelInput]:
@@ -155,10 +203,11 @@ def _prompts(teacher: Teacher, data: Sequence[Datum]) -> list[ModelInput]:
                 f"target_tokens of datum {index} have shape {shape}, but its model_input has "
                 f"{datum.model_input.length} tokens: a teacher scores data with one target per position"
             )
-        tokens, targets = datum.model_input.to_ints(), datum.loss_fn_inputs["target_tokens"].tolist()
-        if tokens[1:] != targets[:-1]:
+        tokens = np.array(datum.model_input.to_ints(other=0))
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        if (tokens[1:] != targets[:-1])[datum.model_input.text_mask()[1:]].any():
             raise InvalidData(f"target_tokens of datum {index} are not the tokens that follow in its model_input")
-        prompts.append(ModelInput.from_ints([*tokens, targets[-1]]))
+        prompts.append(datum.model_input.append_int(int(targets[-1])))
     return prompts
 
 
@@ -194,22 +243,3 @@ def _filled(row: _Row, k: int) -> _Row:
     named = {token for token, _ in row}
     others = (token for token in itertools.count() if token not in named)
     return [*row, *((next(others), -np.inf) for _ in range(k - len(row)))]
-
-
-def _with_fields(datum: Datum, **fields: Array) -> Datum:
-    packed = {name: TensorData.from_numpy(values) for name, values in fields.items()}
-    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **packed})
-
-
-async def _each(scored: Callable[[int], Awaitable[Datum]], count: int) -> list[Datum]:
-    """Scores all datums at once; the first failure ends the others."""
-
-    async def one(index: int) -> Datum:
-        return await scored(index)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(index), name="tinkex.teacher") for index in range(count)]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]

@@ -90,4 +90,4 @@ def _with_masks(datum: Datum, index: int, *, is_chosen: bool) -> Datum:
     weights = np.ones(target_shape(datum, index), np.float32) if given is None else given.to_numpy()
     masks = {"chosen_weights": weights * is_chosen, "rejected_weights": weights * (not is_chosen)}
     packed = {name: TensorData.from_numpy(mask.astype(np.float32)) for name, mask in masks.items()}
-    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, **packed})
+    return datum.with_inputs(**packed)

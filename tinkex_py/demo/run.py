@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -11,11 +10,12 @@ from rich.text import Text
 
 from tinkex_py.arguments import check_count, check_kind, check_path, check_text
 from tinkex_py.client import AsyncServiceClient, AsyncTrainingClient
+from tinkex_py.data import batches, with_reference
 from tinkex_py.demo.files import default_file, new_run_folder
 from tinkex_py.demo.losses import masked_nll, rarity_server, regularizers
 from tinkex_py.losses import Pipeline
 from tinkex_py.runs import TrainSettings, train
-from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers, shuffled_batches, with_reference
+from tinkex_py.runs.pairs import Pair, make_datum, read_pairs, sample_answers
 from tinkex_py.runs.report import write_report
 from tinkex_py.runs.rich_progress import RichProgress
 from tinkex_py.types import AdamParams, Datum, Tokenizer
@@ -106,13 +106,13 @@ async def _train(
 ) -> Path:
     with console.status(f"reference logprobs of the frozen model on {len(data)} datums"):
         # A new adapter does not change the output, so this is the base model.
-        data = with_reference(data, await training.forward(data))
+        data = await with_reference(training, data)
     folder = new_run_folder(options.runs_dir)
     async with rarity_server(data) as rarity:
         await train(
             service,
             training,
-            partial(shuffled_batches, data, options.batch_size, options.seed),
+            batches(data, options.batch_size, options.seed),
             Pipeline(masked_nll, regularizers(rarity), track_grad_norms=True),
             folder=folder,
             optimizer=adam,

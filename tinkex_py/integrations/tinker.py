@@ -3,15 +3,18 @@
 import functools
 import importlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Unpack
 
-from tinkex_py.arguments import check_count
+from tinkex_py.arguments import check_count, check_path
 from tinkex_py.base_losses.named import service_loss
 from tinkex_py.errors import ConfigError, InvalidBaseLoss
+from tinkex_py.integrations.recipe_record import EndedStep, RecipeRecord, recorded
 from tinkex_py.losses import Pipeline, RegularizerSpec, per_datum
 from tinkex_py.losses.options import PipelineOptions
 from tinkex_py.losses.spec import Term, checked_specs
@@ -28,6 +31,7 @@ class _Step:
     """The losses of one optimizer step of the official client."""
 
     number: int
+    started_at: float = 0.0
     losses: list[tuple[Pipeline, TinkerLoss]] = field(default_factory=list[tuple[Pipeline, TinkerLoss]])
 
 
@@ -39,11 +43,17 @@ class _Composition:
     """
 
     def __init__(
-        self, specs: Sequence[RegularizerSpec], base_loss: Term | str | None, step: int, options: PipelineOptions
+        self,
+        specs: Sequence[RegularizerSpec],
+        base_loss: Term | str | None,
+        step: int,
+        options: PipelineOptions,
+        record: RecipeRecord | None = None,
     ) -> None:
         self._specs = specs
         self._base_loss = base_loss
         self._options = options
+        self.record = record
         self._pipelines: dict[object, Pipeline] = {}
         self._lock = threading.Lock()
         self._current = _Step(step)
@@ -79,11 +89,13 @@ class _Composition:
 
         return with_own_metrics
 
-    def end_step(self) -> None:
-        """Counts an optimizer step, behind the losses that were composed so far."""
+    def end_step(self) -> _Step:
+        """Counts an optimizer step, behind the losses that were composed so far, and returns it."""
         with self._lock:
-            self._ended.append(self._current)
-            self._current = _Step(self._current.number + 1)
+            ended = self._current
+            self._ended.append(ended)
+            self._current = _Step(ended.number + 1)
+        return ended
 
     def settle(self, before: int | None = None) -> None:
         """Moves the controllers by the ended steps; `before` excludes the steps from a number on."""
@@ -97,6 +109,8 @@ class _Composition:
     def _in_order(self, pipeline: Pipeline) -> OfficialLoss:
         with self._lock:
             step, loss = self._current, pipeline.as_tinker_loss(step=self._current.number)
+            if not step.losses:
+                step.started_at = time.monotonic()
             step.losses.append((pipeline, loss))
 
         def evaluate(data: Sequence[Any], logprobs_list: Sequence[Any]) -> tuple[Any, dict[str, float]]:
@@ -187,38 +201,82 @@ def regularize_recipe(
     *,
     base_loss: Term | str | None = None,
     step: int = 0,
+    record: Path | str | None = None,
     **options: Unpack[PipelineOptions],
 ) -> Generator[None]:
     """Adds regularizers to all training clients of the official SDK in this process, until the block ends.
 
-    The recipe needs no change. Each training client counts its own steps; controllers are shared. Without regularizers
-    and `base_loss`, nothing changes.
+    The recipe needs no change. Each training client counts its own steps; controllers are shared. Without regularizers,
+    `base_loss` and `record`, nothing changes.
 
     Args:
         regularizers: as in `regularized`.
         base_loss: as in `regularized`.
         step: as in `regularized`.
+        record: folder for `run.json` and `steps.jsonl`, as `train` writes them. If several clients train, the second
+            gets `FOLDER-2`, and so on. With `step`, a folder that holds these steps is continued behind them. If an
+            error ends the block, the status is "failed", or "stopped" if it was cancelled. A folder that can no longer
+            be written does not interrupt the recipe.
         **options: as in `regularized`.
 
     Raises:
-        ConfigError: the official SDK is not installed.
+        ConfigError: the official SDK is not installed; `record` holds another run, or cannot be written. At the end of
+            the block: not all steps could be recorded.
         InvalidSpec: an element of `regularizers` is not a RegularizerSpec.
     """
     specs, step = checked_specs(regularizers), check_count("step", step, least=0)
-    if not specs and base_loss is None:
+    if not specs and base_loss is None and record is None:
         yield
         return
     try:
         cls: Any = importlib.import_module("tinker").TrainingClient
     except ModuleNotFoundError as error:
         raise ConfigError("regularize_recipe needs the official SDK: pip install tinker") from error
+    with ExitStack() as stack:
+        records = None if record is None else _Records(check_path("record", record, error=ConfigError), step, stack)
+        with _composed_in(cls, lambda: _Composition(specs, base_loss, step, options, records and records.next())):
+            yield
+
+
+class _Records:
+    """The folders of the training clients of a recipe; the first is opened at once, to find out that it can be."""
+
+    def __init__(self, path: Path, step: int, stack: ExitStack) -> None:
+        self._path, self._step, self._stack = path, step, stack
+        self._unused: RecipeRecord | None = stack.enter_context(recorded(path, step))
+        self._opened = 1
+
+    def next(self) -> RecipeRecord:
+        """Returns the record of the next training client."""
+        record, self._unused = self._unused, None
+        if record is None:
+            self._opened += 1
+            further = self._path.with_name(f"{self._path.name}-{self._opened}")
+            record = self._stack.enter_context(recorded(further, self._step))
+        return record
+
+
+def _ended_step(step: _Step, client: Any, params: Any, future: Any) -> EndedStep:
+    return EndedStep(
+        number=step.number + 1,
+        model=client.get_info().model_data.model_name,
+        losses=step.losses,
+        started_at=step.started_at,
+        learning_rate=getattr(params, "learning_rate", None),
+        update=future.future(),
+    )
+
+
+@contextmanager
+def _composed_in(cls: Any, new_composition: Callable[[], _Composition]) -> Generator[None]:
+    """Replaces the methods of the official training client until the block ends."""
     originals = {name: getattr(cls, name) for name in _PATCHED}
     made: list[_Composition] = []
     compositions: weakref.WeakKeyDictionary[Any, _Composition] = weakref.WeakKeyDictionary()
 
     def composition_of(client: Any) -> _Composition:
         if client not in compositions:
-            compositions[client] = _Composition(specs, base_loss, step, options)
+            compositions[client] = new_composition()
             made.append(compositions[client])
         return compositions[client]
 
@@ -235,7 +293,11 @@ def regularize_recipe(
     @functools.wraps(originals["optim_step"])
     def optim_step(client: Any, *args: Any, **given: Any) -> Any:
         future = originals["optim_step"](client, *args, **given)
-        composition_of(client).end_step()
+        composition = composition_of(client)
+        ended = composition.end_step()
+        if composition.record is not None:
+            params = next((value for value in (*args, *given.values()) if value is not None), None)
+            composition.record.add(_ended_step(ended, client, params, future))
         return future
 
     replaced = {function.__name__: function for function in (forward_backward, forward_backward_custom, optim_step)}

@@ -50,8 +50,7 @@ class Case:
     def with_values(self, name: str, values: Sequence[Array]) -> "Case":
         """Returns the case with another field."""
         data = [
-            Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, name: own.astype(np.float32)})
-            for datum, own in zip(self.data, values, strict=True)
+            datum.with_inputs(**{name: own.astype(np.float32)}) for datum, own in zip(self.data, values, strict=True)
         ]
         return replace(self, data=data)
 
@@ -72,7 +71,7 @@ class Case:
         datum, part = self.data[index], self.logprobs[index]
         fields = {name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()}
         long = Datum(
-            model_input=ModelInput.from_ints(datum.model_input.to_ints() * 2),
+            model_input=ModelInput(chunks=datum.model_input.chunks * 2),
             loss_fn_inputs={
                 name: np.concatenate([own, own]) if own.shape[:1] == part.shape[:1] else own
                 for name, own in fields.items()

@@ -71,6 +71,7 @@ class CheckpointStore:
         texts: Mapping[str, str],
         *,
         overwrite: bool,
+        encrypt: Callable[[Path], None] | None = None,
     ) -> CheckpointInfo:
         """Writes a checkpoint completely or not at all.
 
@@ -79,6 +80,7 @@ class CheckpointStore:
             files: tensors by name, for each safetensors file.
             texts: contents of text files.
             overwrite: whether to replace a checkpoint of this name.
+            encrypt: replaces the files of a folder by encrypted ones.
 
         Raises:
             InvalidData: the name is invalid or taken.
@@ -87,7 +89,13 @@ class CheckpointStore:
         _check_name(info.name)
         if self.get(info.run.run_id, info.kind, info.name) is not None and not overwrite:
             raise InvalidData(f"checkpoint {info.path!r} exists already: choose another name or pass overwrite")
-        return self._place(info, lambda folder: _save(folder, files, texts))
+
+        def fill(folder: Path) -> None:
+            _save(folder, files, texts)
+            if encrypt is not None:
+                encrypt(folder)
+
+        return self._place(info, fill)
 
     def copy(self, source: CheckpointInfo, target: CheckpointInfo) -> CheckpointInfo:
         """Copies the files of a checkpoint; `target` describes the copy. InvalidData: the source was deleted."""

@@ -17,6 +17,7 @@ from tinkex_py.errors import InvalidData
 from tinkex_py.local.checkpoints import CheckpointStore
 from tinkex_py.local.custom_losses import CUSTOM_LOSS, CustomLosses
 from tinkex_py.local.data import EnginePass, PassResult, SampleRequest, SampleResult
+from tinkex_py.local.encryption import encryption_to
 from tinkex_py.local.graphs import GraphKeeper, GraphMeter, KeptGraph, fingerprint, weight_storages
 from tinkex_py.local.lora import LORA_ALPHA, Adapter, AdapterBank, AdapterOptimizer
 from tinkex_py.local.losses import DatumLoss, Loss, find_loss
@@ -126,15 +127,22 @@ class Engine:
         model = self._models.get(model_id)
         return None if model is None else model.run
 
-    def save(self, model_id: str, info: CheckpointInfo, *, overwrite: bool) -> CheckpointInfo:
-        """Writes a checkpoint, a training one with the optimizer's moments; InvalidData: its name is invalid."""
+    def save(
+        self, model_id: str, info: CheckpointInfo, *, overwrite: bool, recipients: Sequence[str] = ()
+    ) -> CheckpointInfo:
+        """Writes a checkpoint, a training one with the optimizer's moments.
+
+        Raises:
+            InvalidData: its name or a recipient that it is encrypted to is invalid.
+            UnsupportedFeature: it cannot be encrypted.
+        """
         model = self._used(model_id)
         files: dict[str, Mapping[str, Any]] = {ADAPTER_FILE: model.adapter.weights()}
         if info.kind == "weights":
             files[OPTIMIZER_FILE] = model.optimizer.state()
         texts = {"adapter_config.json": self._peft_config(model)}
         described = info.model_copy(update={"run": model.run, "has_optimizer": info.kind == "weights"})
-        return self.store.write(described, files, texts, overwrite=overwrite)
+        return self.store.write(described, files, texts, overwrite=overwrite, encrypt=encryption_to(recipients))
 
     # Training
 

@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from tinkex_py.errors import InvalidData, UnsupportedFeature
+from tinkex_py.errors import InvalidData
 from tinkex_py.local import wire_format
 from tinkex_py.local.bodies import SMALL_BODY, parse_pass
 from tinkex_py.local.core import INFLIGHT, Core, Refused, SamplingSession
@@ -236,10 +236,6 @@ async def save_weights_external(body: SaveWeightsBody, request: Request, core: R
     """Saves weights whose files can be downloaded separately."""
 
     def work() -> Success:
-        if body.age_encryption_recipients:
-            raise UnsupportedFeature(
-                "the embedded service does not encrypt weights: leave age_encryption_recipients out"
-            )
         saved = _save(core, body, _named(body, "save_weights_external"), "external_weights")
         return Success(lambda: {"path": saved.path, "size_bytes": saved.size_bytes, "type": "save_weights_external"})
 
@@ -266,7 +262,8 @@ def _save(core: Core, body: SaveWeightsBody, name: str, kind: Kind) -> Checkpoin
         expires_at=expiry(body.ttl_seconds),
     )
     # Older clients do not send `overwrite`: only an explicit false protects a name.
-    return core.engine.save(body.model_id, info, overwrite=kind == "ephemeral" or body.overwrite is not False)
+    overwrite = kind == "ephemeral" or body.overwrite is not False
+    return core.engine.save(body.model_id, info, overwrite=overwrite, recipients=body.age_encryption_recipients)
 
 
 @router.post("/create_custom_loss")

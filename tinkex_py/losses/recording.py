@@ -28,7 +28,8 @@ from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.outcomes import described
 from tinkex_py.losses.output import CustomLossOutput
 from tinkex_py.losses.spec import ConfiguredTerm, PerDatum, RegularizerSpec, Term, term_function
-from tinkex_py.types import Datum
+from tinkex_py.types import Datum, EncodedTextChunk
+from tinkex_py.types.chunks import Chunk, known_length
 from tinkex_py.types.tensors import Array
 from tinkex_py.unicode import plain_json
 from tinkex_py.version import __version__
@@ -206,8 +207,9 @@ def field_key(name: str, dtype: str, part: str = "values") -> str:
 
 
 def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
-    for chunk in datum.model_input.chunks:
-        tensors.add("tokens", chunk.tokens)
+    tokens = list(map(_tokens, datum.model_input.chunks))
+    for array in tokens:
+        tensors.add("tokens", array)
     fields: dict[str, RecordedField] = {}
     for name, tensor in datum.loss_fn_inputs.items():
         tensors.add(field_key(name, tensor.dtype), tensor.data)
@@ -217,7 +219,14 @@ def _datum(datum: Datum, tensors: _Tensors) -> RecordedDatum:
         fields[name] = RecordedField(
             dtype=tensor.dtype, shape=tensor.shape, stored=int(tensor.data.size), sparse=tensor.is_sparse
         )
-    return RecordedDatum(chunks=tuple(chunk.length for chunk in datum.model_input.chunks), fields=fields)
+    return RecordedDatum(chunks=tuple(array.size for array in tokens), fields=fields)
+
+
+def _tokens(chunk: Chunk) -> Array:
+    """Returns the tokens of a chunk; of an image or audio, only its length is recorded, as zeros."""
+    if isinstance(chunk, EncodedTextChunk):
+        return chunk.tokens
+    return np.zeros(known_length(chunk) or 0, np.int32)
 
 
 def _regularizer(spec: RegularizerSpec, weight: float) -> RecordedRegularizer:

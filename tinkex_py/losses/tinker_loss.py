@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from anyio.from_thread import start_blocking_portal
 
-from tinkex_py.errors import InvalidData
 from tinkex_py.losses.known_gradient import with_known_gradient
 from tinkex_py.losses.logprobs import Logprobs
 from tinkex_py.losses.outcomes import CustomLoss
 from tinkex_py.losses.output import CustomLossOutput
-from tinkex_py.types import Datum, EncodedTextChunk, ModelInput
-from tinkex_py.types.datum import own_tensor
+from tinkex_py.types import Datum
+from tinkex_py.types.datum import own_datums
 
 Evaluate = Callable[[Sequence[Datum], Logprobs], Awaitable[CustomLoss]]
 
@@ -21,17 +20,19 @@ class TinkerLoss:
     """A loss function of the official SDK, made by `Pipeline.as_tinker_loss`.
 
     It can be called from any thread, including one that runs an event loop. Official datums are converted to this
-    package's `Datum` for the terms; of an image only the length is left, and the official datum is sent untouched.
+    package's `Datum` for the terms; the official SDK sends its own, untouched.
 
     Args:
         evaluate: evaluates the pipeline.
 
     Attributes:
         output: output of the last call; None before the first.
+        data: datums of the last call, as the terms received them.
     """
 
     def __init__(self, evaluate: Evaluate) -> None:
         self.output: CustomLossOutput | None = None
+        self.data: Sequence[Datum] = ()
         self._evaluate = evaluate
 
     def __call__(
@@ -51,7 +52,7 @@ class TinkerLoss:
             PipelineError: the loss cannot be evaluated, or no term depends on the logprobs.
             InvalidData: an element is not a datum.
         """
-        datums = [_own_datum(datum, index) for index, datum in enumerate(data)]
+        datums = own_datums(data)
         logprobs = Logprobs.from_tensors(logprobs_list, datums)
 
         async def evaluate() -> CustomLoss:
@@ -60,7 +61,7 @@ class TinkerLoss:
         with start_blocking_portal("asyncio") as portal:
             custom = portal.call(evaluate)
         custom.check_differentiable()
-        self.output = custom.output
+        self.output, self.data = custom.output, datums
         gradients = logprobs.views(custom.gradient, datums)
         loss = with_known_gradient(custom.output.loss_total, torch.float64, logprobs_list, gradients)
         return loss, flat_metrics(custom.output)
@@ -80,22 +81,3 @@ def flat_metrics(output: CustomLossOutput) -> dict[str, float]:
         flat |= {f"{name}.{metric}": value for metric, value in own.custom_metrics.items()}
         flat |= {f"{name}.{field}": getattr(own, field) for field in ("value", "weight", "contribution", "grad_norm")}
     return {name: float(value) for name, value in flat.items() if value is not None}
-
-
-def _own_datum(datum: Any, index: int) -> Datum:
-    if isinstance(datum, Datum):
-        return datum
-    try:
-        return Datum(
-            model_input=ModelInput(chunks=tuple(map(_own_chunk, datum.model_input.chunks))),
-            loss_fn_inputs={name: own_tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()},
-        )
-    except (AttributeError, ValueError, TypeError) as error:
-        raise InvalidData(f"datum {index} must contain only chunks and tensors: {error}") from error
-
-
-def _own_chunk(chunk: Any) -> EncodedTextChunk:
-    """The terms read no input: a chunk that is not text, such as an image, stands as zeros of its length."""
-    if hasattr(chunk, "tokens"):
-        return EncodedTextChunk(tokens=chunk.tokens)
-    return EncodedTextChunk(tokens=[0] * (getattr(chunk, "expected_tokens", None) or 0))

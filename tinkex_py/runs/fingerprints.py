@@ -60,7 +60,7 @@ def batch_fingerprint(batch: Sequence[Datum]) -> str:
     """Returns the fingerprint of a batch: tokens and loss inputs of its datums, in order."""
     walk = _Walk()
     for datum in batch:
-        walk.add(datum.model_input.to_ints())
+        walk.add(datum.model_input.to_ints() if datum.model_input.is_text else datum.model_input.model_dump())
         walk.add({name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()})
     return walk.digest()
 

@@ -1,10 +1,8 @@
-"""Pairs of a prompt and an answer: reading them, datums of them, and batches."""
+"""Pairs of a prompt and an answer: reading them, datums of them, and answers of a model."""
 
 import asyncio
 import contextlib
-import itertools
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -14,7 +12,7 @@ from tinkex_py.data.chat import ChatRenderer, has_chat_template
 from tinkex_py.data.datums import chat_datum, text_datum
 from tinkex_py.errors import ConfigError, InvalidData
 from tinkex_py.text import decode, encode_prompt
-from tinkex_py.types import Datum, Encoder, ForwardBackwardOutput, ModelInput, SamplingParams, Tokenizer
+from tinkex_py.types import Datum, Encoder, ModelInput, SamplingParams, Tokenizer
 
 
 class Pair(BaseModel):
@@ -82,17 +80,6 @@ def make_datum(tokenizer: Encoder, pair: Pair) -> Datum:
     return text_datum(tokenizer, pair.answer, prompt=_in_words(pair.prompt))
 
 
-def with_reference(data: Sequence[Datum], reference: ForwardBackwardOutput) -> list[Datum]:
-    """Returns the datums with the frozen model's logprobs in `reference_logprobs`."""
-    return [
-        Datum(
-            model_input=datum.model_input,
-            loss_fn_inputs={**datum.loss_fn_inputs, "reference_logprobs": outputs["logprobs"]},
-        )
-        for datum, outputs in zip(data, reference.loss_fn_outputs, strict=True)
-    ]
-
-
 async def sample_answers(
     training: AsyncTrainingClient, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int = 40
 ) -> dict[str, str]:
@@ -110,18 +97,6 @@ async def sample_answers(
         return dict(zip(prompts, await asyncio.gather(*map(answer, prompts)), strict=True))
 
 
-def shuffled_batches(data: Sequence[Datum], size: int, seed: int, start: int = 0) -> Iterator[list[Datum]]:
-    """Returns shuffled batches, epoch after epoch, without end.
-
-    Args:
-        data: the datums; an incomplete batch at the end of an epoch is dropped.
-        size: datums per batch.
-        seed: of the order.
-        start: number of batches to skip.
-    """
-    return itertools.islice(_epochs(data, size, seed), start, None)
-
-
 def _in_words(prompt: str) -> str:
     return f"Q: {prompt}\nA: "
 
@@ -132,12 +107,3 @@ def _end_tokens(tokenizer: Tokenizer) -> list[int]:
     weights, targets = learned["weights"].tolist(), learned["target_tokens"].tolist()
     end = int([target for target, weight in zip(targets, weights, strict=True) if weight][-1])
     return [end] if tokenizer.eos_token_id in (None, end) else [end, tokenizer.eos_token_id]
-
-
-def _epochs(data: Sequence[Datum], size: int, seed: int) -> Iterator[list[Datum]]:
-    order = list(data)
-    generator = random.Random(seed)  # noqa: S311  # shuffling, not cryptography
-    while True:
-        generator.shuffle(order)
-        for start in range(0, len(order) - size + 1, size) or [0]:
-            yield order[start : start + size]

@@ -53,7 +53,7 @@ class Plan:
             "config": dict(self.config),
             "settings": self.settings.model_dump(),
             "optimizer": _code_name(optimizer) if callable(optimizer) else optimizer.on_the_wire(),
-            "pipeline": _pipeline_description(self.pipeline),
+            "pipeline": described_pipeline(self.pipeline),
         }
         if self.settings.accumulate > 1 and has_means(self.pipeline):
             # Earlier versions added up the means of the calls: the gradients were larger.
@@ -153,7 +153,8 @@ def _shown(values: Mapping[str, JsonValue], name: str) -> str:
     return repr(values[name]) if name in values else "not set"
 
 
-def _pipeline_description(pipeline: "Pipeline") -> dict[str, JsonValue]:
+def described_pipeline(pipeline: "Pipeline") -> dict[str, JsonValue]:
+    """Returns the terms and options of a pipeline as JSON."""
     from tinkex_py.losses.recording import term_fields
 
     regularizers: dict[str, JsonValue] = {

@@ -374,7 +374,7 @@ def _record(step: OptimizerStep, plan: Plan, evaluated: Mapping[str, float | str
         seconds=time.monotonic() - step.started_at,
         queue_seconds=queue_seconds,
         datums=sum(len(part.batch) for part in step.parts),
-        tokens=sum(datum.model_input.length for part in step.parts for datum in part.batch),
+        tokens=sum(datum.positions for part in step.parts for datum in part.batch),
         learning_rate=step.params.learning_rate,
         # The service's own output repeats the logprobs.
         losses=tuple(output.model_copy(update={"service_output": None}) for output in outputs),

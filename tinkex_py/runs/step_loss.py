@@ -96,8 +96,8 @@ def _metrics(term: TermOutput) -> Mapping[str, float]:
 
 
 def _answer_tokens(datum: Datum) -> int:
-    weights, targets = (datum.loss_fn_inputs.get(name) for name in ("weights", "target_tokens"))
+    weights = datum.loss_fn_inputs.get("weights")
     if weights is not None and weights.shape:
         array = weights.to_numpy()
         return int((array != 0).reshape(len(array), -1).any(axis=1).sum())
-    return targets.shape[0] if targets is not None and targets.shape else datum.model_input.length
+    return datum.positions

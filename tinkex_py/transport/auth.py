@@ -190,13 +190,7 @@ async def key_from_command(command: Secret, *, timeout: float = COMMAND_TIMEOUT)
 
 
 async def _printed_key(command: Secret, timeout: float) -> Secret:
-    process = await asyncio.create_subprocess_shell(
-        command.reveal(),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = await _started(command)
     try:
         async with time_limit(timeout, lambda: ConfigError(f"{COMMAND_VARIABLE} did not exit within {timeout:g} s")):
             printed, _ = await process.communicate()
@@ -208,6 +202,26 @@ async def _printed_key(command: Secret, timeout: float) -> Secret:
     if not _is_sendable(key):
         raise ConfigError(f"{COMMAND_VARIABLE} printed {len(printed)} bytes that are not a key: print the key only")
     return Secret(key)
+
+
+async def _started(command: Secret) -> asyncio.subprocess.Process:
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_shell(
+            command.reveal(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # asyncio kills the shell of a cancelled start, but not what the shell started.
+        await asyncio.wait([starting])
+        if starting.exception() is None:
+            await _end(starting.result())
+        raise
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -17,7 +17,17 @@ import numpy as np
 
 from tinkex_py.transport import wire
 from tinkex_py.transport.messages import JSON, NO_HEADERS, Request, request
-from tinkex_py.types import Datum, TensorData
+from tinkex_py.types import (
+    Datum,
+    DmelChunk,
+    EncodedTextChunk,
+    ImageAssetPointerChunk,
+    ImageChunk,
+    SampledProvenanceSpan,
+    TensorData,
+)
+from tinkex_py.types.chunks import Chunk
+from tinkex_py.types.provenance import Span
 from tinkex_py.types.tensors import Array
 
 PROTOBUF = "application/x-protobuf"
@@ -96,7 +106,7 @@ class EncodedBatch:
                 "logprobs": _floats(logprobs[start:stop], targets.shape),
                 "advantages": _floats(advantages[start:stop], targets.shape),
             }
-            _append(body, _input_bytes(datum) + wire.Datum(loss_fn_inputs=inputs).SerializeToString())
+            _append(body, _head_of(datum, inputs) + _spans_of(datum))
             start = stop
         assert start == logprobs.size == advantages.size, "logprobs and advantages must cover the datums exactly"
         return EncodedBatch(self.data, body, (), ())
@@ -129,7 +139,7 @@ def encode_batch(data: Sequence[Datum]) -> EncodedBatch:
     body = bytearray()
     for datum in data:
         inputs = {name: _tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()}
-        _append(body, _input_bytes(datum) + wire.Datum(loss_fn_inputs=inputs).SerializeToString())
+        _append(body, _head_of(datum, inputs) + _spans_of(datum))
     return EncodedBatch(data, body, (), ())
 
 
@@ -146,10 +156,12 @@ def encode_custom_batch(data: Sequence[Datum]) -> EncodedBatch:
     for datum in data:
         targets = datum.loss_fn_inputs["target_tokens"]
         arrays: list[bytes | Array] = []
-        if targets.sparse_crow_indices is not None:
-            frame = _frame([_head_of(datum, targets)], 0, targets.shape)
+        tokens = [chunk.tokens for chunk in datum.model_input.chunks if isinstance(chunk, EncodedTextChunk)]
+        has_spans = datum.model_input_spans is not None
+        if targets.sparse_crow_indices is not None or has_spans or len(tokens) < len(datum.model_input.chunks):
+            head = _head_of(datum, {"target_tokens": _tensor(targets)})
+            frame = _frame([head], 0, targets.shape, _spans_of(datum))
         else:
-            tokens = [chunk.tokens for chunk in datum.model_input.chunks]
             frame = _dense_frame(tuple([array.size for array in tokens]), targets.shape)
             arrays += (*tokens, targets.data)
         weights = datum.loss_fn_inputs.get("weights")
@@ -204,7 +216,7 @@ def request_as_json(batch: EncodedBatch, request: PassHeader) -> dict[str, Any]:
     body = wire.ForwardBackwardRequest.FromString(bytes(batch.body))
     data = [
         {
-            "model_input": datum.model_input.model_dump(),
+            "model_input": datum.model_input.model_dump(exclude_none=True),
             "loss_fn_inputs": {name: _tensor_as_json(tensor) for name, tensor in message.loss_fn_inputs.items()},
         }
         for datum, message in zip(batch.data, body.data, strict=True)
@@ -293,16 +305,18 @@ def _dense_frame(chunk_lengths: tuple[int, ...], shape: tuple[int, ...]) -> _Fra
     return _frame(before, _TOKEN_BYTES * sum(chunk_lengths) + target_bytes, shape)
 
 
-def _frame(before: Sequence[bytes], array_bytes: int, shape: tuple[int, ...]) -> _Frame:
+def _frame(before: Sequence[bytes], array_bytes: int, shape: tuple[int, ...], end: bytes = b"") -> _Frame:
     """Adds the weights, and the opening of the element, to the bytes before them.
 
     Args:
         before: the bytes before each array, and those between the last array and the weights.
         array_bytes: bytes of the arrays before the weights.
         shape: shape of the targets.
+        end: the fields behind the loss inputs.
     """
     weight_bytes = _WEIGHT_BYTES * math.prod(shape)
-    before_weights, after = _around_tensor("weights", wire.DTYPE_FLOAT32, weight_bytes, shape)
+    before_weights, after_weights = _around_tensor("weights", wire.DTYPE_FLOAT32, weight_bytes, shape)
+    after = after_weights + end
     pieces = [*before[:-1], before[-1] + before_weights]
     message = sum(map(len, pieces)) + array_bytes + weight_bytes + len(after)
     opening = _data_opening(message)
@@ -356,16 +370,41 @@ def _append(body: bytearray, message: bytes) -> None:
     body += message
 
 
-def _head_of(datum: Datum, targets: TensorData) -> bytes:
-    return _input_bytes(datum) + wire.Datum(loss_fn_inputs={"target_tokens": _tensor(targets)}).SerializeToString()
+def _head_of(datum: Datum, inputs: Mapping[str, wire.Tensor]) -> bytes:
+    chunks = list(map(_chunk, datum.model_input.chunks))
+    return wire.Datum(model_input=chunks, loss_fn_inputs=inputs).SerializeToString()
 
 
-def _input_bytes(datum: Datum) -> bytes:
-    chunks = [
-        wire.Chunk(encoded_text=wire.EncodedTextChunk(tokens=chunk.tokens.tobytes()))
-        for chunk in datum.model_input.chunks
-    ]
-    return wire.Datum(model_input=chunks).SerializeToString()
+def _chunk(chunk: Chunk) -> wire.Chunk:
+    match chunk:
+        case EncodedTextChunk():
+            return wire.Chunk(encoded_text=wire.EncodedTextChunk(tokens=chunk.tokens.tobytes()))
+        case ImageChunk():
+            image = wire.ImageChunk(data=chunk.data, format=chunk.format)
+            if chunk.expected_tokens is not None:
+                image.expected_tokens = chunk.expected_tokens
+            return wire.Chunk(image=image)
+        case DmelChunk():
+            return wire.Chunk(dmel=wire.DmelChunk(dmel=chunk.dmel))
+        case ImageAssetPointerChunk():
+            return wire.Chunk()  # only in JSON, which is written from the chunk itself
+
+
+def _spans_of(datum: Datum) -> bytes:
+    """Returns the fields behind the loss inputs: where the tokens come from."""
+    if datum.model_input_spans is None or datum.loss_fn_input_spans is None:
+        return b""
+    return wire.Datum(
+        model_input_spans=[_span(span) for span in datum.model_input_spans],
+        loss_fn_input_spans=[_span(span) for span in datum.loss_fn_input_spans],
+    ).SerializeToString()
+
+
+def _span(span: Span) -> wire.ProvenanceSpan:
+    fields = span.model_dump()
+    if isinstance(span, SampledProvenanceSpan):
+        return wire.ProvenanceSpan(sampled_tokens=wire.SampledProvenanceSpan(**fields))
+    return wire.ProvenanceSpan(prompt_tokens=wire.PromptProvenanceSpan(**fields))
 
 
 def _tensor(tensor: TensorData) -> wire.Tensor:

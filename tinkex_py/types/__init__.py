@@ -1,7 +1,8 @@
 """Values of the public API and of the wire format."""
 
 from tinkex_py.types.checkpoint_path import CheckpointPath
-from tinkex_py.types.datum import Datum, EncodedTextChunk, Encoder, ModelInput, Tokenizer
+from tinkex_py.types.chunks import DmelChunk, EncodedTextChunk, ImageAssetPointerChunk, ImageChunk
+from tinkex_py.types.datum import Datum, ModelInput
 from tinkex_py.types.outputs import (
     ForwardBackwardOutput,
     GetInfoResponse,
@@ -16,6 +17,8 @@ from tinkex_py.types.outputs import (
     WeightsInfo,
 )
 from tinkex_py.types.parameters import AdamParams, LoraConfig, OptimizerParams, SamplingParams
+from tinkex_py.types.parts import Encoder, Tokenizer
+from tinkex_py.types.provenance import PromptProvenanceSpan, SampledProvenanceSpan
 from tinkex_py.types.queue_state import QueueState
 from tinkex_py.types.rest import (
     ArchiveUrl,
@@ -46,12 +49,15 @@ __all__ = [
     "CheckpointsPage",
     "Cursor",
     "Datum",
+    "DmelChunk",
     "DownloadProgress",
     "EncodedTextChunk",
     "Encoder",
     "ExternalWeightsUrls",
     "ForwardBackwardOutput",
     "GetInfoResponse",
+    "ImageAssetPointerChunk",
+    "ImageChunk",
     "LoraConfig",
     "ModelData",
     "ModelInput",
@@ -59,8 +65,10 @@ __all__ = [
     "OptimizerParams",
     "PackedTensor",
     "PromptAltTokens",
+    "PromptProvenanceSpan",
     "QueueState",
     "SampleResponse",
+    "SampledProvenanceSpan",
     "SampledSequence",
     "Sampler",
     "SamplingParams",

@@ -1,100 +1,40 @@
-"""Training examples, and the model input: a sequence of chunks of text tokens."""
+"""Training examples, and the model input: a sequence of chunks of text, images or audio."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from pydantic import field_serializer, field_validator
+from pydantic import field_validator
 
 from tinkex_py.arguments import check_flag
 from tinkex_py.errors import InvalidData
 from tinkex_py.text import encode_answer, encode_prompt, require_text
 from tinkex_py.types.base import WireModel
-from tinkex_py.types.tensors import Array, TensorData, TensorInput, without_torch
+from tinkex_py.types.chunks import Chunk, EncodedTextChunk, known_length, own_chunk
+from tinkex_py.types.parts import Encoder, ImageTokens, chunks_of_parts
+from tinkex_py.types.provenance import Span, check_tiling, own_spans
+from tinkex_py.types.tensors import Array, TensorData, TensorInput
 
 
-class Encoder(Protocol):
-    """An object that encodes text as token ids, such as a Hugging Face tokenizer."""
+class InputSize(NamedTuple):
+    """What the chunks of a model input measure.
 
-    def encode(self, text: str, /) -> Sequence[int]:
-        """Returns the token ids of a text."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """A tokenizer, as returned by `get_tokenizer`: encodes text as token ids and decodes them."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Id of the token that ends a text."""
-        ...
-
-    def encode(self, text: str, /) -> list[int]:
-        """Returns the token ids of a text."""
-        ...
-
-    def decode(self, token_ids: Sequence[int], /) -> str:
-        """Returns the text of token ids."""
-        ...
-
-
-class EncodedTextChunk(WireModel):
-    """Text as token ids.
-
-    Args:
-        tokens: ids, each in `[0, 2**31)`; stored as one read-only int32 buffer.
+    Attributes:
+        length: number of tokens; None if that of an image or of audio is unknown.
+        stored_bytes: estimated bytes in a request (protocol: 5.3).
+        is_text: whether all chunks are text.
     """
 
-    type: Literal["encoded_text"] = "encoded_text"
-    tokens: Array
-
-    def __init__(self, *, tokens: Sequence[int] | Array, type: Literal["encoded_text"] = "encoded_text") -> None:  # noqa: A002
-        super().__init__(tokens=tokens, type=type)
-
-    @field_validator("tokens", mode="before")
-    @classmethod
-    def _pack(cls, tokens: Any) -> Array:
-        array = np.asarray(without_torch(tokens))
-        if array.ndim != 1:
-            raise InvalidData(f"tokens must be a flat sequence, got shape {array.shape}")
-        if array.size and array.dtype.kind not in "iu":
-            raise InvalidData(f"tokens must be integers, got dtype {array.dtype}")
-        wrong = array[(array < 0) | (array >= 2**31)] if array.size else array
-        if wrong.size:
-            raise InvalidData(f"token ids must be in [0, 2**31), got {wrong[0]}")
-        packed = np.array(array, dtype="<i4", order="C", copy=True)
-        packed.flags.writeable = False
-        return packed
-
-    @field_serializer("tokens")
-    def _serialize_tokens(self, tokens: Array) -> list[int]:
-        return cast("list[int]", tokens.tolist())
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return int(self.tokens.size)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether the tokens are equal."""
-        return isinstance(other, EncodedTextChunk) and np.array_equal(self.tokens, other.tokens)
-
-    def __hash__(self) -> int:
-        """Consistent with equality."""
-        return hash(self.tokens.tobytes())
-
-    def __repr__(self) -> str:
-        """Shows the length only, because the tokens are a user's text."""
-        return f"EncodedTextChunk(length={self.length})"
-
-    __str__ = __repr__
+    length: int | None
+    stored_bytes: int
+    is_text: bool
 
 
 class ModelInput(WireModel):
     """The chunks that the model reads, in order."""
 
-    chunks: tuple[EncodedTextChunk, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
 
     @classmethod
     def empty(cls) -> "ModelInput":
@@ -122,7 +62,28 @@ class ModelInput(WireModel):
         """
         return cls.from_ints(encode_prompt(tokenizer, text))
 
-    def append(self, chunk: EncodedTextChunk) -> "ModelInput":
+    @classmethod
+    def from_parts(
+        cls, *parts: object, tokenizer: Encoder | None = None, image_tokens: ImageTokens | None = None
+    ) -> "ModelInput":
+        """Returns an input of texts and images in order.
+
+        The tokens that the tokenizer itself puts before a text come first, once. What the model wants around an image,
+        such as `<|vision_start|>`, is text.
+
+        Args:
+            parts: a text; token ids; an image as the bytes of a PNG or JPEG file, as a PIL image or as
+                `{"bytes": ...}`; or a chunk.
+            tokenizer: encodes the texts; needed if there are any.
+            image_tokens: number of tokens that the model makes of an image, or a function that returns it for the bytes
+                of a file, such as `data.image_tokens(processor)`. None: unknown, which the protocol allows in prompts.
+
+        Raises:
+            InvalidData: a part is none of these, there is no tokenizer, or it cannot encode a text.
+        """
+        return cls(chunks=chunks_of_parts(parts, tokenizer, image_tokens))
+
+    def append(self, chunk: Chunk) -> "ModelInput":
         """Returns a new input with one more chunk at the end."""
         return ModelInput(chunks=(*self.chunks, chunk))
 
@@ -131,13 +92,73 @@ class ModelInput(WireModel):
         return self.append(EncodedTextChunk(tokens=[token]))
 
     @cached_property
-    def length(self) -> int:
-        """Number of tokens in all chunks."""
-        return sum(chunk.length for chunk in self.chunks)
+    def size(self) -> InputSize:
+        """What the chunks measure; unlike `length`, it never raises."""
+        length: int | None = 0
+        stored_bytes, is_text = 0, True
+        for chunk in self.chunks:
+            if isinstance(chunk, EncodedTextChunk):
+                length = None if length is None else length + chunk.tokens.size
+                stored_bytes += chunk.tokens.nbytes
+            else:
+                own = known_length(chunk)
+                length = None if length is None or own is None else length + own
+                stored_bytes += chunk.stored_bytes
+                is_text = False
+        return InputSize(length, stored_bytes, is_text)
 
-    def to_ints(self) -> list[int]:
-        """Returns all token ids in order."""
-        return [token for chunk in self.chunks for token in cast("list[int]", chunk.tokens.tolist())]
+    @property
+    def length(self) -> int:
+        """Number of tokens in all chunks.
+
+        Raises:
+            InvalidData: that of an image is unknown; see `ImageChunk`.
+        """
+        length = self.size.length
+        return sum(chunk.length for chunk in self.chunks) if length is None else length
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all chunks are text."""
+        return self.size.is_text
+
+    def text_mask(self) -> Array:
+        """Returns whether each position is text, bool `[N]`.
+
+        Raises:
+            InvalidData: the length of an image is unknown.
+        """
+        parts = [np.full(chunk.length, isinstance(chunk, EncodedTextChunk)) for chunk in self.chunks]
+        return np.concatenate([np.zeros(0, np.bool_), *parts])
+
+    def to_ints(self, *, other: int | None = None) -> list[int]:
+        """Returns all token ids in order.
+
+        Args:
+            other: id for the positions of images and audio, which have none.
+
+        Raises:
+            InvalidData: a chunk is no text, and there is no `other`, or its length is unknown.
+        """
+        ids: list[int] = []
+        for chunk in self.chunks:
+            if isinstance(chunk, EncodedTextChunk):
+                ids += cast("list[int]", chunk.tokens.tolist())
+            elif other is None:
+                raise InvalidData(
+                    f"the model input contains a chunk {chunk.type!r}, which has no token ids: pass other="
+                )
+            else:
+                ids += [other] * chunk.length
+        return ids
+
+    def with_tokens(self, tokens: Array) -> "ModelInput":
+        """Returns a new input with tokens at the end, in the last chunk if it is text."""
+        last = self.chunks[-1] if self.chunks else None
+        if isinstance(last, EncodedTextChunk):
+            joined = EncodedTextChunk(tokens=np.concatenate([last.tokens, tokens]))
+            return ModelInput(chunks=(*self.chunks[:-1], joined))
+        return self.append(EncodedTextChunk(tokens=tokens))
 
 
 class Datum(WireModel):
@@ -150,13 +171,42 @@ class Datum(WireModel):
         model_input: `N` tokens.
         loss_fn_inputs: name -> values, as lists, numpy arrays, torch tensors or TensorData, with one entry
             per position: `[N]`, or `[N, K]` for `K` candidate targets.
+        model_input_spans: where the tokens of the input come from; see `with_provenance`.
+        loss_fn_input_spans: the same of the targets; both or neither.
+
+    Raises:
+        InvalidData: a field is invalid, or spans do not cover their field exactly.
     """
 
     model_input: ModelInput
     loss_fn_inputs: Mapping[str, TensorData]
+    model_input_spans: tuple[Span, ...] | None = None
+    loss_fn_input_spans: tuple[Span, ...] | None = None
 
-    def __init__(self, *, model_input: ModelInput, loss_fn_inputs: Mapping[str, TensorInput]) -> None:
-        super().__init__(model_input=model_input, loss_fn_inputs=loss_fn_inputs)
+    def __init__(
+        self,
+        *,
+        model_input: ModelInput,
+        loss_fn_inputs: Mapping[str, TensorInput],
+        model_input_spans: Sequence[Span] | None = None,
+        loss_fn_input_spans: Sequence[Span] | None = None,
+    ) -> None:
+        spans: dict[str, Any] = {}
+        if model_input_spans is not None or loss_fn_input_spans is not None:
+            spans = {"model_input_spans": model_input_spans, "loss_fn_input_spans": loss_fn_input_spans}
+        super().__init__(model_input=model_input, loss_fn_inputs=loss_fn_inputs, **spans)
+        if spans:
+            self._check_spans()
+
+    def _check_spans(self) -> None:
+        if self.model_input_spans is None or self.loss_fn_input_spans is None:
+            raise InvalidData("pass both model_input_spans and loss_fn_input_spans, or neither: see with_provenance")
+        length = self.model_input.size.length
+        if length is not None:
+            check_tiling("model_input", self.model_input_spans, length)
+        targets = self.loss_fn_inputs.get("target_tokens")
+        if targets is not None and len(targets.shape) == 1:
+            check_tiling("loss_fn_inputs['target_tokens']", self.loss_fn_input_spans, targets.shape[0])
 
     @field_validator("loss_fn_inputs", mode="before")
     @classmethod
@@ -174,30 +224,29 @@ class Datum(WireModel):
         return packed
 
     @classmethod
-    def from_tokens(cls, prompt: Sequence[int] | Array, completion: Sequence[int] | Array) -> "Datum":
+    def from_tokens(cls, prompt: ModelInput | Sequence[int] | Array, completion: Sequence[int] | Array) -> "Datum":
         """Returns a datum that learns a completion: `weights` is 1 for the tokens of the completion, 0 for others.
 
-        The tokens are shifted: of `N + 1` tokens, the first `N` are the input and the last `N` the targets.
+        The tokens are shifted: of `N + 1` tokens, the first `N` are the input and the last `N` the targets. Where the
+        target is part of an image, it is 0.
 
         Args:
-            prompt: token ids that are not learned; may be empty.
+            prompt: what is not learned, as token ids or as a model input, which may have images; may be empty.
             completion: token ids that follow.
 
         Raises:
-            InvalidData: no token is to be learned; the first token of all has no prediction.
+            InvalidData: no token is to be learned; the first token of all has no prediction. Or the length of an image
+                is unknown.
         """
-        before, learned = _tokens("prompt", prompt), _tokens("completion", completion)
-        if before.size + learned.size < 2 or not learned.size:
+        before = prompt if isinstance(prompt, ModelInput) else ModelInput.from_ints(_tokens("prompt", prompt))
+        learned = _tokens("completion", completion)
+        if before.length + learned.size < 2 or not learned.size:
             raise InvalidData(
-                f"there is nothing to learn in {before.size} tokens of the prompt and {learned.size} of the "
+                f"there is nothing to learn in {before.length} tokens of the prompt and {learned.size} of the "
                 "completion: pass a completion, and a token before it"
             )
-        tokens = np.concatenate([before, learned])
-        weights = (np.arange(1, tokens.size) >= before.size).astype(np.float32)
-        return cls(
-            model_input=ModelInput.from_ints(tokens[:-1]),
-            loss_fn_inputs={"target_tokens": tokens[1:].astype(np.int64), "weights": weights},
-        )
+        whole = before.with_tokens(learned)
+        return shifted(whole, np.arange(whole.length) >= before.length)
 
     @classmethod
     def from_text(cls, tokenizer: Encoder, prompt: str, completion: str, *, append_end: bool = True) -> "Datum":
@@ -221,10 +270,8 @@ class Datum(WireModel):
     def of(cls, datum: object) -> "Datum":
         """Returns a datum of this package: the same one, or the copy of a datum of the official SDK.
 
-        The provenance of an official datum is not copied: the losses do not read it.
-
         Raises:
-            InvalidData: it is not a datum, or its input contains something other than text, such as an image.
+            InvalidData: it is not a datum, or has a chunk of a type that the protocol does not have.
         """
         if isinstance(datum, cls):
             return datum
@@ -232,8 +279,9 @@ class Datum(WireModel):
             raise InvalidData(f"datum must be a Datum, got a {type(datum).__name__}")
         given: Any = datum
         return cls(
-            model_input=ModelInput(chunks=tuple(map(_text_chunk, given.model_input.chunks))),
+            model_input=ModelInput(chunks=tuple(map(own_chunk, given.model_input.chunks))),
             loss_fn_inputs={name: own_tensor(value) for name, value in given.loss_fn_inputs.items()},
+            **_spans_of(given),
         )
 
     def with_inputs(self, **fields: TensorInput) -> "Datum":
@@ -242,7 +290,55 @@ class Datum(WireModel):
         Raises:
             InvalidData: a value is not a tensor.
         """
-        return Datum(model_input=self.model_input, loss_fn_inputs={**self.loss_fn_inputs, **fields})
+        return Datum(
+            model_input=self.model_input,
+            loss_fn_inputs={**self.loss_fn_inputs, **fields},
+            model_input_spans=self.model_input_spans,
+            loss_fn_input_spans=self.loss_fn_input_spans,
+        )
+
+    def with_provenance(self, model_input: Sequence[Span], loss_fn_inputs: Sequence[Span]) -> "Datum":
+        """Returns the datum with the places that its tokens come from, as `stable_reinforce` needs them.
+
+        Args:
+            model_input: consecutive runs that cover the input.
+            loss_fn_inputs: consecutive runs that cover `target_tokens`.
+
+        Raises:
+            InvalidData: the runs do not cover their field exactly.
+        """
+        return Datum(
+            model_input=self.model_input,
+            loss_fn_inputs=self.loss_fn_inputs,
+            model_input_spans=own_spans("model_input", model_input),
+            loss_fn_input_spans=own_spans("loss_fn_inputs", loss_fn_inputs),
+        )
+
+    @property
+    def positions(self) -> int:
+        """Number of positions: of the targets, or of the input if there are none."""
+        targets = self.loss_fn_inputs.get("target_tokens")
+        return targets.shape[0] if targets is not None and targets.shape else self.model_input.length
+
+
+def shifted(whole: ModelInput, learned: Array) -> Datum:
+    """Returns the datum in which position `i` predicts token `i + 1`.
+
+    Args:
+        whole: `N + 1` tokens, the last of which are text; an image counts with its length.
+        learned: whether each token is learned, `[N + 1]`; those of images are not.
+    """
+    *before, last = whole.chunks
+    assert isinstance(last, EncodedTextChunk), "the input ends with text"
+    rest = [EncodedTextChunk(tokens=last.tokens[:-1])] if last.length > 1 else []
+    weights = learned & whole.text_mask()
+    return Datum(
+        model_input=ModelInput(chunks=(*before, *rest)),
+        loss_fn_inputs={
+            "target_tokens": np.array(whole.to_ints(other=0)[1:], np.int64),
+            "weights": weights[1:].astype(np.float32),
+        },
+    )
 
 
 def is_official(datum: object) -> bool:
@@ -259,11 +355,9 @@ def _tokens(name: str, tokens: Sequence[int] | Array) -> Array:
         raise InvalidData(f"{name}: {error}") from None
 
 
-def _text_chunk(chunk: Any) -> EncodedTextChunk:
-    kind = getattr(chunk, "type", type(chunk).__name__)
-    if kind != "encoded_text":
-        raise InvalidData(f"the input of the datum contains a chunk {kind!r}: this package has chunks of text only")
-    return EncodedTextChunk(tokens=chunk.tokens)
+def _spans_of(datum: Any) -> dict[str, tuple[Span, ...]]:
+    names = ("model_input_spans", "loss_fn_input_spans")
+    return {name: own_spans(name, spans) for name in names if (spans := getattr(datum, name, None)) is not None}
 
 
 def own_tensor(tensor: Any) -> TensorData:

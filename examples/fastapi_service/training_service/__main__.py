@@ -5,6 +5,7 @@ import gc
 import socket
 
 import uvicorn
+from fastapi import FastAPI
 
 from training_service.app import create_app
 
@@ -13,6 +14,7 @@ class Server(uvicorn.Server):
     """Ends the jobs before it waits for open connections, because followers stay connected until their job ends."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        assert isinstance(self.config.app, FastAPI)
         await self.config.app.state.jobs.close()
         await super().shutdown(sockets)
 

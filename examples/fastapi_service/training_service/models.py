@@ -25,8 +25,8 @@ class Example(Body):
 class Regularizers(Body):
     """Weights of the regularizers; 0 omits one."""
 
-    l2: Weight = Field(0.0, description="Weight of the mean square of the logprobs.")
-    entropy: Weight = Field(0.0, description="Weight of the entropy, which discourages overconfidence.")
+    l2: Weight = Field(default=0.0, description="Weight of the mean square of the logprobs.")
+    entropy: Weight = Field(default=0.0, description="Weight of the entropy, which discourages overconfidence.")
 
 
 class JobRequest(Body):

@@ -52,13 +52,13 @@ async def made_model(
 
 
 def make_pipeline(weights: Regularizers) -> Pipeline:
+    l2 = L2(mask="weights", reduction="token-mean")
+    entropy = Entropy(over="tokens", mask="weights", reduction="mean")
     specs = [
-        RegularizerSpec(fn=L2(mask="weights", reduction="token-mean"), weight=weights.l2, name="l2"),
-        RegularizerSpec(
-            fn=Entropy(over="tokens", mask="weights", reduction="mean"), weight=weights.entropy, name="entropy"
-        ),
+        RegularizerSpec(fn=l2, weight=weights.l2, name="l2", enabled=weights.l2 > 0),
+        RegularizerSpec(fn=entropy, weight=weights.entropy, name="entropy", enabled=weights.entropy > 0),
     ]
-    return Pipeline(NLL(reduction="token-mean"), [spec for spec in specs if spec.weight > 0])
+    return Pipeline(NLL(reduction="token-mean"), specs)
 
 
 def make_datum(tokenizer, example: Example) -> Datum:
