@@ -20,10 +20,11 @@ PROMPTS = ["A: ", "Q: "]
 LENGTH = 3
 BOUND = 1.0  # nats per token
 
-MEAN = {"mask": "weights", "reduction": "token-mean"}
+POLICY = PPO(mask="weights", reduction="token-mean")
+KL = SampledKL(reference_field="reference_logprobs", mask="weights", reduction="token-mean")
 PIPELINE = Pipeline(
-    Corrected(policy=PPO(**MEAN), corrections=[TruncatedIS(cap=2.0)], old_field="old_logprobs"),
-    [RegularizerSpec(fn=SampledKL(reference_field="reference_logprobs", **MEAN), at_most=BOUND, name="kl")],
+    Corrected(policy=POLICY, corrections=[TruncatedIS(cap=2.0)], old_field="old_logprobs"),
+    [RegularizerSpec(fn=KL, at_most=BOUND, name="kl")],
 )
 
 
