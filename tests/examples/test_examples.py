@@ -313,6 +313,18 @@ def test_rl_loop(run_example: Callable[[str], str]) -> None:
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
+def test_grpo(run_example: Callable[[str], str]) -> None:
+    text = run_example("grpo.py")
+    rounds = re.findall(r"^ *\d+  (\S+) +(\S+) +(\S+) +\S+  \S+$", text, re.MULTILINE)
+    rewards, divergences, multipliers = ([float(number) for number in column] for column in zip(*rounds, strict=True))
+    assert len(rewards) == 10
+    # By chance about 52 of 258 tokens are letters.
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    assert multipliers[0] == 0
+    assert max(divergences) > 1.0
+    assert multipliers[-1] > 0  # it rises where the bound is violated
+
+
 def test_resume(run_example: Callable[[str], str]) -> None:
     text = run_example("resume.py")
     assert "largest difference: 0.0e+00" in text
