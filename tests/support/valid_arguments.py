@@ -77,6 +77,15 @@ class Clients:
     on_listening: Callable[..., None]
 
 
+class Processor:
+    """What a processor of images and text has."""
+
+    image_processor = tokenizer = None
+    image_token = "<image>"
+
+    def __call__(self, **_options: Any) -> None: ...
+
+
 def constant(data: Sequence[Datum], logprobs: Any) -> torch.Tensor:
     """A term that accepts everything."""
     return torch.tensor(1.0)
@@ -104,6 +113,9 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "Datum.of.datum": DATUM,
         "DmelChunk.dmel": bytes([0, 1, 1]),
         "ImageChunk.data": b"\xff\xd8\xff",
+        "ImageChunk.of.image": b"\xff\xd8\xff",
+        "image_tokens.processor": Processor(),
+        "with_tokens.tokens": [1],
         "location": "x",
         "format": "png",
         "with_provenance.model_input": [SPAN],

@@ -59,7 +59,7 @@ def test_the_length_of_audio_is_its_first_dimension(header):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: ImageChunk(data=b"GIF89a private"), "14 bytes, is neither a PNG nor a JPEG"),
+        (lambda: ImageChunk(data=b"GIF89a private"), "14 bytes, is no image, neither a PNG nor a JPEG"),
         (lambda: ImageChunk(data="private"), "got a str"),  # pyright: ignore[reportArgumentType]
         (lambda: ImageChunk(data=b""), "got none"),
         (lambda: ImageChunk(data=PNG, format="gif"), "format"),  # pyright: ignore[reportArgumentType]

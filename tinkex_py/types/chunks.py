@@ -282,7 +282,7 @@ def _format_of(data: object) -> ImageFormat:
         if data.startswith(beginning):
             return name
     raise InvalidData(
-        f"data, {len(data)} bytes, is neither a PNG nor a JPEG file: convert it, for example with PIL's save()"
+        f"data, {len(data)} bytes, is no image, neither a PNG nor a JPEG file: convert it, for example with PIL"
     )
 
 

@@ -152,15 +152,14 @@ class ModelInput(WireModel):
                 ids += [other] * chunk.length
         return ids
 
-    def with_tokens(self, tokens: Array) -> "ModelInput":
+    def with_tokens(self, tokens: Sequence[int] | Array) -> "ModelInput":
         """Returns a new input with tokens at the end, in the last chunk if it is text."""
-        if not len(tokens):
-            return self
+        added = EncodedTextChunk(tokens=tokens)
         last = self.chunks[-1] if self.chunks else None
-        if isinstance(last, EncodedTextChunk):
-            joined = EncodedTextChunk(tokens=np.concatenate([last.tokens, tokens]))
-            return ModelInput(chunks=(*self.chunks[:-1], joined))
-        return self.append(EncodedTextChunk(tokens=tokens))
+        if not isinstance(last, EncodedTextChunk):
+            return self.append(added) if added.length else self
+        joined = EncodedTextChunk(tokens=np.concatenate([last.tokens, added.tokens]))
+        return ModelInput(chunks=(*self.chunks[:-1], joined))
 
 
 class Datum(WireModel):
