@@ -39,7 +39,7 @@ from tinkex_py.local import LocalOptions, LocalService
 from tinkex_py.losses import controllers, schedules
 from tinkex_py.losses.constraints import Constraint
 from tinkex_py.runs import RunFolder, RunInfo, StepRecord, TrainedRun, TrainSettings
-from tinkex_py.runs.records import RunState, SavedCheckpoint
+from tinkex_py.runs.records import RunState, SampledBatch, SavedCheckpoint
 from tinkex_py.types import ModelData, SampledSequence, SampleResponse, SupportedModel
 
 RUN = RunInfo(name="run", started_at=1.0, updated_at=1.0)
@@ -57,6 +57,7 @@ SCORED = Datum(
     model_input=ModelInput.from_ints([1, 2]),
     loss_fn_inputs={"target_tokens": [2, 3], "logprobs": [-1.0, -1.0], "teacher_logprobs": [-1.0, -2.0]},
 )
+SAMPLED_BATCH = SampledBatch(datums=(DATUM,))
 PAIR_TERMS = ("CPO", "DPO", "DPOP", "Hinge", "IPO", "ORPO", "SLiC", "SimPO")
 SPAN = PromptProvenanceSpan(sequence_id="x", length=2)
 OUTPUT = CustomLossOutput(loss_total=1.0, base_loss=BaseLossOutput(value=1.0))
@@ -281,6 +282,7 @@ def by_name(clients: Clients, folder: Path) -> dict[str, Any]:
         "record": STEP,
         "RunFolder.path": run_folder,
         "append_step.step": STEP,
+        "write_sampled.batch": SAMPLED_BATCH,
         "rest": clients.rest,
         "Report.runs": (),
         "service": clients.service,
@@ -337,6 +339,13 @@ async def finished_run(_view: object) -> TrainedRun:
     return TrainedRun(info=RUN, folder=Path("x"), last=STEP, checkpoint="x", training=None)
 
 
+def folder_with_batch(path: Path) -> RunFolder:
+    """Returns the folder of a run that has sampled a batch."""
+    folder = RunFolder(path)
+    folder.write_sampled(1, SAMPLED_BATCH)
+    return folder
+
+
 def application(clients: Clients) -> FastAPI:
     """Returns an application that has a service client."""
     app = FastAPI()
@@ -370,7 +379,7 @@ def instances(clients: Clients, folder: Path) -> dict[type, Callable[[], Any]]:
         trackers.WandbSink: lambda: started(trackers.WandbSink("x")),
         trackers.MlflowSink: lambda: started(trackers.MlflowSink("x", tracking_uri="http://x")),
         trackers.TrackioSink: lambda: started(trackers.TrackioSink("x")),
-        RunFolder: lambda: RunFolder(folder / "run"),
+        RunFolder: lambda: folder_with_batch(folder / "run"),
     }
 
 

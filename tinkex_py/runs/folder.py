@@ -171,9 +171,10 @@ class RunFolder:
 
     def write_sampled(self, number: int, batch: SampledBatch) -> None:
         """Writes the batch with a number, from 0, that the model sampled."""
+        name, line = _sampled_name(number), _line(check_kind("batch", batch, SampledBatch))
         with self._writing():
             (self.path / SAMPLED_FOLDER).mkdir(exist_ok=True)
-        self._replace(_sampled_name(number), [_line(batch)])
+        self._replace(name, [line])
 
     def read_sampled(self, number: int) -> SampledBatch:
         """Reads a batch that the model sampled.
@@ -182,6 +183,8 @@ class RunFolder:
             ConfigError: it does not exist or cannot be read.
         """
         path = self.path / _sampled_name(number)
+        if not path.exists():
+            raise ConfigError(f"{self.path} has no sampled batch with the number {number}")
         return _parsed(SampledBatch, _bytes_of(path), str(path))
 
     def sampled_batches(self) -> set[int]:
@@ -190,6 +193,8 @@ class RunFolder:
 
     def keep_sampled(self, first: int, last: int | None) -> None:
         """Deletes the sampled batches before `first`, and from `last` on if it is given."""
+        first = check_count("first", first, least=0)
+        last = None if last is None else check_count("last", last, least=0)
         with self._writing():
             for number in self.sampled_batches():
                 if number < first or (last is not None and number >= last):
@@ -227,7 +232,7 @@ class RunFolder:
 
 
 def _sampled_name(number: int) -> str:
-    return f"{SAMPLED_FOLDER}/{number:06d}.json"
+    return f"{SAMPLED_FOLDER}/{check_count('number', number, least=0):06d}.json"
 
 
 def _line(record: Record, indent: int | None = None) -> bytes:
