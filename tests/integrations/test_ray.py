@@ -290,6 +290,8 @@ async def test_what_ends_a_term_ends_its_work(nodes: Nodes, as_actor: bool, ends
     term, options = RayTerm(terms.naps), {"folder": str(napping)}
     if as_actor:
         term, options = RayTerm(terms.Model, init={"folder": str(tmp_path / "loads")}), {"nap_in": str(napping)}
+    await output_of(ray_spec(RayTerm(terms.squares)))  # a worker that has imported torch is left
+    await term.ready()
     own = ray_spec(term, options=options, timeout=8.0 if ends == "timeout" else PATIENCE)
     failed = asyncio.Event()
 
