@@ -65,7 +65,7 @@ async def main():
         training = await service.create_lora_training_client("tiny", rank=8)
         tokenizer = await training.get_tokenizer()
         data = [Datum.from_text(tokenizer, "Q: What is the capital of France?\nA:", " Paris.")]
-        judge = RegularizerSpec(http_term(f"{url}/confidence"), weight=2.0, name="confidence", timeout=10.0)
+        judge = RegularizerSpec(fn=http_term(f"{url}/confidence"), weight=2.0, name="confidence", timeout=10.0)
         for step in range(41):
             output = await training.forward_backward_custom(data, nll, regularizers=[judge])
             await training.optim_step(AdamParams(learning_rate=0.01))

@@ -92,6 +92,7 @@ DOCUMENTED: Mapping[str, tuple[type[Exception], ...]] = {
 
 # Words of messages that do not contain the name of the parameter.
 ALIASES: Mapping[str, str] = {
+    "client.training.AsyncTrainingClient.weight_space_diagnosis.pipeline": "base_loss",
     "client.service.AsyncServiceClient.get_tokenizer.name": "name|model",
     "local.service.LocalService.tokenizer_for.name": "name|model",
     "data.datums.chat_datum.messages": "message|conversation",

@@ -116,7 +116,7 @@ def test_gradients_of_a_service_are_measured(command, address, monkeypatch, tmp_
     measured = report["gradients"]
     assert (measured["surrogate"], measured["model"], measured["rank"]) == ("cross_entropy", "tiny", 4)
     assert measured["service"] == address
-    assert "at most 364 throwaway models" in result.stderr
+    assert "at most 374 throwaway models" in result.stderr
     (file,) = (tmp_path / "tinkex-py" / "certificates").iterdir()
     assert json.loads(file.read_text()) == measured
 

@@ -27,6 +27,7 @@ async def test_config_health_and_capabilities(client):
         "proto_write_fwdbwd": True,
         "fwd_via_fwdbwd": True,
         "sample_use_retrieve_futures": True,
+        "gradient_products": True,
     }
     assert await client.ask("client/dynamic_config", {}) == {}
     assert await client.ask("telemetry", {"events": []}) == {"status": "accepted"}

@@ -20,6 +20,7 @@ GIVEN: dict[str, Any] = {
     "max_concurrency": 3,
     "max_threads": 4,
     "combine": "pcgrad",
+    "base_runs_in": "thread",
 }
 FLAGS, COUNTS = ["no", 0, 1, None], [0, -1, True, 1.5, "2"]
 BAD: dict[str, list[Any]] = {
@@ -30,6 +31,7 @@ BAD: dict[str, list[Any]] = {
     "max_concurrency": [*COUNTS, None],
     "max_threads": COUNTS,
     "combine": ["mean", "SUM", ["sum"], None, 3],
+    "base_runs_in": ["here", "", 3, True],
 }
 
 
@@ -43,7 +45,7 @@ def test_every_option_is_declared_described_and_has_a_default():
 
 @pytest.mark.parametrize(
     ("function", "missing"),
-    [(Pipeline, set[str]()), (Pipeline.__init__, set[str]()), (Executor.execute_all, {"combine"})],
+    [(Pipeline, set[str]()), (Pipeline.__init__, set[str]()), (Executor.execute_all, {"combine", "base_runs_in"})],
 )
 def test_signatures_show_the_options(function: Callable[..., Any], missing: set[str]):
     parameters = inspect.signature(function).parameters
@@ -65,6 +67,7 @@ def test_what_is_given_is_kept_and_the_rest_is_the_default():
         "max_concurrency": 32,
         "max_threads": None,
         "combine": "sum",
+        "base_runs_in": None,
     }
     assert Pipeline(nll, **GIVEN).options == GIVEN
     for name, value in GIVEN.items():

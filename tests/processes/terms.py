@@ -46,7 +46,7 @@ def _digest(data: Sequence[Datum]) -> int:
 def _main_file() -> str:
     import __main__
 
-    return str(__main__.__file__)
+    return str(getattr(__main__, "__file__", ""))  # a worker of pytest-xdist has no file
 
 
 def parts(data: Sequence[Datum], logprobs: list[torch.Tensor]) -> torch.Tensor:

@@ -70,6 +70,7 @@ def made_up_step(step: int, terms: Sequence[str] = TERMS, *, norms: bool = True)
         tokens=512,
         learning_rate=5e-4,
         losses=(output,),
+        metrics={"grad_norm": 2.0 / step} if norms else {},
         rollout={"reward": 1.0 - 0.5**step},
         evaluation={"held_out_nll": base_loss(step) + 0.1} if step % 5 == 0 else {},
     )

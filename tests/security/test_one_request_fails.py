@@ -50,8 +50,8 @@ async def test_a_crash_in_a_pass_fails_that_pass_only(client, kit, monkeypatch, 
     assert steps[0]["metrics"] == steps[1]["metrics"]
 
 
-def sample_body(tokens: list[int], seed: int, **fields: Any) -> dict[str, Any]:
-    settings = {"max_tokens": 4, "seed": seed, "stop": []}
+def sample_body(tokens: list[int], **fields: Any) -> dict[str, Any]:
+    settings = {"max_tokens": 4, "temperature": 0.0, "stop": []}
     return {"base_model": "tiny", "prompt": {"chunks": [{"tokens": tokens}]}, "sampling_params": settings, **fields}
 
 
@@ -67,7 +67,7 @@ async def together(client: Any, bodies: list[dict[str, Any]]) -> list[dict[str, 
 
 @pytest.mark.parametrize("place", ["sample_batch", "draw", "finish"])
 async def test_a_crash_in_a_shared_batch_fails_the_one_that_crashes(client, monkeypatch, place):
-    bodies = [sample_body([seed, 7], seed) for seed in (1, 2, 3)]
+    bodies = [sample_body([token, 7]) for token in (1, 2, 3)]
     alone = [await client.done("asample", body) for body in bodies]
     engine = client.service.core.engine
     batches: list[list[int]] = []
@@ -122,8 +122,8 @@ async def test_weights_that_cannot_be_found_fail_their_samples_and_no_others(cli
         return original(path, *kinds)
 
     monkeypatch.setattr(store, "find", broken)
-    trained = {**sample_body([1], 1), "base_model": None, "model_path": saved["path"]}
-    answers = await together(client, [trained, sample_body([1], 1), trained])
+    trained = {**sample_body([1]), "base_model": None, "model_path": saved["path"]}
+    answers = await together(client, [trained, sample_body([1]), trained])
     assert [answer.get("category") for answer in answers] == ["server", None, "server"]
     assert "the disk is gone" in answers[0]["error"]
 

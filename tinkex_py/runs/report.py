@@ -446,6 +446,5 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
             if f"{key}.png" not in files:
                 (folder / f"{key}.png").unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"the report cannot be written to {folder}: {error.strerror}; choose another --out"
-        ) from error
+        reason = f"the report cannot be written to {folder}: {error.strerror}; choose another --out"
+        raise ConfigError(reason) from error
