@@ -23,7 +23,7 @@ help:
 	@echo "make fuzz   any bytes for everything that reads bytes, SECONDS=60"
 	@echo "make attacks  CPU time of everything that reads bytes of others, as their number grows"
 	@echo "make soak   a long run among faults, against a twin without: SECONDS=600, SEED= repeats one"
-	@echo "make storm  1,000 terms in worker processes, some killed, some too slow, some cancelled (about 10 minutes)"
+	@echo "make storm  1,000 terms in worker processes, some killed, some too slow, some cancelled (about 4 minutes)"
 	@echo "make guards replaces lines that keep promises, and shows that their tests then fail (about 10 minutes)"
 	@echo "make audit  known vulnerabilities of what is installed (needs the network)"
 	@echo "make fresh  demo and test on bare Debians, as root with debootstrap: ARGS=bookworm or ARGS=trixie for one"

@@ -204,10 +204,13 @@ def _logprob_differences(
     repeated = backward.packed.get("logprobs")
     if repeated is None or repeated.values.shape != forward.values.shape:
         return None
-    counted = np.isfinite(forward.values)
-    if not counted.any():
+    with np.errstate(invalid="ignore"):
+        differences = repeated.values - forward.values
+    np.abs(differences, out=differences)
+    if not np.isfinite(differences.max(initial=0.0)):
+        differences = differences[np.isfinite(forward.values)]
+    if not differences.size:
         return None
-    differences = np.abs(repeated.values[counted] - forward.values[counted])
     mean, largest = float(differences.mean()), float(differences.max())
     if not (mean <= settings.mean_logprob_difference and largest <= settings.largest_logprob_difference):
         limits = f"{settings.mean_logprob_difference:g} and {settings.largest_logprob_difference:g}"
