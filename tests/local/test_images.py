@@ -164,6 +164,20 @@ async def test_an_image_is_not_learned_without_weights_either(run_service, folde
     assert loss == pytest.approx(-every[ids[1:] != 258].sum().item(), rel=1e-5)
 
 
+async def test_the_service_alone_may_know_the_length_of_an_image(run_service, folder):
+    (datum, *_) = datums()
+    chunks = [
+        ImageChunk(data=chunk.data) if isinstance(chunk, ImageChunk) else chunk for chunk in datum.model_input.chunks
+    ]
+    unknown = Datum(model_input=ModelInput(chunks=tuple(chunks)), loss_fn_inputs=datum.loss_fn_inputs)
+    async with connected(run_service, folder) as (service, _):
+        training = await service.create_lora_training_client(rank=RANK)
+        known, found = [(await training.forward([one] * 2)).metrics for one in (datum, unknown)]
+        step = await training.forward_backward_custom([unknown] * 2, lambda _, logprobs: -logprobs.mean())
+    assert found["loss:sum"] == known["loss:sum"]
+    assert step.logprob_difference_largest == 0.0
+
+
 async def test_samples_equal_plain_transformers_whatever_else_is_sampled(run_service, folder):
     plain = Plain(folder)
     wanted: list[list[int]] = []

@@ -291,16 +291,23 @@ def without_padding(output: ForwardBackwardOutput, data: Sequence[Datum]) -> For
         data: the datums of the request.
     """
     logprobs = output.packed.get("logprobs")
-    if logprobs is None or len(logprobs) != len(data):
+    if logprobs is None or not _have_one_length(logprobs, len(data)):
         return output
-    found, expected = logprobs.shapes, [(datum.model_input.length,) for datum in data]
-    if found == expected or len(set(found)) != 1 or found[0] != max(expected):
+    expected = [
+        datum.loss_fn_inputs["target_tokens"].shape for datum in data if "target_tokens" in datum.loss_fn_inputs
+    ]
+    if len(expected) != len(data) or any(len(shape) != 1 for shape in expected):
         return output
-    targets = [datum.loss_fn_inputs.get("target_tokens") for datum in data]
-    if any(own is None or own.shape != shape for own, shape in zip(targets, expected, strict=True)):
+    found = logprobs.shapes
+    if found == expected or found[0] != max(expected):
         return output
     rows = [logprobs.datum(index)[:length] for index, (length,) in enumerate(expected)]
     return output.model_copy(update={"packed": {**output.packed, "logprobs": PackedTensor.from_arrays(rows)}})
+
+
+def _have_one_length(logprobs: PackedTensor, count: int) -> bool:
+    ends = logprobs.offsets
+    return len(ends) == count + 1 > 2 and ends[-1] == count * ends[1]
 
 
 def merge_outputs(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:

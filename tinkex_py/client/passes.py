@@ -258,15 +258,7 @@ class Pass(Submission[ForwardBackwardOutput]):
             raise InvalidResponse(
                 f"the result of {request_type} has {output.num_datums} datums, but {stop - start} were sent"
             )
-        logprobs = output.packed.get("logprobs")
-        # Only logprobs of one length can be padded ones.
-        if (
-            logprobs is not None
-            and len(logprobs.offsets) > 2
-            and logprobs.offsets[-1] == ((len(logprobs.offsets) - 1) * logprobs.offsets[1])
-        ):
-            output = without_padding(output, chunk.data)
-        return ChunkResult(start, stop, Effect.APPLIED, output)
+        return ChunkResult(start, stop, Effect.APPLIED, without_padding(output, chunk.data))
 
 
 class GradientPass(Pass):

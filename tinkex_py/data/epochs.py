@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 def batches(data: Sequence[Item], size: int, seed: int = 0) -> Callable[[int], Iterator[list[Item]]]:
     """Returns a function from a number of batches to skip to the batches after them, as `train` takes it.
 
-    The items are shuffled anew for each epoch, and the batches do not end. An incomplete batch at the end of an epoch
+    Each epoch shuffles the items again, and the batches do not end. An incomplete batch at the end of an epoch
     is left out, unless all items together are fewer than a batch. The same arguments give the same batches, so that a
     resumed run continues with the next one.
 

@@ -96,9 +96,8 @@ def placeholder_of(processor: Any) -> str:
     Raises:
         InvalidData: it is no processor of images.
     """
-    has_both = all(hasattr(processor, name) for name in ("tokenizer", "image_processor"))
     found = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-    if not has_both or not callable(processor) or not isinstance(found, str):
+    if not is_processor(processor) or not callable(processor) or not isinstance(found, str):
         raise InvalidData(
             f"processor must be a Hugging Face processor of images and text, got a {type(processor).__name__}: pass "
             "AutoProcessor.from_pretrained(model)"

@@ -113,7 +113,7 @@ class RecipeRecord:
             finished_at=time.time(),
             seconds=now - max(step.started_at, self._finished_at),  # requests of several steps overlap
             datums=sum(len(part.batch) for part in parts),
-            tokens=sum(datum.model_input.length for part in parts for datum in part.batch),
+            tokens=sum(datum.positions for part in parts for datum in part.batch),
             learning_rate=step.learning_rate,
             losses=tuple(part.output for part in parts if part.output is not None),
             loss=step_loss(step.losses[0][0], parts) if step.losses else {},

@@ -5,7 +5,7 @@ To pickle every value would take several times as long as to copy the numbers.
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast, overload
+from typing import Any, cast, overload
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from tinkex_py.processes.crossing import Column
 from tinkex_py.types import Datum, EncodedTextChunk, ModelInput, TensorData
 from tinkex_py.types.base import WireModel
 
-Model = TypeVar("Model", bound=WireModel)
 # Place and length of the tokens of each chunk; name, dtype, shape and place of each tensor.
 Layout = tuple[list[tuple[int, int]], list[tuple[str, str, tuple[int, ...], int]]]
 
@@ -30,6 +29,8 @@ _OF_CHUNKS = _defaults(EncodedTextChunk, "tokens")
 _OF_TENSORS = _defaults(TensorData, "data", "dtype", "shape")
 _OF_INPUTS = _defaults(ModelInput, "chunks")
 _OF_DATUMS = _defaults(Datum, "model_input", "loss_fn_inputs")
+# Validation sets all fields of these, as equality and pickles show.
+_CHUNK_FIELDS, _TENSOR_FIELDS = set(EncodedTextChunk.model_fields), set(TensorData.model_fields)
 
 
 def packed(data: Sequence[object]) -> tuple[list[object], Column]:
@@ -112,28 +113,15 @@ class CrossedDatums(Sequence[Any]):
     def _datum(self, layout: Layout) -> Datum:
         chunks = tuple([self._chunk(place, size) for place, size in layout[0]])
         inputs = {name: self._tensor(dtype, shape, place) for name, dtype, shape, place in layout[1]}
-        text = _model(ModelInput, {"chunks": chunks, **_OF_INPUTS}, {"chunks"})
-        given = {"model_input": text, "loss_fn_inputs": inputs}
-        return _model(Datum, {**given, **_OF_DATUMS}, set(given))
+        # The fields were checked in the program; to check each again takes too long.
+        return Datum.model_construct(model_input=ModelInput.model_construct(chunks=chunks), loss_fn_inputs=inputs)
 
     def _chunk(self, place: int, size: int) -> EncodedTextChunk:
-        fields = {**_OF_CHUNKS, "tokens": self._array(_TOKENS, size, place)}
-        return _model(EncodedTextChunk, fields, set(fields))
+        return EncodedTextChunk.model_construct(_CHUNK_FIELDS, tokens=self._array(_TOKENS, size, place))
 
     def _tensor(self, dtype: str, shape: tuple[int, ...], place: int) -> TensorData:
         data = self._array(dtype, math.prod(shape), place)
-        fields = {"data": data, "dtype": dtype, "shape": shape, **_OF_TENSORS}
-        return _model(TensorData, fields, set(fields))
+        return TensorData.model_construct(_TENSOR_FIELDS, data=data, dtype=dtype, shape=shape)
 
     def _array(self, dtype: str, count: int, place: int) -> "np.ndarray[Any, Any]":
         return np.frombuffer(self._column, dtype, count, place)
-
-
-def _model(kind: type[Model], fields: dict[str, Any], given: set[str]) -> Model:
-    """Returns a value of checked fields, as pickle restores it; to check each again takes too long."""
-    model = kind.__new__(kind)
-    object.__setattr__(model, "__dict__", fields)
-    object.__setattr__(model, "__pydantic_fields_set__", given)
-    object.__setattr__(model, "__pydantic_extra__", None)
-    object.__setattr__(model, "__pydantic_private__", None)
-    return model

@@ -18,10 +18,11 @@ from tinkex_py.errors import require_modules
 
 _ALIGNMENT = 64
 _PADDING = memoryview(bytes(_ALIGNMENT))
-_MOST_PARTS = os.sysconf("SC_IOV_MAX")  # of one write
+_MOST_PARTS = 1024  # of one write, on Linux and macOS
 _mappings: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
 _forked = threading.Event()
-os.register_at_fork(after_in_parent=_forked.set)
+if hasattr(os, "register_at_fork"):  # this module is imported on Windows, too
+    os.register_at_fork(after_in_parent=_forked.set)
 _INDEX = struct.Struct("<Q")
 _HEADER = struct.Struct("<QI")
 
